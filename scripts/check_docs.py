@@ -1,0 +1,314 @@
+"""Check that the documentation is current.
+
+    python scripts/check_docs.py            say what is stale; the exit code is 1 if anything is
+    python scripts/check_docs.py --write    write docs/reference/cli.md again, then check
+
+Checked on every page: Python blocks parse, and what they import from proxytune is there; JSON blocks parse,
+and recipes among them are valid; commands in shell blocks and code spans exist, with their options and make
+targets; files named in code spans exist; links inside the repository lead somewhere, headings included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import doctest
+import importlib
+import json
+import re
+import shlex
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer.main
+
+from proxytune.cli import app
+from proxytune.errors import RecipeError
+from proxytune.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+CLI_PAGE = ROOT / "docs" / "reference" / "cli.md"
+CLI_PAGE_HEAD = """\
+# Command line
+
+<!-- Written by `make format` from the commands' own help; edit src/proxytune/cli.py instead. -->
+"""
+SHELL = {"bash", "sh", "shell", "console"}
+FOLDERS = ("src/", "tests/", "docs/", "scripts/", "benchmarks/", "zoo/")
+COMMAND = typer.main.get_command(app)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced code block: its language, first line's number, and text."""
+
+    language: str
+    line: int
+    text: str
+
+
+def pages() -> list[Path]:
+    """Return every page of documentation, model cards included."""
+    found = set(ROOT.glob("*.md"))
+    for folder in FOLDERS:
+        found |= set((ROOT / folder).rglob("*.md"))
+    return sorted(path for path in found if ROOT / "zoo" / "build" not in path.parents)
+
+
+def split(text: str) -> tuple[str, list[Block]]:
+    """Return a page's prose, its code blocks blanked out line by line, and the blocks."""
+    prose: list[str] = []
+    blocks: list[Block] = []
+    fence = language = ""
+    lines: list[str] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        mark = re.match(r"\s*(`{3,}|~{3,})\s*([\w+-]*)", line)
+        if not fence and mark:
+            fence, language, lines = mark[1], mark[2].lower(), []
+        elif fence and line.strip() == fence:
+            blocks.append(Block(language, number - len(lines), textwrap.dedent("\n".join(lines))))
+            fence = ""
+        elif fence:
+            lines.append(line)
+        else:
+            prose.append(line)
+            continue
+        prose.append("")
+    return "\n".join(prose), blocks
+
+
+# Code -------------------------------------------------------------------------------------------------------
+
+
+def python_faults(code: str) -> Iterator[str]:
+    """Yield what is wrong with a Python block."""
+    if code.lstrip().startswith(">>>"):
+        code = "".join(example.source for example in doctest.DocTestParser().get_examples(code))
+    try:
+        tree = ast.parse(code)
+    except SyntaxError as error:
+        yield f"Python does not parse: {error}"
+        return
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "proxytune":
+            continue
+        try:
+            module = importlib.import_module(node.module or "")
+        except ImportError as error:
+            yield f"cannot import {node.module}: {error}"
+            continue
+        for alias in node.names:
+            if not hasattr(module, alias.name):
+                yield f"{node.module} has no {alias.name}"
+
+
+def json_faults(text: str) -> Iterator[str]:
+    """Yield what is wrong with a block of JSON or JSON lines."""
+    try:
+        values = [json.loads(text)]
+    except ValueError as error:
+        try:
+            values = [json.loads(line) for line in text.splitlines() if line.strip()]
+        except ValueError:
+            yield f"JSON does not parse: {error}"
+            return
+    for value in values:
+        if isinstance(value, dict) and value.get("model_type") == "proxytune":
+            try:
+                Recipe.from_dict(value)
+            except RecipeError as error:
+                yield f"not a valid recipe: {error}"
+
+
+def commands(block: Block) -> Iterator[str]:
+    """Yield a shell block's command lines; in a `console` block those after a `$`."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        if line.startswith("$ "):
+            yield line[2:]
+        elif block.language != "console":
+            yield line
+
+
+def command_faults(line: str) -> Iterator[str]:
+    """Yield what is wrong with a command line of this project's; others pass."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    try:
+        words = list(lexer)
+    except ValueError:  # an example of something else, such as a heredoc
+        return
+    while words and re.fullmatch(r"\w+=.*", words[0]):
+        words = words[1:]
+    ends = [
+        i for i, word in enumerate(words) if word in {"|", "&&", "||", ";", ">", ">>", "<", "&"}
+    ]
+    if ends:
+        yield from command_faults(shlex.join(words[ends[0] + 1 :]))
+        words = words[: ends[0]]
+    if not words:
+        return
+    if words[0] == "make":
+        targets = re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        yield from (
+            f"the Makefile has no target {word!r}"
+            for word in words[1:]
+            if word not in targets and "=" not in word and not word.startswith("-")
+        )
+    elif (
+        words[0].split("/")[-1].startswith("python") and words[1:2] and words[1].startswith(FOLDERS)
+    ):
+        if not (ROOT / words[1]).is_file():
+            yield f"there is no {words[1]}"
+    elif words[0].split("/")[-1] == "proxytune":
+        yield from option_faults(words[1:])
+
+
+def option_faults(words: list[str]) -> Iterator[str]:
+    """Yield which subcommand or options of a `proxytune` command line do not exist."""
+    command: Any = COMMAND
+    known_commands = getattr(COMMAND, "commands", {})
+    if words and re.fullmatch(r"[a-z][a-z-]*", words[0]):
+        if words[0] not in known_commands:
+            yield f"proxytune has no command {words[0]!r}"
+            return
+        command = known_commands[words[0]]
+    known = {"--help"} | {
+        option
+        for parameter in command.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
+    for word in words:
+        option = word.strip("[]").split("=")[0]
+        # "--stream/--no-stream" names both sides of a switch.
+        for side in option.split("/--"):
+            side = side if side.startswith("-") else f"--{side}"
+            if (
+                re.fullmatch(r"--?[a-z][a-z-]*", side)
+                and option.startswith("-")
+                and side not in known
+            ):
+                yield f"proxytune {command.name} has no option {side}"
+
+
+# Prose ------------------------------------------------------------------------------------------------------
+
+
+def span_faults(span: str) -> Iterator[str]:
+    """Yield what is wrong with a code span that names a command or a file."""
+    if re.match(r"(proxytune|make) ", span):
+        yield from command_faults(span)
+    elif (
+        span.startswith(FOLDERS)
+        and not re.search(r"[\s*<{]|::", span)
+        and not (ROOT / span).exists()
+    ):
+        yield f"there is no {span}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the link targets of a page's headings, as GitHub makes them."""
+    prose, _ = split(page.read_text(encoding="utf-8"))
+    found: set[str] = set()
+    for heading in re.findall(r"^#{1,6}\s+(.+?)\s*#*$", prose, flags=re.MULTILINE):
+        text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
+        slug = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
+        number = 1
+        while (numbered := slug if number == 1 else f"{slug}-{number - 1}") in found:
+            number += 1
+        found.add(numbered)
+    return found
+
+
+def link_faults(page: Path, prose: str) -> Iterator[str]:
+    """Yield the links of a page that lead nowhere inside the repository."""
+    without_code = re.sub(r"`[^`\n]*`", "``", prose)
+    targets = re.findall(r"\]\(\s*<?([^)\s>]+)>?[^)]*\)", without_code)
+    targets += re.findall(r"^\s*\[[^\]]+\]:\s+(\S+)", without_code, flags=re.MULTILINE)
+    targets += re.findall(r"(?:src|href)=\"([^\"]+)\"", without_code)
+    for target in targets:
+        if re.match(r"[a-z][a-z+.-]*:", target):
+            continue
+        path_text, _, anchor = target.partition("#")
+        path = (page.parent / path_text).resolve() if path_text else page
+        if not path.exists():
+            yield f"the link {target} leads to no file"
+        elif anchor and path.suffix == ".md" and anchor not in anchors(path):
+            yield f"the link {target} leads to no heading of {path.name}"
+
+
+# The command line's page ------------------------------------------------------------------------------------
+
+
+def help_text(command: Any, name: str, parent: Any = None) -> tuple[str, Any]:
+    """Return a command's help in plain text, 100 columns wide, and the context it was made in."""
+    command.rich_markup_mode = None
+    context = typer.Context(
+        command, info_name=name, parent=parent, terminal_width=100, max_content_width=100
+    )
+    lines = command.get_help(context).strip().splitlines()
+    return "\n".join(line.rstrip() for line in lines), context
+
+
+def cli_page() -> str:
+    """Return docs/reference/cli.md as the commands are now."""
+    text, context = help_text(COMMAND, "proxytune")
+    parts = [CLI_PAGE_HEAD, f"```text\n{text}\n```\n"]
+    for name, command in getattr(COMMAND, "commands", {}).items():
+        text, _ = help_text(command, name, context)
+        parts.append(f"## proxytune {name}\n\n```text\n{text}\n```\n")
+    return "\n".join(parts)
+
+
+# All --------------------------------------------------------------------------------------------------------
+
+
+def page_faults(page: Path) -> Iterator[str]:
+    """Yield everything stale on a page, each with its place where there is one."""
+    prose, blocks = split(page.read_text(encoding="utf-8"))
+    yield from link_faults(page, prose)
+    # A changelog tells of what was there at its time.
+    if page.name != "CHANGELOG.md":
+        for number, line in enumerate(prose.splitlines(), 1):
+            for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", line):
+                yield from (f"line {number}: {fault}" for fault in span_faults(span))
+    for block in blocks:
+        faults: list[str] = []
+        if block.language in {"python", "py", "pycon"}:
+            faults = list(python_faults(block.text))
+        elif block.language in {"json", "jsonl"}:
+            faults = list(json_faults(block.text))
+        elif block.language in SHELL:
+            faults = [fault for line in commands(block) for fault in command_faults(line)]
+        yield from (f"line {block.line}: {fault}" for fault in faults)
+
+
+def main() -> int:
+    """Run the command; returns its exit code."""
+    parser = argparse.ArgumentParser(description="Check that the documentation is current.")
+    parser.add_argument(
+        "--write", action="store_true", help=f"write {CLI_PAGE.relative_to(ROOT)} first"
+    )
+    arguments = parser.parse_args()
+    current = cli_page()
+    if arguments.write:
+        CLI_PAGE.parent.mkdir(parents=True, exist_ok=True)
+        CLI_PAGE.write_text(current, encoding="utf-8")
+    faults = [
+        f"{page.relative_to(ROOT)}: {fault}" for page in pages() for fault in page_faults(page)
+    ]
+    if not CLI_PAGE.exists() or CLI_PAGE.read_text(encoding="utf-8") != current:
+        faults.append(
+            f"{CLI_PAGE.relative_to(ROOT)} is not the commands' current help; run: make format"
+        )
+    for fault in faults:
+        print(fault)
+    print(f"{len(pages())} pages, {len(faults)} faults", file=sys.stderr)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

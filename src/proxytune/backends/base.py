@@ -1,0 +1,100 @@
+"""What every backend answers: prefill, extend, rewind, select, and what it can do.
+
+A backend holds one model's weights and runs token ids through it. It hides devices, KV caches, padding and
+adapters. Text, sampling and other models never reach it.
+
+Words: a *row* is one sequence in a batch. A *state* is what a backend remembers of a batch (its KV caches);
+callers hold it and hand it back. A row may run with an *adapter*, so that an expert and its anti-expert on
+one small model are two rows of one forward.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from torch import Tensor
+from typing_extensions import NamedTuple  # typing's own can be generic only from Python 3.11 on
+
+State = TypeVar("State")
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a backend can do.
+
+    Args:
+        max_context: Most tokens, prompt and new ones together, that a row can hold; None for no limit.
+        can_rewind: Whether `rewind` works (state-space models, for one, cannot forget).
+        adapters: Names that rows may be given.
+    """
+
+    max_context: int | None
+    can_rewind: bool = True
+    adapters: tuple[str, ...] = ()
+
+
+class Prefilled(NamedTuple, Generic[State]):
+    """What `prefill` gives back."""
+
+    state: State
+    logits: Tensor  # [batch, vocab], of the token after each prompt
+
+
+class Backend(ABC, Generic[State]):
+    """One model's weights and the ways to run them."""
+
+    name: str
+    """How errors and reports call the model."""
+
+    vocab_size: int
+    """Width of the logits, padding ids included."""
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """Say what this backend can do."""
+
+    @abstractmethod
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], *, adapters: Sequence[str | None] | None = None
+    ) -> Prefilled[State]:
+        """Run whole prompts and return the state and the logits after each.
+
+        Args:
+            prompts: Token ids of this model, one sequence a row, of any lengths from 1.
+            adapters: The adapter of each row, None for the plain weights; None for all rows plain.
+
+        Raises:
+            PromptTooLong: A prompt exceeds `capabilities.max_context`.
+            BackendError: The model failed.
+        """
+
+    @abstractmethod
+    def extend(self, state: State, token_ids: Tensor) -> Tensor:
+        """Append `[batch, num_tokens]` token ids and return logits `[batch, num_tokens, vocab]`.
+
+        The logits at position i are those after token i. Any float dtype; `steer.py` works in float32.
+
+        Raises:
+            PromptTooLong: A row would exceed `capabilities.max_context`.
+            BackendError: The model failed.
+        """
+
+    def decode(self, state: State, token_ids: Tensor) -> Tensor:
+        """Append one token per row, `[batch]`, and return logits `[batch, vocab]`."""
+        return self.extend(state, token_ids[:, None])[:, 0]
+
+    @abstractmethod
+    def rewind(self, state: State, num_tokens: Sequence[int]) -> None:
+        """Forget the last `num_tokens[row]` tokens of each row.
+
+        Raises:
+            UnsupportedModel: The backend cannot rewind (`capabilities.can_rewind`).
+        """
+
+    @abstractmethod
+    def select(self, state: State, rows: Sequence[int]) -> State:
+        """Return a state of the given rows in the given order; the old state must not be used after."""

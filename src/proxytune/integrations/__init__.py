@@ -1,0 +1,81 @@
+"""Proxy-tuning inside other engines, and how transformers learns of it.
+
+`AutoConfig`, `AutoTokenizer` and `AutoModelForCausalLM` must know a recipe after `import proxytune`, and that import
+must not load transformers. So `register_with_transformers` adds a finder to `sys.meta_path` that finds
+nothing itself: when one of transformers' three Auto modules is imported, whenever that is, its registration
+runs right after. A module that is already there gets its registration at once.
+
+Each registration needs no more of transformers than its Auto module has loaded by then, so it never meets a
+half-imported module: the config and the tokenizer live in `auto.py`, the model in `transformers.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+def _register_config() -> None:
+    from proxytune.integrations.auto import register_config
+
+    register_config()
+
+
+def _register_tokenizer() -> None:
+    from proxytune.integrations.auto import register_tokenizer
+
+    register_tokenizer()
+
+
+def _register_model() -> None:
+    import proxytune.integrations.transformers
+
+    # Where that module is itself being imported at this moment, it registers at its end.
+    register = getattr(proxytune.integrations.transformers, "register_model", None)
+    if register is not None:
+        register()
+
+
+_REGISTRATIONS: dict[str, Callable[[], None]] = {
+    "transformers.models.auto.configuration_auto": _register_config,
+    "transformers.models.auto.tokenization_auto": _register_tokenizer,
+    "transformers.models.auto.modeling_auto": _register_model,
+}
+
+
+class _AfterImport(MetaPathFinder):
+    """Lets the other finders find transformers' Auto modules, and has a registration run after each."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        register = _REGISTRATIONS.get(fullname)
+        if register is None:
+            return None
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = None
+            if find is not None and not isinstance(finder, _AfterImport):
+                spec = find(fullname, path, target)
+            if spec is not None and spec.loader is not None:
+                execute = spec.loader.exec_module
+
+                def execute_and_register(module: ModuleType) -> None:
+                    execute(module)
+                    register()
+
+                spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+                return spec
+        return None
+
+
+def register_with_transformers() -> None:
+    """Make transformers' Auto classes read recipes, now or as soon as they are imported."""
+    if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+    for name, register in _REGISTRATIONS.items():
+        if name in sys.modules:
+            register()

@@ -1,0 +1,191 @@
+"""What transformers' `AutoConfig` and `AutoTokenizer` make of a recipe: `ProxyTunedConfig`, the base's tokenizer.
+
+Nothing here loads torch models; `integrations/__init__.py` says why that matters.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.configuration_utils import PreTrainedConfig
+
+from proxytune.errors import UnsupportedModel
+
+if TYPE_CHECKING:
+    from proxytune.recipe import Recipe
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+"""Options of `from_pretrained` that say where a recipe comes from."""
+
+
+class ProxyTunedConfig(PreTrainedConfig):
+    """A recipe as transformers' config: the content of its config.json, unchanged.
+
+    Attributes that transformers adds while a model runs are not saved.
+
+    Args:
+        base: As in the recipe.
+        experts: As in the recipe.
+        combine: As in the recipe.
+        default_expert: As in the recipe.
+        **kwargs: What transformers keeps in any config.
+    """
+
+    model_type = "proxytune"
+
+    def __init__(
+        self,
+        base: dict[str, Any] | None = None,
+        experts: list[dict[str, Any]] | None = None,
+        combine: str = "sum",
+        default_expert: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.base = base
+        self.experts = experts
+        self.combine = combine
+        self.default_expert = default_expert
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_recipe(cls, recipe: Recipe) -> ProxyTunedConfig:
+        """Return the config of a recipe."""
+        content = recipe.to_dict()
+        del content["model_type"]
+        return cls(**content, name_or_path=str(recipe.directory))
+
+    def recipe(self, directory: Path | None = None) -> Recipe:
+        """Return the recipe.
+
+        Args:
+            directory: Where relative references start; None for where the config was read.
+
+        Raises:
+            RecipeError: A value cannot be used; the message names its place.
+        """
+        from proxytune.recipe import Recipe
+
+        if directory is None:
+            name = str(getattr(self, "name_or_path", "") or "")
+            directory = Path(name).absolute() if os.path.isdir(name) else Path.cwd()
+        return Recipe.from_dict(self._content(), directory=directory)
+
+    def _content(self) -> dict[str, Any]:
+        content: dict[str, Any] = {
+            "model_type": self.model_type,
+            "architectures": ["ProxyTunedForCausalLM"],
+            "base": self.base,
+            "experts": self.experts,
+            "combine": self.combine,
+        }
+        if self.default_expert is not None:
+            content["default_expert"] = self.default_expert
+        return content
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of config.json."""
+        import copy
+
+        import transformers
+
+        return copy.deepcopy({**self._content(), "transformers_version": transformers.__version__})
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the content of config.json: there is no default to leave out."""
+        return self.to_dict()
+
+
+class ProxyTunedTokenizer:
+    """What `AutoTokenizer` calls for a recipe: `from_pretrained` returns the base's own tokenizer."""
+
+    SETTINGS = (
+        "bos_token",
+        "chat_template",
+        "clean_up_tokenization_spaces",
+        "eos_token",
+        "model_max_length",
+        "pad_token",
+        "padding_side",
+        "truncation_side",
+        "unk_token",
+    )
+    """Options of `from_pretrained` that are set on it."""
+
+    @classmethod
+    def from_pretrained(cls, reference: str | os.PathLike[str], *_: Any, **options: Any) -> Any:
+        """Return the tokenizer of a recipe's base.
+
+        Args:
+            reference: The recipe: a directory or a Hub id.
+            **options: Those of transformers that concern the Hub, and `SETTINGS`.
+
+        Raises:
+            RecipeError: The recipe is missing or malformed.
+            UnsupportedModel: An option cannot be honoured.
+            UserError: The base's tokenizer is missing or unsafe; see `errors.py`.
+        """
+        from proxytune.checkpoint import find_checkpoint
+
+        hub = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
+        settings = {key: options.pop(key) for key in cls.SETTINGS if key in options}
+        refuse_options(options, ignored=("use_fast", "tokenizer_type", "gguf_file", "tokenizer_file"))
+        recipe = read_recipe(reference, hub)
+        tokenizer = find_checkpoint(
+            recipe.base.model or "",
+            root=recipe.directory,
+            revision=recipe.base.revision,
+            trust_remote_code=recipe.base.trust_remote_code,
+            allow_pickle=recipe.base.allow_pickle,
+        ).tokenizer
+        for key, value in settings.items():
+            setattr(tokenizer, key, value)
+        return tokenizer
+
+
+def read_recipe(reference: str | os.PathLike[str], hub: dict[str, Any]) -> Recipe:
+    """Read a recipe from a directory, or from the Hub with transformers' options for it.
+
+    Raises:
+        RecipeError: Nothing is there, or it is malformed.
+    """
+    from proxytune.recipe import Recipe
+
+    name = os.fspath(reference)
+    subfolder = hub.get("subfolder") or ""
+    hub = {key: value for key, value in hub.items() if key != "subfolder" and value is not None}
+    if hub and not os.path.exists(name) and not name.startswith("package:"):
+        from huggingface_hub import snapshot_download
+
+        name = snapshot_download(name, **hub)
+    return Recipe.read(os.path.join(name, subfolder) if subfolder else name)
+
+
+def refuse_options(options: dict[str, Any], *, ignored: Sequence[str] = ()) -> None:
+    """Refuse options of `from_pretrained` that would be without effect.
+
+    Options that begin with an underscore are transformers' own; those without a value ask for nothing.
+    """
+    for key, value in options.items():
+        if value and not key.startswith("_") and key not in ignored:
+            raise UnsupportedModel(
+                f"{key} was given, and a recipe decides this for each of its models.\n"
+                "hint: leave it out, and set what it stands for in the recipe's config.json"
+            )
+
+
+def register_config() -> None:
+    """Tell `AutoConfig` of recipes."""
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    AutoConfig.register("proxytune", ProxyTunedConfig, exist_ok=True)
+
+
+def register_tokenizer() -> None:
+    """Tell `AutoTokenizer` of recipes."""
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
+
+    register: Any = AutoTokenizer.register
+    register(ProxyTunedConfig, tokenizer_class=ProxyTunedTokenizer, exist_ok=True)

@@ -1,0 +1,463 @@
+"""`ProxyTuned`: a recipe brought to life. Text goes in, steps and traces come out.
+
+    model = ProxyTuned.load("my-recipe")
+    print(model.generate("Once upon a time").text)
+
+It renders prompts for each model, hands rows to `decode.py`, and puts the events together again. Files are
+`checkpoint.py`'s, arithmetic is `steer.py`'s.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from proxytune.backends.base import Backend
+from proxytune.decode import Batch, Ensemble, Event, Job, Member, Pair, check_job, decode
+from proxytune.errors import InvalidRequest
+from proxytune.prompts import PLAIN_USER_TURN, Tokenizer, render
+from proxytune.recipe import ModelSpec, Recipe
+from proxytune.request import Message, Prompt, Request, SamplingParams
+from proxytune.score import ScoreReport, score_tokens
+from proxytune.trace import Step, Trace
+from proxytune.vocab import align
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFormat:
+    """How one member wants its prompts."""
+
+    prompt_format: str
+    tokenizer: Tokenizer
+
+
+class ProxyTuned:
+    """A base steered by experts.
+
+    Most callers use `load`. The constructor takes ready parts, for instance toy backends in a test.
+
+    Args:
+        ensemble: The models.
+        formats: How each of the ensemble's members wants its prompts, in the same order.
+        recipe: Where experts are named and given their default strength.
+    """
+
+    def __init__(self, ensemble: Ensemble, formats: Sequence[PromptFormat], recipe: Recipe) -> None:
+        self.ensemble = ensemble
+        self.recipe = recipe
+        self._formats = tuple(formats)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The base's tokenizer."""
+        return self.ensemble.tokenizer
+
+    @classmethod
+    def load(
+        cls,
+        recipe: str | Path | Recipe,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        experts: Sequence[str] | None = None,
+    ) -> ProxyTuned:
+        """Check a recipe whole, then load its models.
+
+        A small model that several experts share is loaded once, with all their adapters on it.
+
+        Args:
+            recipe: A directory, `package:NAME/PATH`, a Hub id, or a recipe already read.
+            device: Runs every model there, whatever the recipe says.
+            dtype: Runs every model in it, whatever the recipe says.
+            experts: Load only these; None loads all.
+
+        Raises:
+            RecipeError: The recipe is missing or malformed.
+            UserError: A model is missing, unsafe, corrupt or does not match; see `errors.py`.
+        """
+        from proxytune.backends.transformers import TransformersBackend
+        from proxytune.checkpoint import AdapterFiles, Checkpoint, find_adapter, find_checkpoint
+        from proxytune.doctor import examine
+
+        recipe = override(
+            recipe if isinstance(recipe, Recipe) else Recipe.read(recipe), device, dtype
+        )
+        if experts is not None:
+            recipe.choose(tuple(experts), None)
+            kept = tuple(e for e in recipe.experts if e.name in experts)
+            default = recipe.default_expert if recipe.default_expert in experts else None
+            recipe = replace(recipe, experts=kept, default_expert=default)
+        examine(recipe).raise_first()
+
+        checkpoints: dict[ModelSpec, Checkpoint] = {}
+        adapters: dict[ModelSpec, dict[str, AdapterFiles]] = {}
+        slots: list[tuple[str, ModelSpec, str | None, str]] = []
+
+        def slot(name: str, spec: ModelSpec) -> int:
+            """Return the index of the member that runs `spec`, a new one unless an equal one is there."""
+            if spec.same_as is not None:
+                return 0
+            weights = spec.weights
+            if weights not in checkpoints:
+                checkpoints[weights] = find_checkpoint(
+                    spec.model or "",
+                    root=recipe.directory,
+                    revision=spec.revision,
+                    trust_remote_code=spec.trust_remote_code,
+                    allow_pickle=spec.allow_pickle,
+                )
+                adapters[weights] = {}
+            adapter: str | None = None
+            if spec.adapter is not None:
+                files = find_adapter(spec.adapter, root=recipe.directory)
+                known = adapters[weights]
+                adapter = next(
+                    (k for k, v in known.items() if v.directory == files.directory), None
+                )
+                if adapter is None:
+                    # The number keeps experts "a.b" and "a_b" apart: adapters' names hold no dots.
+                    adapter = f"{name.replace('.', '_')}_{len(known)}"
+                    known[adapter] = files
+            for index, (_, other, other_adapter, prompt) in enumerate(slots):
+                if (other, other_adapter, prompt) == (weights, adapter, spec.prompt):
+                    return index
+            slots.append((name, weights, adapter, spec.prompt))
+            return len(slots) - 1
+
+        slot("base", recipe.base)
+        pairs = tuple(
+            Pair(
+                e.name,
+                slot(f"{e.name}.expert", e.expert),
+                slot(f"{e.name}.anti_expert", e.anti_expert),
+            )
+            for e in recipe.experts
+        )
+        backends: dict[ModelSpec, Backend[Any]] = {
+            spec: TransformersBackend.load(checkpoint, spec, adapters[spec])
+            for spec, checkpoint in checkpoints.items()
+        }
+        base = checkpoints[slots[0][1]]
+        members, formats = [], []
+        for name, weights, adapter, prompt in slots:
+            checkpoint = checkpoints[weights]
+            members.append(
+                Member(
+                    name if checkpoint.name == name else f"{name} ({checkpoint.name})",
+                    backends[weights],
+                    align(base.vocabulary, checkpoint.vocabulary),
+                    adapter,
+                )
+            )
+            formats.append(PromptFormat(prompt, checkpoint.tokenizer))
+        ensemble = Ensemble(
+            tuple(members), pairs, base.vocabulary, tuple(base.eos_token_ids), base.tokenizer
+        )
+        return cls(ensemble, formats, recipe)
+
+    def job(self, request: Request, cancelled: Callable[[], bool] | None = None) -> Job:
+        """Render a request for every model.
+
+        Raises:
+            UnknownExpert: It names an expert the recipe does not have.
+            InvalidRequest: A prompt renders to nothing, or a token id does not exist.
+            PromptTooLong: Prompt and new tokens exceed a model's context.
+        """
+        chosen = self.recipe.choose(request.experts, request.alpha)
+        if request.is_token_ids:
+            token_ids = [i for i in request.prompt if isinstance(i, int)]
+            self.ensemble.vocabulary.check_token_ids(token_ids)
+            ids = torch.tensor(token_ids)
+            prompts = tuple(m.alignment.ids_to_small(ids).tolist() for m in self.ensemble.members)
+        else:
+            prompts = tuple(
+                render(
+                    request.prompt,
+                    prompt_format=f.prompt_format,
+                    tokenizer=f.tokenizer,
+                    name=m.name,
+                )
+                for m, f in zip(self.ensemble.members, self._formats, strict=True)
+            )
+        alphas = tuple(chosen.get(pair.name, 0.0) for pair in self.ensemble.pairs)
+        job = Job(request.sampling, prompts, alphas, request.explain, cancelled)
+        check_job(self.ensemble, job)
+        return job
+
+    def generate(
+        self,
+        prompt: Prompt | Request,
+        sampling: SamplingParams | None = None,
+        *,
+        alpha: float | None = None,
+        experts: str | tuple[str, ...] | Mapping[str, float] | None = None,
+        explain: bool = False,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Trace:
+        """Generate one answer and return its trace.
+
+        Args:
+            prompt: Text, messages or token ids; or a whole `Request`, which then says everything.
+            sampling: How tokens are chosen; greedy, 128 tokens, unless said.
+            alpha: Strength of steering; None takes the recipe's.
+            experts: A name, names, or names with strengths; None takes the recipe's default.
+            explain: Record what each model gave each token.
+            cancelled: Asked once a step; True ends the generation with what is there.
+
+        Raises:
+            UserError: The request cannot be honoured; see `job`.
+            BackendError: A model failed.
+        """
+        request = as_request(prompt, sampling, alpha=alpha, experts=experts, explain=explain)
+        return self.generate_batch([request], cancelled=cancelled)[0]
+
+    def generate_batch(
+        self,
+        requests: Sequence[Request],
+        *,
+        batch_size: int = 8,
+        on_event: Callable[[int, Event], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> list[Trace]:
+        """Generate many answers, up to `batch_size` at a time, in the order of the requests.
+
+        Every request is checked before the first is run. A result does not depend on its neighbours.
+
+        Args:
+            requests: What to generate.
+            batch_size: Rows per forward.
+            on_event: Called with the request's index and each event as it happens.
+            cancelled: Asked once a step; True ends all that still runs.
+
+        Raises:
+            UserError: A request cannot be honoured; see `job`.
+            BackendError: A model failed.
+        """
+        if batch_size < 1:
+            raise InvalidRequest(f"batch_size is {batch_size}, and must be at least 1")
+        jobs = [self.job(request, cancelled) for request in requests]
+        traces: list[Trace] = []
+        for start in range(0, len(jobs), batch_size):
+            block = jobs[start : start + batch_size]
+            collectors = [
+                _Collector(job, self.recipe.choose(request.experts, request.alpha))
+                for job, request in zip(block, requests[start:], strict=False)
+            ]
+            for event in self._run(block, collectors):
+                collectors[event.row].add(event)
+                if on_event is not None:
+                    on_event(start + event.row, event)
+            traces += [collector.trace() for collector in collectors]
+        return traces
+
+    def stream(
+        self,
+        prompt: Prompt | Request,
+        sampling: SamplingParams | None = None,
+        *,
+        alpha: float | None = None,
+        experts: str | tuple[str, ...] | Mapping[str, float] | None = None,
+        explain: bool = False,
+    ) -> Iterator[Step]:
+        """Generate one answer and yield its steps as they are made; close the iterator to stop.
+
+        The steps' texts joined are the text that `generate` gives. Arguments and errors are those of
+        `generate`; they are checked before this returns.
+        """
+        request = as_request(prompt, sampling, alpha=alpha, experts=experts, explain=explain)
+        job = self.job(request)
+        events = decode(self.ensemble, [job])
+        return (event.step for event in events if event.step is not None)
+
+    def chat(
+        self,
+        sampling: SamplingParams | None = None,
+        *,
+        system: str | None = None,
+        alpha: float | None = None,
+        experts: str | tuple[str, ...] | Mapping[str, float] | None = None,
+    ) -> Conversation:
+        """Begin a conversation that remembers its turns."""
+        return Conversation(self, sampling or SamplingParams(), system, alpha, experts)
+
+    def score(
+        self,
+        text: str,
+        alphas: Sequence[float] = (0.0, 0.5, 1.0),
+        *,
+        experts: str | tuple[str, ...] | None = None,
+        window: int = 512,
+        seed: int = 0,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> ScoreReport:
+        """Measure how well base, expert, anti-expert and steered base predict a text.
+
+        Every model sees the plain text, whatever prompt format the recipe gives it. Each runs once for
+        all strengths.
+
+        Args:
+            text: What to predict.
+            alphas: Strengths of the steered rows; each is given to every chosen expert.
+            experts: Which experts steer; None takes the recipe's default.
+            window: Tokens per window.
+            seed: Of the bootstrap.
+            on_progress: Called with tokens done and tokens in all.
+
+        Raises:
+            InvalidRequest: The text has nothing to predict, or a strength is not finite.
+            UnknownExpert: It names an expert the recipe does not have.
+            PromptTooLong: The window exceeds a model's context.
+        """
+        chosen = self.recipe.choose(experts, None)
+        pairs = tuple(p for p in self.ensemble.pairs if p.name in chosen)
+        ensemble = replace(self.ensemble, pairs=pairs)
+        token_ids = list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
+        with_start = self.tokenizer.encode("a", add_special_tokens=True)
+        start_id = with_start[0] if with_start[0] == _bos_id(self.tokenizer) else None
+        return score_tokens(
+            ensemble,
+            token_ids,
+            strengths=[(alpha, (alpha,) * len(pairs)) for alpha in alphas],
+            window=window,
+            start_id=start_id,
+            seed=seed,
+            on_progress=on_progress,
+        )
+
+    def _run(self, jobs: Sequence[Job], collectors: Sequence[_Collector]) -> Iterator[Event]:
+        batch = Batch(self.ensemble, jobs)
+        for collector, seed in zip(collectors, batch.seeds, strict=True):
+            collector.seed = seed
+        while not batch.is_done:
+            yield from batch.step()
+
+
+class _Collector:
+    """Gathers the events of one row into a trace."""
+
+    def __init__(self, model: ProxyTuned, job: Job) -> None:
+        self._job = job
+        self._pairs = model.ensemble.pairs
+        self._started = self._ended = time.perf_counter()
+        self._steps: list[Step] = []
+        self._tail = ""
+        self._event: Event | None = None
+        self.seed: int | None = None
+
+    def add(self, event: Event) -> None:
+        if event.step is not None:
+            self._steps.append(event.step)
+        self._tail = event.tail
+        self._event = event
+        self._ended = time.perf_counter()
+
+    def trace(self) -> Trace:
+        assert self._event is not None and self._event.finish_reason is not None
+        return Trace(
+            text="".join(step.text for step in self._steps) + self._tail,
+            finish_reason=self._event.finish_reason,
+            steps=tuple(self._steps),
+            num_prompt_tokens=len(self._job.prompts[0]),
+            alphas={
+                pair.name: alpha for pair, alpha in zip(self._pairs, self._job.alphas, strict=True)
+            },
+            seed=self.seed,
+            latency_s=self._ended - self._started,
+        )
+
+
+class Conversation:
+    """A chat with a steered model: `say` answers and remembers.
+
+    `alpha`, `experts` and `sampling` may be changed between turns.
+    """
+
+    def __init__(
+        self,
+        model: ProxyTuned,
+        sampling: SamplingParams,
+        system: str | None,
+        alpha: float | None,
+        experts: str | tuple[str, ...] | Mapping[str, float] | None,
+    ) -> None:
+        self._model = model
+        self.sampling = sampling
+        self.alpha = alpha
+        self.experts = experts
+        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
+
+    def say(self, text: str) -> Iterator[Step]:
+        """Yield the steps of the answer to `text`; what was answered until then is remembered.
+
+        Raises:
+            UserError: The request cannot be honoured; the turn is then not remembered.
+        """
+        messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
+        sampling = self.sampling
+        if self._model.recipe.base.prompt == "plain":
+            # A base without a chat format writes the user's next turn too, if it is let.
+            sampling = replace(sampling, stop=(*sampling.stop, PLAIN_USER_TURN))
+        steps = self._model.stream(messages, sampling, alpha=self.alpha, experts=self.experts)
+        return self._answer(messages, steps)
+
+    def _answer(self, messages: list[Message], steps: Iterator[Step]) -> Iterator[Step]:
+        answer = ""
+        try:
+            for step in steps:
+                answer += step.text
+                yield step
+        finally:
+            self.messages = [*messages, {"role": "assistant", "content": answer.strip()}]
+
+
+def as_request(
+    prompt: Prompt | Request,
+    sampling: SamplingParams | None,
+    *,
+    alpha: float | None,
+    experts: str | tuple[str, ...] | Mapping[str, float] | None,
+    explain: bool,
+) -> Request:
+    """Return the request that the arguments describe.
+
+    Raises:
+        InvalidRequest: A whole request and further settings were both given.
+    """
+    if not isinstance(prompt, Request):
+        return Request(prompt, sampling or SamplingParams(), alpha, experts, explain)
+    if sampling is not None or alpha is not None or experts is not None or explain:
+        raise InvalidRequest(
+            "a whole Request was given and settings beside it, so it is unclear which of them hold.\n"
+            "hint: put the settings into the Request"
+        )
+    return prompt
+
+
+def override(recipe: Recipe, device: str | None, dtype: str | None) -> Recipe:
+    """Return the recipe with every model on `device` and in `dtype`, where given."""
+    if device is None and dtype is None:
+        return recipe
+
+    def changed(spec: ModelSpec) -> ModelSpec:
+        if spec.same_as is not None:
+            return spec
+        return replace(spec, device=device or spec.device, dtype=dtype or spec.dtype)
+
+    return replace(
+        recipe,
+        base=changed(recipe.base),
+        experts=tuple(
+            replace(e, expert=changed(e.expert), anti_expert=changed(e.anti_expert))
+            for e in recipe.experts
+        ),
+    )
+
+
+def _bos_id(tokenizer: Tokenizer) -> int | None:
+    bos = getattr(tokenizer, "bos_token", None)
+    return None if bos is None else tokenizer.get_vocab().get(bos)

@@ -1,0 +1,165 @@
+"""The shape of the project: which file may import which, what importing costs, what the repository holds."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "proxytune"
+
+# A file imports only from those above it. docs/architecture.md lists them in the same order.
+ORDER = (
+    "errors",
+    "request",
+    "trace",
+    "steer",
+    "sample",
+    "vocab",
+    "prompts",
+    "checkpoint",
+    "recipe",
+    "detokenize",
+    "backends.base",
+    "backends.toy",
+    "backends.transformers",
+    "decode",
+    "score",
+    "doctor",
+    "model",
+    "batch_file",
+    "integrations.transformers",
+    "demo",
+    "cli",
+)
+# The front doors: `proxytune/__init__.py` gathers the public names, `__main__.py` runs the command line.
+FRONT_DOORS = {"__init__", "__main__"}
+DRAWERS = {"utils", "util", "helpers", "helper", "common", "misc"}
+HEAVY = {
+    "transformers",
+    "peft",
+    "accelerate",
+    "gguf",
+    "tokenizers",
+    "huggingface_hub",
+    "typer",
+    "rich",
+}
+
+
+def modules() -> dict[str, Path]:
+    """Return the package's modules by dotted name, the packages' own `__init__` files left out."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        if name not in FRONT_DOORS and path.name != "__init__.py":
+            found[name] = path
+    return found
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Return what a file imports from the package, in functions and for type checkers too.
+
+    `"proxytune"` itself stands for a name taken from the front door.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import; write the full name"
+            origin = node.module or ""
+            names = [origin]
+            if origin.split(".")[0] == "proxytune":
+                whole = [f"{origin}.{alias.name}" for alias in node.names]
+                names = [n if n.removeprefix("proxytune.") in ORDER else origin for n in whole]
+        found |= {n.removeprefix("proxytune.") for n in names if n.split(".")[0] == "proxytune"}
+    return found
+
+
+def repository_files() -> list[Path]:
+    """Return the files git tracks or would add."""
+    listing = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        capture_output=True,
+        check=False,
+    )
+    if listing.returncode != 0:
+        pytest.skip("not a git checkout")
+    paths = [ROOT / name for name in listing.stdout.decode().split("\0") if name]
+    return [path for path in paths if path.is_file()]
+
+
+def test_every_module_has_its_place_in_the_order():
+    assert sorted(modules()) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_module_imports_only_from_those_above_it(name):
+    above = ORDER[: ORDER.index(name)]
+    below = imported_modules(modules()[name]) - set(above)
+    assert not below, f"{name} imports {', '.join(sorted(below))}"
+
+
+def test_the_architecture_page_lists_the_modules_in_that_order():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    # The first code span of a table row or a list item.
+    rows = re.findall(r"^(?:\||[-*]|\d+\.)[^`\n]{0,4}`([\w/]+)\.py`", page, flags=re.MULTILINE)
+    listed = [row.replace("/", ".") for row in rows]
+    assert [name for name in listed if name in ORDER] == list(ORDER)
+
+
+def test_no_file_is_a_drawer():
+    files = {part for path in PACKAGE.rglob("*") for part in (path.stem, path.name)}
+    assert not files & DRAWERS
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE))
+)
+def test_every_module_says_what_it_knows(path):
+    source = path.read_text(encoding="utf-8")
+    # The `__init__` of a folder that gathers nothing may be empty.
+    assert not source.strip() or ast.get_docstring(ast.parse(source))
+
+
+def test_importing_the_package_is_quiet_and_loads_nothing_heavy():
+    code = "import sys; before = set(sys.modules); import proxytune; print(*(set(sys.modules) - before))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stderr == ""
+    (line,) = run.stdout.splitlines()
+    loaded = {name.split(".")[0] for name in line.split()}
+    assert not loaded & HEAVY
+
+
+def test_importing_the_package_sets_up_no_logging_and_changes_no_environment():
+    code = (
+        "import logging, os; before = dict(os.environ), list(logging.root.handlers); import proxytune; "
+        "assert before == (dict(os.environ), list(logging.root.handlers))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_file_of_the_repository_is_over_16_mb():
+    large = [str(path) for path in repository_files() if path.stat().st_size > 16 * 1024 * 1024]
+    assert not large
+
+
+def test_the_repository_names_no_package_registry():
+    """Where packages come from is the installer's configuration, not the project's."""
+    # Put together here, so that this file does not name them either.
+    hosts = ["pypi" + ".org", "python" + "hosted", "registry." + "npmjs"]
+    named = []
+    for path in repository_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:  # weights and other binary files
+            continue
+        named += [f"{path}: {host}" for host in hosts if host in text]
+    assert not named

@@ -1,0 +1,42 @@
+"""What a generation leaves behind can be written down and read back."""
+
+from __future__ import annotations
+
+import json
+
+from proxytune.trace import Step, Trace
+
+STEPS = (
+    Step(0, 5, "Ça", -0.5, top=((5, -0.5), (1, -1.5)), parts={"base": -2.0, "a.expert": -0.1}),
+    Step(1, 2, "", -0.25, finish_reason="stop"),
+)
+TRACE = Trace("Ça", "stop", STEPS, 3, alphas={"a": 0.5}, seed=7, latency_s=1.25)
+
+
+def test_a_trace_read_back_equals_the_one_written():
+    line = TRACE.to_json()
+    assert "\n" not in line
+    assert Trace.from_json(line) == TRACE
+
+
+def test_the_summary_has_the_fields_of_the_command_line():
+    summary = TRACE.summary()
+    assert list(summary) == [
+        "text",
+        "token_ids",
+        "finish_reason",
+        "num_prompt_tokens",
+        "num_new_tokens",
+        "alpha",
+        "expert",
+        "latency_s",
+    ]
+    assert (summary["alpha"], summary["expert"]) == (0.5, "a")
+    assert summary["token_ids"] == [5, 2]
+    json.dumps(summary)
+
+
+def test_several_experts_are_listed_with_their_strengths():
+    several = Trace("", "length", (), 1, alphas={"a": 0.5, "b": 1.0})
+    assert several.summary()["expert"] == ["a", "b"]
+    assert several.summary()["alpha"] == {"a": 0.5, "b": 1.0}

