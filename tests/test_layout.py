@@ -33,8 +33,9 @@ ORDER = (
     "doctor",
     "model",
     "batch_file",
-    "integrations.transformers",
     "demo",
+    "integrations.auto",
+    "integrations.transformers",
     "cli",
 )
 # The front doors: `proxytune/__init__.py` gathers the public names, `__main__.py` runs the command line.
@@ -163,3 +164,13 @@ def test_the_repository_names_no_package_registry():
             continue
         named += [f"{path}: {host}" for host in hosts if host in text]
     assert not named
+
+
+def test_every_public_name_is_there_and_only_those_are_promised():
+    import proxytune
+
+    for name in proxytune.__all__:
+        assert getattr(proxytune, name).__doc__
+        assert name in dir(proxytune)
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = proxytune.nonsense

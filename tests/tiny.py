@@ -181,3 +181,73 @@ def tiny_adapter(
                 parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
     adapted.save_pretrained(directory)
     return directory
+
+
+def tiny_gguf(path: Path, *, seed: int = 0, max_context: int = 128) -> Path:
+    """Write a random Llama model as a GGUF file in float32 and return its path.
+
+    Its tokenizer has the tokens and ids of `tiny_tokenizer()`, its head as many rows.
+    """
+    import gguf
+    import numpy as np
+
+    tokenizer = tiny_tokenizer()
+    vocabulary = tokenizer.get_vocab()
+    tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
+    special = {vocabulary[token] for token in SPECIAL_TOKENS}
+    hidden_size, head_size, num_heads, num_key_value_heads, inner_size = 32, 8, 4, 2, 64
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_block_count(2)
+    writer.add_context_length(max_context)
+    writer.add_embedding_length(hidden_size)
+    writer.add_feed_forward_length(inner_size)
+    writer.add_head_count(num_heads)
+    writer.add_head_count_kv(num_key_value_heads)
+    writer.add_rope_dimension_count(head_size)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(
+        [
+            gguf.TokenType.CONTROL if index in special else gguf.TokenType.NORMAL
+            for index in range(len(tokens))
+        ]
+    )
+    writer.add_token_merges([f"{left} {right}" for left, right in MERGES])
+    writer.add_eos_token_id(vocabulary["<|endoftext|>"])
+    writer.add_bos_token_id(vocabulary["<|endoftext|>"])
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+    random = np.random.default_rng(seed)
+
+    def add(name: str, *shape: int) -> None:
+        if len(shape) == 1:
+            values = np.ones(shape, dtype=np.float32)
+        else:
+            values = random.normal(0, 0.3, shape).astype(np.float32)
+        writer.add_tensor(name, values)
+
+    add("token_embd.weight", len(tokens), hidden_size)
+    for layer in range(2):
+        block = f"blk.{layer}"
+        add(f"{block}.attn_norm.weight", hidden_size)
+        add(f"{block}.attn_q.weight", num_heads * head_size, hidden_size)
+        add(f"{block}.attn_k.weight", num_key_value_heads * head_size, hidden_size)
+        add(f"{block}.attn_v.weight", num_key_value_heads * head_size, hidden_size)
+        add(f"{block}.attn_output.weight", hidden_size, num_heads * head_size)
+        add(f"{block}.ffn_norm.weight", hidden_size)
+        add(f"{block}.ffn_gate.weight", inner_size, hidden_size)
+        add(f"{block}.ffn_up.weight", inner_size, hidden_size)
+        add(f"{block}.ffn_down.weight", hidden_size, inner_size)
+    add("output_norm.weight", hidden_size)
+    add("output.weight", len(tokens), hidden_size)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

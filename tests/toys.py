@@ -6,7 +6,8 @@ A table's row says what follows its token; see `proxytune.backends.toy`. Nothing
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ def toy_model(
     eos_logit: float | None = None,
     max_context: int | None = None,
 ) -> ProxyTuned:
-    """Return a steered toy: the base's table has `seed`, the anti-expert's `seed + 1`, the experts' the next.
+    """Return a steered toy; each model's table has a seed of its own, an expert's comes from its name.
 
     Args:
         experts: Names and strengths; None for one named `first` at 1.
@@ -95,9 +96,24 @@ def toy_model(
 
     names = [expert.name for expert in recipe.experts]
     members = [member("base", 0, max_context), member("anti-expert", 1)]
-    members += [member(name, 2 + index) for index, name in enumerate(names)]
+    members += [member(name, sum(name.encode())) for name in names]
     pairs = [Pair(name, expert=2 + index, anti_expert=1) for index, name in enumerate(names)]
-    ensemble = Ensemble(
-        tuple(members), tuple(pairs), vocabulary, (TOKENS.index(EOS),), tokenizer
-    )
+    ensemble = Ensemble(tuple(members), tuple(pairs), vocabulary, (TOKENS.index(EOS),), tokenizer)
     return ProxyTuned(ensemble, [PromptFormat("plain", tokenizer)] * len(members), recipe)
+
+
+def toy_load(
+    recipe: Recipe,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    experts: Sequence[str] | None = None,
+) -> ProxyTuned:
+    """Stand in for `ProxyTuned.load`: endless texts, in which every earlier token matters a little."""
+    if experts is not None:
+        recipe = replace(
+            recipe,
+            experts=tuple(e for e in recipe.experts if e.name in experts),
+            default_expert=recipe.default_expert if recipe.default_expert in experts else None,
+        )
+    return toy_model(recipe=recipe, memory=0.5, eos_logit=-100.0, max_context=256)

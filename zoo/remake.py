@@ -17,7 +17,7 @@ from publish import EXPERTS
 
 HERE = Path(__file__).parent
 SETTINGS = {
-    "anti-expert": ["--sampled-tokens", "14000000", "--full-tokens", "4000000"],
+    "anti-expert": ["--sampled-tokens", "10000000", "--full-tokens", "3000000"],
     "tinyshakespeare": [],
     "legal_dc_code": [],
     "recipes_based_cooking": ["--steps", "200", "--eval-every", "20"],

@@ -154,7 +154,9 @@ def train_anti_expert(args: argparse.Namespace) -> None:
     )
     model = LlamaForCausalLM(config)
     table = model.get_input_embeddings().weight
-    table.data.copy_(principal_components(128, args.seed))
+    checkpoint = args.output / "checkpoint.pt"
+    if not checkpoint.exists():
+        table.data.copy_(principal_components(128, args.seed))
     body = torch.compile(model.model) if args.compile else model.model
 
     matrices = [p for n, p in model.model.layers.named_parameters() if p.ndim == 2]
@@ -177,7 +179,6 @@ def train_anti_expert(args: argparse.Namespace) -> None:
     seen = step = first_step = 0
     last_eval = 0.0
     average = None
-    checkpoint = args.output / "checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
@@ -384,8 +385,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     anti = commands.add_parser("anti-expert", help="train the small general model from scratch")
     anti.add_argument("--output", type=Path, default=corpora.BUILD_DIR / "anti-expert")
-    anti.add_argument("--sampled-tokens", type=int, default=14_000_000)
-    anti.add_argument("--full-tokens", type=int, default=4_000_000)
+    anti.add_argument("--sampled-tokens", type=int, default=10_000_000)
+    anti.add_argument("--full-tokens", type=int, default=3_000_000)
     anti.add_argument("--negatives", type=int, default=2048)
     anti.add_argument("--layers", type=int, default=6)
     anti.add_argument("--lr", type=float, default=3e-3)

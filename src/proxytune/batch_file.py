@@ -1,12 +1,13 @@
 """Many prompts from one file: JSON lines in, JSON lines out, and a killed run that continues where it was.
 
-A line of the input is an object with `prompt` (text, messages or token ids) or `messages`, and perhaps `options`
-that hold for this line alone: `alpha`, `expert` and the fields of `SamplingParams`. All its fields are carried
-into the output, and `output` is added with the answer. Nothing in a line depends on the clock or on chance, so
-an interrupted run that is started again leaves the file that an uninterrupted one writes, byte for byte:
+A line of the input is an object with `prompt` (text, messages or token ids) or `messages`, and perhaps
+`options` that hold for this line alone: `alpha`, `expert` and the fields of `SamplingParams`. All its fields
+are carried into the output, and `output` is added with the answer. Nothing in a line depends on the clock or
+on chance, so an interrupted run that is started again leaves the file that an uninterrupted one writes, byte
+for byte:
 
-- Lines are generated in blocks of `batch_size`, written and flushed to the disk block by block, in the order of
-  the input. On starting again a torn block is cut off and made anew in the same composition.
+- Lines are generated in blocks of `batch_size`, written and flushed to the disk block by block, in the order
+  of the input. On starting again a torn block is cut off and made anew in the same composition.
 - A sampled line without a seed gets one from the run's seed (0 where none is given) and the line's number.
 - `OUTPUT.progress.json` holds the settings the output was begun with; other settings are refused.
 
@@ -44,7 +45,7 @@ LINE_OPTIONS = ("alpha", "expert", *SAMPLING_OPTIONS)
 """What `options` of a line may hold."""
 
 FORMAT = 1
-"""Of the progress file. A later version that writes other lines counts up, so that none continues the other's."""
+"""Of the progress file. A version that writes other lines counts up, so that none continues the other's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +237,9 @@ def parse_line(raw: bytes, number: int, *, recipe: Recipe, options: BatchOptions
     except UnicodeDecodeError as error:
         raise InputFileError(f"not UTF-8 text (byte {error.start + 1} of the line)") from error
     except UnicodeEncodeError as error:
-        raise InputFileError(r"it holds half of a \u surrogate pair, which is no character") from error
+        raise InputFileError(
+            r"it holds half of a \u surrogate pair, which is no character"
+        ) from error
     except json.JSONDecodeError as error:
         raise InputFileError(f"not valid JSON ({error.msg}, column {error.colno})") from error
     except (ValueError, RecursionError) as error:
@@ -267,8 +270,7 @@ def parse_line(raw: bytes, number: int, *, recipe: Recipe, options: BatchOptions
     if not isinstance(own, dict):
         raise InputFileError(f'"options" is a JSON {_kind(own)}, and must be an object')
     request = _request(prompt, own, number, options)
-    experts = request.experts
-    recipe.choose(dict(experts) if isinstance(experts, Mapping) else experts, request.alpha)
+    recipe.choose(request.experts, request.alpha)
     return Line(number, content, request)
 
 
@@ -279,7 +281,11 @@ def _request(prompt: Any, own: Mapping[str, Any], number: int, options: BatchOpt
             close = get_close_matches(name, LINE_OPTIONS, n=1)
             raise InputFileError(
                 f'"options" holds {name!r}, which is no option.\n'
-                + (f"hint: did you mean {close[0]!r}?" if close else f"hint: {', '.join(LINE_OPTIONS)}")
+                + (
+                    f"hint: did you mean {close[0]!r}?"
+                    if close
+                    else f"hint: {', '.join(LINE_OPTIONS)}"
+                )
             )
     changes = {name: value for name, value in own.items() if name in SAMPLING_OPTIONS}
     if isinstance(changes.get("stop"), str):
@@ -310,7 +316,8 @@ def _experts(value: object) -> Experts:
     if isinstance(value, dict):
         return value
     raise InputFileError(
-        f"expert is {json.dumps(value)}, and must be a name, a list of names, or an object of names and alphas"
+        f"expert is {json.dumps(value)}, and must be a name, a list of names, or an object of names and "
+        "alphas"
     )
 
 
@@ -355,8 +362,8 @@ class _Input:
             self._file: IO[bytes] = path.open("rb")
         except OSError as error:
             raise InputFileError(
-                f"{path} cannot be read: {error.strerror}.\nhint: --input-file takes a file of JSON lines, such as "
-                '{"prompt": "Once upon a time"}'
+                f"{path} cannot be read: {error.strerror}.\nhint: --input-file takes a file of JSON "
+                'lines, such as {"prompt": "Once upon a time"}'
             ) from error
 
     def __enter__(self) -> _Input:
@@ -388,10 +395,7 @@ class _Input:
             except UserError as error:
                 self._leave_out(number, error)
                 continue
-            chosen = line.request.experts
-            experts |= self._recipe.choose(
-                dict(chosen) if isinstance(chosen, Mapping) else chosen, line.request.alpha
-            ).keys()
+            experts |= self._recipe.choose(line.request.experts, line.request.alpha).keys()
             self.num_lines += 1
         self.sha256 = digest.hexdigest()
         self._check_some_left()
@@ -420,7 +424,11 @@ class _Input:
     def _leave_out(self, number: int, error: UserError) -> None:
         reason = f"line {number} of {self._path}: {error}"
         if not self._options.skip_bad_lines:
-            hint = "" if "hint:" in reason else "\nhint: mend the line, or leave it out with --skip-bad-lines"
+            hint = (
+                ""
+                if "hint:" in reason
+                else "\nhint: mend the line, or leave it out with --skip-bad-lines"
+            )
             raise InputFileError(reason + hint) from error
         self.bad_lines.add(number)
         if len(self.reasons) < 3:
@@ -467,11 +475,14 @@ class _Output:
                 f"{self._path} is not a regular file, and a run could not be continued in it.\n"
                 "hint: give the path of a file"
             )
-        file = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
+        file = os.fdopen(
+            os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b"
+        )
         if not _lock(file):
             file.close()
             raise OutputFileError(
-                f"another process is writing {self._path}.\nhint: wait until it has ended, or give another file"
+                f"another process is writing {self._path}.\n"
+                "hint: wait until it has ended, or give another file"
             )
         return file
 
@@ -491,8 +502,8 @@ class _Output:
                 finished_size = int(finished["num_bytes"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise OutputFileError(
-                f"{self._path} is there and not empty, and {self._progress_path.name}, which would say how it was "
-                "begun, is missing or damaged; the file is left as it is.\n"
+                f"{self._path} is there and not empty, and {self._progress_path.name}, which would say "
+                "how it was begun, is missing or damaged; the file is left as it is.\n"
                 "hint: give another output file, or remove this one"
             ) from error
         if begun != self._settings:
@@ -505,8 +516,8 @@ class _Output:
             return None
         if finished_size != size:
             raise OutputFileError(
-                f"{self._path} was finished with {finished_size:,} bytes and has {size:,} now, so something else has "
-                "written to it.\nhint: give another output file, or remove this one"
+                f"{self._path} was finished with {finished_size:,} bytes and has {size:,} now, so something "
+                "else has written to it.\nhint: give another output file, or remove this one"
             )
         return num_lines, bad_lines
 
@@ -517,19 +528,18 @@ class _Output:
             OutputFileError: A line that is kept is not an answer to its line of the input.
         """
         self._file.seek(0)
-        num_whole, num_kept, size_kept, size = 0, 0, 0, 0
-        for raw in self._file:
+        num_kept, size_kept, size = 0, 0, 0
+        for num_whole, raw in enumerate(self._file, 1):
             if not raw.endswith(b"\n"):
                 break
             line = next(lines, None)
             if line is None or not _answers(raw, line):
                 raise OutputFileError(
-                    f"line {num_whole + 1} of {self._path} is no answer to "
+                    f"line {num_whole} of {self._path} is no answer to "
                     + ("any line" if line is None else f"line {line.number}")
                     + " of the input, so something else has written to it.\n"
                     "hint: give another output file, or remove this one"
                 )
-            num_whole += 1
             size += len(raw)
             if num_whole % batch_size == 0 or num_whole == num_lines:
                 num_kept, size_kept = num_whole, size

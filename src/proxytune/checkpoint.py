@@ -87,8 +87,9 @@ _GGUF_SCALARS = {
 _NOT_PARAMETERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
 """Constant buffers that old checkpoints store among the weights."""
 
-_HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "token_embd.weight", "embed_in.weight")
+_HEAD = re.compile(r"output\.weight|(.+\.)?(lm_head|embed_out)\.weight")
+_EMBEDDING = re.compile(r"token_embd\.weight|(.+\.)?(embed_tokens|embed_in|wte)\.weight")
+"""Names of the output head, and of the embedding that serves as one where there is no head."""
 
 
 # Dtype and device ---------------------------------------------------------------------------------
@@ -848,20 +849,20 @@ def _check_usable(checkpoint: Checkpoint) -> None:
             f"{checkpoint.name} is a model of type {config.model_type!r}, which transformers does not run as "
             "a causal language model.\nhint: name a model that predicts the next token"
         )
-    for suffixes in (_HEADS, _EMBEDDINGS):
-        for name, tensor in checkpoint.tensors.items():
-            if (
-                name.endswith(suffixes)
-                and tensor.shape
-                and tensor.dtype.startswith(("float", "bfloat"))
-            ):
-                if tensor.shape[0] != checkpoint.width:
-                    raise CorruptModel(
-                        f"{checkpoint.name}: its config says vocab_size {checkpoint.width}, and {name} has "
-                        f"{tensor.shape[0]} rows, so config and weights are of two models.\n"
-                        "hint: copy or download the model again"
-                    )
-                break
+    for pattern in (_HEAD, _EMBEDDING):
+        heads = [name for name in checkpoint.tensors if pattern.fullmatch(name)]
+        if not heads:
+            continue
+        name = min(heads, key=len)  # a model with several towers names the text's first or shortest
+        tensor = checkpoint.tensors[name]
+        is_packed = checkpoint.kind == "directory" and not tensor.dtype.startswith(("float", "bf"))
+        if not is_packed and tensor.shape[:1] != (checkpoint.width,):
+            raise CorruptModel(
+                f"{checkpoint.name}: its config says vocab_size {checkpoint.width}, and {name} has "
+                f"the shape {list(tensor.shape)}, so config and weights are of two models.\n"
+                "hint: copy or download the model again"
+            )
+        break
 
 
 # Adapters ------------------------------------------------------------------------------------------

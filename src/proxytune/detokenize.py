@@ -34,10 +34,8 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # and a decoder shows it as one U+FFFD (byte-level BPE) or as one per byte (byte fallback).
 _MAX_UNSETTLED = 3
 
-# Tokens of context kept when the window is shortened. Any visible one would do for a leading space; but a
-# run of byte tokens has to begin at a character, and those have up to 4 bytes: so four lengths are tried.
+# Tokens of context kept when the window is shortened; any visible one would do for a leading space.
 _CONTEXT = 8
-_CONTEXT_TRIES = 4
 
 # The window is shortened when it is this long, so that a push decodes 8 to 16 tokens. A long run of U+FFFD
 # makes it grow to the second length, where all but the last of them are settled and it is shortened by force.
@@ -160,18 +158,18 @@ class TextStream:
 
     def _shorten(self) -> None:
         """Drop the window's oldest ids, if its newest text stays as it is without them."""
+        settled = self._window_text[: self._num_settled]
         num_unsettled = len(self._window_text) - self._num_settled
-        # A window that begins within a character begins with up to 3 U+FFFD that are not in the text. More
-        # settled characters than that must agree, since a text of U+FFFD alone looks the same shifted.
-        tail = self._window_text[max(0, self._num_settled - _MAX_UNSETTLED - 1) :]
-        for num_kept in range(_CONTEXT, _CONTEXT + _CONTEXT_TRIES):
-            text = self._decode(self._window[-num_kept:])
-            if len(tail) > num_unsettled and text.endswith(tail):
-                break
-        else:
-            if len(self._window) < _MAX_WINDOW:
-                return
-        num_dropped = len(self._window) - num_kept
+        # The last settled character must be there again. U+FFFD alone says little: a window that begins within a
+        # character begins with up to 3 that are not in the text, so more than that must be.
+        num_compared = _MAX_UNSETTLED + 1 if settled.endswith(_REPLACEMENT) else 1
+        tail = self._window_text[max(0, self._num_settled - num_compared) :]
+        text = self._decode(self._window[-_CONTEXT:])
+        is_safe = bool(settled) and text.endswith(tail)
+        # If not safe here (a run of byte tokens has to begin at a character), then perhaps a token later.
+        if not is_safe and len(self._window) < _MAX_WINDOW:
+            return
+        num_dropped = len(self._window) - _CONTEXT
         del self._window[:num_dropped]
         self._window_text = text
         self._num_settled = max(0, len(text) - num_unsettled)

@@ -25,7 +25,7 @@ from proxytune.checkpoint import (
     running_device,
     running_dtype,
 )
-from proxytune.errors import MissingExtra, NotEnoughMemory, UserError
+from proxytune.errors import MissingExtra, NotEnoughMemory, UserError, VocabularyMismatch
 from proxytune.prompts import render
 from proxytune.recipe import ModelSpec, Recipe
 from proxytune.vocab import align
@@ -74,7 +74,7 @@ class ModelReport:
         max_context: Most tokens of prompt and text.
         prompt_format: `plain`, `chat` or a template.
         prompt_sample: A short prompt as this model sees it.
-        vocabulary: `same`, `padded` or `permuted` against the base; `base` for the base itself.
+        vocabulary: `same`, `padded`, `permuted` or `differs` against the base; `base` for itself.
         num_tokens: Tokens in the vocabulary.
         num_padding: Rows of the output head that no token has.
         weight_bytes: Memory of weights and adapter; 0 where the weights are shared.
@@ -209,7 +209,7 @@ class Diagnosis:
                 cell(model.vocabulary, f"{model.num_tokens:,}" if model.num_tokens else None),
                 cell(
                     "shared"
-                    if model.shares and not model.weight_bytes
+                    if model.kind and model.shares and not model.weight_bytes
                     else _bytes(model.weight_bytes)
                 ),
             )
@@ -221,7 +221,7 @@ class Diagnosis:
         for model in self.models:
             what = model.reference + (f" + {model.adapter}" if model.adapter else "")
             kind = f"{model.architecture}, {model.kind}" if model.kind else "not usable"
-            if model.shares:
+            if model.kind and model.shares:
                 kind += f", shares the weights of {model.shares}"
             legend.add_row(Text(model.part), Text(f"{what} ({kind})"))
             if model.prompt_sample is not None:
@@ -380,7 +380,8 @@ class _Examination:
         elif base is not None and self.reports[0].num_tokens is not None:
             try:
                 values["vocabulary"] = align(base.vocabulary, vocabulary).kind
-            except UserError as error:
+            except VocabularyMismatch as error:
+                values["vocabulary"] = "differs"
                 if self.first_parts[spec.weights] == part:
                     self._fail(part, error)
         return values

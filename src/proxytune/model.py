@@ -114,7 +114,9 @@ class ProxyTuned:
                 adapters[weights] = {}
             adapter: str | None = None
             if spec.adapter is not None:
-                files = find_adapter(spec.adapter, root=recipe.directory)
+                files = find_adapter(
+                    spec.adapter, root=recipe.directory, allow_pickle=spec.allow_pickle
+                )
                 known = adapters[weights]
                 adapter = next(
                     (k for k, v in known.items() if v.directory == files.directory), None
@@ -340,9 +342,9 @@ class ProxyTuned:
 class _Collector:
     """Gathers the events of one row into a trace."""
 
-    def __init__(self, model: ProxyTuned, job: Job) -> None:
+    def __init__(self, job: Job, chosen: Mapping[str, float]) -> None:
         self._job = job
-        self._pairs = model.ensemble.pairs
+        self._chosen = chosen
         self._started = self._ended = time.perf_counter()
         self._steps: list[Step] = []
         self._tail = ""
@@ -363,9 +365,7 @@ class _Collector:
             finish_reason=self._event.finish_reason,
             steps=tuple(self._steps),
             num_prompt_tokens=len(self._job.prompts[0]),
-            alphas={
-                pair.name: alpha for pair, alpha in zip(self._pairs, self._job.alphas, strict=True)
-            },
+            alphas=self._chosen,
             seed=self.seed,
             latency_s=self._ended - self._started,
         )

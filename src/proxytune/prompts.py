@@ -159,7 +159,7 @@ def _messages(prompt: Prompt) -> list[Message]:
     messages: list[Message] = []
     for message in prompt:
         assert not isinstance(message, int), "token ids need no rendering"
-        messages.append(message.copy())
+        messages.append(message)
     return messages
 
 

@@ -1,0 +1,1169 @@
+"""The `proxytune` command: one command per job.
+
+Answers go to stdout, everything else to stderr. A user's mistake ends with its message and exit code 2, a
+failure of the work itself with 1, Ctrl-C with 130; a bug keeps its traceback. What a command does is
+elsewhere; models and the libraries that run them are imported only by the commands that need them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+
+import typer
+from typer.core import TyperGroup
+
+from proxytune.errors import BackendError, InputFileError, InvalidRequest, ModelNotFound, UserError
+from proxytune.request import Request, SamplingParams, check_alpha
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from proxytune.decode import Event
+    from proxytune.model import Conversation, ProxyTuned
+    from proxytune.recipe import ModelSpec, Recipe
+    from proxytune.score import ScoreReport
+    from proxytune.trace import Step
+
+Experts = str | tuple[str, ...] | Mapping[str, float] | None
+
+GREEDY = SamplingParams()
+CHAT_TOKENS = 256
+SCORE_WINDOW = 512
+
+
+class _Commands(TyperGroup):
+    """Turns this package's errors into messages and exit codes."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+        except BackendError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+
+
+# Plain help, without boxes: its first line is there to be copied.
+app = typer.Typer(
+    cls=_Commands,
+    help="\b\n  proxytune demo\n\nSteer a large language model with a small tuned one, token by token.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+Function = TypeVar("Function", bound=Callable[..., None])
+
+
+def _command(example: str) -> Callable[[Function], Function]:
+    """Register a command whose help is a line to paste and then the function's docstring."""
+
+    def register(function: Function) -> Function:
+        text = inspect.cleandoc(function.__doc__ or "")
+        app.command(help=f"\b\n  {example}\n\n{text}", short_help=text.split("\n")[0])(function)
+        return function
+
+    return register
+
+
+def main() -> NoReturn:
+    """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A model writes any character, whatever the terminal's locale has.
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"proxytune {version('proxytune')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and end"
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe's directory, package:NAME/PATH, or its id on the Hugging Face Hub",
+        show_default=False,
+    ),
+]
+AlphaOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="FLOAT",
+        help="Strength of steering: 0 is the base alone, 1 the published method  [default: the recipe's]",
+        show_default=False,
+    ),
+]
+ExpertOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME[=ALPHA]",
+        help="Steer with this expert, at a strength of its own where one is given; repeat to add up several  "
+        "[default: the recipe's]",
+        show_default=False,
+    ),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Run every model there: cpu, cuda, cuda:1, or auto to spread each  [default: the recipe's]",
+        show_default=False,
+    ),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Run every model in it: float32, bfloat16, float16, or auto for the stored one  "
+        "[default: the recipe's]",
+        show_default=False,
+    ),
+]
+MinNewTokensOption = Annotated[
+    int, typer.Option(metavar="N", help="Let nothing end the text before it has so many tokens")
+]
+TemperatureOption = Annotated[
+    float,
+    typer.Option(
+        metavar="FLOAT",
+        help="0 takes the likeliest token; above 0 draws, more evenly the higher it is",
+    ),
+]
+TopKOption = Annotated[
+    int, typer.Option(metavar="K", help="Draw from the K likeliest tokens; 0 keeps all")
+]
+TopPOption = Annotated[
+    float,
+    typer.Option(
+        metavar="FLOAT",
+        help="Draw from the fewest tokens that together have this probability; 1 keeps all",
+    ),
+]
+MinPOption = Annotated[
+    float,
+    typer.Option(
+        metavar="FLOAT",
+        help="Draw from tokens at least this fraction as likely as the likeliest; 0 keeps all",
+    ),
+]
+RepetitionPenaltyOption = Annotated[
+    float,
+    typer.Option(
+        metavar="FLOAT", help="Make tokens of the prompt and the text less likely above 1; 1 is off"
+    ),
+]
+PresencePenaltyOption = Annotated[
+    float,
+    typer.Option(
+        metavar="FLOAT", help="Take this from the logits of tokens that the new text has; 0 is off"
+    ),
+]
+FrequencyPenaltyOption = Annotated[
+    float,
+    typer.Option(
+        metavar="FLOAT",
+        help="Take this from the logits once per occurrence in the new text; 0 is off",
+    ),
+]
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT", help="End before this string; may be repeated", show_default=False
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on one line")]
+
+
+# Writing and checking recipes ----------------------------------------------------------------------
+
+
+@_command(
+    "proxytune new my-recipe --base Qwen/Qwen2.5-7B --expert my-tuned-1.5b "
+    "--anti-expert Qwen/Qwen2.5-1.5B"
+)
+def new(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Where to write the recipe", show_default=False)
+    ],
+    anti_expert: Annotated[
+        str,
+        typer.Option(metavar="MODEL", help="The small model before tuning", show_default=False),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="The large model; needed unless --add", show_default=False
+        ),
+    ] = None,
+    expert: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The small model after tuning; left out where --adapter sits on the anti-expert",
+            show_default=False,
+        ),
+    ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH", help="A LoRA adapter that makes the expert", show_default=False
+        ),
+    ] = None,
+    anti_expert_adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="A LoRA adapter on the anti-expert, tuned to the opposite",
+            show_default=False,
+        ),
+    ] = None,
+    alpha: Annotated[
+        float,
+        typer.Option(
+            metavar="FLOAT",
+            help="Strength of steering: 0 is the base alone, 1 the published method",
+        ),
+    ] = 1.0,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What requests call the expert  [default: the last part of its path]",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT", help="How the base sees prompts: plain, chat, or a Jinja template"
+        ),
+    ] = "plain",
+    expert_prompt: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT", help="How the expert sees prompts: plain, chat, or a Jinja template"
+        ),
+    ] = "plain",
+    anti_expert_prompt: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT",
+            help="How the anti-expert sees prompts: plain, chat, or a Jinja template",
+        ),
+    ] = "plain",
+    add: Annotated[
+        bool, typer.Option("--add", help="Add the expert to the recipe that is in DIR")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the recipe that is in DIR")
+    ] = False,
+) -> None:
+    """Write a recipe.
+
+    It is a directory that names the base and an expert with its anti-expert, and holds none of their
+    weights.
+
+    A model is a local directory, a .gguf file, package:NAME/PATH, or an id on the Hugging Face Hub; what is
+    there under the given path counts as local. The word base, as expert or anti-expert, reuses the base
+    itself.
+    """
+    from dataclasses import replace
+
+    from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
+
+    if expert is None and adapter is None:
+        raise InvalidRequest(
+            "neither --expert nor --adapter is given, so there is nothing that steers.\n"
+            "hint: --expert takes a whole model, --adapter a LoRA adapter on the anti-expert"
+        )
+    if add and force:
+        raise InvalidRequest(
+            "--add keeps the recipe that is there and --force replaces it.\nhint: give one of them"
+        )
+    if add and (base is not None or prompt != "plain"):
+        raise InvalidRequest(
+            "--add takes base and its prompt format from the recipe that is there.\n"
+            "hint: leave --base and --prompt out"
+        )
+    if base is None and not add:
+        raise InvalidRequest(
+            "--base is missing.\nhint: name the large model, or --add an expert to a recipe"
+        )
+    directory = directory.expanduser().absolute()
+    spec = ExpertSpec(
+        name=name if name is not None else _expert_name(adapter or expert or ""),
+        expert=_small_model(expert, adapter, expert_prompt, directory),
+        anti_expert=_small_model(anti_expert, anti_expert_adapter, anti_expert_prompt, directory),
+        alpha=check_alpha(alpha),
+    )
+    if add:
+        there = Recipe.read(directory)
+        recipe = replace(there, experts=(*there.experts, spec))
+    else:
+        recipe = Recipe(
+            base=ModelSpec(model=_reference(base or "", directory), prompt=prompt),
+            experts=(spec,),
+            directory=directory,
+        )
+    recipe.write(directory, overwrite=add or force)
+    typer.echo(f"wrote {directory / 'config.json'}", err=True)
+    typer.echo(f"next: proxytune doctor {directory}", err=True)
+
+
+def _small_model(
+    reference: str | None, adapter: str | None, prompt: str, directory: Path
+) -> ModelSpec:
+    from proxytune.recipe import ModelSpec
+
+    if reference == "base":
+        if adapter is not None:
+            raise InvalidRequest(
+                "an adapter cannot sit on the base, whose logits are reused as they are.\n"
+                "hint: name the model that the adapter belongs to"
+            )
+        return ModelSpec(same_as="base", prompt=prompt)
+    return ModelSpec(
+        model=None if reference is None else _reference(reference, directory),
+        adapter=None if adapter is None else _reference(adapter, directory),
+        prompt=prompt,
+    )
+
+
+def _reference(given: str, directory: Path) -> str:
+    """Return a reference as the recipe in `directory` needs it: no longer relative to where we are."""
+    if given.startswith(("package:", "http://", "https://")) or not given:
+        return given
+    path = Path(given).expanduser()
+    if not path.exists():
+        if given.startswith((".", "~", "/")) or path.suffix.lower() == ".gguf":
+            raise ModelNotFound(
+                f"nothing is at {given}.\nhint: check the spelling; relative paths start at {Path.cwd()}"
+            )
+        return given
+    path = path.absolute().resolve()
+    if path.is_relative_to(directory.resolve()):
+        return path.relative_to(directory.resolve()).as_posix()
+    return str(path)
+
+
+def _expert_name(reference: str) -> str:
+    """Return the last part of a reference, with what a name cannot hold left out."""
+    last = reference.rstrip("/\\").replace("\\", "/").rpartition("/")[2].removesuffix(".gguf")
+    kept = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in last)
+    return kept.lstrip("._-") or "expert"
+
+
+@_command("proxytune doctor my-recipe")
+def doctor(recipe: RecipeArgument, as_json: JsonOption = False) -> None:
+    """Check a recipe without loading weights.
+
+    Shown are vocabularies, parameters, dtypes, prompt formats, and the memory needed and there. The exit
+    code is 2 where something keeps the recipe from running.
+    """
+    from proxytune.recipe import Recipe
+
+    found = Recipe.read(recipe)
+    with _stderr().status("looking at the models"):
+        from proxytune.doctor import examine
+
+        diagnosis = examine(found)
+    if as_json:
+        typer.echo(_json_line(diagnosis.to_dict()))
+    else:
+        _stdout().print(diagnosis.render())
+    if not diagnosis.is_healthy:
+        typer.echo("error: the recipe cannot run as it is", err=True)
+        raise typer.Exit(2)
+
+
+# Generating ----------------------------------------------------------------------------------------
+
+
+@_command('proxytune generate my-recipe "Once upon a time" --alpha 0.5')
+def generate(
+    recipe: RecipeArgument,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PROMPT",
+            help="The text to continue; - reads it from stdin, without its last line break",
+            show_default=False,
+        ),
+    ] = None,
+    alpha: AlphaOption = None,
+    expert: ExpertOption = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Most tokens to generate")
+    ] = GREEDY.max_new_tokens,
+    min_new_tokens: MinNewTokensOption = GREEDY.min_new_tokens,
+    temperature: TemperatureOption = GREEDY.temperature,
+    top_k: TopKOption = GREEDY.top_k,
+    top_p: TopPOption = GREEDY.top_p,
+    min_p: MinPOption = GREEDY.min_p,
+    repetition_penalty: RepetitionPenaltyOption = GREEDY.repetition_penalty,
+    presence_penalty: PresencePenaltyOption = GREEDY.presence_penalty,
+    frequency_penalty: FrequencyPenaltyOption = GREEDY.frequency_penalty,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Makes drawn text repeatable; with --input-file each line gets a seed from it and the "
+            "line's number  [default: another each time; 0 with --input-file]",
+            show_default=False,
+        ),
+    ] = None,
+    stop: StopOption = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after end-of-sequence tokens")
+    ] = False,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="List each token's logprob and the N likeliest tokens; with --json or --input-file",
+            show_default=False,
+        ),
+    ] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Print text as it is made, or all at the end  [default: --stream on a terminal]",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Prompts as JSON lines", show_default=False),
+    ] = None,
+    output_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where the answers go; FILE.progress.json beside it holds the settings",
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Lines generated together  [default: 8]", show_default=False
+        ),
+    ] = None,
+    skip_bad_lines: Annotated[
+        bool,
+        typer.Option("--skip-bad-lines", help="Leave out lines that cannot be used, and say which"),
+    ] = False,
+) -> None:
+    """Generate text from a prompt, or from a file of prompts.
+
+    A file has one JSON object a line, with prompt (text, messages or token ids) or messages, and perhaps
+    options that hold for this line alone; the output has the same objects with output added. A run that was
+    interrupted continues when the same command is given again, and leaves the file that an uninterrupted run
+    writes.
+    """
+    sampling = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+        ignore_eos=ignore_eos,
+        logprobs=logprobs,
+    )
+    _refuse_contradictions(
+        {
+            "PROMPT": prompt is not None,
+            "--input-file": input_file is not None,
+            "--output-file": output_file is not None,
+            "--batch-size": batch_size is not None,
+            "--skip-bad-lines": skip_bad_lines,
+            "--stream": stream is True,
+            "--json": as_json,
+            "--logprobs": logprobs is not None,
+        }
+    )
+    from proxytune.recipe import Recipe
+
+    if input_file is not None and output_file is not None:
+        found = Recipe.read(recipe)
+        own_alpha, experts = _steering(found, expert, alpha)
+        _generate_file(
+            found,
+            input_file,
+            output_file,
+            sampling=sampling,
+            alpha=own_alpha,
+            experts=experts,
+            batch_size=8 if batch_size is None else batch_size,
+            skip_bad_lines=skip_bad_lines,
+            device=device,
+            dtype=dtype,
+            as_json=as_json,
+        )
+        return
+    assert prompt is not None
+    text = _stdin_text() if prompt == "-" else _argument_text(prompt)
+    Request(text, sampling)  # An empty prompt needs no recipe to be refused.
+    found = Recipe.read(recipe)
+    own_alpha, experts = _steering(found, expert, alpha)
+    request = Request(text, sampling, own_alpha, experts)
+    model = _load(found, found.choose(experts, own_alpha), device=device, dtype=dtype)
+    is_streamed = sys.stdout.isatty() and not as_json if stream is None else stream
+
+    def show(_: int, event: Event) -> None:
+        typer.echo((event.step.text if event.step else "") + event.tail, nl=False)
+        sys.stdout.flush()
+
+    try:
+        trace = model.generate_batch([request], on_event=show if is_streamed else None)[0]
+    except KeyboardInterrupt:
+        if is_streamed:
+            typer.echo()
+        raise
+    if as_json:
+        typer.echo(_json_line(trace.summary(logprobs=logprobs is not None)))
+        return
+    typer.echo("" if is_streamed else trace.text)
+    typer.echo(
+        f"{_rate(trace.num_new_tokens, trace.latency_s)} · {trace.finish_reason} · {_strengths(trace.alphas)}"
+        + (f" · seed {trace.seed}" if trace.seed is not None else ""),
+        err=True,
+    )
+
+
+def _refuse_contradictions(given: Mapping[str, bool]) -> None:
+    """Refuse options that exclude each other or do nothing without another."""
+    if given["PROMPT"] and given["--input-file"]:
+        raise InvalidRequest(
+            "PROMPT and --input-file are both given.\nhint: put the prompt into the file, or leave one out"
+        )
+    if not given["PROMPT"] and not given["--input-file"]:
+        raise InvalidRequest(
+            "there is no prompt.\nhint: give it as text, - for stdin, or --input-file prompts.jsonl"
+        )
+    if given["--input-file"] and not given["--output-file"]:
+        raise InvalidRequest(
+            "--input-file is given and --output-file is not, so a run could not be continued.\n"
+            "hint: --output-file answers.jsonl"
+        )
+    if given["--input-file"] and given["--stream"]:
+        raise InvalidRequest(
+            "--stream prints text as it is made, and --input-file writes its answers to a file.\n"
+            "hint: leave --stream out"
+        )
+    if given["--json"] and given["--stream"]:
+        raise InvalidRequest(
+            "--json prints one object at the end, and --stream prints text as it is made.\n"
+            "hint: leave one of them out"
+        )
+    if not given["--input-file"]:
+        for name in ("--output-file", "--batch-size", "--skip-bad-lines"):
+            if given[name]:
+                raise InvalidRequest(
+                    f"{name} belongs to --input-file, which is not given.\nhint: leave {name} out"
+                )
+        if given["--logprobs"] and not given["--json"]:
+            raise InvalidRequest("--logprobs has nowhere to go in plain text.\nhint: add --json")
+
+
+def _generate_file(
+    recipe: Recipe,
+    input_file: Path,
+    output_file: Path,
+    *,
+    sampling: SamplingParams,
+    alpha: float | None,
+    experts: Experts,
+    batch_size: int,
+    skip_bad_lines: bool,
+    device: str | None,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from proxytune import batch_file
+
+    options = batch_file.BatchOptions(
+        sampling=sampling,
+        alpha=alpha,
+        experts=experts,
+        dtype=dtype,
+        batch_size=batch_size,
+        skip_bad_lines=skip_bad_lines,
+    )
+    console = _stderr()
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("elapsed,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+        disable=not console.is_terminal,
+        speed_estimate_period=600,  # A block of long texts may take minutes, and ends all at once.
+    )
+    started = 0.0
+    seen: batch_file.Progress | None = None
+
+    def load(names: tuple[str, ...]) -> ProxyTuned:
+        return _load(recipe, names, device=device, dtype=dtype)
+
+    def advance(progress: batch_file.Progress) -> None:
+        nonlocal started, seen
+        if seen is None:
+            started = time.perf_counter()
+            bar.add_task(
+                "generating", total=progress.num_lines, completed=progress.num_done, rate=""
+            )
+        seen = progress
+        rate = progress.num_new_tokens / max(time.perf_counter() - started, 1e-9)
+        bar.update(bar.task_ids[0], completed=progress.num_done, rate=f"{rate:,.1f} tokens/s,")
+
+    try:
+        with bar:
+            report = batch_file.run_batch(
+                input_file,
+                output_file,
+                recipe=recipe,
+                load=load,
+                options=options,
+                on_progress=advance,
+            )
+    except KeyboardInterrupt:
+        typer.echo(
+            f"interrupted; what {output_file} holds stays, and the same command continues it",
+            err=True,
+        )
+        raise
+    if report.was_complete:
+        typer.echo(f"already complete: {output_file} has {report.num_lines:,} lines", err=True)
+    else:
+        resumed = (
+            f" ({report.num_resumed:,} of them by an earlier run)" if report.num_resumed else ""
+        )
+        typer.echo(
+            f"{output_file}: {report.num_lines:,} lines{resumed}; "
+            f"{_rate(report.num_new_tokens, report.latency_s)}",
+            err=True,
+        )
+    if report.bad_lines:
+        typer.echo(
+            f"left out {len(report.bad_lines):,} bad line(s): {batch_file.number_list(report.bad_lines)}",
+            err=True,
+        )
+        for reason in report.reasons:
+            typer.echo(f"  {reason}", err=True)
+    if as_json:
+        typer.echo(
+            _json_line(
+                {
+                    "output_file": str(output_file),
+                    "num_lines": report.num_lines,
+                    "num_resumed": report.num_resumed,
+                    "num_new_tokens": report.num_new_tokens,
+                    "bad_lines": list(report.bad_lines),
+                    "latency_s": round(report.latency_s, 4),
+                }
+            )
+        )
+
+
+# Talking -------------------------------------------------------------------------------------------
+
+
+@_command("proxytune chat my-recipe --alpha 0.5")
+def chat(
+    recipe: RecipeArgument,
+    alpha: AlphaOption = None,
+    expert: ExpertOption = None,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="What the model is told before the first turn", show_default=False
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Most tokens of an answer")
+    ] = CHAT_TOKENS,
+    temperature: TemperatureOption = GREEDY.temperature,
+    top_k: TopKOption = GREEDY.top_k,
+    top_p: TopPOption = GREEDY.top_p,
+    min_p: MinPOption = GREEDY.min_p,
+    repetition_penalty: RepetitionPenaltyOption = GREEDY.repetition_penalty,
+    presence_penalty: PresencePenaltyOption = GREEDY.presence_penalty,
+    frequency_penalty: FrequencyPenaltyOption = GREEDY.frequency_penalty,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Makes drawn answers repeatable  [default: another each time]",
+            show_default=False,
+        ),
+    ] = None,
+    stop: StopOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Talk with a steered model.
+
+    Strength and expert can be changed while talking: /help says how.
+    """
+    from proxytune.recipe import Recipe
+
+    sampling = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    found = Recipe.read(recipe)
+    own_alpha, experts = _steering(found, expert, alpha)
+    model = _load(found, None, device=device, dtype=dtype)
+    _Chat(model.chat(sampling, system=system, alpha=own_alpha, experts=experts), found).run()
+
+
+class _Chat:
+    """A conversation on the terminal, or on any pair of streams."""
+
+    HELP = (
+        "/alpha A              strength of steering: 0 is the base alone; default takes the recipe's\n"
+        "/expert NAME[=A] ...  steer with these; none takes the base alone, default the recipe's; "
+        "alone it lists them\n"
+        "/reset                forget the conversation\n"
+        "/help                 show this\n"
+        "/quit                 end, as Ctrl-D does; Ctrl-C stops an answer"
+    )
+
+    def __init__(self, conversation: Conversation, recipe: Recipe) -> None:
+        self._conversation = conversation
+        self._recipe = recipe
+        self._first_messages = list(conversation.messages)
+
+    def run(self) -> None:
+        """Talk until the input ends or the user does."""
+        is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        if is_terminal:
+            with suppress(ImportError):
+                import readline  # noqa: F401  # gives input() a history and arrow keys
+        self._say(f"{self._recipe.base.model}, {self._steering()}. /help lists the commands.")
+        for line in _typed_lines(is_terminal):
+            line = line.strip()
+            if line == "/quit":
+                return
+            if line.startswith("/"):
+                try:
+                    self._command(*line.split())
+                except UserError as error:
+                    self._say(str(error))
+            elif line:
+                self._answer(line)
+
+    def _answer(self, text: str) -> None:
+        steps: Iterator[Step] | None = None
+        try:
+            steps = self._conversation.say(text)
+            for step in steps:
+                typer.echo(step.text, nl=False)
+                sys.stdout.flush()
+            typer.echo()
+        except KeyboardInterrupt:
+            typer.echo()
+            self._say("stopped")
+        except UserError as error:
+            self._say(f"{error}\nhint: /reset forgets the conversation so far")
+        finally:
+            if steps is not None:
+                steps.close()  # type: ignore[attr-defined]  # a generator: this ends the turn
+
+    def _command(self, name: str, *values: str) -> None:
+        if name == "/alpha":
+            self._set_alpha(values)
+        elif name == "/expert":
+            self._set_experts(values)
+        elif name in ("/reset", "/help") and values:
+            self._say(f"{name} takes nothing after it")
+        elif name == "/reset":
+            self._conversation.messages = list(self._first_messages)
+            self._say("forgotten")
+        elif name == "/help":
+            self._say(self.HELP)
+        else:
+            self._say(f"there is no {name}; there are\n{self.HELP}")
+
+    def _set_alpha(self, values: Sequence[str]) -> None:
+        if len(values) > 1:
+            raise InvalidRequest(f"/alpha takes one number, and {len(values)} are given")
+        if values:
+            alpha = None if values[0] == "default" else _number(values[0], "/alpha")
+            experts = self._conversation.experts
+            if isinstance(experts, Mapping):
+                experts = tuple(experts)
+            self._recipe.choose(experts, alpha)
+            self._conversation.alpha, self._conversation.experts = alpha, experts
+        self._say(self._steering())
+
+    def _set_experts(self, values: Sequence[str]) -> None:
+        known = [e.name for e in self._recipe.experts]
+        if not values:
+            self._say(f"experts: {', '.join(known)}; now {self._steering()}")
+            return
+        if values == ("none",) and "none" not in known:
+            self._conversation.alpha, self._conversation.experts = 0.0, None
+        elif values == ("default",) and "default" not in known:
+            self._conversation.alpha, self._conversation.experts = None, None
+        else:
+            # A strength of 0 was "none", and would silence the expert that is asked for now.
+            alpha = self._conversation.alpha or None
+            if all("=" in value for value in values):
+                alpha = None
+            alpha, experts = _steering(self._recipe, values, alpha)
+            self._conversation.alpha, self._conversation.experts = alpha, experts
+        self._say(self._steering())
+
+    def _steering(self) -> str:
+        chosen = self._recipe.choose(self._conversation.experts, self._conversation.alpha)
+        return _strengths(chosen)
+
+    def _say(self, text: str) -> None:
+        typer.echo(text, err=True)
+
+
+def _typed_lines(is_terminal: bool) -> Iterator[str]:
+    """Yield what the user types; Ctrl-C drops a line that is being typed, Ctrl-D ends."""
+    if not is_terminal:
+        yield from sys.stdin
+        return
+    while True:
+        try:
+            yield input("> ")
+        except KeyboardInterrupt:
+            typer.echo("\n(Ctrl-D or /quit ends)", err=True)
+        except EOFError:
+            typer.echo()
+            return
+
+
+# Measuring -----------------------------------------------------------------------------------------
+
+
+@_command("proxytune score my-recipe --text-file heldout.txt --alphas 0,0.5,1")
+def score(
+    recipe: RecipeArgument,
+    text_file: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="The text: UTF-8, also as .gz; - reads stdin",
+            show_default=False,
+        ),
+    ],
+    alphas: Annotated[
+        str, typer.Option(metavar="A,B,...", help="Strengths of the steered rows")
+    ] = "0,0.5,1",
+    expert: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Score this expert; repeat to add up several  [default: the recipe's]",
+            show_default=False,
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help=f"Tokens per window, predicted from those before in it  [default: {SCORE_WINDOW}, or the "
+            "smallest context]",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the bootstrap")] = 0,
+    as_json: JsonOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Measure how well base, expert and steered base predict a text.
+
+    Each model runs once over it, for all strengths. Every model sees the plain text.
+    """
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from proxytune.recipe import Recipe
+
+    strengths = list(dict.fromkeys(_number(part, "--alphas") for part in alphas.split(",")))
+    text = _stdin_text() if text_file == "-" else _file_text(Path(text_file))
+    found = Recipe.read(recipe)
+    experts = tuple(expert) if expert else None
+    model = _load(found, found.choose(experts, None), device=device, dtype=dtype)
+    contexts = [m.backend.capabilities.max_context for m in model.ensemble.members]
+    if window is None:
+        window = min([SCORE_WINDOW, *(c for c in contexts if c is not None)])
+    console = _stderr()
+    with Progress(
+        TextColumn("scoring"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%, {task.completed:,.0f} of {task.total:,.0f} tokens,"),
+        TimeElapsedColumn(),
+        TextColumn("elapsed,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task("scoring", total=1, start=False)
+
+        def advance(done: int, total: int) -> None:
+            bar.start_task(task)
+            bar.update(task, completed=done, total=total)
+
+        report = model.score(
+            text, strengths, experts=experts, window=window, seed=seed, on_progress=advance
+        )
+    if as_json:
+        typer.echo(_json_line(report.to_dict()))
+    else:
+        _show_scores(report)
+
+
+def _show_scores(report: ScoreReport) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("model")
+    for heading in ("alpha", "nats/token", "perplexity", "95 % interval", "against base"):
+        table.add_column(heading, justify="right")
+    for row in report.rows:
+        interval = (
+            "" if row.interval is None else f"{row.interval.low:.2f} to {row.interval.high:.2f}"
+        )
+        change = "" if row.name == "base" else f"{row.change:+.1%}"
+        if change and row.change_interval is not None:
+            change += f" ({row.change_interval.low:+.1%} to {row.change_interval.high:+.1%})"
+        alpha = "" if row.alpha is None else f"{row.alpha:g}"
+        table.add_row(row.name, alpha, f"{row.nats:.4f}", f"{row.perplexity:.2f}", interval, change)
+    _stdout().print(table)
+    typer.echo(
+        f"{report.num_tokens:,} tokens in {report.num_windows:,} windows of up to {report.window}; "
+        "perplexity against base, intervals by block bootstrap",
+        err=True,
+    )
+
+
+@_command("proxytune demo")
+def demo(
+    as_json: JsonOption = False,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the continuations")] = 0,
+    new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Length of each continuation, in tokens")
+    ] = 48,
+) -> None:
+    """Steer a real model offline, and show base and steered side by side.
+
+    What is shown is the perplexity of held-out text under base, expert and steered base, and what base and
+    steered base write. All numbers are measured now.
+    """
+    SamplingParams(max_new_tokens=new_tokens, seed=seed)  # refused before models load
+    from proxytune.demo import run
+
+    answer = run(console=_stdout(), json_output=as_json, seed=seed, new_tokens=new_tokens)
+    if as_json:
+        typer.echo(_json_line(answer))
+
+
+# What the commands share ---------------------------------------------------------------------------
+
+
+def _steering(
+    recipe: Recipe, names: Sequence[str] | None, alpha: float | None
+) -> tuple[float | None, Experts]:
+    """Return alpha and experts of a request from `--alpha` and the values of `--expert`.
+
+    Raises:
+        UnknownExpert: The recipe has no expert of that name.
+        InvalidRequest: A strength is no finite number or said twice, or an expert is named twice.
+    """
+    if not names:
+        recipe.choose(None, alpha)
+        return alpha, None
+    own: dict[str, float | None] = {}
+    for item in names:
+        name, has_own, value = item.partition("=")
+        if name in own:
+            raise InvalidRequest(f"expert {name!r} is named twice.\nhint: name it once")
+        own[name] = _number(value, f"the strength of expert {name!r}") if has_own else None
+    chosen = recipe.choose(tuple(own), alpha)
+    if all(value is None for value in own.values()):
+        return alpha, tuple(own)
+    if alpha is not None and all(value is not None for value in own.values()):
+        raise InvalidRequest(
+            "--alpha is given and each expert has a strength of its own, so --alpha would do nothing.\n"
+            "hint: leave --alpha out"
+        )
+    return None, {name: chosen[name] if value is None else value for name, value in own.items()}
+
+
+def _number(text: str, name: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise InvalidRequest(
+            f"{name} is {text.strip()!r}, and must be a number.\n"
+            "hint: 0 is the base alone, 1 the published method"
+        ) from None
+    return check_alpha(value, name)
+
+
+def _load(
+    recipe: Recipe,
+    experts: Collection[str] | None,
+    *,
+    device: str | None,
+    dtype: str | None,
+) -> ProxyTuned:
+    """Load a recipe's models, only these experts', with a sign of life on stderr."""
+    with _stderr().status("loading models"):
+        from proxytune.model import ProxyTuned
+
+        return ProxyTuned.load(
+            recipe, device=device, dtype=dtype, experts=None if experts is None else tuple(experts)
+        )
+
+
+def _stdout() -> Console:
+    from rich.console import Console
+
+    # A table in a file has no width to keep to.
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def _json_line(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False)
+
+
+def _rate(num_tokens: int, seconds: float) -> str:
+    rate = f" ({num_tokens / seconds:,.1f} tokens/s)" if seconds > 0 else ""
+    return f"{num_tokens:,} tokens in {seconds:,.1f} s{rate}"
+
+
+def _strengths(alphas: Mapping[str, float]) -> str:
+    if not any(alphas.values()):
+        return "the base alone (alpha 0)"
+    return "steered by " + ", ".join(f"{name} at alpha {alpha:g}" for name, alpha in alphas.items())
+
+
+def _argument_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"the prompt is not UTF-8 text (character {error.start + 1}).\nhint: give it in UTF-8"
+        ) from error
+    return text
+
+
+def _stdin_text() -> str:
+    content = typer.get_binary_stream("stdin").read()
+    return _decoded(content, "stdin").removesuffix("\n").removesuffix("\r")
+
+
+def _file_text(path: Path) -> str:
+    """Return the text of a file, unpacked if it is called .gz.
+
+    Raises:
+        InputFileError: It cannot be read, or is no UTF-8 text.
+    """
+    import gzip
+    import zlib
+
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputFileError(
+            f"{path} cannot be read: {why}.\n"
+            "hint: --text-file takes a text file, also packed with gzip as .gz"
+        ) from error
+    return _decoded(content, str(path))
+
+
+def _decoded(content: bytes, name: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputFileError(
+            f"{name} is not UTF-8 text (byte {error.start + 1}).\nhint: convert it to UTF-8"
+        ) from error

