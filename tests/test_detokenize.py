@@ -431,5 +431,5 @@ def test_what_a_push_costs_does_not_grow_with_the_text(tokenizer, cycle, most):
         counting.num_ids.clear()
         stream.push(token_id)
         assert sum(counting.num_ids) <= most
-    if tokenizer is BYTE_LEVEL:
+    if tokenizer is BYTE_LEVEL or FFFD not in _decode(tokenizer, ids):
         assert stream.text + stream.finish() == _decode(tokenizer, ids)

@@ -160,8 +160,8 @@ class TextStream:
         """Drop the window's oldest ids, if its newest text stays as it is without them."""
         settled = self._window_text[: self._num_settled]
         num_unsettled = len(self._window_text) - self._num_settled
-        # The last settled character must be there again. U+FFFD alone says little: a window that begins within a
-        # character begins with up to 3 that are not in the text, so more than that must be.
+        # The last settled character must be there again. If it is U+FFFD, four must be: a window that begins
+        # within a character begins with up to three that are not in the text.
         num_compared = _MAX_UNSETTLED + 1 if settled.endswith(_REPLACEMENT) else 1
         tail = self._window_text[max(0, self._num_settled - num_compared) :]
         text = self._decode(self._window[-_CONTEXT:])
@@ -173,8 +173,6 @@ class TextStream:
         del self._window[:num_dropped]
         self._window_text = text
         self._num_settled = max(0, len(text) - num_unsettled)
-        if self._prompt_text:
-            self._prompt_text = text[: self._num_settled]
         self._num_settled_ids = max(0, self._num_settled_ids - num_dropped)
 
     def _context_of(self, prompt_ids: Sequence[int]) -> tuple[list[int], str]:
