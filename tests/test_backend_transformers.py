@@ -311,7 +311,8 @@ def test_a_peft_model_can_be_given_as_it_is(small):
     loaded = load(small, adapters_of(small, good=1))
     rows = ["good", None, "good"]
     torch.testing.assert_close(
-        backend.prefill(PROMPTS, adapters=rows).logits, loaded.prefill(PROMPTS, adapters=rows).logits
+        backend.prefill(PROMPTS, adapters=rows).logits,
+        loaded.prefill(PROMPTS, adapters=rows).logits,
     )
 
 

@@ -149,6 +149,12 @@ def running_dtype(dtype: str | None, *, stored_dtype: str, device: str) -> str:
     return stored_dtype if stored_dtype in DTYPES else "bfloat16"
 
 
+def max_context(config: Any) -> int | None:
+    """Return how many tokens a model of this text config can hold; None where positions do not end."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
 # Headers of weight files ---------------------------------------------------------------------------
 
 
@@ -542,8 +548,7 @@ class Checkpoint:
     @property
     def max_context(self) -> int | None:
         """Positions the model has; None where its config names no limit."""
-        positions = getattr(self._text_config, "max_position_embeddings", None)
-        return int(positions) if isinstance(positions, int) and positions > 0 else None
+        return max_context(self._text_config)
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """The loop: a batch of rows is prefilled, steered, sampled and extended until each row ends.
 
-Words: a *member* is one model as requests see it: a backend, perhaps an adapter on it, and the alignment of
-its vocabulary with the base's. An *ensemble* is the base (member 0) with its steering pairs. Members that share
-a backend run as rows of one forward. A *job* is a request with its prompt rendered for each member.
+Words: a *member* is one model as requests see it: a backend, perhaps an adapter on it, and the alignment
+of its vocabulary with the base's. An *ensemble* is the base (member 0) with its steering pairs. Members
+that share a backend run as rows of one forward. A *job* is a request, its prompt rendered per member.
 
 Rows do not influence each other: each has its own prompt, strength, seed, stop rules and length. Text appears
 here only through `TextStream`; formats, recipes and files never do.

@@ -154,7 +154,8 @@ def _show(console: Console, answer: dict[str, Any]) -> None:
         )
     console.print(table)
     console.print(
-        "base: SmolLM2-135M-Instruct, its weights untouched · expert: 7.6 M parameters · brackets: 95 % interval\n"
+        "base: SmolLM2-135M-Instruct, weights untouched · experts: 7.6 M parameters · "
+        "brackets: 95 % interval\n"
     )
     for result in answer["domains"]:
         console.print(Text(f"{result['title']}, continued by", style="bold"))

@@ -84,9 +84,8 @@ class ProxyTuned:
         from proxytune.checkpoint import AdapterFiles, Checkpoint, find_adapter, find_checkpoint
         from proxytune.doctor import examine
 
-        recipe = override(
-            recipe if isinstance(recipe, Recipe) else Recipe.read(recipe), device, dtype
-        )
+        recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
+        recipe = recipe.with_settings(device=device, dtype=dtype)
         if experts is not None:
             recipe.choose(tuple(experts), None)
             kept = tuple(e for e in recipe.experts if e.name in experts)
@@ -436,26 +435,6 @@ def as_request(
             "hint: put the settings into the Request"
         )
     return prompt
-
-
-def override(recipe: Recipe, device: str | None, dtype: str | None) -> Recipe:
-    """Return the recipe with every model on `device` and in `dtype`, where given."""
-    if device is None and dtype is None:
-        return recipe
-
-    def changed(spec: ModelSpec) -> ModelSpec:
-        if spec.same_as is not None:
-            return spec
-        return replace(spec, device=device or spec.device, dtype=dtype or spec.dtype)
-
-    return replace(
-        recipe,
-        base=changed(recipe.base),
-        experts=tuple(
-            replace(e, expert=changed(e.expert), anti_expert=changed(e.anti_expert))
-            for e in recipe.experts
-        ),
-    )
 
 
 def _bos_id(tokenizer: Tokenizer) -> int | None:

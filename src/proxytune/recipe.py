@@ -387,6 +387,29 @@ class Recipe:
             directory=Path.cwd() if directory is None else directory,
         )
 
+    def with_settings(
+        self,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        attn_implementation: str | None = None,
+    ) -> Recipe:
+        """Return the recipe with these settings in every model; None leaves each model its own."""
+        given = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
+        changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+
+        def changed(spec: ModelSpec) -> ModelSpec:
+            return spec if spec.same_as is not None else replace(spec, **changes)
+
+        return replace(
+            self,
+            base=changed(self.base),
+            experts=tuple(
+                replace(e, expert=changed(e.expert), anti_expert=changed(e.anti_expert))
+                for e in self.experts
+            ),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the object of config.json; `from_dict` reads it back."""
         content: dict[str, Any] = {

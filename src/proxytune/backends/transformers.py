@@ -25,6 +25,7 @@ import transformers
 from torch import Tensor, nn
 
 from proxytune.backends.base import Backend, Capabilities, Prefilled
+from proxytune.checkpoint import max_context, running_device, running_dtype
 from proxytune.errors import (
     AdapterMismatch,
     BackendError,
@@ -119,7 +120,7 @@ class TransformersBackend(Backend[TransformersState]):
                 "one token at a time"
             )
         self._is_pure_attention = _is_pure_attention(config)
-        self._max_context = _max_context(config)
+        self._max_context = max_context(config)
 
     @classmethod
     def load(
@@ -413,12 +414,6 @@ class TransformersBackend(Backend[TransformersState]):
             ) from None
 
 
-def _max_context(config: Any) -> int | None:
-    """Return how many tokens a model of this config can hold; None where positions do not end."""
-    positions = getattr(config, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 0 else None
-
-
 def _is_pure_attention(config: Any) -> bool:
     """Whether every layer's cache is keys and values of single tokens, so that tokens can be taken back."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -492,8 +487,6 @@ def _quiet() -> Iterator[None]:
 def _load_model(checkpoint: Checkpoint, spec: ModelSpec) -> Any:
     """Load the weights with transformers and translate what goes wrong."""
     from safetensors import SafetensorError
-
-    from proxytune.checkpoint import running_device, running_dtype
 
     name = checkpoint.name
     device = running_device(spec.device)

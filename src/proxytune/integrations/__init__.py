@@ -1,7 +1,7 @@
 """Proxy-tuning inside other engines, and how transformers learns of it.
 
-`AutoConfig`, `AutoTokenizer` and `AutoModelForCausalLM` must know a recipe after `import proxytune`, and that import
-must not load transformers. So `register_with_transformers` adds a finder to `sys.meta_path` that finds
+`AutoConfig`, `AutoTokenizer` and `AutoModelForCausalLM` must know recipes after `import proxytune`, and that
+import must not load transformers. So `register_with_transformers` adds a finder to `sys.meta_path` that finds
 nothing itself: when one of transformers' three Auto modules is imported, whenever that is, its registration
 runs right after. A module that is already there gets its registration at once.
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -61,15 +61,20 @@ class _AfterImport(MetaPathFinder):
             if find is not None and not isinstance(finder, _AfterImport):
                 spec = find(fullname, path, target)
             if spec is not None and spec.loader is not None:
-                execute = spec.loader.exec_module
-
-                def execute_and_register(module: ModuleType) -> None:
-                    execute(module)
-                    register()
-
-                spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+                _run_after(spec.loader, register)
                 return spec
         return None
+
+
+def _run_after(loader: Loader, register: Callable[[], None]) -> None:
+    """Have `register` run when the loader has executed its module."""
+    execute = loader.exec_module
+
+    def execute_and_register(module: ModuleType) -> None:
+        execute(module)
+        register()
+
+    loader.exec_module = execute_and_register  # type: ignore[method-assign]
 
 
 def register_with_transformers() -> None:

@@ -1,4 +1,4 @@
-"""What transformers' `AutoConfig` and `AutoTokenizer` make of a recipe: `ProxyTunedConfig`, the base's tokenizer.
+"""What transformers' `AutoConfig` and `AutoTokenizer` make of a recipe: a config, and the base's tokenizer.
 
 Nothing here loads torch models; `integrations/__init__.py` says why that matters.
 """
@@ -21,7 +21,7 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "s
 """Options of `from_pretrained` that say where a recipe comes from."""
 
 
-class ProxyTunedConfig(PreTrainedConfig):
+class ProxyTunedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """A recipe as transformers' config: the content of its config.json, unchanged.
 
     Attributes that transformers adds while a model runs are not saved.
@@ -131,7 +131,9 @@ class ProxyTunedTokenizer:
 
         hub = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
         settings = {key: options.pop(key) for key in cls.SETTINGS if key in options}
-        refuse_options(options, ignored=("use_fast", "tokenizer_type", "gguf_file", "tokenizer_file"))
+        refuse_options(
+            options, ignored=("use_fast", "tokenizer_type", "gguf_file", "tokenizer_file")
+        )
         recipe = read_recipe(reference, hub)
         tokenizer = find_checkpoint(
             recipe.base.model or "",

@@ -1,11 +1,11 @@
-"""A recipe as a transformers model: `ProxyTunedForCausalLM`, for `generate`, pipelines and evaluation harnesses.
+"""A recipe as a transformers model: `ProxyTunedForCausalLM`, for `generate`, pipelines and harnesses.
 
     import proxytune
     model = AutoModelForCausalLM.from_pretrained("my-recipe")
 
-The members run through the transformers backend and the formula is `steer.py`'s; what is here is the shape that
-transformers expects: a forward with logits and loss, and a KV cache that holds those of all members. There is
-one stream of tokens, the base's, so recipes whose models want different prompts are refused.
+The members run through the transformers backend and the formula is `steer.py`'s; what is here is the shape
+that transformers expects: a forward with logits and loss, and a KV cache that holds those of all members.
+There is one stream of tokens, the base's, so recipes whose models want different prompts are refused.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +37,17 @@ from proxytune.integrations.auto import (
 if TYPE_CHECKING:
     from proxytune.backends.transformers import TransformersBackend
     from proxytune.model import ProxyTuned
-    from proxytune.recipe import ModelSpec, Recipe
+    from proxytune.recipe import Recipe
 
 Experts = str | tuple[str, ...] | Mapping[str, float] | None
 
-_NO_EFFECT = ("low_cpu_mem_usage", "use_safetensors", "adapter_kwargs", "max_shard_size", "safe_serialization")
+_NO_EFFECT = (
+    "low_cpu_mem_usage",
+    "use_safetensors",
+    "adapter_kwargs",
+    "max_shard_size",
+    "safe_serialization",
+)
 """Options about weight files: a recipe has none, and its models are always read from safetensors."""
 
 _LOSS_OPTIONS = ("num_items_in_batch", "shift_labels", "ignore_index")
@@ -117,13 +123,17 @@ class ProxyTunedCache(Cache):
         """Return the length and offset of an attention mask."""
         return self.num_slots + query_length, 0
 
-    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+    def has_previous_state(
+        self, layer_idx: int | None = None, state_idx: int | None = None
+    ) -> bool:
         """Whether anything is kept."""
         return self.num_slots > 0
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Refuse: only the members' own layers write, each into its member's cache."""
-        raise UnsupportedModel("a ProxyTunedCache belongs to a ProxyTunedForCausalLM, not to a single model")
+        raise UnsupportedModel(
+            "a ProxyTunedCache belongs to a ProxyTunedForCausalLM, not to a single model"
+        )
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens of every row; `tokens_to_remove` is negative, as in transformers."""
@@ -160,7 +170,7 @@ class ProxyTunedCache(Cache):
             self.reorder_cache(torch.arange(self.num_rows).repeat_interleave(repeats))
 
 
-class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
+class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
     """A base steered by experts, as a causal language model of transformers.
 
     Logits are float32, and -inf at padding ids of the base's vocabulary. The members are frozen. `alpha` and
@@ -180,7 +190,6 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     base_model_prefix = ""
     _supports_sdpa = True
-    _keys_to_ignore_on_save: ClassVar[Any] = None
 
     def __init__(self, config: ProxyTunedConfig, proxy_tuned: ProxyTuned | None = None) -> None:
         # A member has its own attention; transformers checks what stands here against this class.
@@ -194,25 +203,28 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         backends: list[Any] = [member.backend for member in self._ensemble.members]
         unique = [b for i, b in enumerate(backends) if b not in backends[:i]]
         self.members = nn.ModuleList([backend.model for backend in unique])
-        self.register_buffer("_padding_ids", self._ensemble.vocabulary.padding_ids, persistent=False)
+        self.register_buffer(
+            "_padding_ids", self._ensemble.vocabulary.padding_ids, persistent=False
+        )
         self._is_stateful = not all(backend.capabilities.can_rewind for backend in unique)
         self._describe(unique)
         self._alpha: float | None = None
         self._experts: Experts = None
-        self.eval()
+        self.train(False)
 
     def _describe(self, backends: Sequence[TransformersBackend]) -> None:
         """Tell transformers and harnesses what they look up on a model and its config."""
         base = self.members[0]
         self.config.vocab_size = self._ensemble.vocabulary.width
         limits = [b.capabilities.max_context for b in backends]
-        self.config.max_position_embeddings = min((n for n in limits if n is not None), default=None)
+        self.config.max_position_embeddings = min(
+            (n for n in limits if n is not None), default=None
+        )
         devices: list[dict[str, Any]] = [getattr(m, "hf_device_map", {}) for m in self.members]
         is_spread = any(len(set(places.values())) > 1 for places in devices)
         if is_spread or any(getattr(member, "is_quantized", False) for member in self.members):
             self.hf_device_map = dict(devices[0]) or {"": base.device}
-        settings: Any = getattr(base, "generation_config", None) or GenerationConfig()
-        settings = copy.deepcopy(settings)
+        settings: Any = copy.deepcopy(base.generation_config)
         settings.cache_implementation = None  # the members choose their own
         eos = list(self._ensemble.eos_token_ids)
         if eos:
@@ -224,7 +236,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         self.generation_config = settings
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *model_args: Any,
@@ -279,7 +291,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             )
         refuse_options(options, ignored=_NO_EFFECT)
         if attention is not None:
-            recipe = _change(recipe, attn_implementation=str(attention))
+            recipe = recipe.with_settings(attn_implementation=str(attention))
         proxy_tuned = _load(
             recipe,
             device=device,
@@ -346,12 +358,17 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
                     "hint: the forward of a recipe takes input_ids, attention_mask, position_ids and labels"
                 )
         if input_ids is None or input_ids.dim() != 2 or not input_ids.shape[1]:
-            raise InvalidRequest("input_ids must be given, as [batch, num_tokens] with at least one token")
+            raise InvalidRequest(
+                "input_ids must be given, as [batch, num_tokens] with at least one token"
+            )
         pairs = self._chosen_pairs(alpha, experts)
-        cache = self._cache(past_key_values, [index for index, _ in pairs]) if use_cache is not False else None
-        parts = self._parts([index for index, _ in pairs]) if cache is None else cache.parts
+        steering = [index for index, _ in pairs]
+        cache = self._cache(past_key_values, steering) if use_cache is not False else None
+        parts = self._parts(steering) if cache is None else cache.parts
         num_kept = 0 if cache is None else cache.num_slots
-        attention_mask, position_ids = _check_places(input_ids, attention_mask, position_ids, num_kept)
+        attention_mask, position_ids = _check_places(
+            input_ids, attention_mask, position_ids, num_kept
+        )
 
         num_logits = logits_to_keep if isinstance(logits_to_keep, int) else 0
         logits: dict[int, Tensor] = {}
@@ -368,7 +385,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=steered, labels=labels, vocab_size=steered.shape[-1], **loss_options
             )
-        output = CausalLMOutputWithPast(loss=loss, logits=steered, past_key_values=cache)  # type: ignore[arg-type]
+        output = CausalLMOutputWithPast(loss=loss, logits=steered, past_key_values=cache)
         return output.to_tuple() if return_dict is False else output
 
     def _chosen_pairs(self, alpha: float | None, experts: Experts) -> list[tuple[int, float]]:
@@ -447,10 +464,11 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         if limit is not None and num_kept + num_new > limit:
             part.backend.check_length(int(position_ids.max()) + 1)
         count = len(members)
+        mask = None if attention_mask is None else attention_mask.repeat(count, 1).to(device)
         answer = part.backend.run(
             rows.to(device),
             cache=part.cache,
-            attention_mask=None if attention_mask is None else attention_mask.repeat(count, 1).to(device),
+            attention_mask=mask,
             position_ids=position_ids.repeat(count, 1).to(device),
             adapters=[member.adapter for member in members for _ in range(len(ids))],
             num_logits=num_logits,
@@ -475,8 +493,12 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             steered = steered.index_fill(-1, padding_ids.to(steered.device), -torch.inf)
         return steered
 
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Give `generate` an empty cache of all members."""
         if generation_config.cache_implementation is not None:
@@ -502,7 +524,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         head: nn.Module = base.get_output_embeddings()
         return head
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: the members share one set of tokens.
 
         Raises:
@@ -510,7 +532,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
         """
         raise UnsupportedModel("the vocabulary of a recipe is its models', and cannot be resized")
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
@@ -534,7 +556,14 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):
             UnsupportedModel: An option cannot be honoured.
         """
         repo_id = kwargs.pop("repo_id", None)
-        hub_keys = ("commit_message", "commit_description", "private", "token", "revision", "create_pr")
+        hub_keys = (
+            "commit_message",
+            "commit_description",
+            "private",
+            "token",
+            "revision",
+            "create_pr",
+        )
         hub = {key: kwargs.pop(key) for key in hub_keys if key in kwargs}
         refuse_options(kwargs, ignored=_NO_EFFECT)
         if not is_main_process:
@@ -611,27 +640,11 @@ def _load(recipe: Recipe, *, device: str | None, dtype: str | None) -> ProxyTune
     for name, prompt in prompts.items():
         if prompt != recipe.base.prompt:
             raise UnsupportedModel(
-                f"{name} wants its prompt as {prompt!r} and base as {recipe.base.prompt!r}, and transformers' "
-                "generate has one stream of tokens for all.\n"
+                f"{name} wants its prompt as {prompt!r} and base as {recipe.base.prompt!r}, and "
+                "transformers' generate has one stream of tokens for all.\n"
                 "hint: use proxytune.ProxyTuned or `proxytune generate`, which render a prompt for each model"
             )
     return ProxyTuned.load(recipe, device=device, dtype=dtype)
-
-
-def _change(recipe: Recipe, **changes: Any) -> Recipe:
-    """Return the recipe with the same changes in every model."""
-
-    def changed(spec: ModelSpec) -> ModelSpec:
-        return spec if spec.same_as is not None else replace(spec, **changes)
-
-    return replace(
-        recipe,
-        base=changed(recipe.base),
-        experts=tuple(
-            replace(e, expert=changed(e.expert), anti_expert=changed(e.anti_expert))
-            for e in recipe.experts
-        ),
-    )
 
 
 def _references(recipe: Recipe) -> list[str]:
@@ -647,7 +660,11 @@ def _device_name(device_map: Any) -> str | None:
     """
     if isinstance(device_map, Mapping) and set(device_map) == {""}:
         device_map = device_map[""]
-    if isinstance(device_map, Mapping) or device_map in ("balanced", "balanced_low_0", "sequential"):
+    if isinstance(device_map, Mapping) or device_map in (
+        "balanced",
+        "balanced_low_0",
+        "sequential",
+    ):
         raise UnsupportedModel(
             f"device_map is {device_map!r}, and a recipe has several models, whose layers it cannot tell "
             'apart.\nhint: give one device or "auto", or set device for each model in the recipe'
