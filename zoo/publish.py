@@ -149,8 +149,8 @@ def write_card(measured: dict, training: list[dict]) -> None:
     last = training[-1]
     lines += [
         "",
-        f"Measured with `python zoo/publish.py`, the last step of `make zoo`, on {measured['machine']}, float32,",
-        f"torch {measured['torch']}, transformers {measured['transformers']}; windows of 512 tokens.",
+        f"Measured with `python zoo/publish.py`, the last step of `make zoo`, on {measured['machine']},",
+        f"float32, torch {measured['torch']}, transformers {measured['transformers']}; 512-token windows.",
         "",
         "## Training",
         "",

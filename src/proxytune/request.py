@@ -31,7 +31,7 @@ def check_alpha(alpha: float, name: str = "alpha") -> float:
     Raises:
         InvalidRequest: It is not a finite number.
     """
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if not _is_number(alpha):
         raise InvalidRequest(
             f"{name} is {alpha!r}, and the strength of steering must be a finite number.\n"
             "hint: 0 is the base alone, 1 the published method"
@@ -49,7 +49,18 @@ def _is_count(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # A whole number beyond every float.
+        return False
+
+
+MIN_TEMPERATURE = 1e-4
+"""Below it, logits divided by the temperature would leave float32; the draw has long become greedy."""
+MAX_PENALTY = 1e4
+"""Beyond it, penalised logits would lose their digits in float32 and then leave it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +70,7 @@ class SamplingParams:
     Args:
         max_new_tokens: Most tokens to generate, at least 1.
         min_new_tokens: Tokens before an end-of-sequence token or a stop string may end the text.
-        temperature: 0 takes the most likely token; above 0 samples, with logits divided by it.
+        temperature: 0 takes the most likely token; from 1e-4 on it samples, with logits divided by it.
         top_k: Keep the k most likely tokens; 0 keeps all.
         top_p: Keep the smallest set of tokens whose probability reaches this; 1 keeps all.
         min_p: Keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
@@ -116,7 +127,8 @@ class SamplingParams:
             f"max_new_tokens ({self.max_new_tokens})",
         )
         _require(
-            self.temperature >= 0, f"temperature is {self.temperature}, and must be at least 0"
+            self.temperature == 0 or self.temperature >= MIN_TEMPERATURE,
+            f"temperature is {self.temperature}, and must be 0 (greedy) or at least {MIN_TEMPERATURE}",
         )
         _require(
             self.top_k >= 0, f"top_k is {self.top_k}, and must be at least 0 (0 keeps all tokens)"
@@ -124,9 +136,16 @@ class SamplingParams:
         _require(0 < self.top_p <= 1, f"top_p is {self.top_p}, and must lie in (0, 1]")
         _require(0 <= self.min_p <= 1, f"min_p is {self.min_p}, and must lie in [0, 1]")
         _require(
-            self.repetition_penalty > 0,
-            f"repetition_penalty is {self.repetition_penalty}, and must be above 0 (1 is off)",
+            1 / MAX_PENALTY <= self.repetition_penalty <= MAX_PENALTY,
+            f"repetition_penalty is {self.repetition_penalty}, and must be above 0 (1 is off), from "
+            f"{1 / MAX_PENALTY} to {MAX_PENALTY:g}",
         )
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(
+                abs(value) <= MAX_PENALTY,
+                f"{name} is {value}, and must lie between {-MAX_PENALTY:g} and {MAX_PENALTY:g}",
+            )
         _require(
             self.logprobs is None or (_is_count(self.logprobs) and 0 <= self.logprobs <= 100),
             f"logprobs is {self.logprobs!r}, and must be a whole number from 0 to 100, or None",

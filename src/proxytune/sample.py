@@ -169,7 +169,8 @@ class BatchSampler:
             values = [getattr(p, name) for p in self._params]
             if all(value == off for value in values):
                 return None
-            return torch.tensor(values, device=self._device)
+            # A top_k may be larger than any tensor's integer; a vocabulary never is.
+            return torch.tensor([min(value, 2**31) for value in values], device=self._device)
 
         self._is_greedy = torch.tensor([p.is_greedy for p in self._params], device=self._device)
         self._any_greedy = any(p.is_greedy for p in self._params)
