@@ -126,6 +126,14 @@ def test_options_of_a_line_hold_for_it_alone(tmp_path: Path):
     assert "logprobs" not in plain
 
 
+def test_a_top_k_larger_than_any_vocabulary_keeps_all_tokens(tmp_path: Path):
+    whole, cut = (
+        one({"prompt": "ab", "options": {"top_k": top_k}}, tmp_path)["output"]["text"]
+        for top_k in (0, 2**70)
+    )
+    assert whole == cut
+
+
 def test_a_lines_alpha_and_experts_replace_the_runs(tmp_path: Path):
     own = {"first": 0.5, "second": 0.5}
     answer = one({"prompt": "ab", "options": {"alpha": 2}}, tmp_path, experts=own)
@@ -191,6 +199,18 @@ BAD_LINES = {
     "alpha twice": ('{"prompt": "ab", "options": {"alpha": 1, "expert": {"first": 2}}}', "twice"),
     "unknown expert": ('{"prompt": "ab", "options": {"expert": "third"}}', "first, second"),
     "expert is a number": ('{"prompt": "ab", "options": {"expert": 3}}', "expert"),
+    "alpha beyond floats": (
+        f'{{"prompt": "ab", "options": {{"alpha": 1{"0" * 400}}}}}',
+        "finite number",
+    ),
+    "temperature float32 rounds to 0": (
+        '{"prompt": "ab", "options": {"temperature": 1e-320}}',
+        "temperature",
+    ),
+    "penalty float32 has not": (
+        '{"prompt": "ab", "options": {"presence_penalty": 1e300}}',
+        "presence_penalty",
+    ),
     "NaN": ('{"prompt": "ab", "score": NaN}', "cannot be kept"),
     "too large a number": ('{"prompt": "ab", "score": 1e999}', "cannot be kept"),
     "half a character": (r'{"prompt": "ab\ud800"}', "surrogate"),

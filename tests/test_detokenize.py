@@ -209,6 +209,7 @@ def test_the_first_word_after_a_prompt_keeps_its_space(tokenizer):
 def test_ids_that_no_token_has_are_no_text_and_change_none():
     no_token = [9999] * 30
     assert _streamed(LLAMA, [SPACE, *no_token, *_ids(LLAMA, "▁the")]) == " the"
+    assert _streamed(LLAMA, [*_ids(LLAMA, "ab"), *no_token, *_ids(LLAMA, "▁the")]) == "ab the"
     half = [0x61] * 10 + [0xF0]
     assert _streamed(BYTE_LEVEL, [*no_token, 0x9F, 0x98, 0x80], prompt_ids=half) == "😀"
 

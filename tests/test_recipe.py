@@ -444,3 +444,15 @@ def test_a_spec_with_quantisation_can_be_a_key():
     assert {spec: 1}[replace(spec)] == 1
     assert spec != replace(spec, quantization={"load_in_8bit": True})
     assert Path(two_experts().directory).is_absolute()
+
+
+def test_a_model_card_nobody_edited_follows_the_recipe_and_an_edited_one_stays(tmp_path):
+    first = Recipe(ModelSpec("a/b"), (ExpertSpec("x", ModelSpec("a/c"), ModelSpec("a/d")),))
+    other = Recipe(ModelSpec("a/other"), first.experts)
+    first.write(tmp_path)
+    other.write(tmp_path, overwrite=True)
+    assert (tmp_path / "README.md").read_text() == Recipe.read(tmp_path).model_card()
+    assert "a/other" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("mine")
+    first.write(tmp_path, overwrite=True)
+    assert (tmp_path / "README.md").read_text() == "mine"

@@ -71,7 +71,7 @@ def test_impossible_or_contradictory_sampling_is_refused(settings):
         SamplingParams(**settings)
 
 
-@pytest.mark.parametrize("alpha", [math.nan, math.inf, -math.inf, "1", True])
+@pytest.mark.parametrize("alpha", [math.nan, math.inf, -math.inf, 1e38, 10**400, "1", True])
 def test_an_alpha_that_is_not_a_finite_number_is_refused(alpha):
     with pytest.raises(InvalidRequest, match="alpha"):
         Request("x", alpha=alpha)

@@ -285,7 +285,8 @@ class Batch:
         if row.text.stopped:
             return "stop", text
         if row.num_new >= row.job.sampling.max_new_tokens:
-            return "length", text + row.text.finish()
+            text += row.text.finish()  # which may complete a stop string that was held back
+            return "stop" if row.text.stopped else "length", text
         return None, text
 
     def _steer(self) -> Tensor:

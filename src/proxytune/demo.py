@@ -49,7 +49,7 @@ def run(
     """Score held-out texts and continue prompts, base against steered, and show both.
 
     Args:
-        console: Where progress goes, and the answer unless `json_output`.
+        console: Where the answer goes; progress goes to stderr.
         json_output: Return the numbers only; the caller prints them.
         seed: Of the sampled continuations.
         new_tokens: Length of each continuation.
@@ -58,13 +58,12 @@ def run(
         What was measured: per domain the perplexities, the change with its interval, and both texts.
     """
     started = time.perf_counter()
-    progress_console = console if not json_output else Console(stderr=True)
     with Progress(
         TextColumn("{task.description:<44}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
-        console=progress_console,
+        console=Console(stderr=True),
         transient=True,
     ) as progress:
         task = progress.add_task("loading models (the first time converts one)", total=None)

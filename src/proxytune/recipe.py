@@ -203,9 +203,7 @@ class ExpertSpec:
         try:
             object.__setattr__(self, "alpha", check_alpha(self.alpha))
         except (InvalidRequest, OverflowError) as error:
-            raise RecipeError(
-                f"alpha is {_show(self.alpha)}, and must be a finite number"
-            ) from error
+            raise RecipeError(str(error)) from error
         if self.expert.same_as and self.anti_expert.same_as:
             raise RecipeError(
                 'expert and anti_expert are both {"same_as": "base"}, so their difference is nothing.\n'
@@ -427,7 +425,8 @@ class Recipe:
         """Write the recipe and return it as it stands there.
 
         Local paths are written so that they lead to the same files from the new place; adapters inside the
-        recipe's own directory are copied along. A model card is written where there is none.
+        recipe's own directory are copied along. A model card is written where there is none, and replaces one
+        that this method wrote and nobody edited.
 
         Args:
             directory: Made if it is not there.
@@ -448,7 +447,7 @@ class Recipe:
                 if not (target / reference).exists():
                     _copy_tree(adapter, target / reference)
             content = json.dumps(moved.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-            if not (target / "README.md").exists():
+            if _may_write_card(target):
                 _replace_file(target / "README.md", moved.model_card())
             _replace_file(target / "config.json", content + "\n")
         except OSError as error:
@@ -732,6 +731,20 @@ def _close_match(word: str, known: Sequence[str]) -> str:
 
 
 # Writing -------------------------------------------------------------------------------------------
+
+
+def _may_write_card(target: Path) -> bool:
+    """Whether the directory has no model card, or the one its recipe was written with."""
+    try:
+        there = (target / "README.md").read_text("utf-8")
+    except FileNotFoundError:
+        return True
+    except (OSError, UnicodeDecodeError):
+        return False
+    try:
+        return there == Recipe.read(target).model_card()
+    except RecipeError:
+        return False
 
 
 def _check_free(target: Path, recipe: Recipe, *, overwrite: bool) -> None:

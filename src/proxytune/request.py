@@ -25,15 +25,20 @@ Prompt = str | Sequence[Message] | Sequence[int]
 """Text, a conversation, or token ids of the base's vocabulary."""
 
 
+MAX_ALPHA = 1e4
+"""Beyond it, offsets of ordinary size would leave float32 no digits of the base."""
+
+
 def check_alpha(alpha: float, name: str = "alpha") -> float:
     """Return `alpha` as a float.
 
     Raises:
-        InvalidRequest: It is not a finite number.
+        InvalidRequest: It is not a finite number, or larger than `MAX_ALPHA` either way.
     """
-    if not _is_number(alpha):
+    if not _is_number(alpha) or abs(alpha) > MAX_ALPHA:
         raise InvalidRequest(
-            f"{name} is {alpha!r}, and the strength of steering must be a finite number.\n"
+            f"{name} is {alpha!r}, and the strength of steering must be a finite number between "
+            f"-{MAX_ALPHA:g} and {MAX_ALPHA:g}.\n"
             "hint: 0 is the base alone, 1 the published method"
         )
     return float(alpha)
@@ -59,6 +64,8 @@ def _is_number(value: object) -> bool:
 
 MIN_TEMPERATURE = 1e-4
 """Below it, logits divided by the temperature would leave float32; the draw has long become greedy."""
+MAX_TEMPERATURE = 1e4
+"""All tokens are about equally likely long before; infinity in float32 would make logits of -inf NaN."""
 MAX_PENALTY = 1e4
 """Beyond it, penalised logits would lose their digits in float32 and then leave it."""
 
@@ -70,7 +77,7 @@ class SamplingParams:
     Args:
         max_new_tokens: Most tokens to generate, at least 1.
         min_new_tokens: Tokens before an end-of-sequence token or a stop string may end the text.
-        temperature: 0 takes the most likely token; from 1e-4 on it samples, with logits divided by it.
+        temperature: 0 takes the most likely token; from 1e-4 to 1e4 it samples, with logits divided by it.
         top_k: Keep the k most likely tokens; 0 keeps all.
         top_p: Keep the smallest set of tokens whose probability reaches this; 1 keeps all.
         min_p: Keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
@@ -127,8 +134,9 @@ class SamplingParams:
             f"max_new_tokens ({self.max_new_tokens})",
         )
         _require(
-            self.temperature == 0 or self.temperature >= MIN_TEMPERATURE,
-            f"temperature is {self.temperature}, and must be 0 (greedy) or at least {MIN_TEMPERATURE}",
+            self.temperature == 0 or MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE,
+            f"temperature is {self.temperature}, and must be 0 (greedy) or lie between {MIN_TEMPERATURE} "
+            f"and {MAX_TEMPERATURE:g}",
         )
         _require(
             self.top_k >= 0, f"top_k is {self.top_k}, and must be at least 0 (0 keeps all tokens)"
