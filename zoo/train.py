@@ -277,6 +277,47 @@ def train_anti_expert(args: argparse.Namespace) -> None:
 # Experts ----------------------------------------------------------------------------------------------------
 
 
+class SteeredSoftmax(torch.autograd.Function):
+    """Cross-entropy of the steered base at strength 1, for training the expert through the ensemble.
+
+    Output heads are linear, so the steered logits are one product of concatenated hidden states:
+
+        base + expert - anti_expert = [h_base, h_expert - h_anti] @ [E_base, E_small]^T
+
+    and base logits, 96 KB a token, never have to be stored: its hidden states are 1 KB.
+    """
+
+    @staticmethod
+    def forward(ctx, offset: Tensor, base_hidden: Tensor, heads: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss.
+
+        Args:
+            ctx: Autograd's.
+            offset: `[rows, small width]`, the expert's hidden states minus the anti-expert's.
+            base_hidden: `[rows, base width]` bfloat16.
+            heads: `[base width + small width, vocab]` bfloat16.
+            targets: `[rows]`.
+        """
+        rows = 256
+        small_head = heads[base_hidden.shape[1] :]
+        grad_offset = torch.empty_like(offset)
+        total = 0.0
+        for start in range(0, len(offset), rows):
+            part = slice(start, start + rows)
+            both = torch.cat([base_hidden[part], offset[part].bfloat16()], dim=1)
+            grad, losses, at_target = _normalise(torch.mm(both, heads), targets[part])
+            grad.scatter_(1, targets[part, None], at_target.bfloat16())
+            total += float(losses.sum())
+            grad_offset[part] = torch.mm(grad, small_head.t())
+        ctx.save_for_backward(grad_offset / len(offset))
+        return offset.new_tensor(total / len(offset))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        """Return the gradient of the offset."""
+        return ctx.saved_tensors[0] * grad, None, None, None
+
+
 class SteeredValidation:
     """The perplexity of held-out text under the steered base, for choosing an expert by what it is for.
 
@@ -284,10 +325,10 @@ class SteeredValidation:
     once, over a fixed sample of the domain's validation split, and kept in half precision.
     """
 
-    ALPHAS = (0.15, 0.25, 0.35, 0.5, 0.65, 0.8, 1.0)
+    ALPHAS = (0.5, 0.75, 1.0, 1.25)
 
     def __init__(
-        self, base: nn.Module, anti_expert: nn.Module, corpus: str, num_windows: int = 12
+        self, base: nn.Module, anti_expert: nn.Module, corpus: str, num_windows: int
     ) -> None:
         self._windows = corpora.valid_windows(corpus, 512, num_windows)
         self._kept = [
@@ -314,16 +355,38 @@ class SteeredValidation:
         return {name: math.exp(total / len(self._windows)) for name, total in sums.items()}
 
 
+@torch.no_grad()
+def hidden_states(model: LlamaForCausalLM, windows: Tensor) -> Tensor:
+    """Return hidden states `[windows, length, width]` in bfloat16 for `[windows, length + 1]` token ids."""
+    parts = []
+    for start in range(0, len(windows), 4):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model.model(input_ids=windows[start : start + 4, :-1], use_cache=False)
+        parts.append(out.last_hidden_state.bfloat16())
+        if start % 80 == 0:
+            print(f"hidden states of the base: {start} of {len(windows)} windows", flush=True)
+    return torch.cat(parts)
+
+
 def train_expert(args: argparse.Namespace) -> None:
-    """Train a LoRA expert for one domain and keep the state that steers the base best."""
+    """Train a LoRA expert through the ensemble and keep the state that steers the base best.
+
+    The loss is that of `base + expert - anti_expert` with base and anti-expert frozen: Consistent Proxy
+    Tuning, He et al. 2024, arXiv:2407.01155, where both of its forms coincide, at alpha 1.
+    """
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(args.seed)
     base = load_base()
     anti_expert = LlamaForCausalLM.from_pretrained(args.anti_expert, dtype=torch.float32)
     with torch.no_grad():
-        validation = SteeredValidation(base, anti_expert, args.corpus)
-    del base
+        validation = SteeredValidation(base, anti_expert, args.corpus, args.valid_windows)
+    windows = corpora.train_windows(args.corpus, 512, args.max_windows, args.seed)
+    base_hidden = hidden_states(base, windows)
+    anti_hidden = hidden_states(anti_expert, windows)
+    tables = [m.get_input_embeddings().weight.detach() for m in (base, anti_expert)]
+    heads = torch.cat(tables, dim=1).bfloat16().t().contiguous()
+    del base, tables
     config = LoraConfig(
         r=args.rank,
         lora_alpha=2 * args.rank,
@@ -340,40 +403,42 @@ def train_expert(args: argparse.Namespace) -> None:
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(anti_expert, config)
-    table = anti_expert.get_input_embeddings().weight
     body = anti_expert.model
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
-    windows = corpora.Windows({args.corpus: 1.0}, args.seed)
     output = args.output or corpora.BUILD_DIR / args.corpus
     output.mkdir(parents=True, exist_ok=True)
     log = (output / "train_log.jsonl").open("w")
+    rows = 4
+    num_steps = args.epochs * (len(windows) // rows)
     best = math.inf
     started = time.time()
-    for step in range(args.steps + 1):
-        if step % args.eval_every == 0 or step == args.steps:
+    order: list[int] = []
+    for step in range(num_steps + 1):
+        if step % args.eval_every == 0 or step == num_steps:
             scores = validation.perplexities(model)
             alpha = min(SteeredValidation.ALPHAS, key=lambda a: scores[str(a)])
-            row = {"step": step, "elapsed_s": round(time.time() - started), "alpha": alpha}
-            row |= {name: round(value, 3) for name, value in scores.items()}
+            row = {"step": step, "of": num_steps, "elapsed_s": round(time.time() - started)}
+            row |= {"alpha": alpha} | {name: round(value, 3) for name, value in scores.items()}
             print(json.dumps(row), flush=True)
             log.write(json.dumps(row) + "\n")
             log.flush()
             if scores[str(alpha)] < best:
                 best = scores[str(alpha)]
                 model.save_pretrained(output)
-        if step == args.steps:
+        if step == num_steps:
             break
-        rows, length = (4, 512) if step % 2 else (8, 256)
-        length = min(length, args.max_length)
+        if len(order) < rows:
+            order = torch.randperm(len(windows)).tolist()
+        picks, order = order[:rows], order[rows:]
         optimizer.param_groups[0]["lr"] = (
-            args.lr * min(1.0, (step + 1) / 20) * max(0.05, 1 - step / args.steps)
+            args.lr * min(1.0, (step + 1) / 20) * max(0.05, 1 - step / num_steps)
         )
-        batch = windows.batch(rows, length)
         with torch.autocast("cpu", torch.bfloat16):
-            hidden = body(input_ids=batch[:, :-1], use_cache=False).last_hidden_state
-        hidden = hidden.float().reshape(-1, hidden.shape[-1])
-        loss = FullSoftmax.apply(hidden, table, batch[:, 1:].reshape(-1))
+            hidden = body(input_ids=windows[picks, :-1], use_cache=False).last_hidden_state
+        offset = (hidden.float() - anti_hidden[picks].float()).flatten(0, 1)
+        targets = windows[picks, 1:].flatten()
+        loss = SteeredSoftmax.apply(offset, base_hidden[picks].flatten(0, 1), heads, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -410,11 +475,12 @@ def main() -> None:
     expert.add_argument("--anti-expert", type=Path, default=corpora.BUILD_DIR / "anti-expert")
     expert.add_argument("--output", type=Path)
     expert.add_argument("--rank", type=int, default=32)
-    expert.add_argument("--dropout", type=float, default=0.05)
+    expert.add_argument("--dropout", type=float, default=0.1)
     expert.add_argument("--lr", type=float, default=2e-3)
-    expert.add_argument("--steps", type=int, default=500)
-    expert.add_argument("--max-length", type=int, default=512)
-    expert.add_argument("--eval-every", type=int, default=50)
+    expert.add_argument("--epochs", type=int, default=3)
+    expert.add_argument("--max-windows", type=int, default=600)
+    expert.add_argument("--valid-windows", type=int, default=10)
+    expert.add_argument("--eval-every", type=int, default=75)
     expert.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     {"anti-expert": train_anti_expert, "expert": train_expert}[args.command](args)
