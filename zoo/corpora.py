@@ -115,7 +115,7 @@ def valid_windows(corpus: str, length: int, num_windows: int, split: str = "vali
 
 
 def train_windows(corpus: str, length: int, max_windows: int, seed: int) -> torch.Tensor:
-    """Return up to `max_windows` windows of a training split, drawn without overlap, `[windows, length + 1]`."""
+    """Return up to `max_windows` windows of a training split, without overlap, `[windows, length + 1]`."""
     stream = token_ids(corpus, "train")
     starts = np.arange(0, len(stream) - length - 1, length)
     starts = np.sort(np.random.default_rng(seed).permutation(starts)[:max_windows])
