@@ -19,8 +19,7 @@ HERE = Path(__file__).parent
 SETTINGS = {
     "anti-expert": ["--sampled-tokens", "10000000", "--full-tokens", "3000000"],
     "tinyshakespeare": [],
-    "legal_dc_code": [],
-    "recipes_based_cooking": ["--steps", "200", "--eval-every", "20"],
+    "legal_dc_code": ["--epochs", "2", "--max-windows", "300", "--valid-windows", "8"],
 }
 """What `train.py` is told beside its defaults: the settings of the family that is shipped."""
 

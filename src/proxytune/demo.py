@@ -39,7 +39,6 @@ class Domain:
 DOMAINS = (
     Domain("tinyshakespeare", "Shakespeare's plays", "KING RICHARD:\nWhat news from"),
     Domain("legal", "the law of the District of Columbia", "(a) The owner of a building shall"),
-    Domain("recipes", "cooking recipes", "Tomato Soup\n\n## Ingredients\n\n-"),
 )
 
 
