@@ -173,12 +173,17 @@ def test_automodel_generates_the_same_tokens_as_the_library(smol):
     assert ties(smol.generate(prompt, GREEDY).steps, theirs) <= 1
 
 
-def test_steering_lowers_the_perplexity_of_held_out_text_of_each_domain(smol):
-    from proxytune.checkpoint import resolve_package
+def test_the_demo_measures_that_steering_lowers_the_perplexity_of_each_domain(capsys):
+    from rich.console import Console
 
-    for expert in smol.recipe.experts:
-        text = resolve_package(f"{SMOL}/heldout/{expert.name}.txt").read_text("utf-8")[:3000]
-        report = smol.score(text, [expert.alpha], experts=expert.name)
-        steered = report.row("steered", expert.alpha)
-        assert steered.perplexity < report.row("base").perplexity
-        assert steered.perplexity < report.row(f"{expert.name}.expert").perplexity
+    from proxytune.demo import run
+
+    answer = run(console=Console(width=100), json_output=False, new_tokens=4)
+    shown = capsys.readouterr().out
+    assert len(answer["domains"]) >= 2
+    for domain in answer["domains"]:
+        perplexity = domain["perplexity"]
+        assert perplexity["steered"] < min(perplexity["base"], perplexity["expert"])
+        assert domain["num_tokens"] > 1000
+        assert domain["title"] in shown
+        assert f"{perplexity['steered']:.1f}" in shown

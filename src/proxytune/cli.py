@@ -1018,7 +1018,7 @@ def _show_scores(report: ScoreReport) -> None:
 @_command("proxytune demo")
 def demo(
     as_json: JsonOption = False,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the continuations")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the continuations")] = 1,
     new_tokens: Annotated[
         int, typer.Option(metavar="N", help="Length of each continuation, in tokens")
     ] = 48,

@@ -25,6 +25,8 @@ from proxytune.request import Request, SamplingParams
 from proxytune.score import ScoreReport
 
 RECIPE = "package:proxytune/smol"
+TEXT_ALPHA = 2.0
+"""Strength of the shown texts: at 1, where perplexity is lowest, a few words tell less of what changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +39,13 @@ class Domain:
 
 
 DOMAINS = (
-    Domain("tinyshakespeare", "Shakespeare's plays", "KING RICHARD:\nWhat news from"),
-    Domain("legal", "the law of the District of Columbia", "(a) The owner of a building shall"),
+    Domain("tinyshakespeare", "Shakespeare's plays", "Good morrow,"),
+    Domain("legal", "the law of the District of Columbia", "The owner of a building shall"),
 )
 
 
 def run(
-    *, console: Console, json_output: bool, seed: int = 0, new_tokens: int = 48
+    *, console: Console, json_output: bool, seed: int = 1, new_tokens: int = 48
 ) -> dict[str, Any]:
     """Score held-out texts and continue prompts, base against steered, and show both.
 
@@ -82,11 +84,11 @@ def run(
             progress.remove_task(task)
             results.append(_measured(domain, alpha, report))
         task = progress.add_task("generating, base and steered in one batch", total=new_tokens)
-        sampling = SamplingParams(max_new_tokens=new_tokens, temperature=0.8, top_p=0.95, seed=seed)
+        sampling = SamplingParams(max_new_tokens=new_tokens, temperature=0.7, seed=seed)
         requests = [
             Request(domain.prompt, sampling, experts={domain.expert: alpha})
-            for domain, result in zip(DOMAINS, results, strict=True)
-            for alpha in (0.0, result["alpha"])
+            for domain in DOMAINS
+            for alpha in (0.0, TEXT_ALPHA)
         ]
 
         def advance(_: int, event: Event) -> None:
@@ -95,6 +97,7 @@ def run(
 
         traces = model.generate_batch(requests, batch_size=len(requests), on_event=advance)
     for index, result in enumerate(results):
+        result["text_alpha"] = TEXT_ALPHA
         result["base_text"] = traces[2 * index].text
         result["steered_text"] = traces[2 * index + 1].text
     answer = {"domains": results, "elapsed_s": round(time.perf_counter() - started, 1)}
@@ -159,7 +162,8 @@ def _show(console: Console, answer: dict[str, Any]) -> None:
         console.print(Text(f"{result['title']}, continued by", style="bold"))
         width = max(30, (min(console.width, 120) - 1) // 2)
         panels = []
-        for name, key in (("the base", "base_text"), ("the steered base", "steered_text")):
+        steered = f"the base, steered (alpha {result['text_alpha']:g})"
+        for name, key in (("the base", "base_text"), (steered, "steered_text")):
             body = Text(result["prompt"], style="dim") + Text(result[key])
             panels.append(Panel(body, title=name, title_align="left", width=width))
         console.print(Columns(panels, padding=(0, 0)))

@@ -27,6 +27,9 @@ from proxytune.steer import Contribution, combine
 
 CHUNK_TOKENS = 128
 """Positions whose logits are held at once: 128 x 152,064 float32 values are 78 MB per model."""
+SLICE_TOKENS = 8
+"""Positions whose losses are computed at once. Temporary tensors of a whole chunk come and go by tens of
+megabytes, and the C library's heap then grew by 100 MB a chunk, to 10 GB over 50,000 tokens."""
 BLOCK_TOKENS = 128
 """Length of a bootstrap block: longer than a sentence, short enough for a hundred blocks in 13,000 tokens."""
 NUM_RESAMPLES = 2000
@@ -189,14 +192,21 @@ def score_tokens(
             base = logits[0]
             targets = ids[where : where + base.shape[0]].to(base.device)
             padding_ids = ensemble.vocabulary.padding_ids.to(base.device)
-            for column, side in enumerate(sides):
-                collected[column].append(_losses(logits[side].float(), targets, padding_ids))
-            for column, (_, alphas) in enumerate(strengths, start=len(names)):
-                parts = [
-                    Contribution(logits[pair.expert], logits[pair.anti_expert], alpha)
-                    for pair, alpha in zip(ensemble.pairs, alphas, strict=True)
-                ]
-                collected[column].append(_losses(combine(base, parts), targets, padding_ids))
+            for first in range(0, len(targets), SLICE_TOKENS):
+                part = slice(first, first + SLICE_TOKENS)
+                for column, side in enumerate(sides):
+                    collected[column].append(
+                        _losses(logits[side][part].float(), targets[part], padding_ids)
+                    )
+                for column, (_, alphas) in enumerate(strengths, start=len(names)):
+                    parts = [
+                        Contribution(
+                            logits[pair.expert][part], logits[pair.anti_expert][part], alpha
+                        )
+                        for pair, alpha in zip(ensemble.pairs, alphas, strict=True)
+                    ]
+                    steered = combine(base[part], parts)
+                    collected[column].append(_losses(steered, targets[part], padding_ids))
             done += len(targets)
             if on_progress is not None:
                 on_progress(done, total)
