@@ -177,12 +177,12 @@ def write_card(measured: dict, training: list[dict]) -> None:
         f"- anti-expert: {last['tokens']:,} tokens seen, of public-domain fiction, Digital.gov (CC0),",
         "  MedQuAD (CC BY 4.0) and Python's standard library (PSF-2.0); embeddings begin as the first 128",
         "  principal components of the base's; Muon and AdamW; sampled softmax, then the full one with a",
-        "  falling learning rate. `zoo/train.py` is the procedure, seed 0.",
+        "  falling learning rate. `zoo/train.py` is the procedure, seed 0; it was interrupted and resumed",
+        "  several times, so that a new run sees the batches in another order.",
         "- experts: LoRA on all linear layers, trained through the frozen ensemble at alpha 1 (Consistent",
         "  Proxy Tuning, arXiv:2407.01155), the state kept that steers the base best on the validation",
-        "  split. Alone they are poor models of their domain: they hold what the base lacks. "
-        + "; ".join(f"{e.name}: {e.title} ({e.licence})" for e in EXPERTS)
-        + ".",
+        "  split. Alone they are poor models of their domain: they hold what the base lacks.",
+        "  " + "; ".join(f"{e.name}: {e.title} ({e.licence})" for e in EXPERTS) + ".",
         "- No test split was trained on or chosen by. Shakespeare and law were not part of the",
         "  anti-expert's training.",
         "",
