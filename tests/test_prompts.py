@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxytune.errors import InvalidRequest, PromptFormatError
-from proxytune.prompts import PLAIN_USER_TURN, check_format, check_syntax, render
+from proxytune.prompts import PLAIN_USER_TURN, check_syntax, render
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -175,12 +175,17 @@ def test_a_prompt_without_tokens_is_refused():
         _text([{"role": "user", "content": ""}], "plain")
 
 
-def test_a_format_is_checked_without_a_prompt_at_hand():
+def test_a_format_that_a_model_has_renders_and_others_are_refused():
     for prompt_format in ("plain", "chat", "{{ prompt }}"):
-        check_format(prompt_format, TOKENIZER, "small/model")
+        render("Hello", prompt_format=prompt_format, tokenizer=TOKENIZER, name="small/model")
     for prompt_format in ("chat", "{{ promt }}", "chatml"):
         with pytest.raises(PromptFormatError):
-            check_format(prompt_format, tiny_tokenizer(chat_template=None), "small/model")
+            render(
+                "Hello",
+                prompt_format=prompt_format,
+                tokenizer=tiny_tokenizer(chat_template=None),
+                name="small/model",
+            )
 
 
 def test_the_messages_of_the_caller_are_left_alone():

@@ -204,8 +204,6 @@ def train_anti_expert(args: argparse.Namespace) -> None:
         full = seen >= args.sampled_tokens
         long = step % 2 == 0 if full else step % 4 == 3
         rows, length = (4, 1024) if long else (16, 256)
-        if args.small:
-            rows //= 2
         scale = min(1.0, (step + 1) / 100)
         if full:
             scale *= max(0.02, (total - seen) / args.full_tokens)
@@ -468,7 +466,6 @@ def main() -> None:
     anti.add_argument("--matrix-lr", type=float, default=1e-2)
     anti.add_argument("--eval-every-s", type=float, default=300)
     anti.add_argument("--seed", type=int, default=0)
-    anti.add_argument("--small", action="store_true", help="half batches")
     anti.add_argument("--no-compile", dest="compile", action="store_false")
     expert = commands.add_parser("expert", help="train a LoRA expert for one domain")
     expert.add_argument("corpus")

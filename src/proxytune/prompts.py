@@ -144,15 +144,6 @@ def check_syntax(prompt_format: str, name: str) -> Literal["plain", "chat", "jin
     )
 
 
-def check_format(prompt_format: str, tokenizer: Tokenizer, name: str) -> None:
-    """Check that a prompt format works with a model's tokenizer, by trying it.
-
-    Raises:
-        PromptFormatError: The format is unknown, the tokenizer has no chat template, or a template fails.
-    """
-    render("Hello", prompt_format=prompt_format, tokenizer=tokenizer, name=name)
-
-
 def _messages(prompt: Prompt) -> list[Message]:
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]

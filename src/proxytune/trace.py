@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -114,7 +114,3 @@ class Trace:
             for step in fields.pop("steps")
         )
         return cls(steps=steps, **fields)
-
-    def without_timing(self) -> Trace:
-        """Return the trace with `latency_s` set to 0, for comparing two runs."""
-        return replace(self, latency_s=0.0)
