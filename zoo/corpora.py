@@ -112,11 +112,3 @@ def valid_windows(corpus: str, length: int, num_windows: int, split: str = "vali
     starts = np.arange(0, len(stream) - length - 1, length)
     picks = starts[np.linspace(0, len(starts) - 1, min(num_windows, len(starts))).astype(int)]
     return torch.from_numpy(np.stack([stream[s : s + length + 1].astype(np.int64) for s in picks]))
-
-
-def train_windows(corpus: str, length: int, max_windows: int, seed: int) -> torch.Tensor:
-    """Return up to `max_windows` windows of a training split, without overlap, `[windows, length + 1]`."""
-    stream = token_ids(corpus, "train")
-    starts = np.arange(0, len(stream) - length - 1, length)
-    starts = np.sort(np.random.default_rng(seed).permutation(starts)[:max_windows])
-    return torch.from_numpy(np.stack([stream[s : s + length + 1].astype(np.int64) for s in starts]))

@@ -12,12 +12,13 @@ import argparse
 import json
 import platform
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import corpora
+from experts import EXPERTS, Expert, rows_file
 from rich.console import Console
 from rich.progress import Progress
+from safetensors.torch import load_file, save_file
 
 from proxytune.model import ProxyTuned
 from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
@@ -28,22 +29,6 @@ ALPHAS = [round(0.1 * i, 2) for i in range(16)]
 WINDOWS = (512, 128)
 """Tokens that a model sees at most; alpha is chosen at the first."""
 EXCERPT_CHARACTERS = 6000
-
-
-@dataclass(frozen=True)
-class Expert:
-    """One expert: its name in the recipe, its corpus, what the corpus is, and whose."""
-
-    name: str
-    corpus: str
-    title: str
-    licence: str
-
-
-EXPERTS = (
-    Expert("tinyshakespeare", "tinyshakespeare", "plays of Shakespeare", "public domain"),
-    Expert("legal", "legal_dc_code", "District of Columbia Code", "text of law, public domain"),
-)
 
 
 def text_of(corpus: str, split: str, max_characters: int | None = None) -> str:
@@ -61,6 +46,18 @@ def text_of(corpus: str, split: str, max_characters: int | None = None) -> str:
     return text
 
 
+def answers_of(expert: Expert, split: str, max_characters: int) -> list[tuple[str, str]]:
+    """Return prompts with answers of a split, whole rows until the limit."""
+    kept, size = [], 0
+    for line in rows_file(expert.corpus, split).read_text("utf-8").splitlines():
+        row = json.loads(line)
+        size += len(row["prompt"]) + len(row["completion"])
+        if size > max_characters:
+            break
+        kept.append((row["prompt"], row["completion"]))
+    return kept
+
+
 def copy_weights() -> None:
     """Copy the anti-expert, its tokenizer and the adapters, without a trace of where they were trained."""
     target = SMOL / "anti-expert"
@@ -69,11 +66,18 @@ def copy_weights() -> None:
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(source / name, target / name)
     corpora.base_tokenizer().save_pretrained(target)
+    shutil.rmtree(SMOL / "adapters", ignore_errors=True)
     for expert in EXPERTS:
-        source = corpora.BUILD_DIR / expert.corpus
+        source = expert.output / "adapters" / expert.name
         folder = SMOL / "adapters" / expert.name
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / "adapter_model.safetensors", folder / "adapter_model.safetensors")
+        # Half the size, and the rounding is part of the expert that is measured afterwards.
+        weights = load_file(source / "adapter_model.safetensors")
+        save_file(
+            {name: tensor.bfloat16() for name, tensor in weights.items()},
+            folder / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
         config = json.loads((source / "adapter_config.json").read_text())
         config["base_model_name_or_path"] = "package:proxytune/smol/anti-expert"
         (folder / "adapter_config.json").write_text(
@@ -122,8 +126,19 @@ def shown_report(report: ScoreReport, expert: Expert, alpha: float) -> dict:
     }
 
 
-def write_card(measured: dict, training: list[dict]) -> None:
+def shown_training(expert: Expert) -> str:
+    """Return an expert's line in the table of trainings."""
+    result = json.loads((expert.output / "training" / "result.json").read_text("utf-8"))
+    return (
+        f"| {expert.name} | {expert.title} | {expert.licence} | "
+        f"{result['data']['train']['num_tokens']:,} | {result['num_steps']:,} | "
+        f"{result['offsets_s'] + result['train_s']:,.0f} s |"
+    )
+
+
+def write_card(measured: dict, training: list[list[dict]]) -> None:
     """Write the family's model card."""
+    seen = sum(cycle[-1]["tokens"] for cycle in training)
     lines = [
         "---",
         "license: apache-2.0",
@@ -166,7 +181,6 @@ def write_card(measured: dict, training: list[dict]) -> None:
     for name, row in measured["experts"].items():
         values = " | ".join(f"{row['validation'][str(a)]:.1f}" for a in ALPHAS)
         lines.append(f"| {name} | {values} |")
-    last = training[-1]
     lines += [
         "",
         f"Measured with `python zoo/publish.py`, the last step of `make zoo`, on {measured['machine']},",
@@ -174,15 +188,21 @@ def write_card(measured: dict, training: list[dict]) -> None:
         "",
         "## Training",
         "",
-        f"- anti-expert: {last['tokens']:,} tokens seen, of public-domain fiction, Digital.gov (CC0),",
+        f"- anti-expert: {seen:,} tokens seen, of public-domain fiction, Digital.gov (CC0),",
         "  MedQuAD (CC BY 4.0) and Python's standard library (PSF-2.0); embeddings begin as the first 128",
         "  principal components of the base's; Muon and AdamW; sampled softmax, then the full one with a",
-        "  falling learning rate. `zoo/train.py` is the procedure, seed 0; it was interrupted and resumed",
-        "  several times, so that a new run sees the batches in another order.",
-        "- experts: LoRA on all linear layers, trained through the frozen ensemble at alpha 1 (Consistent",
-        "  Proxy Tuning, arXiv:2407.01155), the state kept that steers the base best on the validation",
-        "  split. Alone they are poor models of their domain: they hold what the base lacks.",
-        "  " + "; ".join(f"{e.name}: {e.title} ({e.licence})" for e in EXPERTS) + ".",
+        "  falling learning rate; then a second such cycle. `zoo/train.py` is the procedure, `zoo/remake.py`",
+        "  has the settings.",
+        "- experts: LoRA adapters of rank 32 on all linear layers, by `proxytune tune`, as `zoo/experts.py`",
+        "  has it: trained through the frozen ensemble at alpha 1 (Consistent Proxy Tuning,",
+        "  arXiv:2407.01155), the state kept that steers the base best on the validation split. Alone they",
+        "  are poor models of their domain: they hold what the base lacks. tinyshakespeare-sft was tuned by",
+        "  itself, for comparison.",
+        "",
+        "| expert | trained on | licence | tokens | optimizer steps | training |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
+        *measured["training"],
+        "",
         "- No test split was trained on or chosen by. Shakespeare and law were not part of the",
         "  anti-expert's training.",
         "",
@@ -190,13 +210,15 @@ def write_card(measured: dict, training: list[dict]) -> None:
         "weights:",
         "",
     ]
-    names = [k for k in last if k not in ("tokens", "elapsed_s")]
-    lines.append("| tokens seen | " + " | ".join(names) + " |")
-    lines.append("| ---: |" + " ---: |" * len(names))
-    for row in training:
-        lines.append(f"| {row['tokens']:,} | " + " | ".join(f"{row[n]:.1f}" for n in names) + " |")
+    for number, cycle in enumerate(training, start=1):
+        names = [k for k in cycle[-1] if k not in ("tokens", "elapsed_s")]
+        lines.append(f"| tokens seen in cycle {number} | " + " | ".join(names) + " |")
+        lines.append("| ---: |" + " ---: |" * len(names))
+        for row in cycle:
+            values = " | ".join(f"{row[n]:.1f}" for n in names)
+            lines.append(f"| {row['tokens']:,} | {values} |")
+        lines.append("")
     lines += [
-        "",
         "`heldout/` has the excerpts of the test splits that `proxytune demo` scores.",
         "",
     ]
@@ -239,16 +261,27 @@ def main() -> None:
 
             def score(split: str, alphas: list[float], window: int, expert: Expert = expert):
                 task = progress.add_task(f"{expert.name} {split}, windows of {window}", total=1)
+
+                def advance(done: int, total: int) -> None:
+                    progress.update(task, completed=done, total=total)
+
+                if expert.has_answers:
+                    return model.score_completions(
+                        answers_of(expert, split, args.max_characters),
+                        alphas,
+                        experts=expert.name,
+                        max_tokens=window,
+                        on_progress=advance,
+                    )
                 return model.score(
                     text_of(expert.corpus, split, args.max_characters),
                     alphas,
                     experts=expert.name,
                     window=window,
-                    on_progress=lambda done, total: progress.update(
-                        task, completed=done, total=total
-                    ),
+                    on_progress=advance,
                 )
 
+            windows = WINDOWS[:1] if expert.has_answers else WINDOWS
             valid = score("valid", ALPHAS, WINDOWS[0])
             best = min((valid.row("steered", alpha) for alpha in ALPHAS), key=lambda row: row.nats)
             alpha = chosen[expert.name] = float(best.alpha or 0)
@@ -256,7 +289,7 @@ def main() -> None:
                 "alpha": alpha,
                 "validation": {str(a): valid.row("steered", a).perplexity for a in ALPHAS},
                 "test": {
-                    str(w): shown_report(score("test", [alpha], w), expert, alpha) for w in WINDOWS
+                    str(w): shown_report(score("test", [alpha], w), expert, alpha) for w in windows
                 },
             }
             console.print(expert.name, measured["experts"][expert.name])
@@ -264,11 +297,18 @@ def main() -> None:
     heldout = SMOL / "heldout"
     heldout.mkdir(exist_ok=True)
     for expert in EXPERTS:
+        if expert.has_answers or expert.settings.get("method") == "sft":
+            continue
         (heldout / f"{expert.name}.txt").write_text(
             text_of(expert.corpus, "test", EXCERPT_CHARACTERS)
         )
-    log = (corpora.BUILD_DIR / "anti-expert" / "train_log.jsonl").read_text().splitlines()
-    write_card(measured, [json.loads(line) for line in log])
+    measured["training"] = [shown_training(expert) for expert in EXPERTS]
+    logs = [*sorted(corpora.BUILD_DIR.glob("anti-expert-*")), corpora.BUILD_DIR / "anti-expert"]
+    cycles = [
+        [json.loads(line) for line in (log / "train_log.jsonl").read_text().splitlines()]
+        for log in logs
+    ]
+    write_card(measured, cycles)
     (Path(__file__).parent / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
 
 

@@ -2,8 +2,8 @@
 
     python zoo/remake.py
 
-Finished steps are kept under `zoo/build/` and not repeated; delete a folder there to train it again. The
-anti-expert's training goes on from its last checkpoint.
+Finished steps are kept under `zoo/build/` and not repeated; delete a folder there to train it again. A step
+that was interrupted goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -13,29 +13,37 @@ import sys
 from pathlib import Path
 
 import corpora
-from publish import EXPERTS
+from experts import EXPERTS
 
 HERE = Path(__file__).parent
-SETTINGS = {
-    "anti-expert": ["--sampled-tokens", "10000000", "--full-tokens", "3000000"],
-    "tinyshakespeare": [],
-    "legal_dc_code": ["--epochs", "2", "--max-windows", "300", "--valid-windows", "8"],
-}
-"""What `train.py` is told beside its defaults: the settings of the family that is shipped."""
+CYCLES = (
+    ["--sampled-tokens", "10000000", "--full-tokens", "3000000"],
+    [
+        "--sampled-tokens", "11000000", "--full-tokens", "2600000", "--lr", "2.5e-3",
+        "--matrix-lr", "8e-3", "--seed", "1",
+    ],
+)  # fmt: skip
+"""What `train.py` is told: the second cycle starts from the weights of the first, its optimizers anew."""
+
+
+def run(*command: str) -> None:
+    """Run one of this folder's scripts to its end."""
+    print("zoo:", *command, flush=True)
+    subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], check=True)
 
 
 def main() -> None:
     """Run the steps that are not done yet."""
-
-    def run(*command: str) -> None:
-        print("zoo:", *command, flush=True)
-        subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], check=True)
-
-    if not (corpora.BUILD_DIR / "anti-expert" / "model.safetensors").exists():
-        run("train.py", "anti-expert", *SETTINGS["anti-expert"])
+    before: list[str] = []
+    for number, cycle in enumerate(CYCLES, start=1):
+        is_last = number == len(CYCLES)
+        output = corpora.BUILD_DIR / ("anti-expert" if is_last else f"anti-expert-{number}")
+        if not (output / "model.safetensors").exists():
+            run("train.py", "--output", str(output), *before, *cycle)
+        before = ["--start-from", str(output)]
     for expert in EXPERTS:
-        if not (corpora.BUILD_DIR / expert.corpus / "adapter_model.safetensors").exists():
-            run("train.py", "expert", expert.corpus, *SETTINGS[expert.corpus])
+        if not (expert.output / "training" / "result.json").exists():
+            run("experts.py", expert.name)
     run("publish.py")
 
 

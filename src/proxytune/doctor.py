@@ -480,7 +480,7 @@ def _free_main_memory() -> int | None:
 
 def _free_system_memory() -> int | None:
     try:
-        import psutil  # type: ignore[import-untyped]
+        import psutil
     except ImportError:
         pass
     else:

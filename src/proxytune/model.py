@@ -23,7 +23,7 @@ from proxytune.errors import InvalidRequest
 from proxytune.prompts import PLAIN_USER_TURN, Tokenizer, render
 from proxytune.recipe import ModelSpec, Recipe
 from proxytune.request import Message, Prompt, Request, SamplingParams
-from proxytune.score import ScoreReport, score_tokens
+from proxytune.score import Passage, ScoreReport, score_passages, score_tokens
 from proxytune.trace import Step, Trace
 from proxytune.vocab import align
 
@@ -326,6 +326,64 @@ class ProxyTuned:
             strengths=[(alpha, (alpha,) * len(pairs)) for alpha in alphas],
             window=window,
             start_id=start_id,
+            seed=seed,
+            on_progress=on_progress,
+        )
+
+    def score_completions(
+        self,
+        pairs: Sequence[tuple[Prompt, str]],
+        alphas: Sequence[float] = (0.0, 0.5, 1.0),
+        *,
+        experts: str | tuple[str, ...] | None = None,
+        max_tokens: int | None = None,
+        seed: int = 0,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> ScoreReport:
+        """Measure how well base, expert, anti-expert and steered base predict given answers to prompts.
+
+        Every model sees the prompts in its own format, as `generate` would show them; the token that ends a
+        text is part of each answer.
+
+        Args:
+            pairs: Prompts and their answers. What exceeds a context or `max_tokens` is cut off an answer's
+                end; a pair with nothing left is skipped.
+            alphas: Strengths of the steered rows; each is given to every chosen expert.
+            experts: Which experts steer; None takes the recipe's default.
+            max_tokens: Longest prompt and answer together; None for the smallest context.
+            seed: Of the bootstrap.
+            on_progress: Called with tokens done and tokens in all.
+
+        Raises:
+            InvalidRequest: No pair has anything to predict, or a strength is not finite.
+            UnknownExpert: It names an expert the recipe does not have.
+            PromptFormatError: A prompt cannot be rendered.
+        """
+        chosen = self.recipe.choose(experts, None)
+        kept = tuple(p for p in self.ensemble.pairs if p.name in chosen)
+        contexts = [m.backend.capabilities.max_context for m in self.ensemble.members]
+        limit = min([n for n in (*contexts, max_tokens) if n is not None], default=None)
+        passages = []
+        for prompt, answer in pairs:
+            prompts = tuple(
+                tuple(
+                    render(
+                        prompt, prompt_format=f.prompt_format, tokenizer=f.tokenizer, name=m.name
+                    )
+                )
+                for m, f in zip(self.ensemble.members, self._formats, strict=True)
+            )
+            token_ids = [*self.tokenizer.encode(answer, add_special_tokens=False)]
+            if self.tokenizer.eos_token_id is not None:
+                token_ids.append(self.tokenizer.eos_token_id)
+            if limit is not None:
+                token_ids = token_ids[: max(0, limit - max(map(len, prompts)))]
+            if token_ids:
+                passages.append(Passage(prompts, tuple(token_ids)))
+        return score_passages(
+            replace(self.ensemble, pairs=kept),
+            passages,
+            strengths=[(alpha, (alpha,) * len(kept)) for alpha in alphas],
             seed=seed,
             on_progress=on_progress,
         )

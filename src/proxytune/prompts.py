@@ -6,7 +6,7 @@ want its chat template where the base sees plain text. A format is
 - `plain`: the text as it is, with the special tokens that the tokenizer usually adds;
 - `chat`: the tokenizer's chat template, ready for the assistant's turn;
 - a Jinja template, recognised by `{{` or `{%`. It sees `messages`, `prompt` (the text of the last user
-  message), `bos_token`, `eos_token` and `add_generation_prompt` (true), and writes its special tokens itself.
+  message), `bos_token`, `eos_token` and `add_generation_prompt`, and writes its special tokens itself.
 
 Prompts that are token ids already do not come here.
 """
@@ -93,25 +93,44 @@ def render(prompt: Prompt, *, prompt_format: str, tokenizer: Tokenizer, name: st
         InvalidRequest: The result has no tokens.
         PromptFormatError: The format is unknown, the tokenizer has no chat template, or a template fails.
     """
-    kind = check_syntax(prompt_format, name)
-    if kind == "plain":
-        token_ids = tokenizer.encode(
-            prompt if isinstance(prompt, str) else _plain_text(_messages(prompt)),
-            add_special_tokens=True,
-        )
-    else:
-        messages = _messages(prompt)
-        if kind == "chat":
-            text = _apply_chat_template(messages, tokenizer, name)
-        else:
-            text = _apply_jinja(prompt_format, messages, tokenizer, name)
-        token_ids = tokenizer.encode(text, add_special_tokens=False)
+    text = render_text(prompt, prompt_format=prompt_format, tokenizer=tokenizer, name=name)
+    # A template writes its special tokens itself.
+    token_ids = tokenizer.encode(text, add_special_tokens=prompt_format == "plain")
     if not token_ids:
         raise InvalidRequest(
             f"the prompt has no tokens for {name} in the format {_shorten(prompt_format)}, so there is "
             "nothing to continue.\nhint: give at least one token of text"
         )
     return list(token_ids)
+
+
+def render_text(
+    prompt: Prompt,
+    *,
+    prompt_format: str,
+    tokenizer: Tokenizer,
+    name: str,
+    add_generation_prompt: bool = True,
+) -> str:
+    """Return the text that `render` tokenises; arguments and errors are the same.
+
+    Args:
+        prompt: Text or messages.
+        prompt_format: `plain`, `chat` or a Jinja template.
+        tokenizer: The model's.
+        name: How errors call the model.
+        add_generation_prompt: Begin the assistant's turn at the end, as generation needs it. Without it, a
+            conversation that ends with the assistant's message shows how a format ends that turn.
+    """
+    kind = check_syntax(prompt_format, name)
+    if kind == "plain":
+        if isinstance(prompt, str):
+            return prompt
+        return _plain_text(_messages(prompt), add_generation_prompt)
+    messages = _messages(prompt)
+    if kind == "chat":
+        return _apply_chat_template(messages, tokenizer, name, add_generation_prompt)
+    return _apply_jinja(prompt_format, messages, tokenizer, name, add_generation_prompt)
 
 
 def check_syntax(prompt_format: str, name: str) -> Literal["plain", "chat", "jinja"]:
@@ -154,7 +173,7 @@ def _messages(prompt: Prompt) -> list[Message]:
     return messages
 
 
-def _plain_text(messages: Sequence[Message]) -> str:
+def _plain_text(messages: Sequence[Message], add_generation_prompt: bool) -> str:
     roles = [message["role"] for message in messages]
     is_single = (
         roles.count("user") == 1 and roles[-1] == "user" and set(roles) <= {"system", "user"}
@@ -165,12 +184,14 @@ def _plain_text(messages: Sequence[Message]) -> str:
             parts.append(message["content"])
         else:
             parts.append(f"{message['role'].capitalize()}: {message['content']}")
-    if not is_single:
+    if add_generation_prompt and not is_single:
         parts.append("Assistant:")
     return "\n\n".join(part for part in parts if part)
 
 
-def _apply_chat_template(messages: list[Message], tokenizer: Tokenizer, name: str) -> str:
+def _apply_chat_template(
+    messages: list[Message], tokenizer: Tokenizer, name: str, add_generation_prompt: bool
+) -> str:
     if not tokenizer.chat_template:
         raise PromptFormatError(
             f'{name} has no chat template, and its prompt format is "chat".\n'
@@ -178,7 +199,9 @@ def _apply_chat_template(messages: list[Message], tokenizer: Tokenizer, name: st
             '"User: {{ prompt }}\\nAssistant:"'
         )
     try:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
     except Exception as error:  # A template is foreign code, and may fail in any way.
         raise PromptFormatError(
             f"the chat template of {name} fails on this prompt (roles {_roles(messages)}): {error}\n"
@@ -188,7 +211,13 @@ def _apply_chat_template(messages: list[Message], tokenizer: Tokenizer, name: st
     return str(text)
 
 
-def _apply_jinja(source: str, messages: list[Message], tokenizer: Tokenizer, name: str) -> str:
+def _apply_jinja(
+    source: str,
+    messages: list[Message],
+    tokenizer: Tokenizer,
+    name: str,
+    add_generation_prompt: bool,
+) -> str:
     users = [message["content"] for message in messages if message["role"] == "user"]
     try:
         return _compile(source).render(
@@ -196,7 +225,7 @@ def _apply_jinja(source: str, messages: list[Message], tokenizer: Tokenizer, nam
             prompt=users[-1] if users else "",
             bos_token=tokenizer.bos_token or "",
             eos_token=tokenizer.eos_token or "",
-            add_generation_prompt=True,
+            add_generation_prompt=add_generation_prompt,
         )
     except Exception as error:  # The sandbox has exceptions of its own, and filters may raise any.
         raise PromptFormatError(

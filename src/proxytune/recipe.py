@@ -421,7 +421,13 @@ class Recipe:
             content["default_expert"] = self.default_expert
         return content
 
-    def write(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Recipe:
+    def write(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        card: str | None = None,
+    ) -> Recipe:
         """Write the recipe and return it as it stands there.
 
         Local paths are written so that they lead to the same files from the new place; adapters inside the
@@ -431,6 +437,7 @@ class Recipe:
         Args:
             directory: Made if it is not there.
             overwrite: Replace another recipe that is there.
+            card: The model card to write, whatever card is there; None for the recipe's own.
 
         Raises:
             RecipeError: Another recipe is there, or a model.
@@ -447,8 +454,8 @@ class Recipe:
                 if not (target / reference).exists():
                     _copy_tree(adapter, target / reference)
             content = json.dumps(moved.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-            if _may_write_card(target):
-                _replace_file(target / "README.md", moved.model_card())
+            if card is not None or _may_write_card(target):
+                _replace_file(target / "README.md", card or moved.model_card())
             _replace_file(target / "config.json", content + "\n")
         except OSError as error:
             raise OutputFileError(
@@ -591,6 +598,30 @@ class Recipe:
         if not HUB_ID.fullmatch(reference) or reference.lower().endswith(".gguf"):
             return False
         return not (self.directory / reference).exists()
+
+
+def local_reference(given: str, directory: Path) -> str:
+    """Return a reference typed somewhere as the recipe in `directory` needs it.
+
+    What is there under the given path counts as local, and is written absolute, or relative to the recipe
+    where it lies inside it.
+
+    Raises:
+        ModelNotFound: It can only be a path, and nothing is there.
+    """
+    if given.startswith(("package:", "http://", "https://")) or not given:
+        return given
+    path = Path(given).expanduser()
+    if not path.exists():
+        if given.startswith((".", "~", "/")) or path.suffix.lower() == ".gguf":
+            raise ModelNotFound(
+                f"nothing is at {given}.\nhint: check the spelling; relative paths start at {Path.cwd()}"
+            )
+        return given
+    path = path.absolute().resolve()
+    if path.is_relative_to(directory.resolve()):
+        return path.relative_to(directory.resolve()).as_posix()
+    return str(path)
 
 
 # Reading -------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ not independent (Efron and Tibshirani 1993, section 8.6); the change against the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,19 @@ class Interval:
 
     low: float
     high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """Tokens to predict, and what comes before them.
+
+    Args:
+        prompts: Each member's prompt, in its own token ids and format, at least one token.
+        token_ids: The continuation, ids of the base's vocabulary, at least one.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,12 +173,51 @@ def score_tokens(
         windows = [
             list(token_ids[i : i + window]) for i in range(0, len(token_ids) - 1, window - 1)
         ]
-    total = sum(len(ids) - 1 for ids in windows)
-    if total < 1:
+    if sum(len(ids) - 1 for ids in windows) < 1:
         raise InvalidRequest(
             f"the text has {len(token_ids)} token(s), and scoring needs one to start from and one to "
             "predict.\nhint: give a longer text"
         )
+    passages = [passage_of(ensemble, ids[:1], ids[1:]) for ids in windows if len(ids) > 1]
+    report = score_passages(
+        ensemble, passages, strengths=strengths, seed=seed, on_progress=on_progress
+    )
+    return replace(report, window=window)
+
+
+def passage_of(ensemble: Ensemble, prompt: Sequence[int], token_ids: Sequence[int]) -> Passage:
+    """Return a passage whose prompt, ids of the base's vocabulary, every member sees alike."""
+    ids = torch.tensor(list(prompt))
+    return Passage(
+        tuple(tuple(m.alignment.ids_to_small(ids).tolist()) for m in ensemble.members),
+        tuple(token_ids),
+    )
+
+
+def score_passages(
+    ensemble: Ensemble,
+    passages: Sequence[Passage],
+    *,
+    strengths: Sequence[tuple[float, tuple[float, ...]]],
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ScoreReport:
+    """Score passages, each by itself.
+
+    Args:
+        ensemble: The models.
+        passages: At least one.
+        strengths: The steered rows: a label, and the strength of each of the ensemble's pairs.
+        seed: Of the bootstrap, whose blocks run over all passages in their order.
+        on_progress: Called with tokens done and tokens in all after each chunk.
+
+    Raises:
+        InvalidRequest: No passage, or one whose prompt or continuation is empty.
+        PromptTooLong: A passage exceeds a model's context.
+    """
+    if not passages or not all(p.token_ids and all(p.prompts) for p in passages):
+        raise InvalidRequest("scoring needs passages, each with a prompt and tokens to predict")
+    total = sum(len(passage.token_ids) for passage in passages)
     for label, alphas in strengths:
         check_alpha(label)
         for alpha in alphas:
@@ -174,7 +226,7 @@ def score_tokens(
     for index in needed:
         member = ensemble.members[index]
         limit = member.backend.capabilities.max_context
-        longest = max(map(len, windows))
+        longest = max(len(p.prompts[index]) + len(p.token_ids) for p in passages)
         if limit is not None and longest > limit:
             raise PromptTooLong(
                 f"the window has {longest} tokens and {member.name} has a context of {limit}.\n"
@@ -187,8 +239,9 @@ def score_tokens(
         sides += [pair.expert, pair.anti_expert]
     collected: list[list[NDArray[np.float64]]] = [[] for _ in range(len(names) + len(strengths))]
     done = 0
-    for ids in map(torch.tensor, windows):
-        for where, logits in _window_logits(ensemble, ids, needed):
+    for passage in passages:
+        ids = torch.tensor(passage.token_ids)
+        for where, logits in _passage_logits(ensemble, passage, needed):
             base = logits[0]
             targets = ids[where : where + base.shape[0]].to(base.device)
             padding_ids = ensemble.vocabulary.padding_ids.to(base.device)
@@ -218,7 +271,10 @@ def score_tokens(
             [*names, *["steered"] * len(strengths)], labels, losses, strict=True
         )
     ]
-    return ScoreReport(num_tokens=total, num_windows=len(windows), window=window, rows=tuple(rows))
+    longest = max(len(p.prompts[0]) + len(p.token_ids) for p in passages)
+    return ScoreReport(
+        num_tokens=total, num_windows=len(passages), window=longest, rows=tuple(rows)
+    )
 
 
 def _row(
@@ -241,12 +297,12 @@ def _row(
     )
 
 
-def _window_logits(
-    ensemble: Ensemble, ids: Tensor, needed: Sequence[int]
+def _passage_logits(
+    ensemble: Ensemble, passage: Passage, needed: Sequence[int]
 ) -> Iterator[tuple[int, dict[int, Tensor]]]:
     """Yield, chunk by chunk, the index of the first token predicted and each member's logits for it.
 
-    Logits are `[chunk, base vocab]` by member. The first token of the window only starts the caches.
+    Logits are `[chunk, base vocab]` by member.
     """
     groups: dict[int, list[int]] = {}
     for index in needed:
@@ -255,16 +311,17 @@ def _window_logits(
     pieces: dict[int, Tensor] = {}
     for key, indices in groups.items():
         backend = ensemble.members[indices[0]].backend
-        first = [ensemble.members[i].alignment.ids_to_small(ids[:1]).tolist() for i in indices]
         states[key], logits = backend.prefill(
-            first, adapters=[ensemble.members[i].adapter for i in indices]
+            [passage.prompts[i] for i in indices],
+            adapters=[ensemble.members[i].adapter for i in indices],
         )
         for i, row in zip(indices, logits, strict=True):
             pieces[i] = ensemble.members[i].alignment.logits_to_base(row[None])
-    yield 1, {i: p.to(pieces[0].device) for i, p in pieces.items()}
-    # The logits after the last token predict nothing in this window, so it is not run.
-    for start in range(1, len(ids) - 1, CHUNK_TOKENS):
-        chunk = ids[start : min(start + CHUNK_TOKENS, len(ids) - 1)]
+    yield 0, {i: p.to(pieces[0].device) for i, p in pieces.items()}
+    # The logits after the last token predict nothing, so it is not run.
+    ids = torch.tensor(passage.token_ids[:-1], dtype=torch.long)
+    for start in range(0, len(ids), CHUNK_TOKENS):
+        chunk = ids[start : start + CHUNK_TOKENS]
         for key, indices in groups.items():
             backend = ensemble.members[indices[0]].backend
             rows = torch.stack([ensemble.members[i].alignment.ids_to_small(chunk) for i in indices])

@@ -145,7 +145,7 @@ class TransformersBackend(Backend[TransformersState]):
             MissingExtra: A quantisation or attention library is not installed.
             NotEnoughMemory: The weights did not fit.
         """
-        with _quiet():
+        with quietly():
             model = _load_model(checkpoint, spec)
             names: dict[str, str] = {}
             if adapters:
@@ -457,7 +457,7 @@ def _route_rows_to_adapters(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Silence progress bars, log lines and warnings of transformers and PEFT, and put all back after."""
     import huggingface_hub.utils
     import transformers.utils.logging

@@ -1,0 +1,347 @@
+"""The frozen part of Consistent Proxy Tuning for a data set: computed once, kept on disk.
+
+Base and anti-expert do not change while an expert is trained, so they run once over the examples. Kept are
+the hidden states before their output heads, at the positions that predict a trained token and nowhere else:
+some kilobytes a position, where logits would be hundreds. `loss.py` makes logits of them.
+
+A directory holds one data set:
+
+    hidden.bin      [num_positions, base width + small width], bfloat16 or float32, in the examples' order
+    starts.npy      [num_examples + 1] int64, each example's first row
+    offsets.json    what the other two are of, and how many examples are done; replaced in one step
+
+Examples are run longest first, in batches that their lengths alone decide, so a run that was killed and
+continued writes the same bytes as one that was not. Nothing here grows with the data set but the files and a
+few integers per example.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from proxytune.errors import OutputFileError, VocabularyMismatch
+from proxytune.tune.data import IGNORED, Example
+from proxytune.tune.loss import FrozenHeads, FrozenPart, base_ids, head_of, run_body
+from proxytune.vocab import Alignment
+
+FORMAT = 1
+"""Of the files. A version that writes others counts up, so that none continues the other's."""
+BATCH_TOKENS = 2048
+"""Tokens run at once, padding counted: one long example, or many short ones."""
+FLUSH_S = 5.0
+"""How much work a killed run may lose, in seconds; `fsync` after every batch would wait for the disk."""
+HIDDEN_NAME, STARTS_NAME, HEADER_NAME = "hidden.bin", "starts.npy", "offsets.json"
+
+
+def offsets_key(examples: Sequence[Example], base_name: str, small_name: str, dtype: str) -> str:
+    """Return a digest of all that offsets depend on: which rows of which models in which dtype."""
+    digest = hashlib.sha256(json.dumps([base_name, small_name, dtype]).encode())
+    for example in examples:
+        for values in (example.token_ids, example.labels):
+            digest.update(len(values).to_bytes(8, "little"))
+            digest.update(np.asarray(values, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """The content of `offsets.json`."""
+
+    format: int
+    key: str
+    base_width: int
+    small_width: int
+    dtype: str  # bfloat16 or float32
+    num_examples: int
+    num_positions: int
+    num_done: int  # examples, in the order they are run
+
+    @property
+    def row_bytes(self) -> int:
+        return (self.base_width + self.small_width) * (2 if self.dtype == "bfloat16" else 4)
+
+    @property
+    def is_complete(self) -> bool:
+        return self.num_done == self.num_examples
+
+    @classmethod
+    def read(cls, directory: Path) -> _Header | None:
+        """Return the header, or None if there is none of this version."""
+        try:
+            return cls(**json.loads((directory / HEADER_NAME).read_text("utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def write(self, directory: Path) -> None:
+        """Replace the file in one step, so that a reader never sees half of it."""
+        temporary = directory / f"{HEADER_NAME}.tmp"
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(asdict(self), file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(directory / HEADER_NAME)
+
+
+class Offsets:
+    """Hidden states of base and anti-expert for a data set. `build` or `open` makes one.
+
+    It holds no open file, so it can go to another process.
+
+    Args:
+        directory: Complete files.
+        header: Theirs.
+        starts: `[num_examples + 1]`, each example's first row.
+    """
+
+    def __init__(self, directory: Path, header: _Header, starts: NDArray[np.int64]) -> None:
+        self._directory = directory
+        self._header = header
+        self._starts = starts
+
+    @property
+    def num_positions(self) -> int:
+        """Positions trained on, in all examples."""
+        return self._header.num_positions
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the hidden states on disk."""
+        return self.num_positions * self._header.row_bytes
+
+    @classmethod
+    def open(cls, directory: Path, key: str) -> Offsets | None:
+        """Return what an earlier `build` left, or None unless it is complete and of this key."""
+        header = _Header.read(directory)
+        if header is None or header.format != FORMAT or header.key != key or not header.is_complete:
+            return None
+        try:
+            starts = np.load(directory / STARTS_NAME)
+            size = (directory / HIDDEN_NAME).stat().st_size
+        except (OSError, ValueError, EOFError):
+            return None
+        offsets = cls(directory, header, starts)
+        fits = len(starts) == header.num_examples + 1 and starts[-1] == header.num_positions
+        return offsets if fits and size == offsets.nbytes else None
+
+    @classmethod
+    def build(
+        cls,
+        directory: Path,
+        examples: Sequence[Example],
+        *,
+        base: Any,
+        anti_expert: Any,
+        alignment: Alignment,
+        base_name: str,
+        key: str,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Offsets:
+        """Run base and anti-expert over the examples, continuing what an earlier run of this key has done.
+
+        Files of another key are deleted first. Memory holds one batch.
+
+        Args:
+            directory: Made if it is not there.
+            examples: In the small model's token ids.
+            base: A causal language model in eval mode.
+            anti_expert: The small model before tuning, in eval mode.
+            alignment: Of the base's vocabulary and the small model's.
+            base_name: How errors call the base.
+            key: Names data and models (`offsets_key`); with the same key, these must be the same.
+            on_progress: Called with examples done and examples in all, at the start and after each batch.
+
+        Raises:
+            OutputFileError: The disk has too little room, or cannot be written.
+            VocabularyMismatch: An example has a token the base does not have.
+        """
+        counts = np.array([len(_kept_positions(example)) for example in examples], dtype=np.int64)
+        starts = np.concatenate([np.zeros(1, np.int64), counts.cumsum()])
+        base_head, small_head = head_of(base), head_of(anti_expert)
+        is_half = base_head.weight.dtype in (torch.bfloat16, torch.float16)
+        header = _Header(
+            format=FORMAT,
+            key=key,
+            base_width=base_head.weight.shape[1],
+            small_width=small_head.weight.shape[1],
+            dtype="bfloat16" if is_half else "float32",
+            num_examples=len(examples),
+            num_positions=int(starts[-1]),
+            num_done=0,
+        )
+        try:
+            header = _begin(directory, header, starts)
+            batches = list(_batches(examples, header.num_done))
+            remaining = sum(int(counts[batch].sum()) for batch, _ in batches)
+            _check_room(directory, remaining * header.row_bytes, header, base_name)
+            if on_progress is not None:
+                on_progress(header.num_done, len(examples))
+            with (directory / HIDDEN_NAME).open("r+b") as file:
+                flushed = time.monotonic()
+                for batch, num_done in batches:
+                    rows = _hidden(
+                        [examples[i] for i in batch], base, anti_expert, alignment, base_name
+                    )
+                    for index, values in zip(batch, rows, strict=True):
+                        file.seek(int(starts[index]) * header.row_bytes)
+                        file.write(_raw(values, header.dtype))
+                    header = replace(header, num_done=num_done)
+                    if header.is_complete or time.monotonic() - flushed >= FLUSH_S:
+                        # The header may only count rows that survive a crash.
+                        file.flush()
+                        os.fsync(file.fileno())
+                        header.write(directory)
+                        flushed = time.monotonic()
+                    if on_progress is not None:
+                        on_progress(header.num_done, len(examples))
+        except OSError as error:
+            raise OutputFileError(
+                f"{error.filename or directory / HIDDEN_NAME} cannot be written: {error.strerror or error}.\n"
+                "hint: make room, or give a directory where you may write; the same command continues where "
+                "this one stopped"
+            ) from error
+        return cls(directory, header, starts)
+
+    def rows(self, indices: Sequence[int]) -> Tensor:
+        """Return the hidden states of some examples, one after the other in the order given.
+
+        Returns:
+            `[sum of their positions, base width + small width]`, float32 or bfloat16, on the CPU.
+        """
+        width = self._header.base_width + self._header.small_width
+        is_half = self._header.dtype == "bfloat16"
+        kind = np.dtype(
+            "<i2" if is_half else "<f4"
+        )  # numpy has no bfloat16; its bits travel as integers
+        spans = [(int(self._starts[i]), int(self._starts[i + 1])) for i in indices]
+        values = np.empty((sum(end - start for start, end in spans), width), dtype=kind)
+        if len(values):
+            # Mapped anew each time: pages of a mapping that stays count as this process's memory.
+            stored = np.memmap(
+                self._directory / HIDDEN_NAME, kind, "r", shape=(self.num_positions, width)
+            )
+            first = 0
+            for start, end in spans:
+                values[first : first + end - start] = stored[start:end]
+                first += end - start
+        rows = torch.from_numpy(values)
+        return rows.view(torch.bfloat16) if is_half else rows
+
+    def frozen(
+        self, indices: Sequence[int], heads: FrozenHeads, device: torch.device | str
+    ) -> FrozenPart:
+        """Return what `loss.cross_entropy` takes, for the trained positions of some examples in order."""
+        return FrozenPart(self.rows(indices).to(device), heads)
+
+
+def _kept_positions(example: Example) -> list[int]:
+    """Return the positions whose hidden states predict a trained token: the one before each."""
+    return [t - 1 for t in range(1, len(example.labels)) if example.labels[t] != IGNORED]
+
+
+def _begin(directory: Path, header: _Header, starts: NDArray[np.int64]) -> _Header:
+    """Return the header to go on from; where nothing of this key is there, delete and start anew."""
+    size = header.num_positions * header.row_bytes
+    begun = _Header.read(directory)
+    hidden = directory / HIDDEN_NAME
+    if (
+        begun is not None
+        and replace(begun, num_done=0) == header
+        and hidden.exists()
+        and hidden.stat().st_size == size
+    ):
+        np.save(directory / STARTS_NAME, starts)
+        return begun
+    directory.mkdir(parents=True, exist_ok=True)
+    # The header first: without it the other two mean nothing.
+    for name in (HEADER_NAME, HIDDEN_NAME):
+        (directory / name).unlink(missing_ok=True)
+    np.save(directory / STARTS_NAME, starts)
+    with hidden.open("wb") as file:
+        file.truncate(size)
+    header.write(directory)
+    return header
+
+
+def _check_room(directory: Path, num_bytes: int, header: _Header, base_name: str) -> None:
+    free = shutil.disk_usage(directory).free
+    if num_bytes > free:
+        raise OutputFileError(
+            f"the hidden states of {base_name} and the anti-expert at {header.num_positions:,} trained "
+            f"tokens need {num_bytes / 1e9:.3g} GB more at {directory} ({header.row_bytes:,} bytes a "
+            f"token), and {free / 1e9:.3g} GB are free there.\n"
+            "hint: make room, train on fewer rows, or use --method sft, which stores nothing"
+        )
+
+
+def _batches(examples: Sequence[Example], num_done: int) -> Iterator[tuple[list[int], int]]:
+    """Yield indices of examples that run together, and how many are done after them.
+
+    Those among the first `num_done` are left out. Longest first: if memory does not suffice, the first batch
+    says so.
+    """
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].token_ids))
+    first = 0
+    while first < len(order):
+        longest = max(len(examples[order[first]].token_ids), 1)
+        batch = order[first : first + max(BATCH_TOKENS // longest, 1)]
+        first += len(batch)
+        if first > num_done:
+            yield batch, first
+
+
+@torch.no_grad()
+def _hidden(
+    examples: Sequence[Example],
+    base: Any,
+    anti_expert: Any,
+    alignment: Alignment,
+    base_name: str,
+) -> Iterator[Tensor]:
+    """Yield `[positions, base width + small width]` on the CPU for each example."""
+    kept = [_kept_positions(example) for example in examples]
+    width = max(len(example.token_ids) for example in examples)
+    token_ids = torch.zeros(len(examples), width, dtype=torch.long)
+    mask = torch.zeros_like(token_ids)
+    for row, example in enumerate(examples):
+        token_ids[row, : len(example.token_ids)] = torch.tensor(example.token_ids)
+        mask[row, : len(example.token_ids)] = 1
+    if not any(kept):
+        yield from (torch.empty(0, 0) for _ in examples)
+        return
+    in_base = token_ids
+    if alignment.small_ids is not None:
+        in_base = base_ids(alignment)[token_ids]
+        missing = token_ids[(in_base < 0) & (mask == 1)]
+        if len(missing):
+            raise VocabularyMismatch(
+                f"an example has the token id {int(missing[0])}, which is no token of {base_name}, so the "
+                "base cannot read it.\nhint: tokenise the data with the small model's own tokenizer"
+            )
+        in_base = in_base.clamp(min=0)  # of padding on the right, which no token sees
+    parts = []
+    for model, ids in ((base, in_base), (anti_expert, token_ids)):
+        device = model.get_input_embeddings().weight.device
+        parts.append(run_body(model, ids.to(device), mask.to(device)))
+    for row, positions in enumerate(kept):
+        yield torch.cat([part[row, positions].float().cpu() for part in parts], dim=1)
+
+
+def _raw(values: Tensor, dtype: str) -> bytes:
+    """Return numbers as they are in the file: little-endian."""
+    if dtype == "bfloat16":
+        return values.bfloat16().view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
+    return values.float().numpy().astype("<f4", copy=False).tobytes()

@@ -1,0 +1,481 @@
+"""TRL's trainers with this project's loss, durable checkpoints, and one progress line.
+
+What is trained on which data is decided in `run.py`; rows come tokenised from `data.py`. A checkpoint here is
+whole or not there: it carries a marker that is written last, and `last_checkpoint` sees no other.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import EvalLoopOutput
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # type: ignore[attr-defined]
+
+from proxytune.errors import BackendError, OutputFileError
+from proxytune.tune.data import IGNORED, Example, PreferenceExample
+from proxytune.tune.loss import FrozenHeads, cross_entropy, head_of, run_body
+from proxytune.tune.offsets import Offsets
+
+MARKER = "whole"
+"""The empty file that says a checkpoint was written to its end."""
+
+
+class NonFiniteLoss(BackendError):
+    """Loss or gradients became NaN or infinite; the weights are still those of the step before."""
+
+
+# Checkpoints ---------------------------------------------------------------------------------------
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """Return the step a checkpoint was written after."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """Return the newest whole checkpoint and delete what a crash left of others."""
+    whole = []
+    for folder in directory.glob("checkpoint-*"):
+        if not re.fullmatch(r"checkpoint-\d+", folder.name):
+            continue
+        if (folder / MARKER).exists():
+            whole.append(folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    return max(whole, key=checkpoint_step, default=None)
+
+
+def _is_write_error(error: BaseException) -> bool:
+    """Whether an error of saving came from the disk; torch and safetensors wrap those in their own."""
+    return isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in str(error)
+
+
+class _DurableCheckpoints:
+    """Checkpoints that are whole or absent, and a stop before anything non-finite reaches the weights."""
+
+    args: Any
+    state: TrainerState
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: a checkpoint is no release, and the recipe has a card of its own."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if (folder / MARKER).exists():
+            return
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+            # A pickle that nothing here reads.
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            (folder / MARKER).touch()
+        except Exception as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if not _is_write_error(error):
+                raise
+            kept = last_checkpoint(folder.parent)
+            state = (
+                f"that of step {checkpoint_step(kept)} is whole"
+                if kept
+                else "there is none before it"
+            )
+            raise OutputFileError(
+                f"the checkpoint of step {self.state.global_step} cannot be written to {folder.parent}: "
+                f"{getattr(error, 'strerror', None) or error}; {state}.\n"
+                "hint: make room on the disk, then continue with --resume"
+            ) from error
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run forward and backward of one batch.
+
+        Raises:
+            NonFiniteLoss: The loss is NaN or infinite.
+        """
+        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if not torch.isfinite(loss):
+            raise NonFiniteLoss(f"the loss of step {self.state.global_step + 1} is {float(loss)}")
+        return loss
+
+
+# Trainers ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ensemble:
+    """What Consistent Proxy Tuning adds to the loss: the frozen models, as `offsets.py` keeps them."""
+
+    heads: FrozenHeads
+    expert_factor: float
+    train: Offsets
+    valid: Offsets | None
+
+
+class ExpertTrainer(_DurableCheckpoints, SFTTrainer):
+    """TRL's SFT trainer on tokenised examples, with the chunked loss of `loss.py`.
+
+    With an `ensemble` it trains the expert through the frozen base and anti-expert, otherwise by itself. The
+    validation loss is the mean over all trained tokens, so it does not depend on the batch size.
+    """
+
+    def __init__(
+        self, *args: Any, ensemble: Ensemble | None, autocast: torch.dtype | None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._ensemble = ensemble
+        self._autocast = autocast
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Return the loss in nats per trained token of the optimizer step that the batch is part of."""
+        total, count = self._nats(model, inputs, training=True)
+        return total / (count if num_items_in_batch is None else num_items_in_batch)
+
+    def _nats(self, model: Any, inputs: Mapping[str, Any], *, training: bool) -> tuple[Tensor, int]:
+        labels = inputs["labels"][:, 1:]
+        trained = labels != IGNORED
+        kind = inputs["input_ids"].device.type
+        with torch.autocast(kind, self._autocast, enabled=self._autocast is not None):
+            hidden = run_body(model, inputs["input_ids"], inputs["attention_mask"])
+            frozen = None
+            if self._ensemble is not None:
+                offsets = self._ensemble.train if training else self._ensemble.valid
+                assert offsets is not None
+                frozen = offsets.frozen(inputs["row"].tolist(), self._ensemble.heads, hidden.device)
+            total = cross_entropy(
+                hidden[:, :-1][trained],
+                head_of(model),
+                labels[trained],
+                frozen=frozen,
+                expert_factor=1.0 if self._ensemble is None else self._ensemble.expert_factor,
+            )
+        return total, int(trained.sum())
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self, dataloader: Any, description: str, *args: Any, **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Return the mean loss over every trained token of the validation examples."""
+        model: Any = self.model
+        was_training = model.training
+        model.eval()
+        nats = 0.0
+        num_tokens = num_rows = 0
+        for inputs in dataloader:
+            total, count = self._nats(model, self._prepare_inputs(inputs), training=False)
+            nats += float(total)
+            num_tokens += count
+            num_rows += len(inputs["input_ids"])
+        model.train(was_training)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        return EvalLoopOutput(
+            predictions=None,  # type: ignore[arg-type]
+            label_ids=None,
+            metrics={f"{prefix}_loss": nats / max(num_tokens, 1)},
+            num_samples=num_rows,
+        )
+
+
+class PreferenceTrainer(_DurableCheckpoints, DPOTrainer):
+    """TRL's DPO trainer on pairs that are tokenised already."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
+
+
+def example_dataset(examples: Sequence[Example]) -> Dataset:
+    """Return examples as the trainer takes them; `row` is the index into their offsets."""
+    return Dataset.from_dict(
+        {
+            "input_ids": [e.token_ids for e in examples],
+            "labels": [e.labels for e in examples],
+            "row": list(range(len(examples))),
+        }
+    )
+
+
+def preference_dataset(examples: Sequence[PreferenceExample]) -> Dataset:
+    """Return preference pairs as the trainer takes them."""
+    return Dataset.from_dict(
+        {
+            "prompt_ids": [e.prompt_ids for e in examples],
+            "chosen_ids": [e.chosen_ids for e in examples],
+            "rejected_ids": [e.rejected_ids for e in examples],
+        }
+    )
+
+
+class Padded:
+    """Collates examples, padded on the right to the longest."""
+
+    def __init__(self, pad_id: int) -> None:
+        self._pad_id = pad_id
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return `[batch, length]` input ids, labels and attention mask, and `[batch]` row indices."""
+        width = max(len(e["input_ids"]) for e in examples)
+
+        def padded(key: str, filler: int) -> Tensor:
+            return torch.tensor([e[key] + [filler] * (width - len(e[key])) for e in examples])
+
+        lengths = torch.tensor([len(e["input_ids"]) for e in examples])
+        return {
+            "input_ids": padded("input_ids", self._pad_id),
+            "labels": padded("labels", IGNORED),
+            "attention_mask": (torch.arange(width) < lengths[:, None]).long(),
+            "row": torch.tensor([e["row"] for e in examples]),
+        }
+
+
+# What happens beside the steps ---------------------------------------------------------------------
+
+
+class FiniteGradients(TrainerCallback):
+    """Stops before a gradient that is NaN or infinite reaches the weights."""
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check every gradient.
+
+        Raises:
+            NonFiniteLoss: One is not finite.
+        """
+        for parameter in kwargs["model"].parameters():
+            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
+                raise NonFiniteLoss(f"the gradients of step {state.global_step + 1} are not finite")
+
+
+class StopOnSignal(TrainerCallback):
+    """Turns the first Ctrl-C into a checkpoint and an orderly end; a second one ends at once."""
+
+    def __init__(self, on_stop: Callable[[], None]) -> None:
+        self._on_stop = on_stop
+        self.was_asked = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals while training runs."""
+        handled = (signal.SIGINT, signal.SIGTERM)
+        before = {}
+        with suppress(ValueError):  # only the main thread may
+            before = {s: signal.signal(s, self._ask) for s in handled}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.was_asked:
+            raise KeyboardInterrupt
+        self.was_asked = True
+        self._on_stop()
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask for a checkpoint and the end, once the step that was under way is done."""
+        if self.was_asked:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class EarlyStop(TrainerCallback):
+    """Stops when the validation loss has not become lower for a number of evaluations.
+
+    It looks at the history that checkpoints carry, so it decides alike after a resume.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
+
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Compare the last evaluations with the best before them."""
+        losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
+        if len(losses) > self._patience and min(losses[-self._patience :]) >= min(
+            losses[: -self._patience]
+        ):
+            control.should_training_stop = True
+
+
+class LastEvaluation(TrainerCallback):
+    """Evaluates and saves after the last step, wherever that falls."""
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask for both."""
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = args.eval_strategy != "no"
+            control.should_save = True
+
+
+class Journal(TrainerCallback):
+    """Writes each log row as a JSON line and hands it to a display.
+
+    After a resume, rows of steps that will be trained again are dropped first.
+
+    Args:
+        path: The file.
+        on_row: Called with each row: `step`, `epoch`, `elapsed_s`, and `loss` or `valid_loss`.
+        on_step: Called with the step and the number of steps after each step.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        on_row: Callable[[dict[str, Any]], None],
+        on_step: Callable[[int, int], None],
+    ) -> None:
+        self._path = path
+        self._on_row = on_row
+        self._on_step = on_step
+        self._started = time.perf_counter()
+        self._before_s = 0.0
+
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go on where the journal of the resumed step ends."""
+        rows = [row for row in read_journal(self._path) if row["step"] <= state.global_step]
+        if not state.global_step:
+            rows = []
+        self._before_s = max((row["elapsed_s"] for row in rows), default=0.0)
+        self._path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        self._started = time.perf_counter()
+        self._on_step(state.global_step, state.max_steps)
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move the display."""
+        self._on_step(state.global_step, state.max_steps)
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write one row."""
+        names = {
+            "loss": "loss",
+            "eval_loss": "valid_loss",
+            "eval_rewards/accuracies": "valid_accuracy",
+            "eval_rewards/margins": "valid_margin",
+            "learning_rate": "learning_rate",
+            "grad_norm": "grad_norm",
+        }
+        kept = {names[key]: value for key, value in (logs or {}).items() if key in names}
+        if "loss" not in kept and "valid_loss" not in kept:
+            return
+        row = {
+            "step": state.global_step,
+            "epoch": round(state.epoch or 0.0, 4),
+            "elapsed_s": round(self._before_s + time.perf_counter() - self._started, 2),
+            **{k: float(v) if math.isfinite(v) else None for k, v in kept.items()},
+        }
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self._on_row(row)
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a journal; a line cut by a crash ends it."""
+    rows = []
+    with suppress(FileNotFoundError, ValueError):
+        for line in path.read_text("utf-8").splitlines():
+            rows.append(json.loads(line))
+    return rows
+
+
+# Settings of TRL's trainers ------------------------------------------------------------------------
+
+
+def _shared_arguments(
+    *,
+    output_dir: Path,
+    seed: int,
+    learning_rate: float,
+    num_steps: int,
+    batch_size: int,
+    accumulate: int,
+    eval_every: int,
+    evaluates: bool,
+    is_resumed: bool,
+    gradient_checkpointing: bool,
+    on_cpu: bool,
+) -> dict[str, Any]:
+    return {
+        "output_dir": str(output_dir),
+        "seed": seed,
+        "data_seed": seed,
+        "max_steps": num_steps,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": max(1, round(0.03 * num_steps)),
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulate,
+        "gradient_checkpointing": gradient_checkpointing,
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": eval_every if evaluates else None,
+        "eval_on_start": evaluates and not is_resumed,
+        "save_strategy": "steps",
+        "save_steps": eval_every,
+        "save_total_limit": 2,
+        "load_best_model_at_end": evaluates,
+        "metric_for_best_model": "eval_loss" if evaluates else None,
+        "greater_is_better": False if evaluates else None,
+        "logging_strategy": "steps",
+        "logging_steps": max(1, min(10, num_steps // 50)),
+        "logging_nan_inf_filter": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": not on_cpu,
+        "use_cpu": on_cpu,
+    }
+
+
+def sft_config(*, max_length: int, **shared: Any) -> SFTConfig:
+    """Return the settings of `ExpertTrainer`; mixed precision is its own business."""
+    return SFTConfig(
+        **_shared_arguments(**shared),
+        bf16=False,
+        max_length=max_length,
+        packing=False,
+        completion_only_loss=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+
+
+def dpo_config(*, max_length: int, beta: float, bf16: bool, **shared: Any) -> DPOConfig:
+    """Return the settings of `PreferenceTrainer`."""
+    return DPOConfig(**_shared_arguments(**shared), bf16=bf16, max_length=max_length, beta=beta)
