@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxytune.errors import InvalidRequest, PromptFormatError
-from proxytune.prompts import PLAIN_USER_TURN, check_syntax, render
+from proxytune.prompts import PLAIN_USER_TURN, check_syntax, continuation_ids, render
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -196,3 +196,38 @@ def test_the_messages_of_the_caller_are_left_alone():
         except PromptFormatError:
             assert "update" in prompt_format
     assert messages == [SYSTEM, HI]
+
+
+def sentencepiece_like_tokenizer():
+    """Return a tokenizer that writes a space before any text, as those of Llama 2 and Mistral do."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<unk>", "\u2581", "\n", "a", "b", "\u2581a", "\u2581b"]
+    bpe = models.BPE(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[("\u2581", "a"), ("\u2581", "b")],
+        unk_token="<unk>",
+    )
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.decoder = decoders.Replace("\u2581", " ")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("a b", ["a", "\u2581b"]), (" a", ["\u2581a"]), ("\na", ["\n", "a"]), ("", [])],
+)
+def test_a_continuation_has_no_space_that_its_text_does_not_have(text, tokens):
+    tokenizer = sentencepiece_like_tokenizer()
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("a")) == ["\u2581a"]
+    assert tokenizer.convert_ids_to_tokens(continuation_ids(text, tokenizer)) == tokens
+
+
+def test_a_continuation_in_byte_level_tokens_is_its_plain_encoding():
+    tokenizer = tiny_tokenizer()
+    for text in ("the tin", " the tin", "\n\nthe"):
+        assert continuation_ids(text, tokenizer) == tokenizer.encode(text)

@@ -161,6 +161,11 @@ def test_a_given_strength_is_kept(models: Path, tmp_path: Path) -> None:
     assert Recipe.read(tmp_path / "out").experts[0].alpha == 0.35
 
 
+def test_nothing_is_measured_where_that_is_not_wanted(models: Path, tmp_path: Path) -> None:
+    result = tune(settings(models, tmp_path, texts(), measure_tokens=0))
+    assert result.valid is None and result.alpha == 1.0
+
+
 def test_full_weights_make_a_model_of_their_own(models: Path, tmp_path: Path) -> None:
     run = settings(models, tmp_path, texts(), full=True, method="cpt")
     result = tune(run)

@@ -23,16 +23,17 @@ INSTRUCTION_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
 SHARED: dict[str, Any] = {
     "method": "cpt",
     "alpha": 1.0,
-    "max_tokens": 150_000,
+    "max_tokens": 80_000,
     "max_valid_tokens": 6_000,
     "max_length": 512,
     "batch_size": 4,
-    "epochs": 3,
+    "epochs": 2.5,
     "learning_rate": 2e-3,
     "lora_rank": 32,
     "lora_dropout": 0.1,
     "eval_every": 40,
     "patience": 2,
+    "measure_tokens": 0,  # `publish.py` measures
     "dtype": "bfloat16",
 }
 
@@ -66,8 +67,10 @@ class Expert:
         return corpora.BUILD_DIR / "experts" / self.name
 
 
+LONGER: dict[str, Any] = {"max_tokens": 120_000, "epochs": 3}
+
 EXPERTS = (
-    Expert("tinyshakespeare", "tinyshakespeare", "plays of Shakespeare", "public domain"),
+    Expert("tinyshakespeare", "tinyshakespeare", "plays of Shakespeare", "public domain", LONGER),
     Expert("legal", "legal_dc_code", "District of Columbia Code", "text of law, public domain"),
     Expert("recipes", "recipes_based_cooking", "recipes of based.cooking", "Unlicense"),
     Expert("python", "python_stdlib", "Python 3.12's standard library", "PSF-2.0"),
@@ -77,7 +80,7 @@ EXPERTS = (
         "tinyshakespeare",
         "the same plays, tuned by itself",
         "public domain",
-        {"method": "sft"},
+        {"method": "sft", **LONGER},
     ),
     Expert(
         "instruct",

@@ -1080,6 +1080,14 @@ def tune(
             show_default=False,
         ),
     ] = None,
+    measure_tokens: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Measure base, expert and steered base on about so many held-out tokens; 0 measures "
+            "nothing and chooses no strength",
+        ),
+    ] = 15_000,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory for more time")
     ] = False,
@@ -1157,6 +1165,7 @@ def tune(
         alpha=alpha,
         cpt_form=cpt_form,  # type: ignore[arg-type]  # checked there
         offsets_dir=None if offsets_dir is None else str(offsets_dir),
+        measure_tokens=measure_tokens,
         gradient_checkpointing=gradient_checkpointing,
         seed=seed,
         device=device,

@@ -20,7 +20,7 @@ import torch
 from proxytune.backends.base import Backend
 from proxytune.decode import Batch, Ensemble, Event, Job, Member, Pair, check_job, decode
 from proxytune.errors import InvalidRequest
-from proxytune.prompts import PLAIN_USER_TURN, Tokenizer, render
+from proxytune.prompts import PLAIN_USER_TURN, Tokenizer, continuation_ids, render
 from proxytune.recipe import ModelSpec, Recipe
 from proxytune.request import Message, Prompt, Request, SamplingParams
 from proxytune.score import Passage, ScoreReport, score_passages, score_tokens
@@ -373,7 +373,7 @@ class ProxyTuned:
                 )
                 for m, f in zip(self.ensemble.members, self._formats, strict=True)
             )
-            token_ids = [*self.tokenizer.encode(answer, add_special_tokens=False)]
+            token_ids = continuation_ids(answer, self.tokenizer)
             if self.tokenizer.eos_token_id is not None:
                 token_ids.append(self.tokenizer.eos_token_id)
             if limit is not None:

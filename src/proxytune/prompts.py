@@ -104,6 +104,20 @@ def render(prompt: Prompt, *, prompt_format: str, tokenizer: Tokenizer, name: st
     return list(token_ids)
 
 
+def continuation_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Return the token ids of a text that goes on after others.
+
+    Tokenizers of the SentencePiece kind write a space before any text they are given, which only belongs
+    before the first; it is kept off by putting a line break there and taking it away again.
+    """
+    start = list(tokenizer.encode("\n", add_special_tokens=False))
+    if len(start) > 1 and tokenizer.convert_ids_to_tokens(start)[0] == "\u2581":
+        whole = list(tokenizer.encode("\n" + text, add_special_tokens=False))
+        if whole[: len(start)] == start:
+            return whole[len(start) :]
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
 def render_text(
     prompt: Prompt,
     *,

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from proxytune.errors import InputFileError, InvalidRequest, MissingExtra, PromptFormatError
-from proxytune.prompts import Tokenizer, check_syntax, render, render_text
+from proxytune.prompts import Tokenizer, check_syntax, continuation_ids, render, render_text
 from proxytune.request import Message, Prompt
 
 IGNORED = -100
@@ -868,7 +868,7 @@ class _Encoder:
         return self._tokenizer.get_vocab().get(token)
 
     def _answer(self, text: str, index: int) -> list[int]:
-        token_ids = list(self._tokenizer.encode(text, add_special_tokens=False))
+        token_ids = continuation_ids(text, self._tokenizer)
         if not token_ids:
             raise InputFileError(
                 f"{self._rows.where(index)}: its answer has no tokens for {self._format['name']}, so there "

@@ -67,8 +67,8 @@ ALPHAS = tuple(round(0.1 * i, 1) for i in range(1, 16))
 """Strengths that are tried on the validation rows."""
 MOST_VALID_ROWS = 500
 """A share of the rows becomes validation rows, but no more than so many: each evaluation reads them all."""
-MEASURED_CHARACTERS = 60_000
-"""Text that the models are measured on: some 15,000 tokens, a minute on two cores."""
+CHARACTERS_PER_TOKEN = 4
+"""Of English, about; how much text is measured need not be exact."""
 SCORE_WINDOW = 512
 
 
@@ -622,7 +622,7 @@ class _Run:
         from proxytune.model import ProxyTuned
 
         settings = self._settings
-        if valid is None and test is None:
+        if (valid is None and test is None) or settings.measure_tokens == 0:
             return result
         try:
             model = ProxyTuned.load(recipe, device=settings.device)
@@ -650,15 +650,16 @@ class _Run:
         def advance(done: int, total: int) -> None:
             self._display.stage(name, done, total)
 
+        num_characters = CHARACTERS_PER_TOKEN * self._settings.measure_tokens
         if rows.kind == "text":
-            text = "\n\n".join(row["text"].strip() for row in rows.rows)[:MEASURED_CHARACTERS]
+            text = "\n\n".join(row["text"].strip() for row in rows.rows)[:num_characters]
             contexts = [m.backend.capabilities.max_context for m in model.ensemble.members]
             window = min([SCORE_WINDOW, *(c for c in contexts if c is not None)])
             return model.score(text, alphas, window=window, on_progress=advance)
         pairs: list[tuple[Prompt, str]] = []
         size = 0
         for prompt, answer in map(_prompt_and_answer, rows.rows):
-            if size > MEASURED_CHARACTERS:
+            if size > num_characters:
                 break
             pairs.append((prompt, answer))
             size += len(answer) + len(str(prompt))

@@ -52,6 +52,8 @@ class TuneSettings:
             anti_expert). They are one at alpha 1.
         offsets_dir: Where `cpt` keeps what it computes of the frozen models, to be used again by another run
             on the same rows; None keeps it for this run only.
+        measure_tokens: Base, expert and steered base are measured on at most about so many tokens of the
+            validation rows, and of the test rows; 0 measures nothing and chooses no strength.
         gradient_checkpointing: Less memory, more time.
         seed: Of everything drawn.
         device: As torch names it; None is CUDA where there is some.
@@ -91,6 +93,7 @@ class TuneSettings:
     alpha: float | None = None
     cpt_form: Form = "steered"
     offsets_dir: str | None = None
+    measure_tokens: int = 15_000
     gradient_checkpointing: bool = False
     seed: int = 0
     device: str | None = None
@@ -121,7 +124,7 @@ class TuneSettings:
         for key, lowest in (
             ("lora_rank", 1), ("max_tokens", 1), ("max_valid_tokens", 1), ("max_steps", 1),
             ("batch_size", 1), ("accumulate", 1), ("max_length", 2), ("eval_every", 1),
-            ("patience", 0), ("seed", 0),
+            ("patience", 0), ("measure_tokens", 0), ("seed", 0),
         ):  # fmt: skip
             value = getattr(self, key)
             if value is not None and value < lowest:
