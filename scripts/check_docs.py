@@ -56,7 +56,8 @@ def pages() -> list[Path]:
     found = set(ROOT.glob("*.md"))
     for folder in FOLDERS:
         found |= set((ROOT / folder).rglob("*.md"))
-    return sorted(path for path in found if ROOT / "zoo" / "build" not in path.parents)
+    build = {ROOT / "zoo" / "build", ROOT / "benchmarks" / "build"}
+    return sorted(path for path in found if not build & set(path.parents))
 
 
 def split(text: str) -> tuple[str, list[Block]]:

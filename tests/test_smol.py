@@ -187,3 +187,18 @@ def test_the_demo_measures_that_steering_lowers_the_perplexity_of_each_domain(ca
         assert domain["num_tokens"] > 1000
         assert domain["title"] in shown
         assert f"{perplexity['steered']:.1f}" in shown
+
+
+def test_the_family_is_small(smol):
+    limits = {"anti-expert": 16_000_000, "adapters": 2_000_000}
+    for folder, limit in limits.items():
+        files = list((smol.recipe.directory / folder).rglob("*.safetensors"))
+        assert files and all(file.stat().st_size <= limit for file in files)
+
+
+def test_every_expert_steers_towards_its_domain(smol):
+    for text in sorted((smol.recipe.directory / "heldout").glob("*.txt")):
+        alpha = smol.recipe.choose(text.stem, None)[text.stem]
+        excerpt = text.read_text("utf-8")[:1500]
+        report = smol.score(excerpt, [alpha], experts=text.stem)
+        assert report.row("steered", alpha).change < -0.01, text.stem

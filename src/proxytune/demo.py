@@ -25,8 +25,8 @@ from proxytune.request import Request, SamplingParams
 from proxytune.score import ScoreReport
 
 RECIPE = "package:proxytune/smol"
-TEXT_ALPHA = 2.0
-"""Strength of the shown texts: at 1, where perplexity is lowest, a few words tell less of what changed."""
+TEXT_ALPHA = 1.75
+"""Strength of the shown texts: near 1, where perplexity is lowest, a few words tell less of what changed."""
 
 
 @dataclass(frozen=True, slots=True)

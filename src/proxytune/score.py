@@ -11,7 +11,9 @@ not independent (Efron and Tibshirani 1993, section 8.6); the change against the
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -263,6 +265,7 @@ def score_passages(
             done += len(targets)
             if on_progress is not None:
                 on_progress(done, total)
+        _return_free_memory()
     losses = [np.concatenate(column) for column in collected]
     labels: list[float | None] = [*[None] * len(names), *[label for label, _ in strengths]]
     rows = [
@@ -275,6 +278,16 @@ def score_passages(
     return ScoreReport(
         num_tokens=total, num_windows=len(passages), window=longest, rows=tuple(rows)
     )
+
+
+def _return_free_memory() -> None:
+    """Give what the C library's heap holds free back to the system, where that can be asked for.
+
+    Logits below 32 MiB come from glibc's heap, and what lies between them keeps it from shrinking: scoring
+    60,000 tokens of a vocabulary of 49,152 in windows of 128 grew a process by 5 GB.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _row(

@@ -386,12 +386,15 @@ class _Run:
             check_head(model, head_of(model))
         factors = form_coefficients(settings.cpt_form, settings.alpha or 1.0)
         own = head_of(anti_expert)
+        # The small head stays what the expert's is: where they are one, their logits are one product.
         heads = FrozenHeads.of(
-            align_base_head(head_of(big), alignment, small.vocabulary),
+            align_base_head(head_of(big), alignment, small.vocabulary).to(
+                device, torch.bfloat16 if dtype == "bfloat16" else None
+            ),
             own.copy() if settings.full else own,
             base_factor=factors.base,
             anti_expert_factor=factors.anti_expert,
-        ).to(device, torch.bfloat16 if dtype == "bfloat16" else None)
+        )
         parts = {}
         for name, part in encoded.items():
             examples = [e for e in part.examples if isinstance(e, Example)]
