@@ -10,7 +10,7 @@ INPUTS := pyproject.toml constraints.txt scripts/set_up.sh
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-transformers-5.19 check format bench zoo clean
+.PHONY: help setup demo test test-transformers-5.19 check format bench miniature zoo clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z][^ ]*:.*## / {printf "  make %-24s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +39,9 @@ format: setup ## Format the code, mend what the linter can, write docs/reference
 
 bench: setup ## Measure steered decoding against the base alone
 	$(BIN)/python benchmarks/plain_decoding.py $(ARGS)
+
+miniature: setup ## The paper's question on small models: expert, steered base, directly tuned base
+	$(BIN)/python benchmarks/miniature $(ARGS)
 
 zoo: setup ## Train the smol family again (hours on two cores; see zoo/README.md)
 	$(BIN)/python zoo/remake.py $(ARGS)

@@ -110,7 +110,10 @@ def test_a_base_equal_to_the_anti_expert_is_the_expert_at_alpha_one():
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_ragged_batch_gives_what_each_prompt_gives_alone(smol, temperature):
-    sampling = replace(GREEDY, temperature=temperature, seed=1)
+    sampling = GREEDY
+    if temperature:
+        # Without the tail: its tokens have 1e-6 each, so that rounding decides between neighbours there.
+        sampling = replace(GREEDY, temperature=temperature, top_p=0.95, seed=1)
     names = [expert.name for expert in smol.recipe.experts]
     requests = [
         Request(prompt, sampling, experts=names[i % len(names)]) for i, prompt in enumerate(PROMPTS)
@@ -199,6 +202,5 @@ def test_the_family_is_small(smol):
 def test_every_expert_steers_towards_its_domain(smol):
     for text in sorted((smol.recipe.directory / "heldout").glob("*.txt")):
         alpha = smol.recipe.choose(text.stem, None)[text.stem]
-        excerpt = text.read_text("utf-8")[:1500]
-        report = smol.score(excerpt, [alpha], experts=text.stem)
+        report = smol.score(text.read_text("utf-8"), [alpha], experts=text.stem)
         assert report.row("steered", alpha).change < -0.01, text.stem

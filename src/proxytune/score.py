@@ -133,7 +133,14 @@ def bootstrap(
     return Interval(float(low), float(high)), Interval(float(change_low), float(change_high))
 
 
-def _losses(logits: Tensor, targets: Tensor, padding_ids: Tensor) -> NDArray[np.float64]:
+def token_losses(logits: Tensor, targets: Tensor, padding_ids: Tensor) -> NDArray[np.float64]:
+    """Return negative log-likelihoods, `[num_tokens]` nats.
+
+    Args:
+        logits: `[num_tokens, vocab]`, float32.
+        targets: `[num_tokens]`.
+        padding_ids: `[num_padding]`, ids that no token has; they get no probability.
+    """
     if len(padding_ids):
         logits = logits.index_fill(-1, padding_ids, -torch.inf)
     chosen = logits.gather(-1, targets[..., None])[..., 0]
@@ -243,7 +250,7 @@ def score_passages(
     done = 0
     for passage in passages:
         ids = torch.tensor(passage.token_ids)
-        for where, logits in _passage_logits(ensemble, passage, needed):
+        for where, logits in passage_logits(ensemble, passage, needed):
             base = logits[0]
             targets = ids[where : where + base.shape[0]].to(base.device)
             padding_ids = ensemble.vocabulary.padding_ids.to(base.device)
@@ -251,7 +258,7 @@ def score_passages(
                 part = slice(first, first + SLICE_TOKENS)
                 for column, side in enumerate(sides):
                     collected[column].append(
-                        _losses(logits[side][part].float(), targets[part], padding_ids)
+                        token_losses(logits[side][part].float(), targets[part], padding_ids)
                     )
                 for column, (_, alphas) in enumerate(strengths, start=len(names)):
                     parts = [
@@ -261,7 +268,7 @@ def score_passages(
                         for pair, alpha in zip(ensemble.pairs, alphas, strict=True)
                     ]
                     steered = combine(base[part], parts)
-                    collected[column].append(_losses(steered, targets[part], padding_ids))
+                    collected[column].append(token_losses(steered, targets[part], padding_ids))
             done += len(targets)
             if on_progress is not None:
                 on_progress(done, total)
@@ -310,7 +317,7 @@ def _row(
     )
 
 
-def _passage_logits(
+def passage_logits(
     ensemble: Ensemble, passage: Passage, needed: Sequence[int]
 ) -> Iterator[tuple[int, dict[int, Tensor]]]:
     """Yield, chunk by chunk, the index of the first token predicted and each member's logits for it.

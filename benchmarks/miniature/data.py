@@ -1,0 +1,192 @@
+"""The rows of every data set: which text, which questions, in which split.
+
+A domain's training rows are whole documents, its validation rows pieces of text, its test split one text. The
+task is to name the area of medicine that a question of MedQuAD belongs to. No model reaches this file.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.miniature.plan import ROOT, SEED, TASK, Plan, write_whole
+from proxytune.errors import InputFileError
+
+DATA_DIR = Path(os.environ.get("PROXYTUNE_DATA", ROOT.parent / "shared" / "data"))
+PIECE_CHARACTERS = 4_000
+"""Six pieces are 5,000 to 8,000 tokens of validation text from all over the split."""
+CHARACTERS_PER_TOKEN = 6
+"""More than any domain has on average (3.1 to 4.9), so that picked documents suffice for `max_tokens`."""
+
+AREAS = {
+    "CancerGov": " cancer",
+    "NIDDK": " kidneys and digestion",
+    "NINDS": " nerves",
+    "NHLBI": " heart and lungs",
+    "NIHSeniorHealth": " old age",
+    "CDC": " infections",
+}
+"""The institute that answers a question, as the area it is responsible for. MedlinePlus covers all areas, so
+its rows are left out."""
+ROWS_PER_AREA = 400
+"""The nerves alone have 966 questions for training, infections 234."""
+VALID_SHARE = 0.12
+
+
+def corpus_rows(corpus: str, split: str) -> list[dict[str, Any]]:
+    """Return the rows of one split, each with at least a `text`.
+
+    Raises:
+        InputFileError: It is not in the data folder.
+    """
+    folder = DATA_DIR / "corpora" / corpus
+    text, lines = folder / f"{split}.txt", folder / f"{split}.jsonl.gz"
+    try:
+        if text.exists():
+            return [{"text": text.read_text("utf-8")}]
+        return [json.loads(line) for line in gzip.decompress(lines.read_bytes()).splitlines()]
+    except OSError as error:
+        raise InputFileError(
+            f"{lines} cannot be read: {error.strerror}.\n"
+            "hint: set PROXYTUNE_DATA to the folder that holds corpora/"
+        ) from error
+
+
+def pick_documents(rows: Sequence[Mapping[str, Any]], num_characters: int) -> list[dict[str, str]]:
+    """Return whole documents in random order until they have so many characters together."""
+    picked = []
+    size = 0
+    for row in random.Random(SEED).sample(rows, len(rows)):
+        if size >= num_characters:
+            break
+        picked.append({"text": row["text"]})
+        size += len(row["text"])
+    return picked
+
+
+def pick_pieces(text: str, num_pieces: int) -> list[dict[str, str]]:
+    """Return pieces evenly spaced over a text, each beginning with a line."""
+    last = max(0, len(text) - PIECE_CHARACTERS)
+    pieces = []
+    for start in np.linspace(0, last, min(num_pieces, 1 + last // PIECE_CHARACTERS)).astype(int):
+        begin = text.rfind("\n", 0, start) + 1
+        pieces.append({"text": text[begin : begin + PIECE_CHARACTERS]})
+    return pieces
+
+
+def task_item(row: Mapping[str, Any]) -> dict[str, str] | None:
+    """Return one question of MedQuAD as a prompt with its area; None for a row that names no area."""
+    if row["source"] not in AREAS or not row["focus"].strip():
+        return None
+    question = row["text"].partition("\n")[0].removeprefix("Question: ").strip()
+    return {
+        "prompt": f"Question: {question}\nArea:",
+        "completion": AREAS[row["source"]],
+        "focus": " ".join(row["focus"].casefold().split()),
+        "wording": re.sub(re.escape(row["focus"]), "…", question, flags=re.IGNORECASE),
+    }
+
+
+def task_items(
+    train_rows: Iterable[Mapping[str, Any]], test_rows: Iterable[Mapping[str, Any]]
+) -> dict[str, list[dict[str, str]]]:
+    """Return the task's items by split; no disease is in two of them.
+
+    Args:
+        train_rows: Rows of MedQuAD. Those about a disease of the test rows are left out, and so are repeated
+            questions. Validation items are held out from them by disease.
+        test_rows: Every one that names an area becomes a test item.
+    """
+    test = [item for item in map(task_item, test_rows) if item]
+    unseen = {item["focus"] for item in test}
+    known = {
+        (item["prompt"], item["completion"]): item
+        for item in map(task_item, train_rows)
+        if item and item["focus"] not in unseen
+    }
+    rng = random.Random(SEED)
+    items = rng.sample(list(known.values()), len(known))
+    diseases = sorted({item["focus"] for item in items})
+    held_out = set(rng.sample(diseases, round(VALID_SHARE * len(diseases))))
+    train = [item for item in items if item["focus"] not in held_out]
+    valid = [item for item in items if item["focus"] in held_out]
+    return {
+        "train": _capped(train, ROWS_PER_AREA),
+        "valid": _capped(valid, round(VALID_SHARE * ROWS_PER_AREA)),
+        "test": test,
+    }
+
+
+def _capped(items: Iterable[dict[str, str]], most: int) -> list[dict[str, str]]:
+    counts: Counter[str] = Counter()
+    kept = []
+    for item in items:
+        counts[item["completion"]] += 1
+        if counts[item["completion"]] <= most:
+            kept.append(item)
+    return kept
+
+
+def guesses(items: Mapping[str, Sequence[Mapping[str, str]]]) -> dict[str, float]:
+    """Return the test accuracies of two guesses that need no model.
+
+    `majority` always says the test items' most frequent area; `wording` the one that a question's wording,
+    without the disease, had most often in training. Both guesses use what a model cannot know or need not.
+    """
+    test = items["test"]
+    areas = Counter(item["completion"] for item in test)
+    by_wording: dict[str, Counter[str]] = defaultdict(Counter)
+    for item in items["train"]:
+        by_wording[item["wording"]][item["completion"]] += 1
+        by_wording[""][item["completion"]] += 1
+    right = 0
+    for item in test:
+        seen = by_wording.get(item["wording"], by_wording[""])
+        right += seen.most_common(1)[0][0] == item["completion"]
+    return {"majority": max(areas.values()) / len(test), "wording": right / len(test)}
+
+
+def prepare(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Write each data set's rows and return their digests and counts by data set."""
+    prepared: dict[str, dict[str, Any]] = {}
+    for name in plan.domains:
+        valid, test = (
+            "\n\n".join(row["text"].strip() for row in corpus_rows(name, split))
+            for split in ("valid", "test")
+        )
+        num_characters = CHARACTERS_PER_TOKEN * plan.max_tokens
+        rows = {
+            "train": pick_documents(corpus_rows(name, "train"), num_characters),
+            "valid": pick_pieces(valid, plan.num_pieces),
+            "test": [{"text": test}],
+        }
+        prepared[name] = {s: _write_rows(plan.rows_path(name, s), r) for s, r in rows.items()}
+    train, *others = (corpus_rows("medical_medquad", split) for split in ("train", "valid", "test"))
+    items = task_items(train, [row for rows in others for row in rows])
+    items |= {split: items[split][: plan.max_items] for split in ("valid", "test")}
+    prepared[TASK] = {s: _write_rows(plan.rows_path(TASK, s), r) for s, r in items.items()}
+    prepared[TASK]["guesses"] = guesses(items)
+    return prepared
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_whole(path, content)
+    return {"rows": len(rows), "sha256": hashlib.sha256(content.encode()).hexdigest()}
+
+
+def read_rows(plan: Plan, name: str, split: str) -> list[dict[str, str]]:
+    """Return rows that `prepare` wrote."""
+    # Not splitlines(), which would also cut at the odd separators that texts hold.
+    lines = plan.rows_path(name, split).read_text("utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]

@@ -1,0 +1,261 @@
+"""The stages: which are done, each as a process of its own, and what they left, gathered for the report.
+
+A training has a process of its own so that its peak memory is its own. Nothing is trained or measured here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from benchmarks.miniature.data import prepare
+from benchmarks.miniature.measure import WINDOW, measure
+from benchmarks.miniature.plan import (
+    ANTI_EXPERT,
+    FULL,
+    KINDS,
+    QUICK,
+    RATES,
+    ROOT,
+    SEARCH_DOMAIN,
+    SEARCH_STAGES,
+    SEARCH_TOKENS,
+    TASK,
+    Plan,
+    Stale,
+    parts_of,
+    write_whole,
+)
+from benchmarks.miniature.report import duration
+from benchmarks.miniature.summary import NUM_RESAMPLES, check_same_rows, summarise
+from benchmarks.miniature.train import train, training_settings
+from proxytune.checkpoint import resolve_package
+from proxytune.score import BLOCK_TOKENS
+
+
+def tell(text: str) -> None:
+    """Print progress, which is not the answer."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def fingerprint(plan: Plan, stage: str, prepared: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides a stage's result: settings, data and weights."""
+    name, kind, _ = parts_of(stage)
+    weights = hashlib.sha256(_anti_expert_weights().read_bytes()).hexdigest()
+    data = prepared[name]
+    if kind == "measure":
+        trained = {k: plan.stage_path(f"{name}.{k}") for k in KINDS}
+        return {
+            "anti_expert": weights,
+            "num_windows": plan.num_windows,
+            "data": data,
+            "trained": {
+                k: hashlib.sha256(path.read_bytes()).hexdigest()
+                for k, path in trained.items()
+                if path.exists()
+            },
+        }
+    settings = training_settings(plan, stage)
+    for place in ("output", "data", "valid_data"):
+        del settings[place]
+    return {
+        "anti_expert": weights,
+        "settings": settings,
+        "data": {split: data[split] for split in ("train", "valid")},
+    }
+
+
+def _anti_expert_weights() -> Path:
+    return resolve_package(ANTI_EXPERT) / "model.safetensors"
+
+
+def is_done(plan: Plan, stage: str, prepared: Mapping[str, Any]) -> bool:
+    """Return whether a stage need not be run.
+
+    Raises:
+        Stale: A training is there that was made otherwise; it is not thrown away unasked.
+    """
+    path = plan.stage_path(stage)
+    if not path.exists():
+        return False
+    there, now = plan.read_stage(stage)["fingerprint"], fingerprint(plan, stage, prepared)
+    if there == now:
+        return True
+    if stage.endswith(".measure"):
+        return False
+    changed = ", ".join(_differences(there, now))
+    raise Stale(
+        f"{stage} is finished, but was made with another {changed}, so its result does not belong to this "
+        f"script.\nhint: to make it again, remove {path} and {plan.run_path(stage)}"
+    )
+
+
+def _differences(there: Any, now: Any, place: str = "") -> list[str]:
+    if not (isinstance(there, dict) and isinstance(now, dict)):
+        return [] if there == now else [place]
+    return [
+        difference
+        for key in sorted({*there, *now})
+        for difference in _differences(there.get(key), now.get(key), f"{place}.{key}".strip("."))
+    ]
+
+
+def run_stage(plan: Plan, stage: str) -> None:
+    """Run one stage in this process and write its file.
+
+    Raises:
+        Stale: A training is there that was made otherwise.
+        UserError: The data or a model is missing; see `tune` and `ProxyTuned.load`.
+    """
+    prepared = prepare(plan)
+    if is_done(plan, stage, prepared):
+        tell(f"    {stage} is done")
+        return
+    started = time.perf_counter()
+    name, kind, _ = parts_of(stage)
+
+    def say(text: str) -> None:
+        tell(f"    {text}")
+
+    is_measuring = kind == "measure"
+    result = measure(plan, name, say=say) if is_measuring else train(plan, stage, say=say)
+    content = {
+        "stage": stage,
+        "fingerprint": fingerprint(plan, stage, prepared),
+        "commit": commit(),
+        # Of a training, also what it took before it was interrupted.
+        "seconds": max(
+            time.perf_counter() - started, result.get("train_s", 0) + result.get("offsets_s", 0)
+        ),
+        "result": result,
+    }
+    write_whole(plan.stage_path(stage), json.dumps(content, indent=1) + "\n")
+
+
+def commit() -> str:
+    """Return the commit that is checked out, marked where tracked files differ from it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no").strip()
+        return git("rev-parse", "--short=12", "HEAD").strip() + ("-changed" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def expected_s(plan: Plan, stage: str) -> float:
+    """Return a guess of a stage's seconds on two cores; only the ratios between stages matter for long."""
+    _, kind, rate = parts_of(stage)
+    whole = {"sft": 120, "cpt": 190, "direct": 510, "measure": 100}[kind]
+    return whole * (SEARCH_TOKENS if rate else plan.max_tokens) / FULL.max_tokens
+
+
+def run_all(
+    plan: Plan, stages: Sequence[str], prepared: Mapping[str, Any], options: Sequence[str]
+) -> int:
+    """Run what is left of some stages, each as this command with `options`; returns an exit code."""
+    left = [stage for stage in stages if not is_done(plan, stage, prepared)]
+    if len(left) < len(stages):
+        tell(f"{len(stages) - len(left)} of {len(stages)} stages are done already")
+    weights = [expected_s(plan, stage) for stage in left]
+    started = time.perf_counter()
+    for count, stage in enumerate(left):
+        elapsed = time.perf_counter() - started
+        pace = elapsed / sum(weights[:count]) if count else 1.0
+        rest = duration(pace * sum(weights[count:]))
+        tell(f"[{count + 1}/{len(left)}] {stage}: {duration(elapsed)} so far, about {rest} to go")
+        folder = str(Path(__file__).parent)
+        code = _wait(subprocess.Popen([sys.executable, folder, "--stage", stage, *options]))
+        if code:
+            tell(f"{stage} did not finish; the same command goes on from there")
+            return 130 if code < 0 else code
+    return 0
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """Wait for a child, which gets Ctrl-C from the terminal as well and needs time to save its state."""
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
+
+
+def read_search() -> dict[str, Any] | None:
+    """Return the validation losses of every learning rate that was tried; None before `--search`."""
+    losses: dict[str, dict[str, float]] = {}
+    for stage in SEARCH_STAGES:
+        if not FULL.stage_path(stage).exists():
+            return None
+        _, kind, rate = stage.split(".", 2)
+        losses.setdefault(kind, {})[rate] = FULL.read_stage(stage)["result"]["valid_loss"]
+    return {"domain": SEARCH_DOMAIN, "max_tokens": SEARCH_TOKENS, "losses": losses}
+
+
+def collect(plan: Plan, prepared: Mapping[str, Any]) -> dict[str, Any]:
+    """Return everything the report says, from the finished stages.
+
+    Raises:
+        Stale: Two trainings of a data set did not read the same rows.
+    """
+    stages = {stage: plan.read_stage(stage) for stage in plan.stages}
+    trained = {
+        name: {kind: stages[f"{name}.{kind}"]["result"] for kind in KINDS}
+        for name in plan.data_sets
+    }
+    check_same_rows(trained)
+    made = stages[plan.stages[0]]["fingerprint"]
+    versions = dict(trained[plan.data_sets[0]]["sft"]["environment"])
+    num_threads = versions.pop("num_threads")
+    about = {
+        "command": "make miniature" + (" ARGS=--quick" if plan is QUICK else ""),
+        "is_quick": plan is QUICK,
+        "anti_expert_sha256": made["anti_expert"],
+        "num_anti_expert_parameters": _num_parameters(),
+        **{key: made["settings"][key] for key in ("base", "anti_expert", "max_tokens", "epochs")},
+        **{key: made["settings"][key] for key in ("patience", "lora_rank", "dtype")},
+        "rates": RATES,
+        "window": WINDOW,
+        "block_tokens": BLOCK_TOKENS,
+        "num_resamples": NUM_RESAMPLES,
+        "guesses": prepared[TASK]["guesses"],
+        "data": prepared,
+        "search": read_search(),
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {num_threads} threads",
+        "versions": {"python": platform.python_version(), **versions},
+        "commits": sorted({part["commit"] for part in stages.values()}),
+        "total_s": sum(part["seconds"] for part in stages.values()),
+    }
+    measured = {name: stages[f"{name}.measure"]["result"] for name in plan.data_sets}
+    return summarise(measured, trained, about)
+
+
+def _num_parameters() -> int:
+    """Return how many weights the anti-expert has, from its file's header."""
+    with safe_open(_anti_expert_weights(), "np") as weights:
+        shapes = (weights.get_slice(key).get_shape() for key in weights.keys())  # noqa: SIM118
+        return sum(math.prod(shape) for shape in shapes)
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()

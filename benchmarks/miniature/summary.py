@@ -1,0 +1,177 @@
+"""The arithmetic: means with their intervals, shares of a gap, totals of cost.
+
+Numbers in, numbers out: no model, no file, no clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.miniature.plan import KINDS, TASK, Stale
+
+NUM_RESAMPLES = 10_000
+STEERED = ("steered_1", "steered", "cpt")
+"""The predictors that are the base, steered."""
+COSTS = {
+    "num_parameters": max,
+    "num_steps": sum,
+    "train_s": sum,
+    "offsets_s": sum,
+    "peak_memory_bytes": max,
+}
+"""What a training costs, and what the costs of several amount to."""
+
+
+def gap_closed(base: Any, steered: Any, direct: Any) -> Any:
+    """Return the share of direct tuning's gain that steering has: 0 is the base, 1 the tuned base.
+
+    Numbers or arrays, in nats or in accuracy: both signs cancel.
+    """
+    return (base - steered) / (base - direct)
+
+
+def resample(
+    sums: Mapping[str, Sequence[float]], sizes: Sequence[int], *, seed: int
+) -> dict[str, np.ndarray]:
+    """Return every predictor's mean in each bootstrap resample; all predictors share the drawn blocks.
+
+    Args:
+        sums: By predictor, the sum of what is averaged in each block, `[num_blocks]`.
+        sizes: How many tokens or items each block has, `[num_blocks]`.
+        seed: Of the resampling.
+
+    Source: Efron and Tibshirani 1993, sections 8.6 and 25.4, as in `score.py`.
+    """
+    shape = (NUM_RESAMPLES, len(sizes))
+    picks = np.random.default_rng(seed).integers(0, len(sizes), size=shape)
+    counts = np.asarray(sizes)[picks].sum(1)
+    return {name: np.asarray(row)[picks].sum(1) / counts for name, row in sums.items()}
+
+
+def interval(values: np.ndarray) -> list[float]:
+    """Return the middle 95 % of resamples."""
+    return [float(value) for value in np.percentile(values, [2.5, 97.5])]
+
+
+def summarise_set(measured: Mapping[str, Any], *, seed: int = 0) -> tuple[dict, dict]:
+    """Return the rows of one data set, and the resampled gaps by steered predictor.
+
+    A gap is None, and has no resamples, where direct tuning is not better than the base in 97.5 % of
+    resamples: a share of nothing means nothing.
+    """
+    sums, sizes = measured["sums"], measured["sizes"]
+    is_text = measured["measure"] == "perplexity"
+    means = {name: sum(row) / sum(sizes) for name, row in sums.items()}
+    drawn = resample(sums, sizes, seed=seed)
+    gains = drawn["base"] - drawn["direct"] if is_text else drawn["direct"] - drawn["base"]
+    has_gap = bool((gains > 0).mean() >= 0.975)
+    rows = {}
+    gaps = {}
+    for name, mean in means.items():
+        low, high = interval(drawn[name])
+        rows[name] = {
+            "mean": mean,
+            "value": math.exp(mean) if is_text else mean,
+            "interval": [math.exp(low), math.exp(high)] if is_text else [low, high],
+            "alpha": measured["alphas"].get(name),
+        }
+        if name in STEERED:
+            rows[name] |= {"gap": None, "gap_interval": None}
+            if has_gap:
+                gaps[name] = gap_closed(drawn["base"], drawn[name], drawn["direct"])
+                rows[name] |= {
+                    "gap": gap_closed(means["base"], mean, means["direct"]),
+                    "gap_interval": interval(gaps[name]),
+                }
+    return rows, gaps
+
+
+def mean_gaps(
+    rows: Mapping[str, Mapping[str, Any]], gaps: Mapping[str, Mapping[str, np.ndarray]]
+) -> dict[str, Any]:
+    """Return the mean over data sets of the gap each steered predictor closes, with its interval.
+
+    Data sets are independent, so resample i of the mean takes resample i of each.
+    """
+    sets = [name for name in rows if gaps[name]]
+    if not sets:
+        return {"data_sets": [], "gaps": {}}
+    return {
+        "data_sets": sets,
+        "gaps": {
+            predictor: {
+                "gap": float(np.mean([rows[name][predictor]["gap"] for name in sets])),
+                "gap_interval": interval(np.mean([gaps[name][predictor] for name in sets], axis=0)),
+            }
+            for predictor in STEERED
+        },
+    }
+
+
+def summarise(
+    measured: Mapping[str, Mapping[str, Any]],
+    trained: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return everything the report says.
+
+    Args:
+        measured: By data set, what `measure` gave.
+        trained: By data set and kind, what `tune` gave.
+        about: Models, data, machine, commits and durations.
+    """
+    rows, gaps = {}, {}
+    for seed, (name, part) in enumerate(measured.items()):
+        rows[name], gaps[name] = summarise_set(part, seed=seed)
+    cost = {
+        name: {kind: {key: result[key] for key in COSTS} for kind, result in kinds.items()}
+        for name, kinds in trained.items()
+    }
+    totals = {
+        kind: {
+            key: total(part[kind][key] for part in cost.values()) for key, total in COSTS.items()
+        }
+        for kind in KINDS
+    }
+    return {
+        "about": dict(about),
+        "data_sets": {
+            name: {
+                "measure": part["measure"],
+                "num_measured": sum(part["sizes"]),
+                "num_blocks": len(part["sizes"]),
+                "details": {
+                    k: v for k, v in part.items() if k not in ("measure", "sizes", "sums", "alphas")
+                },
+                "training": next(iter(trained[name].values()))["data"]["train"],
+                "rows": rows[name],
+                "cost": cost[name],
+            }
+            for name, part in measured.items()
+        },
+        "mean_gap": mean_gaps(rows, gaps),
+        "mean_gap_of_domains": mean_gaps({n: row for n, row in rows.items() if n != TASK}, gaps),
+        "cost": totals,
+    }
+
+
+def check_same_rows(trained: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """Check that all trainings of a data set read the same rows.
+
+    Raises:
+        Stale: Two did not.
+    """
+    for name, kinds in trained.items():
+        seen = {
+            (part["digest"], part["num_tokens"], part["num_trained"])
+            for part in (result["data"]["train"] for result in kinds.values())
+        }
+        if len(seen) != 1:
+            raise Stale(
+                f"the trainings of {name} did not read the same rows, so they cannot be compared: {seen}.\n"
+                f"hint: remove the stages of {name} below benchmarks/build and run again"
+            )
