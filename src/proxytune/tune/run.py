@@ -342,6 +342,7 @@ class _Run:
             model, small, encoded, ensemble, rate=rate, on_cpu=on_cpu, dtype=dtype
         )
         self._fit(trainer)
+        self._load_adapter(trainer, trainer.state.best_model_checkpoint)
         self._save_expert(trainer.model, small)
         rows = journal()
         losses = [r["valid_loss"] for r in rows if r.get("valid_loss") is not None]
@@ -532,6 +533,7 @@ class _Run:
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
         checkpoints = Path(trainer.args.output_dir)
+        self._load_adapter(trainer, self._checkpoint)
         try:
             with self._stopper.listening():
                 trainer.train(
@@ -560,6 +562,14 @@ class _Run:
                 f"stopped after step {trainer.state.global_step}; the state is saved.\n"
                 "hint: the same command with --resume goes on"
             )
+
+    def _load_adapter(self, trainer: Any, checkpoint: str | Path | None) -> None:
+        """Load the adapter of a checkpoint.
+
+        transformers 5.19 leaves it out where a model has several, as DPO's has with its reference.
+        """
+        if checkpoint is not None and not self._settings.full:
+            trainer.model.load_adapter(str(checkpoint), "default", is_trainable=True)
 
     def _save_expert(self, model: Any, small: Checkpoint) -> None:
         settings = self._settings
