@@ -143,6 +143,8 @@ def test_each_method_and_format_ends_with_a_recipe_that_generates(
     assert base.token_ids != steered.token_ids, "the expert changes nothing"
     kept = {path.name for path in run.training.iterdir()}
     assert kept == {"settings.json", "log.jsonl", "loss.png", "result.json"}
+    expert = {path.name for path in (run.directory / "adapters" / "out").iterdir()}
+    assert expert == {"adapter_config.json", "adapter_model.safetensors"}
     card = (run.directory / "README.md").read_text()
     assert "## Training" in card and "rows.jsonl" in card and f"{result.valid_loss:.4f}" in card
 
@@ -476,6 +478,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_state(
         (preferences(), {"method": "sft"}, InputFileError, "--method dpo"),
         (texts(), {"method": "dpo"}, InputFileError, "--method sft"),
         (texts(), {"lora_targets": ("q_proj", "w_proj")}, AdapterMismatch, "'w_proj'"),
+        (texts(), {"lora_targets": ("w_proj",), "base": None}, AdapterMismatch, "'w_proj'"),
         (texts(), {"max_length": 4096}, InvalidRequest, "context is 128"),
         (
             [{"prompt": "the", "completion": ""}, *completions(4)],
@@ -495,6 +498,7 @@ def test_what_cannot_be_trained_on_is_refused_before_training(
 ) -> None:
     with pytest.raises(error, match=message):
         tune(settings(models, tmp_path, rows, **changes))
+    assert not (tmp_path / "out").exists(), "a refused run leaves nothing behind"
 
 
 @pytest.mark.parametrize(

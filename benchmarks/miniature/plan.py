@@ -34,7 +34,7 @@ SEARCHED_RATES = {
     "direct": (3.5e-4, 7e-4, 1.4e-3),
 }
 SEARCH_DOMAIN = "tinyshakespeare"
-SEARCH_TOKENS = 30_000
+SEARCH_TOKENS = 16_000
 SEARCH_STAGES = tuple(
     f"search.{kind}.{rate:g}" for kind, rates in SEARCHED_RATES.items() for rate in rates
 )

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from proxytune.model import ProxyTuned
     from proxytune.request import Prompt
     from proxytune.score import ScoreReport
-    from proxytune.tune.trainer import Ensemble
+    from proxytune.tune.trainer import FrozenEnsemble
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(1, 16))
 """Strengths that are tried on the validation rows."""
@@ -146,9 +146,6 @@ class _Run:
             for name, rows in (("train", train), ("valid", valid), ("test", test))
             if rows is not None
         }
-        if self._claim(resume=resume, data=data):
-            display.say("this run is finished; nothing is left to do")
-            return _read_result(settings.training / "result.json")
         max_length = self._max_length(small, base)
         encoded = {
             name: encode(
@@ -157,6 +154,9 @@ class _Run:
             for name, rows in (("train", train), ("valid", valid))
             if rows is not None
         }
+        if self._claim(resume=resume, data=data):
+            display.say("this run is finished; nothing is left to do")
+            return _read_result(settings.training / "result.json")
         limits = {"train": settings.max_tokens, "valid": settings.max_valid_tokens}
         encoded = {k: _limited(part, limits[k], settings.seed) for k, part in encoded.items()}
         for name, part in encoded.items():
@@ -212,9 +212,9 @@ class _Run:
 
         settings = self._settings
         small = find_checkpoint(settings.small, root=Path.cwd())
+        self._check_targets(small)
         if settings.anti_expert is None or settings.base is None:
             return small, None
-        self._check_targets(small)
         whole = ModelSpec(model=settings.anti_expert)
         examine(
             Recipe(
@@ -366,7 +366,7 @@ class _Run:
         *,
         device: str,
         dtype: str,
-    ) -> Ensemble:
+    ) -> FrozenEnsemble:
         """Run the frozen models over all rows, or take what an earlier run left of it."""
         from proxytune.tune.loss import (
             FrozenHeads,
@@ -376,7 +376,7 @@ class _Run:
             head_of,
         )
         from proxytune.tune.offsets import Offsets, offsets_key
-        from proxytune.tune.trainer import Ensemble
+        from proxytune.tune.trainer import FrozenEnsemble
         from proxytune.vocab import align
 
         settings = self._settings
@@ -417,7 +417,7 @@ class _Run:
             )
         del big
         gc.collect()
-        return Ensemble(heads, factors.expert, parts["train"], parts.get("valid"))
+        return FrozenEnsemble(heads, factors.expert, parts["train"], parts.get("valid"))
 
     def _trainable(self, model: Any, small: Checkpoint) -> Any:
         """Return the model with what is trained: all weights, or a LoRA adapter."""
@@ -443,7 +443,7 @@ class _Run:
         model: Any,
         small: Checkpoint,
         encoded: Mapping[str, Encoded],
-        ensemble: Ensemble | None,
+        ensemble: FrozenEnsemble | None,
         *,
         rate: float,
         on_cpu: bool,
@@ -576,7 +576,9 @@ class _Run:
         target = settings.directory / _expert_path(settings)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            model.save_pretrained(target)
+            # DPO keeps a reference adapter beside the expert's.
+            chosen = {} if settings.full else {"selected_adapters": ["default"]}
+            model.save_pretrained(target, **chosen)
             # A card that PEFT writes unasked; the recipe has one.
             (target / "README.md").unlink(missing_ok=True)
             if settings.full:

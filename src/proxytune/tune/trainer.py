@@ -116,7 +116,7 @@ class _DurableCheckpoints:
 
 
 @dataclass(frozen=True, slots=True)
-class Ensemble:
+class FrozenEnsemble:
     """What Consistent Proxy Tuning adds to the loss: the frozen models, as `offsets.py` keeps them."""
 
     heads: FrozenHeads
@@ -133,7 +133,11 @@ class ExpertTrainer(_DurableCheckpoints, SFTTrainer):
     """
 
     def __init__(
-        self, *args: Any, ensemble: Ensemble | None, autocast: torch.dtype | None, **kwargs: Any
+        self,
+        *args: Any,
+        ensemble: FrozenEnsemble | None,
+        autocast: torch.dtype | None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._ensemble = ensemble
