@@ -367,7 +367,8 @@ def test_equal_seeds_repeat_and_other_seeds_differ():
         return tokens(models, job(models, "a", **options))[0]
 
     assert sampled(4) == sampled(4)
-    assert len({tuple(sampled(seed)) for seed in range(5)}) > 1
+    # Two texts in three are one token over and over: all 40 would be with odds of one in ten million.
+    assert len({tuple(sampled(seed)) for seed in range(40)}) > 1
 
 
 def test_the_seed_that_was_drawn_is_told():

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
     from proxytune.request import Message, Request, SamplingParams
     from proxytune.score import ScoreReport
+    from proxytune.speculative import Drafting
     from proxytune.trace import Step, Trace
 
 __all__ = [
     "Conversation",
+    "Drafting",
     "ExpertSpec",
     "Message",
     "ModelSpec",
@@ -38,6 +40,7 @@ __all__ = [
 
 _HOMES = {
     "Conversation": "model",
+    "Drafting": "speculative",
     "ExpertSpec": "recipe",
     "Message": "request",
     "ModelSpec": "recipe",

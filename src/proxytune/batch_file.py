@@ -60,6 +60,7 @@ class BatchOptions:
         batch_size: Lines generated together. May change when a run is continued: results do not depend on it,
             apart from ties within rounding.
         skip_bad_lines: Leave out lines that cannot be used, instead of refusing the file.
+        speculative: Draft tokens, as in `ProxyTuned.generate`. May change when a run is continued.
 
     Raises:
         InvalidRequest: The batch size is below 1, or alpha or experts contradict each other.
@@ -71,6 +72,7 @@ class BatchOptions:
     dtype: str | None = None
     batch_size: int = 8
     skip_bad_lines: bool = False
+    speculative: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -203,7 +205,10 @@ def _generate(
     remaining = islice(source.lines(), num_resumed, None)
     while block := list(islice(remaining, options.batch_size)):
         traces = model.generate_batch(
-            [line.request for line in block], batch_size=len(block), on_event=count
+            [line.request for line in block],
+            batch_size=len(block),
+            on_event=count,
+            speculative=options.speculative,
         )
         output.append(answer(line, trace) for line, trace in zip(block, traces, strict=True))
     return num_new_tokens

@@ -211,6 +211,13 @@ StopOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on one line")]
+SpeculativeOption = Annotated[
+    bool,
+    typer.Option(
+        "--speculative/--no-speculative",
+        help="Guess tokens ahead where that is faster; the text stays the same",
+    ),
+]
 
 
 # Writing and checking recipes ----------------------------------------------------------------------
@@ -454,6 +461,7 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    speculative: SpeculativeOption = False,
     as_json: JsonOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -530,6 +538,7 @@ def generate(
             skip_bad_lines=skip_bad_lines,
             device=device,
             dtype=dtype,
+            speculative=speculative,
             as_json=as_json,
         )
         return
@@ -547,18 +556,24 @@ def generate(
         sys.stdout.flush()
 
     try:
-        trace = model.generate_batch([request], on_event=show if is_streamed else None)[0]
+        trace = model.generate_batch(
+            [request], on_event=show if is_streamed else None, speculative=speculative
+        )[0]
     except KeyboardInterrupt:
         if is_streamed:
             typer.echo()
         raise
     if as_json:
-        typer.echo(_json_line(trace.summary(logprobs=logprobs is not None)))
+        summary = trace.summary(logprobs=logprobs is not None)
+        if speculative:
+            summary |= {"num_drafted": trace.num_drafted, "num_accepted": trace.num_accepted}
+        typer.echo(_json_line(summary))
         return
     typer.echo("" if is_streamed else trace.text)
     typer.echo(
         f"{_rate(trace.num_new_tokens, trace.latency_s)} · {trace.finish_reason} · {_strengths(trace.alphas)}"
-        + (f" · seed {trace.seed}" if trace.seed is not None else ""),
+        + (f" · seed {trace.seed}" if trace.seed is not None else "")
+        + (f" · {trace.num_accepted} of {trace.num_drafted} drafted" if speculative else ""),
         err=True,
     )
 
@@ -610,6 +625,7 @@ def _generate_file(
     skip_bad_lines: bool,
     device: str | None,
     dtype: str | None,
+    speculative: bool,
     as_json: bool,
 ) -> None:
     from rich.progress import (
@@ -630,6 +646,7 @@ def _generate_file(
         dtype=dtype,
         batch_size=batch_size,
         skip_bad_lines=skip_bad_lines,
+        speculative=speculative,
     )
     console = _stderr()
     bar = Progress(
@@ -744,6 +761,7 @@ def chat(
         ),
     ] = None,
     stop: StopOption = None,
+    speculative: SpeculativeOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
@@ -768,7 +786,10 @@ def chat(
     found = Recipe.read(recipe)
     own_alpha, experts = _steering(found, expert, alpha)
     model = _load(found, None, device=device, dtype=dtype)
-    _Chat(model.chat(sampling, system=system, alpha=own_alpha, experts=experts), found).run()
+    conversation = model.chat(
+        sampling, system=system, alpha=own_alpha, experts=experts, speculative=speculative
+    )
+    _Chat(conversation, found).run()
 
 
 class _Chat:

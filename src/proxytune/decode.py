@@ -4,14 +4,19 @@ Words: a *member* is one model as requests see it: a backend, perhaps an adapter
 of its vocabulary with the base's. An *ensemble* is the base (member 0) with its steering pairs. Members
 that share a backend run as rows of one forward. A *job* is a request, its prompt rendered per member.
 
+A row's last token is *pending*: chosen, and read by no model yet. A *block* is what the models read at once:
+the pending token, then a draft, which is empty in plain decoding (`speculative.py` says who drafts). Tokens
+are chosen position by position as long as the draft had guessed them; what was read beyond is taken back.
+
 Rows do not influence each other: each has its own prompt, strength, seed, stop rules and length. Text appears
 here only through `TextStream`; formats, recipes and files never do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +28,16 @@ from proxytune.errors import BackendError, InvalidRequest, PromptTooLong
 from proxytune.prompts import Tokenizer
 from proxytune.request import SamplingParams
 from proxytune.sample import BatchSampler
+from proxytune.speculative import (
+    SOURCES,
+    Plan,
+    PromptLookup,
+    Rate,
+    Source,
+    Speculator,
+    best_plan,
+    is_worth_drafting,
+)
 from proxytune.steer import Contribution, combine
 from proxytune.trace import FinishReason, Step
 from proxytune.vocab import Alignment, Vocabulary
@@ -105,6 +120,10 @@ class _Group:
     members: list[int]
     state: Any = None
 
+    def cost_key(self, num_rows: int) -> Hashable:
+        """What its forwards cost depends on: which weights, and how many rows."""
+        return id(self.backend), num_rows * len(self.members)
+
 
 @dataclass(slots=True)
 class _Row:
@@ -114,7 +133,68 @@ class _Row:
     job: Job
     text: TextStream
     ending_ids: frozenset[int]
-    num_new: int = 0
+    lookup: PromptLookup | None
+    rates: dict[Source, Rate]
+    expert: Hashable
+    new_ids: list[int] = field(default_factory=list)
+    num_drafted: int = 0
+    num_accepted: int = 0
+
+    @property
+    def num_left(self) -> int:
+        """How many tokens may still be chosen."""
+        return self.job.sampling.max_new_tokens - len(self.new_ids)
+
+
+@dataclass(slots=True)
+class _Block:
+    """What the models say after each token of a block: the pending one, then the draft.
+
+    Args:
+        draft: For each drafted position, every row's token, `[rows]` each.
+        whole: Logits of members that read the block at once, `[rows, 1 + draft length, vocab]`.
+        stepwise: Logits of members that read it token by token, a `[rows, vocab]` for each token read.
+        source: Who drafted.
+    """
+
+    draft: list[Tensor]
+    whole: dict[int, Tensor]
+    stepwise: dict[int, list[Tensor]]
+    source: Source | None = None
+
+    def at(self, position: int, rows: Sequence[int] | None = None) -> dict[int, Tensor]:
+        """Return every member's logits after the token at `position`, `[rows, vocab]`."""
+        logits = {index: part[:, position] for index, part in self.whole.items()}
+        logits |= {index: parts[position] for index, parts in self.stepwise.items()}
+        if rows is None:
+            return logits
+        return {index: part[list(rows)] for index, part in logits.items()}
+
+
+@dataclass(slots=True)
+class Kept:
+    """What the models have read in a batch of one row, for a prompt that begins alike.
+
+    Args:
+        groups: With their states.
+        token_ids: What each member has read, in its own vocabulary.
+    """
+
+    groups: list[_Group]
+    token_ids: dict[int, list[int]]
+
+
+class DraftCount(NamedTuple):
+    """How many tokens were drafted for a row, and how many of them were what was chosen."""
+
+    proposed: int
+    accepted: int
+
+
+REUSE_TOKENS = 64
+"""Tokens that are read at once after a reused prefix: every one gives a whole row of logits."""
+SYNC_EVERY = 16
+"""On an accelerator the clock is read for one block in so many, since reading it waits for the device."""
 
 
 def check_job(ensemble: Ensemble, job: Job) -> None:
@@ -168,35 +248,34 @@ def _members_needed(ensemble: Ensemble, jobs: Sequence[Job]) -> list[int]:
 
 
 class Batch:
-    """Rows that decode together. Build it, then call `step` until `is_done`."""
+    """Rows that decode together. Build it, then call `step` until `is_done`.
 
-    def __init__(self, ensemble: Ensemble, jobs: Sequence[Job]) -> None:
-        """Check the jobs and prefill every model.
+    Args:
+        ensemble: The models.
+        jobs: What to generate.
+        speculator: Says who drafts and how far; None for plain decoding. What is generated is the same.
+        kept: What an earlier batch of one row left; used where this one's only prompt begins alike, and
+            not to be used again after.
 
-        Raises:
-            PromptTooLong: A row would exceed a member's context.
-            InvalidRequest: A token id outside a vocabulary.
-        """
+    Raises:
+        PromptTooLong: A row would exceed a member's context.
+        InvalidRequest: A token id outside a vocabulary.
+    """
+
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        jobs: Sequence[Job],
+        *,
+        speculator: Speculator | None = None,
+        kept: Kept | None = None,
+    ) -> None:
         self._ensemble = ensemble
         for job in jobs:
             check_job(ensemble, job)
-        self._rows = [
-            _Row(
-                index,
-                job,
-                TextStream(
-                    ensemble.tokenizer,
-                    stop=job.sampling.stop,
-                    prompt_ids=job.prompts[0],
-                    min_tokens=job.sampling.min_new_tokens,
-                ),
-                frozenset(job.sampling.stop_token_ids)
-                | (frozenset() if job.sampling.ignore_eos else frozenset(ensemble.eos_token_ids)),
-            )
-            for index, job in enumerate(jobs)
-        ]
+        needed = _members_needed(ensemble, jobs)
         self._groups: list[_Group] = []
-        for index in _members_needed(ensemble, jobs):
+        for index in needed:
             backend = ensemble.members[index].backend
             for group in self._groups:
                 if group.backend is backend:
@@ -204,13 +283,24 @@ class Batch:
                     break
             else:
                 self._groups.append(_Group(backend, [index]))
-        self._logits: dict[int, Tensor] = {}
+        can_rewind = all(group.backend.capabilities.can_rewind for group in self._groups)
+        # Without rewinding a wrong draft could not be taken back.
+        self._speculator = speculator if can_rewind else None
+        self._rows = [self._row(index, job) for index, job in enumerate(jobs)]
+        self._first: _Block | None = _Block([], {}, {})
         for group in self._groups:
-            prompts = [job.prompts[index] for index in group.members for job in jobs]
-            adapters = [ensemble.members[index].adapter for index in group.members for _ in jobs]
-            group.state, logits = group.backend.prefill(prompts, adapters=adapters)
-            self._keep(group, logits)
-        device = self._logits[0].device
+            logits = None
+            if kept is not None and len(jobs) == 1:
+                logits = self._reuse(group, kept, jobs[0])
+            if logits is None:
+                prompts = [job.prompts[index] for index in group.members for job in jobs]
+                adapters = [
+                    ensemble.members[index].adapter for index in group.members for _ in jobs
+                ]
+                group.state, logits = group.backend.prefill(prompts, adapters=adapters)
+            for index, part in self._by_member(group, logits[:, None]):
+                self._first.whole[index] = part
+        device = self._device
         self._padding_ids = ensemble.vocabulary.padding_ids.to(device)
         self._sampler = BatchSampler(
             [job.sampling for job in jobs],
@@ -221,90 +311,200 @@ class Batch:
         )
         self.seeds = list(self._sampler.seeds)
         """The seed of each job, drawn where none was given; None for greedy ones."""
+        self.draft_counts = [DraftCount(0, 0)] * len(jobs)
+        """By job; final when the row has ended."""
+        self._num_blocks = 0
+        self._confidences: dict[Source, float] = {}
+        self._ended: _Row | None = None
         self._set_alphas()
+
+    def _row(self, index: int, job: Job) -> _Row:
+        speculator = self._speculator
+        expert = job.alphas
+        has_lookup = speculator is not None and speculator.drafting.allows("lookup")
+        return _Row(
+            index,
+            job,
+            TextStream(
+                self._ensemble.tokenizer,
+                stop=job.sampling.stop,
+                prompt_ids=job.prompts[0],
+                min_tokens=job.sampling.min_new_tokens,
+            ),
+            frozenset(job.sampling.stop_token_ids)
+            | (frozenset() if job.sampling.ignore_eos else frozenset(self._ensemble.eos_token_ids)),
+            PromptLookup(job.prompts[0]) if has_lookup else None,
+            {} if speculator is None else speculator.begin_rates(expert),
+            expert,
+        )
 
     @property
     def is_done(self) -> bool:
         """Whether every row has ended."""
         return not self._rows
 
+    def kept(self) -> Kept | None:
+        """Return what a finished batch of one row leaves for a prompt that begins alike; None of others."""
+        row = self._ended
+        if row is None or self._rows:
+            return None
+        read = torch.tensor(row.new_ids[:-1], dtype=torch.long)  # the last one is pending for ever
+        members = [index for group in self._groups for index in group.members]
+        return Kept(
+            self._groups,
+            {
+                index: [
+                    *row.job.prompts[index],
+                    *self._ensemble.members[index].alignment.ids_to_small(read).tolist(),
+                ]
+                for index in members
+            },
+        )
+
+    # One block ------------------------------------------------------------------------------------------
+
     def step(self) -> list[Event]:
-        """Choose one token for each live row and return what happened."""
+        """Read one block, choose at least one token for each live row, and return what happened."""
         events, live = self._drop_cancelled()
-        if not live:
-            self._rows = []
-            return events
         self._select(live)
-        steered = self._steer()
-        choice = self._sampler.choose(steered)
+        if not live:
+            return events
+        block = self._first or self._read()
+        is_first, self._first = self._first is not None, None
+        num_rows = len(self._rows)
+        num_kept = [0] * num_rows  # drafted tokens that stay
+        ended: set[int] = set()
+        alive = list(range(num_rows))
+        for position in range(len(block.draft) + 1):
+            if position and position == len(block.draft):
+                self._complete(block)
+            events += self._choose(block, position, alive, ended)
+            if position == len(block.draft):
+                break
+            drafted = block.draft[position].tolist()
+            alive = [
+                row
+                for row in alive
+                if row not in ended and self._rows[row].new_ids[-1] == drafted[row]
+            ]
+            for row in alive:
+                num_kept[row] += 1
+            if not alive:
+                break
+        if not is_first:
+            self._take_back(block, num_kept)
+        for place in ended:
+            self._end(self._rows[place])
+        self._select([place for place in range(num_rows) if place not in ended])
+        return events
+
+    def _choose(
+        self, block: _Block, position: int, alive: Sequence[int], ended: set[int]
+    ) -> list[Event]:
+        """Choose a token for the rows whose draft was right so far."""
+        rows = None if len(alive) == len(self._rows) else alive
+        logits = block.at(position, rows)
+        steered = self._steer(logits, rows)
+        guesses = self._guesses(block, position, alive, logits)
+        choice = self._sampler.choose(steered, rows)
         token_ids: list[int] = choice.token_ids.tolist()
         logprobs: list[float] = choice.logprobs.tolist()
-        tops = self._top(steered)
-        live = []
-        for place, row in enumerate(self._rows):
+        tops = self._top(steered, alive)
+        events = []
+        for place, which in enumerate(alive):
+            row, token_id = self._rows[which], token_ids[place]
             if logprobs[place] != logprobs[place]:
                 raise BackendError(
-                    f"the logits of row {row.index} are not numbers (NaN) after {row.num_new} new tokens.\n"
+                    f"the logits of row {row.index} are not numbers (NaN) after {len(row.new_ids)} new "
+                    "tokens.\n"
                     "hint: run the models in float32 or bfloat16; float16 overflows in some of them"
                 )
-            reason, text = self._advance(row, token_ids[place])
+            for source, guessed in guesses.items():
+                if guessed[place] is not None:
+                    row.rates[source].observe(guessed[place] == token_id)
+            if position < len(block.draft):
+                row.num_drafted += 1
+                row.num_accepted += int(block.draft[position][which]) == token_id
+            reason, text = self._advance(row, token_id)
             step = Step(
-                index=row.num_new - 1,
-                token_id=token_ids[place],
+                index=len(row.new_ids) - 1,
+                token_id=token_id,
                 text=text,
                 logprob=logprobs[place],
                 top=tops[place],
-                parts=self._parts(place, token_ids[place]) if row.job.explain else None,
+                parts=self._parts(logits, place, token_id) if row.job.explain else None,
                 finish_reason=reason,
             )
             events.append(Event(row.index, step, reason, ""))
-            if reason is None:
-                live.append(place)
-        if not live:
-            self._rows = []
-            return events
-        self._select(live)
-        self._extend(choice.token_ids[live] if len(live) < len(token_ids) else choice.token_ids)
+            if reason is not None:
+                ended.add(which)
         return events
+
+    def _take_back(self, block: _Block, num_kept: Sequence[int]) -> None:
+        """Make every model forget what it read of a draft beyond the tokens that stay."""
+        for group in self._groups:
+            steps = block.stepwise.get(group.members[0])
+            num_read = len(block.draft) + 1 if steps is None else len(steps)
+            surplus = [num_read - 1 - kept for kept in num_kept]
+            if any(surplus):
+                group.backend.rewind(group.state, surplus * len(group.members))
 
     def _drop_cancelled(self) -> tuple[list[Event], list[int]]:
         events, live = [], []
         for place, row in enumerate(self._rows):
             if row.job.cancelled is not None and row.job.cancelled():
                 events.append(Event(row.index, None, "cancelled", row.text.finish()))
+                self._end(row)
             else:
                 live.append(place)
         return events, live
 
+    def _end(self, row: _Row) -> None:
+        self.draft_counts[row.index] = DraftCount(row.num_drafted, row.num_accepted)
+        if self._speculator is not None:
+            self._speculator.end_rates(row.expert, row.rates)
+        # A row that was cancelled before its first token has nothing pending.
+        self._ended = row if len(self.draft_counts) == 1 and row.new_ids else None
+
     def _advance(self, row: _Row, token_id: int) -> tuple[FinishReason | None, str]:
         """Count a token, and return why the row ends, if it does, and the text that became safe."""
-        row.num_new += 1
+        row.new_ids.append(token_id)
+        if row.lookup is not None:
+            row.lookup.push(token_id)
         if token_id in row.ending_ids:
             return "stop", row.text.finish()
         text = row.text.push(token_id)
         if row.text.stopped:
             return "stop", text
-        if row.num_new >= row.job.sampling.max_new_tokens:
+        if row.num_left <= 0:
             text += row.text.finish()  # which may complete a stop string that was held back
             return "stop" if row.text.stopped else "length", text
         return None, text
 
-    def _steer(self) -> Tensor:
+    # Arithmetic -----------------------------------------------------------------------------------------
+
+    def _steer(self, logits: Mapping[int, Tensor], rows: Sequence[int] | None) -> Tensor:
+        def strength(alpha: float | Tensor) -> float | Tensor:
+            return alpha[list(rows)] if rows is not None and isinstance(alpha, Tensor) else alpha
+
         contributions = [
             Contribution(
-                self._logits[pair.expert], self._logits[pair.anti_expert], self._alphas[which]
+                logits[pair.expert], logits[pair.anti_expert], strength(self._alphas[which])
             )
             for which, pair in enumerate(self._ensemble.pairs)
             if which in self._alphas
         ]
-        steered = combine(self._logits[0], contributions)
-        if len(self._padding_ids):
-            steered = steered.index_fill(1, self._padding_ids, -torch.inf)
-        return steered
+        return self._masked(combine(logits[0], contributions))
 
-    def _top(self, steered: Tensor) -> list[tuple[tuple[int, float], ...]]:
+    def _masked(self, logits: Tensor) -> Tensor:
+        """Return logits with padding ids at -inf."""
+        if not len(self._padding_ids):
+            return logits
+        return logits.index_fill(-1, self._padding_ids, -torch.inf)
+
+    def _top(self, steered: Tensor, rows: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:
         """Return each row's most likely tokens and their steered logprobs, best first."""
-        wanted = [row.job.sampling.logprobs or 0 for row in self._rows]
+        wanted = [self._rows[row].job.sampling.logprobs or 0 for row in rows]
         if not any(wanted):
             return [()] * len(wanted)
         best = steered.log_softmax(-1).topk(min(max(wanted), steered.shape[1]))
@@ -315,14 +515,12 @@ class Batch:
             )
         ]
 
-    def _parts(self, place: int, token_id: int) -> dict[str, float]:
+    def _parts(self, logits: Mapping[int, Tensor], place: int, token_id: int) -> dict[str, float]:
         """Return the logprob that each member gave the token of the row at `place`."""
 
         def logprob(member: int) -> float:
-            logits = self._logits[member][place].float()
-            if len(self._padding_ids):
-                logits = logits.index_fill(0, self._padding_ids, -torch.inf)
-            return float(logits[token_id] - logits.logsumexp(-1))
+            row = self._masked(logits[member][place].float())
+            return float(row[token_id] - row.logsumexp(-1))
 
         parts = {"base": logprob(0)}
         for pair in self._ensemble.pairs:
@@ -330,20 +528,306 @@ class Batch:
             parts[f"{pair.name}.anti_expert"] = logprob(pair.anti_expert)
         return parts
 
-    def _extend(self, token_ids: Tensor) -> None:
-        """Run the chosen tokens through every model."""
-        for group in self._groups:
-            rows = [
-                self._ensemble.members[index].alignment.ids_to_small(token_ids)
-                for index in group.members
-            ]
-            self._keep(group, group.backend.decode(group.state, torch.cat(rows)))
+    # Reading --------------------------------------------------------------------------------------------
 
-    def _keep(self, group: _Group, logits: Tensor) -> None:
-        """Store a group's logits by member, in the base's vocabulary and on the base's device."""
+    def _read(self) -> _Block:
+        """Run the models over the pending tokens and a draft."""
+        device = self._device
+        pending = torch.tensor([row.new_ids[-1] for row in self._rows], device=device)
+        block = _Block([], {}, {})
+        self._num_blocks += 1
+        limit, plan = self._plan()
+        drafter = self._drafter(plan.source) if plan is not None else None
+        if drafter is not None:
+            assert plan is not None
+            block.source = plan.source
+            self._draft(block, pending, drafter, plan, limit)
+        elif plan is not None and plan.source == "lookup":
+            block.source = "lookup"
+            block.draft = self._looked_up(plan.length, device)
+        tokens = torch.stack([pending, *block.draft], dim=1)
+        for group in self._groups:
+            if group.members[0] not in block.stepwise:
+                for index, part in self._run(group, tokens):
+                    block.whole[index] = part
+        return block
+
+    def _draft(self, block: _Block, pending: Tensor, drafter: int, plan: Plan, limit: int) -> None:
+        """Let one group read token by token, and guess the next one after each, as far as that pays."""
+        speculator = self._speculator
+        assert speculator is not None and plan.source is not None
+        group = self._group_of(drafter)
+        block.stepwise = {index: [] for index in group.members}
+        is_adaptive = speculator.drafting.is_adaptive
+        rates = [row.rates[plan.source].value for row in self._rows]
+        chances = [1.0] * len(self._rows)
+        token_ids = pending
+        while True:
+            for index, part in self._run(group, token_ids[:, None]):
+                block.stepwise[index].append(part[:, 0])
+            length = len(block.draft)
+            if length >= limit:
+                return
+            logits = self._masked(block.stepwise[drafter][-1])
+            token_ids = self._sampler.propose(logits, ahead=length)
+            if is_adaptive:
+                sure = self._confidence(logits, token_ids)
+                mean = max(self._mean_confidence(plan.source, sure), 1e-3)
+                ahead = [
+                    chance * min(1.0, rate * confidence / mean)
+                    for chance, rate, confidence in zip(chances, rates, sure, strict=True)
+                ]
+                if not self._is_worth(plan, group, ahead, chances, length):
+                    return
+                chances = ahead
+            block.draft.append(token_ids)
+            if len(block.draft) >= limit:
+                return  # what follows the last guess is asked for only where it was right
+            if is_adaptive:
+                following = [c * rate for c, rate in zip(chances, rates, strict=True)]
+                if not self._is_worth(plan, group, following, chances, len(block.draft)):
+                    return
+
+    def _complete(self, block: _Block) -> None:
+        """Let the drafting models read the last guess: some row needs what follows it."""
+        for index, parts in block.stepwise.items():
+            if len(parts) > len(block.draft):
+                return
+            group = self._group_of(index)
+            for member, part in self._run(group, block.draft[-1][:, None]):
+                block.stepwise[member].append(part[:, 0])
+            return
+
+    def _looked_up(self, length: int, device: torch.device) -> list[Tensor]:
+        drafts = []
+        for row in self._rows:
+            assert row.lookup is not None
+            # A row without a match guesses its last token again, so that rows stay as long as each other.
+            drafts.append(row.lookup.propose(length) or [row.new_ids[-1]] * length)
+        return list(torch.tensor(drafts, device=device).t())
+
+    def _run(self, group: _Group, token_ids: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Append `[rows, num_tokens]` of the base's token ids to a group's rows; yield members' logits."""
+        rows = [
+            self._ensemble.members[index].alignment.ids_to_small(token_ids)
+            for index in group.members
+        ]
+        speculator = self._speculator
+        wait = _synchronise(token_ids.device) if self._is_timed(token_ids.device) else None
+        started = time.perf_counter()
+        logits = group.backend.extend(group.state, torch.cat(rows))
+        if speculator is not None and wait is not None:
+            wait()
+            seconds = time.perf_counter() - started
+            speculator.costs.observe(group.cost_key(len(self._rows)), token_ids.shape[1], seconds)
+        yield from self._by_member(group, logits)
+
+    def _is_timed(self, device: torch.device) -> bool:
+        if self._speculator is None or not self._speculator.drafting.is_adaptive:
+            return False
+        return device.type == "cpu" or self._num_blocks % SYNC_EVERY == 1
+
+    def _by_member(self, group: _Group, logits: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield a group's logits by member, in the base's vocabulary and on the base's device."""
         for index, part in zip(group.members, logits.chunk(len(group.members)), strict=True):
             aligned = self._ensemble.members[index].alignment.logits_to_base(part)
-            self._logits[index] = aligned.to(self._logits[0].device) if index else aligned
+            if index == 0:  # the base is the first of the first group
+                self._device = aligned.device
+            yield index, aligned.to(self._device)
+
+    def _reuse(self, group: _Group, kept: Kept, job: Job) -> Tensor | None:
+        """Go on from an earlier state as far as the prompts begin alike; return logits `[members, vocab]`.
+
+        None where nothing can be reused. Rows that have less to read than others read their last token
+        again, and forget it.
+        """
+        earlier = next((g for g in kept.groups if g.backend is group.backend), None)
+        if earlier is None or earlier.members != group.members:
+            return None
+        if not group.backend.capabilities.can_rewind:
+            return None
+        prompts = [list(job.prompts[index]) for index in group.members]
+        read = [kept.token_ids[index] for index in group.members]
+        shared = [
+            min(_num_shared(prompt, tokens), len(prompt) - 1)
+            for prompt, tokens in zip(prompts, read, strict=True)
+        ]
+        rests = [prompt[n:] for prompt, n in zip(prompts, shared, strict=True)]
+        longest = max(map(len, rests))
+        limit = group.backend.capabilities.max_context
+        if not all(shared) or (limit is not None and max(shared) + longest > limit):
+            return None
+        group.state = earlier.state
+        group.backend.rewind(
+            group.state, [len(tokens) - n for tokens, n in zip(read, shared, strict=True)]
+        )
+        padded = torch.tensor([rest + [rest[-1]] * (longest - len(rest)) for rest in rests])
+        ends: dict[int, Tensor] = {}
+        for start in range(0, longest, REUSE_TOKENS):
+            logits = group.backend.extend(group.state, padded[:, start : start + REUSE_TOKENS])
+            for row, rest in enumerate(rests):
+                if start < len(rest) <= start + REUSE_TOKENS:
+                    ends[row] = logits[row, len(rest) - 1 - start].clone()
+        surplus = [longest - len(rest) for rest in rests]
+        if any(surplus):
+            group.backend.rewind(group.state, surplus)
+        return torch.stack([ends[row] for row in range(len(rests))])
+
+    # What pays ------------------------------------------------------------------------------------------
+
+    def _plan(self) -> tuple[int, Plan | None]:
+        """Return the longest draft that fits, and what to do; None for plain decoding."""
+        speculator = self._speculator
+        if speculator is None:
+            return 0, None
+        drafting = speculator.drafting
+        limit = min(drafting.max_tokens, max(row.num_left for row in self._rows) - 1)
+        for group in self._groups:
+            context = group.backend.capabilities.max_context
+            if context is None:
+                continue
+            for row in self._rows:
+                for index in group.members:
+                    held = len(row.job.prompts[index]) + len(row.new_ids)
+                    limit = min(limit, context - held)
+        if limit <= 0:
+            return 0, None
+        if not drafting.is_adaptive:
+            assert drafting.source != "auto"
+            if drafting.source != "lookup" and self._drafter(drafting.source) is None:
+                return 0, None
+            return limit, Plan(drafting.source, limit, 0.0)
+        able: list[Source] = [
+            source
+            for source in ("expert", "base")
+            if drafting.allows(source) and self._drafter(source) is not None
+        ]
+        rates = {source: [row.rates[source].value for row in self._rows] for source in able}
+        if drafting.allows("lookup") and any(
+            row.lookup is not None and row.lookup.propose(1) for row in self._rows
+        ):
+            rates["lookup"] = [
+                row.rates["lookup"].value if row.lookup and row.lookup.propose(1) else 0.0
+                for row in self._rows
+            ]
+        plan = best_plan(rates, self._block_seconds, limit)
+        if plan is None:
+            return 0, None
+        if plan.source is None and able:
+            # None pays on average; where the source is sure of a token, that one may.
+            return limit, plan._replace(source=able[0])
+        return limit, plan
+
+    def _block_seconds(
+        self, source: Source | None, length: int, whole_chance: float
+    ) -> float | None:
+        """Return what a block costs: see `best_plan`."""
+        assert self._speculator is not None
+        drafter = None if source is None else self._drafter(source)
+        total = 0.0
+        for group in self._groups:
+            key = group.cost_key(len(self._rows))
+            is_drafting = drafter is not None and drafter in group.members
+            seconds = self._speculator.costs.estimate(key, 1 if is_drafting else length + 1)
+            if seconds is None:
+                return None
+            total += seconds * (length + whole_chance) if is_drafting else seconds
+        return total
+
+    def _is_worth(
+        self,
+        plan: Plan,
+        group: _Group,
+        ahead: Sequence[float],
+        chances: Sequence[float],
+        length: int,
+    ) -> bool:
+        """Whether to draft one token more than `length`; see `is_worth_drafting`."""
+        assert self._speculator is not None
+        costs, num_rows = self._speculator.costs, len(self._rows)
+        step = costs.estimate(group.cost_key(num_rows), 1)
+        if step is None:
+            return False
+        widening = 0.0
+        for other in self._groups:
+            if other is not group:
+                key = other.cost_key(num_rows)
+                now, then = costs.estimate(key, length + 1), costs.estimate(key, length + 2)
+                widening += max(0.0, (then or 0.0) - (now or 0.0))
+        # A forward of the drafting model is needed anyway where its guess proves right.
+        in_vain = 1 - sum(chances) / num_rows + sum(ahead) / num_rows if length else max(ahead)
+        return is_worth_drafting(
+            ahead,
+            seconds_per_token=plan.seconds_per_token,
+            draft_seconds=step * in_vain,
+            widening_seconds=widening,
+        )
+
+    def _confidence(self, logits: Tensor, token_ids: Tensor) -> list[float]:
+        """Return the probability that the drafting model gives its guesses, by row."""
+        chosen = logits.gather(1, token_ids[:, None])[:, 0]
+        probs: list[float] = (chosen - logits.logsumexp(-1)).float().exp().tolist()
+        return probs
+
+    def _mean_confidence(self, source: Source, confidences: Sequence[float]) -> float:
+        """Return the running mean of a source's confidence, which `_draft` sets its rate against."""
+        for confidence in confidences:
+            mean = self._confidences.get(source, confidence)
+            self._confidences[source] = mean + (confidence - mean) / 16
+        return self._confidences[source]
+
+    def _guesses(
+        self,
+        block: _Block,
+        position: int,
+        alive: Sequence[int],
+        logits: Mapping[int, Tensor],
+    ) -> dict[Source, list[int | None]]:
+        """Return what each source would guess for the tokens about to be chosen, to keep its rate current."""
+        speculator = self._speculator
+        if speculator is None or not speculator.drafting.is_adaptive or self._first is not None:
+            return {}
+        guesses: dict[Source, list[int | None]] = {}
+        for source in SOURCES:
+            if not speculator.drafting.allows(source):
+                continue
+            if source == "lookup":
+                found = [self._rows[row].lookup for row in alive]
+                proposed = [lookup.propose(1) if lookup else [] for lookup in found]
+                guesses[source] = [ids[0] if ids else None for ids in proposed]
+            elif source == block.source and position < len(block.draft):
+                guesses[source] = block.draft[position][list(alive)].tolist()
+            else:
+                drafter = self._drafter(source)
+                if drafter is not None:
+                    rows = None if len(alive) == len(self._rows) else alive
+                    proposal = self._sampler.propose(
+                        self._masked(logits[drafter]), ahead=0, rows=rows
+                    )
+                    guesses[source] = proposal.tolist()
+        return guesses
+
+    def _drafter(self, source: Source | None) -> int | None:
+        """Return the member that drafts for a source; None where none can, or nothing could be gained."""
+        if source == "base":
+            return 0 if len(self._groups) > 1 else None
+        if source != "expert":
+            return None
+        strongest = max(
+            self._alphas,
+            key=lambda which: abs(sum(row.job.alphas[which] for row in self._rows)),
+            default=None,
+        )
+        if strongest is None:
+            return None
+        member = self._ensemble.pairs[strongest].expert
+        # An expert on the base's own weights costs what the base costs.
+        return member if 0 not in self._group_of(member).members else None
+
+    def _group_of(self, member: int) -> _Group:
+        return next(group for group in self._groups if member in group.members)
+
+    # Books ----------------------------------------------------------------------------------------------
 
     def _select(self, places: list[int]) -> None:
         """Keep the rows at the given places."""
@@ -351,8 +835,11 @@ class Batch:
         if places == list(range(num_rows)):
             return
         self._rows = [self._rows[place] for place in places]
+        if not places:
+            return  # states stay as they are, for `kept`
         self._sampler.select(places)
-        self._logits = {index: logits[places] for index, logits in self._logits.items()}
+        if self._first is not None:
+            self._first.whole = {i: logits[places] for i, logits in self._first.whole.items()}
         for group in self._groups:
             rows = [k * num_rows + place for k in range(len(group.members)) for place in places]
             group.state = group.backend.select(group.state, rows)
@@ -364,18 +851,37 @@ class Batch:
         for which in range(len(self._ensemble.pairs)):
             values = [row.job.alphas[which] for row in self._rows]
             if len(set(values)) > 1:
-                self._alphas[which] = torch.tensor(
-                    values, dtype=torch.float32, device=self._logits[0].device
-                )
+                self._alphas[which] = torch.tensor(values, dtype=torch.float32, device=self._device)
             elif values and values[0] != 0:
                 self._alphas[which] = values[0]
 
 
-def decode(ensemble: Ensemble, jobs: Sequence[Job]) -> Iterator[Event]:
+def _synchronise(device: torch.device) -> Callable[[], None]:
+    """Return what waits until a device has done all it was given."""
+    if device.type == "cpu":
+        return lambda: None
+    wait: Callable[[], None] = getattr(torch, device.type).synchronize
+    wait()
+    return wait
+
+
+def _num_shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens two sequences have in common at their beginning."""
+    count = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+def decode(
+    ensemble: Ensemble, jobs: Sequence[Job], *, speculator: Speculator | None = None
+) -> Iterator[Event]:
     """Generate all jobs in one batch and yield what happens as it happens.
 
     Closing the iterator stops the work before the next step.
     """
-    batch = Batch(ensemble, jobs)
+    batch = Batch(ensemble, jobs, speculator=speculator)
     while not batch.is_done:
         yield from batch.step()

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from proxytune.backends.base import Backend
-from proxytune.decode import Batch, Ensemble, Event, Job, Member, Pair, check_job, decode
+from proxytune.decode import Batch, Ensemble, Event, Job, Kept, Member, Pair, check_job
 from proxytune.errors import InvalidRequest
 from proxytune.prompts import PLAIN_USER_TURN, Tokenizer, continuation_ids, render
 from proxytune.recipe import ModelSpec, Recipe
 from proxytune.request import Message, Prompt, Request, SamplingParams
 from proxytune.score import Passage, ScoreReport, score_passages, score_tokens
+from proxytune.speculative import Drafting, Speculator
 from proxytune.trace import Step, Trace
 from proxytune.vocab import align
 
@@ -51,6 +52,7 @@ class ProxyTuned:
         self.ensemble = ensemble
         self.recipe = recipe
         self._formats = tuple(formats)
+        self._speculators: dict[Drafting, Speculator] = {}
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -199,6 +201,7 @@ class ProxyTuned:
         experts: str | tuple[str, ...] | Mapping[str, float] | None = None,
         explain: bool = False,
         cancelled: Callable[[], bool] | None = None,
+        speculative: bool | Drafting = False,
     ) -> Trace:
         """Generate one answer and return its trace.
 
@@ -209,13 +212,15 @@ class ProxyTuned:
             experts: A name, names, or names with strengths; None takes the recipe's default.
             explain: Record what each model gave each token.
             cancelled: Asked once a step; True ends the generation with what is there.
+            speculative: Draft tokens and verify several at once: the same text, sooner where it pays. True
+                for `Drafting()`, which adapts to measured costs.
 
         Raises:
             UserError: The request cannot be honoured; see `job`.
             BackendError: A model failed.
         """
         request = as_request(prompt, sampling, alpha=alpha, experts=experts, explain=explain)
-        return self.generate_batch([request], cancelled=cancelled)[0]
+        return self.generate_batch([request], cancelled=cancelled, speculative=speculative)[0]
 
     def generate_batch(
         self,
@@ -224,6 +229,7 @@ class ProxyTuned:
         batch_size: int = 8,
         on_event: Callable[[int, Event], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
+        speculative: bool | Drafting = False,
     ) -> list[Trace]:
         """Generate many answers, up to `batch_size` at a time, in the order of the requests.
 
@@ -234,6 +240,7 @@ class ProxyTuned:
             batch_size: Rows per forward.
             on_event: Called with the request's index and each event as it happens.
             cancelled: Asked once a step; True ends all that still runs.
+            speculative: As in `generate`.
 
         Raises:
             UserError: A request cannot be honoured; see `job`.
@@ -249,7 +256,7 @@ class ProxyTuned:
                 _Collector(job, self.recipe.choose(request.experts, request.alpha))
                 for job, request in zip(block, requests[start:], strict=False)
             ]
-            for event in self._run(block, collectors):
+            for event in self._run(block, collectors, self._speculator(speculative)):
                 collectors[event.row].add(event)
                 if on_event is not None:
                     on_event(start + event.row, event)
@@ -264,6 +271,7 @@ class ProxyTuned:
         alpha: float | None = None,
         experts: str | tuple[str, ...] | Mapping[str, float] | None = None,
         explain: bool = False,
+        speculative: bool | Drafting = False,
     ) -> Iterator[Step]:
         """Generate one answer and yield its steps as they are made; close the iterator to stop.
 
@@ -271,9 +279,15 @@ class ProxyTuned:
         `generate`; they are checked before this returns.
         """
         request = as_request(prompt, sampling, alpha=alpha, experts=experts, explain=explain)
-        job = self.job(request)
-        events = decode(self.ensemble, [job])
-        return (event.step for event in events if event.step is not None)
+        return self._steps(self.job(request), self._speculator(speculative), _Memory())
+
+    def _steps(self, job: Job, speculator: Speculator | None, memory: _Memory) -> Iterator[Step]:
+        """Yield a job's steps, going on from what `memory` holds, and leave there what the models read."""
+        kept, memory.kept = memory.kept, None
+        batch = Batch(self.ensemble, [job], speculator=speculator, kept=kept)
+        while not batch.is_done:
+            yield from (event.step for event in batch.step() if event.step is not None)
+        memory.kept = batch.kept()
 
     def chat(
         self,
@@ -282,9 +296,11 @@ class ProxyTuned:
         system: str | None = None,
         alpha: float | None = None,
         experts: str | tuple[str, ...] | Mapping[str, float] | None = None,
+        speculative: bool | Drafting = False,
     ) -> Conversation:
-        """Begin a conversation that remembers its turns."""
-        return Conversation(self, sampling or SamplingParams(), system, alpha, experts)
+        """Begin a conversation that remembers its turns; what the models have read is not read again."""
+        sampling = sampling or SamplingParams()
+        return Conversation(self, sampling, system, alpha, experts, speculative)
 
     def score(
         self,
@@ -388,12 +404,33 @@ class ProxyTuned:
             on_progress=on_progress,
         )
 
-    def _run(self, jobs: Sequence[Job], collectors: Sequence[_Collector]) -> Iterator[Event]:
-        batch = Batch(self.ensemble, jobs)
+    def _speculator(self, speculative: bool | Drafting) -> Speculator | None:
+        """Return what remembers measured costs for these settings; None for plain decoding."""
+        if speculative is False:
+            return None
+        drafting = Drafting() if speculative is True else speculative
+        return self._speculators.setdefault(drafting, Speculator(drafting))
+
+    def _run(
+        self,
+        jobs: Sequence[Job],
+        collectors: Sequence[_Collector],
+        speculator: Speculator | None,
+    ) -> Iterator[Event]:
+        batch = Batch(self.ensemble, jobs, speculator=speculator)
         for collector, seed in zip(collectors, batch.seeds, strict=True):
             collector.seed = seed
         while not batch.is_done:
             yield from batch.step()
+        for collector, counts in zip(collectors, batch.draft_counts, strict=True):
+            collector.num_drafted, collector.num_accepted = counts
+
+
+@dataclass(slots=True)
+class _Memory:
+    """What the models of a conversation have read."""
+
+    kept: Kept | None = None
 
 
 class _Collector:
@@ -407,6 +444,8 @@ class _Collector:
         self._tail = ""
         self._event: Event | None = None
         self.seed: int | None = None
+        self.num_drafted = 0
+        self.num_accepted = 0
 
     def add(self, event: Event) -> None:
         if event.step is not None:
@@ -425,6 +464,8 @@ class _Collector:
             alphas=self._chosen,
             seed=self.seed,
             latency_s=self._ended - self._started,
+            num_drafted=self.num_drafted,
+            num_accepted=self.num_accepted,
         )
 
 
@@ -441,8 +482,11 @@ class Conversation:
         system: str | None,
         alpha: float | None,
         experts: str | tuple[str, ...] | Mapping[str, float] | None,
+        speculative: bool | Drafting = False,
     ) -> None:
         self._model = model
+        self._speculative = speculative
+        self._memory = _Memory()
         self.sampling = sampling
         self.alpha = alpha
         self.experts = experts
@@ -459,7 +503,10 @@ class Conversation:
         if self._model.recipe.base.prompt == "plain":
             # A base without a chat format writes the user's next turn too, if it is let.
             sampling = replace(sampling, stop=(*sampling.stop, PLAIN_USER_TURN))
-        steps = self._model.stream(messages, sampling, alpha=self.alpha, experts=self.experts)
+        model = self._model
+        request = Request(messages, sampling, self.alpha, self.experts)
+        speculator = model._speculator(self._speculative)
+        steps = model._steps(model.job(request), speculator, self._memory)
         return self._answer(messages, steps)
 
     def _answer(self, messages: list[Message], steps: Iterator[Step]) -> Iterator[Step]:

@@ -1,7 +1,7 @@
 """From steered logits to token ids: penalties, temperature, top-k, top-p, min-p, and the draw.
 
 The functions are pure: `[batch, vocab]` logits and per-row settings in, tensors out; randomness comes in as
-one uniform number per row, so that a row's result depends on its own seed and on nothing else in the batch.
+noise per row and token, so that a row's result depends on its own seed and on nothing else in the batch.
 `BatchSampler` keeps what a batch has to remember between steps (settings as tensors, counts of earlier
 tokens, one generator a row) and calls them.
 
@@ -12,6 +12,7 @@ transformers applies them, so that equal settings give equal distributions.
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -96,22 +97,34 @@ def warp(
     return logits if keep is None else logits.masked_fill(~keep, -torch.inf)
 
 
-def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw one token id per row by inverting the cumulative distribution.
+def gumbel(uniforms: Tensor) -> Tensor:
+    """Return Gumbel noise for uniform numbers: `-log(-log(u))`, float32, of their shape.
 
     Args:
-        probs: `[batch, vocab]`, not negative, each row with a positive sum (need not be 1).
-        uniforms: `[batch]` float64 in [0, 1).
+        uniforms: float64 in [0, 1). In float32 the largest of 100,000 would often be exactly 1 - 2**-24, and
+            then unlikely tokens would be drawn too often.
+    """
+    return uniforms.log().neg_().log_().neg_().float()
+
+
+def draw(logits: Tensor, noise: Tensor) -> Tensor:
+    """Draw one token id per row: the highest sum of logit and Gumbel noise.
+
+    That is a draw from `softmax(logits)`. Two distributions that are given the same noise agree on the token
+    with a probability of at least `(1 - d) / (1 + d)`, where d is their total variation distance: this is how
+    a draft meets what the steered distribution draws (`speculative.py`).
+
+    Args:
+        logits: `[batch, vocab]`, warped; -inf is never drawn.
+        noise: `[batch, vocab]` from `gumbel`; 0 takes the highest logit.
 
     Returns:
-        `[batch]` int64. A token of probability 0 is never drawn.
+        `[batch]` int64.
+
+    Source: Gumbel 1954 for the draw; Daliri, Musco and Suresh 2024, "Coupling without Communication and
+    Drafter-Invariant Speculative Decoding", arXiv:2408.07978, for the agreement.
     """
-    cumulative = probs.double().cumsum(-1)
-    total = cumulative[:, -1]
-    # A hair below 1 keeps u * total under total after rounding, so that the search ends at a real token.
-    wanted = uniforms.to(total).clamp(max=1 - 1e-12) * total
-    token_ids = torch.searchsorted(cumulative, wanted[:, None], right=True)[:, 0]
-    return token_ids.clamp_(max=probs.shape[1] - 1)  # out of range only when probs are NaN
+    return (logits + noise).argmax(-1)
 
 
 class Choice(NamedTuple):
@@ -119,6 +132,32 @@ class Choice(NamedTuple):
 
     token_ids: Tensor  # [batch] int64
     logprobs: Tensor  # [batch] float32: steered logprob before penalties and filters, nats
+
+
+class _Noise:
+    """The Gumbel noise of one row: a `[vocab]` tensor for each position of its new tokens.
+
+    Noise belongs to a position, not to a draw: a position that a draft looks at ahead of time has the same
+    noise when its turn comes.
+    """
+
+    def __init__(self, seed: int, vocab_size: int, device: torch.device) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._vocab_size = vocab_size
+        self._device = device
+        self._ahead: deque[Tensor] = deque()
+
+    def at(self, ahead: int) -> Tensor:
+        """Return the noise `ahead` positions after the next token's."""
+        while len(self._ahead) <= ahead:
+            uniforms = torch.rand(self._vocab_size, generator=self._generator, dtype=torch.float64)
+            self._ahead.append(gumbel(uniforms).to(self._device))
+        return self._ahead[ahead]
+
+    def advance(self) -> None:
+        """Go to the next position."""
+        self.at(0)
+        self._ahead.popleft()
 
 
 class BatchSampler:
@@ -150,9 +189,10 @@ class BatchSampler:
             for p in params
         ]
         """The seed of each row, drawn where none was given; None for greedy rows."""
-        self._generators = [
-            None if seed is None else torch.Generator().manual_seed(seed) for seed in self.seeds
+        self._noise = [
+            None if seed is None else _Noise(seed, vocab_size, self._device) for seed in self.seeds
         ]
+        self._silence = torch.zeros(vocab_size, device=self._device)
         self._counts: Tensor | None = None
         self._seen: Tensor | None = None
         if any(p.has_penalties for p in self._params):
@@ -173,7 +213,6 @@ class BatchSampler:
             return torch.tensor([min(value, 2**31) for value in values], device=self._device)
 
         self._is_greedy = torch.tensor([p.is_greedy for p in self._params], device=self._device)
-        self._any_greedy = any(p.is_greedy for p in self._params)
         self._any_sampled = not all(p.is_greedy for p in self._params)
         self._temperature = torch.tensor(
             [p.temperature or 1.0 for p in self._params], dtype=torch.float32, device=self._device
@@ -190,62 +229,103 @@ class BatchSampler:
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep the given rows, in the given order."""
-        for name in ("_params", "_ending_ids", "_num_chosen", "seeds", "_generators"):
+        for name in ("_params", "_ending_ids", "_num_chosen", "seeds", "_noise"):
             setattr(self, name, [getattr(self, name)[row] for row in rows])
         if self._counts is not None and self._seen is not None:
             index = torch.tensor(list(rows), device=self._device)
             self._counts, self._seen = self._counts[index], self._seen[index]
         self._build()
 
-    def adjusted(self, steered_logits: Tensor) -> Tensor:
-        """Return logits with penalties applied and forbidden tokens at -inf, `[batch, vocab]`."""
+    def adjusted(self, steered_logits: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """Return logits with penalties applied and forbidden tokens at -inf, `[rows, vocab]`."""
+        rows, index = self._index(rows)
         logits = steered_logits
         if self._counts is not None and self._seen is not None:
-            logits = penalise(logits, seen=self._seen, counts=self._counts, **self._penalties)
-        for row, (params, chosen) in enumerate(zip(self._params, self._num_chosen, strict=True)):
-            if chosen < params.min_new_tokens and self._ending_ids[row]:
+            logits = penalise(
+                logits,
+                seen=self._seen[index],
+                counts=self._counts[index],
+                **{name: values[index] for name, values in self._penalties.items()},
+            )
+        for place, row in enumerate(rows):
+            if self._num_chosen[row] < self._params[row].min_new_tokens and self._ending_ids[row]:
                 if logits is steered_logits:
                     logits = logits.clone()
-                logits[row, torch.tensor(self._ending_ids[row], device=logits.device)] = -torch.inf
+                ending_ids = torch.tensor(self._ending_ids[row], device=logits.device)
+                logits[place, ending_ids] = -torch.inf
         return logits
 
     def probs(self, steered_logits: Tensor) -> Tensor:
         """Return the distribution each row draws from, `[batch, vocab]`; one-hot where greedy."""
         logits = self.adjusted(steered_logits)
-        warped = warp(
-            logits,
-            temperature=self._temperature,
-            top_k=self._top_k,
-            top_p=self._top_p,
-            min_p=self._min_p,
-        ).softmax(-1)
-        if not self._any_greedy:
-            return warped
+        warped = self._warp(logits, slice(None)).softmax(-1)
         one_hot = torch.zeros_like(warped).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
         return torch.where(self._is_greedy[:, None], one_hot, warped)
 
-    def choose(self, steered_logits: Tensor) -> Choice:
+    def choose(self, steered_logits: Tensor, rows: Sequence[int] | None = None) -> Choice:
         """Choose one token per row and remember it.
 
+        A row's tokens depend on its settings, its seed, its history and these logits alone: not on how the
+        tokens before were found, nor on other rows.
+
         Args:
-            steered_logits: `[batch, vocab]` float32, padding ids at -inf. Not changed.
+            steered_logits: `[rows, vocab]` float32, padding ids at -inf. Not changed.
+            rows: Which rows of the batch these are, ascending; None for all.
         """
+        rows, index = self._index(rows)
+        logits = self.adjusted(steered_logits, rows)
         if self._any_sampled:
-            uniforms = torch.tensor(
-                [
-                    0.0 if g is None else float(torch.rand((), generator=g, dtype=torch.float64))
-                    for g in self._generators
-                ],
-                dtype=torch.float64,
-                device=self._device,
-            )
-            token_ids = draw(self.probs(steered_logits), uniforms)
+            token_ids = draw(self._warp(logits, index), self._noise_at(0, rows))
         else:
-            token_ids = self.adjusted(steered_logits).argmax(-1)
+            token_ids = logits.argmax(-1)
         chosen = steered_logits.gather(1, token_ids[:, None])[:, 0]
         logprobs = chosen - steered_logits.logsumexp(-1)
         if self._counts is not None and self._seen is not None:
-            self._counts.scatter_add_(1, token_ids[:, None], torch.ones_like(self._counts[:, :1]))
-            self._seen.scatter_(1, token_ids[:, None], True)
-        self._num_chosen = [n + 1 for n in self._num_chosen]
+            places = torch.tensor(rows, device=self._device)
+            self._counts[places, token_ids] += 1
+            self._seen[places, token_ids] = True
+        for row in rows:
+            self._num_chosen[row] += 1
+            noise = self._noise[row]
+            if noise is not None:
+                noise.advance()
         return Choice(token_ids, logprobs)
+
+    def propose(self, logits: Tensor, *, ahead: int, rows: Sequence[int] | None = None) -> Tensor:
+        """Guess what each row will choose, from the logits of one model alone; nothing is remembered.
+
+        With the noise that `choose` will use, and without filters and penalties, which cost more than they
+        would bring in a guess.
+
+        Args:
+            logits: `[rows, vocab]`, padding ids at -inf.
+            ahead: How many tokens after the next one the guess is for.
+            rows: Which rows of the batch these are, ascending; None for all.
+
+        Returns:
+            `[rows]` int64.
+        """
+        if not self._any_sampled:
+            return logits.argmax(-1)
+        rows, index = self._index(rows)
+        return draw(logits / self._temperature[index][:, None], self._noise_at(ahead, rows))
+
+    def _warp(self, logits: Tensor, index: Tensor | slice) -> Tensor:
+        return warp(
+            logits,
+            temperature=self._temperature[index],
+            top_k=None if self._top_k is None else self._top_k[index],
+            top_p=None if self._top_p is None else self._top_p[index],
+            min_p=None if self._min_p is None else self._min_p[index],
+        )
+
+    def _noise_at(self, ahead: int, rows: Sequence[int]) -> Tensor:
+        """Return `[rows, vocab]`, 0 for greedy rows."""
+        noise = [self._noise[row] for row in rows]
+        return torch.stack([self._silence if n is None else n.at(ahead) for n in noise])
+
+    def _index(self, rows: Sequence[int] | None) -> tuple[Sequence[int], Tensor | slice]:
+        """Return rows as numbers and as an index; all of them are a slice, which copies nothing."""
+        if rows is None or len(rows) == len(self._params):
+            return range(len(self._params)), slice(None)
+        return rows, torch.tensor(list(rows), device=self._device)

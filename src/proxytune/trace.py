@@ -52,6 +52,8 @@ class Trace:
         alphas: Strength of steering by expert, as used.
         seed: The seed of a sampled generation, drawn if none was given; None when greedy.
         latency_s: From the start of the batch to this row's last token, seconds.
+        num_drafted: Tokens that speculative decoding guessed for this text, as far as they were looked at.
+        num_accepted: How many of them were what was chosen; their share is the acceptance rate.
     """
 
     text: str
@@ -61,6 +63,8 @@ class Trace:
     alphas: Mapping[str, float] = field(default_factory=dict)
     seed: int | None = None
     latency_s: float = 0.0
+    num_drafted: int = 0
+    num_accepted: int = 0
 
     @property
     def token_ids(self) -> tuple[int, ...]:

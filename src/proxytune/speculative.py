@@ -1,0 +1,296 @@
+"""Speculative decoding: who guesses tokens ahead of the ensemble, how many, and when guessing pays.
+
+Words: a *draft* is a sequence of guessed tokens. The *source* of a draft is the expert, the base, or the
+text itself (prompt lookup). The models that did not draft read the whole draft in one forward, which
+*verifies* it: at each position the steered distribution is known, the token is chosen from it exactly as
+plain decoding would choose, and the draft goes on as long as it had guessed that token. So the text is that
+of plain decoding, token for token, whatever was guessed: greedy by argmax, sampled because the guess and the
+choice share the Gumbel noise of their position (`sample.py`).
+
+The published rule accepts with `min(1, p / q)` and draws from the residual otherwise (Leviathan et al. 2023,
+arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318). It keeps the distribution too, but a seed's text would
+depend on the draft's length, and here that length follows the clock.
+`docs/design/0002-drafts-that-share-noise.md` says what the difference costs.
+
+With the expert as source the base reads several tokens at once, which is the gain where the base is much
+larger. With the base as source the small models read several tokens at once, which is the gain where they
+are not small (Fu et al. 2025, "Speculative Ensemble", arXiv:2502.01662, alternates in this way). Prompt
+lookup guesses what followed the last few tokens where they stood before.
+
+This file decides; `decode.py` runs the models. Numbers in, numbers out: no tensor, no model, no clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal, NamedTuple
+
+from proxytune.errors import InvalidRequest
+
+Source = Literal["expert", "base", "lookup"]
+SOURCES: tuple[Source, ...] = ("expert", "base", "lookup")
+
+LOOKUP_SIZES = (4, 3, 2)
+"""How many last tokens prompt lookup looks for; the longest match counts."""
+NUM_SAMPLES = 9
+"""Forwards of one width whose median is its cost."""
+TRUSTED_SAMPLES = 3
+"""With fewer, a width is taken for no dearer than it should be: one slow forward must not bar it for ever."""
+WIDENING = 0.05
+"""Cost of a further token in a forward, as a share of a forward of one, before it was measured."""
+PRIOR_RATE = 0.6
+"""Acceptance rate before anything was observed. High, so that drafts are tried."""
+RATE_MEMORY = 16
+"""How many observations the running acceptance rate remembers."""
+MARGIN = 0.03
+"""A draft must promise so much more speed than none: estimates are noisy, and nothing lost is sure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """How drafts are made.
+
+    Args:
+        max_tokens: Longest draft; 0 never drafts.
+        source: Who drafts; `auto` takes whichever is the fastest.
+        is_adaptive: Draft as far as it pays by measured costs and acceptance, down to not at all; otherwise
+            always `max_tokens`, which needs a `source`.
+
+    Raises:
+        InvalidRequest: A value is out of range or contradicts another.
+    """
+
+    max_tokens: int = 8
+    source: Source | Literal["auto"] = "auto"
+    is_adaptive: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.max_tokens, int) or not 0 <= self.max_tokens <= 64:
+            raise InvalidRequest(
+                f"max_tokens of a draft is {self.max_tokens!r}, and must be a whole number from 0 to 64"
+            )
+        if self.source not in (*SOURCES, "auto"):
+            raise InvalidRequest(
+                f"the source of drafts is {self.source!r}, and must be one of: auto, {', '.join(SOURCES)}"
+            )
+        if self.source == "auto" and not self.is_adaptive:
+            raise InvalidRequest(
+                "drafts of a fixed length need a source, and it is auto, which is chosen by measuring.\n"
+                f"hint: name one of: {', '.join(SOURCES)}"
+            )
+
+    def allows(self, source: Source) -> bool:
+        """Whether this source may be used."""
+        return self.max_tokens > 0 and self.source in (source, "auto")
+
+
+# What was observed ----------------------------------------------------------------------------------
+
+
+class Rate:
+    """A running acceptance rate: how often a source's guess was the token that was chosen.
+
+    Args:
+        prior: Counts as two observations.
+    """
+
+    def __init__(self, prior: float = PRIOR_RATE) -> None:
+        self.value = prior
+        self._weight = 2
+
+    def observe(self, is_right: bool) -> None:
+        """Count one guess."""
+        self._weight = min(self._weight + 1, RATE_MEMORY)
+        self.value += (is_right - self.value) / self._weight
+
+
+class Costs:
+    """Measured seconds of forwards, by what is run and how many tokens a row it reads (the *width*)."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[Hashable, dict[int, deque[float]]] = {}
+
+    def observe(self, what: Hashable, width: int, seconds: float) -> None:
+        """Count one forward."""
+        widths = self._seconds.setdefault(what, {})
+        widths.setdefault(width, deque(maxlen=NUM_SAMPLES)).append(seconds)
+
+    def estimate(self, what: Hashable, width: int) -> float | None:
+        """Return the seconds of a forward; None before any of its kind was measured.
+
+        Between measured widths it is interpolated. Above them the last slope goes on, or what `WIDENING`
+        says where only one was measured.
+        """
+        widths = self._seconds.get(what)
+        if not widths:
+            return None
+        known = {w: median(seconds) for w, seconds in sorted(widths.items())}
+        if len(widths.get(width, ())) >= TRUSTED_SAMPLES:
+            return known[width]
+        trusted = {w: s for w, s in known.items() if len(widths[w]) >= TRUSTED_SAMPLES} or known
+        guessed = _interpolated(trusted, width)
+        return min(known.get(width, math.inf), guessed)
+
+
+def _interpolated(known: Mapping[int, float], width: int) -> float:
+    below = max((w for w in known if w <= width), default=None)
+    above = min((w for w in known if w >= width), default=None)
+    if below is None or above is None:
+        nearest = above if below is None else below
+        assert nearest is not None
+        earlier = max((w for w in known if w < nearest), default=None)
+        slope = WIDENING * known[nearest] / nearest
+        if earlier is not None:
+            slope = max(0.0, (known[nearest] - known[earlier]) / (nearest - earlier))
+        return known[nearest] + slope * max(0, width - nearest)
+    if below == above:
+        return known[below]
+    share = (width - below) / (above - below)
+    return known[below] + share * (known[above] - known[below])
+
+
+class Speculator:
+    """What is remembered between generations: costs of forwards and rates to begin with.
+
+    Args:
+        drafting: What is allowed.
+    """
+
+    def __init__(self, drafting: Drafting) -> None:
+        self.drafting = drafting
+        self.costs = Costs()
+        self._rates: dict[tuple[Source, Hashable], Rate] = {}
+
+    def begin_rates(self, expert: Hashable) -> dict[Source, Rate]:
+        """Return the rates a new row begins with: those that earlier rows of the same expert ended with."""
+        return {
+            source: Rate(self._rates[source, expert].value)
+            if (source, expert) in self._rates
+            else Rate()
+            for source in SOURCES
+        }
+
+    def end_rates(self, expert: Hashable, rates: Mapping[Source, Rate]) -> None:
+        """Remember a row's rates."""
+        for source, rate in rates.items():
+            self._rates[source, expert] = rate
+
+
+# What follows from it -------------------------------------------------------------------------------
+
+
+def expected_tokens(rate: float, length: int) -> float:
+    """Return how many tokens a block yields whose draft has `length` tokens, each right with chance `rate`.
+
+        1 + rate + ... + rate ** length
+
+    The last one is the choice that follows the accepted part. Source: Leviathan et al. 2023, equation 1.
+    """
+    return sum(rate**count for count in range(length + 1))
+
+
+class Plan(NamedTuple):
+    """What the next block should do."""
+
+    source: Source | None
+    length: int
+    seconds_per_token: float
+    """Expected; over all rows of the batch together."""
+
+
+def best_plan(
+    rates: Mapping[Source, Sequence[float]],
+    seconds: Callable[[Source | None, int, float], float | None],
+    max_length: int,
+) -> Plan | None:
+    """Return the plan with the fewest expected seconds per token.
+
+    Args:
+        rates: For each source that can draft, every row's acceptance rate.
+        seconds: Of a block, from source, length and the chance that a whole draft is accepted by some row.
+            A source of None stands for no draft. None where nothing was measured yet.
+        max_length: Longest draft.
+
+    Returns:
+        None before costs were measured.
+    """
+    plain = seconds(None, 0, 0.0)
+    if plain is None:
+        return None
+    num_rows = max((len(values) for values in rates.values()), default=1)
+    best = Plan(None, 0, plain / num_rows)
+    threshold = best.seconds_per_token * (1 - MARGIN)
+    for source, values in rates.items():
+        for length in range(1, max_length + 1):
+            whole = 1 - math.prod(1 - rate**length for rate in values)
+            cost = seconds(source, length, whole)
+            if cost is None:
+                continue
+            per_token = cost / sum(expected_tokens(rate, length) for rate in values)
+            if per_token < min(threshold, best.seconds_per_token):
+                best = Plan(source, length, per_token)
+    return best
+
+
+def is_worth_drafting(
+    chances: Iterable[float],
+    *,
+    seconds_per_token: float,
+    draft_seconds: float,
+    widening_seconds: float,
+) -> bool:
+    """Whether one more drafted token is expected to save more time than it costs.
+
+    Args:
+        chances: For each row, that the draft is right up to and including the next token.
+        seconds_per_token: What a token costs at the best plan: the value of one more.
+        draft_seconds: Of the forward that the next token may cost in vain.
+        widening_seconds: Of verifying a draft that is one token longer.
+    """
+    total = sum(chances)
+    return total * seconds_per_token > draft_seconds + widening_seconds
+
+
+# Drafts from the text -------------------------------------------------------------------------------
+
+
+class PromptLookup:
+    """Guesses what followed the last tokens where they stood before, in the prompt or the output.
+
+    Args:
+        token_ids: The prompt.
+    """
+
+    def __init__(self, token_ids: Sequence[int]) -> None:
+        self._token_ids: list[int] = []
+        self._ends: dict[tuple[int, ...], int] = {}
+        self._match: int | None = None
+        for token_id in token_ids:
+            self.push(token_id)
+
+    def push(self, token_id: int) -> None:
+        """Append a token of the text."""
+        self._token_ids.append(token_id)
+        end = len(self._token_ids)
+        self._match = None
+        for size in LOOKUP_SIZES:
+            if size > end:
+                continue
+            last = tuple(self._token_ids[end - size :])
+            if self._match is None:
+                self._match = self._ends.get(last)
+            self._ends[last] = end
+
+    def propose(self, num_tokens: int) -> list[int]:
+        """Return up to so many tokens; none where the last tokens are new.
+
+        A match near the end is a text that repeats itself, so the guess goes round.
+        """
+        if self._match is None:
+            return []
+        followed = self._token_ids[self._match :]
+        return [followed[i % len(followed)] for i in range(num_tokens)]
