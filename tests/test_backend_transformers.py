@@ -150,7 +150,9 @@ def test_after_a_rewind_the_forgotten_tokens_leave_no_trace(backend, counts):
     for row, length in enumerate(lengths):
         expected = uncached(backend, WHOLE[row][:length] + new[row])[length:]
         torch.testing.assert_close(logits[row], expected, **CLOSE)
-    assert state.num_slots == max(lengths) + 5, "slots that no row uses are dropped"
+    if backend.name in ("mistral", "gemma3_text", "bloom") or len(set(counts)) == 1:
+        assert state.num_slots == max(lengths) + 5, "no row moves where distances count"
+    assert state.num_slots <= max(lengths) + max(lengths) // 8 + 16 + 5
 
 
 def test_rewinding_again_and_again_keeps_rows_exact(attention):
