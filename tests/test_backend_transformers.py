@@ -392,6 +392,33 @@ def test_a_peft_model_can_be_given_as_it_is(small):
     )
 
 
+def test_large_layers_are_packed_at_the_first_forward_and_a_model_only_loaded_stays_as_it_is(
+    small, monkeypatch
+):
+    from proxytune.backends import linear
+
+    adapters = adapters_of(small, good=1)
+    rows = ["good", None, "good"]
+    expected = load(small, adapters).prefill(PROMPTS, adapters=rows).logits
+    monkeypatch.setattr(linear, "MIN_PACKED_SIDE", 16)
+
+    def num_packed(backend: TransformersBackend) -> int:
+        return sum(isinstance(m, linear.PackedLinear) for m in backend.model.modules())
+
+    backend = load(small, adapters)
+    assert num_packed(backend) == 0
+    logits = backend.prefill(PROMPTS, adapters=rows).logits
+    torch.testing.assert_close(logits, expected, **CLOSE)
+    if backend.name.endswith("gpt2"):  # its layers are no linear layers of torch, its head is tied
+        return
+    assert num_packed(backend) > 0 or not linear._can_pack()
+    handed_over = TransformersBackend(
+        transformers.AutoModelForCausalLM.from_pretrained(small), name="small"
+    )
+    handed_over.prefill(PROMPTS)
+    assert num_packed(handed_over) == 0
+
+
 def edit_adapter(source: Path, target: Path, **changes: Any) -> AdapterFiles:
     shutil.copytree(source, target)
     config = json.loads((target / "adapter_config.json").read_text())

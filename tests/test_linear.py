@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from proxytune.backends.linear import MAX_ROWS, FewRowsLinear, speed_up_linear_layers
+from proxytune.backends import linear
+from proxytune.backends.linear import (
+    MAX_ROWS,
+    FewRowsLinear,
+    PackedLinear,
+    pack_linear_layers,
+    speed_up_linear_layers,
+)
 
 # The two products add the same numbers in another order.
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -70,3 +77,71 @@ def test_other_dtypes_and_subclasses_are_left_alone():
     model = nn.Sequential(layer().to(torch.bfloat16), Own(3, 3), nn.Linear(3, 3, device="meta"))
     speed_up_linear_layers(model)
     assert [type(each) for each in model] == [nn.Linear, Own, nn.Linear]
+
+
+# Packed weights --------------------------------------------------------------------------------------
+
+can_pack = pytest.mark.skipif(
+    not linear._can_pack(), reason="weights are packed on x86 processors with oneDNN only"
+)
+
+
+@pytest.fixture
+def small_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "MIN_PACKED_SIDE", 16)
+
+
+def packed(*, bias: bool = True) -> nn.Linear:
+    fast = copy.deepcopy(layer(bias=bias)).requires_grad_(False)
+    speed_up_linear_layers(fast)
+    pack_linear_layers(fast)
+    assert type(fast) is PackedLinear
+    return fast
+
+
+@can_pack
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(0, 48), (48,), (1, 1, 48), (2, 3, 48), (5, 7, 48)])
+def test_packed_weights_give_what_plain_ones_give(small_sides, shape, bias):
+    given = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(packed(bias=bias)(given), layer(bias=bias)(given), **CLOSE)
+
+
+@can_pack
+def test_packed_weights_take_the_place_of_the_plain_ones_and_can_still_be_read(small_sides):
+    fast, plain = packed(), layer()
+    assert [name for name, _ in fast.named_parameters()] == ["bias"]
+    assert torch.equal(fast.weight, plain.weight)
+    assert torch.equal(fast.state_dict()["weight"], plain.weight)
+
+
+@can_pack
+def test_a_packed_layer_that_is_cast_copied_or_loaded_into_is_still_right(small_sides):
+    given = torch.ones(2, 48)
+    expected = layer()(given)
+    torch.testing.assert_close(copy.deepcopy(packed())(given), expected, **CLOSE)
+    cast = packed().to(torch.float64)
+    torch.testing.assert_close(cast(given.double()).float(), expected, **CLOSE)
+    assert cast.weight.dtype == torch.float64
+    filled = packed()
+    filled.load_state_dict({"weight": torch.zeros(24, 48), "bias": torch.ones(24)})
+    assert torch.equal(filled(given), torch.ones(2, 24))
+
+
+@can_pack
+def test_tied_trainable_and_small_layers_are_not_packed(small_sides):
+    tied, trainable, small = layer(), layer(), nn.Linear(8, 48)
+    model = nn.Sequential(nn.Embedding(24, 48), tied, trainable, small).requires_grad_(False)
+    model[0].weight = tied.weight
+    trainable.requires_grad_(True)
+    speed_up_linear_layers(model)
+    pack_linear_layers(model)
+    assert [type(each) for each in model[1:]] == [FewRowsLinear] * 3
+
+
+def test_without_the_operators_everything_stays_plain(small_sides, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    fast = layer().requires_grad_(False)
+    speed_up_linear_layers(fast)
+    pack_linear_layers(fast)
+    assert type(fast) is FewRowsLinear

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from proxytune.backends.linear import FewRowsLinear
+from proxytune.backends.linear import FewRowsLinear, PackedLinear
 from proxytune.errors import UnsupportedModel
 
 PLAIN = "__base__"
@@ -148,7 +148,7 @@ def _is_plain(layer: Any) -> bool:
     base = layer.base_layer
     return (
         type(layer) is Linear
-        and type(base) in (nn.Linear, FewRowsLinear, Conv1D)
+        and type(base) in (nn.Linear, FewRowsLinear, PackedLinear, Conv1D)
         and base.weight.device.type != "meta"
         and not hasattr(layer, "_hf_hook")
         and not layer.merged

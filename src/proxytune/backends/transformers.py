@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from proxytune.backends.base import Backend, Capabilities, Prefilled
 from proxytune.backends.kv_cache import RoomyCache
-from proxytune.backends.linear import speed_up_linear_layers
+from proxytune.backends.linear import pack_linear_layers, speed_up_linear_layers
 from proxytune.backends.lora import PLAIN, ROW_ADAPTERS, RowAdapters, run_rows_through_adapters
 from proxytune.checkpoint import max_context, running_device, running_dtype
 from proxytune.errors import (
@@ -216,8 +216,9 @@ class TransformersBackend(Backend[TransformersState]):
         name: How errors call it.
         adapters: Adapters that rows may be given, by their PEFT names, or a mapping from other names to
             those.
-        replace_lora: Take PEFT's layers out of the model and put faster ones in their place, which PEFT
-            cannot train, switch or save.
+        owns_model: Whether nobody else wants the model as it is. Then faster layers take the place of PEFT's,
+            which PEFT could not train, switch or save, and at the first forward the weights of large layers
+            are laid out anew.
     """
 
     def __init__(
@@ -226,7 +227,7 @@ class TransformersBackend(Backend[TransformersState]):
         *,
         name: str,
         adapters: Sequence[str] | Mapping[str, str] = (),
-        replace_lora: bool = False,
+        owns_model: bool = False,
     ) -> None:
         self.name = name
         wrapped: Any = model
@@ -236,7 +237,8 @@ class TransformersBackend(Backend[TransformersState]):
             adapters if isinstance(adapters, Mapping) else {name: name for name in adapters}
         )
         speed_up_linear_layers(self.model)
-        self._has_lora = run_rows_through_adapters(self.model, replace=replace_lora)
+        self._has_lora = run_rows_through_adapters(self.model, replace=owns_model)
+        self._may_pack = owns_model
         config = self.model.config.get_text_config(decoder=True)
         head = self.model.get_output_embeddings()
         self.vocab_size = int(getattr(head, "out_features", None) or config.vocab_size)
@@ -286,7 +288,7 @@ class TransformersBackend(Backend[TransformersState]):
             if adapters:
                 model, names = _add_adapters(model, checkpoint.name, adapters, spec.allow_pickle)
         model.requires_grad_(False)
-        return cls(model, name=checkpoint.name, adapters=names, replace_lora=True)
+        return cls(model, name=checkpoint.name, adapters=names, owns_model=True)
 
     @property
     def device(self) -> torch.device:
@@ -359,8 +361,14 @@ class TransformersBackend(Backend[TransformersState]):
             self._cache_option or "": cache,
         }
         options = {key: value for key, value in options.items() if key in self._options}
-        rows = self._rows(adapters, token_ids.shape[0])
-        token = ROW_ADAPTERS.set(RowAdapters(rows) if self._has_lora else None)
+        if self._may_pack:
+            # Here, not when it is loaded: a model that is only loaded may be trained.
+            self._may_pack = False
+            pack_linear_layers(self.model)
+        rows = None
+        if self._has_lora:
+            rows = RowAdapters(self._rows(adapters, token_ids.shape[0]))
+        token = ROW_ADAPTERS.set(rows)
         try:
             logits: Tensor = self.model(**options).logits
         except torch.OutOfMemoryError as error:
