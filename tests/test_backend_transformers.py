@@ -49,6 +49,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "intermediate_size": 48,
     },
     "bloom": {"n_layer": 2, "n_head": 4},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 5},
     "lfm2": {
         "layer_types": ["conv", "full_attention"],
         "num_key_value_heads": 2,
@@ -152,7 +153,7 @@ def test_after_a_rewind_the_forgotten_tokens_leave_no_trace(backend, counts):
         torch.testing.assert_close(logits[row], expected, **CLOSE)
 
 
-@pytest.mark.parametrize("architecture", ["mistral", "qwen2", "gemma3_text", "bloom"])
+@pytest.mark.parametrize("architecture", ["mistral", "qwen2", "gemma3_text", "bloom", "gpt_neo"])
 def test_where_distances_between_slots_count_a_rewind_leaves_no_gaps(architecture):
     backend = make(architecture, windowed=True)
     state, _ = backend.prefill(PROMPTS)

@@ -26,24 +26,25 @@ class RowAdapters:
 
     Args:
         names: PEFT's name of the adapter of each row, `PLAIN` for none.
+        device: Where the rows are.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], device: torch.device | None = None) -> None:
         self.names = list(names)
         places: dict[str, list[int]] = {}
         for row, name in enumerate(self.names):
             if name != PLAIN:
                 places.setdefault(name, []).append(row)
         self.groups: list[tuple[str, slice | Tensor]] = [
-            (name, _as_slice(rows)) for name, rows in places.items()
+            (name, _as_slice(rows, device)) for name, rows in places.items()
         ]
 
 
-def _as_slice(rows: list[int]) -> slice | Tensor:
+def _as_slice(rows: list[int], device: torch.device | None) -> slice | Tensor:
     """Return rows that lie side by side as a slice, whose product can be added in place."""
     if rows[-1] - rows[0] + 1 == len(rows):
         return slice(rows[0], rows[-1] + 1)
-    return torch.tensor(rows)
+    return torch.tensor(rows, device=device)
 
 
 ROW_ADAPTERS: ContextVar[RowAdapters | None] = ContextVar("row_adapters", default=None)
@@ -99,7 +100,7 @@ class RowLora(nn.Module):
             if isinstance(rows, slice):
                 _add_product(output[rows], input[rows], down, up)
             else:
-                rows = rows.to(input.device)
+                rows = rows.to(input.device)  # layers may be spread over devices
                 part = torch.zeros_like(output[: len(rows)])
                 _add_product(part, input.index_select(0, rows), down, up)
                 output.index_add_(0, rows, part)

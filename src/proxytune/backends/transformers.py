@@ -367,7 +367,7 @@ class TransformersBackend(Backend[TransformersState]):
             pack_linear_layers(self.model)
         rows = None
         if self._has_lora:
-            rows = RowAdapters(self._rows(adapters, token_ids.shape[0]))
+            rows = RowAdapters(self._rows(adapters, token_ids.shape[0]), token_ids.device)
         token = ROW_ADAPTERS.set(rows)
         try:
             logits: Tensor = self.model(**options).logits
