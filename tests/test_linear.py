@@ -145,3 +145,21 @@ def test_without_the_operators_everything_stays_plain(small_sides, monkeypatch):
     speed_up_linear_layers(fast)
     pack_linear_layers(fast)
     assert type(fast) is FewRowsLinear
+
+
+@can_pack
+def test_weights_mapped_from_a_file_are_packed_like_others(small_sides, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    # Large enough for whole pages of memory to be given back.
+    plain = nn.Linear(512, 256).requires_grad_(False)
+    save_file({"a": plain.weight, "b": plain.weight + 1}, tmp_path / "weights.safetensors")
+    mapped = load_file(tmp_path / "weights.safetensors")
+    fast = copy.deepcopy(plain)
+    fast.weight = nn.Parameter(mapped["a"], requires_grad=False)
+    speed_up_linear_layers(fast)
+    pack_linear_layers(fast)
+    given = torch.randn(3, 512, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(fast(given), plain(given), **CLOSE)
+    assert torch.equal(mapped["a"], plain.weight), "whoever else holds them can still read them"
+    assert torch.equal(mapped["b"], plain.weight + 1)

@@ -10,6 +10,10 @@ docs/design/0001-few-row-linear-layers.md has the measurements.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import mmap
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -144,8 +148,31 @@ def pack_linear_layers(model: nn.Module) -> None:
             continue
         layer: Any = module
         layer._packed = _pack(layer.weight)
+        _release_file_pages(layer.weight)
         del layer.weight
         layer.__class__ = PackedLinear
+
+
+def _release_file_pages(weight: Tensor) -> None:
+    """Let the system drop the pages of a weight that is mapped from a file and no longer needed.
+
+    Other weights of the file keep the mapping, and with it the packed layers' plain weights, in memory until
+    the system wants it for something else. Where this does not work, nothing is lost but that.
+    """
+    storage = weight.untyped_storage()
+    if (
+        not sys.platform.startswith("linux") or storage.resizable()
+    ):  # torch's own memory is resizable
+        return
+    # Page out, and not discard: should anything still read them, they come back from the file.
+    madv_pageout = 21
+    start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    stop = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
+    if start < stop:
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).madvise(
+                ctypes.c_void_p(start), ctypes.c_size_t(stop - start), madv_pageout
+            )
 
 
 def _can_pack() -> bool:
