@@ -49,6 +49,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "intermediate_size": 48,
     },
     "bloom": {"n_layer": 2, "n_head": 4},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 5},
     "lfm2": {
         "layer_types": ["conv", "full_attention"],
         "num_key_value_heads": 2,
@@ -150,7 +151,83 @@ def test_after_a_rewind_the_forgotten_tokens_leave_no_trace(backend, counts):
     for row, length in enumerate(lengths):
         expected = uncached(backend, WHOLE[row][:length] + new[row])[length:]
         torch.testing.assert_close(logits[row], expected, **CLOSE)
-    assert state.num_slots == max(lengths) + 5, "slots that no row uses are dropped"
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "qwen2", "gemma3_text", "bloom", "gpt_neo"])
+def test_where_distances_between_slots_count_a_rewind_leaves_no_gaps(architecture):
+    backend = make(architecture, windowed=True)
+    state, _ = backend.prefill(PROMPTS)
+    backend.extend(state, torch.tensor([tail[:4] for tail in TAILS]))
+    backend.rewind(state, [0, 3, 1])
+    assert state.lengths == [7, 12, 10] and state.num_slots == 12
+    backend.rewind(state, [2, 2, 2])
+    assert state.num_slots == 10
+    backend.rewind(state, [0, 6, 0])
+    assert state.lengths == [5, 4, 8] and state.num_slots == 8
+
+
+def test_a_rewind_leaves_keys_where_they_are_until_gaps_are_many(attention):
+    state, _ = attention.prefill(draw(20, 20))
+    cache = state.cache
+    attention.extend(state, torch.tensor(draw(8, 8)))
+    place = cache.layers[0].keys.data_ptr()
+    compacted = 0
+    for seed in range(28):
+        before = state.num_slots
+        attention.extend(state, torch.tensor(draw(4, 4, seed=seed)))
+        attention.rewind(state, [3, 0] if seed % 2 else [0, 3])
+        compacted += state.num_slots < before
+        assert state.num_slots <= max(state.lengths) + max(state.lengths) // 8 + 16
+        assert cache.get_seq_length() == state.num_slots
+        if not compacted and not seed:
+            assert cache.layers[0].keys.data_ptr() == place
+    assert 1 <= compacted <= 4
+
+
+def test_rows_with_gaps_can_be_selected_and_rewound_across_them(attention):
+    """Row 0 takes back tokens on both sides of a gap."""
+    state, _ = attention.prefill(PROMPTS)
+    attention.extend(state, torch.tensor([tail[:4] for tail in TAILS]))
+    attention.rewind(state, [3, 0, 1])
+    attention.extend(state, torch.tensor([[1, 2], [3, 4], [5, 6]]))
+    attention.rewind(state, [3, 0, 0])
+    state = attention.select(state, [2, 0])
+    new = draw(3, 3, seed=8)
+    logits = attention.extend(state, torch.tensor(new))
+    held = [PROMPTS[2] + TAILS[2][:3] + [5, 6], PROMPTS[0]]
+    for row, token_ids in enumerate(held):
+        expected = uncached(attention, token_ids + new[row])[len(token_ids) :]
+        torch.testing.assert_close(logits[row], expected, **CLOSE)
+    assert state.lengths == [len(held[0]) + 3, len(held[1]) + 3]
+
+
+def test_selecting_all_rows_in_their_order_copies_nothing(attention):
+    state, _ = attention.prefill(PROMPTS)
+    place = state.cache.layers[0].keys.data_ptr()
+    state = attention.select(state, [0, 1, 2])
+    assert state.cache.layers[0].keys.data_ptr() == place
+
+
+def test_long_prompts_in_chunks_give_the_logits_of_one_pass(backend, monkeypatch):
+    """Prompts of 50, 3 and 33 tokens in chunks of 16; a chunk holds nothing of the short one."""
+    prompts = draw(50, 3, 33, seed=9)
+    new = torch.tensor(draw(2, 2, 2, seed=10))
+    state, whole = backend.prefill(prompts)
+    expected = backend.extend(state, new)
+    sizes = []
+    run = backend.run
+
+    def counted(token_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        sizes.append(token_ids.shape[1])
+        return run(token_ids, **options)
+
+    monkeypatch.setattr("proxytune.backends.transformers.PREFILL_TOKENS", 48)
+    monkeypatch.setattr(backend, "run", counted)
+    state, logits = backend.prefill(prompts)
+    # A model with a running state may not go on from it with several tokens.
+    assert sizes == ([16, 16, 16, 2] if backend.capabilities.can_rewind else [50])
+    torch.testing.assert_close(logits, whole, **CLOSE)
+    torch.testing.assert_close(backend.extend(state, new), expected, **CLOSE)
 
 
 def test_rewinding_again_and_again_keeps_rows_exact(attention):
@@ -314,6 +391,33 @@ def test_a_peft_model_can_be_given_as_it_is(small):
         backend.prefill(PROMPTS, adapters=rows).logits,
         loaded.prefill(PROMPTS, adapters=rows).logits,
     )
+
+
+def test_large_layers_are_packed_at_the_first_forward_and_a_model_only_loaded_stays_as_it_is(
+    small, monkeypatch
+):
+    from proxytune.backends import linear
+
+    adapters = adapters_of(small, good=1)
+    rows = ["good", None, "good"]
+    expected = load(small, adapters).prefill(PROMPTS, adapters=rows).logits
+    monkeypatch.setattr(linear, "MIN_PACKED_SIDE", 16)
+
+    def num_packed(backend: TransformersBackend) -> int:
+        return sum(isinstance(m, linear.PackedLinear) for m in backend.model.modules())
+
+    backend = load(small, adapters)
+    assert num_packed(backend) == 0
+    logits = backend.prefill(PROMPTS, adapters=rows).logits
+    torch.testing.assert_close(logits, expected, **CLOSE)
+    if backend.name.endswith("gpt2"):  # its layers are no linear layers of torch, its head is tied
+        return
+    assert num_packed(backend) > 0 or not linear._can_pack()
+    handed_over = TransformersBackend(
+        transformers.AutoModelForCausalLM.from_pretrained(small), name="small"
+    )
+    handed_over.prefill(PROMPTS)
+    assert num_packed(handed_over) == 0
 
 
 def edit_adapter(source: Path, target: Path, **changes: Any) -> AdapterFiles:

@@ -3,10 +3,12 @@
 Token ids only: text never reaches this file. Where a model's files are is known to `checkpoint.py`, what a
 recipe asks for to `recipe.py`.
 
-Words: a *slot* is one column of the KV cache. Rows are aligned at the right: the last token of every row sits
-in the last slot, and a row with fewer tokens than slots has padding on its left, which no token attends to.
-Rewinding rows by different counts moves their keys and values to the right again, so that distances between
-slots stay distances between tokens; sliding windows need that.
+Words: a *slot* is one column of the KV cache. Each row fills the slots of its own tokens, in their order; the
+others are *gaps*, which no token attends to: padding on the left of a short prompt, and what a row took back
+while others kept theirs. Positions are counted per row, so a gap changes nothing, and a rewind is only
+bookkeeping. *Compacting* moves the gaps of all rows to the left, where slots without any token are dropped.
+That happens when gaps become many, and at once in models whose attention looks at distances between slots
+(sliding windows).
 """
 
 from __future__ import annotations
@@ -16,8 +18,6 @@ import inspect
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,9 @@ import transformers
 from torch import Tensor, nn
 
 from proxytune.backends.base import Backend, Capabilities, Prefilled
+from proxytune.backends.kv_cache import RoomyCache
+from proxytune.backends.linear import pack_linear_layers, speed_up_linear_layers
+from proxytune.backends.lora import PLAIN, ROW_ADAPTERS, RowAdapters, run_rows_through_adapters
 from proxytune.checkpoint import max_context, running_device, running_dtype
 from proxytune.errors import (
     AdapterMismatch,
@@ -44,35 +47,162 @@ if TYPE_CHECKING:
     from proxytune.checkpoint import AdapterFiles, Checkpoint
     from proxytune.recipe import ModelSpec
 
-PLAIN = "__base__"
-"""PEFT's name for a row without an adapter."""
+PREFILL_TOKENS = 4096
+"""Most tokens, over all rows, of one forward of a prompt: its activations bound the memory of a prefill."""
 
-_ROW_ADAPTERS: ContextVar[list[str] | None] = ContextVar("row_adapters", default=None)
-"""The adapter of each row of the forward that is under way."""
+MIN_CHUNK = 16
+"""Fewest tokens per row of such a forward, however many rows there are."""
 
 
-@dataclass(slots=True)
 class TransformersState:
-    """What a batch has seen: keys and values, and how many tokens each row holds."""
+    """What a batch has seen: keys and values, and which slots belong to which row.
 
-    cache: Any
-    num_slots: int
-    lengths: list[int]
-    adapters: tuple[str | None, ...]
+    Args:
+        cache: From `TransformersBackend.new_cache`.
+        lengths: Tokens of each row; they fill the last slots, as many slots as the longest row needs.
+        adapters: The adapter of each row.
+        device: Where masks and positions go.
+    """
 
-    def attention_mask(self, num_new: int, device: torch.device) -> Tensor | None:
-        """Return `[batch, num_slots + num_new]`, 0 at padding; None where there is none."""
-        if all(length == self.num_slots for length in self.lengths):
-            return None
-        padding = torch.tensor([self.num_slots - n for n in self.lengths], device=device)
-        slots = torch.arange(self.num_slots + num_new, device=device)
-        return (slots >= padding[:, None]).long()
+    __slots__ = ("_mask", "_positions", "_runs", "adapters", "cache", "lengths", "num_slots")
 
-    def position_ids(self, num_new: int, device: torch.device) -> Tensor:
-        """Return `[batch, num_new]`: the positions of the next tokens in their own rows."""
-        return torch.tensor(self.lengths, device=device)[:, None] + torch.arange(
-            num_new, device=device
+    def __init__(
+        self,
+        cache: Any,
+        lengths: Sequence[int],
+        adapters: Sequence[str | None],
+        device: torch.device,
+    ) -> None:
+        self.cache = cache
+        self.adapters = tuple(adapters)
+        self._align(lengths, device)
+
+    def _align(self, lengths: Sequence[int], device: torch.device) -> None:
+        """Let each row fill the last slots."""
+        self.lengths = list(lengths)
+        self.num_slots = max(self.lengths, default=0)
+        # Where each row's tokens are: slots from a start to before a stop, in order.
+        self._runs = [
+            [(self.num_slots - length, self.num_slots)] if length else [] for length in self.lengths
+        ]
+        self._positions = torch.tensor(self.lengths, device=device)[:, None]
+        # [batch, slots and room], 1 at tokens; made when the first gap appears, kept in step from then on.
+        self._mask: Tensor | None = None
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether a slot does not count for some row."""
+        return any(length != self.num_slots for length in self.lengths)
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether each row fills the last slots, without gaps between its tokens."""
+        return all(
+            runs == ([(self.num_slots - length, self.num_slots)] if length else [])
+            for runs, length in zip(self._runs, self.lengths, strict=True)
         )
+
+    def attention_mask(self, num_new: int) -> Tensor | None:
+        """Return `[batch, num_slots + num_new]`, 0 at gaps; None where there is none."""
+        if not self.has_gaps:
+            self._mask = None
+            return None
+        stop = self.num_slots + num_new
+        if self._mask is None or self._mask.shape[1] < stop:
+            mask = self._positions.new_zeros(len(self.lengths), stop + stop // 8 + 32)
+            if self._mask is not None:
+                mask[:, : self.num_slots] = self._mask[:, : self.num_slots]
+            else:
+                self._draw_runs(mask)
+            self._mask = mask
+        self._mask[:, self.num_slots : stop] = 1
+        return self._mask[:, :stop]
+
+    def _draw_runs(self, mask: Tensor) -> None:
+        slots = torch.arange(self.num_slots, device=mask.device)
+        for place in range(max(map(len, self._runs))):
+            runs = [runs[place] if place < len(runs) else (0, 0) for runs in self._runs]
+            starts, stops = torch.tensor(runs, device=mask.device).T[:, :, None]
+            mask[:, : self.num_slots] |= ((slots >= starts) & (slots < stops)).to(mask.dtype)
+
+    def position_ids(self, num_new: int) -> Tensor:
+        """Return `[batch, num_new]`: the positions of the next tokens in their own rows."""
+        if num_new == 1:
+            return self._positions
+        return self._positions + torch.arange(num_new, device=self._positions.device)
+
+    def append(self, num_new: int) -> None:
+        """Count new tokens in every row."""
+        stop = self.num_slots + num_new
+        for runs in self._runs:
+            if runs and runs[-1][1] == self.num_slots:
+                runs[-1] = (runs[-1][0], stop)
+            else:
+                runs.append((self.num_slots, stop))
+        self.num_slots = stop
+        self.lengths = [length + num_new for length in self.lengths]
+        self._positions = self._positions + num_new
+
+    def rewind(self, num_tokens: Sequence[int]) -> None:
+        """Forget the last tokens of each row; slots at the end that no row uses are dropped."""
+        for runs, count in zip(self._runs, num_tokens, strict=True):
+            while count:
+                start, stop = runs.pop()
+                kept = max(stop - start - count, 0)
+                count -= stop - start - kept
+                if kept:
+                    runs.append((start, start + kept))
+        self.lengths = [length - n for length, n in zip(self.lengths, num_tokens, strict=True)]
+        if len(set(num_tokens)) == 1:
+            self._positions = self._positions - num_tokens[0]
+        else:
+            self._positions = torch.tensor(self.lengths, device=self._positions.device)[:, None]
+        self._drop_tail()
+
+    def _drop_tail(self) -> None:
+        """Drop the last slots that no row uses, and mark those that some row does not."""
+        stops = [runs[-1][1] if runs else 0 for runs in self._runs]
+        num_slots = max(stops)
+        if num_slots < self.num_slots:
+            self.cache.crop(num_slots - self.num_slots)
+            self.num_slots = num_slots
+        first = min(stops)
+        if self._mask is not None and first < num_slots:
+            ends = torch.tensor(stops, device=self._mask.device)[:, None]
+            slots = torch.arange(first, num_slots, device=self._mask.device)
+            self._mask[:, first:num_slots] *= slots < ends
+
+    def compact(self) -> None:
+        """Move every row's tokens to the last slots and drop the slots that no row needs."""
+        if not self.has_gaps:
+            return
+        longest = max(self.lengths)
+        mask = self.attention_mask(0)
+        assert mask is not None
+        # Gaps first, tokens after them in their order: the sort is stable.
+        self.cache.keep_slots(mask.argsort(dim=1, stable=True)[:, self.num_slots - longest :])
+        self._align(self.lengths, mask.device)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep the given rows, in that order, and the slots from the first to the last in use."""
+        first = 0
+        index = torch.tensor(rows, dtype=torch.long, device=self._positions.device)
+        if isinstance(self.cache, RoomyCache):
+            first = min((self._runs[row][0][0] for row in rows if self._runs[row]), default=0)
+            self.cache.select(index, first)
+        else:
+            self.cache.reorder_cache(index)
+        self.num_slots -= first
+        self._runs = [
+            [(start - first, stop - first) for start, stop in self._runs[row]] for row in rows
+        ]
+        self.lengths = [self.lengths[row] for row in rows]
+        self.adapters = tuple(self.adapters[row] for row in rows)
+        self._positions = self._positions[index]
+        if self._mask is not None:
+            self._mask = self._mask[index, first:]
+        if isinstance(self.cache, RoomyCache) and rows:
+            self._drop_tail()
 
 
 class TransformersBackend(Backend[TransformersState]):
@@ -86,6 +216,9 @@ class TransformersBackend(Backend[TransformersState]):
         name: How errors call it.
         adapters: Adapters that rows may be given, by their PEFT names, or a mapping from other names to
             those.
+        owns_model: Whether nobody else wants the model as it is. Then faster layers take the place of PEFT's,
+            which PEFT could not train, switch or save, and at the first forward the weights of large layers
+            are laid out anew.
     """
 
     def __init__(
@@ -94,6 +227,7 @@ class TransformersBackend(Backend[TransformersState]):
         *,
         name: str,
         adapters: Sequence[str] | Mapping[str, str] = (),
+        owns_model: bool = False,
     ) -> None:
         self.name = name
         wrapped: Any = model
@@ -102,7 +236,9 @@ class TransformersBackend(Backend[TransformersState]):
         self._peft_names = dict(
             adapters if isinstance(adapters, Mapping) else {name: name for name in adapters}
         )
-        self._has_lora = _route_rows_to_adapters(self.model)
+        speed_up_linear_layers(self.model)
+        self._has_lora = run_rows_through_adapters(self.model, replace=owns_model)
+        self._may_pack = owns_model
         config = self.model.config.get_text_config(decoder=True)
         head = self.model.get_output_embeddings()
         self.vocab_size = int(getattr(head, "out_features", None) or config.vocab_size)
@@ -120,6 +256,7 @@ class TransformersBackend(Backend[TransformersState]):
                 "one token at a time"
             )
         self._is_pure_attention = _is_pure_attention(config)
+        self._allows_gaps = "position_ids" in self._options and _allows_gaps(self.model, config)
         self._max_context = max_context(config)
 
     @classmethod
@@ -151,14 +288,16 @@ class TransformersBackend(Backend[TransformersState]):
             if adapters:
                 model, names = _add_adapters(model, checkpoint.name, adapters, spec.allow_pickle)
         model.requires_grad_(False)
-        return cls(model, name=checkpoint.name, adapters=names)
+        return cls(model, name=checkpoint.name, adapters=names, owns_model=True)
 
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
         weight: Any = getattr(self.model.get_input_embeddings(), "weight", None)
-        places: Iterator[Any] = (w for w in (weight, *self.model.parameters()) if w is not None)
-        device: torch.device = next(place.device for place in places if place.device.type != "meta")
+        # Only a weight that is offloaded makes it look through all: this is asked at every step.
+        if weight is None or weight.device.type == "meta":
+            weight = next(w for w in self.model.parameters() if w.device.type != "meta")
+        device: torch.device = weight.device
         return device
 
     @property
@@ -173,9 +312,9 @@ class TransformersBackend(Backend[TransformersState]):
     def new_cache(self) -> Any:
         """Return an empty KV cache of this model."""
         if self._is_pure_attention:
-            # Without the config every layer keeps all keys, so that any number of tokens can be taken back.
-            # A sliding window is then up to the attention mask.
-            return transformers.DynamicCache()
+            # Every layer keeps all keys, so that any number of tokens can be taken back. A sliding window is
+            # then up to the attention mask.
+            return RoomyCache()
         return transformers.DynamicCache(config=self.model.config)
 
     def run(
@@ -222,8 +361,14 @@ class TransformersBackend(Backend[TransformersState]):
             self._cache_option or "": cache,
         }
         options = {key: value for key, value in options.items() if key in self._options}
-        rows = self._rows(adapters, token_ids.shape[0]) if self._has_lora else None
-        token = _ROW_ADAPTERS.set(rows)
+        if self._may_pack:
+            # Here, not when it is loaded: a model that is only loaded may be trained.
+            self._may_pack = False
+            pack_linear_layers(self.model)
+        rows = None
+        if self._has_lora:
+            rows = RowAdapters(self._rows(adapters, token_ids.shape[0]), token_ids.device)
+        token = ROW_ADAPTERS.set(rows)
         try:
             logits: Tensor = self.model(**options).logits
         except torch.OutOfMemoryError as error:
@@ -236,7 +381,7 @@ class TransformersBackend(Backend[TransformersState]):
         except Exception as error:
             raise BackendError(f"{self.name} failed: {type(error).__name__}: {error}") from error
         finally:
-            _ROW_ADAPTERS.reset(token)
+            ROW_ADAPTERS.reset(token)
         return logits[:, -num_logits:]
 
     def check_length(self, num_tokens: int) -> None:
@@ -262,6 +407,8 @@ class TransformersBackend(Backend[TransformersState]):
     ) -> Prefilled[TransformersState]:
         """Run whole prompts, padded on the left, and return the state and the logits after each.
 
+        Long prompts are run in chunks, so that memory for activations stays bounded.
+
         Raises:
             InvalidRequest: A prompt is empty or has a token id the model does not have, or an adapter has
                 an unknown name.
@@ -277,22 +424,24 @@ class TransformersBackend(Backend[TransformersState]):
         width = max(lengths)
         padded = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
         self.check_token_ids(padded)
-        rows = tuple(adapters) if adapters is not None else (None,) * len(prompts)
-        self._rows(rows, len(prompts))
-        state = TransformersState(self.new_cache(), width, lengths, rows)
         device = self.device
-        mask = state.attention_mask(0, device)
-        positions = torch.arange(width, device=device) - torch.tensor(
-            [[width - n] for n in lengths], device=device
-        )
-        logits = self.run(
-            padded.to(device),
-            cache=state.cache,
-            attention_mask=mask,
-            position_ids=positions.clamp(min=0),
-            adapters=rows,
-            num_logits=1,
-        )
+        rows = tuple(adapters) if adapters is not None else (None,) * len(prompts)
+        state = TransformersState(self.new_cache(), lengths, rows, device)
+        mask = state.attention_mask(0)
+        positions = (torch.arange(-width, 0) + torch.tensor(lengths)[:, None]).clamp(min=0)
+        padded, positions = padded.to(device), positions.to(device)
+        chunk = width
+        if self._is_pure_attention:
+            chunk = max(PREFILL_TOKENS // len(prompts), MIN_CHUNK)
+        for start in range(0, width, chunk):
+            logits = self.run(
+                padded[:, start : start + chunk],
+                cache=state.cache,
+                attention_mask=None if mask is None else mask[:, : start + chunk],
+                position_ids=positions[:, start : start + chunk],
+                adapters=rows,
+                num_logits=1,
+            )
         return Prefilled(state, logits[:, -1])
 
     @torch.inference_mode()
@@ -300,7 +449,8 @@ class TransformersBackend(Backend[TransformersState]):
         """Append `[batch, num_tokens]` token ids and return logits `[batch, num_tokens, vocab]`.
 
         Raises:
-            InvalidRequest: The model does not have a token id, or the rows are not the state's.
+            InvalidRequest: The model does not have a token id (looked at where they are on the CPU), or the
+                rows are not the state's.
             PromptTooLong: A row would exceed the model's context.
             BackendError: The model failed. The state cannot be used again.
         """
@@ -315,7 +465,8 @@ class TransformersBackend(Backend[TransformersState]):
             )
         num_new = token_ids.shape[1]
         self.check_length(max(state.lengths) + num_new)
-        self.check_token_ids(token_ids)
+        if token_ids.device.type == "cpu":  # elsewhere, looking at them would wait for the device
+            self.check_token_ids(token_ids)
         token_ids = token_ids.to(self.device)
         if self._is_pure_attention:
             return self._append(state, token_ids)
@@ -343,18 +494,8 @@ class TransformersBackend(Backend[TransformersState]):
             raise InvalidRequest(
                 f"{self.name} cannot rewind rows of {state.lengths} tokens by {list(num_tokens)}"
             )
-        fewest = min(num_tokens)
-        if fewest:
-            state.cache.crop(-fewest)
-            state.num_slots -= fewest
-        for row, surplus in enumerate(n - fewest for n in num_tokens):
-            if not surplus:
-                continue
-            for layer in _filled_layers(state.cache):
-                for kept in (layer.keys[row], layer.values[row]):  # views: [heads, slots, size]
-                    kept[:, surplus:] = kept[:, : kept.shape[1] - surplus].clone()
-        state.lengths = [length - n for length, n in zip(state.lengths, num_tokens, strict=True)]
-        self._drop_padding(state)
+        state.rewind(num_tokens)
+        self._compact_if_due(state)
 
     @torch.inference_mode()
     def select(self, state: TransformersState, rows: Sequence[int]) -> TransformersState:
@@ -362,40 +503,31 @@ class TransformersBackend(Backend[TransformersState]):
 
         The old state must not be used after.
         """
-        # `reorder_cache` is an index_select, and the one selection that every kind of layer has.
-        state.cache.reorder_cache(torch.tensor(rows, dtype=torch.long, device=self.device))
-        selected = TransformersState(
-            state.cache,
-            state.num_slots,
-            [state.lengths[row] for row in rows],
-            tuple(state.adapters[row] for row in rows),
-        )
-        if self._is_pure_attention and rows:
-            self._drop_padding(selected)
-        return selected
+        rows = list(rows)
+        if rows != list(range(len(state.lengths))):
+            state.select(rows)
+            if self._is_pure_attention and rows:
+                self._compact_if_due(state)
+        return state
 
     def _append(self, state: TransformersState, token_ids: Tensor) -> Tensor:
         num_new = token_ids.shape[1]
-        device = token_ids.device
         logits = self.run(
             token_ids,
             cache=state.cache,
-            attention_mask=state.attention_mask(num_new, device),
-            position_ids=state.position_ids(num_new, device),
+            attention_mask=state.attention_mask(num_new),
+            position_ids=state.position_ids(num_new),
             adapters=state.adapters,
         )
-        state.num_slots += num_new
-        state.lengths = [length + num_new for length in state.lengths]
+        state.append(num_new)
         return logits
 
-    @staticmethod
-    def _drop_padding(state: TransformersState) -> None:
-        """Drop the slots that are padding in every row."""
-        unused = state.num_slots - max(state.lengths)
-        if unused:
-            for layer in _filled_layers(state.cache):
-                layer.keys, layer.values = layer.keys[:, :, unused:], layer.values[:, :, unused:]
-            state.num_slots -= unused
+    def _compact_if_due(self, state: TransformersState) -> None:
+        longest = max(state.lengths)
+        # Allowed gaps are attended to for nothing, and compacting copies everything: an eighth balances them.
+        spare = longest // 8 + 16 if self._allows_gaps else 0
+        if state.num_slots > longest + spare or not (self._allows_gaps or state.is_aligned):
+            state.compact()
 
     def _rows(self, adapters: Sequence[str | None] | None, num_rows: int) -> list[str]:
         """Return PEFT's name for the adapter of each row."""
@@ -427,33 +559,13 @@ def _is_pure_attention(config: Any) -> bool:
     )
 
 
-def _filled_layers(cache: Any) -> Iterator[Any]:
-    """Yield the layers that hold keys and values."""
-    return (layer for layer in cache.layers if layer.is_initialized)
-
-
-def _route_rows_to_adapters(model: nn.Module) -> bool:
-    """Make each LoRA layer take its rows' adapters from `_ROW_ADAPTERS`; return whether there is any.
-
-    PEFT's own forward does the same with hooks that it adds and removes at every call, which takes longer
-    than a small model's forward of one token.
-    """
-    if not any("lora_" in name for name, _ in model.named_parameters()):
+def _allows_gaps(model: Any, config: Any) -> bool:
+    """Whether attention knows tokens by `position_ids` and mask alone, not by the distance of their slots."""
+    layers = transformers.DynamicCache(config=config).layers
+    if any(getattr(layer, "is_sliding", False) for layer in layers):
         return False
-    from peft.tuners.lora import LoraLayer
-
-    def add_rows(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        rows = _ROW_ADAPTERS.get()
-        return None if rows is None else (args, {**kwargs, "adapter_names": rows})
-
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    for layer in layers:
-        if not getattr(layer, "_proxytune_rows", False):
-            layer.register_forward_pre_hook(add_rows, with_kwargs=True)
-            layer._proxytune_rows = True
-    return True
+    # Models with distances of their own (ALiBi, local attention) do not run on the attention others share.
+    return bool(getattr(model, "_supports_attention_backend", False))
 
 
 @contextlib.contextmanager

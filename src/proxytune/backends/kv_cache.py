@@ -1,0 +1,154 @@
+"""Keys and values of a batch in buffers with room to grow: tokens are written in place.
+
+transformers' own layers concatenate all keys and values anew for each token. Here a layer's `keys` and
+`values`, which transformers reads, are the first slots of larger buffers. What a slot holds, and for which
+row it counts, is not known here.
+
+Words: a *slot* is one column of the cache; *room* is the slots behind the last one in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+MIN_ROOM = 32
+"""Fewest slots added when a buffer is full; from eight times as many on, an eighth is added."""
+
+
+def _with_room(num_slots: int) -> int:
+    # An eighth: growing copies each key eight times in all, and memory stays within 12.5 % of what is needed.
+    return num_slots + max(MIN_ROOM, num_slots // 8)
+
+
+class RoomyLayer(DynamicLayer):
+    """One layer's keys and values, `[batch, heads, slots, size]`, with room behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values of new tokens and return all; see transformers' `DynamicLayer`."""
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            # Backward passes need the keys as they were.
+            self._buffers = None
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        num_old = self.get_seq_length()
+        num_slots = num_old + key_states.shape[2]
+        if not self._has_room(num_slots):
+            self._move_to_new_buffers(num_old, key_states, value_states)
+        assert self._buffers is not None
+        keys, values = self._buffers
+        keys[:, :, num_old:num_slots] = key_states
+        values[:, :, num_old:num_slots] = value_states
+        self.keys, self.values = keys[:, :, :num_slots], values[:, :, :num_slots]
+        return self.keys, self.values
+
+    def _has_room(self, num_slots: int) -> bool:
+        if self._buffers is None or self._buffers[0].shape[2] < num_slots:
+            return False
+        # Tensors made in inference mode cannot be written to outside of it.
+        return torch.is_inference_mode_enabled() or not self._buffers[0].is_inference()
+
+    def _move_to_new_buffers(self, num_old: int, keys: Tensor, values: Tensor) -> None:
+        """Make room for the slots in use and those of `keys` and `values`, and copy the former."""
+        capacity = _with_room(num_old + keys.shape[2])
+        room = [new.new_empty((*new.shape[:2], capacity, new.shape[3])) for new in (keys, values)]
+        if num_old:
+            assert self.keys is not None and self.values is not None
+            for buffer, old in zip(room, (self.keys, self.values), strict=True):
+                buffer[:, :, :num_old] = old
+        self._buffers = (room[0], room[1])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` slots of every row; nothing is moved."""
+        if self.is_initialized:
+            super().crop(tokens_to_remove)
+
+    def select(self, rows: Tensor, first_slot: int = 0) -> None:
+        """Keep the given rows, in that order, and the slots from `first_slot` on."""
+        num_slots = self.get_seq_length() - first_slot
+        if self.keys is None or self.values is None or num_slots <= 0:
+            self._buffers = None  # they have as many rows as before
+            return
+        source = self._buffers or (self.keys, self.values)
+        rows = rows.to(source[0].device)
+        stop = first_slot + _with_room(
+            num_slots
+        )  # the room is copied along, but no more of it than is due
+        keys, values = (tensor[:, :, first_slot:stop].index_select(0, rows) for tensor in source)
+        self._buffers = (keys, values)
+        self.keys, self.values = keys[:, :, :num_slots], values[:, :, :num_slots]
+
+    def keep_slots(self, slots: Tensor) -> None:
+        """Keep the given slots of each row, `[batch, num_kept]`, in that order."""
+        assert self.keys is not None and self.values is not None
+        num_kept = slots.shape[1]
+        index = slots.to(self.keys.device)[:, None, :, None]
+        kept = [
+            tensor.gather(2, index.expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+            for tensor in (self.keys, self.values)
+        ]
+        if not self._has_room(num_kept):
+            self._buffers = None
+        if self._buffers is None or self._buffers[0].shape[2] > 2 * _with_room(num_kept):
+            self._move_to_new_buffers(0, *kept)
+        assert self._buffers is not None
+        for buffer, tensor in zip(self._buffers, kept, strict=True):
+            buffer[:, :, :num_kept] = tensor
+        self.keys, self.values = (buffer[:, :, :num_kept] for buffer in self._buffers)
+
+    def reset(self) -> None:
+        """Forget everything, and give the memory back."""
+        self._buffers = None
+        super().reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep the given rows, in that order; rows may repeat."""
+        self.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows; `indices` may also be a mask of rows."""
+        self.select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
+        if self.keys is not None and self.get_seq_length():
+            self.select(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        """Move keys and values to the CPU."""
+        self._buffers = None
+        super().offload()  # type: ignore[no-untyped-call]
+
+
+class RoomyCache(DynamicCache):
+    """A `DynamicCache` of layers that have room; it keeps all tokens, also beyond a sliding window."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_class_to_replicate = RoomyLayer
+
+    def _filled(self) -> Iterator[RoomyLayer]:
+        # Layers that use another layer's keys stay empty.
+        layers: Any = self.layers
+        return (layer for layer in layers if layer.is_initialized)
+
+    def select(self, rows: Tensor, first_slot: int = 0) -> None:
+        """Keep the given rows, in that order, and the slots from `first_slot` on; rows may repeat."""
+        for layer in self._filled():
+            layer.select(rows, first_slot)
+
+    def keep_slots(self, slots: Tensor) -> None:
+        """Keep the given slots of each row, `[batch, num_kept]`, in that order."""
+        for layer in self._filled():
+            layer.keep_slots(slots)

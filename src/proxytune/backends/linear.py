@@ -1,0 +1,185 @@
+"""Linear layers in float32 on a CPU: which matrix product is fastest for few rows.
+
+Decoding multiplies every weight by one to a few rows of activations. `x @ W.T`, what torch's linear layer
+asks for, is the slow way round there. `W @ x.T` gives the same numbers, to rounding, in as little as a third
+of the time, from the same weights. For large layers oneDNN's product with weights laid out in blocks
+(*packed*) is faster still, and the packed weights take the plain ones' place. Which layer does what follows
+from its shape and the number of rows, never from a timing: results do not differ between runs.
+docs/design/0001-few-row-linear-layers.md has the measurements.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+MAX_ROWS = 8
+"""Most rows for which `W @ x.T` was faster in the sum over the layers of a model."""
+
+MIN_PACKED_SIDE = 1024
+"""Layers whose both sides have at least so many features are faster packed."""
+
+
+class FewRowsLinear(nn.Linear):
+    """`nn.Linear` that multiplies from the other side when it is given few rows.
+
+    Weights, names and results, to rounding, are those of `nn.Linear`.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return `input @ weight.T + bias`, `[..., out_features]`."""
+        num_rows = input.numel() // self.in_features
+        if not 0 < num_rows <= MAX_ROWS:
+            return functional.linear(input, self.weight, self.bias)
+        rows = input.reshape(num_rows, self.in_features)
+        if num_rows == 1:
+            # A product with one column is a matrix-vector product; its kernel is slower than that for two.
+            rows = torch.cat((rows, rows))
+        bias: Tensor | None = self.bias
+        if bias is None:
+            product = torch.mm(self.weight, rows.t())
+        else:
+            product = torch.addmm(bias[:, None], self.weight, rows.t())
+        # Contiguous, because what follows (norms, heads' views, softmax) reads row by row.
+        rows = product[:, :num_rows].t().contiguous()
+        return rows.view(*input.shape[:-1], self.out_features)
+
+
+class PackedLinear(FewRowsLinear):
+    """`nn.Linear` whose weights are laid out for oneDNN; made by `pack_linear_layers`.
+
+    It has no parameter `weight`; the attribute and the state dict unpack a copy. Moving or casting the layer,
+    or loading a state dict into it, makes it a `FewRowsLinear` again.
+    """
+
+    _packed: Tensor
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """`[out_features, in_features]`, a copy."""
+        return self._packed.to_dense()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return `input @ weight.T + bias`, `[..., out_features]`."""
+        if input.dtype != torch.float32 or not input.numel():
+            return functional.linear(input, self.weight, self.bias)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(
+            input, self._packed, self.bias, "none", [], ""
+        )
+        return product
+
+    def _unpack(self) -> Any:
+        layer: Any = self
+        dense = layer.weight
+        del layer._packed
+        layer.__class__ = FewRowsLinear
+        layer.weight = nn.Parameter(dense, requires_grad=False)
+        return layer
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        return self._unpack()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._unpack()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Packed tensors can be neither copied nor pickled.
+        return {**self.__dict__, "_packed": self.weight}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._packed = _pack(self._packed)
+
+
+def _pack(weight: Tensor) -> Tensor:
+    # Not in inference mode, whose tensors cannot be used everywhere.
+    with torch.inference_mode(False), torch.no_grad():
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+    return packed
+
+
+def speed_up_linear_layers(model: nn.Module) -> None:
+    """Turn the plain linear layers of a model into `FewRowsLinear` where that is what was measured.
+
+    That is float32 on a CPU. Parameters, hooks and tied weights stay as they are. Subclasses, quantised
+    layers among them, keep their own forward.
+    """
+    for module in model.modules():
+        if (
+            type(module) is nn.Linear
+            and module.weight.device.type == "cpu"
+            and module.weight.dtype == torch.float32
+        ):
+            module.__class__ = FewRowsLinear
+
+
+def pack_linear_layers(model: nn.Module) -> None:
+    """Lay out the weights of large frozen layers anew, in place of the plain ones, where that is faster.
+
+    Weights with a second user, such as tied heads, stay plain: packing them would add a copy.
+    """
+    if not _can_pack():
+        return
+    users = Counter(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+    )
+    for module in model.modules():
+        if (
+            type(module) is not FewRowsLinear
+            or min(module.in_features, module.out_features) < MIN_PACKED_SIDE
+            or users[id(module.weight)] > 1
+            or module.weight.requires_grad
+        ):
+            continue
+        layer: Any = module
+        layer._packed = _pack(layer.weight)
+        _release_file_pages(layer.weight)
+        del layer.weight
+        layer.__class__ = PackedLinear
+
+
+def _release_file_pages(weight: Tensor) -> None:
+    """Let the system drop the pages of a weight that is mapped from a file and no longer needed.
+
+    Other weights of the file keep the mapping, and with it the packed layers' plain weights, in memory until
+    the system wants it for something else. Where this does not work, nothing is lost but that.
+    """
+    storage = weight.untyped_storage()
+    if (
+        not sys.platform.startswith("linux") or storage.resizable()
+    ):  # torch's own memory is resizable
+        return
+    # Page out, and not discard: should anything still read them, they come back from the file.
+    madv_pageout = 21
+    start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    stop = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
+    if start < stop:
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).madvise(
+                ctypes.c_void_p(start), ctypes.c_size_t(stop - start), madv_pageout
+            )
+
+
+def _can_pack() -> bool:
+    """Whether this is a processor of the kind that was measured, with the operators that it takes."""
+    return (
+        torch.backends.cpu.get_cpu_capability().startswith("AVX")
+        and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
