@@ -18,7 +18,7 @@ from proxytune import cli
 from proxytune.errors import BackendError
 from proxytune.model import ProxyTuned
 from proxytune.recipe import Recipe
-from proxytune.request import SamplingParams
+from proxytune.request import Request, SamplingParams
 from tests.tiny import tiny_adapter, tiny_model
 from tests.toys import toy_load, toy_recipe
 
@@ -272,6 +272,17 @@ def test_json_is_one_object_on_one_line_with_the_agreed_fields(recipe: Path):
     assert not result.stderr
 
 
+def test_drafts_leave_the_text_as_it_is_and_are_counted(recipe: Path):
+    command = ("generate", recipe, "hello", "--json", "--temperature", "0.8", "--seed", "3")
+    plain, drafted = (run(*command, *option) for option in ((), ("--speculative",)))
+    assert plain.exit_code == drafted.exit_code == 0
+    before, after = json.loads(plain.stdout), json.loads(drafted.stdout)
+    assert after.pop("num_accepted") <= after.pop("num_drafted")
+    for answer in (before, after):
+        del answer["latency_s"]
+    assert after == before
+
+
 def test_a_seed_makes_drawn_text_repeatable(recipe: Path):
     options = ["generate", recipe, "hello", "--temperature", "1", "--max-new-tokens", "20"]
     drawn = [run(*options, "--seed", seed) for seed in ("1", "1", "2")]
@@ -427,7 +438,7 @@ def test_a_file_of_prompts_becomes_a_file_of_answers(
     assert "5 lines; 25 tokens" in result.stderr and "tokens/s" in result.stderr
     lines = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
     assert [line["id"] for line in lines] == [0, 1, 2, 3, 4]
-    again = run(*arguments, "--json")
+    again = run(*arguments, "--json", "--speculative")
     assert "already complete" in again.stderr
     assert json.loads(again.stdout)["num_resumed"] == 5
 
@@ -494,8 +505,14 @@ def test_chat_answers_each_line_and_remembers_the_conversation(recipe: Path):
     assert result.stdout == "".join(f"{answer}\n" for answer in expected)
 
 
+def test_a_chat_with_drafts_is_the_chat_without(recipe: Path):
+    lines = ("hi", "and", "/alpha 0.5", "so")
+    plain = talk(recipe, *lines)
+    assert talk(recipe, *lines, options=("--speculative",)).stdout == plain.stdout
+
+
 def test_reset_forgets_all_but_the_system_message(recipe: Path):
-    drawn = ("--temperature", "1", "--seed", "3")
+    drawn = ("--temperature", "3", "--seed", "3")
     system = ("--system", "be brief", *drawn)
     once = talk(recipe, "hi", options=system).stdout
     assert talk(recipe, "hi", "/reset", "hi", options=system).stdout == 2 * once
@@ -555,18 +572,22 @@ def test_quit_ends_a_chat(recipe: Path):
 
 
 def test_control_c_stops_the_answer_and_not_the_chat(recipe: Path, monkeypatch: pytest.MonkeyPatch):
-    stream = ProxyTuned.stream
-    calls = []
+    job, steps_of = ProxyTuned.job, ProxyTuned._steps
+    calls: list[Any] = []
 
-    def interrupted(self: ProxyTuned, *args: Any, **options: Any) -> Any:
-        calls.append(args[0])
-        steps = stream(self, *args, **options)
+    def asked(self: ProxyTuned, request: Request) -> Any:
+        calls.append(request.prompt)
+        return job(self, request)
+
+    def interrupted(self: ProxyTuned, *args: Any) -> Any:
+        steps = steps_of(self, *args)
         yield next(steps)
         if len(calls) == 1:
             raise KeyboardInterrupt
         yield from steps
 
-    monkeypatch.setattr(ProxyTuned, "stream", interrupted)
+    monkeypatch.setattr(ProxyTuned, "job", asked)
+    monkeypatch.setattr(ProxyTuned, "_steps", interrupted)
     result = talk(recipe, "hi", "and")
     assert result.exit_code == 0
     first, second = result.stdout.splitlines()

@@ -6,6 +6,7 @@ import pytest
 
 from proxytune.errors import InvalidRequest, PromptTooLong, UnknownExpert
 from proxytune.request import Request, SamplingParams
+from proxytune.speculative import Drafting
 from tests.toys import toy_model
 
 SHORT = SamplingParams(max_new_tokens=12)
@@ -173,3 +174,35 @@ def test_scoring_ranks_the_models_and_gives_a_row_per_strength(model):
     ]
     with pytest.raises(InvalidRequest):
         model.score("", [0])
+
+
+@pytest.mark.parametrize("speculative", [False, True, Drafting(3, "expert", is_adaptive=False)])
+@pytest.mark.parametrize("experts", ["first", ("first", "second")])
+def test_each_turn_of_a_conversation_is_what_its_messages_alone_would_give(speculative, experts):
+    model = toy_model(experts={"first": 1.0, "second": 0.5}, memory=0.5)
+    sampling = SamplingParams(max_new_tokens=9, temperature=0.9, seed=4)
+    chat = model.chat(sampling, experts=experts, speculative=speculative)
+    for text in ("hello", "and", "more of it"):
+        fresh = model.chat(sampling, experts=experts)
+        fresh.messages = list(chat.messages)
+        expected = [step.token_id for step in fresh.say(text)]
+        assert [step.token_id for step in chat.say(text)] == expected
+        assert fresh.messages == chat.messages
+
+
+def test_a_conversation_reads_each_token_once():
+    model = toy_model(memory=0.5)
+    backend = model.ensemble.members[0].backend
+    chat = model.chat(SamplingParams(max_new_tokens=5, ignore_eos=True))
+    list(chat.say("hello"))
+    before = backend.num_rows_run
+    list(chat.say("you"))
+    # What is new: the answer's last token, what separates the turns, the words, four tokens of the answer.
+    separators = len("\nUser: you\nAssistant:") + 2
+    assert backend.num_rows_run - before <= separators + 4
+
+
+def test_settings_of_drafts_are_remembered_by_the_model(model):
+    first = model.generate("hello", SHORT, speculative=True)
+    again = model.generate("hello", SHORT, speculative=Drafting())
+    assert first.token_ids == again.token_ids == model.generate("hello", SHORT).token_ids

