@@ -80,7 +80,8 @@ def measure(point: Point, domain: str) -> dict[str, Any]:
         display = Quarters(lambda text: tell(f"    {text}"))
         result = tune(TuneSettings(**wanted), resume=begun, display=display).to_dict()
     rows = {(row["name"].rpartition(".")[2], row["alpha"]): row for row in result["valid"]["rows"]}
-    direct = FULL.read_stage(f"{domain}.direct")["result"]["valid_loss"]
+    tuned = FULL.read_stage(f"{domain}.direct")["result"]["valid"]["rows"]
+    direct = next(row["nats"] for row in tuned if row["name"] == "direct.expert")
     base, steered = rows["base", None], rows["steered", result["alpha"]]
     return {
         "base": base["perplexity"],

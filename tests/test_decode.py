@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxytune.backends.toy import ToyBackend, ToyTokenizer
-from proxytune.decode import Batch, Ensemble, Job, Member, Pair, decode
+from proxytune.decode import Batch, Ensemble, Event, Job, Member, Pair
 from proxytune.errors import BackendError, InvalidRequest, PromptTooLong
 from proxytune.request import SamplingParams
 from proxytune.trace import Step
@@ -61,9 +62,15 @@ def job(
     return Job(SamplingParams(**options), prompts, given_alphas, **extras)
 
 
+def decode(models: Ensemble, jobs: list[Job]) -> Iterator[Event]:
+    batch = Batch(models, jobs)
+    while not batch.is_done:
+        yield from batch.step()
+
+
 def run(models: Ensemble, *jobs: Job) -> list[list[Step]]:
     steps: list[list[Step]] = [[] for _ in jobs]
-    for event in decode(models, jobs):
+    for event in decode(models, list(jobs)):
         if event.step is not None:
             steps[event.row].append(event.step)
     return steps
@@ -271,15 +278,6 @@ def test_a_cancelled_row_ends_and_its_neighbour_goes_on():
     assert reasons == {0: "cancelled", 1: "length"}
     assert sum(e.step is not None and e.row == 0 for e in events) == 2
     assert [e.step.token_id for e in events if e.row == 1] == tokens(models, second)[0]
-
-
-def test_closing_the_iterator_stops_the_work():
-    models = ensemble((EXPERT, ANTI))
-    events = decode(models, [job(models, "ab", max_new_tokens=50, ignore_eos=True)])
-    next(events)
-    before = models.members[0].backend.num_rows_run
-    events.close()
-    assert models.members[0].backend.num_rows_run == before < 5
 
 
 def test_logprobs_list_the_most_likely_tokens_of_the_steered_distribution():

@@ -36,6 +36,15 @@ def test_settings_beside_a_whole_request_are_refused(model):
         model.generate(Request("x"), alpha=0.5)
 
 
+def test_closing_a_stream_stops_the_work(model):
+    backend = model.ensemble.members[0].backend
+    before = backend.num_rows_run
+    steps = model.stream("ab", SamplingParams(max_new_tokens=50, ignore_eos=True))
+    next(steps)
+    steps.close()
+    assert backend.num_rows_run - before < 5
+
+
 def test_streamed_text_joined_is_the_whole_text(model):
     whole = model.generate("hello there", SHORT)
     steps = list(model.stream("hello there", SHORT))

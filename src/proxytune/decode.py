@@ -873,15 +873,3 @@ def _num_shared(one: Sequence[int], other: Sequence[int]) -> int:
             break
         count += 1
     return count
-
-
-def decode(
-    ensemble: Ensemble, jobs: Sequence[Job], *, speculator: Speculator | None = None
-) -> Iterator[Event]:
-    """Generate all jobs in one batch and yield what happens as it happens.
-
-    Closing the iterator stops the work before the next step.
-    """
-    batch = Batch(ensemble, jobs, speculator=speculator)
-    while not batch.is_done:
-        yield from batch.step()
