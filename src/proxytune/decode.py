@@ -378,10 +378,11 @@ class Batch:
         for position in range(len(block.draft) + 1):
             if position and position == len(block.draft):
                 self._complete(block)
-            events += self._choose(block, position, alive, ended)
             if position == len(block.draft):
+                events += self._choose(block, position, alive, None, ended)
                 break
-            drafted = block.draft[position].tolist()
+            drafted: list[int] = block.draft[position].tolist()
+            events += self._choose(block, position, alive, drafted, ended)
             alive = [
                 row
                 for row in alive
@@ -399,13 +400,18 @@ class Batch:
         return events
 
     def _choose(
-        self, block: _Block, position: int, alive: Sequence[int], ended: set[int]
+        self,
+        block: _Block,
+        position: int,
+        alive: Sequence[int],
+        drafted: Sequence[int] | None,
+        ended: set[int],
     ) -> list[Event]:
-        """Choose a token for the rows whose draft was right so far."""
+        """Choose a token for the rows whose draft was right so far; add those that end to `ended`."""
         rows = None if len(alive) == len(self._rows) else alive
         logits = block.at(position, rows)
         steered = self._steer(logits, rows)
-        guesses = self._guesses(block, position, alive, logits)
+        guesses = self._guesses(block, alive, drafted, logits)
         choice = self._sampler.choose(steered, rows)
         token_ids: list[int] = choice.token_ids.tolist()
         logprobs: list[float] = choice.logprobs.tolist()
@@ -422,9 +428,9 @@ class Batch:
             for source, guessed in guesses.items():
                 if guessed[place] is not None:
                     row.rates[source].observe(guessed[place] == token_id)
-            if position < len(block.draft):
+            if drafted is not None:
                 row.num_drafted += 1
-                row.num_accepted += int(block.draft[position][which]) == token_id
+                row.num_accepted += drafted[which] == token_id
             reason, text = self._advance(row, token_id)
             step = Step(
                 index=len(row.new_ids) - 1,
@@ -779,13 +785,13 @@ class Batch:
     def _guesses(
         self,
         block: _Block,
-        position: int,
         alive: Sequence[int],
+        drafted: Sequence[int] | None,
         logits: Mapping[int, Tensor],
     ) -> dict[Source, list[int | None]]:
         """Return what each source would guess for the tokens about to be chosen, to keep its rate current."""
         speculator = self._speculator
-        if speculator is None or not speculator.drafting.is_adaptive or self._first is not None:
+        if speculator is None or not speculator.drafting.is_adaptive:
             return {}
         guesses: dict[Source, list[int | None]] = {}
         for source in SOURCES:
@@ -795,8 +801,8 @@ class Batch:
                 found = [self._rows[row].lookup for row in alive]
                 proposed = [lookup.propose(1) if lookup else [] for lookup in found]
                 guesses[source] = [ids[0] if ids else None for ids in proposed]
-            elif source == block.source and position < len(block.draft):
-                guesses[source] = block.draft[position][list(alive)].tolist()
+            elif source == block.source and drafted is not None:
+                guesses[source] = [drafted[row] for row in alive]
             else:
                 drafter = self._drafter(source)
                 if drafter is not None:

@@ -112,12 +112,18 @@ class Costs:
     """Measured seconds of forwards, by what is run and how many tokens a row it reads (the *width*)."""
 
     def __init__(self) -> None:
-        self._seconds: dict[Hashable, dict[int, deque[float]]] = {}
+        self._samples: dict[tuple[Hashable, int], deque[float]] = {}
+        self._medians: dict[Hashable, dict[int, float]] = {}
+        self._trusted: dict[Hashable, dict[int, float]] = {}
 
     def observe(self, what: Hashable, width: int, seconds: float) -> None:
         """Count one forward."""
-        widths = self._seconds.setdefault(what, {})
-        widths.setdefault(width, deque(maxlen=NUM_SAMPLES)).append(seconds)
+        samples = self._samples.setdefault((what, width), deque(maxlen=NUM_SAMPLES))
+        samples.append(seconds)
+        value = median(samples)
+        self._medians.setdefault(what, {})[width] = value
+        if len(samples) >= TRUSTED_SAMPLES:
+            self._trusted.setdefault(what, {})[width] = value
 
     def estimate(self, what: Hashable, width: int) -> float | None:
         """Return the seconds of a forward; None before any of its kind was measured.
@@ -125,15 +131,13 @@ class Costs:
         Between measured widths it is interpolated. Above them the last slope goes on, or what `WIDENING`
         says where only one was measured.
         """
-        widths = self._seconds.get(what)
-        if not widths:
+        medians = self._medians.get(what)
+        if medians is None:
             return None
-        known = {w: median(seconds) for w, seconds in sorted(widths.items())}
-        if len(widths.get(width, ())) >= TRUSTED_SAMPLES:
-            return known[width]
-        trusted = {w: s for w, s in known.items() if len(widths[w]) >= TRUSTED_SAMPLES} or known
-        guessed = _interpolated(trusted, width)
-        return min(known.get(width, math.inf), guessed)
+        trusted = self._trusted.get(what, {})
+        if width in trusted:
+            return trusted[width]
+        return min(medians.get(width, math.inf), _interpolated(trusted or medians, width))
 
 
 def _interpolated(known: Mapping[int, float], width: int) -> float:
@@ -292,5 +296,5 @@ class PromptLookup:
         """
         if self._match is None:
             return []
-        followed = self._token_ids[self._match :]
+        followed = self._token_ids[self._match : self._match + num_tokens]
         return [followed[i % len(followed)] for i in range(num_tokens)]
