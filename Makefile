@@ -37,8 +37,8 @@ format: setup ## Format the code, mend what the linter can, write docs/reference
 	$(BIN)/ruff check --fix .
 	$(BIN)/python scripts/check_docs.py --write
 
-bench: setup ## Measure steered decoding against the base alone
-	$(BIN)/python benchmarks/plain_decoding.py $(ARGS)
+bench: setup ## Measure speed: base alone, plain, speculative, and the published procedure
+	$(BIN)/python benchmarks/speed.py $(ARGS)
 
 miniature: setup ## The paper's question on small models: expert, steered base, directly tuned base
 	$(BIN)/python benchmarks/miniature $(ARGS)

@@ -44,6 +44,7 @@ ORDER = (
     "tune.trainer",
     "tune.card",
     "tune.run",
+    "bench",
     "demo",
     "integrations.auto",
     "integrations.transformers",

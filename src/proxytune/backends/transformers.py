@@ -283,7 +283,7 @@ class TransformersBackend(Backend[TransformersState]):
             NotEnoughMemory: The weights did not fit.
         """
         with quietly():
-            model = _load_model(checkpoint, spec)
+            model = load_model(checkpoint, spec)
             names: dict[str, str] = {}
             if adapters:
                 model, names = _add_adapters(model, checkpoint.name, adapters, spec.allow_pickle)
@@ -596,7 +596,7 @@ def quietly() -> Iterator[None]:
             hub.disable_progress_bars()
 
 
-def _load_model(checkpoint: Checkpoint, spec: ModelSpec) -> Any:
+def load_model(checkpoint: Checkpoint, spec: ModelSpec) -> Any:
     """Load the weights with transformers and translate what goes wrong."""
     from safetensors import SafetensorError
 

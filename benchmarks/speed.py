@@ -1,0 +1,476 @@
+"""The speed of steering: real models with real acceptance, larger random ones for cost alone.
+
+    python benchmarks/speed.py             under ten minutes on two cores
+    python benchmarks/speed.py --full      the paper's lengths, batch 32, all experts; an hour
+    python benchmarks/speed.py --recipe DIR --device cuda      another recipe, for instance on a GPU
+
+Writes `docs/performance/speed.json`, `tables.md` and `speed.png` (with `--recipe`, into `benchmarks/build/`).
+
+The real family is SmolLM2-135M-Instruct with the smol experts. The random one is a Llama of 1.1B parameters
+with a pair of 135M: what its forwards cost is real, and how often its drafts are right means nothing, so no
+speculative figure is taken from it; a cost model says what would be needed. What is timed and compared is
+known to `proxytune.bench`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Python puts the folder that it runs here.
+sys.path[0] = str(Path(__file__).parents[1])
+
+from benchmarks.miniature.plan import BUILD_DIR, ROOT, write_whole  # noqa: E402
+from benchmarks.miniature.run import commit, tell  # noqa: E402
+from proxytune.bench import (  # noqa: E402
+    PlainModels,
+    Shape,
+    load_plain_models,
+    machine,
+    measure,
+    published_procedure,
+)
+from proxytune.decode import Batch, Ensemble, Job, Member, Pair  # noqa: E402
+from proxytune.model import ProxyTuned  # noqa: E402
+from proxytune.recipe import Recipe  # noqa: E402
+from proxytune.request import SamplingParams  # noqa: E402
+from proxytune.speculative import best_plan  # noqa: E402
+
+SMOL = "package:proxytune/smol"
+QUICK = {
+    # Expert, shape, temperature, rounds.
+    "settings": [
+        ("tinyshakespeare", Shape(64, 64), 0.0, 5),
+        ("medical", Shape(64, 64), 0.0, 3),
+        ("legal", Shape(64, 64), 0.0, 3),
+        ("python", Shape(64, 64), 0.0, 3),
+        ("medical", Shape(64, 64), 0.8, 3),
+        ("medical", Shape(8, 128), 0.0, 2),
+        ("medical", Shape(512, 8), 0.0, 3),
+        ("medical", Shape(8, 8), 0.0, 5),
+        ("medical", Shape(64, 24, 8), 0.0, 2),
+    ],
+    "random": [(8, 8, 1)],
+}
+FULL = {
+    "settings": [
+        *(
+            (expert, Shape(64, 64), temperature, 5)
+            for expert in ("tinyshakespeare", "medical", "legal", "python", "recipes", "instruct")
+            for temperature in (0.0, 0.8)
+        ),
+        *(
+            ("medical", Shape(*lengths, size), 0.0, 3)
+            for lengths in ((8, 512), (512, 8), (8, 8))
+            for size in (1, 8, 32)
+        ),
+    ],
+    "random": [(8, 32, 1), (8, 8, 8)],
+}
+
+
+# Real models ----------------------------------------------------------------------------------------
+
+
+def heldout(recipe: Recipe, expert: str) -> str | None:
+    """Return held-out text of an expert's domain, where the recipe has it."""
+    path = Path(recipe.directory) / "heldout" / f"{expert}.txt"
+    return path.read_text("utf-8") if path.exists() else None
+
+
+def measure_real(
+    recipe: Recipe, model: ProxyTuned, settings: Sequence[tuple[str, Shape, float, int]]
+) -> list[dict[str, Any]]:
+    """Measure every setting of a family."""
+    plain: dict[str, PlainModels] = {}
+    rows = []
+    for expert, shape, temperature, rounds in settings:
+        plain_models = plain.setdefault(expert, load_plain_models(recipe, expert))
+        text = heldout(recipe, expert)
+        one = measure(
+            model,
+            shape,
+            expert=expert,
+            plain_models=plain_models,
+            temperature=temperature,
+            rounds=rounds,
+            **({"text": text} if text else {}),
+            say=lambda line, expert=expert: tell(f"    {expert}, {line}"),
+        )
+        rows.append({"rounds": rounds, **one.to_dict()})
+        plain = {expert: plain_models}
+    return rows
+
+
+MEMORY = """
+import resource, sys, torch
+import proxytune, transformers, peft
+from proxytune import ProxyTuned, SamplingParams
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = ProxyTuned.load(sys.argv[1], experts=[sys.argv[2]])
+model.generate(sys.argv[3], SamplingParams(max_new_tokens=64, ignore_eos=True), experts=sys.argv[2],
+               speculative=sys.argv[4] == "1")
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+weights = sum(w.nbytes for b in {id(m.backend): m.backend for m in model.ensemble.members}.values()
+              for w in {id(w): w for w in (*b.model.parameters(), *b.model.buffers())}.values())
+print(before * 1024, after * 1024, weights)
+"""
+
+
+def measure_memory(recipe: str, expert: str) -> dict[str, Any]:
+    """Return a process's peak memory beyond its imports, loading included, and the weights' size."""
+    found = {}
+    for name, flag in (("plain", "0"), ("speculative", "1")):
+        command = [sys.executable, "-c", MEMORY, recipe, expert, "Once upon a time", flag]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        before, after, weights = map(int, done.stdout.split())
+        found[name] = {"imports_bytes": before, "peak_bytes": after, "weights_bytes": weights}
+    return found
+
+
+# Random models --------------------------------------------------------------------------------------
+
+
+def random_models(seed: int = 0) -> PlainModels:
+    """Return a Llama of 1.1B parameters and a pair of 135M with random weights, float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def build(**options: int) -> Any:
+        config = LlamaConfig(vocab_size=32_000, max_position_embeddings=2048, **options)
+        return LlamaForCausalLM(config).eval()
+
+    torch.manual_seed(seed)
+    small = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
+    base = build(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+    )
+    return PlainModels(base, build(**small), build(**small))
+
+
+def measure_random(shapes: Sequence[tuple[int, int, int]], rounds: int = 2) -> dict[str, Any]:
+    """Time plain steering and the published procedure on random models, and forwards by width."""
+    from proxytune.backends.toy import ToyTokenizer
+    from proxytune.backends.transformers import TransformersBackend
+    from proxytune.vocab import Vocabulary, align
+
+    models = random_models()
+    rows = []
+    times: dict[tuple[int, int, int], list[float]] = {}
+    for shape in shapes:  # before this project's layers take the plain ones' place
+        prompts = torch.randint(32_000, (shape[2], shape[0]))
+        times[shape] = [
+            _seconds(lambda p=prompts, n=shape[1]: published_procedure(models, p, n))
+            for _ in range(rounds + 1)
+        ][1:]
+    for model in models:
+        model.requires_grad_(False)
+    vocabulary = Vocabulary("random", {str(i): i for i in range(32_000)}, 32_000)
+    identity = align(vocabulary, vocabulary)
+    members = [
+        Member(name, TransformersBackend(model, name=name, owns_model=True), identity)
+        for name, model in zip(("base", "expert", "anti-expert"), models, strict=True)
+    ]
+    tokens = [str(i) for i in range(32_000)]
+    ensemble = Ensemble(
+        tuple(members), (Pair("expert", 1, 2),), vocabulary, (), ToyTokenizer(tokens)
+    )
+    for shape in shapes:
+        num_prompt, num_new, size = shape
+        sampling = SamplingParams(max_new_tokens=num_new, ignore_eos=True)
+
+        def generate(alpha: float, shape: Any = shape, sampling: Any = sampling) -> None:
+            torch.manual_seed(0)
+            jobs = [
+                Job(sampling, (ids,) * 3, (alpha,))
+                for ids in torch.randint(32_000, (shape[2], shape[0])).tolist()
+            ]
+            batch = Batch(ensemble, jobs)
+            while not batch.is_done:
+                batch.step()
+
+        base, plain = [], []
+        for _ in range(rounds + 1):
+            base.append(_seconds(lambda g=generate: g(0.0)))
+            plain.append(_seconds(lambda g=generate: g(1.0)))
+        rows.append(
+            {
+                "shape": {"num_prompt": num_prompt, "num_new": num_new, "batch_size": size},
+                "base_s": statistics.median(base[1:]),
+                "plain_s": statistics.median(plain[1:]),
+                "published_s": statistics.median(times[shape]),
+            }
+        )
+    widths = {m.name: forward_seconds(m.backend, [None]) for m in members}
+    return {"shapes": rows, "forward_s": widths}
+
+
+def _seconds(what: Any) -> float:
+    started = time.perf_counter()
+    what()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+# What forwards cost, and where drafting pays --------------------------------------------------------
+
+
+def forward_seconds(
+    backend: Any, adapters: Sequence[str | None], widths: Sequence[int] = (1, 2, 3, 5, 9)
+) -> dict[int, float]:
+    """Return the median seconds of a forward of one row per adapter, by tokens read, 64 cached."""
+    state = backend.prefill([[5] * 64] * len(adapters), adapters=adapters).state
+    seconds: dict[int, list[float]] = {width: [] for width in widths}
+    for _ in range(7):
+        for width in widths:
+            token_ids = torch.full((len(adapters), width), 7)
+            seconds[width].append(_seconds(lambda t=token_ids: backend.extend(state, t)))
+            backend.rewind(state, [width] * len(adapters))
+    return {width: statistics.median(values[1:]) for width, values in seconds.items()}
+
+
+def break_even(base: Mapping[int, float], pair: Mapping[int, float]) -> dict[str, Any]:
+    """Return what drafting by the expert brings by acceptance rate, and where it passes the base alone.
+
+    Args:
+        base: Seconds of a forward, by tokens read.
+        pair: The same of expert and anti-expert together.
+    """
+
+    def at(seconds: Mapping[int, float], width: int) -> float:
+        known = sorted(seconds)
+        above = next(w for w in known if w >= width)
+        below = max(w for w in known if w <= width)
+        share = 0.0 if above == below else (width - below) / (above - below)
+        return seconds[below] + share * (seconds[above] - seconds[below])
+
+    def block(source: Any, length: int, whole: float) -> float:
+        if source == "expert":
+            return at(base, length + 1) + at(pair, 1) * (length + whole)
+        return at(base, length + 1) + at(pair, length + 1)
+
+    speeds = {}
+    for percent in range(0, 100, 5):
+        plan = best_plan({"expert": [percent / 100]}, block, 8)
+        assert plan is not None
+        speeds[percent / 100] = base[1] / plan.seconds_per_token
+    return {
+        "pair_of_base": pair[1] / base[1],
+        "plain": base[1] / (base[1] + pair[1]),
+        "speed_by_rate": speeds,
+        "rate_to_pass_base": next((rate for rate, speed in speeds.items() if speed >= 1), None),
+    }
+
+
+# What is written ------------------------------------------------------------------------------------
+
+
+def _spread(value: Mapping[str, float] | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value['median']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """Return the page of tables."""
+    about = results["machine"]
+    lines = [
+        "# Speed, measured",
+        "",
+        "<!-- Written by benchmarks/speed.py from speed.json. What it means: docs/performance.md. -->",
+        "",
+        f"`{results['command']}` on {about['accelerator'] or about['processor']}, "
+        f"{about['num_cores']} cores, {about['num_threads']} threads; torch {about['torch']}, "
+        f"transformers {about['transformers']}, float32; commit {results['commit']}.",
+        "Speeds as ratios of medians over rounds, in brackets the lowest and highest round. "
+        "*Library* is transformers' own `generate` of the base, *published* the procedure of the paper.",
+        "",
+        "## SmolLM2-135M-Instruct with the smol experts",
+        "",
+    ]
+    heads = ["plain / base", "plain / floor", "speculative / base", "speculative / plain",
+             "plain / published", "speculative / published", "speculative / library's base"]  # fmt: skip
+    lines.append("| expert | tokens in, out | batch | temperature | " + " | ".join(heads) +
+                 " | accepted | tokens a block | parted |")  # fmt: skip
+    lines.append("| --- | --- | ---: | ---: |" + " ---: |" * (len(heads) + 3))
+    for row in results["real"]:
+        shape = row["shape"]
+        rate = row["acceptance_rate"]
+        lines.append(
+            f"| {row['expert']} | {shape['num_prompt']}, {shape['num_new']} | {shape['batch_size']} | "
+            f"{row['temperature']:g} | "
+            + " | ".join(_spread(row["ratios"].get(head)) for head in heads)
+            + f" | {'-' if rate is None else f'{rate:.0%}'} | {row['tokens_per_step']:.2f} | "
+            f"{row['num_parted']} |"
+        )
+    lines += [
+        "",
+        "Time to the first token against the models' prompts alone, one after another:",
+        "",
+    ]
+    lines += ["| expert | tokens in | batch | first token, ms | prompts, ms | ratio |",
+              "| --- | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    for row in results["real"]:
+        first, prompts = row["first_token_s"]["median"], row["prefill_s"]["median"]
+        lines.append(
+            f"| {row['expert']} | {row['shape']['num_prompt']} | {row['shape']['batch_size']} | "
+            f"{1e3 * first:.0f} | {1e3 * prompts:.0f} | {first / prompts:.2f} |"
+        )
+    lines += ["", "## Memory", "", "| decoding | weights, MB | peak beyond imports, MB | imports, MB |",
+              "| --- | ---: | ---: | ---: |"]  # fmt: skip
+    for name, part in results["memory"].items():
+        beyond = part["peak_bytes"] - part["imports_bytes"]
+        lines.append(
+            f"| {name} | {part['weights_bytes'] / 1e6:.0f} | {beyond / 1e6:.0f} | "
+            f"{part['imports_bytes'] / 1e6:.0f} |"
+        )
+    lines += ["", "## Forwards, milliseconds by tokens read", "", "| models | " +
+              " | ".join(str(w) for w in next(iter(results["forward_s"].values()))) + " |",
+              "| --- |" + " ---: |" * len(next(iter(results["forward_s"].values())))]  # fmt: skip
+    for name, widths in results["forward_s"].items():
+        lines.append(f"| {name} | " + " | ".join(f"{1e3 * s:.1f}" for s in widths.values()) + " |")
+    lines += ["", "## Where drafting by the expert passes the base alone", "",
+              "| models | pair / base | plain | at 50 % | at 70 % | at 90 % | passes at |",
+              "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    for name, line in results["break_even"].items():
+        speeds = {float(rate): speed for rate, speed in line["speed_by_rate"].items()}
+        passes = line["rate_to_pass_base"]
+        lines.append(
+            f"| {name} | {line['pair_of_base']:.2f} | {line['plain']:.2f} | "
+            + " | ".join(f"{speeds[rate]:.2f}" for rate in (0.5, 0.7, 0.9))
+            + f" | {'never' if passes is None else f'{passes:.0%}'} |"
+        )
+    if results["random"]:
+        lines += ["", "## Random Llamas, 1.1B and two of 135M: cost only", "",
+                  "| tokens in, out | batch | plain / base | plain / published |",
+                  "| --- | ---: | ---: | ---: |"]  # fmt: skip
+        for row in results["random"]:
+            shape = row["shape"]
+            lines.append(
+                f"| {shape['num_prompt']}, {shape['num_new']} | {shape['batch_size']} | "
+                f"{row['base_s'] / row['plain_s']:.2f} | {row['published_s'] / row['plain_s']:.2f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: Mapping[str, Any], path: Path) -> None:
+    """Draw speeds against the base alone, setting by setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = results["real"]
+    kinds = {
+        "published": "published / base",
+        "plain": "plain / base",
+        "speculative": "speculative / base",
+    }
+    figure, axes = pyplot.subplots(figsize=(9, 0.62 * len(rows) + 1.4))
+    marks = {"published": "s", "plain": "o", "speculative": "D"}
+    for place, row in enumerate(rows):
+        base = row["seconds"]["base"]["median"]
+        for kind, head in kinds.items():
+            spread = row["ratios"].get(head)
+            value = spread["median"] if spread else base / row["seconds"][kind]["median"]
+            axes.plot(value, -place, marks[kind], label=kind if not place else None, markersize=7)
+    axes.axvline(1, color="0.6", linewidth=1)
+    axes.set_yticks(
+        [-place for place in range(len(rows))],
+        [
+            f"{row['expert']}  {row['shape']['num_prompt']} in, {row['shape']['num_new']} out"
+            + (f", batch {row['shape']['batch_size']}" if row["shape"]["batch_size"] > 1 else "")
+            + (f", T {row['temperature']:g}" if row["temperature"] else "")
+            for row in rows
+        ],
+    )
+    axes.set_xlabel("speed, the base alone in this engine = 1")
+    axes.legend(frameon=False, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> int:
+    """Run the command; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="everything, an hour on two cores")
+    parser.add_argument("--recipe", default=SMOL, help="another recipe than the smol family")
+    parser.add_argument("--device", help="run every model there")
+    arguments = parser.parse_args()
+    plan = FULL if arguments.full else QUICK
+    is_smol = arguments.recipe == SMOL
+    recipe = Recipe.read(arguments.recipe).with_settings(device=arguments.device, dtype=None)
+    settings: Any = plan["settings"]
+    if not is_smol:
+        name = recipe.default_expert or recipe.experts[0].name
+        settings = list(dict.fromkeys((name, shape, t, n) for _, shape, t, n in settings))
+    model = ProxyTuned.load(recipe)
+    real = measure_real(recipe, model, settings)
+    pair = next(p for p in model.ensemble.pairs if p.name == settings[0][0])
+    members = [model.ensemble.members[i] for i in (0, pair.expert, pair.anti_expert)]
+    forwards = {"base": forward_seconds(members[0].backend, [members[0].adapter])}
+    if members[1].backend is members[2].backend:
+        adapters = [members[1].adapter, members[2].adapter]
+        forwards["pair"] = forward_seconds(members[1].backend, adapters)
+    else:
+        one, other = (forward_seconds(m.backend, [m.adapter]) for m in members[1:])
+        forwards["pair"] = {width: one[width] + other[width] for width in one}
+    del model
+    memory = measure_memory(arguments.recipe, settings[0][0]) if not arguments.device else {}
+    line = {"smol" if is_smol else arguments.recipe: break_even(forwards["base"], forwards["pair"])}
+    random: dict[str, Any] = {"shapes": [], "forward_s": {}}
+    if is_smol:
+        tell("    random models")
+        random = measure_random(plan["random"])  # type: ignore[arg-type]
+        widths = random["forward_s"]
+        both = {w: widths["expert"][w] + widths["anti-expert"][w] for w in widths["expert"]}
+        line["random, 1.1B with 135M"] = break_even(widths["base"], both)
+        forwards |= {"random base, 1.1B": widths["base"], "random pair, 135M": both}
+    options = "".join(
+        f" --{k} {v}" for k, v in vars(arguments).items() if v and v is not True and v != SMOL
+    )
+    results = {
+        "command": "python benchmarks/speed.py" + (" --full" if arguments.full else "") + options,
+        "commit": commit(),
+        "machine": machine(),
+        "load_average": os.getloadavg(),
+        "real": real,
+        "memory": memory,
+        "forward_s": forwards,
+        "break_even": line,
+        "random": random["shapes"],
+    }
+    folder = ROOT / "docs" / "performance" if is_smol else BUILD_DIR / "speed"
+    write_whole(folder / "speed.json", json.dumps(results, indent=1) + "\n")
+    # Through JSON, so that a page made later from the file is the same.
+    results = json.loads((folder / "speed.json").read_text("utf-8"))
+    write_whole(folder / "tables.md", tables(results))
+    plot(results, folder / "speed.png")
+    tell(f"written to {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
