@@ -135,7 +135,7 @@ class _Row:
     ending_ids: frozenset[int]
     lookup: PromptLookup | None
     rates: dict[Source, Rate]
-    expert: Hashable
+    experts: tuple[int, ...]
     new_ids: list[int] = field(default_factory=list)
     num_drafted: int = 0
     num_accepted: int = 0
@@ -320,7 +320,7 @@ class Batch:
 
     def _row(self, index: int, job: Job) -> _Row:
         speculator = self._speculator
-        expert = job.alphas
+        experts = tuple(which for which, alpha in enumerate(job.alphas) if alpha)
         has_lookup = speculator is not None and speculator.drafting.allows("lookup")
         return _Row(
             index,
@@ -334,8 +334,8 @@ class Batch:
             frozenset(job.sampling.stop_token_ids)
             | (frozenset() if job.sampling.ignore_eos else frozenset(self._ensemble.eos_token_ids)),
             PromptLookup(job.prompts[0]) if has_lookup else None,
-            {} if speculator is None else speculator.begin_rates(expert),
-            expert,
+            {} if speculator is None else speculator.begin_rates(experts),
+            experts,
         )
 
     @property
@@ -468,7 +468,7 @@ class Batch:
     def _end(self, row: _Row) -> None:
         self.draft_counts[row.index] = DraftCount(row.num_drafted, row.num_accepted)
         if self._speculator is not None:
-            self._speculator.end_rates(row.expert, row.rates)
+            self._speculator.end_rates(row.experts, row.rates)
         # A row that was cancelled before its first token has nothing pending.
         self._ended = row if len(self.draft_counts) == 1 and row.new_ids else None
 

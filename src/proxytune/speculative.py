@@ -167,21 +167,21 @@ class Speculator:
     def __init__(self, drafting: Drafting) -> None:
         self.drafting = drafting
         self.costs = Costs()
-        self._rates: dict[tuple[Source, Hashable], Rate] = {}
+        self._rates: dict[tuple[Source, tuple[int, ...]], Rate] = {}
 
-    def begin_rates(self, expert: Hashable) -> dict[Source, Rate]:
-        """Return the rates a new row begins with: those that earlier rows of the same expert ended with."""
+    def begin_rates(self, experts: tuple[int, ...]) -> dict[Source, Rate]:
+        """Return the rates a new row begins with: those an earlier row with the same experts ended with."""
         return {
-            source: Rate(self._rates[source, expert].value)
-            if (source, expert) in self._rates
+            source: Rate(self._rates[source, experts].value)
+            if (source, experts) in self._rates
             else Rate()
             for source in SOURCES
         }
 
-    def end_rates(self, expert: Hashable, rates: Mapping[Source, Rate]) -> None:
+    def end_rates(self, experts: tuple[int, ...], rates: Mapping[Source, Rate]) -> None:
         """Remember a row's rates."""
         for source, rate in rates.items():
-            self._rates[source, expert] = rate
+            self._rates[source, experts] = rate
 
 
 # What follows from it -------------------------------------------------------------------------------
