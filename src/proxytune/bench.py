@@ -124,15 +124,16 @@ def published_procedure(
 
 @torch.inference_mode()
 def _library_generate(model: Any, token_ids: Tensor, num_new: int) -> None:
-    model.generate(
-        token_ids,
-        attention_mask=torch.ones_like(token_ids),
-        max_new_tokens=num_new,
-        min_new_tokens=num_new,
-        do_sample=False,
-        pad_token_id=0,
-        eos_token_id=-1,
-    )
+    with quietly():  # it warns of an end-of-sequence token that cannot occur
+        model.generate(
+            token_ids,
+            attention_mask=torch.ones_like(token_ids),
+            max_new_tokens=num_new,
+            min_new_tokens=num_new,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=-1,
+        )
 
 
 # One shape ------------------------------------------------------------------------------------------
