@@ -42,7 +42,7 @@ def main() -> int:
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="a few steps, within five minutes")
-    size.add_argument("--search", action="store_true", help="try three learning rates per kind")
+    size.add_argument("--search", action="store_true", help="try several learning rates per kind")
     parser.add_argument("--stage", metavar="NAME", help="run this stage alone, in this process")
     arguments = parser.parse_args()
     plan = QUICK if arguments.quick else FULL

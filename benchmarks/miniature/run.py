@@ -162,7 +162,7 @@ def commit() -> str:
 def expected_s(plan: Plan, stage: str) -> float:
     """Return a guess of a stage's seconds on two cores; only the ratios between stages matter for long."""
     _, kind, rate = parts_of(stage)
-    whole = {"sft": 120, "cpt": 190, "direct": 510, "measure": 100}[kind]
+    whole = {"sft": 80, "cpt": 120, "direct": 420, "measure": 90}[kind]
     return whole * (SEARCH_TOKENS if rate else plan.max_tokens) / FULL.max_tokens
 
 
