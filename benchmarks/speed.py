@@ -113,18 +113,22 @@ def measure_real(
 
 
 MEMORY = """
-import resource, sys, torch
+import re, sys, torch
 import proxytune, transformers, peft
 from proxytune import ProxyTuned, SamplingParams
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+before = peak()
 model = ProxyTuned.load(sys.argv[1], experts=[sys.argv[2]])
 model.generate(sys.argv[3], SamplingParams(max_new_tokens=64, ignore_eos=True), experts=sys.argv[2],
                speculative=sys.argv[4] == "1")
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-weights = sum(w.nbytes for b in {id(m.backend): m.backend for m in model.ensemble.members}.values()
-              for w in {id(w): w for w in (*b.model.parameters(), *b.model.buffers())}.values())
-print(before * 1024, after * 1024, weights)
+backends = {id(m.backend): m.backend for m in model.ensemble.members}.values()
+weights = {id(w): w for b in backends for w in (*b.model.parameters(), *b.model.buffers())}.values()
+print(before, peak(), sum(w.nbytes for w in weights))
 """
+"""In a process of its own. On Linux: getrusage would count the parent's memory."""
 
 
 def measure_memory(recipe: str, expert: str) -> dict[str, Any]:
@@ -387,13 +391,19 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
         "speculative": "speculative / base",
     }
     figure, axes = pyplot.subplots(figsize=(9, 0.62 * len(rows) + 1.4))
-    marks = {"published": "s", "plain": "o", "speculative": "D"}
+    marks = {
+        "published": ("s", "0.55"),
+        "plain": ("o", "tab:blue"),
+        "speculative": ("D", "tab:green"),
+    }
     for place, row in enumerate(rows):
         base = row["seconds"]["base"]["median"]
         for kind, head in kinds.items():
             spread = row["ratios"].get(head)
             value = spread["median"] if spread else base / row["seconds"][kind]["median"]
-            axes.plot(value, -place, marks[kind], label=kind if not place else None, markersize=7)
+            mark, colour = marks[kind]
+            label = kind if not place else None
+            axes.plot(value, -place, mark, color=colour, label=label, markersize=7)
     axes.axvline(1, color="0.6", linewidth=1)
     axes.set_yticks(
         [-place for place in range(len(rows))],

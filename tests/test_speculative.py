@@ -364,9 +364,9 @@ def test_without_measured_costs_there_is_no_plan():
 
 def test_a_token_is_worth_drafting_while_what_it_saves_exceeds_what_it_costs():
     one = {"seconds_per_token": 1.0, "draft_seconds": 0.3, "widening_seconds": 0.1}
-    assert is_worth_drafting([0.5], **one)
-    assert not is_worth_drafting([0.3], **one)
-    assert is_worth_drafting([0.3, 0.3], **one)  # two rows save twice
+    assert is_worth_drafting([0.7], **one)
+    assert not is_worth_drafting([0.5], **one)  # saves 0.5 and costs 0.4: too close
+    assert is_worth_drafting([0.5, 0.5], **one)  # two rows save twice
 
 
 def test_costs_between_measured_widths_are_interpolated_and_above_them_continued():
