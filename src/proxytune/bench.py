@@ -77,11 +77,17 @@ def load_plain_models(recipe: Recipe, expert: str) -> PlainModels:
 
     def load(spec: ModelSpec) -> Any:
         checkpoint = find_checkpoint(
-            spec.model or "", root=recipe.directory, revision=spec.revision
+            spec.model or "",
+            root=recipe.directory,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            allow_pickle=spec.allow_pickle,
         )
         model = load_model(checkpoint, spec)
         if spec.adapter is not None:
-            files = find_adapter(spec.adapter, root=recipe.directory)
+            files = find_adapter(
+                spec.adapter, root=recipe.directory, allow_pickle=spec.allow_pickle
+            )
             model = PeftModel.from_pretrained(model, str(files.directory)).merge_and_unload()
         return model.eval()
 

@@ -29,6 +29,7 @@ from proxytune.prompts import Tokenizer
 from proxytune.request import SamplingParams
 from proxytune.sample import BatchSampler
 from proxytune.speculative import (
+    RATE_MEMORY,
     SOURCES,
     Plan,
     PromptLookup,
@@ -376,9 +377,8 @@ class Batch:
         ended: set[int] = set()
         alive = list(range(num_rows))
         for position in range(len(block.draft) + 1):
-            if position and position == len(block.draft):
-                self._complete(block)
             if position == len(block.draft):
+                self._complete(block)
                 events += self._choose(block, position, alive, None, ended)
                 break
             drafted: list[int] = block.draft[position].tolist()
@@ -779,7 +779,7 @@ class Batch:
         """Return the running mean of a source's confidence, which `_draft` sets its rate against."""
         for confidence in confidences:
             mean = self._confidences.get(source, confidence)
-            self._confidences[source] = mean + (confidence - mean) / 16
+            self._confidences[source] = mean + (confidence - mean) / RATE_MEMORY
         return self._confidences[source]
 
     def _guesses(
