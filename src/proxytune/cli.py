@@ -159,6 +159,38 @@ DtypeOption = Annotated[
         show_default=False,
     ),
 ]
+LlamaCppOption = Annotated[
+    bool,
+    typer.Option(
+        "--llama-cpp",
+        help="Run every .gguf file with llama.cpp as it is, whatever the recipe says, where transformers "
+        "would unpack it",
+    ),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Processor threads of llama.cpp  [default: the recipe's]",
+        show_default=False,
+    ),
+]
+GpuLayersOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Layers that llama.cpp puts on a GPU, -1 for all  [default: the recipe's]",
+        show_default=False,
+    ),
+]
+ContextSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Most tokens of prompt and text in llama.cpp  [default: the recipe's]",
+        show_default=False,
+    ),
+]
 MinNewTokensOption = Annotated[
     int, typer.Option(metavar="N", help="Let nothing end the text before it has so many tokens")
 ]
@@ -466,6 +498,10 @@ def generate(
     as_json: JsonOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    llama_cpp: LlamaCppOption = False,
+    threads: ThreadsOption = None,
+    gpu_layers: GpuLayersOption = None,
+    context_size: ContextSizeOption = None,
     input_file: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Prompts as JSON lines", show_default=False),
@@ -523,10 +559,18 @@ def generate(
             "--logprobs": logprobs is not None,
         }
     )
-    from proxytune.recipe import Recipe
+
+    def read() -> Recipe:
+        return _recipe(
+            recipe,
+            llama_cpp,
+            threads=threads,
+            gpu_layers=gpu_layers,
+            context_size=context_size,
+        )
 
     if input_file is not None and output_file is not None:
-        found = Recipe.read(recipe)
+        found = read()
         own_alpha, experts = _steering(found, expert, alpha)
         _generate_file(
             found,
@@ -546,7 +590,7 @@ def generate(
     assert prompt is not None
     text = _stdin_text() if prompt == "-" else _argument_text(prompt)
     Request(text, sampling)  # An empty prompt needs no recipe to be refused.
-    found = Recipe.read(recipe)
+    found = read()
     own_alpha, experts = _steering(found, expert, alpha)
     request = Request(text, sampling, own_alpha, experts)
     model = _load(found, found.choose(experts, own_alpha), device=device, dtype=dtype)
@@ -765,13 +809,15 @@ def chat(
     speculative: SpeculativeOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    llama_cpp: LlamaCppOption = False,
+    threads: ThreadsOption = None,
+    gpu_layers: GpuLayersOption = None,
+    context_size: ContextSizeOption = None,
 ) -> None:
     """Talk with a steered model.
 
     Strength and expert can be changed while talking: /help says how.
     """
-    from proxytune.recipe import Recipe
-
     sampling = SamplingParams(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -784,7 +830,9 @@ def chat(
         seed=seed,
         stop=tuple(stop or ()),
     )
-    found = Recipe.read(recipe)
+    found = _recipe(
+        recipe, llama_cpp, threads=threads, gpu_layers=gpu_layers, context_size=context_size
+    )
     own_alpha, experts = _steering(found, expert, alpha)
     model = _load(found, None, device=device, dtype=dtype)
     conversation = model.chat(
@@ -1307,6 +1355,10 @@ def score(
     as_json: JsonOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    llama_cpp: LlamaCppOption = False,
+    threads: ThreadsOption = None,
+    gpu_layers: GpuLayersOption = None,
+    context_size: ContextSizeOption = None,
 ) -> None:
     """Measure how well base, expert and steered base predict a text.
 
@@ -1320,11 +1372,11 @@ def score(
         TimeRemainingColumn,
     )
 
-    from proxytune.recipe import Recipe
-
     strengths = list(dict.fromkeys(_number(part, "--alphas") for part in alphas.split(",")))
     text = _stdin_text() if text_file == "-" else _file_text(Path(text_file))
-    found = Recipe.read(recipe)
+    found = _recipe(
+        recipe, llama_cpp, threads=threads, gpu_layers=gpu_layers, context_size=context_size
+    )
     experts = tuple(expert) if expert else None
     model = _load(found, found.choose(experts, None), device=device, dtype=dtype)
     contexts = [m.backend.capabilities.max_context for m in model.ensemble.members]
@@ -1421,13 +1473,16 @@ def bench(
     as_json: JsonOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    llama_cpp: LlamaCppOption = False,
+    threads: ThreadsOption = None,
+    gpu_layers: GpuLayersOption = None,
+    context_size: ContextSizeOption = None,
 ) -> None:
     """Measure the speed of steering against the base alone.
 
     Everything alternates in every round; what is shown are medians of ratios within rounds.
     """
     from proxytune import bench as speed
-    from proxytune.recipe import Recipe
 
     if rounds < 1:
         raise InvalidRequest(f"--rounds is {rounds}, and must be at least 1")
@@ -1437,7 +1492,10 @@ def bench(
             num_prompt, num_new = _whole_numbers(shape, "--shapes", ":", 2)
             sizes.append(speed.Shape(num_prompt, num_new, size))
     SamplingParams(temperature=temperature)
-    found = Recipe.read(recipe).with_settings(device=device, dtype=dtype)
+    found = _recipe(
+        recipe, llama_cpp, threads=threads, gpu_layers=gpu_layers, context_size=context_size
+    )
+    found = found.with_settings(device=device, dtype=dtype)
     chosen = found.choose(expert, alpha)
     if len(chosen) != 1:
         raise InvalidRequest(
@@ -1593,6 +1651,29 @@ def _number(text: str, name: str) -> float:
             "hint: 0 is the base alone, 1 the published method"
         ) from None
     return check_alpha(value, name)
+
+
+def _recipe(
+    reference: str,
+    llama_cpp: bool,
+    *,
+    threads: int | None,
+    gpu_layers: int | None,
+    context_size: int | None,
+) -> Recipe:
+    """Read a recipe, with what the command line says about llama.cpp."""
+    from proxytune.recipe import Recipe
+
+    recipe = Recipe.read(reference)
+    settings = {"threads": threads, "gpu_layers": gpu_layers, "context_size": context_size}
+    given = [name for name, value in settings.items() if value is not None]
+    models = [recipe.base, *(m for e in recipe.experts for m in (e.expert, e.anti_expert))]
+    if given and not llama_cpp and all(model.llama_cpp is None for model in models):
+        raise InvalidRequest(
+            f"--{given[0].replace('_', '-')} is for llama.cpp, and the recipe runs nothing with it.\n"
+            "hint: add --llama-cpp to run its .gguf files that way"
+        )
+    return recipe.with_llama_cpp(**settings) if llama_cpp or given else recipe
 
 
 def _load(

@@ -570,7 +570,10 @@ class Batch:
         token_ids = pending
         while True:
             for index, part in self._run(group, token_ids[:, None]):
-                block.stepwise[index].append(part[:, 0])
+                logits = part[:, 0]
+                if group.backend.capabilities.reuses_logits:
+                    logits = logits.clone()  # needed until the whole draft is verified
+                block.stepwise[index].append(logits)
             length = len(block.draft)
             if length >= limit:
                 return

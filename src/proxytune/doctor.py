@@ -37,6 +37,7 @@ SAMPLE_PROMPT = "What is steering?"
 """What each prompt format is shown on."""
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_CACHE_BYTES = {"float32": 4.0, "float16": 2.0, "q8_0": 34 / 32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -402,6 +403,8 @@ class _Examination:
             if is_first:
                 self._fail(part, error)
             return values
+        if spec.llama_cpp is not None:
+            return values | self._examine_llama_cpp(part, spec, checkpoint, adapter, is_first)
         try:
             if spec.quantization is not None and is_first:
                 _check_quantization(spec.quantization)
@@ -415,7 +418,7 @@ class _Examination:
         weight_bytes = _weight_bytes(checkpoint, element, spec.quantization) if is_first else 0
         if adapter is not None:
             # PEFT keeps the factors in float32 for training only; the loader takes the model's dtype.
-            key = (spec.weights, str(adapter.directory))
+            key = (spec.weights, str(adapter.path))
             weight_bytes += element * adapter.num_parameters if key not in self.adapters else 0
             self.adapters[key] = part
         return {
@@ -424,6 +427,38 @@ class _Examination:
             "running_dtype": dtype,
             "weight_bytes": weight_bytes,
             "cache_bytes": 1000 * element * checkpoint.cache_elements_per_token,
+        }
+
+    def _examine_llama_cpp(
+        self,
+        part: str,
+        spec: ModelSpec,
+        checkpoint: Checkpoint,
+        adapter: AdapterFiles | None,
+        is_first: bool,
+    ) -> dict[str, Any]:
+        """Return what llama.cpp needs for a file, which it runs as it is."""
+        from proxytune.backends.llama_cpp import library
+
+        assert spec.llama_cpp is not None and checkpoint.gguf_path is not None
+        if is_first:
+            try:
+                library()
+            except UserError as error:
+                self._fail(part, error)
+        weight_bytes = checkpoint.gguf_path.stat().st_size if is_first else 0
+        if adapter is not None:
+            key = (spec.weights, str(adapter.path))
+            weight_bytes += 0 if key in self.adapters else adapter.path.stat().st_size
+            self.adapters[key] = part
+        element = _CACHE_BYTES[spec.llama_cpp.cache_dtype_of(checkpoint.stored_dtype)]
+        return {
+            # A GPU that llama.cpp was built for is known to it alone.
+            "device": "cpu",
+            "running_dtype": checkpoint.stored_dtype,
+            "max_context": spec.llama_cpp.context_of(checkpoint.max_context),
+            "weight_bytes": weight_bytes,
+            "cache_bytes": round(1000 * element * checkpoint.cache_elements_per_token),
         }
 
     def _examine_memory(self) -> tuple[DeviceReport, ...]:

@@ -82,6 +82,7 @@ class ProxyTuned:
             RecipeError: The recipe is missing or malformed.
             UserError: A model is missing, unsafe, corrupt or does not match; see `errors.py`.
         """
+        from proxytune.backends.llama_cpp import LlamaCppBackend
         from proxytune.backends.transformers import TransformersBackend
         from proxytune.checkpoint import AdapterFiles, Checkpoint, find_adapter, find_checkpoint
         from proxytune.doctor import examine
@@ -119,9 +120,7 @@ class ProxyTuned:
                     spec.adapter, root=recipe.directory, allow_pickle=spec.allow_pickle
                 )
                 known = adapters[weights]
-                adapter = next(
-                    (k for k, v in known.items() if v.directory == files.directory), None
-                )
+                adapter = next((k for k, v in known.items() if v.path == files.path), None)
                 if adapter is None:
                     # The number keeps experts "a.b" and "a_b" apart: adapters' names hold no dots.
                     adapter = f"{name.replace('.', '_')}_{len(known)}"
@@ -141,10 +140,10 @@ class ProxyTuned:
             )
             for e in recipe.experts
         )
-        backends: dict[ModelSpec, Backend[Any]] = {
-            spec: TransformersBackend.load(checkpoint, spec, adapters[spec])
-            for spec, checkpoint in checkpoints.items()
-        }
+        backends: dict[ModelSpec, Backend[Any]] = {}
+        for spec, checkpoint in checkpoints.items():
+            kind = TransformersBackend if spec.llama_cpp is None else LlamaCppBackend
+            backends[spec] = kind.load(checkpoint, spec, adapters[spec])
         base = checkpoints[slots[0][1]]
         members, formats = [], []
         for name, weights, adapter, prompt in slots:

@@ -18,8 +18,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,12 @@ from proxytune.errors import (
     UnknownExpert,
 )
 from proxytune.request import check_alpha
+
+CACHE_DTYPES = ("float32", "float16", "q8_0")
+"""What llama.cpp may keep keys and values in."""
+
+DEFAULT_CONTEXT = 4096
+"""Most tokens of a row in llama.cpp, where the recipe does not say."""
 
 COMBINATIONS = ("sum",)
 """Ways in which several experts steer one base."""
@@ -69,6 +75,45 @@ _EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, slots=True)
+class LlamaCppSettings:
+    """How llama.cpp runs a `.gguf` file, as it is, where transformers would unpack it to float32.
+
+    Args:
+        threads: Processor threads; None for one per core that torch uses.
+        gpu_layers: Layers that go to a GPU, if llama.cpp was built for one; -1 for all.
+        context_size: Most tokens a row can hold; None for what the model was trained for, at most
+            `DEFAULT_CONTEXT`.
+        cache_dtype: Of keys and values: `float32`, `float16` or `q8_0`; None is float32 for a file that
+            is not quantised, and float16 else.
+
+    Raises:
+        RecipeError: A value cannot be used.
+    """
+
+    threads: int | None = None
+    gpu_layers: int = -1
+    context_size: int | None = None
+    cache_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_count("threads", self.threads, least=1)
+        _check_count("gpu_layers", self.gpu_layers, least=-1)
+        _check_count("context_size", self.context_size, least=1)
+        if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:
+            raise RecipeError(
+                f"cache_dtype is {_show(self.cache_dtype)}, and must be one of {', '.join(CACHE_DTYPES)}"
+            )
+
+    def context_of(self, trained: int | None) -> int:
+        """Return the most tokens of a row, of a model trained for `trained`."""
+        return self.context_size or min(trained or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+
+    def cache_dtype_of(self, stored_dtype: str) -> str:
+        """Return what keys and values are kept in, for weights stored in this dtype."""
+        return self.cache_dtype or ("float32" if stored_dtype == "float32" else "float16")
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """One model of a recipe.
 
@@ -85,6 +130,7 @@ class ModelSpec:
         prompt: `plain`, `chat` for the tokenizer's own template, or a Jinja template.
         trust_remote_code: Run code that comes with the model.
         allow_pickle: Accept pickled weights, which can run any code when they are read.
+        llama_cpp: Run a `.gguf` file with llama.cpp; None leaves it to transformers.
 
     Raises:
         RecipeError: A value is of the wrong kind, or two exclude each other.
@@ -101,6 +147,7 @@ class ModelSpec:
     prompt: str = "plain"
     trust_remote_code: bool = False
     allow_pickle: bool = False
+    llama_cpp: LlamaCppSettings | None = None
 
     def __post_init__(self) -> None:
         for key in (
@@ -128,6 +175,13 @@ class ModelSpec:
             )
         if self.quantization is not None:
             _check_settings(self.quantization)
+        if self.llama_cpp is not None:
+            self._check_llama_cpp()
+        elif self.model is not None and self.adapter is not None and is_gguf(self.adapter):
+            raise RecipeError(
+                f"adapter is {_show(self.adapter)}, and GGUF adapters are for llama.cpp.\n"
+                'hint: name its model as a .gguf file with "llama_cpp": {}, or the adapter as PEFT saved it'
+            )
         if self.prompt not in ("plain", "chat") and not (
             "{{" in self.prompt or "{%" in self.prompt
         ):
@@ -135,6 +189,25 @@ class ModelSpec:
                 f'prompt is {_show(self.prompt)}, and must be "plain", "chat" or a Jinja template'
                 f"{_close_match(self.prompt, ('plain', 'chat'))}"
             )
+
+    def _check_llama_cpp(self) -> None:
+        if self.model is not None and not is_gguf(self.model):
+            raise RecipeError(
+                f"llama_cpp is given and model is {_show(self.model)}, and llama.cpp runs .gguf files.\n"
+                "hint: name a .gguf file, or make one with `proxytune export-gguf`"
+            )
+        if self.adapter is not None and not is_gguf(self.adapter):
+            raise RecipeError(
+                f"llama_cpp is given and adapter is {_show(self.adapter)}, and llama.cpp takes .gguf files.\n"
+                "hint: make one with `proxytune export-gguf`"
+            )
+        for key in ("dtype", "device", "quantization", "attn_implementation"):
+            if getattr(self, key) is not None:
+                raise RecipeError(
+                    f"llama_cpp and {key} are both given, and {key} is for transformers.\n"
+                    f"hint: leave {key} out; llama_cpp has settings of its own: "
+                    f"{', '.join(setting.name for setting in fields(LlamaCppSettings))}"
+                )
 
     def _check_same_as(self) -> None:
         if self.same_as != "base":
@@ -156,18 +229,13 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object of this model, without what is at its default."""
-        values = {setting.name: getattr(self, setting.name) for setting in fields(self)}
-        return {
-            setting.name: dict(value) if isinstance(value, Mapping) else value
-            for setting, value in zip(fields(self), values.values(), strict=True)
-            if value != setting.default
-        }
+        return _without_defaults(self)
 
 
 # What an expert that is only an adapter takes over from the model it sits on.
 _SHARED_KEYS = (
     "model", "revision", "dtype", "device", "quantization", "attn_implementation", "trust_remote_code",
-    "allow_pickle",
+    "allow_pickle", "llama_cpp",
 )  # fmt: skip
 
 
@@ -225,7 +293,7 @@ class ExpertSpec:
             )
         own = self.expert.to_dict()
         for key in _SHARED_KEYS:
-            if key in own and own[key] != getattr(self.anti_expert, key):
+            if key in own and getattr(self.expert, key) != getattr(self.anti_expert, key):
                 raise RecipeError(
                     f"expert is an adapter on the anti-expert's weights, and its {key} "
                     f"({_show(own[key])}) is not theirs ({_show(getattr(self.anti_expert, key))}).\n"
@@ -392,13 +460,45 @@ class Recipe:
         dtype: str | None = None,
         attn_implementation: str | None = None,
     ) -> Recipe:
-        """Return the recipe with these settings in every model; None leaves each model its own."""
+        """Return the recipe with these settings in every model of transformers; None leaves each its own."""
         given = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
         changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
 
         def changed(spec: ModelSpec) -> ModelSpec:
-            return spec if spec.same_as is not None else replace(spec, **changes)
+            is_elsewhere = spec.same_as is not None or spec.llama_cpp is not None
+            return spec if is_elsewhere else replace(spec, **changes)
 
+        return self._with_models(changed)
+
+    def with_llama_cpp(self, **settings: int | None) -> Recipe:
+        """Return the recipe with every `.gguf` file run by llama.cpp, with these settings.
+
+        Args:
+            settings: Of `LlamaCppSettings`; None leaves each model its own.
+
+        Raises:
+            RecipeError: The recipe names no `.gguf` file, or a setting cannot be used.
+        """
+        given: dict[str, Any] = {k: value for k, value in settings.items() if value is not None}
+        models = [self.base, *(m for e in self.experts for m in (e.expert, e.anti_expert))]
+        if not any(spec.model is not None and is_gguf(spec.model) for spec in models):
+            raise RecipeError(
+                "the recipe names no .gguf file, so there is nothing that llama.cpp could run.\n"
+                "hint: `proxytune export-gguf` makes them"
+            )
+
+        def changed(spec: ModelSpec) -> ModelSpec:
+            if spec.model is None or not is_gguf(spec.model):
+                return spec
+            own = spec.llama_cpp or LlamaCppSettings()
+            kept = replace(
+                spec, dtype=None, device=None, quantization=None, attn_implementation=None
+            )
+            return replace(kept, llama_cpp=replace(own, **given))
+
+        return self._with_models(changed)
+
+    def _with_models(self, changed: Callable[[ModelSpec], ModelSpec]) -> Recipe:
         return replace(
             self,
             base=changed(self.base),
@@ -595,7 +695,7 @@ class Recipe:
         return "\n".join(lines)
 
     def _is_hub_id(self, reference: str) -> bool:
-        if not HUB_ID.fullmatch(reference) or reference.lower().endswith(".gguf"):
+        if not HUB_ID.fullmatch(reference) or is_gguf(reference):
             return False
         return not (self.directory / reference).exists()
 
@@ -729,6 +829,14 @@ def _model_spec(value: Any, place: str) -> ModelSpec:
     value = _object(value, place)
     known = [setting.name for setting in fields(ModelSpec)]
     _check_keys(value, known=known, place=place)
+    if value.get("llama_cpp") is not None:
+        settings = _object(value["llama_cpp"], f"{place}.llama_cpp")
+        known = [setting.name for setting in fields(LlamaCppSettings)]
+        _check_keys(settings, known=known, place=f"{place}.llama_cpp")
+        try:
+            value["llama_cpp"] = LlamaCppSettings(**settings)
+        except RecipeError as error:
+            raise RecipeError(f"{place}.llama_cpp: {error}") from error
     try:
         return ModelSpec(**value)
     except RecipeError as error:
@@ -745,6 +853,31 @@ def _expert_spec(value: Any, place: str) -> ExpertSpec:
         return ExpertSpec(value["name"], expert, anti_expert, value.get("alpha", 1.0))
     except RecipeError as error:
         raise RecipeError(f"{place}: {error}") from error
+
+
+def is_gguf(reference: str) -> bool:
+    """Whether a reference names a GGUF file."""
+    return reference.lower().endswith(".gguf")
+
+
+def _check_count(key: str, value: Any, *, least: int) -> None:
+    """Check that a value is None or a whole number from `least` on."""
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= least):
+        return
+    raise RecipeError(f"{key} is {_show(value)}, and must be a whole number of at least {least}")
+
+
+def _without_defaults(settings: Any) -> dict[str, Any]:
+    """Return the JSON object of a dataclass, without what is at its default."""
+    content: dict[str, Any] = {}
+    for setting in fields(settings):
+        value = getattr(settings, setting.name)
+        if value == setting.default:
+            continue
+        if is_dataclass(value):
+            value = _without_defaults(value)
+        content[setting.name] = dict(value) if isinstance(value, Mapping) else value
+    return content
 
 
 def _show(value: Any) -> str:

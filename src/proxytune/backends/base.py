@@ -29,11 +29,14 @@ class Capabilities:
         max_context: Most tokens, prompt and new ones together, that a row can hold; None for no limit.
         can_rewind: Whether `rewind` works (state-space models, for one, cannot forget).
         adapters: Names that rows may be given.
+        reuses_logits: Whether logits lie in memory that the next call on the same state overwrites, so that
+            who needs them longer has to copy them.
     """
 
     max_context: int | None
     can_rewind: bool = True
     adapters: tuple[str, ...] = ()
+    reuses_logits: bool = False
 
 
 class Prefilled(NamedTuple, Generic[State]):

@@ -727,7 +727,7 @@ def _add_adapters(
     wrapped: Any = None
     for name, files in adapters.items():
         try:
-            config: Any = PeftConfig.from_pretrained(str(files.directory))
+            config: Any = PeftConfig.from_pretrained(str(files.path))
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CorruptModel(
                 f"the config of adapter {files.name} cannot be read: {error}"
@@ -764,8 +764,8 @@ def _adapter_weights(files: AdapterFiles, allow_pickle: bool) -> dict[str, Tenso
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = files.directory / "adapter_model.safetensors"
-    pickled = files.directory / "adapter_model.bin"
+    path = files.path / "adapter_model.safetensors"
+    pickled = files.path / "adapter_model.bin"
     try:
         if path.is_file():
             return load_file(path)
@@ -781,9 +781,7 @@ def _adapter_weights(files: AdapterFiles, allow_pickle: bool) -> dict[str, Tenso
             f"adapter {files.name} has only pickled weights, and unpickling can run code.\n"
             "hint: save it as safetensors, or set allow_pickle if you trust it"
         )
-    raise ModelNotFound(
-        f"adapter {files.name} has no adapter_model.safetensors in {files.directory}"
-    )
+    raise ModelNotFound(f"adapter {files.name} has no adapter_model.safetensors in {files.path}")
 
 
 def _check_adapter_kind(config: Any, weights: Mapping[str, Tensor], name: str) -> None:

@@ -1,0 +1,615 @@
+"""GGUF files run by llama.cpp as they are: quantised, on a laptop's processor or a GPU.
+
+Token ids only: text never reaches this file, and llama.cpp's own tokenizer is not used. What is called is the
+low-level interface of llama-cpp-python: one `llama_decode` for all rows of a step.
+
+Words: a *context* is llama.cpp's: a KV cache with room for some tokens of some *sequences*, one per row. An
+adapter belongs to a whole context, so rows with different adapters are in different contexts, which share the
+weights. A context's room is fixed; when it is full, its sequences are copied into a larger one, up to a
+largest size.
+
+The logits that `prefill` and `extend` return lie in llama.cpp's own memory where that is possible, and are
+overwritten by the next call on the same state (`Capabilities.reuses_logits`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from proxytune.backends.base import Backend, Capabilities, Prefilled
+from proxytune.errors import (
+    AdapterMismatch,
+    BackendError,
+    CorruptModel,
+    InvalidRequest,
+    MissingExtra,
+    NotEnoughMemory,
+    PromptTooLong,
+    UnsupportedModel,
+    VocabularyMismatch,
+)
+
+if TYPE_CHECKING:
+    from proxytune.checkpoint import AdapterFiles, Checkpoint
+    from proxytune.recipe import LlamaCppSettings, ModelSpec
+
+FIRST_ROOM = 512
+"""Tokens per row that a context has room for at first: making a large one takes long."""
+
+BATCH_TOKENS = 512
+"""Most tokens of one `llama_decode`, as llama.cpp has it by default."""
+
+BATCH_OUTPUTS = 128
+"""Most tokens of one `llama_decode` whose logits are asked for: they bound its working memory."""
+
+_CACHE_DTYPES = {"float32": "GGML_TYPE_F32", "float16": "GGML_TYPE_F16", "q8_0": "GGML_TYPE_Q8_0"}
+
+
+def library() -> Any:
+    """Return llama-cpp-python's low-level interface.
+
+    Raises:
+        MissingExtra: It is not installed, or does not load.
+    """
+    is_first = "llama_cpp" not in sys.modules
+    try:
+        import llama_cpp.llama_cpp as api
+    except (ImportError, OSError, RuntimeError) as error:
+        raise MissingExtra(
+            f"a .gguf file is to be run by llama.cpp, and llama-cpp-python cannot be imported: {error}\n"
+            "hint: pip install 'proxytune[gguf]', which compiles for some minutes; or leave llama_cpp out of "
+            "the recipe, and transformers unpacks the file"
+        ) from error
+    if is_first:
+        # Its default is to print whatever llama.cpp says; a program that imported it before has chosen.
+        with contextlib.suppress(ImportError, AttributeError):
+            from llama_cpp import _logger
+
+            _logger.set_verbose(False)
+    return api
+
+
+class _Context:
+    """A llama.cpp context with an adapter or none.
+
+    Args:
+        backend: Whose weights it runs.
+        adapter: The backend's name for the adapter.
+        num_sequences: Rows.
+        room: Tokens that each row needs room for.
+    """
+
+    def __init__(
+        self, backend: LlamaCppBackend, adapter: str | None, num_sequences: int, room: int
+    ) -> None:
+        self._api = api = library()
+        self.backend = backend
+        self.adapter = adapter
+        self.num_sequences = num_sequences
+        self._max_outputs = max(BATCH_OUTPUTS, num_sequences)
+        settings = api.llama_context_default_params()
+        settings.n_ctx = num_sequences * min(max(room, FIRST_ROOM), backend.context_size)
+        settings.n_seq_max = num_sequences
+        settings.n_batch = settings.n_ubatch = max(BATCH_TOKENS, self._max_outputs)
+        settings.n_outputs_max = self._max_outputs
+        settings.n_threads = settings.n_threads_batch = backend.num_threads
+        settings.type_k = settings.type_v = getattr(api, _CACHE_DTYPES[backend.cache_dtype])
+        if backend.cache_dtype == "float32":
+            # llama.cpp's flash attention rounds to half precision on the way.
+            settings.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        # Every layer keeps all keys, also of a sliding window, so that any number can be taken back.
+        settings.swa_full = True
+        settings.no_perf = True
+        self.pointer: Any = None
+        with _messages(api) as messages:
+            pointer = api.llama_init_from_model(backend.model.pointer, settings)
+        if not pointer:
+            raise NotEnoughMemory(
+                f"llama.cpp has no room for {num_sequences} rows of "
+                f"{settings.n_ctx // num_sequences} tokens of {backend.name}{_said(messages)}\n"
+                "hint: set a smaller context_size or cache_dtype in llama_cpp, or a smaller batch"
+            )
+        self.pointer = pointer
+        self._memory = api.llama_get_memory(pointer)
+        self.room = int(api.llama_n_ctx_seq(pointer))
+        if adapter is not None:
+            adapters = (api.llama_adapter_lora_p_ctypes * 1)(backend.adapter_pointers[adapter])
+            scales = (ctypes.c_float * 1)(1.0)
+            if api.llama_set_adapters_lora(pointer, adapters, 1, scales):
+                raise BackendError(f"{backend.name} does not take the adapter {adapter}")
+        size = int(settings.n_batch)
+        # What `llama_decode` reads; the pointers into these arrays stay the same.
+        self._token_ids = np.zeros(size, np.int32)
+        self._positions = np.zeros(size, np.int32)
+        self._num_sequences_of = np.ones(size, np.int32)
+        self._sequences = np.zeros(size, np.int32)
+        addresses = self._sequences.ctypes.data + 4 * np.arange(size, dtype=np.uint64)
+        self._sequence_pointers = addresses.astype(np.uint64)
+        self._wanted = np.zeros(size, np.int8)
+
+        def pointer_to(array: Any, kind: Any) -> Any:
+            return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))
+
+        self._batch = api.llama_batch()
+        self._batch.token = pointer_to(self._token_ids, api.llama_token)
+        self._batch.pos = pointer_to(self._positions, api.llama_pos)
+        self._batch.n_seq_id = pointer_to(self._num_sequences_of, ctypes.c_int32)
+        self._batch.seq_id = pointer_to(self._sequence_pointers, ctypes.POINTER(api.llama_seq_id))
+        self._batch.logits = pointer_to(self._wanted, ctypes.c_int8)
+
+    def __del__(self) -> None:
+        if getattr(self, "pointer", None):
+            self._api.llama_free(self.pointer)
+
+    def run(self, token_ids: Any, positions: Any, sequences: Any, wanted: Any) -> list[Tensor]:
+        """Run tokens, in as few decodes as they need, and return logits of those that are wanted.
+
+        Args:
+            token_ids: `[num_tokens]` int32, as are the others but `wanted`.
+            positions: Where each stands in its sequence.
+            sequences: Which one that is.
+            wanted: `[num_tokens]` bool.
+
+        Returns:
+            `[num_wanted, vocab]` float32 in pieces, one a decode. A single piece lies in llama.cpp's memory.
+
+        Raises:
+            BackendError: llama.cpp failed.
+        """
+        pieces = []
+        start, num_tokens = 0, len(token_ids)
+        counts = np.cumsum(wanted)
+        while start < num_tokens:
+            done = counts[start - 1] if start else 0
+            stop = int(np.searchsorted(counts, done + self._max_outputs, side="right"))
+            stop = min(stop, start + len(self._token_ids), num_tokens)
+            is_whole = not start and stop == num_tokens
+            num_wanted = int(counts[stop - 1] - done)
+            part = slice(start, stop)
+            self._decode(token_ids[part], positions[part], sequences[part], wanted[part])
+            if num_wanted:
+                logits = self._logits(num_wanted)
+                pieces.append(logits if is_whole else logits.clone())
+            start = stop
+        return pieces
+
+    def _decode(self, token_ids: Any, positions: Any, sequences: Any, wanted: Any) -> None:
+        count = len(token_ids)
+        self._token_ids[:count] = token_ids
+        self._positions[:count] = positions
+        self._sequences[:count] = sequences
+        self._wanted[:count] = wanted
+        self._batch.n_tokens = count
+        code = self._api.llama_decode(self.pointer, self._batch)
+        if code:
+            raise BackendError(
+                f"{self.backend.name} failed: llama_decode gave {code} for {count} tokens of "
+                f"{self.num_sequences} rows.\nhint: a smaller batch or context_size needs less memory"
+            )
+
+    def _logits(self, num_rows: int) -> Tensor:
+        """Return `[num_rows, vocab]` of the last decode, in llama.cpp's memory."""
+        pointer = self._api.llama_get_logits(self.pointer)
+        address = ctypes.addressof(pointer.contents)
+        size = num_rows * self.backend.vocab_size
+        buffer: Any = (ctypes.c_float * size).from_address(address)
+        buffer.context = self  # the memory stays as long as a tensor looks at it
+        return torch.frombuffer(buffer, dtype=torch.float32).view(num_rows, -1)
+
+    def forget(self, sequence: int, length: int) -> None:
+        """Drop all but the first `length` tokens of a sequence.
+
+        Raises:
+            UnsupportedModel: The model cannot forget a part.
+        """
+        if not self._api.llama_memory_seq_rm(self._memory, sequence, length, -1):
+            raise UnsupportedModel(f"{self.backend.name} cannot take back tokens")
+
+    def copy(self, source: int, target: int) -> None:
+        """Let one sequence hold what another holds."""
+        self._api.llama_memory_seq_rm(self._memory, target, -1, -1)
+        self._api.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def moved(self, sequences: Sequence[int], room: int) -> _Context:
+        """Return a context of this adapter that holds the given sequences, numbered anew from 0.
+
+        Raises:
+            BackendError: They could not be copied.
+            NotEnoughMemory: There is no room for both contexts.
+        """
+        other = _Context(self.backend, self.adapter, len(sequences), room)
+        for target, source in enumerate(sequences):
+            size = self._api.llama_state_seq_get_size(self.pointer, source)
+            buffer = (ctypes.c_uint8 * size)()
+            size = self._api.llama_state_seq_get_data(self.pointer, buffer, size, source)
+            if not size or not self._api.llama_state_seq_set_data(
+                other.pointer, buffer, size, target
+            ):
+                raise BackendError(f"the KV cache of {self.backend.name} could not be copied")
+        return other
+
+
+@dataclass(slots=True)
+class _Part:
+    """The rows of a state that share an adapter: sequence `i` of the context is row `rows[i]`."""
+
+    context: _Context
+    rows: list[int]
+
+
+@dataclass(slots=True)
+class LlamaCppState:
+    """What a batch has seen.
+
+    Args:
+        parts: Its rows by adapter.
+        lengths: Tokens of each row.
+    """
+
+    parts: list[_Part]
+    lengths: list[int]
+
+
+class _Model:
+    """Weights in memory, freed when nothing uses them."""
+
+    def __init__(self, path: Path, settings: LlamaCppSettings, name: str) -> None:
+        self._api = api = library()
+        api.llama_backend_init()
+        options = api.llama_model_default_params()
+        options.n_gpu_layers = settings.gpu_layers
+        self.pointer: Any = None
+        with _messages(api) as messages:
+            pointer = api.llama_model_load_from_file(str(path).encode(), options)
+        if not pointer:
+            said = _said(messages)
+            if "allocate" in said or "out of memory" in said.lower():
+                raise NotEnoughMemory(
+                    f"the weights of {name} do not fit{said}\n"
+                    "hint: take a file that is quantised further, or set fewer gpu_layers"
+                )
+            if "unknown model architecture" in said:
+                raise UnsupportedModel(
+                    f"the installed llama.cpp does not know {name}{said}\n"
+                    "hint: pip install --upgrade llama-cpp-python"
+                )
+            raise CorruptModel(
+                f"llama.cpp cannot load {name}{said}\nhint: copy or download {path} again"
+            )
+        self.pointer = pointer
+
+    def __del__(self) -> None:
+        if getattr(self, "pointer", None):
+            self._api.llama_model_free(self.pointer)
+
+
+class LlamaCppBackend(Backend[LlamaCppState]):
+    """A GGUF file in llama.cpp.
+
+    Args:
+        path: The file.
+        settings: How to run it.
+        name: How errors call it.
+        stored_dtype: Of the file's weights; decides in what keys and values are kept, if the settings do not.
+        adapters: LoRA adapters as GGUF files, by the names that rows will use.
+
+    Raises:
+        MissingExtra: llama-cpp-python is not installed.
+        CorruptModel: llama.cpp cannot read the file.
+        UnsupportedModel: llama.cpp does not know the model.
+        NotEnoughMemory: The weights do not fit.
+        AdapterMismatch: An adapter is not one of this model.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        settings: LlamaCppSettings,
+        *,
+        name: str,
+        stored_dtype: str = "",
+        adapters: Mapping[str, Path] | None = None,
+    ) -> None:
+        self._api = api = library()
+        self.name = name
+        self.model = _Model(path, settings, name)
+        pointer = self.model.pointer
+        if api.llama_model_has_encoder(pointer):
+            raise UnsupportedModel(f"{name} has an encoder, and only decoders can be steered")
+        self._vocab = api.llama_model_get_vocab(pointer)
+        self.vocab_size = int(api.llama_vocab_n_tokens(self._vocab))
+        trained = int(api.llama_model_n_ctx_train(pointer))
+        if settings.context_size is not None and settings.context_size > trained:
+            raise UnsupportedModel(
+                f"context_size is {settings.context_size}, and {name} was trained for {trained} tokens.\n"
+                f"hint: set at most {trained}"
+            )
+        self.context_size = settings.context_of(trained)
+        self.num_threads = settings.threads or torch.get_num_threads()
+        self.cache_dtype = settings.cache_dtype_of(stored_dtype)
+        self._can_rewind = not (
+            api.llama_model_is_recurrent(pointer) or api.llama_model_is_hybrid(pointer)
+        )
+        self.adapter_pointers: dict[str, Any] = {}
+        for key, file in (adapters or {}).items():
+            with _messages(api) as messages:
+                adapter = api.llama_adapter_lora_init(pointer, str(file).encode())
+            if not adapter:
+                raise AdapterMismatch(
+                    f"llama.cpp cannot put the adapter {file} on {name}{_said(messages)}\n"
+                    "hint: an adapter fits only the model it was trained on"
+                )
+            self.adapter_pointers[key] = adapter  # freed with the model
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        adapters: Mapping[str, AdapterFiles] | None = None,
+    ) -> LlamaCppBackend:
+        """Load a recipe's model, and check that llama.cpp numbers its tokens as this package does.
+
+        Raises:
+            VocabularyMismatch: It does not.
+            UserError: As the constructor raises them.
+        """
+        assert checkpoint.gguf_path is not None and spec.llama_cpp is not None
+        files = {}
+        for name, adapter in (adapters or {}).items():
+            if not adapter.is_gguf:
+                raise UnsupportedModel(
+                    f"{checkpoint.name} is run by llama.cpp, which takes adapters as .gguf files, and "
+                    f"{adapter.name} is none.\nhint: make one with `proxytune export-gguf`"
+                )
+            files[name] = adapter.path
+        backend = cls(
+            checkpoint.gguf_path,
+            spec.llama_cpp,
+            name=checkpoint.name,
+            stored_dtype=checkpoint.stored_dtype,
+            adapters=files,
+        )
+        backend._check_tokens(checkpoint)
+        return backend
+
+    def _check_tokens(self, checkpoint: Checkpoint) -> None:
+        if self.vocab_size != checkpoint.width:
+            raise VocabularyMismatch(
+                f"llama.cpp sees {self.vocab_size} tokens in {self.name}, and its config has "
+                f"{checkpoint.width}.\nhint: convert the file again with a current llama.cpp"
+            )
+        for token, token_id in checkpoint.vocabulary.token_to_id.items():
+            text = self._api.llama_vocab_get_text(self._vocab, token_id)
+            if text != token.encode("utf-8", "surrogateescape"):
+                raise VocabularyMismatch(
+                    f"token {token_id} of {self.name} is {text!r} in llama.cpp and {token!r} in its "
+                    "tokenizer.\nhint: convert the file again with a current llama.cpp"
+                )
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Say what this model can do."""
+        return Capabilities(
+            max_context=self.context_size,
+            can_rewind=self._can_rewind,
+            adapters=tuple(self.adapter_pointers),
+            reuses_logits=True,
+        )
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], *, adapters: Sequence[str | None] | None = None
+    ) -> Prefilled[LlamaCppState]:
+        """Run whole prompts; see `Backend.prefill`.
+
+        Raises:
+            InvalidRequest: A prompt is empty, or holds a token id that the model does not have, or an
+                adapter has an unknown name.
+            PromptTooLong: A prompt exceeds the context.
+            BackendError: llama.cpp failed.
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        if not lengths or not min(lengths):
+            raise InvalidRequest(
+                f"{self.name} was given an empty prompt, so there is nothing to continue"
+            )
+        self._check_length(max(lengths))
+        names = list(adapters) if adapters is not None else [None] * len(prompts)
+        if len(names) != len(prompts):
+            raise InvalidRequest(
+                f"{self.name} was given {len(names)} adapters for {len(prompts)} rows"
+            )
+        parts: list[_Part] = []
+        answers: list[Tensor] = []
+        for adapter in dict.fromkeys(names):
+            if adapter is not None and adapter not in self.adapter_pointers:
+                known = ", ".join(self.adapter_pointers) or "none"
+                raise InvalidRequest(f"{self.name} has no adapter {adapter!r}; it has: {known}")
+            rows = [row for row, name in enumerate(names) if name == adapter]
+            token_ids = np.concatenate([np.asarray(prompts[row], np.int64) for row in rows])
+            self._check_token_ids(token_ids)
+            context = _Context(self, adapter, len(rows), max(lengths[row] for row in rows) + 1)
+            ends = np.cumsum([lengths[row] for row in rows]) - 1
+            wanted = np.zeros(len(token_ids), bool)
+            wanted[ends] = True
+            pieces = context.run(
+                token_ids,
+                np.concatenate([np.arange(lengths[row]) for row in rows]),
+                np.repeat(np.arange(len(rows)), [lengths[row] for row in rows]),
+                wanted,
+            )
+            parts.append(_Part(context, rows))
+            answers.append(_joined(pieces))
+        state = LlamaCppState(parts, lengths)
+        return Prefilled(state, _in_row_order(parts, answers))
+
+    def extend(self, state: LlamaCppState, token_ids: Tensor) -> Tensor:
+        """Append tokens; see `Backend.extend`.
+
+        Raises:
+            InvalidRequest: The model does not have a token id, or the rows are not the state's.
+            PromptTooLong: A row would exceed the context.
+            BackendError: llama.cpp failed. The state cannot be used again.
+        """
+        num_rows = len(state.lengths)
+        if token_ids.dim() != 2 or token_ids.shape[0] != num_rows or not token_ids.shape[1]:
+            raise InvalidRequest(
+                f"{self.name} was given token ids of shape {list(token_ids.shape)}, and needs "
+                f"[{num_rows}, num_tokens] with at least one token"
+            )
+        num_new = token_ids.shape[1]
+        self._check_length(max(state.lengths) + num_new)
+        new = token_ids.cpu().numpy()
+        self._check_token_ids(new)
+        lengths = np.asarray(state.lengths)
+        answers = []
+        for part in state.parts:
+            self._make_room(part, max(state.lengths[row] for row in part.rows) + num_new)
+            count = len(part.rows) * num_new
+            pieces = part.context.run(
+                new[part.rows].reshape(-1),
+                (lengths[part.rows][:, None] + np.arange(num_new)).reshape(-1),
+                np.repeat(np.arange(len(part.rows)), num_new),
+                np.ones(count, bool),
+            )
+            answers.append(_joined(pieces).view(len(part.rows), num_new, -1))
+        state.lengths = [length + num_new for length in state.lengths]
+        return _in_row_order(state.parts, answers)
+
+    def rewind(self, state: LlamaCppState, num_tokens: Sequence[int]) -> None:
+        """Forget the last tokens of each row; see `Backend.rewind`.
+
+        Raises:
+            UnsupportedModel: The model has layers that cannot forget.
+            InvalidRequest: A row does not hold that many tokens.
+        """
+        if not self._can_rewind:
+            raise UnsupportedModel(
+                f"{self.name} has layers without a KV cache of their own for each token, so tokens cannot be "
+                "taken back"
+            )
+        if len(num_tokens) != len(state.lengths) or any(
+            not 0 <= n <= length for n, length in zip(num_tokens, state.lengths, strict=True)
+        ):
+            raise InvalidRequest(
+                f"{self.name} cannot rewind rows of {state.lengths} tokens by {list(num_tokens)}"
+            )
+        for part in state.parts:
+            for sequence, row in enumerate(part.rows):
+                if num_tokens[row]:
+                    state.lengths[row] -= num_tokens[row]
+                    part.context.forget(sequence, state.lengths[row])
+
+    def select(self, state: LlamaCppState, rows: Sequence[int]) -> LlamaCppState:
+        """Return a state of the given rows in the given order; rows may repeat.
+
+        The old state must not be used after.
+        """
+        rows = list(rows)
+        if rows == list(range(len(state.lengths))):
+            return state
+        parts = []
+        for part in state.parts:
+            sequence_of = {row: sequence for sequence, row in enumerate(part.rows)}
+            kept = [
+                (place, sequence_of[row]) for place, row in enumerate(rows) if row in sequence_of
+            ]
+            if not kept:
+                continue
+            sequences = [sequence for _, sequence in kept]
+            if len(set(sequences)) < len(sequences):
+                context = part.context.moved(sequences, part.context.room)
+                parts.append(_Part(context, [place for place, _ in kept]))
+            else:
+                parts.append(_Part(part.context, self._packed(part.context, part.rows, kept)))
+        return LlamaCppState(parts, [state.lengths[row] for row in rows])
+
+    def _packed(
+        self, context: _Context, rows: Sequence[int], kept: Sequence[tuple[int, int]]
+    ) -> list[int]:
+        """Drop all sequences but those kept, and leave no gap in their numbers; return places by sequence.
+
+        llama.cpp runs sequences in one go only where their numbers follow each other.
+        """
+        place_of = {sequence: place for place, sequence in kept}
+        for sequence in range(len(rows)):
+            if sequence not in place_of:
+                context.forget(sequence, 0)
+        for target in range(len(kept)):
+            if target not in place_of:
+                last = max(place_of)
+                context.copy(last, target)
+                context.forget(last, 0)
+                place_of[target] = place_of.pop(last)
+        return [place_of[sequence] for sequence in range(len(kept))]
+
+    def _make_room(self, part: _Part, length: int) -> None:
+        """Move the sequences into a larger context where a row of `length` tokens does not fit."""
+        if length > part.context.room:
+            room = min(max(length, 2 * part.context.room), self.context_size)
+            part.context = part.context.moved(range(len(part.rows)), room)
+
+    def _check_length(self, num_tokens: int) -> None:
+        if num_tokens > self.context_size:
+            raise PromptTooLong(
+                f"{self.name} can hold {self.context_size} tokens, and was asked to hold {num_tokens}.\n"
+                "hint: shorten the prompt, ask for fewer new tokens, or set a larger context_size"
+            )
+
+    def _check_token_ids(self, token_ids: Any) -> None:
+        lowest, highest = int(token_ids.min()), int(token_ids.max())
+        if lowest < 0 or highest >= self.vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise InvalidRequest(
+                f"{self.name} has no token {wrong}; its token ids go from 0 to {self.vocab_size - 1}"
+            )
+
+
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
+
+
+def _in_row_order(parts: Sequence[_Part], answers: Sequence[Tensor]) -> Tensor:
+    """Return what each part answered for its rows as one tensor, by row."""
+    rows = [row for part in parts for row in part.rows]
+    joined = _joined(answers)
+    if rows == list(range(len(rows))):
+        return joined
+    place_of = {row: place for place, row in enumerate(rows)}
+    return joined[[place_of[row] for row in range(len(rows))]]
+
+
+@contextlib.contextmanager
+def _messages(api: Any) -> Iterator[list[str]]:
+    """Collect what llama.cpp would print; its own words say best why something failed."""
+    lines: list[str] = []
+
+    def collect(level: int, text: bytes, _: Any) -> None:
+        if level == 3:  # GGML_LOG_LEVEL_ERROR
+            lines.append(text.decode("utf-8", "replace").strip())
+
+    callback = api.llama_log_callback(collect)
+    api.llama_log_set(callback, ctypes.c_void_p(0))
+    try:
+        yield lines
+    finally:
+        # llama-cpp-python puts its own callback in place when it is imported.
+        from llama_cpp import _logger
+
+        api.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
+
+
+def _said(messages: Sequence[str]) -> str:
+    """Return llama.cpp's last words for the end of an error's first line."""
+    last = [line for line in messages if line][-3:]
+    return f": {'; '.join(last)}" if last else ""
