@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from proxytune.backends.base import Backend
+from proxytune.backends.base import NO_TOKEN, Backend, Bounds, PartialBackend
+from proxytune.certificate import max_lost_prob, upper_logits
 from proxytune.detokenize import TextStream
 from proxytune.errors import BackendError, InvalidRequest, PromptTooLong
 from proxytune.prompts import Tokenizer
@@ -40,7 +41,7 @@ from proxytune.speculative import (
     is_worth_drafting,
 )
 from proxytune.steer import Contribution, combine
-from proxytune.trace import FinishReason, Step
+from proxytune.trace import FinishReason, Step, Usage
 from proxytune.vocab import Alignment, Vocabulary
 
 
@@ -107,10 +108,10 @@ class Event(NamedTuple):
     row: int
     """Index into the jobs."""
     step: Step | None
-    """The new token; None when the row was cancelled instead."""
+    """The new token; None when the row ended without one."""
     finish_reason: FinishReason | None
     tail: str
-    """Text that was held back and belongs to no step; only when the row was cancelled."""
+    """Text that was held back and belongs to no step; only when the row ended without a token."""
 
 
 @dataclass(slots=True)
@@ -140,6 +141,7 @@ class _Row:
     new_ids: list[int] = field(default_factory=list)
     num_drafted: int = 0
     num_accepted: int = 0
+    has_pending: bool = True
 
     @property
     def num_left(self) -> int:
@@ -156,12 +158,14 @@ class _Block:
         whole: Logits of members that read the block at once, `[rows, 1 + draft length, vocab]`.
         stepwise: Logits of members that read it token by token, a `[rows, vocab]` for each token read.
         source: Who drafted.
+        bounds: Of what a partial base did not show, by row and position.
     """
 
     draft: list[Tensor]
     whole: dict[int, Tensor]
     stepwise: dict[int, list[Tensor]]
     source: Source | None = None
+    bounds: list[list[Bounds]] = field(default_factory=list)
 
     def at(self, position: int, rows: Sequence[int] | None = None) -> dict[int, Tensor]:
         """Return every member's logits after the token at `position`, `[rows, vocab]`."""
@@ -185,6 +189,13 @@ class Kept:
     token_ids: dict[int, list[int]]
 
 
+class _Proof(NamedTuple):
+    """What is known of a token chosen from a part of the base's logits; see `trace.Step`."""
+
+    is_certified: bool
+    max_lost_prob: float
+
+
 class DraftCount(NamedTuple):
     """How many tokens were drafted for a row, and how many of them were what was chosen."""
 
@@ -194,6 +205,10 @@ class DraftCount(NamedTuple):
 
 REUSE_TOKENS = 64
 """Tokens that are read at once after a reused prefix: every one gives a whole row of logits."""
+AHEAD_TOKENS = 16
+"""Most tokens of a partial base's known continuation that the small models read at once."""
+MAX_REVEALED = 4
+"""Most tokens that a partial base is asked about one by one, to certify one choice: each may cost a call."""
 SYNC_EVERY = 16
 """On an accelerator the clock is read for one block in so many, since reading it waits for the device."""
 
@@ -210,6 +225,12 @@ def check_job(ensemble: Ensemble, job: Job) -> None:
             raise InvalidRequest(
                 f"stop_token_ids holds {stop_id}, and {ensemble.vocabulary.name} has "
                 f"{ensemble.vocabulary.width} token ids"
+            )
+    if isinstance(ensemble.members[0].backend, PartialBackend):
+        if job.sampling.repetition_penalty != 1.0:
+            raise InvalidRequest(
+                "repetition_penalty depends on where logits have their zero, and a base behind an API shows "
+                "logprobs only.\nhint: use presence_penalty or frequency_penalty"
             )
     for index in _members_needed(ensemble, [job]):
         member, prompt = ensemble.members[index], job.prompts[index]
@@ -287,6 +308,9 @@ class Batch:
         can_rewind = all(group.backend.capabilities.can_rewind for group in self._groups)
         # Without rewinding a wrong draft could not be taken back.
         self._speculator = speculator if can_rewind else None
+        base = ensemble.members[0].backend
+        self._partial = base if isinstance(base, PartialBackend) else None
+        self._can_draft = can_rewind
         self._rows = [self._row(index, job) for index, job in enumerate(jobs)]
         self._first: _Block | None = _Block([], {}, {})
         for group in self._groups:
@@ -298,7 +322,13 @@ class Batch:
                 adapters = [
                     ensemble.members[index].adapter for index in group.members for _ in jobs
                 ]
-                group.state, logits = group.backend.prefill(prompts, adapters=adapters)
+                if isinstance(group.backend, PartialBackend):
+                    group.state, logits = group.backend.prefill(
+                        prompts, num_new_tokens=[job.sampling.max_new_tokens for job in jobs]
+                    )
+                    self._first.bounds = group.backend.bounds(group.state)
+                else:
+                    group.state, logits = group.backend.prefill(prompts, adapters=adapters)
             for index, part in self._by_member(group, logits[:, None]):
                 self._first.whole[index] = part
         device = self._device
@@ -314,6 +344,8 @@ class Batch:
         """The seed of each job, drawn where none was given; None for greedy ones."""
         self.draft_counts = [DraftCount(0, 0)] * len(jobs)
         """By job; final when the row has ended."""
+        self.usages: list[Usage | None] = [None] * len(jobs)
+        """What calls to a base behind an API have cost, by job; final when the row has ended."""
         self._num_blocks = 0
         self._confidences: dict[Source, float] = {}
         self._ended: _Row | None = None
@@ -395,7 +427,7 @@ class Batch:
         if not is_first:
             self._take_back(block, num_kept)
         for place in ended:
-            self._end(self._rows[place])
+            self._end(place)
         self._select([place for place in range(num_rows) if place not in ended])
         return events
 
@@ -411,6 +443,9 @@ class Batch:
         rows = None if len(alive) == len(self._rows) else alive
         logits = block.at(position, rows)
         steered = self._steer(logits, rows)
+        proofs: list[_Proof] = []
+        if self._partial is not None:
+            steered, proofs = self._certified(block, position, alive, logits)
         guesses = self._guesses(block, alive, drafted, logits)
         choice = self._sampler.choose(steered, rows)
         token_ids: list[int] = choice.token_ids.tolist()
@@ -419,7 +454,17 @@ class Batch:
         events = []
         for place, which in enumerate(alive):
             row, token_id = self._rows[which], token_ids[place]
+            if proofs and row.job.sampling.require_certified and not proofs[place].is_certified:
+                events.append(Event(row.index, None, "uncertified", row.text.finish()))
+                row.has_pending = False
+                ended.add(which)
+                continue
             if logprobs[place] != logprobs[place]:
+                if proofs:
+                    raise BackendError(
+                        f"none of the tokens that the base showed after {len(row.new_ids)} new ones may be "
+                        "chosen.\nhint: a larger top_logprobs shows more; min_new_tokens may forbid the only one"
+                    )
                 raise BackendError(
                     f"the logits of row {row.index} are not numbers (NaN) after {len(row.new_ids)} new "
                     "tokens.\n"
@@ -428,7 +473,7 @@ class Batch:
             for source, guessed in guesses.items():
                 if guessed[place] is not None:
                     row.rates[source].observe(guessed[place] == token_id)
-            if drafted is not None:
+            if drafted is not None and drafted[which] != NO_TOKEN:
                 row.num_drafted += 1
                 row.num_accepted += drafted[which] == token_id
             reason, text = self._advance(row, token_id)
@@ -440,6 +485,8 @@ class Batch:
                 top=tops[place],
                 parts=self._parts(logits, place, token_id) if row.job.explain else None,
                 finish_reason=reason,
+                is_certified=proofs[place].is_certified if proofs else None,
+                max_lost_prob=proofs[place].max_lost_prob if proofs else None,
             )
             events.append(Event(row.index, step, reason, ""))
             if reason is not None:
@@ -460,17 +507,21 @@ class Batch:
         for place, row in enumerate(self._rows):
             if row.job.cancelled is not None and row.job.cancelled():
                 events.append(Event(row.index, None, "cancelled", row.text.finish()))
-                self._end(row)
+                self._end(place)
             else:
                 live.append(place)
         return events, live
 
-    def _end(self, row: _Row) -> None:
+    def _end(self, place: int) -> None:
+        row = self._rows[place]
+        if self._partial is not None:
+            self.usages[row.index] = self._partial.usage(self._groups[0].state, place)
         self.draft_counts[row.index] = DraftCount(row.num_drafted, row.num_accepted)
         if self._speculator is not None:
             self._speculator.end_rates(row.experts, row.rates)
         # A row that was cancelled before its first token has nothing pending.
-        self._ended = row if len(self.draft_counts) == 1 and row.new_ids else None
+        is_kept = len(self.draft_counts) == 1 and bool(row.new_ids) and row.has_pending
+        self._ended = row if is_kept else None
 
     def _advance(self, row: _Row, token_id: int) -> tuple[FinishReason | None, str]:
         """Count a token, and return why the row ends, if it does, and the text that became safe."""
@@ -490,17 +541,82 @@ class Batch:
     # Arithmetic -----------------------------------------------------------------------------------------
 
     def _steer(self, logits: Mapping[int, Tensor], rows: Sequence[int] | None) -> Tensor:
+        return self._masked(combine(logits[0], self._contributions(logits, rows)))
+
+    def _contributions(
+        self, logits: Mapping[int, Tensor], rows: Sequence[int] | None
+    ) -> list[Contribution]:
         def strength(alpha: float | Tensor) -> float | Tensor:
             return alpha[list(rows)] if rows is not None and isinstance(alpha, Tensor) else alpha
 
-        contributions = [
+        return [
             Contribution(
                 logits[pair.expert], logits[pair.anti_expert], strength(self._alphas[which])
             )
             for which, pair in enumerate(self._ensemble.pairs)
             if which in self._alphas
         ]
-        return self._masked(combine(logits[0], contributions))
+
+    def _certified(
+        self, block: _Block, position: int, alive: Sequence[int], logits: dict[int, Tensor]
+    ) -> tuple[Tensor, list[_Proof]]:
+        """Return steered logits of seen tokens, and what they prove; ask about others where that may help.
+
+        What is found out is entered into `logits`.
+        """
+        assert self._partial is not None
+        rows = None if len(alive) == len(self._rows) else alive
+        offsets = combine(torch.zeros_like(logits[0]), self._contributions(logits, rows))
+        bounds = [block.bounds[row][position] for row in alive]
+        ceilings = torch.tensor([each.ceiling for each in bounds])
+        temperatures = torch.tensor(
+            [self._rows[row].job.sampling.temperature or 1.0 for row in alive]
+        )
+        asked = [0] * len(alive)
+        while True:
+            is_seen = ~torch.isneginf(logits[0])
+            steered = self._masked(logits[0] + offsets)
+            upper = self._masked(upper_logits(logits[0], offsets, ceilings=ceilings))
+            chosen = self._sampler.peek(steered, rows)
+            highest = self._sampler.peek(upper, rows)
+            doubtful = [
+                place
+                for place in (chosen != highest).nonzero().flatten().tolist()
+                if asked[place] < MAX_REVEALED
+                and self._may_reveal(upper[place], steered[place], is_seen[place], alive[place])
+            ]
+            found = {}
+            for place in doubtful:
+                asked[place] += 1
+                token_id = int(highest[place])
+                num_back = len(block.draft) - position
+                group = self._groups[0]
+                answer = self._partial.reveal(group.state, alive[place], num_back, [token_id])
+                if token_id in answer:
+                    found[place, token_id] = answer[token_id]
+                else:
+                    asked[place] = MAX_REVEALED
+            if not found:
+                break
+            logits[0] = logits[0].clone()
+            for (place, token_id), logprob in found.items():
+                logits[0][place, token_id] = logprob
+        rests = torch.tensor([each.rest for each in bounds])
+        lost = max_lost_prob(upper, is_seen, offsets, rests=rests, temperatures=temperatures)
+        # What a nucleus keeps depends on all probabilities, and bounds do not tell.
+        is_provable = [self._rows[row].job.sampling.top_p == 1.0 for row in alive]
+        return steered, [
+            _Proof(same and provable, loss)
+            for same, provable, loss in zip(
+                (chosen == highest).tolist(), is_provable, lost.tolist(), strict=True
+            )
+        ]
+
+    def _may_reveal(self, upper: Tensor, steered: Tensor, is_seen: Tensor, row: int) -> bool:
+        """Whether few enough tokens are in the way of a proof for asking about each."""
+        if not self._rows[row].job.sampling.is_greedy:
+            return True
+        return int((upper.masked_fill(is_seen, -torch.inf) > steered.max()).sum()) <= MAX_REVEALED
 
     def _masked(self, logits: Tensor) -> Tensor:
         """Return logits with padding ids at -inf."""
@@ -526,6 +642,10 @@ class Batch:
 
         def logprob(member: int) -> float:
             row = self._masked(logits[member][place].float())
+            if member == 0 and self._partial is not None:
+                return float(
+                    row[token_id]
+                )  # a logprob already, and not all that make it one are here
             return float(row[token_id] - row.logsumexp(-1))
 
         parts = {"base": logprob(0)}
@@ -542,7 +662,10 @@ class Batch:
         pending = torch.tensor([row.new_ids[-1] for row in self._rows], device=device)
         block = _Block([], {}, {})
         self._num_blocks += 1
-        limit, plan = self._plan()
+        if self._partial is not None and self._draft_ahead(block):
+            limit, plan = 0, None
+        else:
+            limit, plan = self._plan()
         drafter = self._drafter(plan.source) if plan is not None else None
         if drafter is not None:
             assert plan is not None
@@ -554,9 +677,31 @@ class Batch:
         tokens = torch.stack([pending, *block.draft], dim=1)
         for group in self._groups:
             if group.members[0] not in block.stepwise:
-                for index, part in self._run(group, tokens):
+                is_partial = group.backend is self._partial
+                for index, part in self._run(group, tokens if is_partial else tokens.clamp(min=0)):
                     block.whole[index] = part
+                if is_partial and self._partial is not None:
+                    block.bounds = self._partial.bounds(group.state)
         return block
+
+    def _draft_ahead(self, block: _Block) -> bool:
+        """Take what a partial base is known to go on with as the draft; whether there was any.
+
+        It costs no call, and the small models read it in one forward. Rows that have less are filled up.
+        """
+        assert self._partial is not None
+        if not self._can_draft:
+            return False
+        limit = min(AHEAD_TOKENS, max(row.num_left for row in self._rows) - 1)
+        pending = [row.new_ids[-1] for row in self._rows]
+        ahead = [ids[:limit] for ids in self._partial.lookahead(self._groups[0].state, pending)]
+        longest = max(map(len, ahead))
+        if longest <= 0:
+            return False
+        padded = [ids + [NO_TOKEN] * (longest - len(ids)) for ids in ahead]
+        block.draft = list(torch.tensor(padded).t())
+        block.source = "base"
+        return True
 
     def _draft(self, block: _Block, pending: Tensor, drafter: int, plan: Plan, limit: int) -> None:
         """Let one group read token by token, and guess the next one after each, as far as that pays."""
@@ -564,7 +709,7 @@ class Batch:
         assert speculator is not None and plan.source is not None
         group = self._group_of(drafter)
         block.stepwise = {index: [] for index in group.members}
-        is_adaptive = speculator.drafting.is_adaptive
+        is_adaptive = speculator.drafting.is_adaptive and self._partial is None
         rates = [row.rates[plan.source].value for row in self._rows]
         chances = [1.0] * len(self._rows)
         token_ids = pending
@@ -653,8 +798,9 @@ class Batch:
         earlier = next((g for g in kept.groups if g.backend is group.backend), None)
         if earlier is None or earlier.members != group.members:
             return None
-        if not group.backend.capabilities.can_rewind:
-            return None
+        capabilities = group.backend.capabilities
+        if not capabilities.can_rewind or capabilities.is_partial:
+            return None  # a server keeps what it has read by itself
         prompts = [list(job.prompts[index]) for index in group.members]
         read = [kept.token_ids[index] for index in group.members]
         shared = [
@@ -690,6 +836,8 @@ class Batch:
         if speculator is None:
             return 0, None
         drafting = speculator.drafting
+        if self._partial is not None:
+            return self._plan_for_calls(speculator)
         limit = min(drafting.max_tokens, max(row.num_left for row in self._rows) - 1)
         for group in self._groups:
             context = group.backend.capabilities.max_context
@@ -726,6 +874,28 @@ class Batch:
             # None pays on average; where the source is sure of a token, that one may.
             return limit, plan._replace(source=able[0])
         return limit, plan
+
+    def _plan_for_calls(self, speculator: Speculator) -> tuple[int, Plan | None]:
+        """Return what saves calls to a partial base, beside which the small models' time is nothing.
+
+        Without a draft, one call brings the base's own continuation, which is good for as long as steering
+        agrees with it. With one, it tells the base's view of what the expert would say. Whoever was right more
+        often lately is followed.
+        """
+        assert self._partial is not None
+        drafting = speculator.drafting
+        limit = min(drafting.max_tokens, max(row.num_left for row in self._rows) - 1)
+        can_draft = self._drafter("expert") is not None and drafting.allows("expert")
+        if limit <= 0 or not can_draft or not self._partial.can_score:
+            return 0, None
+        if drafting.is_adaptive:
+            mean = {
+                source: sum(row.rates[source].value for row in self._rows)
+                for source in ("expert", "base")
+            }
+            if mean["expert"] <= mean["base"]:
+                return 0, None
+        return limit, Plan("expert", limit, 0.0)
 
     def _block_seconds(
         self, source: Source | None, length: int, whole_chance: float
@@ -848,6 +1018,7 @@ class Batch:
             return  # states stay as they are, for `kept`
         self._sampler.select(places)
         if self._first is not None:
+            self._first.bounds = [self._first.bounds[p] for p in places if self._first.bounds]
             self._first.whole = {i: logits[places] for i, logits in self._first.whole.items()}
         for group in self._groups:
             rows = [k * num_rows + place for k in range(len(group.members)) for place in places]

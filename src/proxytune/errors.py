@@ -18,11 +18,15 @@
     │   ├── OutputFileError      an output file that cannot be written or continued
     │   └── MissingExtra         an optional dependency that is not installed
     └── BackendError             the work itself failed; the CLI ends with exit code 1
+        ├── ApiError             a server that gives no good answer, however often it is asked
+        └── BudgetSpent          one more call would exceed the calls or the cost that are allowed
 
 A message says what happened, with the values; why it cannot go on; and, after "hint:", what to do next.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class ProxytuneError(Exception):
@@ -94,4 +98,17 @@ class MissingExtra(UserError):
 
 
 class BackendError(ProxytuneError):
-    """A model failed while it ran."""
+    """A model failed while it ran.
+
+    `traces` holds what was generated until then, for each request that had begun.
+    """
+
+    traces: tuple[Any, ...] = ()
+
+
+class ApiError(BackendError):
+    """A server gave no good answer, however often it was asked."""
+
+
+class BudgetSpent(BackendError):
+    """One more call would exceed the calls or the cost that are allowed."""

@@ -27,6 +27,22 @@ PLAIN_USER_TURN = "\n\nUser:"
 """How a user's next turn begins in a longer conversation in the `plain` format."""
 
 
+class ChatPrompt(tuple[int, ...]):
+    """Token ids that remember the messages they were rendered from.
+
+    A base behind a chat endpoint renders messages itself; nobody else looks at them.
+    """
+
+    messages: tuple[Message, ...]
+
+    @classmethod
+    def of(cls, token_ids: Sequence[int], prompt: Prompt) -> ChatPrompt:
+        """Return the token ids of a prompt that is text or messages."""
+        itself = cls(token_ids)
+        itself.messages = tuple(_messages(prompt))
+        return itself
+
+
 class Tokenizer(Protocol):
     """What this package needs of a tokenizer; those of transformers have it."""
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from proxytune.checkpoint import DTYPES, HUB_ID, hub_recipe, resolve_package
 from proxytune.errors import (
@@ -38,6 +39,9 @@ CACHE_DTYPES = ("float32", "float16", "q8_0")
 
 DEFAULT_CONTEXT = 4096
 """Most tokens of a row in llama.cpp, where the recipe does not say."""
+
+ENDPOINTS = ("completions", "chat")
+"""Parts of an OpenAI-compatible API that generate text."""
 
 COMBINATIONS = ("sum",)
 """Ways in which several experts steer one base."""
@@ -71,6 +75,7 @@ _METADATA_KEYS = frozenset(
 )
 """Keys that transformers writes into any config.json; they are allowed and mean nothing here."""
 
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -114,11 +119,78 @@ class LlamaCppSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class ApiSettings:
+    """How a base behind an OpenAI-compatible HTTP API is asked.
+
+    Args:
+        model: What the server calls the model; None for the only one that it lists.
+        tokenizer: A model whose tokens are the base's; None for the first anti-expert.
+        key_env: The environment variable that holds the API key; None sends none. Keys are never stored.
+        endpoint: `completions`, or `chat` where the server offers nothing else; None finds out.
+        top_logprobs: Most likely tokens to ask for at each position; None for 100, or what the server allows.
+        lookahead: Most tokens of the base's own continuation to ask for in one call; None adapts, up to 32.
+        max_concurrency: Calls at the same time.
+        timeout_s: Seconds until a call without an answer is given up and repeated.
+        max_retries: How often a call that failed is repeated.
+        prompt_price: Of a million prompt tokens, in any currency.
+        completion_price: Of a million generated tokens, in the same one.
+
+    Raises:
+        RecipeError: A value cannot be used.
+    """
+
+    model: str | None = None
+    tokenizer: str | None = None
+    key_env: str | None = None
+    endpoint: str | None = None
+    top_logprobs: int | None = None
+    lookahead: int | None = None
+    max_concurrency: int = 4
+    timeout_s: float = 60.0
+    max_retries: int = 8
+    prompt_price: float = 0.0
+    completion_price: float = 0.0
+
+    def __post_init__(self) -> None:
+        for key in ("model", "tokenizer", "key_env", "endpoint"):
+            if getattr(self, key) is not None:
+                _check_text(getattr(self, key), key)
+        if self.key_env is not None and not _VARIABLE.fullmatch(self.key_env):
+            raise RecipeError(
+                "key_env is not the name of an environment variable, and a key itself must never stand in a "
+                'recipe.\nhint: export OPENAI_API_KEY=…, and write "key_env": "OPENAI_API_KEY"'
+            )
+        if self.endpoint not in (None, *ENDPOINTS):
+            raise RecipeError(
+                f"endpoint is {_show(self.endpoint)}, and must be one of {', '.join(ENDPOINTS)}"
+                f"{_close_match(self.endpoint or '', ENDPOINTS)}"
+            )
+        for key, least in (
+            ("top_logprobs", 1),
+            ("lookahead", 1),
+            ("max_concurrency", 1),
+            ("max_retries", 0),
+        ):
+            _check_count(key, getattr(self, key), least=least)
+        for key in ("timeout_s", "prompt_price", "completion_price"):
+            value = getattr(self, key)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if (
+                not is_number
+                or not math.isfinite(value)
+                or value < 0
+                or (key == "timeout_s" and not value)
+            ):
+                raise RecipeError(f"{key} is {_show(value)}, and must be a number above 0")
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """One model of a recipe.
 
     Args:
-        model: A local directory, a `.gguf` file, `package:NAME/PATH`, or a Hub id.
+        model: A local directory, a `.gguf` file, `package:NAME/PATH`, or a Hub id; of the base also the
+            address of an API.
         adapter: A LoRA adapter on it: a local directory, `package:NAME/PATH`, or a Hub id.
         same_as: `base` reuses the base's logits, and excludes all else.
         revision: Branch, tag or commit of the model, if it is a Hub id.
@@ -131,6 +203,7 @@ class ModelSpec:
         trust_remote_code: Run code that comes with the model.
         allow_pickle: Accept pickled weights, which can run any code when they are read.
         llama_cpp: Run a `.gguf` file with llama.cpp; None leaves it to transformers.
+        api: How to ask a base whose `model` is the address of an API, such as `http://localhost:8000/v1`.
 
     Raises:
         RecipeError: A value is of the wrong kind, or two exclude each other.
@@ -148,6 +221,7 @@ class ModelSpec:
     trust_remote_code: bool = False
     allow_pickle: bool = False
     llama_cpp: LlamaCppSettings | None = None
+    api: ApiSettings | None = None
 
     def __post_init__(self) -> None:
         for key in (
@@ -175,7 +249,14 @@ class ModelSpec:
             )
         if self.quantization is not None:
             _check_settings(self.quantization)
-        if self.llama_cpp is not None:
+        if self.model is not None and is_url(self.model):
+            self._check_api()
+        elif self.api is not None:
+            raise RecipeError(
+                f"api is given and model is {_show(self.model)}, which is no address.\n"
+                'hint: "model": "http://localhost:8000/v1", or leave api out'
+            )
+        elif self.llama_cpp is not None:
             self._check_llama_cpp()
         elif self.model is not None and self.adapter is not None and is_gguf(self.adapter):
             raise RecipeError(
@@ -188,6 +269,23 @@ class ModelSpec:
             raise RecipeError(
                 f'prompt is {_show(self.prompt)}, and must be "plain", "chat" or a Jinja template'
                 f"{_close_match(self.prompt, ('plain', 'chat'))}"
+            )
+
+    def _check_api(self) -> None:
+        if self.api is None:
+            object.__setattr__(self, "api", ApiSettings())
+        kept = {"model", "prompt", "api"}
+        for setting in fields(self):
+            if setting.name not in kept and getattr(self, setting.name) != setting.default:
+                raise RecipeError(
+                    f"model is the address of an API and {setting.name} is given, which its server decides.\n"
+                    f"hint: leave {setting.name} out"
+                )
+        address = urlsplit(self.model or "")
+        if address.username or address.password or address.query:
+            raise RecipeError(
+                "the address of the API holds a name, a password or a query, and a recipe holds no secrets.\n"
+                'hint: name an environment variable in "api": {"key_env": "OPENAI_API_KEY"}'
             )
 
     def _check_llama_cpp(self) -> None:
@@ -272,6 +370,12 @@ class ExpertSpec:
             object.__setattr__(self, "alpha", check_alpha(self.alpha))
         except (InvalidRequest, OverflowError) as error:
             raise RecipeError(str(error)) from error
+        for part in ("expert", "anti_expert"):
+            if getattr(self, part).api is not None:
+                raise RecipeError(
+                    f"{part} is behind an API, which shows too little of what it predicts; only a base can "
+                    f"be.\nhint: name a small model that runs here"
+                )
         if self.expert.same_as and self.anti_expert.same_as:
             raise RecipeError(
                 'expert and anti_expert are both {"same_as": "base"}, so their difference is nothing.\n'
@@ -353,6 +457,13 @@ class Recipe:
             raise RecipeError(
                 f"two experts are called {doubled[0]!r}.\nhint: give each a name of its own"
             )
+        if self.base.api is not None:
+            for expert in self.experts:
+                if expert.expert.same_as or expert.anti_expert.same_as:
+                    raise RecipeError(
+                        f'the base is behind an API, and expert {expert.name!r} has {{"same_as": "base"}}, '
+                        "whose logits are seen in part only.\nhint: name small models for both sides"
+                    )
         if self.combine not in COMBINATIONS:
             raise RecipeError(
                 f"combine is {_show(self.combine)}, and must be one of {', '.join(COMBINATIONS)}"
@@ -465,7 +576,7 @@ class Recipe:
         changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
 
         def changed(spec: ModelSpec) -> ModelSpec:
-            is_elsewhere = spec.same_as is not None or spec.llama_cpp is not None
+            is_elsewhere = spec.same_as or spec.llama_cpp or spec.api
             return spec if is_elsewhere else replace(spec, **changes)
 
         return self._with_models(changed)
@@ -829,14 +940,15 @@ def _model_spec(value: Any, place: str) -> ModelSpec:
     value = _object(value, place)
     known = [setting.name for setting in fields(ModelSpec)]
     _check_keys(value, known=known, place=place)
-    if value.get("llama_cpp") is not None:
-        settings = _object(value["llama_cpp"], f"{place}.llama_cpp")
-        known = [setting.name for setting in fields(LlamaCppSettings)]
-        _check_keys(settings, known=known, place=f"{place}.llama_cpp")
+    for key, kind in (("llama_cpp", LlamaCppSettings), ("api", ApiSettings)):
+        if value.get(key) is None:
+            continue
+        settings = _object(value[key], f"{place}.{key}")
+        _check_keys(settings, known=[s.name for s in fields(kind)], place=f"{place}.{key}")
         try:
-            value["llama_cpp"] = LlamaCppSettings(**settings)
+            value[key] = kind(**settings)
         except RecipeError as error:
-            raise RecipeError(f"{place}.llama_cpp: {error}") from error
+            raise RecipeError(f"{place}.{key}: {error}") from error
     try:
         return ModelSpec(**value)
     except RecipeError as error:
@@ -853,6 +965,11 @@ def _expert_spec(value: Any, place: str) -> ExpertSpec:
         return ExpertSpec(value["name"], expert, anti_expert, value.get("alpha", 1.0))
     except RecipeError as error:
         raise RecipeError(f"{place}: {error}") from error
+
+
+def is_url(reference: str) -> bool:
+    """Whether a reference is the address of an API."""
+    return reference.lower().startswith(("http://", "https://"))
 
 
 def is_gguf(reference: str) -> bool:

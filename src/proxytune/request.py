@@ -90,6 +90,8 @@ class SamplingParams:
         stop_token_ids: Token ids of the base's vocabulary that end the text, beside the models' own.
         ignore_eos: Go on after end-of-sequence tokens until `max_new_tokens`.
         logprobs: How many most likely tokens each step lists, 0 to 100; None lists none.
+        require_certified: End the text before a token that is not proved to be what the base's full logits
+            would give. Only a base behind an API hides any.
 
     Raises:
         InvalidRequest: A value is out of range, or two of them contradict each other.
@@ -109,6 +111,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    require_certified: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "min_new_tokens", "top_k"):

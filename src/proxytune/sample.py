@@ -272,12 +272,8 @@ class BatchSampler:
             steered_logits: `[rows, vocab]` float32, padding ids at -inf. Not changed.
             rows: Which rows of the batch these are, ascending; None for all.
         """
-        rows, index = self._index(rows)
-        logits = self.adjusted(steered_logits, rows)
-        if self._any_sampled:
-            token_ids = draw(self._warp(logits, index), self._noise_at(0, rows))
-        else:
-            token_ids = logits.argmax(-1)
+        rows, _ = self._index(rows)
+        token_ids = self.peek(steered_logits, rows)
         chosen = steered_logits.gather(1, token_ids[:, None])[:, 0]
         logprobs = chosen - steered_logits.logsumexp(-1)
         if self._counts is not None and self._seen is not None:
@@ -290,6 +286,14 @@ class BatchSampler:
             if noise is not None:
                 noise.advance()
         return Choice(token_ids, logprobs)
+
+    def peek(self, steered_logits: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """Return the token ids, `[rows]`, that `choose` would choose from these logits; nothing is remembered."""
+        rows, index = self._index(rows)
+        logits = self.adjusted(steered_logits, rows)
+        if self._any_sampled:
+            return draw(self._warp(logits, index), self._noise_at(0, rows))
+        return logits.argmax(-1)
 
     def propose(self, logits: Tensor, *, ahead: int, rows: Sequence[int] | None = None) -> Tensor:
         """Guess what each row will choose, from the logits of one model alone; nothing is remembered.

@@ -11,8 +11,37 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-FinishReason = Literal["stop", "length", "cancelled"]
-"""Why generation ended: an end-of-sequence token or stop string, the token limit, or the caller."""
+FinishReason = Literal["stop", "length", "cancelled", "uncertified", "failed"]
+"""Why generation ended: an end-of-sequence token or stop string, the token limit, the caller, a token that was
+not certified though that was required, or a model that failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What calls to a base behind an API have cost.
+
+    Args:
+        num_calls: Answered ones.
+        num_retries: Tries that failed and were repeated.
+        num_prompt_tokens: As the server counts them.
+        num_completion_tokens: As the server counts them.
+        cost: By the prices that the recipe gives, in their currency.
+    """
+
+    num_calls: int = 0
+    num_retries: int = 0
+    num_prompt_tokens: int = 0
+    num_completion_tokens: int = 0
+    cost: float = 0.0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.num_calls + other.num_calls,
+            self.num_retries + other.num_retries,
+            self.num_prompt_tokens + other.num_prompt_tokens,
+            self.num_completion_tokens + other.num_completion_tokens,
+            self.cost + other.cost,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +58,8 @@ class Step:
         parts: What `base` and, per expert, `NAME.expert` and `NAME.anti_expert` gave the token, as
             logprobs in nats, if asked for.
         finish_reason: Set on the last step only.
+        is_certified: Whether the base's full logits are proved to give this token; None where they were seen.
+        max_lost_prob: Most steered probability that tokens have that the base did not show; None likewise.
     """
 
     index: int
@@ -38,6 +69,8 @@ class Step:
     top: tuple[tuple[int, float], ...] = ()
     parts: Mapping[str, float] | None = None
     finish_reason: FinishReason | None = None
+    is_certified: bool | None = None
+    max_lost_prob: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +87,7 @@ class Trace:
         latency_s: From the start of the batch to this row's last token, seconds.
         num_drafted: Tokens that speculative decoding guessed for this text, as far as they were looked at.
         num_accepted: How many of them were what was chosen; their share is the acceptance rate.
+        usage: What calls to a base behind an API have cost; None for a base that runs here.
     """
 
     text: str
@@ -65,6 +99,13 @@ class Trace:
     latency_s: float = 0.0
     num_drafted: int = 0
     num_accepted: int = 0
+    usage: Usage | None = None
+
+    @property
+    def num_certified(self) -> int | None:
+        """How many tokens the base's full logits are proved to give; None where they were seen."""
+        proofs = [step.is_certified for step in self.steps]
+        return None if None in proofs else sum(map(bool, proofs))
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -93,6 +134,8 @@ class Trace:
             "expert": names[0] if len(names) == 1 else names,
             "latency_s": round(self.latency_s, 4),
         }
+        if self.usage is not None:
+            summary |= asdict(self.usage) | {"num_certified": self.num_certified}
         if logprobs:
             summary["logprobs"] = [
                 {
@@ -117,4 +160,6 @@ class Trace:
             Step(**{**step, "top": tuple((int(i), float(p)) for i, p in step["top"])})
             for step in fields.pop("steps")
         )
+        if fields.get("usage") is not None:
+            fields["usage"] = Usage(**fields["usage"])
         return cls(steps=steps, **fields)

@@ -10,6 +10,7 @@ Text and models never reach this file.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -95,6 +96,44 @@ class Vocabulary:
                 f"token id {token_id}, at position {position} of the prompt, cannot be read: {why}.\n"
                 f"hint: give token ids of {self.name}'s own tokenizer, or give the prompt as text"
             )
+
+
+def token_bytes(vocabulary: Vocabulary) -> dict[int, bytes]:
+    """Return the bytes that each token stands for, by id.
+
+    Tokens are written in one of three ways: in the characters that byte-level BPE gives to bytes (a space is
+    `Ġ`), in those of SentencePiece (a space is `▁`, a lone byte `<0x0A>`), or as they are. Which it is shows in
+    how the vocabulary writes a space. A special token stands for its own name.
+    """
+    tokens = vocabulary.token_to_id
+    if any(token.startswith("Ġ") for token in tokens):
+        table = _byte_level_characters()
+        return {
+            token_id: bytes(table[c] for c in token)
+            if all(c in table for c in token)
+            else token.encode()
+            for token, token_id in tokens.items()
+        }
+    if any(token.startswith("▁") for token in tokens):
+        return {
+            token_id: bytes([int(token[3:5], 16)])
+            if re.fullmatch(r"<0x[0-9A-F]{2}>", token)
+            else token.replace("▁", " ").encode()
+            for token, token_id in tokens.items()
+        }
+    return {token_id: token.encode() for token, token_id in tokens.items()}
+
+
+def _byte_level_characters() -> dict[str, int]:
+    """Return the byte of each character of byte-level BPE.
+
+    Printable characters of Latin-1 stand for themselves; the other bytes, in order, for those from U+0100 on
+    (Radford et al. 2019, the code of GPT-2).
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    table = {chr(byte): byte for byte in printable}
+    return table | {chr(0x100 + place): byte for place, byte in enumerate(others)}
 
 
 @dataclass(frozen=True, eq=False)

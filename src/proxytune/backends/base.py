@@ -18,6 +18,8 @@ from typing import Generic, TypeVar
 from torch import Tensor
 from typing_extensions import NamedTuple  # typing's own can be generic only from Python 3.11 on
 
+from proxytune.trace import Usage
+
 State = TypeVar("State")
 
 
@@ -37,6 +39,7 @@ class Capabilities:
     can_rewind: bool = True
     adapters: tuple[str, ...] = ()
     reuses_logits: bool = False
+    is_partial: bool = False
 
 
 class Prefilled(NamedTuple, Generic[State]):
@@ -101,3 +104,74 @@ class Backend(ABC, Generic[State]):
     @abstractmethod
     def select(self, state: State, rows: Sequence[int]) -> State:
         """Return a state of the given rows in the given order; the old state must not be used after."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What is known of the tokens that a partial backend did not show at a position.
+
+    Args:
+        ceiling: No token that was left out has a higher logprob; -inf where none was left out.
+        rest: What all of them together have at most, as a probability.
+    """
+
+    ceiling: float
+    rest: float
+
+
+NO_TOKEN = -1
+"""What a row shorter than others is filled up with, where a partial backend appends drafts."""
+
+
+class PartialBackend(Backend[State]):
+    """A model that shows the logprobs of a few tokens at each position: a base behind an API.
+
+    Its logits are logprobs, with -inf for tokens that were not shown. Asking is dear, so what an answer says
+    about later positions is kept: `extend` costs nothing where that covers the tokens appended.
+    """
+
+    @property
+    @abstractmethod
+    def can_score(self) -> bool:
+        """Whether one call tells the logits of several tokens appended at once; if not, each costs one."""
+
+    @abstractmethod
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        adapters: Sequence[str | None] | None = None,
+        num_new_tokens: Sequence[int] | None = None,
+    ) -> Prefilled[State]:
+        """Run whole prompts; see `Backend.prefill`.
+
+        Args:
+            prompts: Token ids, one sequence a row.
+            adapters: None, or None for every row.
+            num_new_tokens: How many tokens each row will get at most, so that no more are asked for.
+        """
+
+    @abstractmethod
+    def usage(self, state: State, row: int) -> Usage:
+        """Return what a row's calls have cost so far."""
+
+    @abstractmethod
+    def bounds(self, state: State) -> list[list[Bounds]]:
+        """Return the bounds for each row and position of the last `prefill` or `extend`."""
+
+    @abstractmethod
+    def lookahead(self, state: State, token_ids: Sequence[int]) -> list[list[int]]:
+        """Return, for each row, tokens whose logits are known already, if they follow this token of the row."""
+
+    @abstractmethod
+    def reveal(
+        self, state: State, row: int, num_back: int, token_ids: Sequence[int]
+    ) -> dict[int, float]:
+        """Ask for the logprobs of certain tokens, and return those that could be found out.
+
+        Args:
+            state: The rows.
+            row: Which of them.
+            num_back: How many of the row's last tokens come after the position.
+            token_ids: What to ask for.
+        """

@@ -1,0 +1,939 @@
+"""A base behind an OpenAI-compatible HTTP API, which shows the logprobs of its likeliest tokens.
+
+This is the one backend that text passes through: most servers take a prompt as text and name tokens by theirs.
+Both ways are here, with the differences between servers; `api_client.py` sees that answers arrive.
+
+Words: a *position* is a place in a row, and what the server says of the token there: the logprobs of the *seen*
+tokens, and bounds for the others. A *stretch* is the base's own greedy continuation, with the positions
+along it: one call brings many. As long as what is chosen agrees with it, the next positions cost nothing; where it
+differs, the rest of the stretch is dropped and a new one asked for. A server that *scores* tells the
+positions of a given text.
+
+What differs between servers is found out by asking (`ApiTraits`), each thing when it is needed first.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from proxytune.backends.api_client import ApiClient, RefusedCall
+from proxytune.backends.base import NO_TOKEN, Bounds, Capabilities, PartialBackend, Prefilled
+from proxytune.errors import ApiError, InvalidRequest, UnsupportedModel
+from proxytune.prompts import ChatPrompt, Tokenizer
+from proxytune.recipe import ApiSettings
+from proxytune.request import Message
+from proxytune.trace import Usage
+from proxytune.vocab import Vocabulary, token_bytes
+
+MOST_TOP_LOGPROBS = 100
+"""Seen tokens per position where the recipe does not say; more make answers long and certify little more."""
+
+LADDER = (20, 5, 1)
+"""What is tried where a server shows fewer: most have one of these limits."""
+
+MAX_LOOKAHEAD = 32
+FIRST_LOOKAHEAD = 8
+
+RUN_MEMORY = 8
+"""Stretches that the running mean of their used length goes back."""
+
+PROBE = "The quick brown fox jumps over the lazy"
+PROBE_RETRIES = 2
+"""A server may answer what it does not do with an error that looks like a passing one."""
+
+FORCING_BIAS = 100.0
+"""Most that the API allows; it leaves nothing else to choose."""
+
+ROUNDING = 1e-5
+"""What logprobs are rounded by on their way, as a probability."""
+
+
+class Position:
+    """What the server says of the token at one place.
+
+    Args:
+        token_ids: The seen tokens that could be matched.
+        logprobs: Theirs, in nats.
+        bounds: For all other tokens.
+        unmatched: Probability of seen tokens that are none of the local vocabulary.
+    """
+
+    __slots__ = ("bounds", "logprobs", "token_ids", "unmatched")
+
+    def __init__(
+        self, token_ids: list[int], logprobs: list[float], bounds: Bounds, unmatched: float
+    ) -> None:
+        self.token_ids = token_ids
+        self.logprobs = logprobs
+        self.bounds = bounds
+        self.unmatched = unmatched
+
+    def dense(self, width: int) -> Tensor:
+        """Return `[width]` logprobs, -inf where nothing is known."""
+        logits = torch.full((width,), -torch.inf)
+        if self.token_ids:
+            logits[self.token_ids] = torch.tensor(self.logprobs)
+        return logits
+
+
+@dataclass(slots=True)
+class _Row:
+    """One row: its tokens, and what is known of positions along them.
+
+    Args:
+        prompt: As it was given.
+        token_ids: The prompt's and the new ones.
+        start: Length of the row before `stretch[0]`.
+        stretch: Known positions, from there on.
+        tokens: What stands at these positions where they hold; one less, or as many.
+        has_ended: Whether the base ends the text after the stretch.
+        num_left: How many tokens may still come.
+        usage: Of this row's calls.
+    """
+
+    prompt: Sequence[int]
+    token_ids: list[int]
+    start: int = 0
+    stretch: list[Position] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    has_ended: bool = False
+    num_left: int | None = None
+    usage: Usage = Usage()
+
+    def known(self, length: int) -> Position | None:
+        """Return the position after the first `length` tokens, if it is known."""
+        place = length - self.start
+        if not 0 <= place < len(self.stretch):
+            return None
+        if self.token_ids[self.start : length] != self.tokens[:place]:
+            return None
+        return self.stretch[place]
+
+    def num_used(self) -> int:
+        """Return how many of the stretch's tokens the row has."""
+        count = 0
+        for one, other in zip(self.token_ids[self.start :], self.tokens, strict=False):
+            if one != other:
+                break
+            count += 1
+        return count
+
+
+@dataclass(slots=True)
+class ApiState:
+    """A batch: its rows, and the bounds of the positions asked for last."""
+
+    rows: list[_Row]
+    bounds: list[list[Bounds]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class ApiTraits:
+    """What a server shows and takes.
+
+    Args:
+        served_model: What it calls the model.
+        endpoint: `completions` or `chat`.
+        top_logprobs: Tokens that it shows at each position, of those asked for.
+        is_limited: Whether more were asked for.
+        takes_token_ids: Whether a prompt may be token ids, and tokens are named by them.
+        scoring: How it tells the positions of a given text; `echo_shifted` is one place late.
+        bias: Whether `logit_bias` changes the logprobs that are reported, or only what is chosen.
+        continues: Whether a chat answer that was begun is continued; None for completions.
+    """
+
+    served_model: str
+    endpoint: Literal["completions", "chat"]
+    top_logprobs: int
+    is_limited: bool
+    takes_token_ids: bool
+    scoring: Literal["prompt_logprobs", "echo", "echo_shifted"] | None
+    bias: Literal["shown", "hidden"] | None
+    continues: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """One token of an answer, as the server names things: an id, bytes or text.
+
+    Args:
+        token: What stands there.
+        logprob: Its own; None where the server does not tell.
+        top: The likeliest tokens, and `listed`.
+        listed: A token that is among them whether it is likely or not.
+    """
+
+    token: int | bytes | str
+    logprob: float | None
+    top: tuple[tuple[int | bytes | str, float], ...]
+    listed: int | bytes | str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    tokens: list[_Said | None]
+    has_ended: bool
+    usage: Usage
+    offsets: list[int] | None = None
+
+
+class ApiBackend(PartialBackend[ApiState]):
+    """A base behind HTTP.
+
+    Args:
+        client: How to reach it.
+        settings: Of the recipe.
+        name: How errors call it.
+        tokenizer: Whose tokens stand for the base's, as text.
+        vocabulary: The same one's.
+        eos_token_ids: Which of them end a text.
+        can_send_ids: Whether token ids may be tried; they are only sent where the server's mean the same.
+
+    Raises:
+        ApiError: The server cannot be reached.
+        UnsupportedModel: It shows no logprobs, or has several models and none is named.
+    """
+
+    def __init__(
+        self,
+        client: ApiClient,
+        settings: ApiSettings,
+        *,
+        name: str,
+        tokenizer: Tokenizer,
+        vocabulary: Vocabulary,
+        eos_token_ids: Sequence[int],
+    ) -> None:
+        self.name = name
+        self.client = client
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self.vocab_size = vocabulary.width
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._bytes_of = token_bytes(vocabulary)
+        self._id_of: dict[bytes, int] = {}
+        for token_id, content in sorted(self._bytes_of.items(), reverse=True):
+            self._id_of[content] = token_id  # of several the lowest: later ones are rarely produced
+        self._run_length = FIRST_LOOKAHEAD / 2
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(
+            settings.max_concurrency, thread_name_prefix="proxytune-api"
+        )
+        self.num_positions = 0
+        """Positions that the server told."""
+        self.unmatched = 0.0
+        """Probability of seen tokens that are none of the local vocabulary, summed over positions."""
+        self._served_model = settings.model or self._only_model()
+        self._endpoint, self._top_logprobs, self._is_limited = self._find_limits()
+
+    def close(self) -> None:
+        """End what runs in the background, and close the connections."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.client.close()
+
+    # What the server is like -----------------------------------------------------------------------------
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Say what this backend can do. A server keeps its context's length to itself until it is exceeded."""
+        return Capabilities(max_context=None, is_partial=True)
+
+    @cached_property
+    def traits(self) -> ApiTraits:
+        """What the server shows and takes, all of it; some of it has to be asked for."""
+        return ApiTraits(
+            served_model=self._served_model,
+            endpoint=self._endpoint,
+            top_logprobs=self._top_logprobs,
+            is_limited=self._is_limited,
+            takes_token_ids=self._takes_token_ids,
+            scoring=self._scoring,
+            bias=self._bias,
+            continues=self._continues if self._endpoint == "chat" else None,
+        )
+
+    @property
+    def can_score(self) -> bool:
+        """Whether several tokens appended at once cost one call."""
+        return self._scoring is not None
+
+    def _only_model(self) -> str:
+        try:
+            listed = self.client.get("/models").get("data") or []
+            names = [str(model["id"]) for model in listed]
+        except (RefusedCall, KeyError, TypeError) as error:
+            raise UnsupportedModel(
+                f"{self.name} does not list its models: {error}\n"
+                'hint: name it in the recipe: "api": {"model": …}'
+            ) from error
+        if len(names) != 1:
+            raise UnsupportedModel(
+                f"{self.name} serves {len(names)} models ({', '.join(names[:8])}), and the recipe names none.\n"
+                'hint: "api": {"model": …}'
+            )
+        return names[0]
+
+    def _find_limits(self) -> tuple[Literal["completions", "chat"], int, bool]:
+        """Return the endpoint, how many tokens it shows at a position, and whether more were asked for."""
+        asked = min(self._settings.top_logprobs or MOST_TOP_LOGPROBS, self.vocab_size)
+        endpoints: list[Any] = [self._settings.endpoint or "completions"]
+        if self._settings.endpoint is None:
+            endpoints.append("chat")
+        problem: Exception | None = None
+        for endpoint in endpoints:
+            self._endpoint = endpoint
+            for wanted in (asked, *(n for n in LADDER if n < asked)):
+                self._top_logprobs = wanted
+                prompt = self._prompt_of(self._encode(PROBE), is_probe=True)
+                try:
+                    answer = self._ask(prompt, max_tokens=1, max_retries=PROBE_RETRIES)
+                except RefusedCall as error:
+                    problem = error
+                    if error.status in (401, 403):
+                        raise
+                    if error.status in (404, 405):
+                        break
+                    continue
+                except ApiError as error:
+                    problem = error
+                    break
+                said = answer.tokens[0] if answer.tokens else None
+                if said is None or not said.top:
+                    problem = UnsupportedModel("its answers have no logprobs")
+                    break
+                # A greedy answer's token is one of the likeliest; some servers list it once more.
+                shown = min(len(said.top), wanted)
+                return endpoint, shown, shown < asked
+        if isinstance(problem, ApiError):
+            raise problem
+        raise UnsupportedModel(
+            f"{self.name} cannot be steered, since it shows no logprobs: {problem}\n"
+            "hint: a server has to answer `logprobs` (completions) or `top_logprobs` (chat); llama-cpp-python's "
+            "needs --logits_all true, vLLM allows 20 unless it is started with a higher --max-logprobs"
+        )
+
+    @cached_property
+    def _takes_token_ids(self) -> bool:
+        """Whether token ids mean here what they mean to the local tokenizer."""
+        if self._endpoint != "completions":
+            return False
+        token_ids = self._encode(PROBE)
+        try:
+            by_text = self._ask(self._text_of(token_ids), max_tokens=1, max_retries=PROBE_RETRIES)
+            by_ids = self._ask(token_ids, max_tokens=1, max_retries=PROBE_RETRIES)
+        except (RefusedCall, ApiError):
+            return False
+        one, other = by_text.tokens[:1], by_ids.tokens[:1]
+        if not one or not other or one[0] is None or other[0] is None:
+            return False
+        if not isinstance(other[0].token, int):
+            return False
+        # The same distribution under names that the local vocabulary turns into the same text.
+        texts = {self._key_bytes(key): logprob for key, logprob in one[0].top}
+        return all(
+            isinstance(key, int)
+            and key in self._bytes_of
+            and abs(texts.get(self._bytes_of[key], logprob) - logprob) < 0.05
+            for key, logprob in other[0].top
+        ) and any(self._bytes_of.get(int(key), b"?") in texts for key, _ in other[0].top)
+
+    @cached_property
+    def _scoring(self) -> Literal["prompt_logprobs", "echo", "echo_shifted"] | None:
+        if self._endpoint != "completions":
+            return None
+        token_ids = self._encode(PROBE)
+        prompt = self._prompt_of(token_ids)
+        first = self._ask(prompt, max_tokens=1, max_retries=PROBE_RETRIES)
+        if not first.tokens or first.tokens[0] is None:
+            return None
+        said = first.tokens[0]
+        token_id = self._match(said.token)
+        if token_id is None:
+            return None
+        whole = self._prompt_of([*token_ids, token_id])
+        for way in ("prompt_logprobs", "echo", "echo_shifted"):
+            try:
+                answer = self._ask(whole, max_tokens=1, scoring=way, max_retries=0)
+            except (RefusedCall, ApiError):
+                continue
+            found = self._scored(answer, [*token_ids, token_id], len(token_ids), way)
+            if found and found[0] is not None and _is_alike(found[0], said):
+                return way
+        return None
+
+    @cached_property
+    def _bias(self) -> Literal["shown", "hidden"] | None:
+        """Whether and how `logit_bias` works: a token that is unlikely here is forced, and looked at."""
+        prompt = self._prompt_of(self._encode(PROBE))
+        plain = self._ask(prompt, max_tokens=1, max_retries=PROBE_RETRIES)
+        said = plain.tokens[0] if plain.tokens else None
+        if said is None or len(said.top) < 2:
+            return None
+        matched = [(self._match(key), logprob) for key, logprob in said.top]
+        known = [(i, logprob) for i, logprob in matched if i is not None]
+        if len(known) < 2:
+            return None
+        token_id, logprob = min(known, key=lambda pair: pair[1])
+        try:
+            answer = self._ask(
+                prompt, max_tokens=1, bias={token_id: FORCING_BIAS}, max_retries=PROBE_RETRIES
+            )
+        except (RefusedCall, ApiError):
+            return None
+        forced = answer.tokens[0] if answer.tokens else None
+        if forced is None or forced.logprob is None or self._match(forced.token) != token_id:
+            return None
+        return "hidden" if abs(forced.logprob - logprob) < 0.05 else "shown"
+
+    @cached_property
+    def _continues(self) -> bool:
+        """Whether a chat answer that was begun is continued, as it would have gone on by itself."""
+        prompt = self._prompt_of(self._encode(PROBE), is_probe=True)
+        whole = self._ask(prompt, max_tokens=6, max_retries=PROBE_RETRIES)
+        ids = [None if said is None else self._match(said.token) for said in whole.tokens]
+        if len(ids) < 6 or None in ids:
+            return False
+        begun = [i for i in ids[:3] if i is not None]
+        answer = self._ask(
+            (prompt[0], self._plain_text(begun)), max_tokens=3, max_retries=PROBE_RETRIES
+        )
+        return [None if s is None else self._match(s.token) for s in answer.tokens] == ids[3:6]
+
+    # The backend's questions ------------------------------------------------------------------------------
+
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        adapters: Sequence[str | None] | None = None,
+        num_new_tokens: Sequence[int] | None = None,
+    ) -> Prefilled[ApiState]:
+        """Ask for the first stretch of each row; see `PartialBackend.prefill`.
+
+        Raises:
+            InvalidRequest: A prompt is empty or ends within a character, or an adapter is named.
+            UnsupportedModel: The server refuses the question.
+            ApiError: It gave no good answer.
+            BudgetSpent: The calls or the cost allowed are spent.
+        """
+        if any(adapters or ()):
+            raise InvalidRequest(f"{self.name} is behind an API, where it takes no adapters")
+        if not prompts or not all(prompts):
+            raise InvalidRequest(
+                f"{self.name} was given an empty prompt, so there is nothing to continue"
+            )
+        most: Sequence[int | None] = num_new_tokens or [None] * len(prompts)
+        state = ApiState(
+            [
+                _Row(prompt, list(prompt), num_left=n)
+                for prompt, n in zip(prompts, most, strict=True)
+            ]
+        )
+        logits = self._positions(state, [[len(row.token_ids)] for row in state.rows])
+        return Prefilled(state, logits[:, 0])
+
+    def extend(self, state: ApiState, token_ids: Tensor) -> Tensor:
+        """Append tokens and tell what follows each; see `Backend.extend`.
+
+        Calls are made for rows whose stretch does not cover the tokens. `NO_TOKEN` fills up shorter rows, and
+        nothing is asked about it.
+
+        Raises:
+            UnsupportedModel: The server refuses the question.
+            ApiError: It gave no good answer.
+            BudgetSpent: The calls or the cost allowed are spent.
+        """
+        lengths = []
+        for row, new in zip(state.rows, token_ids.tolist(), strict=True):
+            begin = len(row.token_ids)
+            row.token_ids.extend(new)
+            num_real = next((n for n, i in enumerate(new) if i == NO_TOKEN), len(new))
+            lengths.append([begin + n + 1 if n < num_real else -1 for n in range(len(new))])
+            if row.num_left is not None:
+                row.num_left -= len(new)
+        return self._positions(state, lengths)
+
+    def rewind(self, state: ApiState, num_tokens: Sequence[int]) -> None:
+        """Forget the last tokens of each row."""
+        for row, count in zip(state.rows, num_tokens, strict=True):
+            if count:
+                del row.token_ids[-count:]
+                if row.num_left is not None:
+                    row.num_left += count
+
+    def select(self, state: ApiState, rows: Sequence[int]) -> ApiState:
+        """Return a state of the given rows in the given order."""
+        bounds = [state.bounds[row] for row in rows] if state.bounds else []
+        return ApiState([state.rows[row] for row in rows], bounds)
+
+    def bounds(self, state: ApiState) -> list[list[Bounds]]:
+        """Return the bounds of the positions asked for last; see `PartialBackend.bounds`."""
+        return state.bounds
+
+    def lookahead(self, state: ApiState, token_ids: Sequence[int]) -> list[list[int]]:
+        """Return the tokens of each row's stretch after this one; see `PartialBackend.lookahead`."""
+        found = []
+        for row, token_id in zip(state.rows, token_ids, strict=True):
+            place = len(row.token_ids) - row.start
+            is_on_the_way = (
+                row.tokens[: place + 1] == [*row.token_ids[row.start :], token_id] and place >= 0
+            )
+            ahead = row.tokens[place + 1 : len(row.stretch) - 1] if is_on_the_way else []
+            found.append(list(ahead))
+        return found
+
+    def usage(self, state: ApiState, row: int) -> Usage:
+        """Return what a row's calls have cost."""
+        return state.rows[row].usage
+
+    def reveal(
+        self, state: ApiState, row: int, num_back: int, token_ids: Sequence[int]
+    ) -> dict[int, float]:
+        """Ask for certain tokens with `logit_bias`; see `PartialBackend.reveal`.
+
+        Where the bias is hidden, a forced token comes with its own logprob, one a call. Where it is shown,
+        several are raised by as much as a token whose logprob is known, which tells theirs.
+        """
+        if self._bias is None:
+            return {}
+        its = state.rows[row]
+        length = len(its.token_ids) - num_back
+        position = its.known(length)
+        prompt = self._prompt_of(its.token_ids[:length], prompt=its.prompt)
+        found: dict[int, float] = {}
+        if self._bias == "hidden":
+            for token_id in token_ids:
+                answer = self._ask(prompt, max_tokens=1, bias={token_id: FORCING_BIAS})
+                its.usage += answer.usage
+                said = answer.tokens[0] if answer.tokens else None
+                if (
+                    said is not None
+                    and said.logprob is not None
+                    and self._match(said.token) == token_id
+                ):
+                    found[token_id] = said.logprob
+            return found
+        if position is None or not position.token_ids:
+            return {}
+        anchor, anchor_logprob = max(
+            zip(position.token_ids, position.logprobs, strict=True), key=lambda pair: pair[1]
+        )
+        room = max(1, self._top_logprobs - 1)
+        for start in range(0, len(token_ids), room):
+            asked = token_ids[start : start + room]
+            bias = dict.fromkeys([anchor, *asked], FORCING_BIAS)
+            answer = self._ask(prompt, max_tokens=1, bias=bias)
+            its.usage += answer.usage
+            said = answer.tokens[0] if answer.tokens else None
+            if said is None:
+                continue
+            shown = {self._match(key): logprob for key, logprob in said.top}
+            if anchor not in shown:
+                continue
+            for token_id in asked:
+                if token_id in shown:
+                    found[token_id] = shown[token_id] - shown[anchor] + anchor_logprob
+        return found
+
+    # Positions ---------------------------------------------------------------------------------------------
+
+    def _positions(self, state: ApiState, lengths: Sequence[Sequence[int]]) -> Tensor:
+        """Return `[rows, num_positions, vocab]` for rows of the given lengths, asking for what is not known."""
+        missing = [
+            (row, [n for n in wanted if n >= 0 and row.known(n) is None])
+            for row, wanted in zip(state.rows, lengths, strict=True)
+        ]
+        missing = [(row, wanted) for row, wanted in missing if wanted]
+        if len(missing) == 1:
+            self._fetch(*missing[0])
+        elif missing:
+            # The first failure ends the batch; what the others asked for is then lost, and was not used.
+            for future in [self._pool.submit(self._fetch, *item) for item in missing]:
+                future.result()
+        empty = Position([], [], Bounds(0.0, 1.0), 0.0)
+        found = [
+            [(row.known(n) or empty) if n >= 0 else empty for n in wanted]
+            for row, wanted in zip(state.rows, lengths, strict=True)
+        ]
+        state.bounds = [[position.bounds for position in positions] for positions in found]
+        return torch.stack(
+            [torch.stack([p.dense(self.vocab_size) for p in positions]) for positions in found]
+        )
+
+    def _fetch(self, row: _Row, lengths: Sequence[int]) -> None:
+        """Ask for the positions of one row at these lengths, and for a stretch after the last of them."""
+        if len(lengths) > 1 and self._scoring is not None:
+            if self._fetch_scored(row, lengths):
+                return
+        for length in lengths:
+            if row.known(length) is None:
+                self._fetch_stretch(row, length)
+
+    def _fetch_stretch(self, row: _Row, length: int) -> None:
+        prompt = self._prompt_of(row.token_ids[:length], prompt=row.prompt)
+        if row.has_ended and length == row.start + len(row.tokens) and row.known(length) is None:
+            if row.token_ids[row.start : length] == row.tokens:
+                self._fetch_end(row, length, prompt)
+                return
+        self._learn(row)
+        answer = self._ask(prompt, max_tokens=self._num_ahead(row, length))
+        row.usage += answer.usage
+        if not answer.tokens and not answer.has_ended:
+            raise ApiError(
+                f"{self.name} gave no token after {length} tokens.\n"
+                "hint: its context may be full; shorten the prompt, or ask for fewer new tokens"
+            )
+        self._enter(row, length, [], answer.tokens, has_ended=answer.has_ended)
+        if row.known(length) is None:
+            self._fetch_end(row, length, prompt)
+
+    def _fetch_scored(self, row: _Row, lengths: Sequence[int]) -> bool:
+        """Ask for all positions in one call; whether the server's tokens were those of the row."""
+        first, last = lengths[0], lengths[-1]
+        way = self._scoring
+        assert way is not None
+        prompt = self._prompt_of(row.token_ids[:last], prompt=row.prompt)
+        self._learn(row)
+        answer = self._ask(prompt, max_tokens=self._num_ahead(row, last), scoring=way)
+        row.usage += answer.usage
+        scored = self._scored(answer, row.token_ids[:last], first, way)
+        if scored is None or any(said is None for said in scored[: last - first]):
+            return False
+        given = row.token_ids[first:last]
+        self._enter(row, first, given, scored, has_ended=answer.has_ended)
+        return row.known(last) is not None
+
+    def _enter(
+        self,
+        row: _Row,
+        length: int,
+        given: Sequence[int],
+        said: Sequence[_Said | None],
+        *,
+        has_ended: bool,
+    ) -> None:
+        """Keep the positions from `length` on; the first tokens are given, the others the server's."""
+        positions: list[Position] = []
+        tokens: list[int] = list(given)
+        for place, one in enumerate(said):
+            if one is None:
+                break
+            positions.append(self._position(one))
+            if place >= len(given):
+                token_id = self._match(one.token)
+                if token_id is None:
+                    has_ended = False  # what follows a token without a name here cannot be used
+                    break
+                tokens.append(token_id)
+        row.start, row.stretch, row.tokens = length, positions, tokens
+        row.has_ended = has_ended and bool(not tokens or tokens[-1] not in self._eos_token_ids)
+
+    def _fetch_end(self, row: _Row, length: int, prompt: Any) -> None:
+        """Find out the position where the base ends the text, which most servers do not tell.
+
+        The token that ends it is forbidden to see the others; it has what they leave of the probability. Where
+        that cannot be done, nothing else is known of the position.
+        """
+        ends = [i for i in self._eos_token_ids]
+        position = Position(ends[:1], [0.0] * len(ends[:1]), Bounds(0.0, 1.0), 0.0)
+        if self._bias == "hidden":
+            answer = self._ask(prompt, max_tokens=1, bias=dict.fromkeys(ends, -FORCING_BIAS))
+            row.usage += answer.usage
+            if answer.tokens and answer.tokens[0] is not None:
+                position = self._position(answer.tokens[0])
+                if not set(ends) & set(position.token_ids):
+                    left = 1.0 - sum(map(math.exp, position.logprobs))
+                    position.token_ids.append(ends[0])
+                    position.logprobs.append(math.log(max(left, ROUNDING)))
+        row.start, row.stretch, row.tokens, row.has_ended = length, [position], [], False
+
+    def _position(self, said: _Said) -> Position:
+        """Match what the server shows at a position with the local vocabulary."""
+        found: dict[int, float] = {}
+        unknown: list[float] = []
+        own = () if said.logprob is None else ((said.token, said.logprob),)
+        for key, logprob in (*said.top, *own):
+            token_id = self._match(key)
+            if token_id is None:
+                unknown.append(logprob)
+            else:
+                found[token_id] = max(logprob, found.get(token_id, -math.inf))
+        total = min(1.0, sum(math.exp(logprob) for _, logprob in said.top))
+        # A token that is listed in any case says nothing about how likely those are that are not.
+        likeliest = [logprob for key, logprob in said.top if key != said.listed]
+        lowest = min(likeliest, default=max((logprob for _, logprob in said.top), default=0.0))
+        is_all = len(found) >= len(self._bytes_of)
+        left = max(0.0, 1.0 - total) + ROUNDING
+        ceiling = -math.inf if is_all else max([min(lowest, math.log(left)), *unknown])
+        rest = (
+            0.0
+            if is_all
+            else min(1.0, max(0.0, 1.0 - sum(map(math.exp, found.values()))) + ROUNDING)
+        )
+        unmatched = sum(math.exp(logprob) for logprob in set(unknown))
+        with self._lock:
+            self.num_positions += 1
+            self.unmatched += min(1.0, unmatched)
+        return Position(list(found), list(found.values()), Bounds(ceiling, rest), unmatched)
+
+    def _match(self, key: int | bytes | str) -> int | None:
+        """Return the local id of a token that the server names; None where there is none.
+
+        Where text is sent, a token that ends within a character has none: nothing could be asked about what
+        follows it.
+        """
+        if isinstance(key, int):
+            return key if key in self._bytes_of else None
+        content = self._key_bytes(key)
+        token_id = self._id_of.get(content)
+        if token_id is None:
+            return None
+        try:
+            content.decode()
+        except UnicodeDecodeError:
+            return None
+        return token_id
+
+    @staticmethod
+    def _key_bytes(key: int | bytes | str) -> bytes:
+        return key if isinstance(key, bytes) else str(key).encode()
+
+    def _num_ahead(self, row: _Row, length: int) -> int:
+        """Return how many tokens to ask for: somewhat more than stretches were good for lately."""
+        most = self._settings.lookahead or MAX_LOOKAHEAD
+        wanted = most if self._settings.lookahead else math.ceil(1.5 * self._run_length) + 2
+        if row.num_left is not None:
+            wanted = min(wanted, max(1, row.num_left + len(row.token_ids) - length))
+        return max(1, min(wanted, most))
+
+    def _learn(self, row: _Row) -> None:
+        """Let the length of the next stretch follow what was used of the last one."""
+        if row.stretch:
+            with self._lock:
+                self._run_length += (row.num_used() - self._run_length) / RUN_MEMORY
+
+    # Texts and tokens ---------------------------------------------------------------------------------------
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=True))
+
+    def _plain_text(self, token_ids: Sequence[int]) -> str:
+        return str(
+            self._tokenizer.decode(
+                list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def _text_of(self, token_ids: Sequence[int]) -> str:
+        """Return a row as text, without the token that begins every text: servers add it themselves."""
+        bos = self._tokenizer.bos_token
+        ids = list(token_ids)
+        if bos is not None and ids and ids[0] == self._vocabulary.token_to_id.get(bos):
+            with_start = self._tokenizer.encode("a", add_special_tokens=True)
+            if with_start[:1] == ids[:1]:
+                ids = ids[1:]
+        text = self._plain_text(ids)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            raise InvalidRequest(
+                f"the prompt ends within a character, and {self.name} takes text only.\n"
+                "hint: end the prompt after a whole character"
+            )
+        return text
+
+    def _prompt_of(
+        self,
+        token_ids: Sequence[int],
+        *,
+        prompt: Sequence[int] | None = None,
+        is_probe: bool = False,
+    ) -> Any:
+        """Return what is sent for a row: token ids, text, or messages with the answer's beginning."""
+        if self._endpoint == "completions":
+            if is_probe or not self._takes_token_ids:
+                return self._text_of(token_ids)
+            return list(token_ids)
+        if is_probe:
+            return [{"role": "user", "content": self._text_of(token_ids)}], ""
+        assert prompt is not None
+        new = token_ids[len(prompt) :]
+        if isinstance(prompt, ChatPrompt):
+            messages: list[Message] = list(prompt.messages)
+        else:
+            messages = [{"role": "user", "content": self._text_of(prompt)}]
+        return messages, self._plain_text(new) if new else ""
+
+    # One call -----------------------------------------------------------------------------------------------
+
+    def _ask(
+        self,
+        prompt: Any,
+        *,
+        max_tokens: int,
+        bias: Mapping[int, float] | None = None,
+        scoring: str | None = None,
+        max_retries: int | None = None,
+    ) -> _Answer:
+        """Ask for a greedy continuation with logprobs."""
+        body: dict[str, Any] = {
+            "model": self._served_model,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+        }
+        if bias is not None:
+            body["logit_bias"] = {str(token_id): value for token_id, value in bias.items()}
+        if self._endpoint == "chat":
+            return self._ask_chat(body, prompt, max_retries)
+        body |= {"prompt": prompt, "logprobs": self._top_logprobs}
+        if not isinstance(prompt, str):
+            body["return_tokens_as_token_ids"] = True
+        if scoring == "prompt_logprobs":
+            body["prompt_logprobs"] = self._top_logprobs
+        elif scoring is not None:
+            body["echo"] = True
+
+        def check(answer: dict[str, Any]) -> None:
+            choice = answer["choices"][0]
+            logprobs = choice["logprobs"] or {}
+            lengths = {
+                len(logprobs[key])
+                for key in ("tokens", "token_logprobs", "top_logprobs")
+                if logprobs.get(key)
+            }
+            if len(lengths) > 1:
+                raise ValueError("its lists of logprobs have different lengths")
+            if choice.get("finish_reason") is None:
+                raise ValueError("it has no finish_reason")
+
+        answer, usage = self.client.post("/completions", body, check, max_retries=max_retries)
+        choice = answer["choices"][0]
+        logprobs = choice["logprobs"] or {}
+        tokens: list[_Said | None] = []
+        if scoring == "prompt_logprobs":
+            for entry in choice.get("prompt_logprobs") or answer.get("prompt_logprobs") or []:
+                tokens.append(_said_of_ids(entry))
+        for token, logprob, top in zip(
+            logprobs.get("tokens") or [],
+            logprobs.get("token_logprobs") or [],
+            logprobs.get("top_logprobs") or [],
+            strict=False,
+        ):
+            if logprob is None or top is None:
+                tokens.append(None)
+                continue
+            tokens.append(
+                _Said(
+                    _named(token),
+                    float(logprob),
+                    tuple((_named(key), float(value)) for key, value in top.items()),
+                    listed=_named(token),
+                )
+            )
+        offsets = logprobs.get("text_offset")
+        return _Answer(tokens, choice.get("finish_reason") == "stop", usage, offsets)
+
+    def _ask_chat(self, body: dict[str, Any], prompt: Any, max_retries: int | None) -> _Answer:
+        messages, begun = prompt
+        if begun:
+            messages = [*messages, {"role": "assistant", "content": begun}]
+            body |= {"add_generation_prompt": False, "continue_final_message": True}
+        body |= {"messages": messages, "logprobs": True, "top_logprobs": self._top_logprobs}
+
+        def check(answer: dict[str, Any]) -> None:
+            choice = answer["choices"][0]
+            if choice.get("finish_reason") is None:
+                raise ValueError("it has no finish_reason")
+            (choice.get("logprobs") or {}).get("content")
+
+        answer, usage = self.client.post("/chat/completions", body, check, max_retries=max_retries)
+        choice = answer["choices"][0]
+        content = (choice.get("logprobs") or {}).get("content") or []
+        tokens: list[_Said | None] = [
+            _Said(
+                _chat_name(said),
+                float(said["logprob"]),
+                tuple((_chat_name(top), float(top["logprob"])) for top in said["top_logprobs"]),
+                listed=_chat_name(said),
+            )
+            for said in content
+        ]
+        return _Answer(tokens, choice.get("finish_reason") == "stop", usage)
+
+    def _scored(
+        self, answer: _Answer, token_ids: Sequence[int], first: int, way: str
+    ) -> list[_Said | None] | None:
+        """Return what an answer with a scored prompt says of the positions from `first` on.
+
+        None where the server cut the text into other tokens.
+        """
+        said = answer.tokens
+        if way == "prompt_logprobs":
+            return said[first:] if len(said) > len(token_ids) else None
+        if answer.offsets is None or len(answer.offsets) != len(said):
+            return None
+        begin = len(self._text_of(token_ids[:first])) if first else 0
+        places = [n for n, offset in enumerate(answer.offsets) if offset == begin]
+        if not places:
+            return None
+        place = places[-1]
+        for n, token_id in enumerate(token_ids[first:]):
+            there = said[place + n] if place + n < len(said) else None
+            if there is None or self._match(there.token) != token_id:
+                return None
+        if way == "echo":
+            return said[place:]
+        # One place late: an entry's token stands there, and its logprobs are those of the next token.
+        if place == 0:
+            return None
+        before = said[place - 1 : -1]
+        return [
+            None
+            if one is None or other is None
+            else _Said(other.token, None, one.top, listed=one.token)
+            for one, other in zip(before, said[place:], strict=True)
+        ]
+
+
+def _named(key: str) -> int | bytes | str:
+    """Read a token's name: an id, bytes that are no text, or text."""
+    if match := re.fullmatch(r"token_id:(\d+)", key):
+        return int(match[1])
+    if key.startswith("bytes:"):
+        try:
+            return key[6:].encode("latin-1").decode("unicode_escape").encode("latin-1")
+        except (UnicodeDecodeError, UnicodeEncodeError):
+            return key
+    return key
+
+
+def _chat_name(said: Mapping[str, Any]) -> int | bytes | str:
+    content = said.get("bytes")
+    return bytes(content) if content else _named(str(said["token"]))
+
+
+def _said_of_ids(entry: Mapping[str, Any] | None) -> _Said | None:
+    """Read an entry of vLLM's `prompt_logprobs`, which may hold the text's own token beside the likeliest."""
+    if not entry:
+        return None
+    top = tuple((int(key), float(value["logprob"])) for key, value in entry.items())
+    # The text's own token comes first.
+    return _Said(top[0][0], top[0][1], top, listed=top[0][0])
+
+
+def _is_alike(one: _Said, other: _Said) -> bool:
+    """Whether two answers give the likeliest tokens the same logprobs, whatever they call them."""
+
+    def highest(said: _Said) -> Iterable[float]:
+        return sorted((logprob for _, logprob in said.top), reverse=True)[:3]
+
+    return all(abs(a - b) < 0.05 for a, b in zip(highest(one), highest(other), strict=False))

@@ -1,0 +1,60 @@
+"""What the likeliest tokens of a base prove about all of them.
+
+A base behind an API shows some tokens' logprobs; of any other token is known that its logprob is at most the
+*ceiling* and that all others together have at most the *rest* of the probability. The offset is known for every
+token, since the small models run here. So there is an upper bound for the steered logit of each token, and often
+it proves that the full logits would have led to the same choice.
+
+Pure functions of tensors. Unseen tokens stand at -inf in the base's logits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def upper_logits(base_logprobs: Tensor, offsets: Tensor, *, ceilings: Tensor) -> Tensor:
+    """Return logits that the full steered ones do not exceed, and equal for seen tokens.
+
+    For a token that was not seen the base's logprob is at most `l_k`, the lowest of the k that were, so its
+    steered logit is at most `l_k + offset`.
+
+    Args:
+        base_logprobs: `[rows, vocab]`, nats, -inf for unseen tokens.
+        offsets: `[rows, vocab]`, `alpha * (expert - anti_expert)`.
+        ceilings: `[rows]`, the highest logprob that an unseen token can have; -inf where there is none.
+
+    Returns:
+        `[rows, vocab]` float32. If the token chosen from it is a seen one and is the one chosen from the seen
+        tokens alone, the full logits give it too: greedily, and for a draw with the same noise, since every
+        other token has at most the logit it has here.
+    """
+    return torch.where(torch.isneginf(base_logprobs), ceilings[:, None], base_logprobs) + offsets
+
+
+def max_lost_prob(
+    upper: Tensor, is_seen: Tensor, offsets: Tensor, *, rests: Tensor, temperatures: Tensor
+) -> Tensor:
+    """Bound the steered probability of all tokens that were not seen: `B / (B + S)`.
+
+    `S` is the sum of `exp(steered / T)` over seen tokens. `B` bounds that of unseen ones: the sum of their upper
+    bounds, or at T = 1 the rest of the base's probability times the largest `exp(offset)`, whichever is less.
+
+    Args:
+        upper: `[rows, vocab]` from `upper_logits`, padding ids at -inf.
+        is_seen: `[rows, vocab]` bool.
+        offsets: `[rows, vocab]`.
+        rests: `[rows]`, the most probability that the base gives to unseen tokens.
+        temperatures: `[rows]`; 1 for greedy rows.
+
+    Returns:
+        `[rows]`, between 0 and 1.
+    """
+    scaled = upper / temperatures[:, None]
+    seen = scaled.masked_fill(~is_seen, -torch.inf).logsumexp(-1)
+    unseen = scaled.masked_fill(is_seen, -torch.inf).logsumexp(-1)
+    is_possible = ~is_seen & ~torch.isneginf(upper)
+    largest = offsets.masked_fill(~is_possible, -torch.inf).amax(-1)
+    by_rest = torch.where(temperatures == 1, rests.log() + largest, torch.inf)
+    return torch.sigmoid(torch.minimum(unseen, by_rest) - seen)
