@@ -14,17 +14,14 @@ Logprobs are float32 `log_softmax` of the backend's logits, whatever the tempera
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
 import re
-import socket
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
@@ -33,6 +30,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from proxytune.backends.base import Backend
+from tests.loopback import LoopbackServer, QuietHandler
 
 Json = dict[str, Any]
 
@@ -207,10 +205,9 @@ class CompletionServer:
         self.lock = threading.Lock()
         """Held while the backend runs and while counts change."""
         self.received: list[Received] = []
-        """Every POST that was valid JSON, refused ones included, in the order of arrival."""
+        """Every POST of a JSON object to an endpoint that is there, refused ones included."""
         self.statuses: list[int] = []
         """The status of every answer, GET included, in the order in which they were decided."""
-        self.num_connections = 0
         self.num_prompt_tokens = 0
         """Of requests that were served."""
         self.num_completion_tokens = 0
@@ -218,8 +215,7 @@ class CompletionServer:
         self.failures: list[str] = []
         """Tracebacks of what went wrong in the server itself; a test may want this empty."""
         self._port = port
-        self._http: _HTTPServer | None = None
-        self._thread: threading.Thread | None = None
+        self._http: LoopbackServer | None = None
 
     @property
     def bodies(self) -> list[Json]:
@@ -232,10 +228,16 @@ class CompletionServer:
         return len(self.received)
 
     @property
+    def num_connections(self) -> int:
+        """How many connections clients opened."""
+        assert self._http is not None, "the server was never started"
+        return self._http.num_connections
+
+    @property
     def port(self) -> int:
-        """The port while the server runs."""
-        assert self._http is not None, "the server is not running"
-        return int(self._http.server_address[1])
+        """Where it listens, or did."""
+        assert self._http is not None, "the server was never started"
+        return self._http.port
 
     @property
     def url(self) -> str:
@@ -243,11 +245,8 @@ class CompletionServer:
         return f"http://127.0.0.1:{self.port}/v1"
 
     def __enter__(self) -> Self:
-        self._http = _HTTPServer(("127.0.0.1", self._port), self)
-        self._thread = threading.Thread(
-            target=self._http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
-        )
-        self._thread.start()
+        self._http = LoopbackServer(_Handler, self, port=self._port)
+        self._http.start()
         return self
 
     def __exit__(
@@ -256,14 +255,11 @@ class CompletionServer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        assert self._http is not None and self._thread is not None
-        self._http.shutdown()
-        self._http.server_close()
-        self._http.close_connections()
-        self._thread.join()
+        assert self._http is not None
+        self._http.stop()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Refusal(Exception):
     """An answer that is an error."""
 
@@ -816,49 +812,8 @@ class _Writer:
             yield {**self.envelope([], is_chunk=True), "usage": self.usage(generations)}
 
 
-class _HTTPServer(ThreadingHTTPServer):
-    """Knows its completion server and its open connections."""
-
-    daemon_threads = True
-
-    def __init__(self, address: tuple[str, int], owner: CompletionServer) -> None:
-        self.owner = owner
-        self._open: set[socket.socket] = set()
-        self._open_lock = threading.Lock()
-        super().__init__(address, _Handler)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        with self._open_lock:
-            self._open.add(request)
-            self.owner.num_connections += 1
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        with self._open_lock:
-            self._open.discard(request)
-        super().shutdown_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: a client that goes away is no failure of the server."""
-
-    def close_connections(self) -> None:
-        """End the connections that clients keep open."""
-        with self._open_lock:
-            for each in self._open:
-                with contextlib.suppress(OSError):
-                    each.shutdown(socket.SHUT_RDWR)
-
-
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     """One connection."""
-
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    wbufsize = 65536  # head and body leave in one packet
-    server: _HTTPServer
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Keep the test's output clean."""
 
     def do_GET(self) -> None:
         owner = self.server.owner
@@ -872,11 +827,11 @@ class _Handler(BaseHTTPRequestHandler):
         card = {"id": owner.model, "object": "model", "created": 0, "owned_by": "tests"}
         if owner.traits.dialect != "openai":
             card["max_model_len"] = owner.max_context
-        self.send(200, {"object": "list", "data": [card]})
+        self.answer(200, {"object": "list", "data": [card]})
 
     def do_POST(self) -> None:
         owner = self.server.owner
-        raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        raw = self.read_body()
         try:
             request = self.parse(raw)
             generations = [_Generation(owner, request, prompt) for prompt in request.prompts]
@@ -892,9 +847,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.refuse(_Refusal(500, f"{type(error).__name__}: {error}", kind="server_error"))
             return
         if answer is not None:
-            self.send(200, answer)
-        else:
+            self.answer(200, answer)
+            return
+        try:
             self.stream(writer.chunks(generations))
+        except OSError:
+            self.close_connection = True  # the client went away
+        except Exception:
+            owner.failures.append(traceback.format_exc())
+            self.close_connection = True
 
     def parse(self, raw: bytes) -> _Request:
         owner = self.server.owner
@@ -920,16 +881,11 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(401, "Incorrect API key provided.", code="invalid_api_key")
 
     def refuse(self, refusal: _Refusal) -> None:
-        self.send(refusal.status, refusal.body(self.server.owner.traits.dialect))
+        self.answer(refusal.status, refusal.body(self.server.owner.traits.dialect))
 
-    def send(self, status: int, body: Json) -> None:
+    def answer(self, status: int, body: Json) -> None:
         self.server.owner.statuses.append(status)
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+        self.send(status, json.dumps(body).encode(), Content_Type="application/json")
 
     def stream(self, chunks: Iterator[Json]) -> None:
         self.server.owner.statuses.append(200)
@@ -938,14 +894,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         for chunk in chunks:
-            self.send_event(json.dumps(chunk))
-        self.send_event("[DONE]")
-        self.wfile.write(b"0\r\n\r\n")
-
-    def send_event(self, data: str) -> None:
-        event = f"data: {data}\n\n".encode()
-        self.wfile.write(b"%x\r\n%b\r\n" % (len(event), event))
-        self.wfile.flush()
+            self.send_chunk(f"data: {json.dumps(chunk)}\n\n".encode())
+        self.send_chunk(b"data: [DONE]\n\n")
+        self.send_chunk(b"")
 
 
 def _number(logprob: Tensor) -> float:
