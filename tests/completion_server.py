@@ -551,8 +551,8 @@ class _Generation:
                 if len(prompt) > 1:
                     after = backend.extend(self.state, torch.tensor([prompt[1:]]))[0]
                     logits = torch.cat([logits, after])
-                self.prompt_logprobs += list(logits[:-1].float().log_softmax(-1))
-        self.logits = logits[-1].float()
+                self.prompt_logprobs += list(logits[:-1].float().cpu().log_softmax(-1))
+        self.logits = logits[-1].float().cpu()
 
     def deltas(self) -> Iterator[_Delta]:
         """Yield what each step adds; `prefill` comes first."""
@@ -595,7 +595,7 @@ class _Generation:
                 return
             with self.server.lock:
                 self.logits = self.server.backend.decode(self.state, torch.tensor([token_id]))[0]
-            self.logits = self.logits.float()
+            self.logits = self.logits.float().cpu()
 
     def sample(self) -> tuple[int, Tensor]:
         """Return the next token and the reported logprobs."""

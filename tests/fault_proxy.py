@@ -7,8 +7,9 @@ which requests arrive, None for a request that passes. After the end of the plan
         client = Client(proxy.url)
     assert proxy.faults_injected == 1
 
-Requests are forwarded as they are, each over a connection of its own, and answers come back unchanged, streams
-piece by piece. Faults that need no answer ("close", "429" and the like) do not reach the server.
+Requests are forwarded as they are, each over a connection of its own, and answers come back unchanged,
+streams piece by piece. Requests whose fault needs no answer ("close", "429" and the like) do not reach the
+server.
 """
 
 from __future__ import annotations
@@ -125,8 +126,9 @@ class FaultProxy:
         upstream: The server's base URL, "http://127.0.0.1:<port>/v1"; only host and port count.
         plan: The fault of each request, None to let it pass.
         max_consecutive: After so many faults in a row the next request passes, and so does a request that has
-            met so many without passing once in between, so that every client that tries again
-            `max_consecutive` times has its answer. None for no such limit. The plan waits meanwhile.
+            met so many without passing once in between: a client that tries again `max_consecutive` times has
+            its answer. (Requests that a restart of another one drops or refuses come on top.) The plan waits
+            meanwhile. None for no such limit.
         num_passes: How many requests in a row pass then.
     """
 
@@ -214,6 +216,16 @@ class FaultProxy:
                 self._in_a_row_of[path, body] += 1
             return len(self.log) - 1, fault
 
+    def withdraw(self, place: int, path: str, body: bytes) -> None:
+        """Take a fault back that could not be injected."""
+        with self._lock:
+            fault = self.log[place]
+            if fault is not None:
+                self.log[place] = None
+                self.counts[fault.kind] -= 1
+                self._in_a_row = 0
+                self._in_a_row_of.pop((path, body), None)
+
     def _next(self, path: str, body: bytes) -> Fault | None:
         if self._passes_left:
             self._passes_left -= 1
@@ -228,14 +240,6 @@ class FaultProxy:
         if fault is not None and fault.kind in STREAM_KINDS and not _asks_for_stream(body):
             return None
         return fault
-
-    def withdraw(self, place: int) -> None:
-        """Take a fault back that could not be injected."""
-        with self._lock:
-            fault = self.log[place]
-            assert fault is not None
-            self.log[place] = None
-            self.counts[fault.kind] -= 1
 
     def restart(self, seconds: float) -> bool:
         """Drop every connection and listen again after a while; False if that is going on already."""
@@ -263,6 +267,10 @@ def _asks_for_stream(body: bytes) -> bool:
     return isinstance(fields, dict) and fields.get("stream") is True
 
 
+class _ServerLost(Exception):
+    """The server did not answer; the cause says how."""
+
+
 class _Handler(QuietHandler):
     """One connection of a client."""
 
@@ -274,32 +282,46 @@ class _Handler(QuietHandler):
 
     def handle_request(self) -> None:
         proxy: FaultProxy = self.server.owner
-        body = self.read_body()
-        place, fault = proxy.decide(self.path, body)
-        if fault is not None and self.answer_without_server(place, fault):
+        self.body = self.read_body()
+        self.place, fault = proxy.decide(self.path, self.body)
+        if fault is not None and self.answer_without_server(fault):
             return
         connection = http.client.HTTPConnection(*proxy.upstream)
         try:
-            headers = {
-                name: value
-                for name, value in self.headers.items()
-                if name.lower() not in ("connection", "host")
-            }
-            connection.request(self.command, self.path, body or None, headers)
-            answer = connection.getresponse()
+            answer = self.ask_server(connection)
             if fault is None:
                 self.forward(answer)
             else:
-                self.forward_hurt(answer, place, fault)
-        except (OSError, http.client.HTTPException) as error:
-            # Of the server, or of a client that went away; the client's connection is over either way.
+                self.forward_hurt(answer, fault)
+        except _ServerLost as error:
+            proxy.failures.append(repr(error.__cause__))
+            self.withdraw()
             self.close_connection = True
-            if fault is None and not isinstance(error, (BrokenPipeError, ConnectionResetError)):
-                proxy.failures.append(repr(error))
+        except (OSError, http.client.HTTPException):
+            self.close_connection = (
+                True  # the client went away, or the server did within its answer
+            )
         finally:
             connection.close()
 
-    def answer_without_server(self, place: int, fault: Fault) -> bool:
+    def ask_server(self, connection: http.client.HTTPConnection) -> http.client.HTTPResponse:
+        """Forward the request and return the answer, of which the head has been read."""
+        headers = {
+            name: value
+            for name, value in self.headers.items()
+            if name.lower() not in ("connection", "host")
+        }
+        try:
+            connection.request(self.command, self.path, self.body or None, headers)
+            return connection.getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            raise _ServerLost from error
+
+    def withdraw(self) -> None:
+        """Take this request's fault back."""
+        self.server.owner.withdraw(self.place, self.path, self.body)
+
+    def answer_without_server(self, fault: Fault) -> bool:
         """Inject a fault that needs no answer; False for the others."""
         proxy: FaultProxy = self.server.owner
         kind = fault.kind
@@ -311,7 +333,7 @@ class _Handler(QuietHandler):
             self.close_connection = True
         elif kind == "restart":
             if not proxy.restart(fault.seconds):
-                proxy.withdraw(place)
+                self.withdraw()
             self.close_connection = True
         elif kind == "head_cut":
             self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: applicati")
@@ -368,14 +390,14 @@ class _Handler(QuietHandler):
                 self.send_header(name, value)
         self.end_headers()
 
-    def forward_hurt(self, answer: http.client.HTTPResponse, place: int, fault: Fault) -> None:
+    def forward_hurt(self, answer: http.client.HTTPResponse, fault: Fault) -> None:
         """Pass an answer on with a fault in it."""
         proxy: FaultProxy = self.server.owner
         body = answer.read()
         kind = fault.kind
         cut = min(int(len(body) * fault.at), len(body) - 1)
         if kind in STREAM_KINDS and not answer.chunked:  # refused, so not a stream
-            proxy.withdraw(place)
+            self.withdraw()
             self.send_parts(answer, [body])
         elif kind == "delay":
             proxy.stopping.wait(fault.seconds)
