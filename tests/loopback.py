@@ -25,6 +25,7 @@ class LoopbackServer(ThreadingHTTPServer):
     def __init__(self, handler: type[BaseHTTPRequestHandler], owner: Any, *, port: int = 0) -> None:
         self.owner = owner
         self.num_connections = 0
+        self.is_stopped = False
         self._open: set[socket.socket] = set()
         self._to_reset: set[socket.socket] = set()
         self._lock = threading.Lock()
@@ -42,6 +43,7 @@ class LoopbackServer(ThreadingHTTPServer):
 
     def stop(self) -> None:
         """Stop to listen and drop every connection; not for the thread that accepts them."""
+        self.is_stopped = True
         self.shutdown()
         self.server_close()
         self._thread.join()
@@ -89,6 +91,13 @@ class QuietHandler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Keep the test's output clean."""
+
+    def parse_request(self) -> bool:
+        """Let a request that comes after the server's end go unheard."""
+        if self.server.is_stopped:
+            self.close_connection = True
+            return False
+        return super().parse_request()
 
     def read_body(self) -> bytes:
         """Return the body of the request."""
