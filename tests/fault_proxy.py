@@ -254,8 +254,9 @@ class FaultProxy:
             if not self.stopping.is_set():
                 self._listen()
 
-        self._relisten = threading.Thread(target=listen_again, daemon=True)
-        self._relisten.start()
+        thread = threading.Thread(target=listen_again, daemon=True)
+        thread.start()
+        self._relisten = thread
         return True
 
 

@@ -1,9 +1,9 @@
 """What the likeliest tokens of a base prove about all of them.
 
 A base behind an API shows some tokens' logprobs; of any other token is known that its logprob is at most the
-*ceiling* and that all others together have at most the *rest* of the probability. The offset is known for every
-token, since the small models run here. So there is an upper bound for the steered logit of each token, and often
-it proves that the full logits would have led to the same choice.
+*ceiling* and that all others together have at most the *rest* of the probability. The offset is known for
+every token, since the small models run here. So there is an upper bound for the steered logit of each token,
+and often it proves that the full logits would have led to the same choice.
 
 Pure functions of tensors. Unseen tokens stand at -inf in the base's logits.
 """
@@ -38,8 +38,9 @@ def max_lost_prob(
 ) -> Tensor:
     """Bound the steered probability of all tokens that were not seen: `B / (B + S)`.
 
-    `S` is the sum of `exp(steered / T)` over seen tokens. `B` bounds that of unseen ones: the sum of their upper
-    bounds, or at T = 1 the rest of the base's probability times the largest `exp(offset)`, whichever is less.
+    `S` is the sum of `exp(steered / T)` over seen tokens. `B` bounds that of unseen ones: the sum of their
+    upper bounds, or at T = 1 the rest of the base's probability times the largest `exp(offset)`, whichever
+    is less.
 
     Args:
         upper: `[rows, vocab]` from `upper_logits`, padding ids at -inf.

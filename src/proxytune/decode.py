@@ -226,12 +226,12 @@ def check_job(ensemble: Ensemble, job: Job) -> None:
                 f"stop_token_ids holds {stop_id}, and {ensemble.vocabulary.name} has "
                 f"{ensemble.vocabulary.width} token ids"
             )
-    if isinstance(ensemble.members[0].backend, PartialBackend):
-        if job.sampling.repetition_penalty != 1.0:
-            raise InvalidRequest(
-                "repetition_penalty depends on where logits have their zero, and a base behind an API shows "
-                "logprobs only.\nhint: use presence_penalty or frequency_penalty"
-            )
+    is_partial = isinstance(ensemble.members[0].backend, PartialBackend)
+    if is_partial and job.sampling.repetition_penalty != 1.0:
+        raise InvalidRequest(
+            "repetition_penalty depends on where logits have their zero, and a base behind an API shows "
+            "logprobs only.\nhint: use presence_penalty or frequency_penalty"
+        )
     for index in _members_needed(ensemble, [job]):
         member, prompt = ensemble.members[index], job.prompts[index]
         for token_id in prompt:
@@ -344,8 +344,7 @@ class Batch:
         """The seed of each job, drawn where none was given; None for greedy ones."""
         self.draft_counts = [DraftCount(0, 0)] * len(jobs)
         """By job; final when the row has ended."""
-        self.usages: list[Usage | None] = [None] * len(jobs)
-        """What calls to a base behind an API have cost, by job; final when the row has ended."""
+        self._usages: list[Usage | None] = [None] * len(jobs)
         self._num_blocks = 0
         self._confidences: dict[Source, float] = {}
         self._ended: _Row | None = None
@@ -375,6 +374,13 @@ class Batch:
     def is_done(self) -> bool:
         """Whether every row has ended."""
         return not self._rows
+
+    def usages(self) -> list[Usage | None]:
+        """Return what calls to a base behind an API have cost so far, by job; None if it runs here."""
+        if self._partial is not None:
+            for place, row in enumerate(self._rows):
+                self._usages[row.index] = self._partial.usage(self._groups[0].state, place)
+        return list(self._usages)
 
     def kept(self) -> Kept | None:
         """Return what a finished batch of one row leaves for a prompt that begins alike; None of others."""
@@ -463,7 +469,7 @@ class Batch:
                 if proofs:
                     raise BackendError(
                         f"none of the tokens that the base showed after {len(row.new_ids)} new ones may be "
-                        "chosen.\nhint: a larger top_logprobs shows more; min_new_tokens may forbid the only one"
+                        "chosen.\nhint: a larger top_logprobs shows more"
                     )
                 raise BackendError(
                     f"the logits of row {row.index} are not numbers (NaN) after {len(row.new_ids)} new "
@@ -515,7 +521,7 @@ class Batch:
     def _end(self, place: int) -> None:
         row = self._rows[place]
         if self._partial is not None:
-            self.usages[row.index] = self._partial.usage(self._groups[0].state, place)
+            self._usages[row.index] = self._partial.usage(self._groups[0].state, place)
         self.draft_counts[row.index] = DraftCount(row.num_drafted, row.num_accepted)
         if self._speculator is not None:
             self._speculator.end_rates(row.experts, row.rates)
@@ -879,8 +885,8 @@ class Batch:
         """Return what saves calls to a partial base, beside which the small models' time is nothing.
 
         Without a draft, one call brings the base's own continuation, which is good for as long as steering
-        agrees with it. With one, it tells the base's view of what the expert would say. Whoever was right more
-        often lately is followed.
+        agrees with it. With one, it tells the base's view of what the expert would say. Whoever was right
+        more often lately is followed.
         """
         assert self._partial is not None
         drafting = speculator.drafting

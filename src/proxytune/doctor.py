@@ -13,7 +13,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,13 @@ from proxytune.checkpoint import (
     running_device,
     running_dtype,
 )
-from proxytune.errors import MissingExtra, NotEnoughMemory, UserError, VocabularyMismatch
+from proxytune.errors import (
+    BackendError,
+    MissingExtra,
+    NotEnoughMemory,
+    UserError,
+    VocabularyMismatch,
+)
 from proxytune.prompts import render
 from proxytune.recipe import ModelSpec, Recipe
 from proxytune.vocab import align
@@ -50,7 +56,7 @@ class Problem:
     """
 
     where: str
-    error: UserError
+    error: UserError | BackendError
 
     def to_dict(self) -> dict[str, str]:
         """Return it for JSON: the error's class, the place and the message."""
@@ -65,7 +71,7 @@ class ModelReport:
         part: `base`, `NAME.expert` or `NAME.anti_expert`.
         reference: As the recipe says it; of the base where the part is the same.
         adapter: The adapter's reference.
-        kind: `directory` or `gguf`.
+        kind: `directory`, `gguf` or `api`.
         architecture: The model's class.
         num_parameters: In the model, without the adapter.
         num_adapter_parameters: In the adapter.
@@ -81,6 +87,7 @@ class ModelReport:
         weight_bytes: Memory of weights and adapter; 0 where the weights are shared.
         cache_bytes: Memory of the KV cache per 1,000 tokens of one sequence.
         shares: The part whose weights it uses too.
+        api: What the server of an API shows and takes (`backends.api.ApiTraits`), if it was asked.
     """
 
     part: str
@@ -102,6 +109,7 @@ class ModelReport:
     weight_bytes: int | None = None
     cache_bytes: int | None = None
     shares: str | None = None
+    api: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return it for JSON."""
@@ -221,12 +229,14 @@ class Diagnosis:
         legend.add_column(overflow="fold")
         for model in self.models:
             what = model.reference + (f" + {model.adapter}" if model.adapter else "")
-            kind = f"{model.architecture}, {model.kind}" if model.kind else "not usable"
+            kind = ", ".join(filter(None, (model.architecture, model.kind))) or "not usable"
             if model.kind and model.shares:
                 kind += f", shares the weights of {model.shares}"
             legend.add_row(Text(model.part), Text(f"{what} ({kind})"))
             if model.prompt_sample is not None:
                 legend.add_row(Text(""), Text(f"sees {model.prompt_sample!r}"))
+            for line in _api_lines(model.api):
+                legend.add_row(Text(""), Text(line))
             if model.num_padding:
                 legend.add_row(
                     Text(""), Text(f"{model.num_padding:,} padding ids, which are never sampled")
@@ -250,18 +260,23 @@ class Diagnosis:
         return Group(*parts)
 
 
-def examine(recipe: Recipe) -> Diagnosis:
+def examine(recipe: Recipe, *, ask_server: bool = False) -> Diagnosis:
     """Check a whole recipe without reading weights.
 
     A GGUF file's config and tokenizer are converted on first use, which takes seconds; of a Hub model the
     small files are fetched if they are not in its cache.
+
+    Args:
+        recipe: What to check.
+        ask_server: Find out what the server of a base behind an API shows and takes, with a few short calls.
     """
-    return _Examination(recipe).run()
+    return _Examination(recipe, ask_server).run()
 
 
 @dataclass
 class _Examination:
     recipe: Recipe
+    ask_server: bool = False
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     reports: list[ModelReport] = field(default_factory=list)
@@ -283,7 +298,7 @@ class _Examination:
             notes=tuple(dict.fromkeys(self.notes)),
         )
 
-    def _fail(self, where: str, error: UserError) -> None:
+    def _fail(self, where: str, error: UserError | BackendError) -> None:
         self.problems.append(Problem(where, error))
 
     def _examine_model(self, part: str, spec: ModelSpec) -> None:
@@ -304,6 +319,13 @@ class _Examination:
             "prompt_format": spec.prompt,
             "shares": None if is_first else first_part,
         }
+        if spec.api is not None:
+            values["kind"] = "api"
+            if checkpoint is not None:
+                values |= self._examine_tokens(part, spec, checkpoint)
+                values |= self._examine_api(part, spec, checkpoint)
+            self.reports.append(ModelReport(part=part, **values))
+            return
         adapter = self._find_adapter(part, spec, checkpoint)
         if adapter is not None:
             values["num_adapter_parameters"] = adapter.num_parameters
@@ -319,13 +341,14 @@ class _Examination:
         self.reports.append(ModelReport(part=part, **values))
 
     def _find(self, part: str, spec: ModelSpec) -> Checkpoint | None:
+        files = spec if spec.api is None else self.recipe.base_tokenizer
         try:
             return find_checkpoint(
-                spec.model or "",
+                files.model or "",
                 root=self.recipe.directory,
-                revision=spec.revision,
-                trust_remote_code=spec.trust_remote_code,
-                allow_pickle=spec.allow_pickle,
+                revision=files.revision,
+                trust_remote_code=files.trust_remote_code,
+                allow_pickle=files.allow_pickle,
             )
         except UserError as error:
             self._fail(part, error)
@@ -428,6 +451,29 @@ class _Examination:
             "weight_bytes": weight_bytes,
             "cache_bytes": 1000 * element * checkpoint.cache_elements_per_token,
         }
+
+    def _examine_api(self, part: str, spec: ModelSpec, tokens: Checkpoint) -> dict[str, Any]:
+        """Return what a server shows and takes, if it may be asked; else only look for the key."""
+        from proxytune.backends.api import ApiBackend
+        from proxytune.backends.api_client import ApiClient
+
+        assert spec.model is not None and spec.api is not None
+        self.notes.append(
+            f"{part}: text is cut into tokens by the tokenizer of {tokens.name}; of a server's other tokens "
+            "none can be chosen."
+        )
+        try:
+            if not self.ask_server:
+                ApiClient(spec.model, spec.api).close()
+                return {}
+            server = ApiBackend.load(spec, tokens)
+            try:
+                return {"api": asdict(server.traits)}
+            finally:
+                server.close()
+        except (UserError, BackendError) as error:
+            self._fail(part, error)
+            return {}
 
     def _examine_llama_cpp(
         self,
@@ -604,6 +650,35 @@ def _bytes(number: int | None) -> str:
         if number >= size:
             return f"{number / size:.1f} {unit}"
     return f"{number} B"
+
+
+def _api_lines(traits: Mapping[str, Any] | None) -> list[str]:
+    """Return what a server shows and takes, in words."""
+    if traits is None:
+        return []
+    shown = f"{traits['top_logprobs']:,} logprobs at each position"
+    shown += "" if traits["is_limited"] else ", as many as were asked for"
+    named = "token ids" if traits["takes_token_ids"] else "text"
+    scoring = {
+        None: "does not score a given text",
+        "echo_shifted": "scores a given text (echo, one place late)",
+    }.get(traits["scoring"], f"scores a given text ({traits['scoring']})")
+    bias = {
+        None: "takes no logit_bias",
+        "hidden": "takes logit_bias, and shows logprobs without it",
+        "shown": "takes logit_bias, and shows logprobs with it",
+    }[traits["bias"]]
+    lines = [
+        f"serves {traits['served_model']} at {traits['endpoint']}: shows {shown}, takes {named}",
+        f"{scoring}; {bias}",
+    ]
+    if traits["continues"] is not None:
+        lines.append(
+            "continues an answer that was begun"
+            if traits["continues"]
+            else "does not continue an answer that was begun, so only its first token can be steered"
+        )
+    return lines
 
 
 def _format_name(prompt_format: str | None) -> str:

@@ -17,15 +17,16 @@ from typing import Any
 
 import torch
 
+from proxytune.backends.api_client import Budget
 from proxytune.backends.base import Backend
 from proxytune.decode import Batch, Ensemble, Event, Job, Kept, Member, Pair, check_job
-from proxytune.errors import InvalidRequest
-from proxytune.prompts import PLAIN_USER_TURN, Tokenizer, continuation_ids, render
+from proxytune.errors import BackendError, InvalidRequest
+from proxytune.prompts import PLAIN_USER_TURN, ChatPrompt, Tokenizer, continuation_ids, render
 from proxytune.recipe import ModelSpec, Recipe
 from proxytune.request import Message, Prompt, Request, SamplingParams
 from proxytune.score import Passage, ScoreReport, score_passages, score_tokens
 from proxytune.speculative import Drafting, Speculator
-from proxytune.trace import Step, Trace
+from proxytune.trace import Step, Trace, Usage
 from proxytune.vocab import align
 
 
@@ -67,6 +68,7 @@ class ProxyTuned:
         device: str | None = None,
         dtype: str | None = None,
         experts: Sequence[str] | None = None,
+        budget: Budget | None = None,
     ) -> ProxyTuned:
         """Check a recipe whole, then load its models.
 
@@ -77,11 +79,14 @@ class ProxyTuned:
             device: Runs every model there, whatever the recipe says.
             dtype: Runs every model in it, whatever the recipe says.
             experts: Load only these; None loads all.
+            budget: What calls to a base behind an API may cost; None for no limit.
 
         Raises:
             RecipeError: The recipe is missing or malformed.
             UserError: A model is missing, unsafe, corrupt or does not match; see `errors.py`.
+            ApiError: The API of the base cannot be reached.
         """
+        from proxytune.backends.api import ApiBackend
         from proxytune.backends.llama_cpp import LlamaCppBackend
         from proxytune.backends.transformers import TransformersBackend
         from proxytune.checkpoint import AdapterFiles, Checkpoint, find_adapter, find_checkpoint
@@ -106,12 +111,14 @@ class ProxyTuned:
                 return 0
             weights = spec.weights
             if weights not in checkpoints:
+                # Of a base behind an API nothing is here but a tokenizer that speaks for it.
+                local = weights if spec.api is None else recipe.base_tokenizer
                 checkpoints[weights] = find_checkpoint(
-                    spec.model or "",
+                    local.model or "",
                     root=recipe.directory,
-                    revision=spec.revision,
-                    trust_remote_code=spec.trust_remote_code,
-                    allow_pickle=spec.allow_pickle,
+                    revision=local.revision,
+                    trust_remote_code=local.trust_remote_code,
+                    allow_pickle=local.allow_pickle,
                 )
                 adapters[weights] = {}
             adapter: str | None = None
@@ -142,6 +149,9 @@ class ProxyTuned:
         )
         backends: dict[ModelSpec, Backend[Any]] = {}
         for spec, checkpoint in checkpoints.items():
+            if spec.api is not None:
+                backends[spec] = ApiBackend.load(spec, checkpoint, budget=budget)
+                continue
             kind = TransformersBackend if spec.llama_cpp is None else LlamaCppBackend
             backends[spec] = kind.load(checkpoint, spec, adapters[spec])
         base = checkpoints[slots[0][1]]
@@ -150,7 +160,7 @@ class ProxyTuned:
             checkpoint = checkpoints[weights]
             members.append(
                 Member(
-                    name if checkpoint.name == name else f"{name} ({checkpoint.name})",
+                    name if weights.model == name else f"{name} ({weights.model})",
                     backends[weights],
                     align(base.vocabulary, checkpoint.vocabulary),
                     adapter,
@@ -175,9 +185,11 @@ class ProxyTuned:
             token_ids = [i for i in request.prompt if isinstance(i, int)]
             self.ensemble.vocabulary.check_token_ids(token_ids)
             ids = torch.tensor(token_ids)
-            prompts = tuple(m.alignment.ids_to_small(ids).tolist() for m in self.ensemble.members)
+            prompts: tuple[Sequence[int], ...] = tuple(
+                m.alignment.ids_to_small(ids).tolist() for m in self.ensemble.members
+            )
         else:
-            prompts = tuple(
+            rendered: list[Sequence[int]] = [
                 render(
                     request.prompt,
                     prompt_format=f.prompt_format,
@@ -185,7 +197,10 @@ class ProxyTuned:
                     name=m.name,
                 )
                 for m, f in zip(self.ensemble.members, self._formats, strict=True)
-            )
+            ]
+            if self.recipe.base.api is not None:
+                rendered[0] = ChatPrompt.of(rendered[0], request.prompt)
+            prompts = tuple(rendered)
         alphas = tuple(chosen.get(pair.name, 0.0) for pair in self.ensemble.pairs)
         job = Job(request.sampling, prompts, alphas, request.explain, cancelled)
         check_job(self.ensemble, job)
@@ -255,10 +270,14 @@ class ProxyTuned:
                 _Collector(job, self.recipe.choose(request.experts, request.alpha))
                 for job, request in zip(block, requests[start:], strict=False)
             ]
-            for event in self._run(block, collectors, self._speculator(speculative)):
-                collectors[event.row].add(event)
-                if on_event is not None:
-                    on_event(start + event.row, event)
+            try:
+                for event in self._run(block, collectors, self._speculator(speculative)):
+                    collectors[event.row].add(event)
+                    if on_event is not None:
+                        on_event(start + event.row, event)
+            except BackendError as error:
+                error.traces = (*traces, *(collector.trace() for collector in collectors))
+                raise
             traces += [collector.trace() for collector in collectors]
         return traces
 
@@ -419,10 +438,15 @@ class ProxyTuned:
         batch = Batch(self.ensemble, jobs, speculator=speculator)
         for collector, seed in zip(collectors, batch.seeds, strict=True):
             collector.seed = seed
-        while not batch.is_done:
-            yield from batch.step()
-        for collector, counts in zip(collectors, batch.draft_counts, strict=True):
-            collector.num_drafted, collector.num_accepted = counts
+        try:
+            while not batch.is_done:
+                yield from batch.step()
+        finally:
+            for collector, counts, usage in zip(
+                collectors, batch.draft_counts, batch.usages(), strict=True
+            ):
+                collector.num_drafted, collector.num_accepted = counts
+                collector.usage = usage
 
 
 @dataclass(slots=True)
@@ -445,6 +469,7 @@ class _Collector:
         self.seed: int | None = None
         self.num_drafted = 0
         self.num_accepted = 0
+        self.usage: Usage | None = None
 
     def add(self, event: Event) -> None:
         if event.step is not None:
@@ -454,10 +479,10 @@ class _Collector:
         self._ended = time.perf_counter()
 
     def trace(self) -> Trace:
-        assert self._event is not None and self._event.finish_reason is not None
+        """Return the trace of what was added; without an end to it, something failed."""
         return Trace(
             text="".join(step.text for step in self._steps) + self._tail,
-            finish_reason=self._event.finish_reason,
+            finish_reason=(self._event and self._event.finish_reason) or "failed",
             steps=tuple(self._steps),
             num_prompt_tokens=len(self._job.prompts[0]),
             alphas=self._chosen,
@@ -465,6 +490,7 @@ class _Collector:
             latency_s=self._ended - self._started,
             num_drafted=self.num_drafted,
             num_accepted=self.num_accepted,
+            usage=self.usage,
         )
 
 

@@ -564,6 +564,15 @@ class Recipe:
             directory=Path.cwd() if directory is None else directory,
         )
 
+    @property
+    def base_tokenizer(self) -> ModelSpec:
+        """The model whose tokenizer speaks for the base: the base, or another where it is behind an API."""
+        if self.base.api is None:
+            return self.base.weights
+        if self.base.api.tokenizer is not None:
+            return ModelSpec(model=self.base.api.tokenizer)
+        return replace(self.experts[0].anti_expert.weights, llama_cpp=None)
+
     def with_settings(
         self,
         *,
@@ -695,10 +704,14 @@ class Recipe:
             return Path(os.path.relpath(place, target)).as_posix()
 
         def move_spec(spec: ModelSpec) -> ModelSpec:
+            api = spec.api
+            if api is not None:
+                api = replace(api, tokenizer=move(api.tokenizer, is_adapter=False))
             return replace(
                 spec,
                 model=move(spec.model, is_adapter=False),
                 adapter=move(spec.adapter, is_adapter=True),
+                api=api,
             )
 
         return replace(

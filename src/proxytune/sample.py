@@ -288,7 +288,7 @@ class BatchSampler:
         return Choice(token_ids, logprobs)
 
     def peek(self, steered_logits: Tensor, rows: Sequence[int] | None = None) -> Tensor:
-        """Return the token ids, `[rows]`, that `choose` would choose from these logits; nothing is remembered."""
+        """Return the token ids, `[rows]`, that `choose` would choose; nothing is remembered."""
         rows, index = self._index(rows)
         logits = self.adjusted(steered_logits, rows)
         if self._any_sampled:

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "cancelled", "uncertified", "failed"]
-"""Why generation ended: an end-of-sequence token or stop string, the token limit, the caller, a token that was
-not certified though that was required, or a model that failed."""
+"""Why generation ended: an end-of-sequence token or stop string, the token limit, the caller, a token that
+was not certified though that was required, or a model that failed."""
 
 
 @dataclass(frozen=True, slots=True)

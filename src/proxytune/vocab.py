@@ -102,8 +102,8 @@ def token_bytes(vocabulary: Vocabulary) -> dict[int, bytes]:
     """Return the bytes that each token stands for, by id.
 
     Tokens are written in one of three ways: in the characters that byte-level BPE gives to bytes (a space is
-    `Ġ`), in those of SentencePiece (a space is `▁`, a lone byte `<0x0A>`), or as they are. Which it is shows in
-    how the vocabulary writes a space. A special token stands for its own name.
+    `Ġ`), in those of SentencePiece (a space is `▁`, a lone byte `<0x0A>`), or as they are. Which it is shows
+    in how the vocabulary writes a space. A special token stands for its own name.
     """
     tokens = vocabulary.token_to_id
     if any(token.startswith("Ġ") for token in tokens):

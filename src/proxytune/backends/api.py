@@ -1,13 +1,13 @@
 """A base behind an OpenAI-compatible HTTP API, which shows the logprobs of its likeliest tokens.
 
-This is the one backend that text passes through: most servers take a prompt as text and name tokens by theirs.
-Both ways are here, with the differences between servers; `api_client.py` sees that answers arrive.
+This is the one backend that text passes through: most servers take a prompt as text and name tokens by
+theirs. Both ways are here, with the differences between servers; `api_client.py` sees that answers arrive.
 
-Words: a *position* is a place in a row, and what the server says of the token there: the logprobs of the *seen*
-tokens, and bounds for the others. A *stretch* is the base's own greedy continuation, with the positions
-along it: one call brings many. As long as what is chosen agrees with it, the next positions cost nothing; where it
-differs, the rest of the stretch is dropped and a new one asked for. A server that *scores* tells the
-positions of a given text.
+Words: a *position* is a place in a row, and what the server says of the token there: the logprobs of the
+*seen* tokens, and bounds for the others. A *stretch* is the base's own greedy continuation, with the
+positions along it: one call brings many. As long as what is chosen agrees with it, the next positions cost
+nothing; where it differs, the rest of the stretch is dropped and a new one asked for. A server that *scores*
+tells the positions of a given text.
 
 What differs between servers is found out by asking (`ApiTraits`), each thing when it is needed first.
 """
@@ -21,12 +21,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from proxytune.backends.api_client import ApiClient, RefusedCall
+from proxytune.backends.api_client import ApiClient, Budget, RefusedCall
 from proxytune.backends.base import NO_TOKEN, Bounds, Capabilities, PartialBackend, Prefilled
 from proxytune.errors import ApiError, InvalidRequest, UnsupportedModel
 from proxytune.prompts import ChatPrompt, Tokenizer
@@ -34,6 +34,10 @@ from proxytune.recipe import ApiSettings
 from proxytune.request import Message
 from proxytune.trace import Usage
 from proxytune.vocab import Vocabulary, token_bytes
+
+if TYPE_CHECKING:
+    from proxytune.checkpoint import Checkpoint
+    from proxytune.recipe import ModelSpec
 
 MOST_TOP_LOGPROBS = 100
 """Seen tokens per position where the recipe does not say; more make answers long and certify little more."""
@@ -47,10 +51,7 @@ FIRST_LOOKAHEAD = 8
 RUN_MEMORY = 8
 """Stretches that the running mean of their used length goes back."""
 
-PROBE = "The quick brown fox jumps over the lazy"
-PROBE_RETRIES = 2
-"""A server may answer what it does not do with an error that looks like a passing one."""
-
+PROBE = "the quick brown fox jumps over the lazy"
 FORCING_BIAS = 100.0
 """Most that the API allows; it leaves nothing else to choose."""
 
@@ -108,7 +109,7 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     has_ended: bool = False
     num_left: int | None = None
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
 
     def known(self, length: int) -> Position | None:
         """Return the position after the first `length` tokens, if it is known."""
@@ -118,6 +119,10 @@ class _Row:
         if self.token_ids[self.start : length] != self.tokens[:place]:
             return None
         return self.stretch[place]
+
+    def is_at_end(self, length: int) -> bool:
+        """Whether the first `length` tokens are the whole stretch, after which the base ends the text."""
+        return self.has_ended and self.token_ids[self.start : length] == self.tokens
 
     def num_used(self) -> int:
         """Return how many of the stretch's tokens the row has."""
@@ -237,6 +242,31 @@ class ApiBackend(PartialBackend[ApiState]):
         self._served_model = settings.model or self._only_model()
         self._endpoint, self._top_logprobs, self._is_limited = self._find_limits()
 
+    @classmethod
+    def load(
+        cls, spec: ModelSpec, tokens: Checkpoint, *, budget: Budget | None = None
+    ) -> ApiBackend:
+        """Reach a recipe's server.
+
+        Args:
+            spec: The recipe's base.
+            tokens: A model whose tokenizer speaks for it.
+            budget: What calls may cost; None for no limit.
+
+        Raises:
+            UserError: As the constructor and `ApiClient` raise them.
+            ApiError: The server cannot be reached.
+        """
+        assert spec.model is not None and spec.api is not None
+        return cls(
+            ApiClient(spec.model, spec.api, budget=budget),
+            spec.api,
+            name=spec.model,
+            tokenizer=tokens.tokenizer,
+            vocabulary=tokens.vocabulary,
+            eos_token_ids=tokens.eos_token_ids,
+        )
+
     def close(self) -> None:
         """End what runs in the background, and close the connections."""
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -246,7 +276,7 @@ class ApiBackend(PartialBackend[ApiState]):
 
     @property
     def capabilities(self) -> Capabilities:
-        """Say what this backend can do. A server keeps its context's length to itself until it is exceeded."""
+        """Say what this backend can do; how long its context is, a server keeps to itself."""
         return Capabilities(max_context=None, is_partial=True)
 
     @cached_property
@@ -269,17 +299,23 @@ class ApiBackend(PartialBackend[ApiState]):
         return self._scoring is not None
 
     def _only_model(self) -> str:
+        def names_of(answer: Mapping[str, Any]) -> list[str]:
+            return [str(model["id"]) for model in answer["data"]]
+
+        def check(answer: dict[str, Any]) -> None:
+            names_of(answer)
+
         try:
-            listed = self.client.get("/models").get("data") or []
-            names = [str(model["id"]) for model in listed]
-        except (RefusedCall, KeyError, TypeError) as error:
+            names = names_of(self.client.get("/models", check))
+        except RefusedCall as error:
             raise UnsupportedModel(
                 f"{self.name} does not list its models: {error}\n"
                 'hint: name it in the recipe: "api": {"model": …}'
             ) from error
         if len(names) != 1:
             raise UnsupportedModel(
-                f"{self.name} serves {len(names)} models ({', '.join(names[:8])}), and the recipe names none.\n"
+                f"{self.name} serves {len(names)} models ({', '.join(names[:8])}), and the recipe names "
+                "none.\n"
                 'hint: "api": {"model": …}'
             )
         return names[0]
@@ -295,9 +331,9 @@ class ApiBackend(PartialBackend[ApiState]):
             self._endpoint = endpoint
             for wanted in (asked, *(n for n in LADDER if n < asked)):
                 self._top_logprobs = wanted
-                prompt = self._prompt_of(self._encode(PROBE), is_probe=True)
+                prompt = self._text_probe()
                 try:
-                    answer = self._ask(prompt, max_tokens=1, max_retries=PROBE_RETRIES)
+                    answer = self._ask(prompt, max_tokens=1, is_probe=True)
                 except RefusedCall as error:
                     problem = error
                     if error.status in (401, 403):
@@ -305,9 +341,6 @@ class ApiBackend(PartialBackend[ApiState]):
                     if error.status in (404, 405):
                         break
                     continue
-                except ApiError as error:
-                    problem = error
-                    break
                 said = answer.tokens[0] if answer.tokens else None
                 if said is None or not said.top:
                     problem = UnsupportedModel("its answers have no logprobs")
@@ -315,12 +348,10 @@ class ApiBackend(PartialBackend[ApiState]):
                 # A greedy answer's token is one of the likeliest; some servers list it once more.
                 shown = min(len(said.top), wanted)
                 return endpoint, shown, shown < asked
-        if isinstance(problem, ApiError):
-            raise problem
         raise UnsupportedModel(
             f"{self.name} cannot be steered, since it shows no logprobs: {problem}\n"
-            "hint: a server has to answer `logprobs` (completions) or `top_logprobs` (chat); llama-cpp-python's "
-            "needs --logits_all true, vLLM allows 20 unless it is started with a higher --max-logprobs"
+            "hint: a server has to answer `logprobs` (completions) or `top_logprobs` (chat); that of "
+            "llama-cpp-python needs --logits_all true, vLLM shows 20 unless it is started with --max-logprobs"
         )
 
     @cached_property
@@ -330,9 +361,9 @@ class ApiBackend(PartialBackend[ApiState]):
             return False
         token_ids = self._encode(PROBE)
         try:
-            by_text = self._ask(self._text_of(token_ids), max_tokens=1, max_retries=PROBE_RETRIES)
-            by_ids = self._ask(token_ids, max_tokens=1, max_retries=PROBE_RETRIES)
-        except (RefusedCall, ApiError):
+            by_text = self._ask(self._text_of(token_ids), max_tokens=1, is_probe=True)
+            by_ids = self._ask(token_ids, max_tokens=1, is_probe=True)
+        except RefusedCall:
             return False
         one, other = by_text.tokens[:1], by_ids.tokens[:1]
         if not one or not other or one[0] is None or other[0] is None:
@@ -354,7 +385,7 @@ class ApiBackend(PartialBackend[ApiState]):
             return None
         token_ids = self._encode(PROBE)
         prompt = self._prompt_of(token_ids)
-        first = self._ask(prompt, max_tokens=1, max_retries=PROBE_RETRIES)
+        first = self._ask(prompt, max_tokens=1, is_probe=True)
         if not first.tokens or first.tokens[0] is None:
             return None
         said = first.tokens[0]
@@ -364,8 +395,8 @@ class ApiBackend(PartialBackend[ApiState]):
         whole = self._prompt_of([*token_ids, token_id])
         for way in ("prompt_logprobs", "echo", "echo_shifted"):
             try:
-                answer = self._ask(whole, max_tokens=1, scoring=way, max_retries=0)
-            except (RefusedCall, ApiError):
+                answer = self._ask(whole, max_tokens=1, scoring=way, is_probe=True)
+            except RefusedCall:
                 continue
             found = self._scored(answer, [*token_ids, token_id], len(token_ids), way)
             if found and found[0] is not None and _is_alike(found[0], said):
@@ -375,8 +406,8 @@ class ApiBackend(PartialBackend[ApiState]):
     @cached_property
     def _bias(self) -> Literal["shown", "hidden"] | None:
         """Whether and how `logit_bias` works: a token that is unlikely here is forced, and looked at."""
-        prompt = self._prompt_of(self._encode(PROBE))
-        plain = self._ask(prompt, max_tokens=1, max_retries=PROBE_RETRIES)
+        prompt = self._text_probe()
+        plain = self._ask(prompt, max_tokens=1, is_probe=True)
         said = plain.tokens[0] if plain.tokens else None
         if said is None or len(said.top) < 2:
             return None
@@ -386,10 +417,8 @@ class ApiBackend(PartialBackend[ApiState]):
             return None
         token_id, logprob = min(known, key=lambda pair: pair[1])
         try:
-            answer = self._ask(
-                prompt, max_tokens=1, bias={token_id: FORCING_BIAS}, max_retries=PROBE_RETRIES
-            )
-        except (RefusedCall, ApiError):
+            answer = self._ask(prompt, max_tokens=1, bias={token_id: FORCING_BIAS}, is_probe=True)
+        except RefusedCall:
             return None
         forced = answer.tokens[0] if answer.tokens else None
         if forced is None or forced.logprob is None or self._match(forced.token) != token_id:
@@ -399,15 +428,16 @@ class ApiBackend(PartialBackend[ApiState]):
     @cached_property
     def _continues(self) -> bool:
         """Whether a chat answer that was begun is continued, as it would have gone on by itself."""
-        prompt = self._prompt_of(self._encode(PROBE), is_probe=True)
-        whole = self._ask(prompt, max_tokens=6, max_retries=PROBE_RETRIES)
+        prompt = self._text_probe()
+        whole = self._ask(prompt, max_tokens=6, is_probe=True)
         ids = [None if said is None else self._match(said.token) for said in whole.tokens]
         if len(ids) < 6 or None in ids:
             return False
         begun = [i for i in ids[:3] if i is not None]
-        answer = self._ask(
-            (prompt[0], self._plain_text(begun)), max_tokens=3, max_retries=PROBE_RETRIES
-        )
+        try:
+            answer = self._ask((prompt[0], self._plain_text(begun)), max_tokens=3, is_probe=True)
+        except RefusedCall:
+            return False
         return [None if s is None else self._match(s.token) for s in answer.tokens] == ids[3:6]
 
     # The backend's questions ------------------------------------------------------------------------------
@@ -549,7 +579,7 @@ class ApiBackend(PartialBackend[ApiState]):
     # Positions ---------------------------------------------------------------------------------------------
 
     def _positions(self, state: ApiState, lengths: Sequence[Sequence[int]]) -> Tensor:
-        """Return `[rows, num_positions, vocab]` for rows of the given lengths, asking for what is not known."""
+        """Return `[rows, num_positions, vocab]` for rows of these lengths; ask for what is not known."""
         missing = [
             (row, [n for n in wanted if n >= 0 and row.known(n) is None])
             for row, wanted in zip(state.rows, lengths, strict=True)
@@ -573,19 +603,17 @@ class ApiBackend(PartialBackend[ApiState]):
 
     def _fetch(self, row: _Row, lengths: Sequence[int]) -> None:
         """Ask for the positions of one row at these lengths, and for a stretch after the last of them."""
-        if len(lengths) > 1 and self._scoring is not None:
-            if self._fetch_scored(row, lengths):
-                return
+        if len(lengths) > 1 and self._scoring is not None and self._fetch_scored(row, lengths):
+            return
         for length in lengths:
             if row.known(length) is None:
                 self._fetch_stretch(row, length)
 
     def _fetch_stretch(self, row: _Row, length: int) -> None:
         prompt = self._prompt_of(row.token_ids[:length], prompt=row.prompt)
-        if row.has_ended and length == row.start + len(row.tokens) and row.known(length) is None:
-            if row.token_ids[row.start : length] == row.tokens:
-                self._fetch_end(row, length, prompt)
-                return
+        if row.is_at_end(length):
+            self._fetch_end(row, length, prompt)
+            return
         self._learn(row)
         answer = self._ask(prompt, max_tokens=self._num_ahead(row, length))
         row.usage += answer.usage
@@ -642,8 +670,8 @@ class ApiBackend(PartialBackend[ApiState]):
     def _fetch_end(self, row: _Row, length: int, prompt: Any) -> None:
         """Find out the position where the base ends the text, which most servers do not tell.
 
-        The token that ends it is forbidden to see the others; it has what they leave of the probability. Where
-        that cannot be done, nothing else is known of the position.
+        The token that ends it is forbidden to see the others; it has what they leave of the probability.
+        Where that cannot be done, nothing else is known of the position.
         """
         ends = [i for i in self._eos_token_ids]
         position = Position(ends[:1], [0.0] * len(ends[:1]), Bounds(0.0, 1.0), 0.0)
@@ -751,22 +779,24 @@ class ApiBackend(PartialBackend[ApiState]):
             )
         return text
 
-    def _prompt_of(
-        self,
-        token_ids: Sequence[int],
-        *,
-        prompt: Sequence[int] | None = None,
-        is_probe: bool = False,
-    ) -> Any:
+    def _text_probe(self) -> Any:
+        """Return a short prompt as every server takes it."""
+        return (
+            PROBE if self._endpoint == "completions" else ([{"role": "user", "content": PROBE}], "")
+        )
+
+    def _prompt_of(self, token_ids: Sequence[int], *, prompt: Sequence[int] | None = None) -> Any:
         """Return what is sent for a row: token ids, text, or messages with the answer's beginning."""
         if self._endpoint == "completions":
-            if is_probe or not self._takes_token_ids:
-                return self._text_of(token_ids)
-            return list(token_ids)
-        if is_probe:
-            return [{"role": "user", "content": self._text_of(token_ids)}], ""
+            return list(token_ids) if self._takes_token_ids else self._text_of(token_ids)
         assert prompt is not None
         new = token_ids[len(prompt) :]
+        if new and not self._continues:
+            raise UnsupportedModel(
+                f"{self.name} does not continue an answer that was begun, so after the first token that "
+                "steering changes it cannot be asked any more.\n"
+                "hint: use a server with /v1/completions, or have one of a few answers chosen with --choices"
+            )
         if isinstance(prompt, ChatPrompt):
             messages: list[Message] = list(prompt.messages)
         else:
@@ -782,7 +812,7 @@ class ApiBackend(PartialBackend[ApiState]):
         max_tokens: int,
         bias: Mapping[int, float] | None = None,
         scoring: str | None = None,
-        max_retries: int | None = None,
+        is_probe: bool = False,
     ) -> _Answer:
         """Ask for a greedy continuation with logprobs."""
         body: dict[str, Any] = {
@@ -793,7 +823,7 @@ class ApiBackend(PartialBackend[ApiState]):
         if bias is not None:
             body["logit_bias"] = {str(token_id): value for token_id, value in bias.items()}
         if self._endpoint == "chat":
-            return self._ask_chat(body, prompt, max_retries)
+            return self._ask_chat(body, prompt, is_probe)
         body |= {"prompt": prompt, "logprobs": self._top_logprobs}
         if not isinstance(prompt, str):
             body["return_tokens_as_token_ids"] = True
@@ -815,10 +845,13 @@ class ApiBackend(PartialBackend[ApiState]):
             if choice.get("finish_reason") is None:
                 raise ValueError("it has no finish_reason")
 
-        answer, usage = self.client.post("/completions", body, check, max_retries=max_retries)
+        answer, usage = self.client.post("/completions", body, check, is_probe=is_probe)
         choice = answer["choices"][0]
         logprobs = choice["logprobs"] or {}
         tokens: list[_Said | None] = []
+        if logprobs.get("content") is not None:  # llama.cpp answers here as at the chat endpoint
+            tokens = [_said_in_chat(said) for said in logprobs["content"]]
+            return _Answer(tokens, choice.get("finish_reason") == "stop", usage)
         if scoring == "prompt_logprobs":
             for entry in choice.get("prompt_logprobs") or answer.get("prompt_logprobs") or []:
                 tokens.append(_said_of_ids(entry))
@@ -842,7 +875,7 @@ class ApiBackend(PartialBackend[ApiState]):
         offsets = logprobs.get("text_offset")
         return _Answer(tokens, choice.get("finish_reason") == "stop", usage, offsets)
 
-    def _ask_chat(self, body: dict[str, Any], prompt: Any, max_retries: int | None) -> _Answer:
+    def _ask_chat(self, body: dict[str, Any], prompt: Any, is_probe: bool) -> _Answer:
         messages, begun = prompt
         if begun:
             messages = [*messages, {"role": "assistant", "content": begun}]
@@ -855,18 +888,10 @@ class ApiBackend(PartialBackend[ApiState]):
                 raise ValueError("it has no finish_reason")
             (choice.get("logprobs") or {}).get("content")
 
-        answer, usage = self.client.post("/chat/completions", body, check, max_retries=max_retries)
+        answer, usage = self.client.post("/chat/completions", body, check, is_probe=is_probe)
         choice = answer["choices"][0]
         content = (choice.get("logprobs") or {}).get("content") or []
-        tokens: list[_Said | None] = [
-            _Said(
-                _chat_name(said),
-                float(said["logprob"]),
-                tuple((_chat_name(top), float(top["logprob"])) for top in said["top_logprobs"]),
-                listed=_chat_name(said),
-            )
-            for said in content
-        ]
+        tokens: list[_Said | None] = [_said_in_chat(said) for said in content]
         return _Answer(tokens, choice.get("finish_reason") == "stop", usage)
 
     def _scored(
@@ -919,6 +944,16 @@ def _named(key: str) -> int | bytes | str:
 def _chat_name(said: Mapping[str, Any]) -> int | bytes | str:
     content = said.get("bytes")
     return bytes(content) if content else _named(str(said["token"]))
+
+
+def _said_in_chat(said: Mapping[str, Any]) -> _Said:
+    """Read an entry of a chat answer's logprobs."""
+    return _Said(
+        _chat_name(said),
+        float(said["logprob"]),
+        tuple((_chat_name(top), float(top["logprob"])) for top in said["top_logprobs"]),
+        listed=_chat_name(said),
+    )
 
 
 def _said_of_ids(entry: Mapping[str, Any] | None) -> _Said | None:

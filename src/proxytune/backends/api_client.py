@@ -34,6 +34,9 @@ LONGEST_PAUSE_S = 30.0
 LONGEST_WAIT_S = 300.0
 """The longest `Retry-After` that is waited for."""
 
+PROBE_RETRIES = 3
+"""How often a 500 is tried again where it may mean that the server does not do what it is asked."""
+
 _REPEATED = frozenset({408, 409, 425, 429})
 """Answers below 500 that another try may turn into a good one."""
 
@@ -118,14 +121,9 @@ class ApiClient:
         """Close the connections."""
         self._http.close()
 
-    def get(self, path: str) -> dict[str, Any]:
-        """Return the answer to a question that costs nothing.
-
-        Raises:
-            ApiError: As for `post`.
-            UnsupportedModel: As for `post`.
-        """
-        return self._call("GET", path, None, lambda _: None)[0]
+    def get(self, path: str, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Return the answer to a question that costs nothing; arguments and errors are those of `post`."""
+        return self._call("GET", path, None, check)[0]
 
     def post(
         self,
@@ -133,7 +131,7 @@ class ApiClient:
         body: Mapping[str, Any],
         check: Callable[[dict[str, Any]], None],
         *,
-        max_retries: int | None = None,
+        is_probe: bool = False,
     ) -> tuple[dict[str, Any], Usage]:
         """Return the answer to a question about tokens, and what it cost.
 
@@ -141,7 +139,8 @@ class ApiClient:
             path: Below the API's address.
             body: The question.
             check: Raises ValueError for an answer that is not whole; it is then asked for again.
-            max_retries: None for what the settings say.
+            is_probe: Whether the question may be one that the server does not know; some answer it with 500,
+                which is then repeated a few times and counts as a refusal.
 
         Raises:
             BudgetSpent: One more call would exceed the budget.
@@ -152,7 +151,7 @@ class ApiClient:
             self._check_budget()
             self._num_begun += 1
         try:
-            answer, num_retries = self._call("POST", path, body, check, max_retries)
+            answer, num_retries = self._call("POST", path, body, check, is_probe=is_probe)
         except BaseException:
             with self._lock:
                 self._num_begun -= 1
@@ -191,10 +190,12 @@ class ApiClient:
         path: str,
         body: Mapping[str, Any] | None,
         check: Callable[[dict[str, Any]], None],
-        max_retries: int | None = None,
+        *,
+        is_probe: bool = False,
     ) -> tuple[dict[str, Any], int]:
         """Return the answer and how often the question was repeated."""
-        most = self._settings.max_retries if max_retries is None else max_retries
+        most = self._settings.max_retries
+        num_500 = 0
         for num_retries in range(most + 1):
             asked_pause: float | None = None
             try:
@@ -206,6 +207,9 @@ class ApiClient:
                     check(answer)
                     return answer, num_retries
                 if response.status_code < 500 and response.status_code not in _REPEATED:
+                    raise self._refusal(path, response)
+                num_500 += response.status_code == 500
+                if is_probe and num_500 > PROBE_RETRIES:
                     raise self._refusal(path, response)
                 problem = f"{response.status_code} {self._said(response)}"
                 asked_pause = _retry_after(response)

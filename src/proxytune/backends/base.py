@@ -161,7 +161,7 @@ class PartialBackend(Backend[State]):
 
     @abstractmethod
     def lookahead(self, state: State, token_ids: Sequence[int]) -> list[list[int]]:
-        """Return, for each row, tokens whose logits are known already, if they follow this token of the row."""
+        """Return, for each row, what the model is known to go on with after this token, if it is known."""
 
     @abstractmethod
     def reveal(
