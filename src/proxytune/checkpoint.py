@@ -522,7 +522,12 @@ class Checkpoint:
         """Which token each id is."""
         from proxytune.vocab import Vocabulary
 
-        return Vocabulary.from_tokenizer(self.tokenizer, name=self.name, width=self.width)
+        found = Vocabulary.from_tokenizer(self.tokenizer, name=self.name, width=self.width)
+        if self.kind == "directory":
+            return found
+        # A GGUF file has a token for every row; those that pad the head are called by their ids.
+        tokens = {token: i for token, i in found.token_to_id.items() if token != f"[PAD{i}]"}
+        return Vocabulary(self.name, tokens, self.width)
 
     @cached_property
     def num_parameters(self) -> int:
@@ -635,6 +640,17 @@ class Checkpoint:
         if not self.tensors:
             patterns = ("pytorch_model*.bin", *SMALL_FILES)
         return _download(self.hub_id, revision=self.revision, patterns=patterns)
+
+    def weight_files(self) -> dict[str, Path]:
+        """Return the safetensors file that holds each weight, fetched or converted if needed.
+
+        Raises:
+            ModelNotFound: The Hub does not give the weights.
+            CorruptModel: A file cannot be read.
+            OutputFileError: The cache directory cannot be written.
+        """
+        files = _weight_files(self.weights_path())
+        return {name: file for file in files for name in read_safetensors_header(file)}
 
 
 def _weight_files_are_there(directory: Path) -> bool:
@@ -764,6 +780,19 @@ def _local_path(reference: str, *, root: Path, revision: str | None) -> Path | N
             "hint: leave the revision out; local files have none"
         )
     return path
+
+
+def holds_recipe(reference: str, *, root: Path) -> bool:
+    """Whether a reference leads to a recipe; False where it leads to a model, an adapter or a file.
+
+    Raises:
+        ModelNotFound: It leads nowhere.
+        CorruptModel: Its config.json cannot be read.
+    """
+    path = local_path(reference, root=root)
+    directory = _hub_directory(reference, revision=None) if path is None else path
+    config = directory / "config.json"
+    return config.is_file() and _read_json(config).get("model_type") == "proxytune"
 
 
 def _directory_checkpoint(
