@@ -59,17 +59,11 @@ _CONVERTER = "convert_hf_to_gguf.py, which comes with llama.cpp, knows more kind
 
 # Where llama.cpp cuts text before it merges tokens, by its name for the rule. `words` is GPT-2's rule,
 # `bytes` spells bytes and cuts nothing; other rules are regular expressions.
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA_3 = (
-    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN_2 = _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|" + _SPACES
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +85,6 @@ _PRE_TOKENIZERS = {
     _TextRule((("split", _LLAMA_3), ("bytes",)), ignore_merges=True): "llama-bpe",
     _TextRule((("split", _LLAMA_3), ("bytes",))): "smaug-bpe",
     _TextRule((("split", _QWEN_2), ("bytes",))): "qwen2",
-    _TextRule((("split", _TEKKEN), ("bytes",)), ignore_merges=True): "tekken",
 }
 
 
