@@ -29,6 +29,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -319,12 +320,18 @@ def _weight_places(model: Checkpoint) -> dict[str, Path]:
 
 
 def _gguf_name(hf_name: str, model: Checkpoint) -> str:
-    from gguf import MODEL_ARCH, get_tensor_name_map
-
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
-    name = names.get_name(hf_name, try_suffixes=(".weight",))
+    name: str | None = _tensor_names(model.config.num_hidden_layers).get_name(
+        hf_name, try_suffixes=(".weight",)
+    )
     assert name is not None, hf_name
     return name
+
+
+@lru_cache(maxsize=1)
+def _tensor_names(num_layers: int) -> Any:
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    return get_tensor_name_map(MODEL_ARCH.LLAMA, num_layers)
 
 
 def _fitting_kind(
