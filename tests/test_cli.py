@@ -22,7 +22,7 @@ from proxytune.request import Request, SamplingParams
 from tests.tiny import tiny_adapter, tiny_model
 from tests.toys import toy_load, toy_recipe
 
-COMMANDS = ("new", "doctor", "generate", "chat", "score", "bench", "demo")
+COMMANDS = ("new", "doctor", "export-gguf", "generate", "chat", "score", "bench", "demo")
 
 
 def run(*arguments: str | Path, stdin: str | bytes | None = None) -> Result:

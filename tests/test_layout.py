@@ -24,6 +24,7 @@ ORDER = (
     "prompts",
     "checkpoint",
     "recipe",
+    "export_gguf",
     "detokenize",
     "backends.base",
     "backends.toy",

@@ -676,6 +676,17 @@ class Checkpoint:
             patterns = ("pytorch_model*.bin", *SMALL_FILES)
         return _download(self.hub_id, revision=self.revision, patterns=patterns)
 
+    def weight_files(self) -> dict[str, Path]:
+        """Return the safetensors file that holds each weight, fetched or converted if needed.
+
+        Raises:
+            ModelNotFound: The Hub does not give the weights.
+            CorruptModel: A file cannot be read.
+            OutputFileError: The cache directory cannot be written.
+        """
+        files = _weight_files(self.weights_path())
+        return {name: file for file in files for name in read_safetensors_header(file)}
+
 
 def _weight_files_are_there(directory: Path) -> bool:
     try:
@@ -804,6 +815,19 @@ def _local_path(reference: str, *, root: Path, revision: str | None) -> Path | N
             "hint: leave the revision out; local files have none"
         )
     return path
+
+
+def holds_recipe(reference: str, *, root: Path) -> bool:
+    """Whether a reference leads to a recipe; False where it leads to a model, an adapter or a file.
+
+    Raises:
+        ModelNotFound: It leads nowhere.
+        CorruptModel: Its config.json cannot be read.
+    """
+    path = local_path(reference, root=root)
+    directory = _hub_directory(reference, revision=None) if path is None else path
+    config = directory / "config.json"
+    return config.is_file() and _read_json(config).get("model_type") == "proxytune"
 
 
 def _directory_checkpoint(

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from proxytune.bench import Measured
     from proxytune.decode import Event
+    from proxytune.export_gguf import ExportedFile
     from proxytune.model import Conversation, ProxyTuned
     from proxytune.recipe import ModelSpec, Recipe
     from proxytune.score import ScoreReport
@@ -75,12 +76,13 @@ app = typer.Typer(
 Function = TypeVar("Function", bound=Callable[..., None])
 
 
-def _command(example: str) -> Callable[[Function], Function]:
+def _command(example: str, *, name: str | None = None) -> Callable[[Function], Function]:
     """Register a command whose help is a line to paste and then the function's docstring."""
 
     def register(function: Function) -> Function:
         text = inspect.cleandoc(function.__doc__ or "")
-        app.command(help=f"\b\n  {example}\n\n{text}", short_help=text.split("\n")[0])(function)
+        help_text = f"\b\n  {example}\n\n{text}"
+        app.command(name, help=help_text, short_help=text.split("\n")[0])(function)
         return function
 
     return register
@@ -436,6 +438,117 @@ def doctor(recipe: RecipeArgument, as_json: JsonOption = False) -> None:
     if not diagnosis.is_healthy:
         typer.echo("error: the recipe cannot run as it is", err=True)
         raise typer.Exit(2)
+
+
+@_command("proxytune export-gguf my-recipe my-recipe-gguf --dtype Q8_0", name="export-gguf")
+def export_gguf(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A recipe; or a small model: its directory, package:NAME/PATH, or its id on the Hugging "
+            "Face Hub",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUTPUT",
+            help="Where to write: a directory for a recipe, else a .gguf file",
+            show_default=False,
+        ),
+    ],
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Store weights in it: F32, F16, BF16, Q8_0, Q4_0 or Q4_1; an adapter takes F32 or F16",
+        ),
+    ] = "F16",
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Write this LoRA adapter on the model instead of the model",
+            show_default=False,
+        ),
+    ] = None,
+    merge: Annotated[
+        bool,
+        typer.Option("--merge", help="Write the model with the adapter merged into its weights"),
+    ] = False,
+    pre: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="llama.cpp's name for how the tokenizer cuts text, taken as given  "
+            "[default: found by comparing rules]",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace what is at OUTPUT with another content")
+    ] = False,
+) -> None:
+    """Write models and adapters as GGUF files, which llama.cpp runs.
+
+    Of a recipe, every small model and adapter is written, and a recipe that names them; its base stays the
+    file it is. Models are Llama-shaped, with a byte-level tokenizer; others are refused by name.
+    """
+    from proxytune import export_gguf as export
+    from proxytune.checkpoint import find_adapter, find_checkpoint, holds_recipe
+    from proxytune.recipe import Recipe
+
+    root, dtype, output = Path.cwd(), dtype.upper(), output.expanduser()
+    if merge and adapter is None:
+        raise InvalidRequest(
+            "--merge is given without --adapter, so there is nothing to merge.\n"
+            "hint: name the adapter with --adapter"
+        )
+    if adapter is not None and not merge and pre is not None:
+        raise InvalidRequest(
+            "--pre says how text is cut, and the file of an adapter holds no tokenizer.\n"
+            "hint: leave --pre out"
+        )
+    if holds_recipe(source, root=root):
+        if adapter is not None:
+            raise InvalidRequest(
+                f"--adapter is given, and {source} is a recipe, whose adapters are all written.\n"
+                "hint: leave --adapter out, or name the small model instead of the recipe"
+            )
+        with _stderr().status("writing GGUF files"):
+            written = export.export_recipe(
+                Recipe.read(source), output, dtype=dtype, pre=pre, overwrite=force
+            )
+        for file in written.files:
+            _say_exported(file)
+        typer.echo(f"wrote {written.directory / 'config.json'}", err=True)
+        typer.echo(written.directory)
+        return
+    model = find_checkpoint(source, root=root)
+    with _stderr().status("writing a GGUF file"):
+        if adapter is None:
+            file = export.export_model(model, output, dtype=dtype, pre=pre, overwrite=force)
+        else:
+            files = find_adapter(adapter, root=root)
+            if merge:
+                file = export.export_model(
+                    model, output, dtype=dtype, adapter=files, pre=pre, overwrite=force
+                )
+            else:
+                file = export.export_adapter(files, model, output, dtype=dtype, overwrite=force)
+    _say_exported(file)
+    typer.echo(file.path)
+
+
+def _say_exported(file: ExportedFile) -> None:
+    line = f"wrote {file.path} ({file.num_bytes / 1e6:.1f} MB, {file.num_tensors} tensors)"
+    if file.num_unquantized:
+        line += (
+            f"; {file.num_unquantized} tensors in F16, because their rows do not divide into blocks"
+        )
+    typer.echo(line, err=True)
 
 
 # Generating ----------------------------------------------------------------------------------------

@@ -684,6 +684,12 @@ class Recipe:
             ) from error
         return replace(moved, directory=target)
 
+    def reference_from(self, reference: str, target: Path) -> str:
+        """Return a model's reference, written so that it leads to the same files from `target`."""
+        lone = replace(self, base=ModelSpec(model=reference))
+        moved = lone._moved(Path(os.path.abspath(self.directory)), target, {})
+        return moved.base.model or reference
+
     def _moved(self, source: Path, target: Path, inside: dict[str, Path]) -> Recipe:
         """Return the recipe with local paths that lead to the same files from `target`.
 
