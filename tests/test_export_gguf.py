@@ -755,7 +755,7 @@ def test_another_recipe_is_kept_unless_it_is_to_be_replaced(recipe, tmp_path):
         export_recipe(other, tmp_path / "out")
     export_recipe(other, tmp_path / "out", overwrite=True)
     assert json.loads((tmp_path / "out/config.json").read_text())["default_expert"] == "own"
-    with pytest.raises(RecipeError, match="'llama'"):
+    with pytest.raises(RecipeError, match='"llama"'):
         export_recipe(recipe, tmp_path / "base", overwrite=True)
     with pytest.raises(RecipeError, match="that is to be exported"):
         export_recipe(recipe, recipe.directory, overwrite=True)

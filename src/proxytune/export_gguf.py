@@ -28,7 +28,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ from proxytune.errors import (
     UnsafeModel,
     UnsupportedModel,
 )
-from proxytune.recipe import MODEL_TYPE, ExpertSpec, ModelSpec, Recipe
+from proxytune.recipe import ExpertSpec, LlamaCppSettings, ModelSpec, Recipe, is_gguf
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -766,7 +766,7 @@ def _lora_factors(adapter: AdapterFiles, model: Checkpoint) -> dict[str, _Factor
             f"the adapter {adapter.name} changes the output head of {model.name}, which is its embedding "
             "too, and a GGUF file holds one of them.\nhint: tune an adapter without lm_head"
         )
-    path = adapter.directory / "adapter_model.safetensors"
+    path = adapter.path / "adapter_model.safetensors"
     try:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -847,21 +847,25 @@ def export_recipe(
         )
         for expert in recipe.experts
     )
-    base = recipe.base
-    reference = recipe.reference_from(base.model or "", target)
-    if reference.lower().endswith(".gguf"):
-        base = ModelSpec(model=reference, prompt=base.prompt)
-    else:
-        base = ModelSpec(**{**base.to_dict(), "model": reference})
+    reference = recipe.reference_from(recipe.base.model or "", target)
+    base = replace(recipe.base, model=reference)
+    if is_gguf(reference):
+        base = _in_llama_cpp(recipe.base, reference, None)
     exported = Recipe(base, experts, recipe.combine, recipe.default_expert, target)
-    _check_place(exported, overwrite=overwrite)
+    exported.check_free(target, overwrite=overwrite)
     for path in plans.files:
         _check_output(target / path, overwrite=overwrite)
     files = tuple(
         _write_file(plan, target / path, overwrite=overwrite) for path, plan in plans.files.items()
     )
-    _write_recipe(exported)
+    exported.write(target, overwrite=overwrite)
     return ExportedRecipe(target, files)
+
+
+def _in_llama_cpp(spec: ModelSpec, model: str, adapter: str | None) -> ModelSpec:
+    """Return a GGUF file's place in a recipe, without what the model's settings in transformers were."""
+    settings = spec.llama_cpp or LlamaCppSettings()
+    return ModelSpec(model=model, adapter=adapter, prompt=spec.prompt, llama_cpp=settings)
 
 
 @dataclass(slots=True)
@@ -896,17 +900,15 @@ class _RecipePlans:
                 plan = _plan_model(model, dtype=self.dtype, pre=self.pre)
                 self._models[place] = self._add(plan, "models", spec.model)
             reference = self._models[place]
-        return ModelSpec(
-            model=reference, adapter=self._adapter(spec.adapter, model), prompt=spec.prompt
-        )
+        return _in_llama_cpp(spec, reference, self._adapter(spec.adapter, model))
 
     def _adapter(self, reference: str | None, model: Checkpoint) -> str | None:
         if reference is None:
             return None
-        if reference.lower().endswith(".gguf"):
+        if is_gguf(reference):
             return self.recipe.reference_from(reference, self.target)
         adapter = find_adapter(reference, root=self.recipe.directory)
-        key = (adapter.directory.resolve(), (model.gguf_path or model.directory).resolve())
+        key = (adapter.path.resolve(), (model.gguf_path or model.directory).resolve())
         if key not in self._adapters:
             plan = _plan_adapter(adapter, model, dtype="F32" if self.dtype == "F32" else "F16")
             self._adapters[key] = self._add(plan, "adapters", reference)
@@ -920,51 +922,6 @@ class _RecipePlans:
             path = f"{folder}/{stem}-{count}.gguf"
         self.files[path] = plan
         return path
-
-
-def _recipe_content(recipe: Recipe) -> dict[str, Any]:
-    """Return the config.json of a recipe whose GGUF files llama.cpp runs.
-
-    This is the one place that says so: `llama_cpp` stands in each model that is a GGUF file.
-    """
-    content = recipe.to_dict()
-    specs = [content["base"]]
-    for expert in content["experts"]:
-        specs += [expert["anti_expert"], expert["expert"]]
-    for spec in specs:
-        if spec.get("model", "").lower().endswith(".gguf"):
-            spec["llama_cpp"] = {}
-    return content
-
-
-def _check_place(recipe: Recipe, *, overwrite: bool) -> None:
-    path = recipe.directory / "config.json"
-    try:
-        there = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError, RecursionError):
-        there = None
-    kind = there.get("model_type") if isinstance(there, dict) else None
-    if kind != MODEL_TYPE and kind is not None:
-        raise RecipeError(
-            f"{recipe.directory} holds a model of type {kind!r}, which a recipe must not replace.\n"
-            "hint: name another directory"
-        )
-    if not overwrite and there != _recipe_content(recipe):
-        raise RecipeError(
-            f"{recipe.directory} holds another recipe, which would be lost.\n"
-            "hint: name another directory, or give --force to replace it"
-        )
-
-
-def _write_recipe(recipe: Recipe) -> None:
-    content = json.dumps(_recipe_content(recipe), indent=2, ensure_ascii=False, allow_nan=False)
-    if not (recipe.directory / "README.md").exists():
-        with _replacing(recipe.directory / "README.md") as part:
-            part.write_text(recipe.model_card(), encoding="utf-8")
-    with _replacing(recipe.directory / "config.json") as part:
-        part.write_text(content + "\n", encoding="utf-8")
 
 
 # Files ---------------------------------------------------------------------------------------------

@@ -667,7 +667,7 @@ class Recipe:
         source = Path(os.path.abspath(self.directory))
         inside: dict[str, Path] = {}
         moved = self._moved(source, target, inside) if source != target else self
-        _check_free(target, moved, overwrite=overwrite)
+        moved.check_free(target, overwrite=overwrite)
         try:
             target.mkdir(parents=True, exist_ok=True)
             for reference, adapter in inside.items():
@@ -689,6 +689,37 @@ class Recipe:
         lone = replace(self, base=ModelSpec(model=reference))
         moved = lone._moved(Path(os.path.abspath(self.directory)), target, {})
         return moved.base.model or reference
+
+    def check_free(self, target: Path, *, overwrite: bool) -> None:
+        """Check that writing there would replace nothing but the same recipe, or another if that is wanted.
+
+        Raises:
+            RecipeError: It would.
+        """
+        path = target / "config.json"
+        if not path.exists():
+            return
+        try:
+            content = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            content = None
+        kind = content.get("model_type") if isinstance(content, dict) else None
+        if kind is not None and kind != MODEL_TYPE:
+            raise RecipeError(
+                f"{target} holds a model of type {_show(kind)}, which a recipe must not replace.\n"
+                "hint: name another directory"
+            )
+        if overwrite:
+            return
+        try:
+            is_same = Recipe.from_dict(content).to_dict() == self.to_dict()
+        except RecipeError:
+            is_same = False
+        if not is_same:
+            raise RecipeError(
+                f"{target} holds another recipe, which would be lost.\n"
+                "hint: name another directory, or delete that recipe first"
+            )
 
     def _moved(self, source: Path, target: Path, inside: dict[str, Path]) -> Recipe:
         """Return the recipe with local paths that lead to the same files from `target`.
@@ -1045,34 +1076,6 @@ def _may_write_card(target: Path) -> bool:
         return there == Recipe.read(target).model_card()
     except RecipeError:
         return False
-
-
-def _check_free(target: Path, recipe: Recipe, *, overwrite: bool) -> None:
-    """Check that writing would replace nothing but the same recipe, or another if that is wanted."""
-    path = target / "config.json"
-    if not path.exists():
-        return
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        content = None
-    kind = content.get("model_type") if isinstance(content, dict) else None
-    if kind is not None and kind != MODEL_TYPE:
-        raise RecipeError(
-            f"{target} holds a model of type {_show(kind)}, which a recipe must not replace.\n"
-            "hint: name another directory"
-        )
-    if overwrite:
-        return
-    try:
-        is_same = Recipe.from_dict(content).to_dict() == recipe.to_dict()
-    except RecipeError:
-        is_same = False
-    if not is_same:
-        raise RecipeError(
-            f"{target} holds another recipe, which would be lost.\n"
-            "hint: name another directory, or delete that recipe first"
-        )
 
 
 def _replace_file(path: Path, content: str) -> None:

@@ -220,20 +220,22 @@ class _Context:
         self._api.llama_memory_seq_rm(self._memory, target, -1, -1)
         self._api.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
-    def moved(self, sequences: Sequence[int], room: int) -> _Context:
-        """Return a context of this adapter that holds the given sequences, numbered anew from 0.
+    def enlarged(self, num_rows: int, room: int) -> _Context:
+        """Return a context with more room that holds the first `num_rows` sequences.
+
+        It has as many sequences as this one: llama.cpp copies them only between such.
 
         Raises:
             BackendError: They could not be copied.
             NotEnoughMemory: There is no room for both contexts.
         """
-        other = _Context(self.backend, self.adapter, len(sequences), room)
-        for target, source in enumerate(sequences):
-            size = self._api.llama_state_seq_get_size(self.pointer, source)
+        other = _Context(self.backend, self.adapter, self.num_sequences, room)
+        for sequence in range(num_rows):
+            size = self._api.llama_state_seq_get_size(self.pointer, sequence)
             buffer = (ctypes.c_uint8 * size)()
-            size = self._api.llama_state_seq_get_data(self.pointer, buffer, size, source)
+            size = self._api.llama_state_seq_get_data(self.pointer, buffer, size, sequence)
             if not size or not self._api.llama_state_seq_set_data(
-                other.pointer, buffer, size, target
+                other.pointer, buffer, size, sequence
             ):
                 raise BackendError(f"the KV cache of {self.backend.name} could not be copied")
         return other
@@ -253,11 +255,16 @@ class LlamaCppState:
 
     Args:
         parts: Its rows by adapter.
-        lengths: Tokens of each row.
+        rows: Token ids of each row.
     """
 
     parts: list[_Part]
-    lengths: list[int]
+    rows: list[list[int]]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [len(row) for row in self.rows]
 
 
 class _Model:
@@ -436,22 +443,27 @@ class LlamaCppBackend(Backend[LlamaCppState]):
                 known = ", ".join(self.adapter_pointers) or "none"
                 raise InvalidRequest(f"{self.name} has no adapter {adapter!r}; it has: {known}")
             rows = [row for row, name in enumerate(names) if name == adapter]
-            token_ids = np.concatenate([np.asarray(prompts[row], np.int64) for row in rows])
-            self._check_token_ids(token_ids)
-            context = _Context(self, adapter, len(rows), max(lengths[row] for row in rows) + 1)
-            ends = np.cumsum([lengths[row] for row in rows]) - 1
-            wanted = np.zeros(len(token_ids), bool)
-            wanted[ends] = True
-            pieces = context.run(
-                token_ids,
-                np.concatenate([np.arange(lengths[row]) for row in rows]),
-                np.repeat(np.arange(len(rows)), [lengths[row] for row in rows]),
-                wanted,
-            )
+            context, logits = self._read([prompts[row] for row in rows], adapter)
             parts.append(_Part(context, rows))
-            answers.append(_joined(pieces))
-        state = LlamaCppState(parts, lengths)
+            answers.append(logits)
+        state = LlamaCppState(parts, [list(prompt) for prompt in prompts])
         return Prefilled(state, _in_row_order(parts, answers))
+
+    def _read(self, rows: Sequence[Sequence[int]], adapter: str | None) -> tuple[_Context, Tensor]:
+        """Return a new context that has read the rows, and the logits after each, `[rows, vocab]`."""
+        lengths = [len(row) for row in rows]
+        token_ids = np.concatenate([np.asarray(row, np.int64) for row in rows])
+        self._check_token_ids(token_ids)
+        context = _Context(self, adapter, len(rows), max(lengths) + 1)
+        wanted = np.zeros(len(token_ids), bool)
+        wanted[np.cumsum(lengths) - 1] = True
+        pieces = context.run(
+            token_ids,
+            np.concatenate([np.arange(length) for length in lengths]),
+            np.repeat(np.arange(len(rows)), lengths),
+            wanted,
+        )
+        return context, _joined(pieces)
 
     def extend(self, state: LlamaCppState, token_ids: Tensor) -> Tensor:
         """Append tokens; see `Backend.extend`.
@@ -483,7 +495,8 @@ class LlamaCppBackend(Backend[LlamaCppState]):
                 np.ones(count, bool),
             )
             answers.append(_joined(pieces).view(len(part.rows), num_new, -1))
-        state.lengths = [length + num_new for length in state.lengths]
+        for row, more in zip(state.rows, new.tolist(), strict=True):
+            row.extend(more)
         return _in_row_order(state.parts, answers)
 
     def rewind(self, state: LlamaCppState, num_tokens: Sequence[int]) -> None:
@@ -507,8 +520,8 @@ class LlamaCppBackend(Backend[LlamaCppState]):
         for part in state.parts:
             for sequence, row in enumerate(part.rows):
                 if num_tokens[row]:
-                    state.lengths[row] -= num_tokens[row]
-                    part.context.forget(sequence, state.lengths[row])
+                    del state.rows[row][-num_tokens[row] :]
+                    part.context.forget(sequence, len(state.rows[row]))
 
     def select(self, state: LlamaCppState, rows: Sequence[int]) -> LlamaCppState:
         """Return a state of the given rows in the given order; rows may repeat.
@@ -528,11 +541,13 @@ class LlamaCppBackend(Backend[LlamaCppState]):
                 continue
             sequences = [sequence for _, sequence in kept]
             if len(set(sequences)) < len(sequences):
-                context = part.context.moved(sequences, part.context.room)
-                parts.append(_Part(context, [place for place, _ in kept]))
+                # A context's number of sequences is fixed, and rarely has one to spare: read them again.
+                places = [place for place, _ in kept]
+                texts = [state.rows[rows[place]] for place in places]
+                parts.append(_Part(self._read(texts, part.context.adapter)[0], places))
             else:
                 parts.append(_Part(part.context, self._packed(part.context, part.rows, kept)))
-        return LlamaCppState(parts, [state.lengths[row] for row in rows])
+        return LlamaCppState(parts, [list(state.rows[row]) for row in rows])
 
     def _packed(
         self, context: _Context, rows: Sequence[int], kept: Sequence[tuple[int, int]]
@@ -557,7 +572,7 @@ class LlamaCppBackend(Backend[LlamaCppState]):
         """Move the sequences into a larger context where a row of `length` tokens does not fit."""
         if length > part.context.room:
             room = min(max(length, 2 * part.context.room), self.context_size)
-            part.context = part.context.moved(range(len(part.rows)), room)
+            part.context = part.context.enlarged(len(part.rows), room)
 
     def _check_length(self, num_tokens: int) -> None:
         if num_tokens > self.context_size:
