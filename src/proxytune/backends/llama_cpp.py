@@ -79,6 +79,18 @@ def library() -> Any:
     return api
 
 
+class _Handle:
+    """Owns a llama.cpp context, for as long as anything looks at its memory."""
+
+    def __init__(self, api: Any, pointer: Any, model: _Model) -> None:
+        self._api = api
+        self.pointer = pointer
+        self._model = model  # has to outlive it
+
+    def __del__(self) -> None:
+        self._api.llama_free(self.pointer)
+
+
 class _Context:
     """A llama.cpp context with an adapter or none.
 
@@ -110,7 +122,6 @@ class _Context:
         # Every layer keeps all keys, also of a sliding window, so that any number can be taken back.
         settings.swa_full = True
         settings.no_perf = True
-        self.pointer: Any = None
         with _messages(api) as messages:
             pointer = api.llama_init_from_model(backend.model.pointer, settings)
         if not pointer:
@@ -119,7 +130,9 @@ class _Context:
                 f"{settings.n_ctx // num_sequences} tokens of {backend.name}{_said(messages)}\n"
                 "hint: set a smaller context_size or cache_dtype in llama_cpp, or a smaller batch"
             )
+        self._handle = _Handle(api, pointer, backend.model)
         self.pointer = pointer
+        self._view: tuple[tuple[int, int], Tensor] | None = None
         self._memory = api.llama_get_memory(pointer)
         self.room = int(api.llama_n_ctx_seq(pointer))
         if adapter is not None:
@@ -147,10 +160,6 @@ class _Context:
         self._batch.seq_id = pointer_to(self._sequence_pointers, ctypes.POINTER(api.llama_seq_id))
         self._batch.logits = pointer_to(self._wanted, ctypes.c_int8)
 
-    def __del__(self) -> None:
-        if getattr(self, "pointer", None):
-            self._api.llama_free(self.pointer)
-
     def run(self, token_ids: Any, positions: Any, sequences: Any, wanted: Any) -> list[Tensor]:
         """Run tokens, in as few decodes as they need, and return logits of those that are wanted.
 
@@ -166,8 +175,12 @@ class _Context:
         Raises:
             BackendError: llama.cpp failed.
         """
+        num_tokens = len(token_ids)
+        if num_tokens <= self._max_outputs and wanted.all():
+            self._decode(token_ids, positions, sequences, wanted)
+            return [self._logits(num_tokens)]
         pieces = []
-        start, num_tokens = 0, len(token_ids)
+        start = 0
         counts = np.cumsum(wanted)
         while start < num_tokens:
             done = counts[start - 1] if start else 0
@@ -200,11 +213,14 @@ class _Context:
     def _logits(self, num_rows: int) -> Tensor:
         """Return `[num_rows, vocab]` of the last decode, in llama.cpp's memory."""
         pointer = self._api.llama_get_logits(self.pointer)
-        address = ctypes.addressof(pointer.contents)
-        size = num_rows * self.backend.vocab_size
-        buffer: Any = (ctypes.c_float * size).from_address(address)
-        buffer.context = self  # the memory stays as long as a tensor looks at it
-        return torch.frombuffer(buffer, dtype=torch.float32).view(num_rows, -1)
+        place = ctypes.addressof(pointer.contents), num_rows
+        if self._view is None or self._view[0] != place:
+            size = num_rows * self.backend.vocab_size
+            buffer: Any = (ctypes.c_float * size).from_address(place[0])
+            buffer.handle = self._handle  # stays as long as a tensor looks at it
+            view = torch.frombuffer(buffer, dtype=torch.float32).view(num_rows, -1)
+            self._view = place, view
+        return self._view[1]
 
     def forget(self, sequence: int, length: int) -> None:
         """Drop all but the first `length` tokens of a sequence.
@@ -486,13 +502,13 @@ class LlamaCppBackend(Backend[LlamaCppState]):
         lengths = np.asarray(state.lengths)
         answers = []
         for part in state.parts:
-            self._make_room(part, max(state.lengths[row] for row in part.rows) + num_new)
-            count = len(part.rows) * num_new
+            own = lengths[part.rows]
+            self._make_room(part, int(own.max()) + num_new)
             pieces = part.context.run(
                 new[part.rows].reshape(-1),
-                (lengths[part.rows][:, None] + np.arange(num_new)).reshape(-1),
+                (own[:, None] + np.arange(num_new)).reshape(-1),
                 np.repeat(np.arange(len(part.rows)), num_new),
-                np.ones(count, bool),
+                np.ones(new[part.rows].size, bool),
             )
             answers.append(_joined(pieces).view(len(part.rows), num_new, -1))
         for row, more in zip(state.rows, new.tolist(), strict=True):
