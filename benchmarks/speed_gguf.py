@@ -1,7 +1,6 @@
 """How fast steering GGUF files is in llama.cpp, against the sum of its models' times.
 
-    python benchmarks/speed_gguf.py              in the environment that `make test-gguf` makes; about five minutes
-    make bench-gguf
+    make bench-gguf        about five minutes, in the environment that `make test-gguf` makes
 
 Four things alternate in every round: llama.cpp alone with the base, as its own benchmark runs it (`tg`: one
 token after another, nothing chosen); each of the three models alone; the three in turn; and steering. What is

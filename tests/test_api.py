@@ -437,3 +437,39 @@ def test_concurrent_rows_are_not_mixed_up():
     with behind(local, ALL, ApiSettings(max_concurrency=8)) as (remote, _, _):
         found = remote.generate_batch(requests, batch_size=16)
     assert [t.token_ids for t in found] == [t.token_ids for t in wanted]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_sequence_of_calls_gives_what_asking_anew_gives(seed):
+    """Appended, taken back and dropped rows, by chance, with and without scoring by the server."""
+    rng = random.Random(seed)
+    local = in_process(seed=seed)
+    traits = replace(ALL, has_echo=seed % 2 == 0)
+    settings = ApiSettings(lookahead=rng.choice([1, 2, 5]))
+    with behind(local, traits, settings) as (_, _, backend):
+        table = local.ensemble.members[0].backend
+        rows = [[rng.randrange(26) for _ in range(rng.randint(1, 6))] for _ in range(3)]
+        state, _ = backend.prefill(rows)
+        for _ in range(10):
+            kind = rng.randrange(3)
+            if kind == 0:
+                counts = [rng.randrange(len(row)) for row in rows]
+                backend.rewind(state, counts)
+                rows = [row[: len(row) - n] for row, n in zip(rows, counts, strict=True)]
+            elif kind == 1 and len(rows) > 1:
+                places = rng.sample(range(len(rows)), len(rows) - 1)
+                state = backend.select(state, places)
+                rows = [rows[place] for place in places]
+            pending = [rng.randrange(26) for _ in rows]
+            ahead = backend.lookahead(state, pending)
+            length = rng.randint(1, 4)
+            new = [
+                ([token] + more + [rng.randrange(26) for _ in range(length)])[:length]
+                for token, more in zip(pending, ahead, strict=True)
+            ]
+            found = backend.extend(state, torch.tensor(new))
+            for place, (row, more) in enumerate(zip(rows, new, strict=True)):
+                for count in range(1, length + 1):
+                    wanted = table.prefill([row + more[:count]]).logits[0].log_softmax(-1)
+                    assert torch.allclose(found[place, count - 1], wanted, atol=1e-4)
+            rows = [row + more for row, more in zip(rows, new, strict=True)]

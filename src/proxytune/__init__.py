@@ -16,17 +16,22 @@ from typing import TYPE_CHECKING, Any
 from proxytune.integrations import register_with_transformers
 
 if TYPE_CHECKING:
-    from proxytune.model import Conversation, ProxyTuned
-    from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
+    from proxytune.backends.api_client import Budget
+    from proxytune.model import Choice, Conversation, ProxyTuned
+    from proxytune.recipe import ApiSettings, ExpertSpec, LlamaCppSettings, ModelSpec, Recipe
     from proxytune.request import Message, Request, SamplingParams
     from proxytune.score import ScoreReport
     from proxytune.speculative import Drafting
-    from proxytune.trace import Step, Trace
+    from proxytune.trace import Step, Trace, Usage
 
 __all__ = [
+    "ApiSettings",
+    "Budget",
+    "Choice",
     "Conversation",
     "Drafting",
     "ExpertSpec",
+    "LlamaCppSettings",
     "Message",
     "ModelSpec",
     "ProxyTuned",
@@ -36,12 +41,17 @@ __all__ = [
     "ScoreReport",
     "Step",
     "Trace",
+    "Usage",
 ]
 
 _HOMES = {
+    "ApiSettings": "recipe",
+    "Budget": "backends.api_client",
+    "Choice": "model",
     "Conversation": "model",
     "Drafting": "speculative",
     "ExpertSpec": "recipe",
+    "LlamaCppSettings": "recipe",
     "Message": "request",
     "ModelSpec": "recipe",
     "ProxyTuned": "model",
@@ -51,6 +61,7 @@ _HOMES = {
     "ScoreReport": "score",
     "Step": "trace",
     "Trace": "trace",
+    "Usage": "trace",
 }
 
 register_with_transformers()

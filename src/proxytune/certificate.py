@@ -33,6 +33,23 @@ def upper_logits(base_logprobs: Tensor, offsets: Tensor, *, ceilings: Tensor) ->
     return torch.where(torch.isneginf(base_logprobs), ceilings[:, None], base_logprobs) + offsets
 
 
+def spread_rest(base_logprobs: Tensor, rests: Tensor, padding_ids: Tensor) -> Tensor:
+    """Return logprobs in which unseen tokens share what is left of the probability evenly.
+
+    For scoring a given text: its own tokens are always seen, so the base's losses stay exact, and steered
+    ones are an estimate as good as the rest is small.
+
+    Args:
+        base_logprobs: `[rows, vocab]`, nats, -inf for unseen tokens.
+        rests: `[rows]`, probability that unseen tokens have together.
+        padding_ids: Ids that no token has; they stay at -inf.
+    """
+    is_unseen = torch.isneginf(base_logprobs)
+    is_unseen[:, padding_ids] = False
+    share = rests.clamp(min=1e-12).log() - is_unseen.sum(-1).clamp(min=1).log()
+    return torch.where(is_unseen, share[:, None], base_logprobs)
+
+
 def max_lost_prob(
     upper: Tensor, is_seen: Tensor, offsets: Tensor, *, rests: Tensor, temperatures: Tensor
 ) -> Tensor:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from proxytune.model import Conversation, ProxyTuned
     from proxytune.recipe import ModelSpec, Recipe
     from proxytune.score import ScoreReport
-    from proxytune.trace import Step
+    from proxytune.trace import Step, Trace
 
 Experts = str | tuple[str, ...] | Mapping[str, float] | None
 
@@ -193,6 +193,23 @@ ContextSizeOption = Annotated[
         show_default=False,
     ),
 ]
+MaxCallsOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Stop before calls to a base behind an API exceed this  [default: no limit]",
+        show_default=False,
+    ),
+]
+MaxCostOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="FLOAT",
+        help="Stop once calls to a base behind an API have cost this, by the recipe's prices  "
+        "[default: no limit]",
+        show_default=False,
+    ),
+]
 MinNewTokensOption = Annotated[
     int, typer.Option(metavar="N", help="Let nothing end the text before it has so many tokens")
 ]
@@ -273,9 +290,31 @@ def new(
     base: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="The large model; needed unless --add", show_default=False
+            metavar="MODEL",
+            help="The large model, or the address of an API; needed unless --add",
+            show_default=False,
         ),
     ] = None,
+    base_name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="What the API calls the base  [default: the only model it lists]",
+            show_default=False,
+        ),
+    ] = None,
+    key_env: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VARIABLE",
+            help="The environment variable that holds the API's key",
+            show_default=False,
+        ),
+    ] = None,
+    llama_cpp: Annotated[
+        bool,
+        typer.Option("--llama-cpp", help="Run every .gguf file with llama.cpp as it is"),
+    ] = False,
     expert: Annotated[
         str | None,
         typer.Option(
@@ -345,12 +384,19 @@ def new(
     weights.
 
     A model is a local directory, a .gguf file, package:NAME/PATH, or an id on the Hugging Face Hub; what is
-    there under the given path counts as local. The word base, as expert or anti-expert, reuses the base
-    itself.
+    there under the given path counts as local. The base may also be the address of an OpenAI-compatible API,
+    such as http://localhost:8000/v1. The word base, as expert or anti-expert, reuses the base itself.
     """
     from dataclasses import replace
 
-    from proxytune.recipe import ExpertSpec, ModelSpec, Recipe, local_reference
+    from proxytune.recipe import (
+        ApiSettings,
+        ExpertSpec,
+        ModelSpec,
+        Recipe,
+        is_url,
+        local_reference,
+    )
 
     if expert is None and adapter is None:
         raise InvalidRequest(
@@ -373,28 +419,40 @@ def new(
     directory = directory.expanduser().absolute()
     spec = ExpertSpec(
         name=name if name is not None else _expert_name(adapter or expert or ""),
-        expert=_small_model(expert, adapter, expert_prompt, directory),
-        anti_expert=_small_model(anti_expert, anti_expert_adapter, anti_expert_prompt, directory),
+        expert=_small_model(expert, adapter, expert_prompt, directory, llama_cpp),
+        anti_expert=_small_model(
+            anti_expert, anti_expert_adapter, anti_expert_prompt, directory, llama_cpp
+        ),
         alpha=check_alpha(alpha),
     )
     if add:
         there = Recipe.read(directory)
         recipe = replace(there, experts=(*there.experts, spec))
     else:
+        api = None
+        if is_url(base or ""):
+            api = ApiSettings(model=base_name, key_env=key_env)
+        elif base_name is not None or key_env is not None:
+            raise InvalidRequest(
+                f"--base-name and --key-env are for an API, and the base is {base}.\n"
+                "hint: leave them out, or give the address of an API as --base"
+            )
         recipe = Recipe(
-            base=ModelSpec(model=local_reference(base or "", directory), prompt=prompt),
+            base=ModelSpec(model=local_reference(base or "", directory), prompt=prompt, api=api),
             experts=(spec,),
             directory=directory,
         )
+    if llama_cpp:
+        recipe = recipe.with_llama_cpp()
     recipe.write(directory, overwrite=add or force)
     typer.echo(f"wrote {directory / 'config.json'}", err=True)
     typer.echo(f"next: proxytune doctor {directory}", err=True)
 
 
 def _small_model(
-    reference: str | None, adapter: str | None, prompt: str, directory: Path
+    reference: str | None, adapter: str | None, prompt: str, directory: Path, llama_cpp: bool
 ) -> ModelSpec:
-    from proxytune.recipe import ModelSpec, local_reference
+    from proxytune.recipe import LlamaCppSettings, ModelSpec, is_gguf, local_reference
 
     if reference == "base":
         if adapter is not None:
@@ -407,6 +465,7 @@ def _small_model(
         model=None if reference is None else local_reference(reference, directory),
         adapter=None if adapter is None else local_reference(adapter, directory),
         prompt=prompt,
+        llama_cpp=LlamaCppSettings() if llama_cpp and is_gguf(reference or "") else None,
     )
 
 
@@ -430,7 +489,7 @@ def doctor(recipe: RecipeArgument, as_json: JsonOption = False) -> None:
     with _stderr().status("looking at the models"):
         from proxytune.doctor import examine
 
-        diagnosis = examine(found)
+        diagnosis = examine(found, ask_server=True)
     if as_json:
         typer.echo(_json_line(diagnosis.to_dict()))
     else:
@@ -608,6 +667,22 @@ def generate(
         ),
     ] = None,
     speculative: SpeculativeOption = False,
+    require_certified: Annotated[
+        bool,
+        typer.Option(
+            "--require-certified",
+            help="End the text before a token that is not proved to be what all logits of a base behind an "
+            "API would give",
+        ),
+    ] = False,
+    choice: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Answer with the likeliest of these, told apart by their first tokens; give two or more",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -615,6 +690,8 @@ def generate(
     threads: ThreadsOption = None,
     gpu_layers: GpuLayersOption = None,
     context_size: ContextSizeOption = None,
+    max_calls: MaxCallsOption = None,
+    max_cost: MaxCostOption = None,
     input_file: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Prompts as JSON lines", show_default=False),
@@ -659,9 +736,11 @@ def generate(
         stop=tuple(stop or ()),
         ignore_eos=ignore_eos,
         logprobs=logprobs,
+        require_certified=require_certified,
     )
     _refuse_contradictions(
         {
+            "--choice": bool(choice),
             "PROMPT": prompt is not None,
             "--input-file": input_file is not None,
             "--output-file": output_file is not None,
@@ -698,6 +777,8 @@ def generate(
             dtype=dtype,
             speculative=speculative,
             as_json=as_json,
+            max_calls=max_calls,
+            max_cost=max_cost,
         )
         return
     assert prompt is not None
@@ -706,7 +787,17 @@ def generate(
     found = read()
     own_alpha, experts = _steering(found, expert, alpha)
     request = Request(text, sampling, own_alpha, experts)
-    model = _load(found, found.choose(experts, own_alpha), device=device, dtype=dtype)
+    model = _load(
+        found,
+        found.choose(experts, own_alpha),
+        device=device,
+        dtype=dtype,
+        max_calls=max_calls,
+        max_cost=max_cost,
+    )
+    if choice:
+        _show_choice(model, text, choice, own_alpha, experts, as_json=as_json)
+        return
     is_streamed = sys.stdout.isatty() and not as_json if stream is None else stream
 
     def show(_: int, event: Event) -> None:
@@ -721,6 +812,13 @@ def generate(
         if is_streamed:
             typer.echo()
         raise
+    except BackendError as error:
+        for kept in error.traces:  # what was generated until then
+            if as_json:
+                typer.echo(_json_line(kept.summary(logprobs=logprobs is not None)))
+            else:
+                typer.echo("" if is_streamed else kept.text)
+        raise
     if as_json:
         summary = trace.summary(logprobs=logprobs is not None)
         if speculative:
@@ -731,9 +829,48 @@ def generate(
     typer.echo(
         f"{_rate(trace.num_new_tokens, trace.latency_s)} · {trace.finish_reason} · {_strengths(trace.alphas)}"
         + (f" · seed {trace.seed}" if trace.seed is not None else "")
-        + (f" · {trace.num_accepted} of {trace.num_drafted} drafted" if speculative else ""),
+        + (f" · {trace.num_accepted} of {trace.num_drafted} drafted" if speculative else "")
+        + _calls(trace),
         err=True,
     )
+
+
+def _calls(trace: Trace) -> str:
+    """Return what a text has cost at a base behind an API, and how much of it is certified."""
+    usage = trace.usage
+    if usage is None:
+        return ""
+    share = (trace.num_certified or 0) / max(1, trace.num_new_tokens)
+    return (
+        f" · {usage.num_calls} calls"
+        + (f" ({usage.num_retries} retries)" if usage.num_retries else "")
+        + (f" · cost {usage.cost:.4g}" if usage.cost else "")
+        + f" · {100 * share:.0f} % certified"
+    )
+
+
+def _show_choice(
+    model: ProxyTuned,
+    prompt: str,
+    options: Sequence[str],
+    alpha: float | None,
+    experts: Experts,
+    *,
+    as_json: bool,
+) -> None:
+    """Print which of a few answers the steered base prefers."""
+    found = model.choose(prompt, options, alpha=alpha, experts=experts)
+    if as_json:
+        probs = dict(zip(options, found.probs, strict=True))
+        content = {"choice": found.option, "index": found.index, "probs": probs}
+        typer.echo(_json_line(content | {"is_certified": found.is_certified}))
+        return
+    typer.echo(found.option)
+    shares = ", ".join(
+        f"{option.strip()} {prob:.3f}" for option, prob in zip(options, found.probs, strict=True)
+    )
+    proof = {None: "", True: " · certified", False: " · not certified"}[found.is_certified]
+    typer.echo(f"{shares} · {_strengths(found.alphas)}{proof}", err=True)
 
 
 def _refuse_contradictions(given: Mapping[str, bool]) -> None:
@@ -761,6 +898,12 @@ def _refuse_contradictions(given: Mapping[str, bool]) -> None:
             "--json prints one object at the end, and --stream prints text as it is made.\n"
             "hint: leave one of them out"
         )
+    for name in ("--input-file", "--stream", "--logprobs"):
+        if given["--choice"] and given[name]:
+            raise InvalidRequest(
+                f"--choice picks one of a few answers to one prompt, and {name} is given beside it.\n"
+                f"hint: leave {name} out"
+            )
     if not given["--input-file"]:
         for name in ("--output-file", "--batch-size", "--skip-bad-lines"):
             if given[name]:
@@ -785,6 +928,8 @@ def _generate_file(
     dtype: str | None,
     speculative: bool,
     as_json: bool,
+    max_calls: int | None,
+    max_cost: float | None,
 ) -> None:
     from rich.progress import (
         BarColumn,
@@ -824,7 +969,9 @@ def _generate_file(
     seen: batch_file.Progress | None = None
 
     def load(names: tuple[str, ...]) -> ProxyTuned:
-        return _load(recipe, names, device=device, dtype=dtype)
+        return _load(
+            recipe, names, device=device, dtype=dtype, max_calls=max_calls, max_cost=max_cost
+        )
 
     def advance(progress: batch_file.Progress) -> None:
         nonlocal started, seen
@@ -926,6 +1073,8 @@ def chat(
     threads: ThreadsOption = None,
     gpu_layers: GpuLayersOption = None,
     context_size: ContextSizeOption = None,
+    max_calls: MaxCallsOption = None,
+    max_cost: MaxCostOption = None,
 ) -> None:
     """Talk with a steered model.
 
@@ -947,7 +1096,7 @@ def chat(
         recipe, llama_cpp, threads=threads, gpu_layers=gpu_layers, context_size=context_size
     )
     own_alpha, experts = _steering(found, expert, alpha)
-    model = _load(found, None, device=device, dtype=dtype)
+    model = _load(found, None, device=device, dtype=dtype, max_calls=max_calls, max_cost=max_cost)
     conversation = model.chat(
         sampling, system=system, alpha=own_alpha, experts=experts, speculative=speculative
     )
@@ -1472,6 +1621,8 @@ def score(
     threads: ThreadsOption = None,
     gpu_layers: GpuLayersOption = None,
     context_size: ContextSizeOption = None,
+    max_calls: MaxCallsOption = None,
+    max_cost: MaxCostOption = None,
 ) -> None:
     """Measure how well base, expert and steered base predict a text.
 
@@ -1491,7 +1642,14 @@ def score(
         recipe, llama_cpp, threads=threads, gpu_layers=gpu_layers, context_size=context_size
     )
     experts = tuple(expert) if expert else None
-    model = _load(found, found.choose(experts, None), device=device, dtype=dtype)
+    model = _load(
+        found,
+        found.choose(experts, None),
+        device=device,
+        dtype=dtype,
+        max_calls=max_calls,
+        max_cost=max_cost,
+    )
     contexts = [m.backend.capabilities.max_context for m in model.ensemble.members]
     if window is None:
         window = min([SCORE_WINDOW, *(c for c in contexts if c is not None)])
@@ -1795,13 +1953,27 @@ def _load(
     *,
     device: str | None,
     dtype: str | None,
+    max_calls: int | None = None,
+    max_cost: float | None = None,
 ) -> ProxyTuned:
     """Load a recipe's models, only these experts', with a sign of life on stderr."""
+    limits = {"max_calls": max_calls, "max_cost": max_cost}
+    given = [name for name, limit in limits.items() if limit is not None]
+    if given and recipe.base.api is None:
+        raise InvalidRequest(
+            f"--{given[0].replace('_', '-')} is for a base behind an API, and this one runs here.\n"
+            "hint: leave it out"
+        )
     with _stderr().status("loading models"):
+        from proxytune.backends.api_client import Budget
         from proxytune.model import ProxyTuned
 
         return ProxyTuned.load(
-            recipe, device=device, dtype=dtype, experts=None if experts is None else tuple(experts)
+            recipe,
+            device=device,
+            dtype=dtype,
+            experts=None if experts is None else tuple(experts),
+            budget=Budget(max_calls, max_cost) if given else None,
         )
 
 

@@ -660,6 +660,36 @@ class Batch:
             parts[f"{pair.name}.anti_expert"] = logprob(pair.anti_expert)
         return parts
 
+    def first_logits(self, token_ids: Sequence[int]) -> tuple[Tensor, bool]:
+        """Return the steered logits of certain tokens as the only row's first, and if the best is certain.
+
+        Call it before `step`. A partial base is asked about those it did not show; what stays unknown is
+        -inf.
+
+        Args:
+            token_ids: Of the base's vocabulary.
+
+        Returns:
+            `[num token_ids]` float32, and whether no unknown one of them can be higher than the highest.
+        """
+        block = self._first
+        assert block is not None and len(self._rows) == 1
+        logits = block.at(0)
+        wanted = torch.tensor(list(token_ids), device=logits[0].device)
+        offsets = combine(torch.zeros_like(logits[0]), self._contributions(logits, None))
+        base = logits[0].clone()
+        if self._partial is None:
+            return self._masked(base + offsets)[0, wanted], True
+        missing = [i for i in token_ids if base[0, i] == -torch.inf]
+        if missing:
+            state = self._groups[0].state
+            for token_id, logprob in self._partial.reveal(state, 0, 0, missing).items():
+                base[0, token_id] = logprob
+        ceilings = torch.tensor([block.bounds[0][0].ceiling])
+        upper = self._masked(upper_logits(base, offsets, ceilings=ceilings))[0, wanted]
+        steered = self._masked(base + offsets)[0, wanted]
+        return steered, bool((upper[steered == -torch.inf] < steered.max()).all())
+
     # Reading --------------------------------------------------------------------------------------------
 
     def _read(self) -> _Block:

@@ -38,6 +38,27 @@ class PromptFormat:
     tokenizer: Tokenizer
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which of a few answers a steered base prefers.
+
+    Args:
+        option: The likeliest.
+        index: Its place among the options.
+        probs: Of all options, in their order; they sum to 1.
+        alphas: Strength of steering by expert.
+        is_certified: Whether the base's full logits are proved to prefer the same; None where they were seen.
+        usage: What calls to a base behind an API have cost.
+    """
+
+    option: str
+    index: int
+    probs: tuple[float, ...]
+    alphas: Mapping[str, float]
+    is_certified: bool | None = None
+    usage: Usage | None = None
+
+
 class ProxyTuned:
     """A base steered by experts.
 
@@ -280,6 +301,53 @@ class ProxyTuned:
                 raise
             traces += [collector.trace() for collector in collectors]
         return traces
+
+    def choose(
+        self,
+        prompt: Prompt,
+        options: Sequence[str],
+        *,
+        alpha: float | None = None,
+        experts: str | tuple[str, ...] | Mapping[str, float] | None = None,
+    ) -> Choice:
+        """Say which of a few answers the steered base would begin with.
+
+        Only the first token of each answer counts, and each must begin with another: letters of a
+        multiple-choice question do, as in the experiment with GPT-3.5 (Liu et al. 2024, section 5). A base
+        behind an API is asked once, and about answers that it does not show.
+
+        Args:
+            prompt: Text, messages or token ids.
+            options: The answers, as they would follow the prompt: " A" where a space comes before it.
+            alpha: Strength of steering; None takes the recipe's.
+            experts: A name, names, or names with strengths; None takes the recipe's default.
+
+        Raises:
+            InvalidRequest: There are fewer than two options, or two begin with the same token.
+            UserError: The request cannot be honoured; see `job`.
+            BackendError: A model failed.
+        """
+        token_ids = [continuation_ids(option, self.tokenizer)[:1] for option in options]
+        first = [ids[0] for ids in token_ids if ids]
+        if len(options) < 2 or len(set(first)) < len(options):
+            raise InvalidRequest(
+                f"the options {', '.join(map(repr, options))} are not two or more that begin with different "
+                "tokens.\nhint: let them begin with letters, and list in the prompt what these stand for"
+            )
+        job = self.job(Request(prompt, SamplingParams(max_new_tokens=1), alpha, experts))
+        batch = Batch(self.ensemble, [job])
+        logits, is_certified = batch.first_logits(first)
+        probs: list[float] = logits.softmax(-1).tolist()
+        best = max(range(len(options)), key=probs.__getitem__)
+        has_all = self.recipe.base.api is None
+        return Choice(
+            options[best],
+            best,
+            tuple(probs),
+            self.recipe.choose(experts, alpha),
+            None if has_all else is_certified,
+            batch.usages()[0],
+        )
 
     def stream(
         self,

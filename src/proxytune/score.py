@@ -22,8 +22,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from proxytune.backends.base import PartialBackend
+from proxytune.certificate import spread_rest
 from proxytune.decode import Ensemble
-from proxytune.errors import InvalidRequest, PromptTooLong
+from proxytune.errors import InvalidRequest, PromptTooLong, UnsupportedModel
 from proxytune.request import check_alpha
 from proxytune.steer import Contribution, combine
 
@@ -331,12 +333,20 @@ def passage_logits(
     pieces: dict[int, Tensor] = {}
     for key, indices in groups.items():
         backend = ensemble.members[indices[0]].backend
-        states[key], logits = backend.prefill(
-            [passage.prompts[i] for i in indices],
-            adapters=[ensemble.members[i].adapter for i in indices],
-        )
+        prompts = [passage.prompts[i] for i in indices]
+        if isinstance(backend, PartialBackend):
+            if not backend.can_score:
+                raise UnsupportedModel(
+                    f"{ensemble.members[0].name} does not score a given text, and asking for every token of "
+                    "it would cost a call each.\nhint: vLLM and llama-cpp-python's server do"
+                )
+            states[key], logits = backend.prefill(prompts, num_new_tokens=[1])
+        else:
+            states[key], logits = backend.prefill(
+                prompts, adapters=[ensemble.members[i].adapter for i in indices]
+            )
         for i, row in zip(indices, logits, strict=True):
-            pieces[i] = ensemble.members[i].alignment.logits_to_base(row[None])
+            pieces[i] = _whole(ensemble, i, states[key], row[None])
     yield 0, {i: p.to(pieces[0].device) for i, p in pieces.items()}
     # The logits after the last token predict nothing, so it is not run.
     ids = torch.tensor(passage.token_ids[:-1], dtype=torch.long)
@@ -346,5 +356,15 @@ def passage_logits(
             backend = ensemble.members[indices[0]].backend
             rows = torch.stack([ensemble.members[i].alignment.ids_to_small(chunk) for i in indices])
             for i, row in zip(indices, backend.extend(states[key], rows), strict=True):
-                pieces[i] = ensemble.members[i].alignment.logits_to_base(row)
+                pieces[i] = _whole(ensemble, i, states[key], row)
         yield start + 1, {i: p.to(pieces[0].device) for i, p in pieces.items()}
+
+
+def _whole(ensemble: Ensemble, index: int, state: Any, logits: Tensor) -> Tensor:
+    """Return a member's logits `[chunk, vocab]` in the base's vocabulary, without holes."""
+    member = ensemble.members[index]
+    if isinstance(member.backend, PartialBackend):
+        (bounds,) = member.backend.bounds(state)
+        rests = torch.tensor([each.rest for each in bounds])
+        return spread_rest(logits, rests, ensemble.vocabulary.padding_ids)
+    return member.alignment.logits_to_base(logits)

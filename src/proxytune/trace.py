@@ -26,6 +26,8 @@ class Usage:
         num_prompt_tokens: As the server counts them.
         num_completion_tokens: As the server counts them.
         cost: By the prices that the recipe gives, in their currency.
+        num_recut: Calls whose text the server cut into another number of tokens than the small models read,
+            so that what it said is of other tokens with the same text.
     """
 
     num_calls: int = 0
@@ -33,6 +35,7 @@ class Usage:
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
     cost: float = 0.0
+    num_recut: int = 0
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
@@ -41,6 +44,7 @@ class Usage:
             self.num_prompt_tokens + other.num_prompt_tokens,
             self.num_completion_tokens + other.num_completion_tokens,
             self.cost + other.cost,
+            self.num_recut + other.num_recut,
         )
 
 

@@ -19,7 +19,7 @@ import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,6 +52,9 @@ RUN_MEMORY = 8
 """Stretches that the running mean of their used length goes back."""
 
 PROBE = "the quick brown fox jumps over the lazy"
+MAX_SINGLE_CALLS = 64
+"""Most positions of one row that are asked for one by one: a draft has as many, a text to score has more."""
+
 FORCING_BIAS = 100.0
 """Most that the API allows; it leaves nothing else to choose."""
 
@@ -85,6 +88,10 @@ class Position:
         if self.token_ids:
             logits[self.token_ids] = torch.tensor(self.logprobs)
         return logits
+
+
+NOTHING = Position([], [], Bounds(0.0, 1.0), 0.0)
+"""Where nothing was asked."""
 
 
 @dataclass(slots=True)
@@ -235,6 +242,8 @@ class ApiBackend(PartialBackend[ApiState]):
         self._pool = ThreadPoolExecutor(
             settings.max_concurrency, thread_name_prefix="proxytune-api"
         )
+        self._num_added = 0
+        """Tokens that the server puts before a text, a beginning-of-sequence token for one."""
         self.num_positions = 0
         """Positions that the server told."""
         self.unmatched = 0.0
@@ -345,6 +354,7 @@ class ApiBackend(PartialBackend[ApiState]):
                 if said is None or not said.top:
                     problem = UnsupportedModel("its answers have no logprobs")
                     break
+                self._num_added = answer.usage.num_prompt_tokens - len(self._encode(PROBE))
                 # A greedy answer's token is one of the likeliest; some servers list it once more.
                 shown = min(len(said.top), wanted)
                 return endpoint, shown, shown < asked
@@ -499,13 +509,17 @@ class ApiBackend(PartialBackend[ApiState]):
         for row, count in zip(state.rows, num_tokens, strict=True):
             if count:
                 del row.token_ids[-count:]
+                if len(row.token_ids) < row.start:
+                    # Other tokens may come before the stretch now.
+                    row.stretch, row.tokens, row.has_ended = [], [], False
                 if row.num_left is not None:
                     row.num_left += count
 
     def select(self, state: ApiState, rows: Sequence[int]) -> ApiState:
         """Return a state of the given rows in the given order."""
         bounds = [state.bounds[row] for row in rows] if state.bounds else []
-        return ApiState([state.rows[row] for row in rows], bounds)
+        kept = [replace(state.rows[r], token_ids=list(state.rows[r].token_ids)) for r in rows]
+        return ApiState(kept, bounds)
 
     def bounds(self, state: ApiState) -> list[list[Bounds]]:
         """Return the bounds of the positions asked for last; see `PartialBackend.bounds`."""
@@ -580,34 +594,39 @@ class ApiBackend(PartialBackend[ApiState]):
 
     def _positions(self, state: ApiState, lengths: Sequence[Sequence[int]]) -> Tensor:
         """Return `[rows, num_positions, vocab]` for rows of these lengths; ask for what is not known."""
-        missing = [
-            (row, [n for n in wanted if n >= 0 and row.known(n) is None])
-            for row, wanted in zip(state.rows, lengths, strict=True)
-        ]
-        missing = [(row, wanted) for row, wanted in missing if wanted]
-        if len(missing) == 1:
-            self._fetch(*missing[0])
-        elif missing:
+        jobs = list(zip(state.rows, lengths, strict=True))
+        if sum(any(n >= 0 and row.known(n) is None for n in wanted) for row, wanted in jobs) > 1:
             # The first failure ends the batch; what the others asked for is then lost, and was not used.
-            for future in [self._pool.submit(self._fetch, *item) for item in missing]:
-                future.result()
-        empty = Position([], [], Bounds(0.0, 1.0), 0.0)
-        found = [
-            [(row.known(n) or empty) if n >= 0 else empty for n in wanted]
-            for row, wanted in zip(state.rows, lengths, strict=True)
-        ]
+            futures = [self._pool.submit(self._row_positions, *job) for job in jobs]
+            found = [future.result() for future in futures]
+        else:
+            found = [self._row_positions(*job) for job in jobs]
         state.bounds = [[position.bounds for position in positions] for positions in found]
         return torch.stack(
             [torch.stack([p.dense(self.vocab_size) for p in positions]) for positions in found]
         )
 
-    def _fetch(self, row: _Row, lengths: Sequence[int]) -> None:
-        """Ask for the positions of one row at these lengths, and for a stretch after the last of them."""
-        if len(lengths) > 1 and self._scoring is not None and self._fetch_scored(row, lengths):
-            return
-        for length in lengths:
-            if row.known(length) is None:
-                self._fetch_stretch(row, length)
+    def _row_positions(self, row: _Row, lengths: Sequence[int]) -> list[Position]:
+        """Return one row's positions at these lengths, -1 for none, asking for what is not known.
+
+        Each answer takes the place of the stretch before, so what that knew is looked up first.
+        """
+        found = {n: row.known(n) for n in lengths if n >= 0}
+        missing = [n for n, position in found.items() if position is None]
+        if len(missing) > 1 and self._scoring is not None and self._fetch_scored(row, missing):
+            found |= {n: row.known(n) for n in missing}
+        elif len(missing) > MAX_SINGLE_CALLS:
+            raise UnsupportedModel(
+                f"{self.name} cuts the text into other tokens than the small models read, and asking for "
+                f"each of {len(missing)} tokens would cost a call each.\n"
+                "hint: a server that takes token ids, such as vLLM, cuts nothing"
+            )
+        else:
+            for n in missing:
+                if row.known(n) is None:
+                    self._fetch_stretch(row, n)
+                found[n] = row.known(n)
+        return [(found[n] if n >= 0 else None) or NOTHING for n in lengths]
 
     def _fetch_stretch(self, row: _Row, length: int) -> None:
         prompt = self._prompt_of(row.token_ids[:length], prompt=row.prompt)
@@ -616,7 +635,7 @@ class ApiBackend(PartialBackend[ApiState]):
             return
         self._learn(row)
         answer = self._ask(prompt, max_tokens=self._num_ahead(row, length))
-        row.usage += answer.usage
+        row.usage += self._cut(answer.usage, length)
         if not answer.tokens and not answer.has_ended:
             raise ApiError(
                 f"{self.name} gave no token after {length} tokens.\n"
@@ -634,7 +653,7 @@ class ApiBackend(PartialBackend[ApiState]):
         prompt = self._prompt_of(row.token_ids[:last], prompt=row.prompt)
         self._learn(row)
         answer = self._ask(prompt, max_tokens=self._num_ahead(row, last), scoring=way)
-        row.usage += answer.usage
+        row.usage += self._cut(answer.usage, last)
         scored = self._scored(answer, row.token_ids[:last], first, way)
         if scored is None or any(said is None for said in scored[: last - first]):
             return False
@@ -736,6 +755,12 @@ class ApiBackend(PartialBackend[ApiState]):
     @staticmethod
     def _key_bytes(key: int | bytes | str) -> bytes:
         return key if isinstance(key, bytes) else str(key).encode()
+
+    def _cut(self, usage: Usage, length: int) -> Usage:
+        """Return a call's usage with a note if the server read another number of tokens than `length`."""
+        if self._endpoint == "chat" or self._takes_token_ids or not usage.num_prompt_tokens:
+            return usage
+        return replace(usage, num_recut=int(usage.num_prompt_tokens != length + self._num_added))
 
     def _num_ahead(self, row: _Row, length: int) -> int:
         """Return how many tokens to ask for: somewhat more than stretches were good for lately."""
