@@ -4,8 +4,8 @@
 
 vLLM serves SmolLM2-135M-Instruct in float32 on this machine; 50 prompts from held-out text of two domains are
 continued greedily, each steered by its domain's expert. Three procedures: one call a token; stretches of the
-base's own continuation; the expert's drafts, which the server scores. What they write is compared with the same
-models in this process.
+base's own continuation; the expert's drafts, which the server scores. What they write is compared with the
+same models in this process.
 """
 
 from __future__ import annotations

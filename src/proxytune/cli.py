@@ -26,6 +26,7 @@ from proxytune.errors import (
     InputFileError,
     InvalidRequest,
     MissingExtra,
+    ProxytuneError,
     UserError,
 )
 from proxytune.request import Request, SamplingParams, check_alpha
@@ -741,6 +742,8 @@ def generate(
     _refuse_contradictions(
         {
             "--choice": bool(choice),
+            "--require-certified": require_certified,
+            "--speculative": speculative,
             "PROMPT": prompt is not None,
             "--input-file": input_file is not None,
             "--output-file": output_file is not None,
@@ -812,7 +815,7 @@ def generate(
         if is_streamed:
             typer.echo()
         raise
-    except BackendError as error:
+    except ProxytuneError as error:
         for kept in error.traces:  # what was generated until then
             if as_json:
                 typer.echo(_json_line(kept.summary(logprobs=logprobs is not None)))
@@ -841,11 +844,14 @@ def _calls(trace: Trace) -> str:
     if usage is None:
         return ""
     share = (trace.num_certified or 0) / max(1, trace.num_new_tokens)
+    unmatched = usage.unmatched_prob / max(1, usage.num_positions)
     return (
         f" · {usage.num_calls} calls"
         + (f" ({usage.num_retries} retries)" if usage.num_retries else "")
         + (f" · cost {usage.cost:.4g}" if usage.cost else "")
         + f" · {100 * share:.0f} % certified"
+        + (f" · {usage.num_recut} calls cut anew" if usage.num_recut else "")
+        + (f" · {100 * unmatched:.1f} % unmatched" if unmatched >= 0.001 else "")
     )
 
 
@@ -898,7 +904,7 @@ def _refuse_contradictions(given: Mapping[str, bool]) -> None:
             "--json prints one object at the end, and --stream prints text as it is made.\n"
             "hint: leave one of them out"
         )
-    for name in ("--input-file", "--stream", "--logprobs"):
+    for name in ("--input-file", "--stream", "--logprobs", "--require-certified", "--speculative"):
         if given["--choice"] and given[name]:
             raise InvalidRequest(
                 f"--choice picks one of a few answers to one prompt, and {name} is given beside it.\n"
@@ -1944,7 +1950,9 @@ def _recipe(
             f"--{given[0].replace('_', '-')} is for llama.cpp, and the recipe runs nothing with it.\n"
             "hint: add --llama-cpp to run its .gguf files that way"
         )
-    return recipe.with_llama_cpp(**settings) if llama_cpp or given else recipe
+    if not llama_cpp and not given:
+        return recipe
+    return recipe.with_llama_cpp(only_where_set=not llama_cpp, **settings)
 
 
 def _load(

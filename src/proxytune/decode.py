@@ -589,6 +589,7 @@ class Batch:
                 place
                 for place in (chosen != highest).nonzero().flatten().tolist()
                 if asked[place] < MAX_REVEALED
+                and ceilings[place] < torch.inf
                 and self._may_reveal(upper[place], steered[place], is_seen[place], alive[place])
             ]
             found = {}
@@ -609,8 +610,9 @@ class Batch:
                 logits[0][place, token_id] = logprob
         rests = torch.tensor([each.rest for each in bounds])
         lost = max_lost_prob(upper, is_seen, offsets, rests=rests, temperatures=temperatures)
-        # What a nucleus keeps depends on all probabilities, and bounds do not tell.
-        is_provable = [self._rows[row].job.sampling.top_p == 1.0 for row in alive]
+        lost[torch.isinf(ceilings) & (ceilings > 0)] = 1.0
+        # What filters keep of a draw depends on all tokens, and bounds do not tell.
+        is_provable = [not self._rows[row].job.sampling.has_filters for row in alive]
         return steered, [
             _Proof(same and provable, loss)
             for same, provable, loss in zip(
@@ -728,7 +730,7 @@ class Batch:
         assert self._partial is not None
         if not self._can_draft:
             return False
-        limit = min(AHEAD_TOKENS, max(row.num_left for row in self._rows) - 1)
+        limit = self._most_drafted(AHEAD_TOKENS)
         pending = [row.new_ids[-1] for row in self._rows]
         ahead = [ids[:limit] for ids in self._partial.lookahead(self._groups[0].state, pending)]
         longest = max(map(len, ahead))
@@ -874,15 +876,7 @@ class Batch:
         drafting = speculator.drafting
         if self._partial is not None:
             return self._plan_for_calls(speculator)
-        limit = min(drafting.max_tokens, max(row.num_left for row in self._rows) - 1)
-        for group in self._groups:
-            context = group.backend.capabilities.max_context
-            if context is None:
-                continue
-            for row in self._rows:
-                for index in group.members:
-                    held = len(row.job.prompts[index]) + len(row.new_ids)
-                    limit = min(limit, context - held)
+        limit = self._most_drafted(drafting.max_tokens)
         if limit <= 0:
             return 0, None
         if not drafting.is_adaptive:
@@ -911,6 +905,19 @@ class Batch:
             return limit, plan._replace(source=able[0])
         return limit, plan
 
+    def _most_drafted(self, limit: int) -> int:
+        """Return how many tokens a draft may have: what is still wanted, and what every context holds."""
+        limit = min(limit, max(row.num_left for row in self._rows) - 1)
+        for group in self._groups:
+            context = group.backend.capabilities.max_context
+            if context is None:
+                continue
+            for row in self._rows:
+                for index in group.members:
+                    held = len(row.job.prompts[index]) + len(row.new_ids)
+                    limit = min(limit, context - held)
+        return limit
+
     def _plan_for_calls(self, speculator: Speculator) -> tuple[int, Plan | None]:
         """Return what saves calls to a partial base, beside which the small models' time is nothing.
 
@@ -920,7 +927,7 @@ class Batch:
         """
         assert self._partial is not None
         drafting = speculator.drafting
-        limit = min(drafting.max_tokens, max(row.num_left for row in self._rows) - 1)
+        limit = self._most_drafted(drafting.max_tokens)
         can_draft = self._drafter("expert") is not None and drafting.allows("expert")
         if limit <= 0 or not can_draft or not self._partial.can_score:
             return 0, None
@@ -1011,7 +1018,9 @@ class Batch:
                 proposed = [lookup.propose(1) if lookup else [] for lookup in found]
                 guesses[source] = [ids[0] if ids else None for ids in proposed]
             elif source == block.source and drafted is not None:
-                guesses[source] = [drafted[row] for row in alive]
+                guesses[source] = [
+                    None if drafted[row] == NO_TOKEN else drafted[row] for row in alive
+                ]
             else:
                 drafter = self._drafter(source)
                 if drafter is not None:

@@ -30,7 +30,12 @@ from typing import Any
 
 
 class ProxytuneError(Exception):
-    """Any error this package raises on purpose."""
+    """Any error this package raises on purpose.
+
+    `traces` holds what was generated until then, for each request that had begun.
+    """
+
+    traces: tuple[Any, ...] = ()
 
 
 class UserError(ProxytuneError):
@@ -98,12 +103,7 @@ class MissingExtra(UserError):
 
 
 class BackendError(ProxytuneError):
-    """A model failed while it ran.
-
-    `traces` holds what was generated until then, for each request that had begun.
-    """
-
-    traces: tuple[Any, ...] = ()
+    """A model failed while it ran."""
 
 
 class ApiError(BackendError):

@@ -20,7 +20,7 @@ import torch
 from proxytune.backends.api_client import Budget
 from proxytune.backends.base import Backend
 from proxytune.decode import Batch, Ensemble, Event, Job, Kept, Member, Pair, check_job
-from proxytune.errors import BackendError, InvalidRequest
+from proxytune.errors import BackendError, InvalidRequest, ProxytuneError
 from proxytune.prompts import PLAIN_USER_TURN, ChatPrompt, Tokenizer, continuation_ids, render
 from proxytune.recipe import ModelSpec, Recipe
 from proxytune.request import Message, Prompt, Request, SamplingParams
@@ -45,7 +45,7 @@ class Choice:
     Args:
         option: The likeliest.
         index: Its place among the options.
-        probs: Of all options, in their order; they sum to 1.
+        probs: Of all options, in their order; they sum to 1. 0 for one that the base did not show.
         alphas: Strength of steering by expert.
         is_certified: Whether the base's full logits are proved to prefer the same; None where they were seen.
         usage: What calls to a base behind an API have cost.
@@ -296,7 +296,7 @@ class ProxyTuned:
                     collectors[event.row].add(event)
                     if on_event is not None:
                         on_event(start + event.row, event)
-            except BackendError as error:
+            except ProxytuneError as error:
                 error.traces = (*traces, *(collector.trace() for collector in collectors))
                 raise
             traces += [collector.trace() for collector in collectors]
@@ -337,6 +337,11 @@ class ProxyTuned:
         job = self.job(Request(prompt, SamplingParams(max_new_tokens=1), alpha, experts))
         batch = Batch(self.ensemble, [job])
         logits, is_certified = batch.first_logits(first)
+        if bool(torch.isneginf(logits).all()):
+            raise BackendError(
+                "none of the options is among the tokens that the base shows, and it cannot be asked about "
+                "them.\nhint: a larger top_logprobs shows more; say in the prompt which answers are wanted"
+            )
         probs: list[float] = logits.softmax(-1).tolist()
         best = max(range(len(options)), key=probs.__getitem__)
         has_all = self.recipe.base.api is None

@@ -75,7 +75,7 @@ _METADATA_KEYS = frozenset(
 )
 """Keys that transformers writes into any config.json; they are allowed and mean nothing here."""
 
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")  # lower case would let keys pass for names
 _EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -590,10 +590,11 @@ class Recipe:
 
         return self._with_models(changed)
 
-    def with_llama_cpp(self, **settings: int | None) -> Recipe:
+    def with_llama_cpp(self, *, only_where_set: bool = False, **settings: int | None) -> Recipe:
         """Return the recipe with every `.gguf` file run by llama.cpp, with these settings.
 
         Args:
+            only_where_set: Leave files to transformers that the recipe leaves to it.
             settings: Of `LlamaCppSettings`; None leaves each model its own.
 
         Raises:
@@ -609,6 +610,8 @@ class Recipe:
 
         def changed(spec: ModelSpec) -> ModelSpec:
             if spec.model is None or not is_gguf(spec.model):
+                return spec
+            if only_where_set and spec.llama_cpp is None:
                 return spec
             own = spec.llama_cpp or LlamaCppSettings()
             kept = replace(

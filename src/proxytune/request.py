@@ -185,6 +185,11 @@ class SamplingParams:
                 )
 
     @property
+    def has_filters(self) -> bool:
+        """Whether a draw is from some of the tokens only."""
+        return not self.is_greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @property
     def is_greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0

@@ -28,6 +28,8 @@ class Usage:
         cost: By the prices that the recipe gives, in their currency.
         num_recut: Calls whose text the server cut into another number of tokens than the small models read,
             so that what it said is of other tokens with the same text.
+        num_positions: Places of which the server said what may stand there.
+        unmatched_prob: Probability of tokens that it showed and the local vocabulary lacks, summed over them.
     """
 
     num_calls: int = 0
@@ -36,6 +38,8 @@ class Usage:
     num_completion_tokens: int = 0
     cost: float = 0.0
     num_recut: int = 0
+    num_positions: int = 0
+    unmatched_prob: float = 0.0
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
@@ -45,6 +49,8 @@ class Usage:
             self.num_completion_tokens + other.num_completion_tokens,
             self.cost + other.cost,
             self.num_recut + other.num_recut,
+            self.num_positions + other.num_positions,
+            self.unmatched_prob + other.unmatched_prob,
         )
 
 

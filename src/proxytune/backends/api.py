@@ -244,10 +244,6 @@ class ApiBackend(PartialBackend[ApiState]):
         )
         self._num_added = 0
         """Tokens that the server puts before a text, a beginning-of-sequence token for one."""
-        self.num_positions = 0
-        """Positions that the server told."""
-        self.unmatched = 0.0
-        """Probability of seen tokens that are none of the local vocabulary, summed over positions."""
         self._served_model = settings.model or self._only_model()
         self._endpoint, self._top_logprobs, self._is_limited = self._find_limits()
 
@@ -683,16 +679,18 @@ class ApiBackend(PartialBackend[ApiState]):
                     has_ended = False  # what follows a token without a name here cannot be used
                     break
                 tokens.append(token_id)
+        row.usage += _told(positions)
         row.start, row.stretch, row.tokens = length, positions, tokens
         row.has_ended = has_ended and bool(not tokens or tokens[-1] not in self._eos_token_ids)
 
     def _fetch_end(self, row: _Row, length: int, prompt: Any) -> None:
         """Find out the position where the base ends the text, which most servers do not tell.
 
-        The token that ends it is forbidden to see the others; it has what they leave of the probability.
-        Where that cannot be done, nothing else is known of the position.
+        The token that ends it is forbidden to see the others, and is taken to have what they leave of the
+        probability. That is an estimate, so nothing is proved here. Where it cannot be done, nothing else is
+        known of the position.
         """
-        ends = [i for i in self._eos_token_ids]
+        ends = list(self._eos_token_ids)
         position = Position(ends[:1], [0.0] * len(ends[:1]), Bounds(0.0, 1.0), 0.0)
         if self._bias == "hidden":
             answer = self._ask(prompt, max_tokens=1, bias=dict.fromkeys(ends, -FORCING_BIAS))
@@ -703,6 +701,8 @@ class ApiBackend(PartialBackend[ApiState]):
                     left = 1.0 - sum(map(math.exp, position.logprobs))
                     position.token_ids.append(ends[0])
                     position.logprobs.append(math.log(max(left, ROUNDING)))
+                    position.bounds = NOTHING.bounds
+        row.usage += _told([position])
         row.start, row.stretch, row.tokens, row.has_ended = length, [position], [], False
 
     def _position(self, said: _Said) -> Position:
@@ -728,10 +728,7 @@ class ApiBackend(PartialBackend[ApiState]):
             if is_all
             else min(1.0, max(0.0, 1.0 - sum(map(math.exp, found.values()))) + ROUNDING)
         )
-        unmatched = sum(math.exp(logprob) for logprob in set(unknown))
-        with self._lock:
-            self.num_positions += 1
-            self.unmatched += min(1.0, unmatched)
+        unmatched = min(1.0, sum(math.exp(logprob) for logprob in set(unknown)))
         return Position(list(found), list(found.values()), Bounds(ceiling, rest), unmatched)
 
     def _match(self, key: int | bytes | str) -> int | None:
@@ -952,6 +949,12 @@ class ApiBackend(PartialBackend[ApiState]):
             else _Said(other.token, None, one.top, listed=one.token)
             for one, other in zip(before, said[place:], strict=True)
         ]
+
+
+def _told(positions: Sequence[Position]) -> Usage:
+    """Return what is counted of positions that the server told."""
+    unmatched = sum(position.unmatched for position in positions)
+    return Usage(num_positions=len(positions), unmatched_prob=unmatched)
 
 
 def _named(key: str) -> int | bytes | str:

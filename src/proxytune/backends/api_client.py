@@ -71,7 +71,7 @@ class ApiClient:
         url: Where the API begins, `/v1` included.
         settings: Timeouts, retries, prices, the name of the key's variable.
         budget: None for no limit.
-        sleep: How to wait; another in tests.
+        sleep: How to wait between tries; None waits, until `give_up`.
 
     Raises:
         InvalidRequest: The key's variable is not set, or there are prices to give and none is given.
@@ -83,12 +83,13 @@ class ApiClient:
         settings: ApiSettings,
         *,
         budget: Budget | None = None,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], None] | None = None,
     ) -> None:
         self.url = url.rstrip("/")
         self._settings = settings
         self._budget = budget or Budget()
         self._sleep = sleep
+        self._stop = threading.Event()
         self._jitter = random.Random()
         self._lock = threading.Lock()
         self._num_begun = 0
@@ -110,10 +111,16 @@ class ApiClient:
                     f"the environment variable {settings.key_env} is not set, and the recipe takes the "
                     f"API key of {self.url} from it.\nhint: export {settings.key_env}=…"
                 )
+            if not key.isascii() or not key.isprintable() or " " in key:
+                raise InvalidRequest(
+                    f"the environment variable {settings.key_env} holds a character that no API key has.\n"
+                    "hint: look whether a line break or a quotation mark came along"
+                )
             self._key = key
             headers["Authorization"] = f"Bearer {key}"
         self._headers = headers
         self._seen: deque[str] = deque(maxlen=256)
+        self._knows_ids = True
         self._http = self._connections()
 
     def _connections(self) -> httpx2.Client:
@@ -130,7 +137,7 @@ class ApiClient:
         Something on the way that repeats answers would otherwise give each question the one before's.
         """
         name = answer.get("id")
-        if not isinstance(name, str):
+        if not isinstance(name, str) or not self._knows_ids:
             return False
         with self._lock:
             if name in self._seen:
@@ -140,8 +147,14 @@ class ApiClient:
         return False
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections, and try nothing again."""
+        self.give_up()
         self._http.close()
+
+    def give_up(self) -> None:
+        """Let calls that are under way in other threads not be tried again."""
+        stop, self._stop = self._stop, threading.Event()
+        stop.set()
 
     def get(self, path: str, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         """Return the answer to a question that costs nothing; arguments and errors are those of `post`."""
@@ -219,17 +232,22 @@ class ApiClient:
         most = self._settings.max_retries
         num_500 = 0
         was_late = False
+        stop = self._stop
         for num_retries in range(most + 1):
             asked_pause: float | None = None
             try:
                 response = self._http.request(method, f"{self.url}{path}", json=body)
-                if response.status_code < 400:
+                if response.status_code < 300:
                     answer = response.json()
                     if not isinstance(answer, dict):
                         raise ValueError("it is no JSON object")
+                    if answer.get("error") and "choices" not in answer:
+                        raise ValueError(self._said(response))
                     check(answer)
                     # A server that calls every answer the same is believed the second time.
                     if was_late or not self._is_late(answer):
+                        if was_late and answer.get("id") in self._seen:
+                            self._knows_ids = False  # it gives several answers one name
                         return answer, num_retries
                     was_late = True
                     raise ValueError("it came before")
@@ -242,26 +260,34 @@ class ApiClient:
                 asked_pause = _retry_after(response)
             except httpx2.HTTPError as error:
                 problem = f"{type(error).__name__}: {error}"
-            except (ValueError, KeyError, TypeError, IndexError) as error:
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
                 problem = f"its answer is not whole: {error}"
             except httpx2.InvalidURL as error:
                 raise InvalidRequest(f"{self.url} is no address: {error}") from error
             if num_retries < most:
                 with self._lock:
                     self.usage += Usage(num_retries=1)
-                self._sleep(self._pause(num_retries, asked_pause))
+                pause = self._pause(num_retries, asked_pause)
+                if self._sleep is not None:
+                    self._sleep(pause)
+                else:
+                    stop.wait(pause)
+            if stop.is_set():
+                break
         raise ApiError(
-            f"{self.url}{path} gave no answer in {most + 1} tries; the last one: {problem}\n"
+            f"{self.url}{path} gave no answer in {num_retries + 1} tries; the last one: "
+            f"{self._redacted(problem)}\n"
             "hint: look whether the server runs and is not overloaded; max_retries and timeout_s in the "
             "recipe's api say how patient to be"
         )
 
     def _pause(self, num_retries: int, asked: float | None) -> float:
         """Return seconds to wait: what the server asked for, or twice as long each time, spread at random."""
-        if asked is not None:
-            return min(asked, LONGEST_WAIT_S) + self._jitter.uniform(0, 0.1)
         longest: float = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0**num_retries)
-        return self._jitter.uniform(longest / 2, longest)
+        own = self._jitter.uniform(longest / 2, longest)
+        if asked is not None:
+            return max(own, min(asked, LONGEST_WAIT_S) + self._jitter.uniform(0, 0.1))
+        return own
 
     def _refusal(self, path: str, response: Any) -> UnsupportedModel:
         said = self._said(response)
@@ -272,6 +298,8 @@ class ApiClient:
                 if variable
                 else 'name the variable that holds the key: "api": {"key_env": "OPENAI_API_KEY"}'
             )
+        elif response.status_code < 400:
+            hint = f"it is moved to {response.headers.get('location', 'another address')}; name that one"
         elif response.status_code == 404:
             hint = "look whether the address ends in /v1 and the model's name is one that the server lists"
         else:
@@ -289,9 +317,10 @@ class ApiClient:
             text = str(error.get("message", error) if isinstance(error, dict) else error)
         except (ValueError, AttributeError):
             text = re.sub(r"<[^>]*>", " ", response.text)
-        if self._key:
-            text = text.replace(self._key, "…")
-        return " ".join(text.split())[:300] or str(response.reason_phrase)
+        return " ".join(self._redacted(text).split())[:300] or str(response.reason_phrase)
+
+    def _redacted(self, text: str) -> str:
+        return text.replace(self._key, "…") if self._key else text
 
 
 class RefusedCall(UnsupportedModel):

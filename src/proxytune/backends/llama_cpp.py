@@ -133,6 +133,8 @@ class _Context:
         self._handle = _Handle(api, pointer, backend.model)
         self.pointer = pointer
         self._view: tuple[tuple[int, int], Tensor] | None = None
+        self.has_pending_copy = False
+        """Whether `copy` was called since the last decode, at which llama.cpp really copies."""
         self._memory = api.llama_get_memory(pointer)
         self.room = int(api.llama_n_ctx_seq(pointer))
         if adapter is not None:
@@ -203,6 +205,7 @@ class _Context:
         self._sequences[:count] = sequences
         self._wanted[:count] = wanted
         self._batch.n_tokens = count
+        self.has_pending_copy = False
         code = self._api.llama_decode(self.pointer, self._batch)
         if code:
             raise BackendError(
@@ -235,6 +238,7 @@ class _Context:
         """Let one sequence hold what another holds."""
         self._api.llama_memory_seq_rm(self._memory, target, -1, -1)
         self._api.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+        self.has_pending_copy = True
 
     def enlarged(self, num_rows: int, room: int) -> _Context:
         """Return a context with more room that holds the first `num_rows` sequences.
@@ -465,12 +469,14 @@ class LlamaCppBackend(Backend[LlamaCppState]):
         state = LlamaCppState(parts, [list(prompt) for prompt in prompts])
         return Prefilled(state, _in_row_order(parts, answers))
 
-    def _read(self, rows: Sequence[Sequence[int]], adapter: str | None) -> tuple[_Context, Tensor]:
+    def _read(
+        self, rows: Sequence[Sequence[int]], adapter: str | None, *, room: int = 0
+    ) -> tuple[_Context, Tensor]:
         """Return a new context that has read the rows, and the logits after each, `[rows, vocab]`."""
         lengths = [len(row) for row in rows]
         token_ids = np.concatenate([np.asarray(row, np.int64) for row in rows])
         self._check_token_ids(token_ids)
-        context = _Context(self, adapter, len(rows), max(lengths) + 1)
+        context = _Context(self, adapter, len(rows), max(room, max(lengths) + 1))
         wanted = np.zeros(len(token_ids), bool)
         wanted[np.cumsum(lengths) - 1] = True
         pieces = context.run(
@@ -503,7 +509,7 @@ class LlamaCppBackend(Backend[LlamaCppState]):
         answers = []
         for part in state.parts:
             own = lengths[part.rows]
-            self._make_room(part, int(own.max()) + num_new)
+            self._make_room(state, part, int(own.max()) + num_new)
             pieces = part.context.run(
                 new[part.rows].reshape(-1),
                 (own[:, None] + np.arange(num_new)).reshape(-1),
@@ -584,10 +590,16 @@ class LlamaCppBackend(Backend[LlamaCppState]):
                 place_of[target] = place_of.pop(last)
         return [place_of[sequence] for sequence in range(len(kept))]
 
-    def _make_room(self, part: _Part, length: int) -> None:
+    def _make_room(self, state: LlamaCppState, part: _Part, length: int) -> None:
         """Move the sequences into a larger context where a row of `length` tokens does not fit."""
-        if length > part.context.room:
-            room = min(max(length, 2 * part.context.room), self.context_size)
+        if length <= part.context.room:
+            return
+        room = min(max(length, 2 * part.context.room), self.context_size)
+        if part.context.has_pending_copy:
+            # What would be read of a sequence is not yet there.
+            rows = [state.rows[row] for row in part.rows]
+            part.context = self._read(rows, part.context.adapter, room=room)[0]
+        else:
             part.context = part.context.enlarged(len(part.rows), room)
 
     def _check_length(self, num_tokens: int) -> None:
