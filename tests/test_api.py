@@ -15,7 +15,13 @@ import torch
 
 from proxytune.backends.api import ApiBackend
 from proxytune.backends.api_client import ApiClient, Budget
-from proxytune.errors import ApiError, BudgetSpent, InvalidRequest, UnsupportedModel
+from proxytune.errors import (
+    ApiError,
+    BackendError,
+    BudgetSpent,
+    InvalidRequest,
+    UnsupportedModel,
+)
 from proxytune.model import ProxyTuned
 from proxytune.recipe import ApiSettings, ModelSpec
 from proxytune.request import SamplingParams
@@ -283,6 +289,7 @@ def test_what_is_not_certified_ends_a_text_that_has_to_be():
         (VLLM, 20),
         (OPENAI, 5),
         (replace(ALL, max_top_logprobs=3), 1),
+        (replace(ALL, max_top_logprobs=20, token_format="token_id"), 20),
     ],
 )
 def test_the_limit_is_found_out(traits, shown):
@@ -473,3 +480,173 @@ def test_any_sequence_of_calls_gives_what_asking_anew_gives(seed):
                     wanted = table.prefill([row + more[:count]]).logits[0].log_softmax(-1)
                     assert torch.allclose(found[place, count - 1], wanted, atol=1e-4)
             rows = [row + more for row, more in zip(rows, new, strict=True)]
+
+
+# What a second look found --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_k": 2}, {"top_k": 3}, {"min_p": 0.3}, {"top_p": 0.8}], ids=str
+)
+def test_a_certified_draw_is_the_one_of_the_full_logits(filters):
+    traits = replace(ALL, max_top_logprobs=5, logit_bias="none")
+    num_certified = 0
+    for seed in range(8):
+        local = in_process(seed=seed)
+        sampling = greedy(12, temperature=1.2, seed=seed, **filters)
+        with behind(local, traits) as (remote, _, _):
+            for prompt in PROMPTS:
+                found = remote.generate(prompt, sampling, alpha=0.8)
+                wanted = local.generate(prompt, sampling, alpha=0.8)
+                for one, other in zip(found.steps, wanted.steps, strict=True):
+                    if one.token_id != other.token_id:
+                        assert not one.is_certified
+                        break
+                    num_certified += bool(one.is_certified)
+    assert bool(num_certified) == (not filters)
+
+
+def said(top: dict[str, float], token: str, **options: Any) -> Any:
+    from proxytune.backends.api import _read_completion
+
+    answer = {
+        "choices": [
+            {
+                "finish_reason": "length",
+                "logprobs": {
+                    "tokens": [token],
+                    "token_logprobs": [top[token]],
+                    "top_logprobs": [top],
+                },
+            }
+        ]
+    }
+    return _read_completion(answer, None, **options).tokens[0]
+
+
+def test_tokens_of_one_text_that_fell_together_prove_nothing():
+    """Of five tokens shown, two had no text: the less likely one is left and hides the other."""
+    with behind(in_process(), replace(ALL, max_top_logprobs=5)) as (_, _, backend):
+        whole = {"a": -0.6, "b": -2.0, "c": -3.0, "d": -4.0, "e": -5.0}
+        assert backend._position(said(whole, "a")).bounds.ceiling <= -4.0
+        fallen = {"a": -0.6, "b": -2.0, "c": -3.0, "": -12.0}
+        left = 1 - sum(torch.tensor(list(fallen.values())).exp().tolist())
+        ceiling = backend._position(said(fallen, "a")).bounds.ceiling
+        assert ceiling >= torch.tensor(left).log().item()
+
+
+def test_half_characters_match_nothing():
+    with behind(in_process(), ALL) as (_, _, backend):
+        for key in (
+            "",
+            "\N{REPLACEMENT CHARACTER}",
+            "x\N{REPLACEMENT CHARACTER}",
+            b"\xf0\x9f",
+            "\ud83d",
+        ):
+            assert backend._match(key) is None
+        assert backend._match("a") == 0
+
+
+def test_lone_bytes_of_sentencepiece_are_not_taken_for_characters():
+    from proxytune.backends.api import _ids_by_bytes
+    from proxytune.vocab import Vocabulary, token_bytes
+
+    tokens = {"<0x41>": 0, "<0x0A>": 1, "A": 2, "▁A": 3, "▁": 4}
+    vocabulary = Vocabulary("toy", tokens, 5)
+    ids = _ids_by_bytes(vocabulary, token_bytes(vocabulary))
+    assert ids == {b"A": 2, b"\n": 1, b" A": 3, b" ": 4}
+
+
+def test_an_estimated_end_is_never_certified():
+    local = in_process(eos_logit=3.0)
+    traits = replace(ALL, shows_eos=False)
+    with behind(local, traits) as (remote, _, _):
+        for prompt in PROMPTS:
+            trace = remote.generate(prompt, greedy(40), alpha=0.0)
+            assert trace.finish_reason == "stop"
+            assert not trace.steps[-1].is_certified
+            assert trace.token_ids == local.generate(prompt, greedy(40), alpha=0.0).token_ids
+
+
+def test_a_draft_keeps_to_the_small_models_context():
+    from proxytune.backends.toy import ToyBackend
+    from tests.toys import toy_table
+
+    local = in_process()
+    small = ToyBackend(toy_table(1, eos_logit=-100.0), name="small", memory=0.5, max_context=42)
+    members = list(local.ensemble.members)
+    members[1] = replace(members[1], backend=small)
+    local = ProxyTuned(
+        replace(local.ensemble, members=tuple(members)), local._formats, local.recipe
+    )
+    requests = [
+        local_request("a" * 30, greedy(12)),
+        local_request("abc", greedy(39)),
+    ]
+    wanted = [trace.token_ids for trace in local.generate_batch(requests)]
+    with behind(local, ALL, ApiSettings(lookahead=16)) as (remote, _, _):
+        for speculative in (False, Drafting(8, "expert", is_adaptive=False)):
+            found = remote.generate_batch(requests, speculative=speculative)
+            assert [trace.token_ids for trace in found] == wanted
+
+
+def test_a_full_context_is_reached_token_by_token_and_the_text_kept():
+    local = in_process()
+    traits = replace(ALL, max_context=48)
+    with behind(local, traits, ApiSettings(lookahead=16)) as (remote, _, _):
+        with pytest.raises(UnsupportedModel, match="context") as failure:
+            remote.generate("the cat", greedy(60))
+        (trace,) = failure.value.traces
+    assert trace.num_new_tokens >= 48 - 7
+    wanted = local.generate("the cat", greedy(60)).token_ids
+    assert trace.token_ids == wanted[: trace.num_new_tokens]
+
+
+def test_options_that_are_not_shown_are_no_answer():
+    local = in_process()
+    traits = replace(ALL, max_top_logprobs=1, logit_bias="none")
+    with behind(local, traits) as (remote, _, _):
+        best = local.generate("the cat", greedy(1), alpha=0.0).text
+        options = [letter for letter in "abcdefgh" if letter != best]
+        with pytest.raises(BackendError, match="none of the options"):
+            remote.choose("the cat", options)
+
+
+@pytest.mark.parametrize("key", ["line\nbreak", "with space", "ünïcode"])
+def test_a_key_that_is_none_is_refused_unseen(monkeypatch, key):
+    monkeypatch.setenv("TEST_KEY", key)
+    with pytest.raises(InvalidRequest, match="no API key has") as refusal:
+        ApiClient("http://localhost:1/v1", ApiSettings(key_env="TEST_KEY"))
+    assert key not in str(refusal.value)
+
+
+def test_a_failed_batch_stops_asking():
+    local = in_process()
+    settings = ApiSettings(max_retries=8, timeout_s=1.0)
+    with behind(local, ALL, settings) as (remote, server, backend):
+        backend.client._sleep = None  # as outside of tests
+        assert backend.can_score
+        server._http.stop()
+        started = time.perf_counter()
+        requests = [local_request(prompt, greedy(4)) for prompt in PROMPTS * 4]
+        backend.client._settings = replace(settings, max_retries=1)
+        with pytest.raises(ApiError):
+            remote.generate_batch(requests, batch_size=20)
+        backend._pool.shutdown(wait=True)
+        assert time.perf_counter() - started < 20
+
+
+def test_answers_of_one_name_are_believed_the_second_time():
+    """A gateway may call all its answers the same."""
+    local = in_process()
+    with behind(local) as (remote, _, backend):
+        wanted = local.generate("the cat", greedy(8)).token_ids
+        real = backend.client._is_late
+        backend.client._seen.append("cmpl")
+
+        def late(answer: Any) -> bool:
+            return real({**answer, "id": "cmpl"})
+
+        backend.client._is_late = late  # type: ignore[method-assign]
+        assert remote.generate("the cat", greedy(8)).token_ids == wanted

@@ -245,6 +245,18 @@ def test_a_long_text_moves_into_a_larger_context(backend):
         assert torch.allclose(found[row, -1], wanted, atol=1e-3)
 
 
+def test_rows_that_end_just_before_a_context_grows(backend):
+    """llama.cpp copies a sequence at the next decode only, and growing copies before it."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 250, (3, FIRST_ROOM), generator=generator).tolist()
+    state, _ = backend.prefill(ids)
+    state = backend.select(state, [2, 1])
+    found = backend.extend(state, torch.tensor([[5], [6]]))
+    for place, row, token in ((0, 2, 5), (1, 1, 6)):
+        wanted = logits_of(backend, [*ids[row], token])
+        assert torch.allclose(found[place, 0], wanted, atol=1e-3)
+
+
 def test_more_outputs_than_one_decode_gives(backend):
     ids = torch.randint(3, 250, (1, 301), generator=torch.Generator().manual_seed(1))
     state, _ = backend.prefill(ids[:, :1].tolist())

@@ -51,12 +51,16 @@ FIRST_LOOKAHEAD = 8
 RUN_MEMORY = 8
 """Stretches that the running mean of their used length goes back."""
 
-PROBE = "the quick brown fox jumps over the lazy"
+PROBES = ("the quick brown fox jumps over the lazy", "once upon a time", "a b c d e f g")
+"""Short prompts to find out what a server shows; several, since a base may end a text at once."""
+
 MAX_SINGLE_CALLS = 64
 """Most positions of one row that are asked for one by one: a draft has as many, a text to score has more."""
 
 FORCING_BIAS = 100.0
 """Most that the API allows; it leaves nothing else to choose."""
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
 ROUNDING = 1e-5
 """What logprobs are rounded by on their way, as a probability."""
@@ -90,7 +94,10 @@ class Position:
         return logits
 
 
-NOTHING = Position([], [], Bounds(0.0, 1.0), 0.0)
+UNPROVABLE = Bounds(math.inf, 1.0)
+"""Where what is known is an estimate."""
+
+NOTHING = Position([], [], UNPROVABLE, 0.0)
 """Where nothing was asked."""
 
 
@@ -106,6 +113,7 @@ class _Row:
         tokens: What stands at these positions where they hold; one less, or as many.
         has_ended: Whether the base ends the text after the stretch.
         num_left: How many tokens may still come.
+        can_score: Whether the server's tokens of the row's text were the row's so far.
         usage: Of this row's calls.
     """
 
@@ -116,6 +124,7 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     has_ended: bool = False
     num_left: int | None = None
+    can_score: bool = True
     usage: Usage = field(default_factory=Usage)
 
     def known(self, length: int) -> Position | None:
@@ -183,12 +192,14 @@ class _Said:
         logprob: Its own; None where the server does not tell.
         top: The likeliest tokens, and `listed`.
         listed: A token that is among them whether it is likely or not.
+        is_by_text: Whether tokens of one text fall together in `top`.
     """
 
     token: int | bytes | str
     logprob: float | None
     top: tuple[tuple[int | bytes | str, float], ...]
     listed: int | bytes | str | None = None
+    is_by_text: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,9 +245,7 @@ class ApiBackend(PartialBackend[ApiState]):
         self.vocab_size = vocabulary.width
         self._eos_token_ids = tuple(eos_token_ids)
         self._bytes_of = token_bytes(vocabulary)
-        self._id_of: dict[bytes, int] = {}
-        for token_id, content in sorted(self._bytes_of.items(), reverse=True):
-            self._id_of[content] = token_id  # of several the lowest: later ones are rarely produced
+        self._id_of = _ids_by_bytes(vocabulary, self._bytes_of)
         self._run_length = FIRST_LOOKAHEAD / 2
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(
@@ -244,6 +253,7 @@ class ApiBackend(PartialBackend[ApiState]):
         )
         self._num_added = 0
         """Tokens that the server puts before a text, a beginning-of-sequence token for one."""
+        self._probe = PROBES[0]
         self._served_model = settings.model or self._only_model()
         self._endpoint, self._top_logprobs, self._is_limited = self._find_limits()
 
@@ -336,9 +346,11 @@ class ApiBackend(PartialBackend[ApiState]):
             self._endpoint = endpoint
             for wanted in (asked, *(n for n in LADDER if n < asked)):
                 self._top_logprobs = wanted
-                prompt = self._text_probe()
                 try:
-                    answer = self._ask(prompt, max_tokens=1, is_probe=True)
+                    for self._probe in PROBES:
+                        answer = self._ask(self._text_probe(), max_tokens=1, is_probe=True)
+                        if answer.tokens:
+                            break
                 except RefusedCall as error:
                     problem = error
                     if error.status in (401, 403):
@@ -350,9 +362,9 @@ class ApiBackend(PartialBackend[ApiState]):
                 if said is None or not said.top:
                     problem = UnsupportedModel("its answers have no logprobs")
                     break
-                self._num_added = answer.usage.num_prompt_tokens - len(self._encode(PROBE))
+                self._num_added = answer.usage.num_prompt_tokens - len(self._encode(self._probe))
                 # A greedy answer's token is one of the likeliest; some servers list it once more.
-                shown = min(len(said.top), wanted)
+                shown = wanted if said.is_by_text else min(len(said.top), wanted)
                 return endpoint, shown, shown < asked
         raise UnsupportedModel(
             f"{self.name} cannot be steered, since it shows no logprobs: {problem}\n"
@@ -365,7 +377,7 @@ class ApiBackend(PartialBackend[ApiState]):
         """Whether token ids mean here what they mean to the local tokenizer."""
         if self._endpoint != "completions":
             return False
-        token_ids = self._encode(PROBE)
+        token_ids = self._encode(self._probe)
         try:
             by_text = self._ask(self._text_of(token_ids), max_tokens=1, is_probe=True)
             by_ids = self._ask(token_ids, max_tokens=1, is_probe=True)
@@ -389,7 +401,7 @@ class ApiBackend(PartialBackend[ApiState]):
     def _scoring(self) -> Literal["prompt_logprobs", "echo", "echo_shifted"] | None:
         if self._endpoint != "completions":
             return None
-        token_ids = self._encode(PROBE)
+        token_ids = self._encode(self._probe)
         prompt = self._prompt_of(token_ids)
         first = self._ask(prompt, max_tokens=1, is_probe=True)
         if not first.tokens or first.tokens[0] is None:
@@ -400,6 +412,8 @@ class ApiBackend(PartialBackend[ApiState]):
             return None
         whole = self._prompt_of([*token_ids, token_id])
         for way in ("prompt_logprobs", "echo", "echo_shifted"):
+            if way == "prompt_logprobs" and not self._takes_token_ids:
+                continue  # it names tokens by the server's ids
             try:
                 answer = self._ask(whole, max_tokens=1, scoring=way, is_probe=True)
             except RefusedCall:
@@ -593,8 +607,17 @@ class ApiBackend(PartialBackend[ApiState]):
         jobs = list(zip(state.rows, lengths, strict=True))
         if sum(any(n >= 0 and row.known(n) is None for n in wanted) for row, wanted in jobs) > 1:
             # The first failure ends the batch; what the others asked for is then lost, and was not used.
+            _ = (
+                self._endpoint == "completions" and self._takes_token_ids
+            )  # found out once, not by each
             futures = [self._pool.submit(self._row_positions, *job) for job in jobs]
-            found = [future.result() for future in futures]
+            try:
+                found = [future.result() for future in futures]
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                self.client.give_up()
+                raise
         else:
             found = [self._row_positions(*job) for job in jobs]
         state.bounds = [[position.bounds for position in positions] for positions in found]
@@ -607,9 +630,17 @@ class ApiBackend(PartialBackend[ApiState]):
 
         Each answer takes the place of the stretch before, so what that knew is looked up first.
         """
+        begin = len(row.prompt)
+        named = next(
+            (n for n, i in enumerate(row.token_ids[begin:], begin) if not self._can_name(i)),
+            len(row.token_ids),
+        )
+        # A draft may hold what no text names, which is never chosen: nothing after it is asked about.
+        lengths = [n if n <= named else -1 for n in lengths]
         found = {n: row.known(n) for n in lengths if n >= 0}
         missing = [n for n, position in found.items() if position is None]
-        if len(missing) > 1 and self._scoring is not None and self._fetch_scored(row, missing):
+        can_score = row.can_score and self._scoring is not None
+        if len(missing) > 1 and can_score and self._fetch_scored(row, missing):
             found |= {n: row.known(n) for n in missing}
         elif len(missing) > MAX_SINGLE_CALLS:
             raise UnsupportedModel(
@@ -630,14 +661,20 @@ class ApiBackend(PartialBackend[ApiState]):
             self._fetch_end(row, length, prompt)
             return
         self._learn(row)
-        answer = self._ask(prompt, max_tokens=self._num_ahead(row, length))
+        try:
+            answer = self._ask(prompt, max_tokens=self._num_ahead(row, length))
+        except RefusedCall as error:
+            if error.status != 400:
+                raise
+            answer = self._ask(prompt, max_tokens=1)  # more may not have fitted into its context
         row.usage += self._cut(answer.usage, length)
         if not answer.tokens and not answer.has_ended:
             raise ApiError(
                 f"{self.name} gave no token after {length} tokens.\n"
                 "hint: its context may be full; shorten the prompt, or ask for fewer new tokens"
             )
-        self._enter(row, length, [], answer.tokens, has_ended=answer.has_ended)
+        is_recut = self._is_recut(answer.usage, length)
+        self._enter(row, length, [], answer.tokens, has_ended=answer.has_ended, is_recut=is_recut)
         if row.known(length) is None:
             self._fetch_end(row, length, prompt)
 
@@ -648,13 +685,20 @@ class ApiBackend(PartialBackend[ApiState]):
         assert way is not None
         prompt = self._prompt_of(row.token_ids[:last], prompt=row.prompt)
         self._learn(row)
-        answer = self._ask(prompt, max_tokens=self._num_ahead(row, last), scoring=way)
+        try:
+            answer = self._ask(prompt, max_tokens=self._num_ahead(row, last), scoring=way)
+        except RefusedCall as error:
+            if error.status != 400:
+                raise
+            return False
         row.usage += self._cut(answer.usage, last)
         scored = self._scored(answer, row.token_ids[:last], first, way)
         if scored is None or any(said is None for said in scored[: last - first]):
+            row.can_score = False  # the server cuts this text otherwise, and will again
             return False
         given = row.token_ids[first:last]
-        self._enter(row, first, given, scored, has_ended=answer.has_ended)
+        is_recut = self._is_recut(answer.usage, last)
+        self._enter(row, first, given, scored, has_ended=answer.has_ended, is_recut=is_recut)
         return row.known(last) is not None
 
     def _enter(
@@ -665,6 +709,7 @@ class ApiBackend(PartialBackend[ApiState]):
         said: Sequence[_Said | None],
         *,
         has_ended: bool,
+        is_recut: bool,
     ) -> None:
         """Keep the positions from `length` on; the first tokens are given, the others the server's."""
         positions: list[Position] = []
@@ -673,6 +718,8 @@ class ApiBackend(PartialBackend[ApiState]):
             if one is None:
                 break
             positions.append(self._position(one))
+            if is_recut:
+                positions[-1].bounds = UNPROVABLE  # of this text, and not of these tokens
             if place >= len(given):
                 token_id = self._match(one.token)
                 if token_id is None:
@@ -691,7 +738,7 @@ class ApiBackend(PartialBackend[ApiState]):
         known of the position.
         """
         ends = list(self._eos_token_ids)
-        position = Position(ends[:1], [0.0] * len(ends[:1]), Bounds(0.0, 1.0), 0.0)
+        position = Position(ends[:1], [0.0] * len(ends[:1]), UNPROVABLE, 0.0)
         if self._bias == "hidden":
             answer = self._ask(prompt, max_tokens=1, bias=dict.fromkeys(ends, -FORCING_BIAS))
             row.usage += answer.usage
@@ -701,7 +748,7 @@ class ApiBackend(PartialBackend[ApiState]):
                     left = 1.0 - sum(map(math.exp, position.logprobs))
                     position.token_ids.append(ends[0])
                     position.logprobs.append(math.log(max(left, ROUNDING)))
-                    position.bounds = NOTHING.bounds
+                    position.bounds = UNPROVABLE
         row.usage += _told([position])
         row.start, row.stretch, row.tokens, row.has_ended = length, [position], [], False
 
@@ -720,6 +767,11 @@ class ApiBackend(PartialBackend[ApiState]):
         # A token that is listed in any case says nothing about how likely those are that are not.
         likeliest = [logprob for key, logprob in said.top if key != said.listed]
         lowest = min(likeliest, default=max((logprob for _, logprob in said.top), default=0.0))
+        if said.is_by_text and len(likeliest) < self._top_logprobs:
+            own_logprob = dict(said.top).get(said.listed or "", -math.inf)
+            if len(likeliest) < self._top_logprobs - 1 or own_logprob < lowest:
+                # Tokens of one text have fallen together, and the one left may be the least likely.
+                lowest = 0.0
         is_all = len(found) >= len(self._bytes_of)
         left = max(0.0, 1.0 - total) + ROUNDING
         ceiling = -math.inf if is_all else max([min(lowest, math.log(left)), *unknown])
@@ -740,24 +792,33 @@ class ApiBackend(PartialBackend[ApiState]):
         if isinstance(key, int):
             return key if key in self._bytes_of else None
         content = self._key_bytes(key)
-        token_id = self._id_of.get(content)
-        if token_id is None:
-            return None
         try:
             content.decode()
         except UnicodeDecodeError:
             return None
-        return token_id
+        return self._id_of.get(content)
+
+    def _can_name(self, token_id: int) -> bool:
+        """Whether a server knows the row when this token ends it."""
+        if token_id == NO_TOKEN:
+            return False
+        if self._endpoint == "completions" and self._takes_token_ids:
+            return True
+        return self._match(self._bytes_of.get(token_id, b"\xff")) is not None
 
     @staticmethod
     def _key_bytes(key: int | bytes | str) -> bytes:
-        return key if isinstance(key, bytes) else str(key).encode()
+        return key if isinstance(key, bytes) else str(key).encode("utf-8", "surrogatepass")
 
     def _cut(self, usage: Usage, length: int) -> Usage:
-        """Return a call's usage with a note if the server read another number of tokens than `length`."""
+        """Return a call's usage with a note if its text was cut anew."""
+        return replace(usage, num_recut=int(self._is_recut(usage, length)))
+
+    def _is_recut(self, usage: Usage, length: int) -> bool:
+        """Whether the server read another number of tokens than `length`."""
         if self._endpoint == "chat" or self._takes_token_ids or not usage.num_prompt_tokens:
-            return usage
-        return replace(usage, num_recut=int(usage.num_prompt_tokens != length + self._num_added))
+            return False
+        return usage.num_prompt_tokens != length + self._num_added
 
     def _num_ahead(self, row: _Row, length: int) -> int:
         """Return how many tokens to ask for: somewhat more than stretches were good for lately."""
@@ -803,9 +864,9 @@ class ApiBackend(PartialBackend[ApiState]):
 
     def _text_probe(self) -> Any:
         """Return a short prompt as every server takes it."""
-        return (
-            PROBE if self._endpoint == "completions" else ([{"role": "user", "content": PROBE}], "")
-        )
+        if self._endpoint == "completions":
+            return self._probe
+        return [{"role": "user", "content": self._probe}], ""
 
     def _prompt_of(self, token_ids: Sequence[int], *, prompt: Sequence[int] | None = None) -> Any:
         """Return what is sent for a row: token ids, text, or messages with the answer's beginning."""
@@ -854,48 +915,14 @@ class ApiBackend(PartialBackend[ApiState]):
         elif scoring is not None:
             body["echo"] = True
 
-        def check(answer: dict[str, Any]) -> None:
-            choice = answer["choices"][0]
-            logprobs = choice["logprobs"] or {}
-            lengths = {
-                len(logprobs[key])
-                for key in ("tokens", "token_logprobs", "top_logprobs")
-                if logprobs.get(key)
-            }
-            if len(lengths) > 1:
-                raise ValueError("its lists of logprobs have different lengths")
-            if choice.get("finish_reason") is None:
-                raise ValueError("it has no finish_reason")
-
-        answer, usage = self.client.post("/completions", body, check, is_probe=is_probe)
-        choice = answer["choices"][0]
-        logprobs = choice["logprobs"] or {}
-        tokens: list[_Said | None] = []
-        if logprobs.get("content") is not None:  # llama.cpp answers here as at the chat endpoint
-            tokens = [_said_in_chat(said) for said in logprobs["content"]]
-            return _Answer(tokens, choice.get("finish_reason") == "stop", usage)
-        if scoring == "prompt_logprobs":
-            for entry in choice.get("prompt_logprobs") or answer.get("prompt_logprobs") or []:
-                tokens.append(_said_of_ids(entry))
-        for token, logprob, top in zip(
-            logprobs.get("tokens") or [],
-            logprobs.get("token_logprobs") or [],
-            logprobs.get("top_logprobs") or [],
-            strict=False,
-        ):
-            if logprob is None or top is None:
-                tokens.append(None)
-                continue
-            tokens.append(
-                _Said(
-                    _named(token),
-                    float(logprob),
-                    tuple((_named(key), float(value)) for key, value in top.items()),
-                    listed=_named(token),
-                )
-            )
-        offsets = logprobs.get("text_offset")
-        return _Answer(tokens, choice.get("finish_reason") == "stop", usage, offsets)
+        read: list[_Answer] = []
+        _, usage = self.client.post(
+            "/completions",
+            body,
+            lambda answer: read.append(_read_completion(answer, scoring)),
+            is_probe=is_probe,
+        )
+        return replace(read[-1], usage=usage)
 
     def _ask_chat(self, body: dict[str, Any], prompt: Any, is_probe: bool) -> _Answer:
         messages, begun = prompt
@@ -903,18 +930,14 @@ class ApiBackend(PartialBackend[ApiState]):
             messages = [*messages, {"role": "assistant", "content": begun}]
             body |= {"add_generation_prompt": False, "continue_final_message": True}
         body |= {"messages": messages, "logprobs": True, "top_logprobs": self._top_logprobs}
-
-        def check(answer: dict[str, Any]) -> None:
-            choice = answer["choices"][0]
-            if choice.get("finish_reason") is None:
-                raise ValueError("it has no finish_reason")
-            (choice.get("logprobs") or {}).get("content")
-
-        answer, usage = self.client.post("/chat/completions", body, check, is_probe=is_probe)
-        choice = answer["choices"][0]
-        content = (choice.get("logprobs") or {}).get("content") or []
-        tokens: list[_Said | None] = [_said_in_chat(said) for said in content]
-        return _Answer(tokens, choice.get("finish_reason") == "stop", usage)
+        read: list[_Answer] = []
+        _, usage = self.client.post(
+            "/chat/completions",
+            body,
+            lambda answer: read.append(_read_chat(answer)),
+            is_probe=is_probe,
+        )
+        return replace(read[-1], usage=usage)
 
     def _scored(
         self, answer: _Answer, token_ids: Sequence[int], first: int, way: str
@@ -925,7 +948,8 @@ class ApiBackend(PartialBackend[ApiState]):
         """
         said = answer.tokens
         if way == "prompt_logprobs":
-            return said[first:] if len(said) > len(token_ids) else None
+            told = [None if one is None else one.token for one in said[first : len(token_ids)]]
+            return said[first:] if told == list(token_ids[first:]) else None
         if answer.offsets is None or len(answer.offsets) != len(said):
             return None
         begin = len(self._text_of(token_ids[:first])) if first else 0
@@ -946,9 +970,76 @@ class ApiBackend(PartialBackend[ApiState]):
         return [
             None
             if one is None or other is None
-            else _Said(other.token, None, one.top, listed=one.token)
+            else _Said(other.token, None, one.top, listed=one.token, is_by_text=one.is_by_text)
             for one, other in zip(before, said[place:], strict=True)
         ]
+
+
+def _read_completion(answer: Mapping[str, Any], scoring: str | None) -> _Answer:
+    """Read an answer of `/completions`, which may hold the scores of its prompt before the new tokens.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, IndexError: It is not whole.
+    """
+    choice = answer["choices"][0]
+    logprobs = choice.get("logprobs") or {}
+    if logprobs.get("content") is not None:  # llama.cpp answers here as at the chat endpoint
+        return _read_chat(answer)
+    if choice.get("finish_reason") is None:
+        raise ValueError("it has no finish_reason")
+    tokens: list[_Said | None] = []
+    if scoring == "prompt_logprobs":
+        told = choice.get("prompt_logprobs") or answer.get("prompt_logprobs") or []
+        tokens += [_said_of_ids(entry) for entry in told]
+    lists = [logprobs.get(key) or [] for key in ("tokens", "token_logprobs", "top_logprobs")]
+    if all(lists):
+        for token, logprob, top in zip(*lists, strict=True):
+            if logprob is None or top is None:
+                tokens.append(None)
+                continue
+            name = _named(token)
+            likeliest = tuple((_named(key), float(value)) for key, value in top.items())
+            is_by_text = not isinstance(name, int)
+            tokens.append(
+                _Said(name, float(logprob), likeliest, listed=name, is_by_text=is_by_text)
+            )
+    has_ended = choice["finish_reason"] == "stop"
+    return _Answer(tokens, has_ended, Usage(), logprobs.get("text_offset"))
+
+
+def _read_chat(answer: Mapping[str, Any]) -> _Answer:
+    """Read an answer of `/chat/completions`.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, IndexError: It is not whole.
+    """
+    choice = answer["choices"][0]
+    if choice.get("finish_reason") is None:
+        raise ValueError("it has no finish_reason")
+    content = (choice.get("logprobs") or {}).get("content") or []
+    tokens: list[_Said | None] = [_said_in_chat(said) for said in content]
+    return _Answer(tokens, choice["finish_reason"] == "stop", Usage())
+
+
+def _ids_by_bytes(vocabulary: Vocabulary, bytes_of: Mapping[int, bytes]) -> dict[bytes, int]:
+    """Return the token of each text, without those that a text does not tell from others.
+
+    A lone byte of SentencePiece (`<0x41>`) is only produced where no token is that text. What stands for half
+    a character, or for nothing, may be one of many tokens.
+    """
+    is_byte = {
+        token_id: bool(re.fullmatch(r"<0x[0-9A-F]{2}>", token))
+        for token, token_id in vocabulary.token_to_id.items()
+    }
+    ids: dict[bytes, list[int]] = {}
+    for token_id, content in sorted(bytes_of.items(), key=lambda item: is_byte[item[0]]):
+        if not is_byte[token_id] or content not in ids:
+            ids.setdefault(content, []).append(token_id)
+    return {
+        content: several[0]
+        for content, several in ids.items()
+        if len(several) == 1 and content and _REPLACEMENT not in content
+    }
 
 
 def _told(positions: Sequence[Position]) -> Usage:
