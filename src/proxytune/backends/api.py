@@ -358,6 +358,8 @@ class ApiBackend(PartialBackend[ApiState]):
                     if error.status in (404, 405):
                         break
                     continue
+                if not answer.tokens and answer.has_ended:
+                    return endpoint, wanted, wanted < asked  # it ends every text; nothing is refused
                 said = answer.tokens[0] if answer.tokens else None
                 if said is None or not said.top:
                     problem = UnsupportedModel("its answers have no logprobs")
