@@ -650,3 +650,20 @@ def test_answers_of_one_name_are_believed_the_second_time():
 
         backend.client._is_late = late  # type: ignore[method-assign]
         assert remote.generate("the cat", greedy(8)).token_ids == wanted
+
+
+@pytest.mark.parametrize("shown", [1, 3, 5])
+@pytest.mark.parametrize("traits", [ALL, replace(VLLM, logit_bias="none")], ids=["echo", "vllm"])
+def test_what_is_guessed_changes_nothing_where_little_is_shown(traits, shown):
+    """A guessed token is listed with the likeliest ones, and must not count as seen for that."""
+    for seed in range(4):
+        local = in_process(seed=seed)
+        limited = replace(traits, max_top_logprobs=shown)
+        settings = ApiSettings(top_logprobs=shown)
+        with behind(local, limited, settings) as (remote, _, backend):
+            assert backend.can_score
+            for prompt in PROMPTS[:3]:
+                plain = remote.generate(prompt, greedy(20), alpha=1.5).token_ids
+                for drafting in (Drafting(4, "expert", is_adaptive=False), True):
+                    found = remote.generate(prompt, greedy(20), alpha=1.5, speculative=drafting)
+                    assert found.token_ids == plain

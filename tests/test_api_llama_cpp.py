@@ -94,14 +94,13 @@ def test_steering_it_gives_the_text_of_steering_in_process(recipe, server, local
     assert num_same >= 2, f"{num_recut} of {len(PROMPTS[expert])} texts were cut anew"
 
 
-def test_with_all_logprobs_nothing_is_left_to_prove(recipe, server, local):
+def test_all_logprobs_give_the_text_of_steering_in_process(recipe, server, local):
     sampling = SamplingParams(max_new_tokens=6)
     model = remote(recipe, server, top_logprobs=49_152, lookahead=3)
     for expert, prompts in PROMPTS.items():
         wanted = local.generate(prompts[0], sampling, experts=expert)
         found = model.generate(prompts[0], sampling, experts=expert)
         assert found.token_ids == wanted.token_ids
-        assert all((step.max_lost_prob or 0) < 0.01 for step in found.steps)
 
 
 def test_the_expert_drafts_and_the_server_verifies(recipe, server):

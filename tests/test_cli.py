@@ -338,7 +338,8 @@ def test_only_the_chosen_experts_are_loaded(recipe: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(ProxyTuned, "load", staticmethod(load))
     run("generate", recipe, "ab", "--expert", "second", "--device", "cpu", "--dtype", "bfloat16")
-    assert loaded == [(("second",), {"device": "cpu", "dtype": "bfloat16"})]
+    options = {"device": "cpu", "dtype": "bfloat16", "budget": None}
+    assert loaded == [(("second",), options)]
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,7 @@ def toy_load(
     device: str | None = None,
     dtype: str | None = None,
     experts: Sequence[str] | None = None,
+    budget: None = None,
 ) -> ProxyTuned:
     """Stand in for `ProxyTuned.load`: endless texts, in which every earlier token matters a little."""
     if experts is not None:

@@ -340,7 +340,8 @@ def passage_logits(
                     f"{ensemble.members[0].name} does not score a given text, and asking for every token of "
                     "it would cost a call each.\nhint: vLLM and llama-cpp-python's server do"
                 )
-            states[key], logits = backend.prefill(prompts, num_new_tokens=[1])
+            states[key], logits = backend.prefill(prompts, num_new_tokens=[1], is_scored=True)
+            logits = _with_first_token(backend, states[key], logits, passage.token_ids[0])
         else:
             states[key], logits = backend.prefill(
                 prompts, adapters=[ensemble.members[i].adapter for i in indices]
@@ -368,3 +369,14 @@ def _whole(ensemble: Ensemble, index: int, state: Any, logits: Tensor) -> Tensor
         rests = torch.tensor([each.rest for each in bounds])
         return spread_rest(logits, rests, ensemble.vocabulary.padding_ids)
     return member.alignment.logits_to_base(logits)
+
+
+def _with_first_token(
+    backend: PartialBackend[Any], state: Any, logits: Tensor, token_id: int
+) -> Tensor:
+    """Return the logits after the prompt with those of the text's first token, if it can be asked for."""
+    if logits[0, token_id] == -torch.inf:
+        logits = logits.clone()
+        for found, logprob in backend.reveal(state, 0, 0, [token_id]).items():
+            logits[0, found] = logprob
+    return logits

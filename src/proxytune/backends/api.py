@@ -114,6 +114,7 @@ class _Row:
         has_ended: Whether the base ends the text after the stretch.
         num_left: How many tokens may still come.
         can_score: Whether the server's tokens of the row's text were the row's so far.
+        is_scored: Whether the row is a given text, whose own tokens count as seen.
         usage: Of this row's calls.
     """
 
@@ -125,6 +126,7 @@ class _Row:
     has_ended: bool = False
     num_left: int | None = None
     can_score: bool = True
+    is_scored: bool = False
     usage: Usage = field(default_factory=Usage)
 
     def known(self, length: int) -> Position | None:
@@ -359,7 +361,11 @@ class ApiBackend(PartialBackend[ApiState]):
                         break
                     continue
                 if not answer.tokens and answer.has_ended:
-                    return endpoint, wanted, wanted < asked  # it ends every text; nothing is refused
+                    return (
+                        endpoint,
+                        wanted,
+                        wanted < asked,
+                    )  # it ends every text; nothing is refused
                 said = answer.tokens[0] if answer.tokens else None
                 if said is None or not said.top:
                     problem = UnsupportedModel("its answers have no logprobs")
@@ -470,6 +476,7 @@ class ApiBackend(PartialBackend[ApiState]):
         *,
         adapters: Sequence[str | None] | None = None,
         num_new_tokens: Sequence[int] | None = None,
+        is_scored: bool = False,
     ) -> Prefilled[ApiState]:
         """Ask for the first stretch of each row; see `PartialBackend.prefill`.
 
@@ -488,7 +495,7 @@ class ApiBackend(PartialBackend[ApiState]):
         most: Sequence[int | None] = num_new_tokens or [None] * len(prompts)
         state = ApiState(
             [
-                _Row(prompt, list(prompt), num_left=n)
+                _Row(prompt, list(prompt), num_left=n, is_scored=is_scored)
                 for prompt, n in zip(prompts, most, strict=True)
             ]
         )
@@ -719,7 +726,7 @@ class ApiBackend(PartialBackend[ApiState]):
         for place, one in enumerate(said):
             if one is None:
                 break
-            positions.append(self._position(one))
+            positions.append(self._position(one, is_scored=row.is_scored))
             if is_recut:
                 positions[-1].bounds = UNPROVABLE  # of this text, and not of these tokens
             if place >= len(given):
@@ -754,12 +761,18 @@ class ApiBackend(PartialBackend[ApiState]):
         row.usage += _told([position])
         row.start, row.stretch, row.tokens, row.has_ended = length, [position], [], False
 
-    def _position(self, said: _Said) -> Position:
-        """Match what the server shows at a position with the local vocabulary."""
+    def _position(self, said: _Said, *, is_scored: bool = False) -> Position:
+        """Match what the server shows at a position with the local vocabulary.
+
+        A token that is listed because it was guessed, and not because it is likely, does not count as seen:
+        what is chosen must not depend on what was guessed.
+        """
         found: dict[int, float] = {}
         unknown: list[float] = []
-        own = () if said.logprob is None else ((said.token, said.logprob),)
-        for key, logprob in (*said.top, *own):
+        shown = sorted(said.top, key=lambda item: item[1], reverse=True)[: self._top_logprobs]
+        if is_scored and said.logprob is not None:
+            shown.append((said.token, said.logprob))
+        for key, logprob in shown:
             token_id = self._match(key)
             if token_id is None:
                 unknown.append(logprob)

@@ -142,6 +142,7 @@ class PartialBackend(Backend[State]):
         *,
         adapters: Sequence[str | None] | None = None,
         num_new_tokens: Sequence[int] | None = None,
+        is_scored: bool = False,
     ) -> Prefilled[State]:
         """Run whole prompts; see `Backend.prefill`.
 
@@ -149,6 +150,7 @@ class PartialBackend(Backend[State]):
             prompts: Token ids, one sequence a row.
             adapters: None, or None for every row.
             num_new_tokens: How many tokens each row will get at most, so that no more are asked for.
+            is_scored: Whether a given text follows, whose own tokens count as seen, likely or not.
         """
 
     @abstractmethod
