@@ -893,7 +893,7 @@ class ApiBackend(PartialBackend[ApiState]):
             raise UnsupportedModel(
                 f"{self.name} does not continue an answer that was begun, so after the first token that "
                 "steering changes it cannot be asked any more.\n"
-                "hint: use a server with /v1/completions, or have one of a few answers chosen with --choices"
+                "hint: use a server with /v1/completions, or have one of a few answers chosen with --choice"
             )
         if isinstance(prompt, ChatPrompt):
             messages: list[Message] = list(prompt.messages)
