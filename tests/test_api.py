@@ -667,3 +667,12 @@ def test_what_is_guessed_changes_nothing_where_little_is_shown(traits, shown):
                 for drafting in (Drafting(4, "expert", is_adaptive=False), True):
                     found = remote.generate(prompt, greedy(20), alpha=1.5, speculative=drafting)
                     assert found.token_ids == plain
+
+
+def test_a_guess_that_does_not_count_is_still_possible():
+    """Shown is the likeliest token, and listed a guess: what is left includes the guess."""
+    with behind(in_process(), replace(ALL, max_top_logprobs=1)) as (_, _, backend):
+        guessed = backend._position(said({"a": -0.7, "b": -0.95}, "b"))
+        assert guessed.token_ids == [0]
+        assert guessed.bounds.ceiling >= -0.95
+        assert guessed.bounds.rest >= 0.38

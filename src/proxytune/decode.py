@@ -651,9 +651,8 @@ class Batch:
         def logprob(member: int) -> float:
             row = self._masked(logits[member][place].float())
             if member == 0 and self._partial is not None:
-                return float(
-                    row[token_id]
-                )  # a logprob already, and not all that make it one are here
+                # A logprob already, and not all that make it one are here.
+                return float(row[token_id])
             return float(row[token_id] - row.logsumexp(-1))
 
         parts = {"base": logprob(0)}

@@ -66,6 +66,7 @@ ROUNDING = 1e-5
 """What logprobs are rounded by on their way, as a probability."""
 
 
+@dataclass(slots=True)
 class Position:
     """What the server says of the token at one place.
 
@@ -76,15 +77,10 @@ class Position:
         unmatched: Probability of seen tokens that are none of the local vocabulary.
     """
 
-    __slots__ = ("bounds", "logprobs", "token_ids", "unmatched")
-
-    def __init__(
-        self, token_ids: list[int], logprobs: list[float], bounds: Bounds, unmatched: float
-    ) -> None:
-        self.token_ids = token_ids
-        self.logprobs = logprobs
-        self.bounds = bounds
-        self.unmatched = unmatched
+    token_ids: list[int]
+    logprobs: list[float]
+    bounds: Bounds
+    unmatched: float
 
     def dense(self, width: int) -> Tensor:
         """Return `[width]` logprobs, -inf where nothing is known."""
@@ -222,7 +218,6 @@ class ApiBackend(PartialBackend[ApiState]):
         tokenizer: Whose tokens stand for the base's, as text.
         vocabulary: The same one's.
         eos_token_ids: Which of them end a text.
-        can_send_ids: Whether token ids may be tried; they are only sent where the server's mean the same.
 
     Raises:
         ApiError: The server cannot be reached.
@@ -361,11 +356,8 @@ class ApiBackend(PartialBackend[ApiState]):
                         break
                     continue
                 if not answer.tokens and answer.has_ended:
-                    return (
-                        endpoint,
-                        wanted,
-                        wanted < asked,
-                    )  # it ends every text; nothing is refused
+                    # It ends every text at once, and refuses nothing.
+                    return endpoint, wanted, wanted < asked
                 said = answer.tokens[0] if answer.tokens else None
                 if said is None or not said.top:
                     problem = UnsupportedModel("its answers have no logprobs")
@@ -770,7 +762,7 @@ class ApiBackend(PartialBackend[ApiState]):
         found: dict[int, float] = {}
         unknown: list[float] = []
         shown = sorted(said.top, key=lambda item: item[1], reverse=True)[: self._top_logprobs]
-        if is_scored and said.logprob is not None:
+        if is_scored and said.logprob is not None and said.token not in dict(shown):
             shown.append((said.token, said.logprob))
         for key, logprob in shown:
             token_id = self._match(key)
@@ -778,7 +770,7 @@ class ApiBackend(PartialBackend[ApiState]):
                 unknown.append(logprob)
             else:
                 found[token_id] = max(logprob, found.get(token_id, -math.inf))
-        total = min(1.0, sum(math.exp(logprob) for _, logprob in said.top))
+        total = min(1.0, sum(math.exp(logprob) for _, logprob in shown))
         # A token that is listed in any case says nothing about how likely those are that are not.
         likeliest = [logprob for key, logprob in said.top if key != said.listed]
         lowest = min(likeliest, default=max((logprob for _, logprob in said.top), default=0.0))
