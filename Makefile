@@ -6,12 +6,13 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 INPUTS := pyproject.toml constraints.txt scripts/set_up.sh
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-transformers-5.19 test-gguf test-vllm check format bench bench-gguf bench-api \
-	miniature zoo clean
+.PHONY: help setup demo test test-transformers-5.19 test-gguf test-vllm test-lm-eval test-fit test-package check docs format bench \
+	bench-load bench-gguf bench-api bench-vllm miniature zoo clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z][^ ]*:.*## / {printf "  make %-24s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -24,20 +25,37 @@ demo: setup ## Steer a real model with real experts and print base and steered s
 test: setup ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-test-transformers-5.19: .venv-tf519/.installed ## Run the quick tests with the oldest transformers that is supported
-	.venv-tf519/bin/python -m pytest -m "not slow and not network and not gpu" $(ARGS)
+# What touches transformers; the other tests would say the same again.
+OLD_TRANSFORMERS_TESTS := $(patsubst %,tests/test_%.py,backend_transformers batch_file bench checkpoint decode doctor \
+	exactness explain integration_transformers join kv_cache linear lora model prompts recipe score smol tune vocab)
+
+test-transformers-5.19: .venv-tf519/.installed ## Run quick tests with the oldest transformers that is supported
+	.venv-tf519/bin/python -m pytest -m "not slow and not network and not gpu" $(OLD_TRANSFORMERS_TESTS) $(ARGS)
 
 test-gguf: .venv-gguf/.installed ## Run the tests of llama.cpp, in process and behind its server (compiles it first)
 	.venv-gguf/bin/python -m pytest tests/test_llama_cpp.py tests/test_api_llama_cpp.py $(ARGS)
 
-test-vllm: .venv-vllm/.installed ## Run the tests of a base behind vLLM
-	.venv-vllm/bin/python -m pytest tests/test_api_vllm.py $(ARGS)
+test-vllm: .venv-vllm/.installed ## Run the tests of recipes inside vLLM, and of a base behind it
+	.venv-vllm/bin/python -m pytest tests/test_vllm_plugin.py tests/test_vllm_request.py tests/test_api_vllm.py $(ARGS)
+
+test-lm-eval: .venv-lm-eval/.installed ## Run the tests of recipes in lm-eval
+	.venv-lm-eval/bin/python -m pytest tests/test_lm_eval.py $(ARGS)
+
+test-fit: setup .venv-fit/.installed ## Run the snippets of other tools: transformers, OpenAI's client, LangChain, LiteLLM
+	CLIENTS_PYTHON=.venv-fit/bin/python $(BIN)/python -m pytest tests/test_fit.py $(ARGS)
+
+test-package: setup ## Build wheel and sdist, install them into a clean environment, and look at what a user gets
+	$(BIN)/python scripts/check_package.py $(ARGS)
 
 check: setup ## Check format, lint, types and docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/check_docs.py
+	$(MKDOCS) build --quiet --strict
+
+docs: setup ## Build the site into build/docs; open build/docs/index.html
+	$(MKDOCS) build --strict $(ARGS)
 
 format: setup ## Format the code, mend what the linter can, write docs/reference
 	$(BIN)/ruff format .
@@ -47,11 +65,17 @@ format: setup ## Format the code, mend what the linter can, write docs/reference
 bench: setup ## Measure speed: base alone, plain, speculative, and the published procedure
 	$(BIN)/python benchmarks/speed.py $(ARGS)
 
+bench-load: setup ## Measure the HTTP server: throughput by clients, waiting times, a hammer with clients that go away
+	$(BIN)/python benchmarks/load.py $(ARGS)
+
 bench-gguf: .venv-gguf/.installed ## Measure the speed of steering GGUF files in llama.cpp
 	.venv-gguf/bin/python benchmarks/speed_gguf.py $(ARGS)
 
 bench-api: .venv-vllm/.installed ## Count the calls to a base behind an API, and what its answers prove
 	.venv-vllm/bin/python benchmarks/api_calls.py $(ARGS)
+
+bench-vllm: .venv-vllm/.installed ## Measure the speed of a recipe inside vLLM against its base alone
+	.venv-vllm/bin/python benchmarks/speed_vllm.py $(ARGS)
 
 miniature: setup ## The paper's question on small models: expert, steered base, directly tuned base
 	$(BIN)/python benchmarks/miniature $(ARGS)
@@ -61,7 +85,7 @@ zoo: setup ## Train the smol family again (hours on two cores; see zoo/README.md
 
 clean: ## Remove caches and build outputs (.venv and zoo/build stay)
 	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find src tests scripts benchmarks zoo -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests scripts benchmarks zoo examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed: $(INPUTS)
 	scripts/set_up.sh .venv
@@ -69,8 +93,17 @@ clean: ## Remove caches and build outputs (.venv and zoo/build stay)
 .venv-tf519/.installed: $(INPUTS)
 	scripts/set_up.sh .venv-tf519 transformers==5.19.0
 
+# Clients of the server, which need nothing of this project.
+.venv-fit/.installed:
+	$(PYTHON) -m venv .venv-fit
+	.venv-fit/bin/python -m pip install --disable-pip-version-check langchain-openai==1.7.4 litellm==1.110.2
+	touch $@
+
 .venv-gguf/.installed: $(INPUTS)
 	EXTRAS=dev,gguf PACKAGES='llama-cpp-python[server]' scripts/set_up.sh .venv-gguf
+
+.venv-lm-eval/.installed: $(INPUTS)
+	EXTRAS=dev,eval scripts/set_up.sh .venv-lm-eval
 
 # vLLM pins what it needs, and not what constraints.txt does. torchvision and the like have no build beside the CPU
 # build of torch, and break the import.

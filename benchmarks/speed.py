@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ import torch
 # Python puts the folder that it runs here.
 sys.path[0] = str(Path(__file__).parents[1])
 
+from benchmarks.checkout import commit  # noqa: E402
 from benchmarks.miniature.plan import BUILD_DIR, ROOT, write_whole  # noqa: E402
-from benchmarks.miniature.run import commit, tell  # noqa: E402
+from benchmarks.miniature.run import tell  # noqa: E402
 from proxytune.bench import (  # noqa: E402
     PlainModels,
     Shape,
@@ -62,6 +64,18 @@ QUICK = {
     ],
     "random": [(8, 8, 1)],
 }
+PAPER = [
+    # The paper's three shapes; 32 rows of 512 new tokens are in FULL.
+    ("medical", Shape(8, 512), 0.0, 2),
+    ("medical", Shape(8, 512, 8), 0.0, 1),
+    ("medical", Shape(8, 128, 32), 0.0, 1),
+    ("medical", Shape(512, 8), 0.0, 3),
+    ("medical", Shape(512, 8, 8), 0.0, 2),
+    ("medical", Shape(512, 8, 32), 0.0, 1),
+    ("medical", Shape(8, 8), 0.0, 5),
+    ("medical", Shape(8, 8, 8), 0.0, 3),
+    ("medical", Shape(8, 8, 32), 0.0, 2),
+]
 FULL = {
     "settings": [
         *(
@@ -295,13 +309,12 @@ def _spread(value: Mapping[str, float] | None) -> str:
     return f"{value['median']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
 
 
-def tables(results: Mapping[str, Any]) -> str:
-    """Return the page of tables."""
+def _top(results: Mapping[str, Any], title: str, source: str) -> list[str]:
     about = results["machine"]
-    lines = [
-        "# Speed, measured",
+    return [
+        f"# {title}",
         "",
-        "<!-- Written by benchmarks/speed.py from speed.json. What it means: docs/performance.md. -->",
+        f"<!-- Written by benchmarks/speed.py from {source}. What it means: docs/performance.md. -->",
         "",
         f"`{results['command']}` on {about['accelerator'] or about['processor']}, "
         f"{about['num_cores']} cores, {about['num_threads']} threads; torch {about['torch']}, "
@@ -312,12 +325,16 @@ def tables(results: Mapping[str, Any]) -> str:
         "## SmolLM2-135M-Instruct with the smol experts",
         "",
     ]
+
+
+def _real_tables(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
     heads = ["plain / base", "plain / floor", "speculative / base", "speculative / plain",
              "plain / published", "speculative / published", "speculative / library's base"]  # fmt: skip
     lines.append("| expert | tokens in, out | batch | temperature | " + " | ".join(heads) +
                  " | accepted | tokens a block | parted |")  # fmt: skip
     lines.append("| --- | --- | ---: | ---: |" + " ---: |" * (len(heads) + 3))
-    for row in results["real"]:
+    for row in rows:
         shape = row["shape"]
         rate = row["acceptance_rate"]
         lines.append(
@@ -334,12 +351,19 @@ def tables(results: Mapping[str, Any]) -> str:
     ]
     lines += ["| expert | tokens in | batch | first token, ms | prompts, ms | ratio |",
               "| --- | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
-    for row in results["real"]:
+    for row in rows:
         first, prompts = row["first_token_s"]["median"], row["prefill_s"]["median"]
         lines.append(
             f"| {row['expert']} | {row['shape']['num_prompt']} | {row['shape']['batch_size']} | "
             f"{1e3 * first:.0f} | {1e3 * prompts:.0f} | {first / prompts:.2f} |"
         )
+    return lines
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """Return the page of tables."""
+    lines = _top(results, "Speed, measured", "speed.json")
+    lines += _real_tables(results["real"])
     lines += ["", "## Memory", "", "| decoding | weights, MB | peak beyond imports, MB | imports, MB |",
               "| --- | ---: | ---: | ---: |"]  # fmt: skip
     for name, part in results["memory"].items():
@@ -422,16 +446,71 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def measure_paper(recipe: Recipe, only: Sequence[str]) -> int:
+    """Measure the paper's shapes, or some of them again, and write their page."""
+    folder = ROOT / "docs" / "performance"
+    named = {}
+    for setting in PAPER:
+        shape = setting[1]
+        named[f"{shape.num_prompt}:{shape.num_new}:{shape.batch_size}"] = setting
+    unknown = set(only) - set(named)
+    if unknown:
+        sys.exit(
+            f"no shape of the paper's plan: {', '.join(unknown)}; there are {', '.join(named)}"
+        )
+    settings = [named[name] for name in only or named]
+    rows = measure_real(recipe, ProxyTuned.load(recipe), settings)
+    found = {"shapes": [row["shape"] for row in rows], "commit": commit(), "machine": machine()}
+    old: dict[str, Any] = {"real": [], "runs": []}
+    if only:
+        old = json.loads((folder / "paper.json").read_text("utf-8"))
+    kept = [row for row in old["real"] if row["shape"] not in found["shapes"]]
+    order = [asdict(one[1]) for one in PAPER]
+    results = {
+        "command": "python benchmarks/speed.py --paper",
+        "machine": machine(),
+        "commit": ", ".join(dict.fromkeys([*(run["commit"] for run in old["runs"]), commit()])),
+        "runs": [*old["runs"], found],
+        "real": sorted([*kept, *rows], key=lambda row: order.index(row["shape"])),
+    }
+    write_whole(folder / "paper.json", json.dumps(results, indent=1) + "\n")
+    results = json.loads((folder / "paper.json").read_text("utf-8"))
+    lines = _top(results, "The paper's shapes, measured", "paper.json")
+    write_whole(folder / "paper.md", "\n".join([*lines, *_real_tables(results["real"])]) + "\n")
+    tell(f"written to {folder}")
+    return 0
+
+
 def main() -> int:
     """Run the command; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="everything, an hour on two cores")
+    parser.add_argument(
+        "--paper",
+        action="store_true",
+        help="the paper's shapes on the smol family, and nothing else",
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=(), metavar="IN:OUT:BATCH", help="of --paper, these again"
+    )
     parser.add_argument("--recipe", default=SMOL, help="another recipe than the smol family")
     parser.add_argument("--device", help="run every model there")
+    parser.add_argument("--cuda-graphs", action="store_true", help="launch kernels all at once")
     arguments = parser.parse_args()
     plan = FULL if arguments.full else QUICK
     is_smol = arguments.recipe == SMOL
-    recipe = Recipe.read(arguments.recipe).with_settings(device=arguments.device, dtype=None)
+    recipe = Recipe.read(arguments.recipe).with_settings(
+        device=arguments.device, cuda_graphs=arguments.cuda_graphs or None
+    )
+    options = "".join(
+        f" --{key.replace('_', '-')}" + ("" if value is True else f" {value}")
+        for key, value in vars(arguments).items()
+        if value and value != SMOL
+    )
+    if arguments.only and not arguments.paper:
+        parser.error("--only names shapes of --paper, which is not given")
+    if arguments.paper:
+        return measure_paper(recipe, arguments.only)
     settings: Any = plan["settings"]
     if not is_smol:
         name = recipe.default_expert or recipe.experts[0].name
@@ -459,11 +538,8 @@ def main() -> int:
         both = {w: widths["expert"][w] + widths["anti-expert"][w] for w in widths["expert"]}
         line["random, 1.1B with 135M"] = break_even(widths["base"], both)
         forwards |= {"random base, 1.1B": widths["base"], "random pair, 135M": both}
-    options = "".join(
-        f" --{k} {v}" for k, v in vars(arguments).items() if v and v is not True and v != SMOL
-    )
     results = {
-        "command": "python benchmarks/speed.py" + (" --full" if arguments.full else "") + options,
+        "command": "python benchmarks/speed.py" + options,
         "commit": commit(),
         "machine": machine(),
         "load_average": os.getloadavg(),

@@ -21,8 +21,9 @@ from typing import Any
 # Python puts the folder that it runs here, where `miniature` alone could not import its own package.
 sys.path[0] = str(Path(__file__).parents[1])
 
+from benchmarks.checkout import commit  # noqa: E402
 from benchmarks.miniature.plan import ANTI_EXPERT, BUILD_DIR, FULL, ROOT, write_whole  # noqa: E402
-from benchmarks.miniature.run import commit, tell  # noqa: E402
+from benchmarks.miniature.run import tell  # noqa: E402
 from benchmarks.miniature.train import Quarters, training_settings  # noqa: E402
 from proxytune.tune import TuneSettings, tune  # noqa: E402
 

@@ -1,7 +1,11 @@
 """Check that the documentation is current.
 
     python scripts/check_docs.py            say what is stale; the exit code is 1 if anything is
-    python scripts/check_docs.py --write    write docs/reference/cli.md again, then check
+    python scripts/check_docs.py --write    write again what is made from the code, then check
+
+Made from the code are docs/reference/cli.md, docs/reference/recipe.schema.json, and on any page what stands
+between `<!-- from WHAT -->` and `<!-- end -->`: `src/proxytune/steer.py: combine, offset` is the code of two
+functions without their docstrings, `recipe: ModelSpec` a table of a recipe's keys.
 
 Checked on every page: Python blocks parse, and what they import from proxytune is there; JSON blocks parse,
 and recipes among them are valid; commands in shell blocks and code spans exist, with their options and make
@@ -19,12 +23,13 @@ import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import typer.main
+from recipe_schema import key_table, recipe_schema
 
 from proxytune.cli import app
 from proxytune.errors import RecipeError
@@ -32,13 +37,14 @@ from proxytune.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 CLI_PAGE = ROOT / "docs" / "reference" / "cli.md"
+SCHEMA = ROOT / "docs" / "reference" / "recipe.schema.json"
 CLI_PAGE_HEAD = """\
 # Command line
 
-<!-- Written by `make format` from the commands' own help; edit src/proxytune/cli.py instead. -->
+<!-- Written by `make format` from the commands' own help; edit src/proxytune/commands/ instead. -->
 """
 SHELL = {"bash", "sh", "shell", "console"}
-FOLDERS = ("src/", "tests/", "docs/", "scripts/", "benchmarks/", "zoo/")
+FOLDERS = ("src/", "tests/", "docs/", "examples/", "docker/", "scripts/", "benchmarks/", "zoo/")
 COMMAND = typer.main.get_command(app)
 
 
@@ -264,6 +270,64 @@ def cli_page() -> str:
     return "\n".join(parts)
 
 
+# Parts of pages ---------------------------------------------------------------------------------------------
+
+
+def function_code(path: Path, names: Sequence[str]) -> str:
+    """Return the code of a file's functions and methods, without their docstrings."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found = {
+        node.name: node
+        for node in ast.walk(ast.parse("\n".join(lines)))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    }
+    parts = []
+    for name in names:
+        if name not in found:
+            return f"there is no {name} in {path.relative_to(ROOT)}"
+        node = found[name]
+        code = lines[node.lineno - 1 : node.end_lineno]
+        if ast.get_docstring(node) is not None:
+            first, last = node.body[0].lineno, node.body[0].end_lineno or 0
+            del code[first - node.lineno : last - node.lineno + 1]
+        parts.append(textwrap.dedent("\n".join(code)))
+    return "\n\n\n".join(parts)
+
+
+def made_part(what: str) -> str:
+    """Return what is made from the code for a page: a table of keys, or a block of code."""
+    place, _, names = what.partition(": ")
+    if place == "recipe":
+        return key_table(names)
+    code = function_code(ROOT / place, names.split(", "))
+    return f"```python\n{code}\n```"
+
+
+def with_made_parts(text: str) -> str:
+    """Return a page with its parts that are made from the code as they are now."""
+
+    def made(match: re.Match[str]) -> str:
+        return f"{match[1]}\n\n{made_part(match[2])}\n\n{match[3]}"
+
+    return re.sub(
+        r"^(<!-- from (.+?) -->)$.*?^(<!-- end -->)$", made, text, flags=re.MULTILINE | re.DOTALL
+    )
+
+
+def schema_text() -> str:
+    """Return docs/reference/recipe.schema.json as recipe.py is now."""
+    return json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+def made_files() -> dict[Path, str]:
+    """Return each file that is made from the code, whole or in part, as it should be now."""
+    made = {CLI_PAGE: cli_page(), SCHEMA: schema_text()}
+    for page in pages():
+        if page not in made and "\n<!-- from " in (text := page.read_text(encoding="utf-8")):
+            made[page] = with_made_parts(text)
+    return made
+
+
 # All --------------------------------------------------------------------------------------------------------
 
 
@@ -271,6 +335,9 @@ def page_faults(page: Path) -> Iterator[str]:
     """Yield everything stale on a page, each with its place where there is one."""
     prose, blocks = split(page.read_text(encoding="utf-8"))
     yield from link_faults(page, prose)
+    for number, line in enumerate(prose.splitlines(), 1):
+        if re.match(r"(<{7}|>{7}) ", line):
+            yield f"line {number}: a merge was left unfinished"
     # A changelog tells of what was there at its time.
     if page.name != "CHANGELOG.md":
         for number, line in enumerate(prose.splitlines(), 1):
@@ -291,20 +358,22 @@ def main() -> int:
     """Run the command; returns its exit code."""
     parser = argparse.ArgumentParser(description="Check that the documentation is current.")
     parser.add_argument(
-        "--write", action="store_true", help=f"write {CLI_PAGE.relative_to(ROOT)} first"
+        "--write", action="store_true", help="write what is made from the code first"
     )
     arguments = parser.parse_args()
-    current = cli_page()
+    made = made_files()
     if arguments.write:
-        CLI_PAGE.parent.mkdir(parents=True, exist_ok=True)
-        CLI_PAGE.write_text(current, encoding="utf-8")
+        for path, text in made.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
     faults = [
         f"{page.relative_to(ROOT)}: {fault}" for page in pages() for fault in page_faults(page)
     ]
-    if not CLI_PAGE.exists() or CLI_PAGE.read_text(encoding="utf-8") != current:
-        faults.append(
-            f"{CLI_PAGE.relative_to(ROOT)} is not the commands' current help; run: make format"
-        )
+    faults += [
+        f"{path.relative_to(ROOT)} is not what the code says now; run: make format"
+        for path, text in made.items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
     for fault in faults:
         print(fault)
     print(f"{len(pages())} pages, {len(faults)} faults", file=sys.stderr)

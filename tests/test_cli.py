@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,18 @@ from proxytune.request import Request, SamplingParams
 from tests.tiny import tiny_adapter, tiny_model
 from tests.toys import toy_load, toy_recipe
 
-COMMANDS = ("new", "doctor", "export-gguf", "generate", "chat", "score", "bench", "demo")
+COMMANDS = (
+    "new",
+    "doctor",
+    "export-gguf",
+    "generate",
+    "chat",
+    "score",
+    "explain",
+    "analyze",
+    "bench",
+    "demo",
+)
 
 
 def run(*arguments: str | Path, stdin: str | bytes | None = None) -> Result:
@@ -91,6 +101,21 @@ def test_help_is_quick_because_no_model_library_is_imported():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.splitlines()[-1] == "[]"
+
+
+def test_recipes_are_read_and_written_without_torch(tmp_path):
+    """`new` and `doctor` also run where torch has no build; an import of it is refused here."""
+    code = (
+        "import sys\n"
+        "sys.modules['torch'] = None\n"
+        f"sys.argv = ['proxytune', 'new', {str(tmp_path / 'recipe')!r}, '--base', 'owner/large', "
+        "'--anti-expert', 'owner/small', '--expert', 'owner/tuned', '--policy', 'gate_sure']\n"
+        "from proxytune.cli import main\n"
+        "main()"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+    assert "gate_sure" in (tmp_path / "recipe" / "config.json").read_text(encoding="utf-8")
 
 
 def test_the_version_is_the_packages():
@@ -338,7 +363,7 @@ def test_only_the_chosen_experts_are_loaded(recipe: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(ProxyTuned, "load", staticmethod(load))
     run("generate", recipe, "ab", "--expert", "second", "--device", "cpu", "--dtype", "bfloat16")
-    options = {"device": "cpu", "dtype": "bfloat16", "budget": None}
+    options = {"device": "cpu", "dtype": "bfloat16", "cuda_graphs": False, "budget": None}
     assert loaded == [(("second",), options)]
 
 
@@ -781,10 +806,39 @@ def test_text_that_the_locale_does_not_have_is_printed_all_the_same(tmp_path: Pa
     assert result.stdout.decode() == "é😀\n"
 
 
-def test_help_takes_less_than_a_second():
-    started = time.perf_counter()
-    process("", "--help")
-    first = time.perf_counter() - started
-    if first > 1:  # A busy machine: the processor's time tells.
-        code = "import resource, atexit; atexit.register(lambda: print(resource.getrusage(0).ru_utime))"
-        assert float(process(code, "--help").stdout.split()[-1]) < 1
+def test_help_takes_less_than_0_3_seconds_of_the_processor():
+    """The processor's time, the least of three: the clock's depends on what else runs on the machine."""
+    code = "import atexit, resource; atexit.register(lambda: print(sum(resource.getrusage(0)[:2])))"
+    assert min(float(process(code, "--help").stdout.split()[-1]) for _ in range(3)) < 0.3
+
+
+def completions(words: str, tmp_path: Path) -> list[str]:
+    """Return what bash would offer for the last word."""
+    completed = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; sys.argv[0] = 'proxytune'; from proxytune.cli import main; main()",
+        ],
+        env={
+            **os.environ,
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(words.count(" ")),
+            "_PROXYTUNE_COMPLETE": "complete_bash",
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert completed.stderr == ""
+    return completed.stdout.split()
+
+
+def test_the_shell_completes_commands_options_and_the_recipes_experts(tmp_path):
+    toy_recipe({"first": 1.0, "second": 0.5}).write(tmp_path / "r")
+    assert completions("proxytune sc", tmp_path) == ["score"]
+    assert completions("proxytune chat --llama", tmp_path) == ["--llama-cpp"]
+    assert completions("proxytune generate r hello --expert ", tmp_path) == ["first", "second"]
+    assert completions("proxytune generate r hello --expert s", tmp_path) == ["second"]
+    assert completions("proxytune generate missing hello --expert s", tmp_path) == []

@@ -55,7 +55,7 @@ def ensemble(
 def job(
     models: Ensemble, prompt: str = "a", alphas: tuple[float, ...] | None = None, **options
 ) -> Job:
-    extras = {k: options.pop(k) for k in ("explain", "cancelled") if k in options}
+    extras = {k: options.pop(k) for k in ("explain", "explain_top", "cancelled") if k in options}
     ids = models.tokenizer.encode(prompt)
     prompts = tuple(ids for _ in models.members)
     given_alphas = (1.0,) * len(models.pairs) if alphas is None else alphas
@@ -295,7 +295,23 @@ def test_explained_steps_hold_what_each_model_gave_the_token():
     step = run(models, job(models, "a", (0.0,), max_new_tokens=1, explain=True))[0][0]
     for name, matrix in (("base", BASE), ("e0.expert", EXPERT), ("e0.anti_expert", ANTI)):
         logprobs = (matrix[0] * (1 + MEMORY)).log_softmax(0)
-        assert step.parts[name] == pytest.approx(float(logprobs[step.token_id]), abs=1e-5)
+        seen = step.views[name]
+        assert seen.logprob == pytest.approx(float(logprobs[step.token_id]), abs=1e-5)
+        assert seen.rank == 1 + int((logprobs > logprobs[step.token_id]).sum())
+        assert seen.entropy == pytest.approx(-float((logprobs.exp() * logprobs).sum()), abs=1e-5)
+        assert [i for i, _ in seen.top] == logprobs.topk(5).indices.tolist()[: len(logprobs)]
+
+
+def test_explained_steps_tell_how_far_the_steered_distribution_is_from_the_base():
+    models = ensemble((EXPERT, ANTI))
+    step = run(models, job(models, "a", (0.5,), max_new_tokens=1, explain=True, explain_top=2))[0][
+        0
+    ]
+    p = ((BASE + 0.5 * (EXPERT - ANTI))[0] * (1 + MEMORY)).softmax(0)
+    q = (BASE[0] * (1 + MEMORY)).softmax(0)
+    assert step.kl == pytest.approx(float((p * (p / q).log()).sum()), abs=1e-5)
+    assert step.views["steered"].logprob == pytest.approx(step.logprob, abs=1e-5)
+    assert len(step.views["base"].top) == 2
 
 
 def test_padding_ids_are_never_sampled():
@@ -374,3 +390,34 @@ def test_the_seed_that_was_drawn_is_told():
     batch = Batch(models, [job(models, "a", temperature=1.0), job(models, "a")])
     assert isinstance(batch.seeds[0], int)
     assert batch.seeds[1] is None
+
+
+def test_every_model_gets_its_tokens_before_one_runs_and_the_cpu_runs_last():
+    """Moving tokens from a device waits for the forward that runs there, and a forward on the CPU blocks."""
+
+    class Device(str):  # the CPU to torch, and something else to the loop
+        type = "cuda"
+
+    happened: list[str] = []
+
+    class Noted(ToyBackend):
+        where: object = torch.device("cpu")
+
+        @property
+        def device(self):
+            happened.append("asked") if not happened or happened[-1] != "asked" else None
+            return self.where
+
+        def extend(self, state, token_ids):
+            happened.append(self.name)
+            return super().extend(state, token_ids)
+
+    expected = tokens(ensemble((EXPERT, ANTI)), job(ensemble((EXPERT, ANTI)), max_new_tokens=2))
+    models = ensemble((EXPERT, ANTI))
+    for member, name in zip(models.members, ("base", "expert", "anti"), strict=True):
+        member.backend.__class__ = Noted
+        member.backend.name = name
+        if name != "base":
+            member.backend.where = Device("cpu")
+    assert tokens(models, job(models, max_new_tokens=2)) == expected
+    assert happened == ["asked", "expert", "anti", "base"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from proxytune.errors import (
     UnsupportedModel,
     VocabularyMismatch,
 )
+from proxytune.policy import Policy
 from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
 from tests.tiny import NUM_TOKENS, tiny_adapter, tiny_gguf, tiny_model, tiny_tokenizer
 
@@ -245,6 +247,12 @@ def test_an_adapter_of_an_equal_model_with_another_name_is_noted(models):
     assert "was trained on" in note
     assert "/small" in note
     assert not examine(recipe_of(models, pair(expert=ModelSpec(adapter="adapter")))).notes
+
+
+def test_a_policy_of_its_own_is_told(models):
+    diagnosis = examine(replace(recipe_of(models, pair()), policy=Policy("union", clip=4.0)))
+    assert diagnosis.notes == ("it steers by the policy union, clip 4.0",)
+    assert not examine(recipe_of(models, pair())).notes
 
 
 def test_the_whole_diagnosis_is_json(models):

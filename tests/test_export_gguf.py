@@ -27,7 +27,7 @@ from proxytune.errors import (
     UnsupportedModel,
 )
 from proxytune.export_gguf import export_adapter, export_model, export_recipe
-from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
+from proxytune.recipe import AUTO_MAP, ExpertSpec, ModelSpec, Recipe
 from tests.tiny import NUM_TOKENS, tiny_adapter, tiny_gguf, tiny_model, tiny_tokenizer
 
 SMOL = "package:proxytune/smol"
@@ -719,6 +719,7 @@ def test_a_recipe_becomes_a_directory_of_gguf_files_with_shared_weights_once(rec
         ],
         "combine": "sum",
         "default_expert": "law",
+        "auto_map": AUTO_MAP,
     }
     assert "models/small.gguf" in (directory / "README.md").read_text()
     torch.testing.assert_close(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from proxytune.errors import (
     RecipeError,
     UnknownExpert,
     UnsupportedModel,
+    UserError,
 )
 from proxytune.integrations.transformers import ProxyTunedCache, ProxyTunedForCausalLM
 from proxytune.model import ProxyTuned
@@ -272,7 +274,7 @@ def test_a_cache_follows_the_selection_and_repetition_of_rows(recipe, model):
     rows = torch.tensor([2, 0])
     ids = torch.cat([inputs["input_ids"][rows], torch.tensor([[5], [6]])], dim=1)
     mask = torch.cat([inputs["attention_mask"][rows], torch.ones(2, 1).long()], dim=1)
-    logits = model(ids[:, -1:], mask, past_key_values=cache, experts="opposed").logits
+    logits = model(ids[:, -1:], mask, cache=cache, experts="opposed").logits
     expected = model(ids, mask, experts="opposed").logits[:, -1:]
     torch.testing.assert_close(logits, expected, **CLOSE)
 
@@ -291,7 +293,7 @@ def test_saving_writes_the_recipe_and_no_weights(recipe, model, tmp_path):
     (recipe / "README.md").write_text("my card")
     model.save_pretrained(tmp_path / "saved")
     names = {p.relative_to(tmp_path / "saved").parts[0] for p in (tmp_path / "saved").rglob("*")}
-    assert names == {"config.json", "README.md", "adapters"}
+    assert names == {"config.json", "README.md", "modeling_proxytune.py", "adapters"}
     assert (tmp_path / "saved" / "README.md").read_text() == "my card"
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     inputs = batch(recipe)
@@ -325,7 +327,6 @@ def test_the_attention_implementation_reaches_every_model(recipe):
     "options",
     [
         {"quantization_config": {"load_in_4bit": True}},
-        {"trust_remote_code": True},
         {"max_memory": {0: "1GB"}},
         {"device_map": {"model.embed_tokens": "cpu"}},
         {"device_map": "balanced"},
@@ -477,7 +478,8 @@ def test_pushing_uploads_the_recipe_and_its_adapters(recipe, model, monkeypatch)
     monkeypatch.setattr(model, "config", hub_config)
     model.push_to_hub("name")
     assert uploaded["adapters/good/adapter_model.safetensors"] == "me/name"
-    assert not any(name.startswith("model") for name in uploaded)
+    assert uploaded["modeling_proxytune.py"] == uploaded["README.md"] == "me/name"
+    assert not any(name.startswith("model") and name.endswith(".safetensors") for name in uploaded)
     assert json.loads(uploaded["config"])["base"] == {"model": "owner/base"}
 
 
@@ -523,3 +525,71 @@ print(AutoTokenizer.from_pretrained({str(tmp_path)!r}).decode([1, 2, 3]) != "")
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split() == ["ProxyTunedConfig", "ProxyTunedForCausalLM", "True"]
+
+
+def run_without_importing_proxytune(program: str, home: Path) -> subprocess.CompletedProcess[str]:
+    """Run a program that reads recipes as a stranger would, with a home directory of its own."""
+    imports = "from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline\n"
+    return subprocess.run(
+        [sys.executable, "-c", imports + program],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "HF_HOME": str(home)},
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.fixture
+def small_recipe(tmp_path: Path) -> Path:
+    for name in ("base", "small"):
+        tiny_model(tmp_path / name)
+    return write(tmp_path, ExpertSpec("e", SMALL, SMALL))
+
+
+def test_trust_remote_code_loads_a_recipe_where_nothing_imported_proxytune(small_recipe, tmp_path):
+    done = run_without_importing_proxytune(
+        f"""
+path = {str(small_recipe)!r}
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+print(type(model).__name__, type(model).__module__)
+print(tokenizer.decode([1, 2, 3]) != "")
+pipe = pipeline("text-generation", model=path, trust_remote_code=True)
+print(len(pipe("the rain", max_new_tokens=3)[0]["generated_text"]) > 8)
+model.save_pretrained(path + "/saved")
+model.config.save_pretrained(path + "/config")
+""",
+        tmp_path / "home",
+    )
+    assert done.returncode == 0, done.stderr  # older versions' pipelines warn of their own defaults
+    assert done.stdout.split() == [
+        *("ProxyTunedForCausalLM", "proxytune.integrations.transformers"),
+        *("True", "True"),
+    ]
+    # transformers copies the module of a class it found by auto_map, and that is this package's own file.
+    saved = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert saved == {"config.json", "README.md", "modeling_proxytune.py"}
+    assert [path.name for path in (tmp_path / "config").iterdir()] == ["config.json"]
+
+
+def test_the_tokenizer_alone_is_found_with_trust_remote_code(small_recipe, tmp_path):
+    call = f"from_pretrained({str(small_recipe)!r}, trust_remote_code=True)"
+    program = f"print(AutoTokenizer.{call}.decode([1]))"
+    done = run_without_importing_proxytune(program, tmp_path / "home")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_without_trust_transformers_refuses_to_run_the_recipes_loader(small_recipe, tmp_path):
+    program = f"AutoModelForCausalLM.from_pretrained({str(small_recipe)!r})"
+    done = run_without_importing_proxytune(program, tmp_path / "home")
+    assert done.returncode == 1 and "trust_remote_code=True" in done.stderr
+
+
+def test_trusting_a_recipe_is_not_trusting_the_code_of_its_models(small_recipe):
+    path = small_recipe / "base" / "config.json"
+    content = json.loads(path.read_text())
+    own_code = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    path.write_text(json.dumps({**content, "model_type": "evil", "auto_map": own_code}))
+    with pytest.raises(UserError, match="needs Python code that comes with it"):
+        AutoModelForCausalLM.from_pretrained(small_recipe, trust_remote_code=True)

@@ -17,9 +17,13 @@ PACKAGE = ROOT / "src" / "proxytune"
 ORDER = (
     "errors",
     "request",
+    "heap",
     "trace",
+    "policy",
     "steer",
+    "policy_rules",
     "certificate",
+    "explain",
     "sample",
     "vocab",
     "prompts",
@@ -32,16 +36,40 @@ ORDER = (
     "backends.linear",
     "backends.lora",
     "backends.kv_cache",
+    "backends.cuda_graphs",
+    "backends.retokenised",
     "backends.transformers",
     "backends.llama_cpp",
     "backends.api_client",
     "backends.api",
     "speculative",
     "decode",
+    "branch",
     "score",
     "doctor",
     "model",
     "batch_file",
+    "likelihood",
+    "tasks.rows",
+    "tasks.statistics",
+    "tasks.task",
+    "tasks.gsm8k",
+    "tasks.truthfulqa",
+    "tasks.toxigen",
+    "tasks.alpaca_eval",
+    "tasks.triviaqa",
+    "tasks.realtimeqa",
+    "tasks.guarded",
+    "tasks.sandbox",
+    "tasks.humaneval",
+    "tasks.ds1000",
+    "tasks.registry",
+    "tasks.judges",
+    "page_policy",
+    "report",
+    "report_page",
+    "analyze",
+    "pictures",
     "tune.settings",
     "tune.data",
     "tune.loss",
@@ -49,12 +77,49 @@ ORDER = (
     "tune.trainer",
     "tune.card",
     "tune.run",
+    "sweep",
+    "rank",
     "bench",
     "demo",
     "integrations.auto",
     "integrations.transformers",
+    "integrations.lm_eval",
+    "eval_harness",
+    "evaluate",
+    "eval_report",
+    "integrations.vllm.request",
+    "integrations.vllm.processor",
+    "integrations.vllm.config",
+    "integrations.vllm.weights",
+    "integrations.vllm.model",
+    "integrations.vllm.draft",
+    "integrations.vllm.server",
+    "server.schema",
+    "server.answer",
+    "server.engine",
+    "server.metrics",
+    "server.service",
+    "server.app",
+    "server.run",
+    "commands.app",
+    "commands.recipes",
+    "commands.generate",
+    "commands.chat",
+    "commands.serve",
+    "commands.tune",
+    "commands.score",
+    "commands.evaluate",
+    "commands.grade",
+    "commands.sweep",
+    "commands.rank",
+    "commands.explain",
+    "commands.analyze",
+    "commands.bench",
+    "commands.demo",
     "cli",
 )
+# A trace shows itself: these methods hand it to the modules that know how, which build on traces.
+DOORS = {"trace": {"report", "report_page", "pictures"}}
 # The front doors: `proxytune/__init__.py` gathers the public names, `__main__.py` runs the command line.
 FRONT_DOORS = {"__init__", "__main__"}
 DRAWERS = {"utils", "util", "helpers", "helper", "common", "misc"}
@@ -70,15 +135,23 @@ HEAVY = {
     "trl",
     "datasets",
     "matplotlib",
+    "fastapi",
+    "pydantic",
+    "uvicorn",
+    "prometheus_client",
 }
 
 
 def modules() -> dict[str, Path]:
-    """Return the package's modules by dotted name, the packages' own `__init__` files left out."""
+    """Return the package's modules by dotted name, the packages' own `__init__` files left out.
+
+    What stands in the smol family's recipe is data: it is run by transformers, as that of any recipe.
+    """
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        if name not in FRONT_DOORS and path.name != "__init__.py":
+        is_data = path.is_relative_to(PACKAGE / "smol")
+        if name not in FRONT_DOORS and path.name != "__init__.py" and not is_data:
             found[name] = path
     return found
 
@@ -124,7 +197,7 @@ def test_every_module_has_its_place_in_the_order():
 @pytest.mark.parametrize("name", ORDER)
 def test_a_module_imports_only_from_those_above_it(name):
     above = ORDER[: ORDER.index(name)]
-    below = imported_modules(modules()[name]) - set(above)
+    below = imported_modules(modules()[name]) - set(above) - DOORS.get(name, set())
     assert not below, f"{name} imports {', '.join(sorted(below))}"
 
 

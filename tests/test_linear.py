@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from proxytune.backends import linear
 from proxytune.backends.linear import (
@@ -163,3 +164,16 @@ def test_weights_mapped_from_a_file_are_packed_like_others(small_sides, tmp_path
     torch.testing.assert_close(fast(given), plain(given), **CLOSE)
     assert torch.equal(mapped["a"], plain.weight), "whoever else holds them can still read them"
     assert torch.equal(mapped["b"], plain.weight + 1)
+
+
+def test_the_last_tokens_of_many_prompts_are_one_product():
+    """A slice is not contiguous; torch multiplied each of 32 rows by the whole head by itself."""
+    layer = nn.Linear(16, 24, bias=False).requires_grad_(False)
+    model = nn.Sequential(layer)
+    speed_up_linear_layers(model)
+    hidden = torch.randn(32, 8, 16)
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as seen:
+        found = model(hidden[:, -1:])
+    torch.testing.assert_close(found, hidden[:, -1:] @ layer.weight.T)
+    names = {event.key for event in seen.key_averages()}
+    assert "aten::mm" in names and "aten::bmm" not in names

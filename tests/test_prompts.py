@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxytune.errors import InvalidRequest, PromptFormatError
-from proxytune.prompts import PLAIN_USER_TURN, check_syntax, continuation_ids, render
+from proxytune.prompts import (
+    PLAIN_USER_TURN,
+    behave_alike,
+    check_syntax,
+    continuation_ids,
+    render,
+)
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -231,3 +237,29 @@ def test_a_continuation_in_byte_level_tokens_is_its_plain_encoding():
     tokenizer = tiny_tokenizer()
     for text in ("the tin", " the tin", "\n\nthe"):
         assert continuation_ids(text, tokenizer) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        _with_bos(),
+        tiny_tokenizer(chat_template="{{ messages[0]['content'] }}"),
+        tiny_tokenizer(shuffle_seed=1),
+        tiny_tokenizer(extra_tokens=["new"]),
+        tiny_tokenizer(
+            merges=[
+                ("t", "h"),
+                ("th", "e"),
+                ("i", "n"),
+                ("a", "n"),
+                ("a", "t"),
+                ("o", "n"),
+                ("e", "r"),
+            ]
+        ),
+    ],
+    ids=["begins texts", "chats", "numbers", "has more", "cuts"],
+)
+def test_tokenizers_that_do_something_else_do_not_behave_alike(other):
+    assert behave_alike(TOKENIZER, tiny_tokenizer())
+    assert not behave_alike(TOKENIZER, other) and not behave_alike(other, TOKENIZER)

@@ -330,12 +330,38 @@ def test_a_written_recipe_has_a_model_card_that_names_its_models_on_the_hub(tmp_
     card = (tmp_path / "one" / "README.md").read_text()
     assert "base_model:\n- Qwen/Qwen2.5-72B\n- Qwen/Qwen2.5-1.5B\n" in card
     assert "library_name: proxytune" in card
+    assert "tags:\n- proxytune\n- proxy-tuning\n" in card
+
+
+def test_a_model_card_shows_transformers_only_where_it_takes_the_recipe():
+    assert 'AutoModelForCausalLM.from_pretrained(".", ' in Recipe.from_dict(SUPPORT).model_card()
+    other_prompt = changed((*EXPERT, "expert"), {"adapter": "a", "prompt": "chat"})
+    behind_api = changed(("base",), {"model": "http://localhost:8000/v1"})
+    for content in (other_prompt, behind_api):
+        assert "AutoModelForCausalLM" not in Recipe.from_dict(content).model_card()
 
 
 def test_a_model_card_that_is_there_is_kept(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     Recipe.from_dict(SUPPORT, directory=tmp_path).write(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_a_written_recipe_leads_transformers_to_this_package(tmp_path):
+    """Whether transformers follows is tested in test_integration_transformers.py."""
+    Recipe.from_dict(SUPPORT).write(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    loader = (tmp_path / "modeling_proxytune.py").read_text()
+    for auto_class, name in content["auto_map"].items():
+        module, _, class_name = name.rpartition(".")
+        assert module == "modeling_proxytune" and class_name in loader, auto_class
+    assert Recipe.read(tmp_path).to_dict() == SUPPORT
+
+
+def test_a_loader_that_somebody_wrote_is_kept(tmp_path):
+    (tmp_path / "modeling_proxytune.py").write_text("mine = 1\n")
+    Recipe.from_dict(SUPPORT).write(tmp_path)
+    assert (tmp_path / "modeling_proxytune.py").read_text() == "mine = 1\n"
 
 
 def test_another_recipe_is_replaced_only_when_asked(tmp_path):
@@ -368,7 +394,8 @@ def test_a_write_that_fails_leaves_the_old_recipe_and_no_rests(tmp_path, monkeyp
     with pytest.raises(OutputFileError, match="No space left on device"):
         replace(recipe, base=ModelSpec(model="other/base")).write(tmp_path, overwrite=True)
     assert Recipe.read(tmp_path) == recipe
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "config.json"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["README.md", "config.json", "modeling_proxytune.py"]
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):

@@ -102,3 +102,11 @@ def test_text_messages_and_token_ids_are_told_apart():
     assert not Request("x").is_token_ids
     assert not Request([{"role": "user", "content": "x"}]).is_token_ids
     assert Request([1, 2]).is_token_ids
+
+
+@pytest.mark.parametrize(
+    "bias", [((1, float("nan")),), ((-1, 1.0),), ((1, 1.0), (1, 2.0)), {1: 1.0}, ((1, 1e5),)]
+)
+def test_a_bias_that_makes_no_sense_is_refused(bias):
+    with pytest.raises(InvalidRequest, match="logit_bias"):
+        SamplingParams(logit_bias=bias)

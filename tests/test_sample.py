@@ -274,3 +274,15 @@ def test_a_guess_from_the_logits_that_will_be_chosen_from_is_right(seed, ahead):
     guess = rows.propose(logits, ahead=ahead).item()
     tokens = [rows.choose(logits).token_ids.item() for _ in range(ahead + 1)]
     assert tokens[ahead] == guess
+
+
+def test_a_bias_is_added_to_the_logits_of_its_own_row_only():
+    params = [SamplingParams(logit_bias=((3, 9.0), (0, -9.0))), SamplingParams()]
+    steered = torch.tensor([[2.0, 1.0, 0.5, 0.0]] * 2)
+    choice = sampler(params).choose(steered)
+    assert choice.token_ids.tolist() == [3, 0]
+    # The logprob is that of the steered distribution, as for filters and penalties.
+    assert choice.logprobs.tolist() == pytest.approx(
+        [float(steered[0].log_softmax(0)[3]), float(steered[0].log_softmax(0)[0])]
+    )
+    assert steered.tolist() == [[2.0, 1.0, 0.5, 0.0]] * 2

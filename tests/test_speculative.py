@@ -21,6 +21,7 @@ from proxytune.speculative import (
     Speculator,
     best_plan,
     expected_tokens,
+    is_time_to_look,
     is_worth_drafting,
 )
 from tests.test_decode import ANTI, BASE, EOS, EXPERT, MEMORY, OTHER, TOKENS, ensemble, job
@@ -150,11 +151,13 @@ def test_what_models_gave_each_token_is_that_of_plain_decoding(drafting):
         steps = [event.step for event in events_of(ensemble((EXPERT, ANTI)), jobs, drafting)]
         return [
             (
-                {k: pytest.approx(v, abs=1e-5) for k, v in step.parts.items()},
+                {k: pytest.approx(v.logprob, abs=1e-5) for k, v in step.views.items()},
+                {k: (v.rank, [i for i, _ in v.top]) for k, v in step.views.items()},
+                pytest.approx(step.kl, abs=1e-5),
                 [(i, pytest.approx(p, abs=1e-5)) for i, p in step.top],
             )
             for step in steps
-            if step and step.parts
+            if step and step.views
         ]
 
     assert len(told(drafting)) == 9 and told(drafting) == told(None)
@@ -256,7 +259,7 @@ def test_acceptance_is_counted_by_row():
     batch = Batch(models, jobs, speculator=Speculator(Drafting(3, "expert", is_adaptive=False)))
     while not batch.is_done:
         batch.step()
-    assert batch.draft_counts == [(9, 9), (1, 1)]
+    assert batch.draft_counts == {0: (9, 9), 1: (1, 1)}
 
 
 def test_a_backend_that_cannot_forget_decodes_plainly():
@@ -367,6 +370,15 @@ def test_a_token_is_worth_drafting_while_what_it_saves_exceeds_what_it_costs():
     assert is_worth_drafting([0.7], **one)
     assert not is_worth_drafting([0.5], **one)  # saves 0.5 and costs 0.4: too close
     assert is_worth_drafting([0.5, 0.5], **one)  # two rows save twice
+
+
+def test_drafts_that_do_not_pay_are_looked_for_less_often_the_more_rows_there_are():
+    def looks(num_rows: int) -> list[int]:
+        return [count for count in range(30) if is_time_to_look(count, num_rows)]
+
+    assert looks(1) == list(range(30))
+    assert looks(4) == [0, 1, 2, 3, 4, 8, 12, 16, 20, 24, 28]
+    assert looks(100) == [0, 1, 2, 3, 8, 16, 24]
 
 
 def test_costs_between_measured_widths_are_interpolated_and_above_them_continued():

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import json
 
-from proxytune.trace import Step, Trace
+from proxytune.trace import Step, Trace, View
 
 STEPS = (
-    Step(0, 5, "Ça", -0.5, top=((5, -0.5), (1, -1.5)), parts={"base": -2.0, "a.expert": -0.1}),
+    Step(
+        0,
+        5,
+        "Ça",
+        -0.5,
+        top=((5, -0.5), (1, -1.5)),
+        views={"base": View(-2.0, 3, 1.5, ((1, -0.5),)), "a.expert": View(None, None, None)},
+        kl=0.25,
+    ),
     Step(1, 2, "", -0.25, finish_reason="stop"),
 )
 TRACE = Trace("Ça", "stop", STEPS, 3, alphas={"a": 0.5}, seed=7, latency_s=1.25)

@@ -32,6 +32,7 @@ NUM_TOKENS = 256 + len(MERGES) + len(SPECIAL_TOKENS)
 
 def tiny_tokenizer(
     *,
+    merges: Sequence[tuple[str, str]] = MERGES,
     shuffle_seed: int | None = None,
     extra_tokens: Sequence[str] = (),
     chat_template: str | None = CHAT_TEMPLATE,
@@ -39,6 +40,7 @@ def tiny_tokenizer(
     """Return a byte-level BPE tokenizer of `NUM_TOKENS` tokens and the extra ones.
 
     Args:
+        merges: Others than the usual ones make another tokenizer.
         shuffle_seed: Give the same tokens other ids, drawn with this seed.
         extra_tokens: Ordinary added tokens after the others.
         chat_template: None for a tokenizer without one.
@@ -46,13 +48,13 @@ def tiny_tokenizer(
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + [left + right for left, right in MERGES]
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + [left + right for left, right in merges]
     tokens += SPECIAL_TOKENS
     if shuffle_seed is not None:
         generator = torch.Generator().manual_seed(shuffle_seed)
         tokens = [tokens[i] for i in torch.randperm(len(tokens), generator=generator).tolist()]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(MERGES)))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))

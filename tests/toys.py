@@ -77,7 +77,7 @@ def toy_model(
 
     Args:
         experts: Names and strengths; None for one named `first` at 1.
-        recipe: Takes the place of `experts`; only the names and strengths in it count.
+        recipe: Takes the place of `experts`; only names, strengths and policy in it count.
         memory: How much tokens before the last one matter; see `ToyBackend`.
         seed: Of the tables.
         eos_logit: As in `toy_table`, for every table, so that steering leaves it alone.
@@ -98,7 +98,9 @@ def toy_model(
     members = [member("base", 0, max_context), member("anti-expert", 1)]
     members += [member(name, sum(name.encode())) for name in names]
     pairs = [Pair(name, expert=2 + index, anti_expert=1) for index, name in enumerate(names)]
-    ensemble = Ensemble(tuple(members), tuple(pairs), vocabulary, (TOKENS.index(EOS),), tokenizer)
+    ensemble = Ensemble(
+        tuple(members), tuple(pairs), vocabulary, (TOKENS.index(EOS),), tokenizer, recipe.policy
+    )
     return ProxyTuned(ensemble, [PromptFormat("plain", tokenizer)] * len(members), recipe)
 
 
@@ -109,6 +111,7 @@ def toy_load(
     dtype: str | None = None,
     experts: Sequence[str] | None = None,
     budget: None = None,
+    cuda_graphs: bool = False,
 ) -> ProxyTuned:
     """Stand in for `ProxyTuned.load`: endless texts, in which every earlier token matters a little."""
     if experts is not None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from benchmarks.checkout import commit
 from benchmarks.miniature.data import prepare
 from benchmarks.miniature.measure import WINDOW, measure
 from benchmarks.miniature.plan import (
@@ -29,7 +30,6 @@ from benchmarks.miniature.plan import (
     KINDS,
     QUICK,
     RATES,
-    ROOT,
     SEARCH_DOMAIN,
     SEARCH_STAGES,
     SEARCH_TOKENS,
@@ -143,20 +143,6 @@ def run_stage(plan: Plan, stage: str) -> None:
         "result": result,
     }
     write_whole(plan.stage_path(stage), json.dumps(content, indent=1) + "\n")
-
-
-def commit() -> str:
-    """Return the commit that is checked out, marked where tracked files differ from it."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no").strip()
-        return git("rev-parse", "--short=12", "HEAD").strip() + ("-changed" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def expected_s(plan: Plan, stage: str) -> float:

@@ -157,7 +157,7 @@ def run_batch(
         )
     with _Input(input_file, recipe, options) as source:
         experts = source.check_lines()
-        with _Output(output_file, _settings(recipe, options, source.sha256)) as output:
+        with ResumableOutput(output_file, _settings(recipe, options, source.sha256)) as output:
             if output.finished is not None:
                 num_lines, bad_lines = output.finished
                 return BatchReport(num_lines, num_lines, 0, bad_lines, tuple(source.reasons), 0.0)
@@ -178,10 +178,23 @@ def run_batch(
     )
 
 
+def read_lines(
+    path: Path, *, recipe: Recipe, sampling: SamplingParams, experts: Experts = None
+) -> list[Line]:
+    """Return all lines of an input file, for those who answer them in another way.
+
+    Raises:
+        InputFileError: The file cannot be read, has no prompts, or a line cannot be used.
+    """
+    with _Input(path, recipe, BatchOptions(sampling, experts=experts)) as source:
+        source.check_lines()
+        return list(source.lines())
+
+
 def _generate(
     model: ProxyTuned,
     source: _Input,
-    output: _Output,
+    output: ResumableOutput,
     num_resumed: int,
     options: BatchOptions,
     on_progress: Callable[[Progress], None] | None,
@@ -448,8 +461,17 @@ class _Input:
             )
 
 
-class _Output:
-    """The output file, locked while it is open, and its progress file."""
+class ResumableOutput:
+    """An output file, locked while it is open, and its progress file.
+
+    Args:
+        path: The file, made where it is not there.
+        settings: Everything that its content depends on; a file begun with others is refused.
+
+    Raises:
+        OutputFileError: It cannot be written, is being written by another process, or was begun with other
+            settings.
+    """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self._path = path
@@ -466,7 +488,7 @@ class _Output:
             self._file.close()
             raise
 
-    def __enter__(self) -> _Output:
+    def __enter__(self) -> ResumableOutput:
         return self
 
     def __exit__(

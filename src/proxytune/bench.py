@@ -24,7 +24,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from proxytune.backends.transformers import quietly
+from proxytune.backends.transformers import cache_option, quietly
 from proxytune.decode import Batch, Job
 from proxytune.errors import InvalidRequest
 from proxytune.model import ProxyTuned
@@ -112,14 +112,12 @@ def published_procedure(
         num_new: How many tokens to add.
         alpha: Strength.
     """
-    caches = [transformers.DynamicCache() for _ in models]
+    caches = [{cache_option(model) or "": transformers.DynamicCache()} for model in models]
     chosen: list[Tensor] = []
     inputs = token_ids
     for _ in range(num_new):
         base, expert, anti_expert = (
-            model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[
-                :, -1
-            ]
+            model(input_ids=inputs, use_cache=True, logits_to_keep=1, **cache).logits[:, -1]
             for model, cache in zip(models, caches, strict=True)
         )
         steered = steer(base, expert_logits=expert, anti_expert_logits=anti_expert, alpha=alpha)
@@ -280,7 +278,7 @@ def measure(
     greedy = SamplingParams(max_new_tokens=shape.num_new, ignore_eos=True)
     alone = [Request(p, greedy, 0.0, expert) for p in prompts]
     jobs = [model.job(request) for request in steered]
-    strength = jobs[0].alphas[[pair.name for pair in model.ensemble.pairs].index(expert)]
+    strength = jobs[0].alphas[[pair.name for pair in model.ensemble.pairs].index(expert)] or 0.0
     token_ids = torch.tensor(prompts)
     drafting = drafting or Drafting()
     plain: list[Trace] = []

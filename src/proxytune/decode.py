@@ -1,31 +1,43 @@
 """The loop: a batch of rows is prefilled, steered, sampled and extended until each row ends.
 
 Words: a *member* is one model as requests see it: a backend, perhaps an adapter on it, and the alignment
-of its vocabulary with the base's. An *ensemble* is the base (member 0) with its steering pairs. Members
-that share a backend run as rows of one forward. A *job* is a request, its prompt rendered per member.
+of its vocabulary with the base's. An *ensemble* is the base (member 0) with its steering pairs. A *job* is a
+request, its prompt rendered per member; it becomes a *row*. A *lane* is one member reading one row: a row has
+lanes for the base and for the pairs that steer it, and for no others. Lanes on one backend are rows of one
+forward, whichever members and rows they belong to.
 
 A row's last token is *pending*: chosen, and read by no model yet. A *block* is what the models read at once:
 the pending token, then a draft, which is empty in plain decoding (`speculative.py` says who drafts). Tokens
 are chosen position by position as long as the draft had guessed them; what was read beyond is taken back.
 
-Rows do not influence each other: each has its own prompt, strength, seed, stop rules and length. Text appears
-here only through `TextStream`; formats, recipes and files never do.
+Rows do not influence each other: each has its own prompt, experts, strengths, seed, stop rules and length. A
+batch can take over the rows of another one between two steps. Text appears here only through `TextStream`;
+formats, recipes and files never do.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from proxytune.backends.base import NO_TOKEN, Backend, Bounds, PartialBackend
+from proxytune.backends.base import (
+    NO_TOKEN,
+    Backend,
+    Bounds,
+    PartialBackend,
+    num_shared_tokens,
+)
 from proxytune.certificate import max_lost_prob, upper_logits
 from proxytune.detokenize import TextStream
 from proxytune.errors import BackendError, InvalidRequest, PromptTooLong
+from proxytune.explain import kl_divergence, partial_view, view
+from proxytune.policy import Policy
+from proxytune.policy_rules import Steered, apply_policy, has_conflict
 from proxytune.prompts import Tokenizer
 from proxytune.request import SamplingParams
 from proxytune.sample import BatchSampler
@@ -38,10 +50,11 @@ from proxytune.speculative import (
     Source,
     Speculator,
     best_plan,
+    is_time_to_look,
     is_worth_drafting,
 )
-from proxytune.steer import Contribution, combine
-from proxytune.trace import FinishReason, Step, Usage
+from proxytune.steer import Contribution
+from proxytune.trace import FinishReason, Step, Usage, View
 from proxytune.vocab import Alignment, Vocabulary
 
 
@@ -53,6 +66,16 @@ class Member:
     backend: Backend[Any]
     alignment: Alignment
     adapter: str | None = None
+
+    def own_ids(self, token_ids: Sequence[int], *, is_start: bool = False) -> list[int]:
+        """Return a text, given in the base's tokens, as the member's prompts are written.
+
+        Args:
+            token_ids: Of the base's vocabulary.
+            is_start: Whether the text begins here, and does not go on after a prompt.
+        """
+        ids = self.alignment.ids_to_small(torch.tensor(list(token_ids), dtype=torch.long))
+        return self.backend.own_ids(ids.tolist(), is_start=is_start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +97,7 @@ class Ensemble:
         vocabulary: The base's.
         eos_token_ids: Ids of the base's vocabulary that end a text.
         tokenizer: The base's; it turns the shared new tokens into text.
+        policy: How strongly and by which pairs to steer at each token.
     """
 
     members: tuple[Member, ...]
@@ -81,6 +105,7 @@ class Ensemble:
     vocabulary: Vocabulary
     eos_token_ids: tuple[int, ...]
     tokenizer: Tokenizer
+    policy: Policy = field(default_factory=Policy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +115,17 @@ class Job:
     Args:
         sampling: How tokens are chosen and when to stop.
         prompts: Token ids for each member, in that member's own vocabulary.
-        alphas: Strength of each of the ensemble's pairs; 0 leaves a pair out.
-        explain: Record what each member gave the chosen token.
+        alphas: Strength of each of the ensemble's pairs; at 0 it is run only to be explained, at None never.
+        explain: Record what each member gave.
+        explain_top: How many of each one's likeliest tokens to record.
         cancelled: Asked once a step; True ends the row.
     """
 
     sampling: SamplingParams
     prompts: tuple[Sequence[int], ...]
-    alphas: tuple[float, ...]
+    alphas: tuple[float | None, ...]
     explain: bool = False
+    explain_top: int = 5
     cancelled: Callable[[], bool] | None = None
 
 
@@ -106,7 +133,7 @@ class Event(NamedTuple):
     """What happened to one row in one step."""
 
     row: int
-    """Index into the jobs."""
+    """Index into the jobs; of rows that joined, what `Batch.join` said."""
     step: Step | None
     """The new token; None when the row ended without one."""
     finish_reason: FinishReason | None
@@ -114,17 +141,47 @@ class Event(NamedTuple):
     """Text that was held back and belongs to no step; only when the row ended without a token."""
 
 
-@dataclass(slots=True)
+class _Lane(NamedTuple):
+    """One member reading one row."""
+
+    member: int
+    row: int  # `_Row.index`
+
+
+@dataclass(slots=True, eq=False)
 class _Group:
-    """Members on one backend, whose rows lie one member after the other in one state."""
+    """The lanes on one backend, in the order of its state's rows: by member, then by row."""
 
     backend: Backend[Any]
-    members: list[int]
+    lanes: list[_Lane]
     state: Any = None
+    places: list[int] = field(default_factory=list)
+    """Of the lanes' rows in the batch."""
 
-    def cost_key(self, num_rows: int) -> Hashable:
-        """What its forwards cost depends on: which weights, and how many rows."""
-        return id(self.backend), num_rows * len(self.members)
+    @property
+    def members(self) -> list[int]:
+        """The members of the lanes."""
+        return list(dict.fromkeys(lane.member for lane in self.lanes))
+
+    def cost_key(self) -> Hashable:
+        """What its forwards cost depends on: which weights, and how many lanes."""
+        return id(self.backend), len(self.lanes)
+
+
+_Source = tuple[_Group, int]
+"""Where a lane's logits are: its group, and its place there."""
+
+
+class _Drafter(NamedTuple):
+    """Whose guesses become the draft: a group, and in it a lane for each row, None for a row without."""
+
+    group: _Group
+    sources: list[_Source | None]
+
+    @property
+    def covered(self) -> list[int]:
+        """The rows that are guessed for."""
+        return [place for place, source in enumerate(self.sources) if source is not None]
 
 
 @dataclass(slots=True)
@@ -137,11 +194,17 @@ class _Row:
     ending_ids: frozenset[int]
     lookup: PromptLookup | None
     rates: dict[Source, Rate]
-    experts: tuple[int, ...]
+    slots: tuple[int, ...]
+    """The pairs that have lanes."""
     new_ids: list[int] = field(default_factory=list)
     num_drafted: int = 0
     num_accepted: int = 0
     has_pending: bool = True
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """The pairs that steer."""
+        return tuple(which for which in self.slots if self.job.alphas[which])
 
     @property
     def num_left(self) -> int:
@@ -154,31 +217,30 @@ class _Block:
     """What the models say after each token of a block: the pending one, then the draft.
 
     Args:
-        draft: For each drafted position, every row's token, `[rows]` each.
-        whole: Logits of members that read the block at once, `[rows, 1 + draft length, vocab]`.
-        stepwise: Logits of members that read it token by token, a `[rows, vocab]` for each token read.
+        draft: For each drafted position, every row's token, `[rows]` each; NO_TOKEN where it has none.
+        whole: Logits of groups that read the block at once, `[lanes, 1 + draft length, their vocab]`.
+        stepwise: Logits of groups that read it token by token, `[lanes, their vocab]` for each token read.
         source: Who drafted.
+        unused: What the source would have drafted next, every row's token, and did not for its cost.
         bounds: Of what a partial base did not show, by row and position.
     """
 
     draft: list[Tensor]
-    whole: dict[int, Tensor]
-    stepwise: dict[int, list[Tensor]]
+    whole: dict[_Group, Tensor]
+    stepwise: dict[_Group, list[Tensor]]
     source: Source | None = None
+    unused: Tensor | None = None
     bounds: list[list[Bounds]] = field(default_factory=list)
 
-    def at(self, position: int, rows: Sequence[int] | None = None) -> dict[int, Tensor]:
-        """Return every member's logits after the token at `position`, `[rows, vocab]`."""
-        logits = {index: part[:, position] for index, part in self.whole.items()}
-        logits |= {index: parts[position] for index, parts in self.stepwise.items()}
-        if rows is None:
-            return logits
-        return {index: part[list(rows)] for index, part in logits.items()}
+    def at(self, position: int) -> dict[_Group, Tensor]:
+        """Return every group's logits after the token at `position`, `[lanes, their vocab]`."""
+        logits = {group: part[:, position] for group, part in self.whole.items()}
+        return logits | {group: parts[position] for group, parts in self.stepwise.items()}
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Kept:
-    """What the models have read in a batch of one row, for a prompt that begins alike.
+    """What the models have read of one row, for a prompt that begins alike.
 
     Args:
         groups: With their states.
@@ -187,6 +249,15 @@ class Kept:
 
     groups: list[_Group]
     token_ids: dict[int, list[int]]
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens the base has read."""
+        return len(self.token_ids[0])
+
+    def num_shared(self, prompts: Sequence[Sequence[int]]) -> int:
+        """Return how many tokens the base would not have to read again of a job's prompts."""
+        return num_shared_tokens(self.token_ids[0], prompts[0])
 
 
 class _Proof(NamedTuple):
@@ -226,19 +297,25 @@ def check_job(ensemble: Ensemble, job: Job) -> None:
                 f"stop_token_ids holds {stop_id}, and {ensemble.vocabulary.name} has "
                 f"{ensemble.vocabulary.width} token ids"
             )
+    for token_id, _ in job.sampling.logit_bias:
+        if token_id >= ensemble.vocabulary.width:
+            raise InvalidRequest(
+                f"logit_bias holds {token_id}, and {ensemble.vocabulary.name} has "
+                f"{ensemble.vocabulary.width} token ids"
+            )
     is_partial = isinstance(ensemble.members[0].backend, PartialBackend)
     if is_partial and job.sampling.repetition_penalty != 1.0:
         raise InvalidRequest(
             "repetition_penalty depends on where logits have their zero, and a base behind an API shows "
             "logprobs only.\nhint: use presence_penalty or frequency_penalty"
         )
-    for index in _members_needed(ensemble, [job]):
+    for index in _members_of(ensemble, job):
         member, prompt = ensemble.members[index], job.prompts[index]
         for token_id in prompt:
-            if not 0 <= token_id < member.backend.vocab_size:
+            if not 0 <= token_id < member.backend.num_prompt_ids:
                 raise InvalidRequest(
                     f"the prompt holds token id {token_id}, and {member.name} has "
-                    f"{member.backend.vocab_size} token ids"
+                    f"{member.backend.num_prompt_ids} token ids"
                 )
         limit = member.backend.capabilities.max_context
         if limit is None:
@@ -257,16 +334,19 @@ def check_job(ensemble: Ensemble, job: Job) -> None:
             )
 
 
-def _members_needed(ensemble: Ensemble, jobs: Sequence[Job]) -> list[int]:
-    """List the members that any of the jobs uses; a pair at strength 0 is not run."""
-    needed = {0}
-    for which, pair in enumerate(ensemble.pairs):
-        if any(job.alphas[which] != 0 for job in jobs):
-            needed |= {pair.expert, pair.anti_expert}
-    if any(job.explain for job in jobs):
-        for pair in ensemble.pairs:
-            needed |= {pair.expert, pair.anti_expert}
-    return sorted(needed)
+def _slots_of(job: Job) -> tuple[int, ...]:
+    """List the pairs that a job runs."""
+    return tuple(
+        which
+        for which, alpha in enumerate(job.alphas)
+        if alpha is not None and (alpha != 0 or job.explain)
+    )
+
+
+def _members_of(ensemble: Ensemble, job: Job) -> list[int]:
+    """List the members that a job runs; a pair at strength 0 is run only to be explained."""
+    pairs = [ensemble.pairs[which] for which in _slots_of(job)]
+    return sorted({0, *(pair.expert for pair in pairs), *(pair.anti_expert for pair in pairs)})
 
 
 class Batch:
@@ -276,8 +356,9 @@ class Batch:
         ensemble: The models.
         jobs: What to generate.
         speculator: Says who drafts and how far; None for plain decoding. What is generated is the same.
-        kept: What an earlier batch of one row left; used where this one's only prompt begins alike, and
-            not to be used again after.
+        kept: What an earlier row left; used where this batch's only prompt begins alike, and not to be used
+            again after.
+        keeps: Leave in `left` what the models have read of each row that ends, where they can copy it.
 
     Raises:
         PromptTooLong: A row would exceed a member's context.
@@ -291,20 +372,12 @@ class Batch:
         *,
         speculator: Speculator | None = None,
         kept: Kept | None = None,
+        keeps: bool = False,
     ) -> None:
         self._ensemble = ensemble
         for job in jobs:
             check_job(ensemble, job)
-        needed = _members_needed(ensemble, jobs)
-        self._groups: list[_Group] = []
-        for index in needed:
-            backend = ensemble.members[index].backend
-            for group in self._groups:
-                if group.backend is backend:
-                    group.members.append(index)
-                    break
-            else:
-                self._groups.append(_Group(backend, [index]))
+        self._groups = _grouped(ensemble, jobs)
         can_rewind = all(group.backend.capabilities.can_rewind for group in self._groups)
         # Without rewinding a wrong draft could not be taken back.
         self._speculator = speculator if can_rewind else None
@@ -313,15 +386,15 @@ class Batch:
         self._can_draft = can_rewind
         self._rows = [self._row(index, job) for index, job in enumerate(jobs)]
         self._first: _Block | None = _Block([], {}, {})
+        self.num_reused = 0
+        """How many tokens of the base's prompt were not read again."""
         for group in self._groups:
             logits = None
             if kept is not None and len(jobs) == 1:
                 logits = self._reuse(group, kept, jobs[0])
             if logits is None:
-                prompts = [job.prompts[index] for index in group.members for job in jobs]
-                adapters = [
-                    ensemble.members[index].adapter for index in group.members for _ in jobs
-                ]
+                prompts = [jobs[lane.row].prompts[lane.member] for lane in group.lanes]
+                adapters = [ensemble.members[lane.member].adapter for lane in group.lanes]
                 if isinstance(group.backend, PartialBackend):
                     group.state, logits = group.backend.prefill(
                         prompts, num_new_tokens=[job.sampling.max_new_tokens for job in jobs]
@@ -329,9 +402,8 @@ class Batch:
                     self._first.bounds = group.backend.bounds(group.state)
                 else:
                     group.state, logits = group.backend.prefill(prompts, adapters=adapters)
-            for index, part in self._by_member(group, logits[:, None]):
-                self._first.whole[index] = part
-        device = self._device
+            self._first.whole[group] = logits[:, None]
+        device = self._device = self._first.whole[self._groups[0]].device
         self._padding_ids = ensemble.vocabulary.padding_ids.to(device)
         self._sampler = BatchSampler(
             [job.sampling for job in jobs],
@@ -342,17 +414,24 @@ class Batch:
         )
         self.seeds = list(self._sampler.seeds)
         """The seed of each job, drawn where none was given; None for greedy ones."""
-        self.draft_counts = [DraftCount(0, 0)] * len(jobs)
-        """By job; final when the row has ended."""
-        self._usages: list[Usage | None] = [None] * len(jobs)
+        self.draft_counts: dict[int, DraftCount] = {}
+        """Of rows that have ended, by their numbers."""
+        self._usages: dict[int, Usage] = {}
+        self.left: dict[int, Kept] = {}
+        """What rows that have ended leave, by their numbers."""
+        self._keeps = keeps and self.can_join
+        self._next_index = len(jobs)
         self._num_blocks = 0
+        self._num_undrafted = 0
+        self._is_looking = True
         self._confidences: dict[Source, float] = {}
         self._ended: _Row | None = None
-        self._set_alphas()
+        self._arrange()
 
     def _row(self, index: int, job: Job) -> _Row:
         speculator = self._speculator
-        experts = tuple(which for which, alpha in enumerate(job.alphas) if alpha)
+        slots = _slots_of(job)
+        experts = tuple(which for which in slots if job.alphas[which])
         has_lookup = speculator is not None and speculator.drafting.allows("lookup")
         return _Row(
             index,
@@ -367,7 +446,7 @@ class Batch:
             | (frozenset() if job.sampling.ignore_eos else frozenset(self._ensemble.eos_token_ids)),
             PromptLookup(job.prompts[0]) if has_lookup else None,
             {} if speculator is None else speculator.begin_rates(experts),
-            experts,
+            slots,
         )
 
     @property
@@ -375,22 +454,90 @@ class Batch:
         """Whether every row has ended."""
         return not self._rows
 
-    def usages(self) -> list[Usage | None]:
-        """Return what calls to a base behind an API have cost so far, by job; None if it runs here."""
+    @property
+    def num_rows(self) -> int:
+        """How many rows have not ended."""
+        return len(self._rows)
+
+    @property
+    def can_join(self) -> bool:
+        """Whether rows of other batches can be taken over, and these by another one."""
+        return all(group.backend.capabilities.can_merge for group in self._groups)
+
+    def join(self, other: Batch) -> int:
+        """Take over the rows of another batch of the same ensemble, which must not be used after.
+
+        What they generate stays the same. Both batches must have taken a step, and `can_join`.
+
+        Returns:
+            What is added to the numbers that the other's rows had.
+        """
+        assert self._ensemble is other._ensemble and self.can_join and other.can_join
+        assert self._first is None and other._first is None
+        offset = self._next_index
+        self._next_index += other._next_index
+        if not other._rows:
+            return offset
+        for row in other._rows:
+            row.index += offset
+        for theirs in other._groups:
+            theirs.lanes = [_Lane(lane.member, lane.row + offset) for lane in theirs.lanes]
+        if not self._rows:
+            self._rows, self._groups, self._sampler = other._rows, other._groups, other._sampler
+            self._arrange()
+            return offset
+        for theirs in other._groups:
+            mine = next((g for g in self._groups if g.backend is theirs.backend), None)
+            if mine is None:
+                self._groups.append(theirs)
+                continue
+            lanes = [*mine.lanes, *theirs.lanes]
+            # A stable sort: within a member, my rows come first, as they do in the batch.
+            order = sorted(range(len(lanes)), key=lambda lane: lanes[lane].member)
+            mine.state = mine.backend.merge(mine.state, theirs.state, order)
+            mine.lanes = [lanes[lane] for lane in order]
+        self._rows += other._rows
+        self._sampler.join(other._sampler)
+        self._arrange()
+        return offset
+
+    def drop_cancelled(self) -> list[Event]:
+        """End the rows that were cancelled, as the next step would."""
+        events, live = [], []
+        for place, row in enumerate(self._rows):
+            if row.job.cancelled is not None and row.job.cancelled():
+                events.append(Event(row.index, None, "cancelled", row.text.finish()))
+                self._end(place)
+            else:
+                live.append(place)
+        self._select(live)
+        return events
+
+    def forget(self, row: int) -> None:
+        """Forget what is known of a row that has ended, in a batch that others keep joining."""
+        self.draft_counts.pop(row, None)
+        self.left.pop(row, None)
+        self._usages.pop(row, None)
+
+    def usage(self, row: int) -> Usage | None:
+        """Return what a row's calls to a base behind an API have cost so far; None if it runs here."""
         if self._partial is not None:
-            for place, row in enumerate(self._rows):
-                self._usages[row.index] = self._partial.usage(self._groups[0].state, place)
-        return list(self._usages)
+            for place, live in enumerate(self._rows):
+                if live.index == row:
+                    return self._partial.usage(self._groups[0].state, place)
+        return self._usages.get(row)
 
     def kept(self) -> Kept | None:
         """Return what a finished batch of one row leaves for a prompt that begins alike; None of others."""
         row = self._ended
-        if row is None or self._rows:
-            return None
+        return None if row is None or self._rows else self._kept(row, self._groups)
+
+    def _kept(self, row: _Row, groups: list[_Group]) -> Kept:
+        """Return what groups of one row's lanes have read."""
         read = torch.tensor(row.new_ids[:-1], dtype=torch.long)  # the last one is pending for ever
-        members = [index for group in self._groups for index in group.members]
+        members = [index for group in groups for index in group.members]
         return Kept(
-            self._groups,
+            groups,
             {
                 index: [
                     *row.job.prompts[index],
@@ -404,9 +551,8 @@ class Batch:
 
     def step(self) -> list[Event]:
         """Read one block, choose at least one token for each live row, and return what happened."""
-        events, live = self._drop_cancelled()
-        self._select(live)
-        if not live:
+        events = self.drop_cancelled()
+        if self.is_done:
             return events
         block = self._first or self._read()
         is_first, self._first = self._first is not None, None
@@ -447,11 +593,16 @@ class Batch:
     ) -> list[Event]:
         """Choose a token for the rows whose draft was right so far; add those that end to `ended`."""
         rows = None if len(alive) == len(self._rows) else alive
-        logits = block.at(position, rows)
-        steered = self._steer(logits, rows)
+        logits = block.at(position)
+        base = self._member_logits(logits, 0, alive)
+        contributions = self._contributions(logits, alive)
         proofs: list[_Proof] = []
-        if self._partial is not None:
-            steered, proofs = self._certified(block, position, alive, logits)
+        found = self._steered(base, contributions, alive)
+        if self._partial is None:
+            steered = self._masked(found.logits)
+        else:
+            base, steered, proofs = self._certified(block, position, alive, base, found.logits)
+        conflicts = self._conflicts(base, contributions, alive)
         guesses = self._guesses(block, alive, drafted, logits)
         choice = self._sampler.choose(steered, rows)
         token_ids: list[int] = choice.token_ids.tolist()
@@ -482,6 +633,17 @@ class Batch:
             if drafted is not None and drafted[which] != NO_TOKEN:
                 row.num_drafted += 1
                 row.num_accepted += drafted[which] == token_id
+            views, kl, weights = None, None, None
+            if row.job.explain:
+                weights = self._weights(row, found.weights[:, place])
+                views, kl = self._views(
+                    logits,
+                    row,
+                    token_id,
+                    base=base[place],
+                    steered=steered[place],
+                    bounds=block.bounds[which][position] if block.bounds else None,
+                )
             reason, text = self._advance(row, token_id)
             step = Step(
                 index=len(row.new_ids) - 1,
@@ -489,7 +651,10 @@ class Batch:
                 text=text,
                 logprob=logprobs[place],
                 top=tops[place],
-                parts=self._parts(logits, place, token_id) if row.job.explain else None,
+                views=views,
+                kl=kl,
+                weights=weights,
+                has_conflict=conflicts[place] if row.job.explain and conflicts else None,
                 finish_reason=reason,
                 is_certified=proofs[place].is_certified if proofs else None,
                 max_lost_prob=proofs[place].max_lost_prob if proofs else None,
@@ -502,21 +667,11 @@ class Batch:
     def _take_back(self, block: _Block, num_kept: Sequence[int]) -> None:
         """Make every model forget what it read of a draft beyond the tokens that stay."""
         for group in self._groups:
-            steps = block.stepwise.get(group.members[0])
+            steps = block.stepwise.get(group)
             num_read = len(block.draft) + 1 if steps is None else len(steps)
-            surplus = [num_read - 1 - kept for kept in num_kept]
+            surplus = [num_read - 1 - num_kept[place] for place in group.places]
             if any(surplus):
-                group.backend.rewind(group.state, surplus * len(group.members))
-
-    def _drop_cancelled(self) -> tuple[list[Event], list[int]]:
-        events, live = [], []
-        for place, row in enumerate(self._rows):
-            if row.job.cancelled is not None and row.job.cancelled():
-                events.append(Event(row.index, None, "cancelled", row.text.finish()))
-                self._end(place)
-            else:
-                live.append(place)
-        return events, live
+                group.backend.rewind(group.state, surplus)
 
     def _end(self, place: int) -> None:
         row = self._rows[place]
@@ -526,8 +681,17 @@ class Batch:
         if self._speculator is not None:
             self._speculator.end_rates(row.experts, row.rates)
         # A row that was cancelled before its first token has nothing pending.
-        is_kept = len(self.draft_counts) == 1 and bool(row.new_ids) and row.has_pending
-        self._ended = row if is_kept else None
+        can_keep = bool(row.new_ids) and row.has_pending
+        self._ended = row if can_keep and self._next_index == 1 else None
+        if can_keep and self._keeps:
+            groups = []
+            for group in self._groups:
+                lanes = [place for place, lane in enumerate(group.lanes) if lane.row == row.index]
+                if lanes:
+                    copied = group.backend.copy(group.state, lanes)
+                    own = [group.lanes[lane] for lane in lanes]
+                    groups.append(_Group(group.backend, own, copied))
+            self.left[row.index] = self._kept(row, groups)
 
     def _advance(self, row: _Row, token_id: int) -> tuple[FinishReason | None, str]:
         """Count a token, and return why the row ends, if it does, and the text that became safe."""
@@ -546,33 +710,100 @@ class Batch:
 
     # Arithmetic -----------------------------------------------------------------------------------------
 
-    def _steer(self, logits: Mapping[int, Tensor], rows: Sequence[int] | None) -> Tensor:
-        return self._masked(combine(logits[0], self._contributions(logits, rows)))
+    def _pick(self, logits: Mapping[_Group, Tensor], sources: Sequence[_Source]) -> Tensor:
+        """Return what lanes say, in the base's vocabulary and on its device, `[sources, vocab]`."""
+        members = self._ensemble.members
+        alignments = {id(members[g.lanes[lane].member].alignment) for g, lane in sources}
+        first, start = sources[0]
+        if any(group is not first for group, _ in sources) or len(alignments) > 1:
+            return torch.cat([self._pick(logits, [source]) for source in sources])
+        lanes = [lane for _, lane in sources]
+        part = logits[first]
+        if lanes == list(range(start, start + len(lanes))):
+            part = part[start : start + len(lanes)]  # a view: nothing is copied
+        else:
+            part = part[lanes]
+        aligned = members[first.lanes[start].member].alignment.logits_to_base(part)
+        return aligned.to(self._device)
+
+    def _member_logits(
+        self, logits: Mapping[_Group, Tensor], member: int, places: Sequence[int]
+    ) -> Tensor:
+        """Return what a member says of rows that it reads, `[rows, vocab]`."""
+        lanes = [_Lane(member, self._rows[place].index) for place in places]
+        return self._pick(logits, [self._sources[lane] for lane in lanes])
 
     def _contributions(
-        self, logits: Mapping[int, Tensor], rows: Sequence[int] | None
+        self, logits: Mapping[_Group, Tensor], places: Sequence[int]
     ) -> list[Contribution]:
-        def strength(alpha: float | Tensor) -> float | Tensor:
-            return alpha[list(rows)] if rows is not None and isinstance(alpha, Tensor) else alpha
-
-        return [
-            Contribution(
-                logits[pair.expert], logits[pair.anti_expert], strength(self._alphas[which])
+        """Return what steers the rows at `places`: in a slot, each row has a pair of its own."""
+        contributions = []
+        for slot in self._steering_slots:
+            alpha = self._alphas[slot]
+            # A row without a pair in this slot has strength 0 there, and any row's logits will do.
+            stand_in = next(row for row in self._rows if slot < len(row.slots))
+            rows = [self._rows[place] for place in places]
+            rows = [row if slot < len(row.slots) else stand_in for row in rows]
+            pairs = [self._ensemble.pairs[row.slots[slot]] for row in rows]
+            expert, anti_expert = (
+                self._pick(
+                    logits,
+                    [self._sources[_Lane(m, r.index)] for m, r in zip(side, rows, strict=True)],
+                )
+                for side in ([p.expert for p in pairs], [p.anti_expert for p in pairs])
             )
-            for which, pair in enumerate(self._ensemble.pairs)
-            if which in self._alphas
-        ]
+            strength = alpha
+            if isinstance(alpha, Tensor) and len(places) < len(self._rows):
+                strength = alpha[list(places)]
+            contributions.append(Contribution(expert, anti_expert, strength))
+        return contributions
+
+    def _steered(
+        self, base: Tensor, contributions: Sequence[Contribution], places: Sequence[int]
+    ) -> Steered:
+        """Return what the policy makes of the rows at `places`; of a partial base, the offsets alone."""
+        policy = self._ensemble.policy
+        positions = None
+        if policy.has_positions:
+            counts = [len(self._rows[place].new_ids) for place in places]
+            positions = torch.tensor(counts, device=self._device)
+        # Offsets that do not depend on the base are what they add to 0.
+        start = base if self._partial is None else torch.zeros_like(base)
+        return apply_policy(
+            policy, start, contributions, positions=positions, padding_ids=self._padding_ids
+        )
+
+    def _conflicts(
+        self, base: Tensor, contributions: Sequence[Contribution], places: Sequence[int]
+    ) -> list[bool]:
+        """Return in which rows the experts would choose different tokens; nothing where no row asks."""
+        if len(contributions) < 2 or not any(self._rows[place].job.explain for place in places):
+            return []
+        conflicts: list[bool] = has_conflict(self._masked(base), contributions).tolist()
+        return conflicts
+
+    def _weights(self, row: _Row, weights: Tensor) -> dict[str, float] | None:
+        """Return what the policy multiplied a row's strengths with; None of the published method."""
+        if self._ensemble.policy.is_plain:
+            return None
+        values = dict(zip(self._steering_slots, weights.tolist(), strict=True))
+        return {
+            self._ensemble.pairs[which].name: values[slot]
+            for slot, which in enumerate(row.slots)
+            if slot in values
+        }
 
     def _certified(
-        self, block: _Block, position: int, alive: Sequence[int], logits: dict[int, Tensor]
-    ) -> tuple[Tensor, list[_Proof]]:
-        """Return steered logits of seen tokens, and what they prove; ask about others where that may help.
-
-        What is found out is entered into `logits`.
-        """
+        self,
+        block: _Block,
+        position: int,
+        alive: Sequence[int],
+        base: Tensor,
+        offsets: Tensor,
+    ) -> tuple[Tensor, Tensor, list[_Proof]]:
+        """Return seen tokens' logits, base and steered, and what they prove; ask where that may help."""
         assert self._partial is not None
         rows = None if len(alive) == len(self._rows) else alive
-        offsets = combine(torch.zeros_like(logits[0]), self._contributions(logits, rows))
         bounds = [block.bounds[row][position] for row in alive]
         ceilings = torch.tensor([each.ceiling for each in bounds])
         temperatures = torch.tensor(
@@ -580,9 +811,9 @@ class Batch:
         )
         asked = [0] * len(alive)
         while True:
-            is_seen = ~torch.isneginf(logits[0])
-            steered = self._masked(logits[0] + offsets)
-            upper = self._masked(upper_logits(logits[0], offsets, ceilings=ceilings))
+            is_seen = ~torch.isneginf(base)
+            steered = self._masked(base + offsets)
+            upper = self._masked(upper_logits(base, offsets, ceilings=ceilings))
             chosen = self._sampler.peek(steered, rows)
             highest = self._sampler.peek(upper, rows)
             doubtful = [
@@ -605,20 +836,21 @@ class Batch:
                     asked[place] = MAX_REVEALED
             if not found:
                 break
-            logits[0] = logits[0].clone()
+            base = base.clone()
             for (place, token_id), logprob in found.items():
-                logits[0][place, token_id] = logprob
+                base[place, token_id] = logprob
         rests = torch.tensor([each.rest for each in bounds])
         lost = max_lost_prob(upper, is_seen, offsets, rests=rests, temperatures=temperatures)
         lost[torch.isinf(ceilings) & (ceilings > 0)] = 1.0
         # What filters keep of a draw depends on all tokens, and bounds do not tell.
         is_provable = [not self._rows[row].job.sampling.has_filters for row in alive]
-        return steered, [
+        proofs = [
             _Proof(same and provable, loss)
             for same, provable, loss in zip(
                 (chosen == highest).tolist(), is_provable, lost.tolist(), strict=True
             )
         ]
+        return base, steered, proofs
 
     def _may_reveal(self, upper: Tensor, steered: Tensor, is_seen: Tensor, row: int) -> bool:
         """Whether few enough tokens are in the way of a proof for asking about each."""
@@ -645,21 +877,46 @@ class Batch:
             )
         ]
 
-    def _parts(self, logits: Mapping[int, Tensor], place: int, token_id: int) -> dict[str, float]:
-        """Return the logprob that each member gave the token of the row at `place`."""
+    def _views(
+        self,
+        logits: Mapping[_Group, Tensor],
+        row: _Row,
+        token_id: int,
+        *,
+        base: Tensor,
+        steered: Tensor,
+        bounds: Bounds | None,
+    ) -> tuple[dict[str, View], float | None]:
+        """Return what each member that reads a row gave a token, and KL(steered || base).
 
-        def logprob(member: int) -> float:
-            row = self._masked(logits[member][place].float())
-            if member == 0 and self._partial is not None:
-                # A logprob already, and not all that make it one are here.
-                return float(row[token_id])
-            return float(row[token_id] - row.logsumexp(-1))
-
-        parts = {"base": logprob(0)}
-        for pair in self._ensemble.pairs:
-            parts[f"{pair.name}.expert"] = logprob(pair.expert)
-            parts[f"{pair.name}.anti_expert"] = logprob(pair.anti_expert)
-        return parts
+        Args:
+            logits: Of the lanes.
+            row: The row.
+            token_id: The token.
+            base: The row's logits, `[vocab]`.
+            steered: The row's logits, `[vocab]`.
+            bounds: Of what a partial base did not show.
+        """
+        num_top = row.job.explain_top
+        base = self._masked(base)
+        if bounds is None:
+            seen = view(base, token_id, num_top=num_top)
+            kl: float | None = kl_divergence(steered, base)
+        else:
+            seen = partial_view(base, token_id, ceiling=bounds.ceiling, num_top=num_top)
+            kl = None
+        # Of a partial base, normalised over what it showed, as the choice is.
+        views = {"base": seen, "steered": view(steered, token_id, num_top=num_top)}
+        for which in row.slots:
+            pair = self._ensemble.pairs[which]
+            for side, member in (("expert", pair.expert), ("anti_expert", pair.anti_expert)):
+                name = f"{pair.name}.{side}"
+                if member == 0:
+                    views[name] = seen
+                    continue
+                own = self._pick(logits, [self._sources[_Lane(member, row.index)]])[0]
+                views[name] = view(self._masked(own), token_id, num_top=num_top)
+        return views, kl
 
     def first_logits(self, token_ids: Sequence[int]) -> tuple[Tensor, bool]:
         """Return the steered logits of certain tokens as the only row's first, and if the best is certain.
@@ -676,11 +933,12 @@ class Batch:
         block = self._first
         assert block is not None and len(self._rows) == 1
         logits = block.at(0)
-        wanted = torch.tensor(list(token_ids), device=logits[0].device)
-        offsets = combine(torch.zeros_like(logits[0]), self._contributions(logits, None))
-        base = logits[0].clone()
+        base = self._member_logits(logits, 0, [0]).clone()
+        wanted = torch.tensor(list(token_ids), device=base.device)
+        found = self._steered(base, self._contributions(logits, [0]), [0]).logits
         if self._partial is None:
-            return self._masked(base + offsets)[0, wanted], True
+            return self._masked(found)[0, wanted], True
+        offsets = found
         missing = [i for i in token_ids if base[0, i] == -torch.inf]
         if missing:
             state = self._groups[0].state
@@ -699,6 +957,9 @@ class Batch:
         pending = torch.tensor([row.new_ids[-1] for row in self._rows], device=device)
         block = _Block([], {}, {})
         self._num_blocks += 1
+        self._is_looking = self._partial is not None or is_time_to_look(
+            self._num_undrafted, len(self._rows)
+        )
         if self._partial is not None and self._draft_ahead(block):
             limit, plan = 0, None
         else:
@@ -711,14 +972,18 @@ class Batch:
         elif plan is not None and plan.source == "lookup":
             block.source = "lookup"
             block.draft = self._looked_up(plan.length, device)
+        self._num_undrafted = 0 if block.draft else self._num_undrafted + 1
         tokens = torch.stack([pending, *block.draft], dim=1)
-        for group in self._groups:
-            if group.members[0] not in block.stepwise:
-                is_partial = group.backend is self._partial
-                for index, part in self._run(group, tokens if is_partial else tokens.clamp(min=0)):
-                    block.whole[index] = part
-                if is_partial and self._partial is not None:
-                    block.bounds = self._partial.bounds(group.state)
+        waiting = [group for group in self._groups if group not in block.stepwise]
+        # All of them before the first forward: what moves from a device waits for what runs there. So models
+        # on several devices run at the same time, and one on the CPU while those on accelerators do.
+        inputs = [(group, self._inputs(group, tokens)) for group in waiting]
+        for group, token_ids in sorted(
+            inputs, key=lambda item: item[0].backend.device.type == "cpu"
+        ):
+            block.whole[group] = self._extend(group, token_ids)
+            if self._partial is not None and group.backend is self._partial:
+                block.bounds = self._partial.bounds(group.state)
         return block
 
     def _draft_ahead(self, block: _Block) -> bool:
@@ -740,35 +1005,48 @@ class Batch:
         block.source = "base"
         return True
 
-    def _draft(self, block: _Block, pending: Tensor, drafter: int, plan: Plan, limit: int) -> None:
+    def _draft(
+        self, block: _Block, pending: Tensor, drafter: _Drafter, plan: Plan, limit: int
+    ) -> None:
         """Let one group read token by token, and guess the next one after each, as far as that pays."""
         speculator = self._speculator
         assert speculator is not None and plan.source is not None
-        group = self._group_of(drafter)
-        block.stepwise = {index: [] for index in group.members}
+        group, covered = drafter.group, drafter.covered
+        sources = [source for source in drafter.sources if source is not None]
+        rows = None if len(covered) == len(self._rows) else covered
+        steps = block.stepwise[group] = []
         is_adaptive = speculator.drafting.is_adaptive and self._partial is None
         rates = [row.rates[plan.source].value for row in self._rows]
-        chances = [1.0] * len(self._rows)
+        chances = [0.0 if source is None else 1.0 for source in drafter.sources]
         token_ids = pending
         while True:
-            for index, part in self._run(group, token_ids[:, None]):
-                logits = part[:, 0]
-                if group.backend.capabilities.reuses_logits:
-                    logits = logits.clone()  # needed until the whole draft is verified
-                block.stepwise[index].append(logits)
+            logits = self._run(group, token_ids[:, None])[:, 0]
+            if group.backend.capabilities.reuses_logits:
+                logits = logits.clone()  # needed until the whole draft is verified
+            steps.append(logits)
             length = len(block.draft)
             if length >= limit:
                 return
-            logits = self._masked(block.stepwise[drafter][-1])
-            token_ids = self._sampler.propose(logits, ahead=length)
+            guessing = self._masked(self._pick({group: logits}, sources))
+            guesses = self._sampler.propose(guessing, ahead=length, rows=rows)
+            if rows is None:
+                token_ids = guesses
+            else:
+                token_ids = torch.full_like(pending, NO_TOKEN)
+                token_ids[covered] = guesses
             if is_adaptive:
-                sure = self._confidence(logits, token_ids)
-                mean = max(self._mean_confidence(plan.source, sure), 1e-3)
+                sure = [0.0] * len(self._rows)
+                for place, confidence in zip(
+                    covered, self._confidence(guessing, guesses), strict=True
+                ):
+                    sure[place] = confidence
+                mean = self._mean_confidence(plan.source, [sure[place] for place in covered])
                 ahead = [
-                    chance * min(1.0, rate * confidence / mean)
+                    chance * min(1.0, rate * confidence / max(mean, 1e-3))
                     for chance, rate, confidence in zip(chances, rates, sure, strict=True)
                 ]
                 if not self._is_worth(plan, group, ahead, chances, length):
+                    block.unused = token_ids
                     return
                 chances = ahead
             block.draft.append(token_ids)
@@ -781,13 +1059,9 @@ class Batch:
 
     def _complete(self, block: _Block) -> None:
         """Let the drafting models read the last guess: some row needs what follows it."""
-        for index, parts in block.stepwise.items():
-            if len(parts) > len(block.draft):
-                return
-            group = self._group_of(index)
-            for member, part in self._run(group, block.draft[-1][:, None]):
-                block.stepwise[member].append(part[:, 0])
-            return
+        for group, steps in block.stepwise.items():
+            if len(steps) <= len(block.draft):
+                steps.append(self._run(group, block.draft[-1][:, None])[:, 0])
 
     def _looked_up(self, length: int, device: torch.device) -> list[Tensor]:
         drafts = []
@@ -797,34 +1071,42 @@ class Batch:
             drafts.append(row.lookup.propose(length) or [row.new_ids[-1]] * length)
         return list(torch.tensor(drafts, device=device).t())
 
-    def _run(self, group: _Group, token_ids: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Append `[rows, num_tokens]` of the base's token ids to a group's rows; yield members' logits."""
-        rows = [
-            self._ensemble.members[index].alignment.ids_to_small(token_ids)
-            for index in group.members
-        ]
+    def _run(self, group: _Group, token_ids: Tensor) -> Tensor:
+        """Append `[rows, num_tokens]` of the base's token ids; return `[lanes, num_tokens, their vocab]`."""
+        return self._extend(group, self._inputs(group, token_ids))
+
+    def _inputs(self, group: _Group, token_ids: Tensor) -> Tensor:
+        """Return `[rows, num_tokens]` of the base's token ids as `[lanes, num_tokens]` of a group's own."""
+        if group.backend is not self._partial:
+            token_ids = token_ids.clamp(
+                min=0
+            )  # a row without a guess reads any token, and forgets it
+        if group.places != list(range(len(token_ids))):
+            token_ids = token_ids[group.places]
+        members = [self._ensemble.members[lane.member] for lane in group.lanes]
+        if all(member.alignment is members[0].alignment for member in members):
+            token_ids = members[0].alignment.ids_to_small(token_ids)
+        else:
+            rows = zip(members, token_ids, strict=True)
+            token_ids = torch.stack([member.alignment.ids_to_small(row) for member, row in rows])
+        return token_ids.to(group.backend.device)
+
+    def _extend(self, group: _Group, token_ids: Tensor) -> Tensor:
+        """Append `[lanes, num_tokens]` of a group's own token ids, and note how long that takes."""
         speculator = self._speculator
         wait = _synchronise(token_ids.device) if self._is_timed(token_ids.device) else None
         started = time.perf_counter()
-        logits = group.backend.extend(group.state, torch.cat(rows))
+        logits = group.backend.extend(group.state, token_ids)
         if speculator is not None and wait is not None:
             wait()
             seconds = time.perf_counter() - started
-            speculator.costs.observe(group.cost_key(len(self._rows)), token_ids.shape[1], seconds)
-        yield from self._by_member(group, logits)
+            speculator.costs.observe(group.cost_key(), token_ids.shape[1], seconds)
+        return logits
 
     def _is_timed(self, device: torch.device) -> bool:
         if self._speculator is None or not self._speculator.drafting.is_adaptive:
             return False
         return device.type == "cpu" or self._num_blocks % SYNC_EVERY == 1
-
-    def _by_member(self, group: _Group, logits: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield a group's logits by member, in the base's vocabulary and on the base's device."""
-        for index, part in zip(group.members, logits.chunk(len(group.members)), strict=True):
-            aligned = self._ensemble.members[index].alignment.logits_to_base(part)
-            if index == 0:  # the base is the first of the first group
-                self._device = aligned.device
-            yield index, aligned.to(self._device)
 
     def _reuse(self, group: _Group, kept: Kept, job: Job) -> Tensor | None:
         """Go on from an earlier state as far as the prompts begin alike; return logits `[members, vocab]`.
@@ -836,12 +1118,13 @@ class Batch:
         if earlier is None or earlier.members != group.members:
             return None
         capabilities = group.backend.capabilities
-        if not capabilities.can_rewind or capabilities.is_partial:
-            return None  # a server keeps what it has read by itself
-        prompts = [list(job.prompts[index]) for index in group.members]
-        read = [kept.token_ids[index] for index in group.members]
+        # A server keeps what it has read by itself; other tokens than the prompt's do not compare.
+        if not capabilities.can_rewind or capabilities.is_partial or capabilities.is_retokenised:
+            return None
+        prompts = [list(job.prompts[lane.member]) for lane in group.lanes]
+        read = [kept.token_ids[lane.member] for lane in group.lanes]
         shared = [
-            min(_num_shared(prompt, tokens), len(prompt) - 1)
+            min(num_shared_tokens(prompt, tokens), len(prompt) - 1)
             for prompt, tokens in zip(prompts, read, strict=True)
         ]
         rests = [prompt[n:] for prompt, n in zip(prompts, shared, strict=True)]
@@ -850,6 +1133,8 @@ class Batch:
         if not all(shared) or (limit is not None and max(shared) + longest > limit):
             return None
         group.state = earlier.state
+        if group is self._groups[0]:
+            self.num_reused = shared[0]
         group.backend.rewind(
             group.state, [len(tokens) - n for tokens, n in zip(read, shared, strict=True)]
         )
@@ -875,6 +1160,8 @@ class Batch:
         drafting = speculator.drafting
         if self._partial is not None:
             return self._plan_for_calls(speculator)
+        if drafting.is_adaptive and not self._is_looking:
+            return 0, None
         limit = self._most_drafted(drafting.max_tokens)
         if limit <= 0:
             return 0, None
@@ -911,10 +1198,10 @@ class Batch:
             context = group.backend.capabilities.max_context
             if context is None:
                 continue
-            for row in self._rows:
-                for index in group.members:
-                    held = len(row.job.prompts[index]) + len(row.new_ids)
-                    limit = min(limit, context - held)
+            for lane, place in zip(group.lanes, group.places, strict=True):
+                row = self._rows[place]
+                held = len(row.job.prompts[lane.member]) + len(row.new_ids)
+                limit = min(limit, context - held)
         return limit
 
     def _plan_for_calls(self, speculator: Speculator) -> tuple[int, Plan | None]:
@@ -947,9 +1234,9 @@ class Batch:
         drafter = None if source is None else self._drafter(source)
         total = 0.0
         for group in self._groups:
-            key = group.cost_key(len(self._rows))
-            is_drafting = drafter is not None and drafter in group.members
-            seconds = self._speculator.costs.estimate(key, 1 if is_drafting else length + 1)
+            is_drafting = drafter is not None and drafter.group is group
+            width = 1 if is_drafting else length + 1
+            seconds = self._speculator.costs.estimate(group.cost_key(), width)
             if seconds is None:
                 return None
             total += seconds * (length + whole_chance) if is_drafting else seconds
@@ -966,13 +1253,13 @@ class Batch:
         """Whether to draft one token more than `length`; see `is_worth_drafting`."""
         assert self._speculator is not None
         costs, num_rows = self._speculator.costs, len(self._rows)
-        step = costs.estimate(group.cost_key(num_rows), 1)
+        step = costs.estimate(group.cost_key(), 1)
         if step is None:
             return False
         widening = 0.0
         for other in self._groups:
             if other is not group:
-                key = other.cost_key(num_rows)
+                key = other.cost_key()
                 now, then = costs.estimate(key, length + 1), costs.estimate(key, length + 2)
                 widening += max(0.0, (then or 0.0) - (now or 0.0))
         # A forward of the drafting model is needed anyway where its guess proves right.
@@ -1002,11 +1289,11 @@ class Batch:
         block: _Block,
         alive: Sequence[int],
         drafted: Sequence[int] | None,
-        logits: Mapping[int, Tensor],
+        logits: Mapping[_Group, Tensor],
     ) -> dict[Source, list[int | None]]:
         """Return what each source would guess for the tokens about to be chosen, to keep its rate current."""
         speculator = self._speculator
-        if speculator is None or not speculator.drafting.is_adaptive:
+        if speculator is None or not speculator.drafting.is_adaptive or not self._is_looking:
             return {}
         guesses: dict[Source, list[int | None]] = {}
         for source in SOURCES:
@@ -1016,39 +1303,56 @@ class Batch:
                 found = [self._rows[row].lookup for row in alive]
                 proposed = [lookup.propose(1) if lookup else [] for lookup in found]
                 guesses[source] = [ids[0] if ids else None for ids in proposed]
-            elif source == block.source and drafted is not None:
-                guesses[source] = [
-                    None if drafted[row] == NO_TOKEN else drafted[row] for row in alive
-                ]
+            elif source == block.source and (drafted is not None or block.unused is not None):
+                known = drafted
+                if known is None:
+                    assert block.unused is not None
+                    known = block.unused.tolist()
+                guesses[source] = [None if known[row] == NO_TOKEN else known[row] for row in alive]
             else:
                 drafter = self._drafter(source)
-                if drafter is not None:
-                    rows = None if len(alive) == len(self._rows) else alive
-                    proposal = self._sampler.propose(
-                        self._masked(logits[drafter]), ahead=0, rows=rows
-                    )
-                    guesses[source] = proposal.tolist()
+                if drafter is None:
+                    continue
+                guessed = {
+                    place: lane for place in alive if (lane := drafter.sources[place]) is not None
+                }
+                if not guessed:
+                    continue
+                proposal = self._sampler.propose(
+                    self._masked(self._pick(logits, list(guessed.values()))),
+                    ahead=0,
+                    rows=None if len(guessed) == len(self._rows) else list(guessed),
+                )
+                ids = dict(zip(guessed, proposal.tolist(), strict=True))
+                guesses[source] = [ids.get(place) for place in alive]
         return guesses
 
-    def _drafter(self, source: Source | None) -> int | None:
-        """Return the member that drafts for a source; None where none can, or nothing could be gained."""
+    def _drafter(self, source: Source | None) -> _Drafter | None:
+        """Return who drafts for a source; None where nobody can, or nothing could be gained."""
+        base = self._groups[0]
         if source == "base":
-            return 0 if len(self._groups) > 1 else None
+            lanes = [_Lane(0, row.index) for row in self._rows]
+            own: list[_Source | None] = [self._sources[lane] for lane in lanes]
+            return _Drafter(base, own) if len(self._groups) > 1 else None
         if source != "expert":
             return None
-        strongest = max(
-            self._alphas,
-            key=lambda which: abs(sum(row.job.alphas[which] for row in self._rows)),
-            default=None,
-        )
-        if strongest is None:
+        strongest: list[_Source | None] = []
+        for row in self._rows:
+            which = max(row.experts, key=lambda pair: abs(row.job.alphas[pair] or 0), default=None)
+            found = None
+            if which is not None:
+                found = self._sources[_Lane(self._ensemble.pairs[which].expert, row.index)]
+            # An expert on the base's own weights costs what the base costs.
+            strongest.append(None if found is None or found[0] is base else found)
+        groups = [found[0] for found in strongest if found is not None]
+        if not groups:
             return None
-        member = self._ensemble.pairs[strongest].expert
-        # An expert on the base's own weights costs what the base costs.
-        return member if 0 not in self._group_of(member).members else None
-
-    def _group_of(self, member: int) -> _Group:
-        return next(group for group in self._groups if member in group.members)
+        # One group drafts, the one with most experts; rows whose expert is elsewhere go without.
+        busiest = max(groups, key=groups.count)
+        return _Drafter(
+            busiest,
+            [found if found is not None and found[0] is busiest else None for found in strongest],
+        )
 
     # Books ----------------------------------------------------------------------------------------------
 
@@ -1061,23 +1365,52 @@ class Batch:
         if not places:
             return  # states stay as they are, for `kept`
         self._sampler.select(places)
+        live = {row.index for row in self._rows}
         if self._first is not None:
             self._first.bounds = [self._first.bounds[p] for p in places if self._first.bounds]
-            self._first.whole = {i: logits[places] for i, logits in self._first.whole.items()}
-        for group in self._groups:
-            rows = [k * num_rows + place for k in range(len(group.members)) for place in places]
-            group.state = group.backend.select(group.state, rows)
-        self._set_alphas()
+        for group in list(self._groups):
+            lanes = [place for place, lane in enumerate(group.lanes) if lane.row in live]
+            if self._first is not None:
+                self._first.whole[group] = self._first.whole[group][lanes]
+            if lanes:
+                group.state = group.backend.select(group.state, lanes)
+                group.lanes = [group.lanes[lane] for lane in lanes]
+            else:
+                self._groups.remove(group)
+        self._arrange()
 
-    def _set_alphas(self) -> None:
-        """Collect the strengths of the live rows: a number where all agree, else `[batch]`."""
-        self._alphas: dict[int, float | Tensor] = {}
-        for which in range(len(self._ensemble.pairs)):
-            values = [row.job.alphas[which] for row in self._rows]
-            if len(set(values)) > 1:
-                self._alphas[which] = torch.tensor(values, dtype=torch.float32, device=self._device)
-            elif values and values[0] != 0:
-                self._alphas[which] = values[0]
+    def _arrange(self) -> None:
+        """Find the lanes of the live rows, and their strengths: a number where all agree, else `[rows]`."""
+        places = {row.index: place for place, row in enumerate(self._rows)}
+        self._sources: dict[_Lane, _Source] = {}
+        for group in self._groups:
+            group.places = [places[lane.row] for lane in group.lanes]
+            self._sources |= {lane: (group, place) for place, lane in enumerate(group.lanes)}
+        self._alphas: list[float | Tensor] = []
+        for slot in range(max(len(row.slots) for row in self._rows)):
+            values = [
+                (row.job.alphas[row.slots[slot]] or 0.0) if slot < len(row.slots) else 0.0
+                for row in self._rows
+            ]
+            self._alphas.append(
+                values[0]
+                if len(set(values)) == 1
+                else torch.tensor(values, dtype=torch.float32, device=self._device)
+            )
+        self._steering_slots = [
+            slot for slot, alpha in enumerate(self._alphas) if isinstance(alpha, Tensor) or alpha
+        ]
+
+
+def _grouped(ensemble: Ensemble, jobs: Sequence[Job]) -> list[_Group]:
+    """Return the lanes of jobs, by backend; the base's come first."""
+    needed = [_members_of(ensemble, job) for job in jobs]
+    groups: dict[int, _Group] = {}
+    for member in sorted({member for members in needed for member in members}):
+        backend = ensemble.members[member].backend
+        group = groups.setdefault(id(backend), _Group(backend, []))
+        group.lanes += [_Lane(member, row) for row, own in enumerate(needed) if member in own]
+    return list(groups.values())
 
 
 def _synchronise(device: torch.device) -> Callable[[], None]:
@@ -1087,13 +1420,3 @@ def _synchronise(device: torch.device) -> Callable[[], None]:
     wait: Callable[[], None] = getattr(torch, device.type).synchronize
     wait()
     return wait
-
-
-def _num_shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many tokens two sequences have in common at their beginning."""
-    count = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count

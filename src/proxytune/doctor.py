@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from proxytune.backends.retokenised import token_map
 from proxytune.checkpoint import (
     AdapterFiles,
     Checkpoint,
@@ -41,6 +42,14 @@ if TYPE_CHECKING:
 
 SAMPLE_PROMPT = "What is steering?"
 """What each prompt format is shown on."""
+
+SAMPLE_TEXT = (
+    "She had not meant to stay so long, but the rain went on, and nobody in the kitchen seemed to mind. "
+    "In 1987 the court held that the defendant's appeal (No. 86-1234) was out of time.\n\n"
+    "The treatment lowered blood pressure by 12.5 mmHg in 38% of patients; headaches were rare.\n\n"
+    "def area(width: float, height: float = 1.0) -> float:\n    return width * height  # square metres\n"
+)
+"""What is cut into tokens to see how many of them another tokenizer has too."""
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _CACHE_BYTES = {"float32": 4.0, "float16": 2.0, "q8_0": 34 / 32}
@@ -81,7 +90,7 @@ class ModelReport:
         max_context: Most tokens of prompt and text.
         prompt_format: `plain`, `chat` or a template.
         prompt_sample: A short prompt as this model sees it.
-        vocabulary: `same`, `padded`, `permuted` or `differs` against the base; `base` for itself.
+        vocabulary: `same`, `padded`, `permuted`, `mapped` or `differs` against the base; `base` for itself.
         num_tokens: Tokens in the vocabulary.
         num_padding: Rows of the output head that no token has.
         weight_bytes: Memory of weights and adapter; 0 where the weights are shared.
@@ -290,6 +299,9 @@ class _Examination:
         for expert in self.recipe.experts:
             self._examine_model(f"{expert.name}.expert", expert.expert)
             self._examine_model(f"{expert.name}.anti_expert", expert.anti_expert)
+        self._check_sides()
+        if not self.recipe.policy.is_plain:
+            self.notes.append(f"it steers by the policy {self.recipe.policy.describe()}")
         return Diagnosis(
             directory=self.recipe.directory,
             models=tuple(self.reports),
@@ -405,10 +417,59 @@ class _Examination:
             try:
                 values["vocabulary"] = align(base.vocabulary, vocabulary).kind
             except VocabularyMismatch as error:
-                values["vocabulary"] = "differs"
-                if self.first_parts[spec.weights] == part:
-                    self._fail(part, error)
+                is_first = self.first_parts[spec.weights] == part
+                if self.recipe.vocabulary == "map":
+                    values["vocabulary"] = "mapped"
+                    if is_first:
+                        self._examine_map(part, base, checkpoint)
+                else:
+                    values["vocabulary"] = "differs"
+                    if is_first:
+                        self._fail(part, error)
         return values
+
+    def _examine_map(self, part: str, base: Checkpoint, small: Checkpoint) -> None:
+        """Say how much of the base's vocabulary, and of usual text, another tokenizer has too."""
+        found = token_map(base, small)
+        if not found.num_mapped:
+            self._fail(
+                part,
+                VocabularyMismatch(
+                    f"{small.name} has none of the tokens of {base.name}, so it can steer nothing.\n"
+                    "hint: take small models whose tokenizer is nearer to the base's"
+                ),
+            )
+            return
+        token_ids = base.tokenizer.encode(SAMPLE_TEXT, add_special_tokens=False)
+        num_mapped = sum(found.small_id(token_id) is not None for token_id in token_ids)
+        self.notes.append(
+            f"{part}: {small.name} has another tokenizer than the base. It steers {found.num_mapped:,} of "
+            f"the base's {found.num_base_tokens:,} tokens ({found.share:.0%}), which are {num_mapped} of the "
+            f"{len(token_ids)} tokens of a sample of prose and code ({num_mapped / len(token_ids):.0%}); the "
+            "others keep the base's logits. `proxytune score` measures how much probability that is."
+        )
+
+    def _check_sides(self) -> None:
+        """Refuse a pair of which one side speaks the base's tokens and the other does not."""
+        kinds = {report.part: report.vocabulary for report in self.reports}
+        for expert in self.recipe.experts:
+            sides = expert.expert, expert.anti_expert
+            parts = [f"{expert.name}.{side}" for side in ("expert", "anti_expert")]
+            mapped = [kinds[part] == "mapped" for part in parts]
+            if not any(mapped):
+                continue
+            # Of a side that is not mapped nothing is asked: its vocabulary may be what is damaged.
+            found = [self.checkpoints[s.weights] for s in sides] if all(mapped) else []
+            tokens = [f.vocabulary.token_to_id for f in found if f is not None]
+            if not tokens or tokens[0] != tokens[1]:
+                self._fail(
+                    parts[0],
+                    VocabularyMismatch(
+                        f"expert and anti-expert of {expert.name} have different tokenizers, so their "
+                        "predictions cannot be compared.\n"
+                        "hint: the anti-expert is the model that the expert was tuned from"
+                    ),
+                )
 
     def _examine_size(
         self,

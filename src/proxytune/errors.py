@@ -17,6 +17,9 @@
     │   ├── InputFileError       an input file that cannot be read, with the line
     │   ├── OutputFileError      an output file that cannot be written or continued
     │   └── MissingExtra         an optional dependency that is not installed
+    ├── Unavailable              not now; the same request may be honoured later
+    │   ├── QueueFull            as many requests wait as may
+    │   └── ShuttingDown         a server finishes what it has and takes nothing new
     └── BackendError             the work itself failed; the CLI ends with exit code 1
         ├── ApiError             a server that gives no good answer, however often it is asked
         └── BudgetSpent          one more call would exceed the calls or the cost that are allowed
@@ -100,6 +103,22 @@ class OutputFileError(UserError):
 
 class MissingExtra(UserError):
     """An optional dependency is not installed; the message holds the install line."""
+
+
+class Unavailable(ProxytuneError):
+    """A server cannot take a request now; it may later."""
+
+
+class QueueFull(Unavailable):
+    """As many requests wait as may. `retry_after_s` says when to try again."""
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class ShuttingDown(Unavailable):
+    """A server finishes what it has and takes nothing new."""
 
 
 class BackendError(ProxytuneError):

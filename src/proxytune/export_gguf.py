@@ -851,7 +851,7 @@ def export_recipe(
     base = replace(recipe.base, model=reference)
     if is_gguf(reference):
         base = _in_llama_cpp(recipe.base, reference, None)
-    exported = Recipe(base, experts, recipe.combine, recipe.default_expert, target)
+    exported = replace(recipe, base=base, experts=experts, directory=target, schema=None)
     exported.check_free(target, overwrite=overwrite)
     for path in plans.files:
         _check_output(target / path, overwrite=overwrite)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,38 @@ import torch
 
 from proxytune.backends.api_client import Budget
 from proxytune.backends.base import Backend
-from proxytune.decode import Batch, Ensemble, Event, Job, Kept, Member, Pair, check_job
-from proxytune.errors import BackendError, InvalidRequest, ProxytuneError
-from proxytune.prompts import PLAIN_USER_TURN, ChatPrompt, Tokenizer, continuation_ids, render
+from proxytune.backends.retokenised import RetokenisedBackend
+from proxytune.decode import Batch, DraftCount, Ensemble, Event, Job, Kept, Member, Pair, check_job
+from proxytune.detokenize import TextStream
+from proxytune.errors import (
+    BackendError,
+    InvalidRequest,
+    ProxytuneError,
+    UnsupportedModel,
+    VocabularyMismatch,
+)
+from proxytune.heap import return_free_memory
+from proxytune.prompts import (
+    PLAIN_USER_TURN,
+    ChatPrompt,
+    Tokenizer,
+    behave_alike,
+    continuation_ids,
+    render,
+)
 from proxytune.recipe import ModelSpec, Recipe
 from proxytune.request import Message, Prompt, Request, SamplingParams
-from proxytune.score import Passage, ScoreReport, score_passages, score_tokens
+from proxytune.score import (
+    Passage,
+    ScoreReport,
+    explain_passage,
+    score_passages,
+    score_tokens,
+    windows,
+)
 from proxytune.speculative import Drafting, Speculator
 from proxytune.trace import Step, Trace, Usage
-from proxytune.vocab import align
+from proxytune.vocab import align, token_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +112,7 @@ class ProxyTuned:
         *,
         device: str | None = None,
         dtype: str | None = None,
+        cuda_graphs: bool = False,
         experts: Sequence[str] | None = None,
         budget: Budget | None = None,
     ) -> ProxyTuned:
@@ -99,6 +124,7 @@ class ProxyTuned:
             recipe: A directory, `package:NAME/PATH`, a Hub id, or a recipe already read.
             device: Runs every model there, whatever the recipe says.
             dtype: Runs every model in it, whatever the recipe says.
+            cuda_graphs: Runs every model's short forwards as CUDA graphs, whatever the recipe says.
             experts: Load only these; None loads all.
             budget: What calls to a base behind an API may cost; None for no limit.
 
@@ -107,19 +133,25 @@ class ProxyTuned:
             UserError: A model is missing, unsafe, corrupt or does not match; see `errors.py`.
             ApiError: The API of the base cannot be reached.
         """
+        recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
+        recipe = recipe.with_settings(device=device, dtype=dtype, cuda_graphs=cuda_graphs or None)
+        if experts is not None:
+            recipe.choose(tuple(experts), None)
+            kept = tuple(e for e in recipe.experts if e.name in experts)
+            default = recipe.default_expert if recipe.default_expert in experts else None
+            recipe = replace(recipe, experts=kept, default_expert=default)
+        model = cls._load(recipe, budget)
+        return_free_memory()  # of what was only read to check
+        return model
+
+    @classmethod
+    def _load(cls, recipe: Recipe, budget: Budget | None) -> ProxyTuned:
         from proxytune.backends.api import ApiBackend
         from proxytune.backends.llama_cpp import LlamaCppBackend
         from proxytune.backends.transformers import TransformersBackend
         from proxytune.checkpoint import AdapterFiles, Checkpoint, find_adapter, find_checkpoint
         from proxytune.doctor import examine
 
-        recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
-        recipe = recipe.with_settings(device=device, dtype=dtype)
-        if experts is not None:
-            recipe.choose(tuple(experts), None)
-            kept = tuple(e for e in recipe.experts if e.name in experts)
-            default = recipe.default_expert if recipe.default_expert in experts else None
-            recipe = replace(recipe, experts=kept, default_expert=default)
         examine(recipe).raise_first()
 
         checkpoints: dict[ModelSpec, Checkpoint] = {}
@@ -176,20 +208,40 @@ class ProxyTuned:
             kind = TransformersBackend if spec.llama_cpp is None else LlamaCppBackend
             backends[spec] = kind.load(checkpoint, spec, adapters[spec])
         base = checkpoints[slots[0][1]]
+        # One for each model: lanes whose members share it are translated at once (`decode.py`).
+        alignments = {}
+        for spec, checkpoint in checkpoints.items():
+            try:
+                alignments[spec] = align(base.vocabulary, checkpoint.vocabulary)
+            except VocabularyMismatch:
+                if recipe.vocabulary != "map":
+                    raise
+                alignments[spec] = align(base.vocabulary, base.vocabulary)
+                backends[spec] = RetokenisedBackend(backends[spec], checkpoint, base)
         members, formats = [], []
+        # A prompt is cut once for all who cut it alike, and a tokenizer of 50,000 tokens takes 15 MB.
+        tokenizers: dict[ModelSpec, Tokenizer] = {}
+        for spec, checkpoint in checkpoints.items():
+            own = checkpoint.tokenizer
+            tokenizers[spec] = next((t for t in tokenizers.values() if behave_alike(t, own)), own)
         for name, weights, adapter, prompt in slots:
             checkpoint = checkpoints[weights]
             members.append(
                 Member(
                     name if weights.model == name else f"{name} ({weights.model})",
                     backends[weights],
-                    align(base.vocabulary, checkpoint.vocabulary),
+                    alignments[weights],
                     adapter,
                 )
             )
-            formats.append(PromptFormat(prompt, checkpoint.tokenizer))
+            formats.append(PromptFormat(prompt, tokenizers[weights]))
         ensemble = Ensemble(
-            tuple(members), pairs, base.vocabulary, tuple(base.eos_token_ids), base.tokenizer
+            tuple(members),
+            pairs,
+            base.vocabulary,
+            tuple(base.eos_token_ids),
+            base.tokenizer,
+            recipe.policy,
         )
         return cls(ensemble, formats, recipe)
 
@@ -205,25 +257,30 @@ class ProxyTuned:
         if request.is_token_ids:
             token_ids = [i for i in request.prompt if isinstance(i, int)]
             self.ensemble.vocabulary.check_token_ids(token_ids)
-            ids = torch.tensor(token_ids)
             prompts: tuple[Sequence[int], ...] = tuple(
-                m.alignment.ids_to_small(ids).tolist() for m in self.ensemble.members
+                m.own_ids(token_ids, is_start=True) for m in self.ensemble.members
             )
         else:
-            rendered: list[Sequence[int]] = [
-                render(
-                    request.prompt,
-                    prompt_format=f.prompt_format,
-                    tokenizer=f.tokenizer,
-                    name=m.name,
-                )
-                for m, f in zip(self.ensemble.members, self._formats, strict=True)
-            ]
+            # Experts on one small model read the same; a long prompt takes a while to tokenise.
+            known: dict[tuple[str, int], Sequence[int]] = {}
+            rendered = []
+            for member, own in zip(self.ensemble.members, self._formats, strict=True):
+                key = own.prompt_format, id(own.tokenizer)
+                if key not in known:
+                    known[key] = render(
+                        request.prompt,
+                        prompt_format=own.prompt_format,
+                        tokenizer=own.tokenizer,
+                        name=member.name,
+                    )
+                rendered.append(known[key])
             if self.recipe.base.api is not None:
                 rendered[0] = ChatPrompt.of(rendered[0], request.prompt)
             prompts = tuple(rendered)
-        alphas = tuple(chosen.get(pair.name, 0.0) for pair in self.ensemble.pairs)
-        job = Job(request.sampling, prompts, alphas, request.explain, cancelled)
+        alphas = tuple(chosen.get(pair.name) for pair in self.ensemble.pairs)
+        job = Job(
+            request.sampling, prompts, alphas, request.explain, request.explain_top, cancelled
+        )
         check_job(self.ensemble, job)
         return job
 
@@ -297,10 +354,128 @@ class ProxyTuned:
                     if on_event is not None:
                         on_event(start + event.row, event)
             except ProxytuneError as error:
-                error.traces = (*traces, *(collector.trace() for collector in collectors))
+                told = (
+                    self._told(collector.trace(), job)
+                    for collector, job in zip(collectors, block, strict=True)
+                )
+                error.traces = (*traces, *told)
                 raise
-            traces += [collector.trace() for collector in collectors]
+            traces += [
+                self._told(collector.trace(), job)
+                for collector, job in zip(collectors, block, strict=True)
+            ]
         return traces
+
+    def explain(
+        self,
+        prompt: Prompt,
+        continuation: str | Sequence[int],
+        sampling: SamplingParams | None = None,
+        *,
+        alpha: float | None = None,
+        experts: str | tuple[str, ...] | Mapping[str, float] | None = None,
+        top: int = 5,
+    ) -> Trace:
+        """Say what each model gives each token of a given continuation, and perhaps go on from there.
+
+        Every model reads the continuation at once, in the format that the recipe gives its prompt.
+
+        Args:
+            prompt: Text, messages or token ids.
+            continuation: Text that follows the prompt as it is, or token ids of the base's vocabulary.
+            sampling: How to go on after it; None ends there. Penalties and a seed's draws begin anew.
+            alpha: Strength of steering; None takes the recipe's.
+            experts: A name, names, or names with strengths; None takes the recipe's default.
+            top: How many of each model's likeliest tokens to record.
+
+        Returns:
+            A trace whose first `num_given` steps are the continuation's.
+
+        Raises:
+            InvalidRequest: The continuation has no tokens, or unknown ones.
+            UnsupportedModel: The base is behind an API, which does not show what this needs.
+            UserError: The request cannot be honoured; see `job`.
+        """
+        if isinstance(continuation, str):
+            given = continuation_ids(continuation, self.tokenizer)
+        else:
+            given = list(continuation)
+            self.ensemble.vocabulary.check_token_ids(given)
+        if not given:
+            raise InvalidRequest("the continuation has no tokens, so there is nothing to explain")
+        if self.recipe.base.api is not None:
+            raise UnsupportedModel(
+                "a given text is explained from all the base's logits, and a base behind an API shows few.\n"
+                "hint: let it generate the text: leave the continuation out"
+            )
+        if sampling is not None and self.ensemble.policy.has_positions:
+            raise InvalidRequest(
+                "the recipe's strength follows a schedule of positions, which would begin anew after the "
+                "given tokens.\nhint: explain the continuation alone, or a recipe without a schedule"
+            )
+        num_new = 0 if sampling is None else sampling.max_new_tokens
+        limits = SamplingParams(max_new_tokens=len(given) + num_new)
+        job = self.job(Request(prompt, limits, alpha, experts, True, top))
+        started = time.perf_counter()
+        text = TextStream(self.tokenizer, prompt_ids=job.prompts[0])
+        passage = Passage(tuple(tuple(ids) for ids in job.prompts), tuple(given))
+        explained = explain_passage(
+            self.ensemble, passage, alphas=job.alphas, num_top=job.explain_top
+        )
+        steps = [replace(step, text=text.push(step.token_id)) for step in explained]
+        chosen = self.recipe.choose(experts, alpha)
+        if sampling is None:
+            trace = Trace(
+                "".join(step.text for step in steps) + text.finish(),
+                "given",
+                tuple(steps),
+                len(job.prompts[0]),
+                alphas=chosen,
+            )
+        else:
+            prompts = tuple(
+                [*prompt_ids, *member.own_ids(given)]
+                for member, prompt_ids in zip(self.ensemble.members, job.prompts, strict=True)
+            )
+            further = replace(job, prompts=prompts, sampling=sampling)
+            collector = _Collector(further, chosen)
+            for event in self._run([further], [collector], None):
+                collector.add(event)
+            trace = collector.trace()
+            # A character that was given by half is completed by the text that follows.
+            trace = replace(
+                trace,
+                text="".join(step.text for step in steps) + trace.text,
+                steps=(*steps, *(replace(s, index=s.index + len(steps)) for s in trace.steps)),
+                num_prompt_tokens=len(job.prompts[0]),
+            )
+        trace = replace(trace, num_given=len(steps), latency_s=time.perf_counter() - started)
+        return self._told(trace, job)
+
+    def _told(self, trace: Trace, job: Job) -> Trace:
+        """Return a trace with what its tokens stand for, if it is explained."""
+        if not job.explain:
+            return trace
+        named = {step.token_id for step in trace.steps}
+        for step in trace.steps:
+            named |= {token_id for token_id, _ in step.top}
+            for view in (step.views or {}).values():
+                named |= {token_id for token_id, _ in view.top}
+        contents = self._token_bytes
+        tokens = {i: _text_or_bytes(contents[i]) for i in sorted(named) if i in contents}
+        special = {*self.tokenizer.all_special_ids, *self.ensemble.eos_token_ids}
+        return replace(
+            trace,
+            prompt=self.tokenizer.decode(
+                list(job.prompts[0]), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            ),
+            tokens=tokens,
+            special_ids=tuple(i for i in tokens if i in special),
+        )
+
+    @cached_property
+    def _token_bytes(self) -> dict[int, bytes]:
+        return token_bytes(self.ensemble.vocabulary)
 
     def choose(
         self,
@@ -351,7 +526,7 @@ class ProxyTuned:
             tuple(probs),
             self.recipe.choose(experts, alpha),
             None if has_all else is_certified,
-            batch.usages()[0],
+            batch.usage(0),
         )
 
     def stream(
@@ -421,21 +596,43 @@ class ProxyTuned:
             UnknownExpert: It names an expert the recipe does not have.
             PromptTooLong: The window exceeds a model's context.
         """
-        chosen = self.recipe.choose(experts, None)
-        pairs = tuple(p for p in self.ensemble.pairs if p.name in chosen)
-        ensemble = replace(self.ensemble, pairs=pairs)
-        token_ids = list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
-        with_start = self.tokenizer.encode("a", add_special_tokens=True)
-        start_id = with_start[0] if with_start[0] == _bos_id(self.tokenizer) else None
+        ensemble = self.steered_by(experts)
         return score_tokens(
             ensemble,
-            token_ids,
-            strengths=[(alpha, (alpha,) * len(pairs)) for alpha in alphas],
+            self._text_ids(text),
+            strengths=[(alpha, (alpha,) * len(ensemble.pairs)) for alpha in alphas],
             window=window,
-            start_id=start_id,
+            start_id=self._start_id,
             seed=seed,
             on_progress=on_progress,
         )
+
+    def steered_by(self, experts: str | Sequence[str] | None) -> Ensemble:
+        """Return the ensemble with these experts only; None takes the recipe's default.
+
+        Raises:
+            UnknownExpert: It names an expert the recipe does not have.
+        """
+        chosen = self.recipe.choose(experts, None)
+        pairs = tuple(p for p in self.ensemble.pairs if p.name in chosen)
+        return replace(self.ensemble, pairs=pairs)
+
+    def text_passages(self, text: str, *, window: int = 512) -> list[Passage]:
+        """Cut a plain text into windows, as `score` does.
+
+        Raises:
+            InvalidRequest: The text has nothing to predict.
+        """
+        return windows(self.ensemble, self._text_ids(text), window=window, start_id=self._start_id)
+
+    def _text_ids(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
+
+    @property
+    def _start_id(self) -> int | None:
+        """The token that the base's tokenizer puts before a text, if it does."""
+        with_start = self.tokenizer.encode("a", add_special_tokens=True)
+        return with_start[0] if with_start[0] == _bos_id(self.tokenizer) else None
 
     def score_completions(
         self,
@@ -466,8 +663,19 @@ class ProxyTuned:
             UnknownExpert: It names an expert the recipe does not have.
             PromptFormatError: A prompt cannot be rendered.
         """
-        chosen = self.recipe.choose(experts, None)
-        kept = tuple(p for p in self.ensemble.pairs if p.name in chosen)
+        ensemble = self.steered_by(experts)
+        return score_passages(
+            ensemble,
+            self.completion_passages(pairs, max_tokens=max_tokens),
+            strengths=[(alpha, (alpha,) * len(ensemble.pairs)) for alpha in alphas],
+            seed=seed,
+            on_progress=on_progress,
+        )
+
+    def completion_passages(
+        self, pairs: Sequence[tuple[Prompt, str]], *, max_tokens: int | None = None
+    ) -> list[Passage]:
+        """Return prompts with given answers as each model sees them; see `score_completions`."""
         contexts = [m.backend.capabilities.max_context for m in self.ensemble.members]
         limit = min([n for n in (*contexts, max_tokens) if n is not None], default=None)
         passages = []
@@ -487,13 +695,36 @@ class ProxyTuned:
                 token_ids = token_ids[: max(0, limit - max(map(len, prompts)))]
             if token_ids:
                 passages.append(Passage(prompts, tuple(token_ids)))
-        return score_passages(
-            replace(self.ensemble, pairs=kept),
-            passages,
-            strengths=[(alpha, (alpha,) * len(kept)) for alpha in alphas],
-            seed=seed,
-            on_progress=on_progress,
-        )
+        return passages
+
+    @property
+    def formats(self) -> tuple[PromptFormat, ...]:
+        """How each of the ensemble's members wants its prompts, in the same order."""
+        return self._formats
+
+    def alone(self, member: int) -> ProxyTuned:
+        """Return one of the ensemble's models by itself: what it writes, in its own prompt format, unsteered.
+
+        Its weights are shared with this one. It speaks the base's vocabulary, or another one of its own.
+        """
+        alone = self.ensemble.members[member]
+        ensemble = replace(self.ensemble, members=(alone,), pairs=())
+        if isinstance(alone.backend, RetokenisedBackend):
+            own = alone.backend.own
+            ensemble = replace(
+                ensemble,
+                members=(
+                    replace(
+                        alone,
+                        backend=alone.backend.inner,
+                        alignment=align(own.vocabulary, own.vocabulary),
+                    ),
+                ),
+                vocabulary=own.vocabulary,
+                eos_token_ids=tuple(own.eos_token_ids),
+                tokenizer=own.tokenizer,
+            )
+        return ProxyTuned(ensemble, (self._formats[member],), self.recipe)
 
     def _speculator(self, speculative: bool | Drafting) -> Speculator | None:
         """Return what remembers measured costs for these settings; None for plain decoding."""
@@ -515,11 +746,17 @@ class ProxyTuned:
             while not batch.is_done:
                 yield from batch.step()
         finally:
-            for collector, counts, usage in zip(
-                collectors, batch.draft_counts, batch.usages(), strict=True
-            ):
+            for row, collector in enumerate(collectors):
+                counts = batch.draft_counts.get(row, DraftCount(0, 0))
                 collector.num_drafted, collector.num_accepted = counts
-                collector.usage = usage
+                collector.usage = batch.usage(row)
+
+
+def _text_or_bytes(content: bytes) -> str | bytes:
+    try:
+        return content.decode()
+    except UnicodeDecodeError:  # half a character
+        return content
 
 
 @dataclass(slots=True)

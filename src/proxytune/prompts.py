@@ -43,6 +43,29 @@ class ChatPrompt(tuple[int, ...]):
         return itself
 
 
+class AskedPrompt(str):
+    """A text for plain models, and how models that chat are asked the same.
+
+    The text ends where the answer begins, such as with `Answer:`. In a chat the question is the user's
+    message and the assistant's turn has begun with that word. Everything that takes a text takes this.
+
+    Args:
+        text: What the `plain` format shows.
+        messages: What the other formats show, a user's message last.
+        answer_start: What they put after it, in the assistant's turn.
+    """
+
+    messages: tuple[Message, ...]
+    answer_start: str
+
+    def __new__(cls, text: str, messages: Sequence[Message], answer_start: str = "") -> AskedPrompt:
+        """Keep the text, and beside it how it is asked in a chat."""
+        itself = super().__new__(cls, text)
+        itself.messages = tuple(messages)
+        itself.answer_start = answer_start
+        return itself
+
+
 class Tokenizer(Protocol):
     """What this package needs of a tokenizer; those of transformers have it."""
 
@@ -88,6 +111,24 @@ class Tokenizer(Protocol):
         self, conversation: Any, *, add_generation_prompt: bool = ..., tokenize: bool = ...
     ) -> Any:
         """Return a conversation as the model's chat format writes it."""
+
+
+def behave_alike(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two tokenizers do the same with every text and chat, as far as that can be told by looking."""
+    names = (
+        "chat_template",
+        "bos_token",
+        "eos_token",
+        "all_special_ids",
+        "clean_up_tokenization_spaces",
+    )
+    if type(one) is not type(other) or any(
+        getattr(one, name, None) != getattr(other, name, None) for name in names
+    ):
+        return False
+    # What cuts a text: tokens, normaliser, rules, merges, and what is put around it.
+    mine, theirs = (getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (one, other))
+    return mine is not None and theirs is not None and mine.to_str() == theirs.to_str()
 
 
 def render(prompt: Prompt, *, prompt_format: str, tokenizer: Tokenizer, name: str) -> list[int]:
@@ -159,8 +200,13 @@ def render_text(
         return _plain_text(_messages(prompt), add_generation_prompt)
     messages = _messages(prompt)
     if kind == "chat":
-        return _apply_chat_template(messages, tokenizer, name, add_generation_prompt)
-    return _apply_jinja(prompt_format, messages, tokenizer, name, add_generation_prompt)
+        text = _apply_chat_template(messages, tokenizer, name, add_generation_prompt)
+    else:
+        text = _apply_jinja(prompt_format, messages, tokenizer, name, add_generation_prompt)
+    if isinstance(prompt, AskedPrompt) and prompt.answer_start:
+        # A turn that begins on a line of its own, or after a space, needs no further one.
+        text += prompt.answer_start if text[-1:].isspace() else " " + prompt.answer_start
+    return text
 
 
 def check_syntax(prompt_format: str, name: str) -> Literal["plain", "chat", "jinja"]:
@@ -194,6 +240,8 @@ def check_syntax(prompt_format: str, name: str) -> Literal["plain", "chat", "jin
 
 
 def _messages(prompt: Prompt) -> list[Message]:
+    if isinstance(prompt, AskedPrompt):
+        return list(prompt.messages)
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     messages: list[Message] = []

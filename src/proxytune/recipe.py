@@ -1,8 +1,9 @@
 """The recipe: which models make a steered one, as a directory in the Hugging Face layout.
 
-    config.json      base, experts, how they combine
-    README.md        a model card
-    adapters/…       LoRA adapters, if they travel with the recipe
+    config.json              base, experts, how they combine and how strongly they steer
+    README.md                a model card
+    modeling_proxytune.py    where transformers finds this package, with `trust_remote_code=True`
+    adapters/…               LoRA adapters, if they travel with the recipe
 
 A recipe is read, checked for itself, and written here; whether its models exist and fit together is
 examined in `doctor.py`. Unknown keys are refused at every level, because a misspelt one would change the
@@ -32,6 +33,7 @@ from proxytune.errors import (
     RecipeError,
     UnknownExpert,
 )
+from proxytune.policy import COMBINATIONS, Policy
 from proxytune.request import check_alpha
 
 CACHE_DTYPES = ("float32", "float16", "q8_0")
@@ -43,17 +45,38 @@ DEFAULT_CONTEXT = 4096
 ENDPOINTS = ("completions", "chat")
 """Parts of an OpenAI-compatible API that generate text."""
 
-COMBINATIONS = ("sum",)
-"""Ways in which several experts steer one base."""
+VOCABULARIES = ("same", "map")
+"""What may become of small models whose tokenizer is another one than the base's."""
 
 MODEL_TYPE = "proxytune"
 ARCHITECTURE = "ProxyTunedForCausalLM"
 
-_OWN_KEYS = ("model_type", "architectures", "base", "experts", "combine", "default_expert")
-_METADATA_KEYS = frozenset(
+LOADER_NAME = "modeling_proxytune.py"
+LOADER = '''\
+"""Leads transformers to the package `proxytune`, which reads this recipe: pip install proxytune."""
+
+from proxytune.integrations.auto import ProxyTunedConfig
+from proxytune.integrations.transformers import ProxyTunedForCausalLM
+
+__all__ = ["ProxyTunedConfig", "ProxyTunedForCausalLM"]
+'''
+"""A file beside config.json that transformers runs with `trust_remote_code=True`, and proxytune never."""
+
+AUTO_MAP = {
+    "AutoConfig": "modeling_proxytune.ProxyTunedConfig",
+    "AutoModelForCausalLM": "modeling_proxytune.ProxyTunedForCausalLM",
+}
+"""Where a written config.json sends transformers' Auto classes that do not know recipes."""
+
+_OWN_KEYS = (
+    "model_type", "architectures", "base", "experts", "combine", "steering", "default_expert", "vocabulary",
+    "$schema",
+)  # fmt: skip
+METADATA_KEYS = frozenset(
     {
         "_commit_hash",
         "_name_or_path",
+        "auto_map",
         "bos_token_id",
         "chunk_size_feed_forward",
         "dtype",
@@ -199,6 +222,7 @@ class ModelSpec:
         device: As torch names it, or `auto` to spread the model; None is CUDA where there is some.
         quantization: What transformers takes as `quantization_config`, such as `{"load_in_4bit": true}`.
         attn_implementation: What transformers takes under that name, such as `sdpa`.
+        cuda_graphs: Launch the kernels of short forwards all at once; needs a CUDA device of its own.
         prompt: `plain`, `chat` for the tokenizer's own template, or a Jinja template.
         trust_remote_code: Run code that comes with the model.
         allow_pickle: Accept pickled weights, which can run any code when they are read.
@@ -217,6 +241,7 @@ class ModelSpec:
     device: str | None = None
     quantization: Mapping[str, Any] | None = field(default=None, hash=False)
     attn_implementation: str | None = None
+    cuda_graphs: bool = False
     prompt: str = "plain"
     trust_remote_code: bool = False
     allow_pickle: bool = False
@@ -230,7 +255,7 @@ class ModelSpec:
             value = getattr(self, key)
             if value is not None or key == "prompt":
                 _check_text(value, key)
-        for key in ("trust_remote_code", "allow_pickle"):
+        for key in ("trust_remote_code", "allow_pickle", "cuda_graphs"):
             if not isinstance(getattr(self, key), bool):
                 raise RecipeError(
                     f"{key} is {_show(getattr(self, key))}, and must be true or false"
@@ -299,8 +324,8 @@ class ModelSpec:
                 f"llama_cpp is given and adapter is {_show(self.adapter)}, and llama.cpp takes .gguf files.\n"
                 "hint: make one with `proxytune export-gguf`"
             )
-        for key in ("dtype", "device", "quantization", "attn_implementation"):
-            if getattr(self, key) is not None:
+        for key in ("dtype", "device", "quantization", "attn_implementation", "cuda_graphs"):
+            if getattr(self, key):
                 raise RecipeError(
                     f"llama_cpp and {key} are both given, and {key} is for transformers.\n"
                     f"hint: leave {key} out; llama_cpp has settings of its own: "
@@ -332,8 +357,8 @@ class ModelSpec:
 
 # What an expert that is only an adapter takes over from the model it sits on.
 _SHARED_KEYS = (
-    "model", "revision", "dtype", "device", "quantization", "attn_implementation", "trust_remote_code",
-    "allow_pickle", "llama_cpp",
+    "model", "revision", "dtype", "device", "quantization", "attn_implementation", "cuda_graphs",
+    "trust_remote_code", "allow_pickle", "llama_cpp",
 )  # fmt: skip
 
 
@@ -425,9 +450,12 @@ class Recipe:
     Args:
         base: The large model.
         experts: One or more, each with its own name.
-        combine: How several offsets become one; `sum` adds them.
+        policy: How strongly and by which experts to steer at each token; adding offsets up unless said.
         default_expert: The expert that steers when a request names none; None for all of them.
+        vocabulary: Whether small models of another tokenizer than the base's are refused (`same`), or steer
+            the tokens that both have (`map`).
         directory: Where the recipe stands; relative references start from it.
+        schema: Where an editor finds the format as JSON Schema, `$schema` in the file; kept, and not read.
 
     Raises:
         RecipeError: The parts do not make a recipe.
@@ -435,9 +463,11 @@ class Recipe:
 
     base: ModelSpec
     experts: tuple[ExpertSpec, ...]
-    combine: str = "sum"
+    policy: Policy = field(default_factory=Policy)
     default_expert: str | None = None
+    vocabulary: str = "same"
     directory: Path = field(default_factory=Path.cwd, compare=False)
+    schema: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.base.model is None:
@@ -457,6 +487,11 @@ class Recipe:
             raise RecipeError(
                 f"two experts are called {doubled[0]!r}.\nhint: give each a name of its own"
             )
+        if self.vocabulary not in VOCABULARIES:
+            raise RecipeError(
+                f"vocabulary is {_show(self.vocabulary)}, and must be {' or '.join(VOCABULARIES)}"
+                f"{_close_match(self.vocabulary, VOCABULARIES)}"
+            )
         if self.base.api is not None:
             for expert in self.experts:
                 if expert.expert.same_as or expert.anti_expert.same_as:
@@ -464,10 +499,12 @@ class Recipe:
                         f'the base is behind an API, and expert {expert.name!r} has {{"same_as": "base"}}, '
                         "whose logits are seen in part only.\nhint: name small models for both sides"
                     )
-        if self.combine not in COMBINATIONS:
+        if self.base.api is not None and self.policy.reads_base:
             raise RecipeError(
-                f"combine is {_show(self.combine)}, and must be one of {', '.join(COMBINATIONS)}"
-                f"{_close_match(self.combine, COMBINATIONS)}"
+                f"the base is behind an API, which shows a part of its distribution, and the policy "
+                f"({self.policy.describe()}) needs all of it.\n"
+                "hint: leave steering out, or use clip, a schedule, or the combinations "
+                f"{', '.join(c for c in COMBINATIONS if not Policy(c).reads_base)}"
             )
         if self.default_expert is not None and self.default_expert not in names:
             raise RecipeError(
@@ -544,24 +581,36 @@ class Recipe:
                 f'model_type is {_show(kind)}, and must be "{MODEL_TYPE}".\n'
                 f'hint: add "model_type": "{MODEL_TYPE}"'
             )
-        _check_keys(data, known=_OWN_KEYS, ignored=_METADATA_KEYS, place="the recipe")
+        _check_keys(data, known=_OWN_KEYS, ignored=METADATA_KEYS, place="the recipe")
         _check_required(data, ("base", "experts"), "the recipe")
         experts = data["experts"]
         if not isinstance(experts, list):
             raise RecipeError(f"experts is {_show(experts)}, and must be a list of objects")
         combine = data.get("combine", "sum")
         _check_text(combine, "combine")
+        steering = _object(data.get("steering") or {}, "steering")
+        try:
+            policy = Policy.from_dict(steering, combine=combine)
+        except InvalidRequest as error:
+            raise RecipeError(f"steering: {error}" if steering else str(error)) from error
         default_expert = data.get("default_expert")
         if default_expert is not None:
             _check_text(default_expert, "default_expert")
+        vocabulary = data.get("vocabulary", "same")
+        _check_text(vocabulary, "vocabulary")
+        schema = data.get("$schema")
+        if schema is not None:
+            _check_text(schema, "$schema")
         return cls(
             base=_model_spec(data["base"], "base"),
             experts=tuple(
                 _expert_spec(expert, f"experts[{index}]") for index, expert in enumerate(experts)
             ),
-            combine=combine,
+            policy=policy,
             default_expert=default_expert,
+            vocabulary=vocabulary,
             directory=Path.cwd() if directory is None else directory,
+            schema=schema,
         )
 
     @property
@@ -579,9 +628,15 @@ class Recipe:
         device: str | None = None,
         dtype: str | None = None,
         attn_implementation: str | None = None,
+        cuda_graphs: bool | None = None,
     ) -> Recipe:
         """Return the recipe with these settings in every model of transformers; None leaves each its own."""
-        given = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
+        given = {
+            "device": device,
+            "dtype": dtype,
+            "attn_implementation": attn_implementation,
+            "cuda_graphs": cuda_graphs,
+        }
         changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
 
         def changed(spec: ModelSpec) -> ModelSpec:
@@ -615,7 +670,12 @@ class Recipe:
                 return spec
             own = spec.llama_cpp or LlamaCppSettings()
             kept = replace(
-                spec, dtype=None, device=None, quantization=None, attn_implementation=None
+                spec,
+                dtype=None,
+                device=None,
+                quantization=None,
+                attn_implementation=None,
+                cuda_graphs=False,
             )
             return replace(kept, llama_cpp=replace(own, **given))
 
@@ -633,15 +693,20 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object of config.json; `from_dict` reads it back."""
-        content: dict[str, Any] = {
+        content: dict[str, Any] = {} if self.schema is None else {"$schema": self.schema}
+        content |= {
             "model_type": MODEL_TYPE,
             "architectures": [ARCHITECTURE],
             "base": self.base.to_dict(),
             "experts": [expert.to_dict() for expert in self.experts],
-            "combine": self.combine,
+            "combine": self.policy.combine,
         }
+        if steering := self.policy.to_dict():
+            content["steering"] = steering
         if self.default_expert is not None:
             content["default_expert"] = self.default_expert
+        if self.vocabulary != "same":
+            content["vocabulary"] = self.vocabulary
         return content
 
     def write(
@@ -654,8 +719,8 @@ class Recipe:
         """Write the recipe and return it as it stands there.
 
         Local paths are written so that they lead to the same files from the new place; adapters inside the
-        recipe's own directory are copied along. A model card is written where there is none, and replaces one
-        that this method wrote and nobody edited.
+        recipe's own directory are copied along. A model card, and the file that leads transformers here, are
+        written where there are none, and replace those that this method wrote and nobody edited.
 
         Args:
             directory: Made if it is not there.
@@ -676,7 +741,14 @@ class Recipe:
             for reference, adapter in inside.items():
                 if not (target / reference).exists():
                     _copy_tree(adapter, target / reference)
-            content = json.dumps(moved.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+            content = json.dumps(
+                {**moved.to_dict(), "auto_map": AUTO_MAP},
+                indent=2,
+                ensure_ascii=False,
+                allow_nan=False,
+            )
+            if _may_write_loader(target):
+                _replace_file(target / LOADER_NAME, LOADER)
             if card is not None or _may_write_card(target):
                 _replace_file(target / "README.md", card or moved.model_card())
             _replace_file(target / "config.json", content + "\n")
@@ -849,14 +921,35 @@ class Recipe:
         strengths = ", ".join(f"{expert.name} {expert.alpha:g}" for expert in self.experts)
         lines += [
             "",
-            f"Strength of steering (alpha): {strengths}.",
+            f"Strength of steering (alpha): {strengths}."
+            + ("" if self.policy.is_plain else f" Policy: {self.policy.describe()}."),
             "",
-            "```",
+            "```bash",
+            "pip install proxytune",
             'proxytune generate . "Once upon a time"',
             "```",
             "",
         ]
+        if self._runs_in_transformers():
+            lines += [
+                "```python",
+                "from transformers import AutoModelForCausalLM, AutoTokenizer",
+                "",
+                'tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)',
+                'model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)',
+                "```",
+                "",
+            ]
         return "\n".join(lines)
+
+    def _runs_in_transformers(self) -> bool:
+        """Whether the transformers integration takes it: one stream of tokens, models in process."""
+        specs = [self.base, *(s for e in self.experts for s in (e.expert, e.anti_expert))]
+        return all(
+            spec.same_as
+            or (spec.prompt == self.base.prompt and not spec.api and not spec.llama_cpp)
+            for spec in specs
+        )
 
     def _is_hub_id(self, reference: str) -> bool:
         if not HUB_ID.fullmatch(reference) or is_gguf(reference):
@@ -1079,6 +1172,17 @@ def _may_write_card(target: Path) -> bool:
         return there == Recipe.read(target).model_card()
     except RecipeError:
         return False
+
+
+def _may_write_loader(target: Path) -> bool:
+    """Whether the directory has no loader, or one that a version of this package wrote."""
+    try:
+        there = (target / LOADER_NAME).read_text("utf-8")
+    except FileNotFoundError:
+        return True
+    except (OSError, UnicodeDecodeError):
+        return False
+    return there.split("\n")[0] == LOADER.split("\n")[0]
 
 
 def _replace_file(path: Path, content: str) -> None:

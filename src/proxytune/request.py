@@ -66,6 +66,8 @@ MIN_TEMPERATURE = 1e-4
 """Below it, logits divided by the temperature would leave float32; the draw has long become greedy."""
 MAX_TEMPERATURE = 1e4
 """All tokens are about equally likely long before; infinity in float32 would make logits of -inf NaN."""
+MAX_EXPLAIN_TOP = 1000
+"""Each token of an explained text would carry as many for each model."""
 MAX_PENALTY = 1e4
 """Beyond it, penalised logits would lose their digits in float32 and then leave it."""
 
@@ -85,6 +87,7 @@ class SamplingParams:
             output (Keskar et al. 2019, arXiv:1909.05858, section 4.1); 1 is off.
         presence_penalty: Subtracted from the logits of tokens already in the output.
         frequency_penalty: Subtracted once per occurrence in the output.
+        logit_bias: Token ids of the base's vocabulary, and what is added to their logits.
         seed: Makes a sampled result repeatable, whatever else is in the batch. None draws one.
         stop: Strings that end the text; the text is cut before them.
         stop_token_ids: Token ids of the base's vocabulary that end the text, beside the models' own.
@@ -106,6 +109,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -174,6 +178,24 @@ class SamplingParams:
             and all(_is_count(i) and i >= 0 for i in self.stop_token_ids),
             f"stop_token_ids is {self.stop_token_ids!r}, and must be a tuple of token ids",
         )
+        _require(
+            isinstance(self.logit_bias, tuple)
+            and all(
+                isinstance(pair, tuple)
+                and len(pair) == 2
+                and _is_count(pair[0])
+                and pair[0] >= 0
+                and _is_number(pair[1])
+                and abs(pair[1]) <= MAX_PENALTY
+                for pair in self.logit_bias
+            ),
+            f"logit_bias is {self.logit_bias!r}, and must be a tuple of token ids and numbers from "
+            f"-{MAX_PENALTY:g} to {MAX_PENALTY:g}",
+        )
+        _require(
+            len({token_id for token_id, _ in self.logit_bias}) == len(self.logit_bias),
+            "logit_bias names a token id twice",
+        )
         if self.temperature == 0:
             for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
                 value = getattr(self, name)
@@ -215,7 +237,8 @@ class Request:
         alpha: Strength of steering for this request; None takes each expert's own from the recipe.
             With several experts it is given to each that does not bring its own.
         experts: None for the recipe's default, a name, or names with their own alphas.
-        explain: Record in each step what base, expert and anti-expert gave the chosen token.
+        explain: Record in each step what base, expert, anti-expert and steered model gave.
+        explain_top: How many of each one's likeliest tokens to record, 0 to 1,000.
 
     Raises:
         InvalidRequest: The prompt is empty or of no known kind, or an alpha is not finite.
@@ -226,10 +249,15 @@ class Request:
     alpha: float | None = None
     experts: str | tuple[str, ...] | Mapping[str, float] | None = None
     explain: bool = False
+    explain_top: int = 5
 
     def __post_init__(self) -> None:
         if self.alpha is not None:
             check_alpha(self.alpha)
+        _require(
+            _is_count(self.explain_top) and 0 <= self.explain_top <= MAX_EXPLAIN_TOP,
+            f"explain_top is {self.explain_top!r}, and must be a whole number from 0 to {MAX_EXPLAIN_TOP}",
+        )
         if isinstance(self.experts, Mapping):
             for name, alpha in self.experts.items():
                 check_alpha(alpha, f"alpha of expert {name!r}")

@@ -5,7 +5,7 @@ noise per row and token, so that a row's result depends on its own seed and on n
 `BatchSampler` keeps what a batch has to remember between steps (settings as tensors, counts of earlier
 tokens, one generator a row) and calls them.
 
-Order of operations: penalties, forbidden tokens, temperature, top-k, top-p, min-p, the order in which
+Order of operations: penalties, biases, forbidden tokens, temperature, top-k, top-p, min-p: the order in which
 transformers applies them, so that equal settings give equal distributions.
 """
 
@@ -246,8 +246,26 @@ class BatchSampler:
             self._counts, self._seen = self._counts[index], self._seen[index]
         self._build()
 
+    def join(self, other: BatchSampler) -> None:
+        """Take over the rows of another sampler, after its own; the other must not be used after."""
+        num_rows, num_others = len(self._params), len(other._params)
+        for name in ("_params", "_ending_ids", "_num_chosen", "seeds", "_noise"):
+            getattr(self, name).extend(getattr(other, name))
+        if self._counts is not None or other._counts is not None:
+            vocab_size = len(self._silence)
+            for sampler, count in ((self, num_rows), (other, num_others)):
+                if sampler._counts is None or sampler._seen is None:
+                    # Rows without penalties: what they have seen changes nothing.
+                    sampler._counts = torch.zeros(count, vocab_size, device=self._device)
+                    sampler._seen = torch.zeros_like(sampler._counts, dtype=torch.bool)
+            assert self._counts is not None and other._counts is not None
+            assert self._seen is not None and other._seen is not None
+            self._counts = torch.cat([self._counts, other._counts])
+            self._seen = torch.cat([self._seen, other._seen])
+        self._build()
+
     def adjusted(self, steered_logits: Tensor, rows: Sequence[int] | None = None) -> Tensor:
-        """Return logits with penalties applied and forbidden tokens at -inf, `[rows, vocab]`."""
+        """Return logits with penalties and biases applied and forbidden tokens at -inf, `[rows, vocab]`."""
         rows, index = self._index(rows)
         logits = steered_logits
         if self._counts is not None and self._seen is not None:
@@ -258,6 +276,14 @@ class BatchSampler:
                 **{name: values[index] for name, values in self._penalties.items()},
             )
         for place, row in enumerate(rows):
+            bias = self._params[row].logit_bias
+            if bias:
+                if logits is steered_logits:
+                    logits = logits.clone()
+                token_ids = torch.tensor([token_id for token_id, _ in bias], device=logits.device)
+                logits[place, token_ids] += torch.tensor(
+                    [value for _, value in bias], dtype=logits.dtype, device=logits.device
+                )
             if self._num_chosen[row] < self._params[row].min_new_tokens and self._ending_ids[row]:
                 if logits is steered_logits:
                     logits = logits.clone()

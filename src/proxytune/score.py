@@ -1,4 +1,6 @@
-"""How well each model, and the steered base at several strengths, predicts a given text.
+"""How well each model, and the steered base at several strengths, predicts a given text, token by token.
+
+The base is steered by the ensemble's policy, whose positions count from a window's first predicted token.
 
 The text is cut into windows; within a window each token is predicted from those before it. Every model runs
 once; the logits of a chunk serve all strengths and are then dropped, so that memory is bounded by
@@ -11,9 +13,7 @@ not independent (Efron and Tibshirani 1993, section 8.6); the change against the
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,11 +23,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from proxytune.backends.base import PartialBackend
+from proxytune.backends.retokenised import RetokenisedBackend
 from proxytune.certificate import spread_rest
 from proxytune.decode import Ensemble
 from proxytune.errors import InvalidRequest, PromptTooLong, UnsupportedModel
+from proxytune.explain import kl_divergence, view
+from proxytune.heap import return_free_memory
+from proxytune.policy_rules import apply_policy, has_conflict
 from proxytune.request import check_alpha
-from proxytune.steer import Contribution, combine
+from proxytune.steer import Contribution
+from proxytune.trace import Step
 
 CHUNK_TOKENS = 128
 """Positions whose logits are held at once: 128 x 152,064 float32 values are 78 MB per model."""
@@ -37,6 +42,8 @@ megabytes, and the C library's heap then grew by 100 MB a chunk, to 10 GB over 5
 BLOCK_TOKENS = 128
 """Length of a bootstrap block: longer than a sentence, short enough for a hundred blocks in 13,000 tokens."""
 NUM_RESAMPLES = 2000
+MASS_TOKENS = 1000
+"""On how much text the probability of tokens that two tokenizers share is measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +65,23 @@ class Passage:
 
     prompts: tuple[tuple[int, ...], ...]
     token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MappedMass:
+    """How much of a text's next tokens a small model of another tokenizer and the base both have.
+
+    Args:
+        name: The small model.
+        share: The share of the base's tokens that it has too.
+        base: The probability that the base gives to those, on average over the text.
+        small: The probability that the small model gives to tokens that the base has too.
+    """
+
+    name: str
+    share: float
+    base: float
+    small: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +116,16 @@ class ScoreReport:
             tokenizer puts a start token there.
         num_windows: How many windows the text was cut into.
         window: Their length in tokens.
-        rows: Base, experts and anti-experts, then the steered base at each strength.
+        rows: Base, experts and anti-experts, then the steered base at each strength. Small models of another
+            tokenizer have none, since they predict other tokens.
+        mapped: What those have in common with the base.
     """
 
     num_tokens: int
     num_windows: int
     window: int
     rows: tuple[ScoreRow, ...]
+    mapped: tuple[MappedMass, ...] = ()
 
     def row(self, name: str, alpha: float | None = None) -> ScoreRow:
         """Return the row of one predictor."""
@@ -175,34 +202,40 @@ def score_tokens(
         InvalidRequest: Fewer than two tokens, or a window below 2.
         PromptTooLong: The window exceeds a model's context.
     """
-    if window < 2:
-        raise InvalidRequest(f"window is {window}, and must be at least 2 tokens")
-    if start_id is not None:
-        fresh = window - 1
-        windows = [[start_id, *token_ids[i : i + fresh]] for i in range(0, len(token_ids), fresh)]
-    else:
-        windows = [
-            list(token_ids[i : i + window]) for i in range(0, len(token_ids) - 1, window - 1)
-        ]
-    if sum(len(ids) - 1 for ids in windows) < 1:
-        raise InvalidRequest(
-            f"the text has {len(token_ids)} token(s), and scoring needs one to start from and one to "
-            "predict.\nhint: give a longer text"
-        )
-    passages = [passage_of(ensemble, ids[:1], ids[1:]) for ids in windows if len(ids) > 1]
+    passages = windows(ensemble, token_ids, window=window, start_id=start_id)
     report = score_passages(
         ensemble, passages, strengths=strengths, seed=seed, on_progress=on_progress
     )
     return replace(report, window=window)
 
 
+def windows(
+    ensemble: Ensemble, token_ids: Sequence[int], *, window: int, start_id: int | None
+) -> list[Passage]:
+    """Cut a text, given as token ids of the base's vocabulary, into passages; see `score_tokens`.
+
+    Raises:
+        InvalidRequest: Nothing is left to predict, or the window is below 2.
+    """
+    if window < 2:
+        raise InvalidRequest(f"window is {window}, and must be at least 2 tokens")
+    if start_id is not None:
+        fresh = window - 1
+        cut = [[start_id, *token_ids[i : i + fresh]] for i in range(0, len(token_ids), fresh)]
+    else:
+        cut = [list(token_ids[i : i + window]) for i in range(0, len(token_ids) - 1, window - 1)]
+    if sum(len(ids) - 1 for ids in cut) < 1:
+        raise InvalidRequest(
+            f"the text has {len(token_ids)} token(s), and scoring needs one to start from and one to "
+            "predict.\nhint: give a longer text"
+        )
+    return [passage_of(ensemble, ids[:1], ids[1:]) for ids in cut if len(ids) > 1]
+
+
 def passage_of(ensemble: Ensemble, prompt: Sequence[int], token_ids: Sequence[int]) -> Passage:
     """Return a passage whose prompt, ids of the base's vocabulary, every member sees alike."""
-    ids = torch.tensor(list(prompt))
-    return Passage(
-        tuple(tuple(m.alignment.ids_to_small(ids).tolist()) for m in ensemble.members),
-        tuple(token_ids),
-    )
+    prompts = tuple(tuple(m.own_ids(prompt, is_start=True)) for m in ensemble.members)
+    return Passage(prompts, tuple(token_ids))
 
 
 def score_passages(
@@ -223,14 +256,109 @@ def score_passages(
         on_progress: Called with tokens done and tokens in all after each chunk.
 
     Raises:
-        InvalidRequest: No passage, or one whose prompt or continuation is empty.
+        InvalidRequest: No passage, or one whose prompt or continuation is empty; the ensemble's policy
+            excludes tokens.
+        PromptTooLong: A passage exceeds a model's context.
+    """
+    for label, _ in strengths:
+        check_alpha(label)
+    policy = ensemble.policy
+    if policy.plausibility is not None and policy.implausible != "leave":
+        raise InvalidRequest(
+            "the recipe's steering gives implausible tokens no probability, and a text that holds one has an "
+            'infinite perplexity.\nhint: "implausible": "leave" keeps the base\'s odds for them'
+        )
+    losses = passage_losses(
+        ensemble, passages, [alphas for _, alphas in strengths], on_progress=on_progress
+    )
+    names = {"base": 0}
+    for pair in ensemble.pairs:
+        names |= {f"{pair.name}.expert": pair.expert, f"{pair.name}.anti_expert": pair.anti_expert}
+    labels: list[float | None] = [*[None] * len(names), *[label for label, _ in strengths]]
+    rows = [
+        _row(name, label, column, losses[0], seed)
+        for name, label, column in zip(
+            [*names, *["steered"] * len(strengths)], labels, losses, strict=True
+        )
+        if name == "steered"
+        or not isinstance(ensemble.members[names[name]].backend, RetokenisedBackend)
+    ]
+    longest = max(len(p.prompts[0]) + len(p.token_ids) for p in passages)
+    return ScoreReport(
+        num_tokens=len(losses[0]),
+        num_windows=len(passages),
+        window=longest,
+        rows=tuple(rows),
+        mapped=mapped_mass(ensemble, passages),
+    )
+
+
+def mapped_mass(ensemble: Ensemble, passages: Sequence[Passage]) -> tuple[MappedMass, ...]:
+    """Return what small models of another tokenizer have in common with the base, where there are any.
+
+    Measured on the first passages, up to `MASS_TOKENS` tokens.
+    """
+    used = sorted({i for pair in ensemble.pairs for i in (pair.expert, pair.anti_expert)})
+    mapped = {
+        index: backend
+        for index in used
+        if isinstance(backend := ensemble.members[index].backend, RetokenisedBackend)
+    }
+    if not mapped:
+        return ()
+    sums = dict.fromkeys(mapped, (0.0, 0.0))
+    count = 0
+    for passage in passages:
+        for _, logits in passage_logits(ensemble, passage, [0, *mapped]):
+            padding_ids = ensemble.vocabulary.padding_ids.to(logits[0].device)
+            base = logits[0].float().index_fill(-1, padding_ids, -torch.inf).softmax(-1)
+            for index, backend in mapped.items():
+                of_base, of_small = sums[index]
+                of_base += float(base[:, backend.token_map.small_ids >= 0].sum())
+                of_small += float(logits[index][:, backend.token_map.distinct].exp().sum())
+                sums[index] = of_base, of_small
+            count += len(base)
+        if count >= MASS_TOKENS:
+            break
+    return tuple(
+        MappedMass(
+            ensemble.members[index].name,
+            backend.token_map.share,
+            *(total / count for total in sums[index]),
+        )
+        for index, backend in mapped.items()
+    )
+
+
+def passage_losses(
+    ensemble: Ensemble,
+    passages: Sequence[Passage],
+    strengths: Sequence[tuple[float, ...]],
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> NDArray[np.float64]:
+    """Return each token's loss under every model and under the base steered at every strength.
+
+    Each model runs once over the passages.
+
+    Args:
+        ensemble: The models.
+        passages: At least one.
+        strengths: For each steered row, the strength of each of the ensemble's pairs.
+        on_progress: Called with tokens done and tokens in all after each chunk.
+
+    Returns:
+        `[1 + 2 pairs + strengths, tokens]` nats, in the order of the passages: the base, expert and
+        anti-expert of each pair, then the steered base.
+
+    Raises:
+        InvalidRequest: No passage, or one whose prompt or continuation is empty; a strength is not finite.
         PromptTooLong: A passage exceeds a model's context.
     """
     if not passages or not all(p.token_ids and all(p.prompts) for p in passages):
         raise InvalidRequest("scoring needs passages, each with a prompt and tokens to predict")
     total = sum(len(passage.token_ids) for passage in passages)
-    for label, alphas in strengths:
-        check_alpha(label)
+    for alphas in strengths:
         for alpha in alphas:
             check_alpha(alpha)
     needed = sorted({0} | {i for pair in ensemble.pairs for i in (pair.expert, pair.anti_expert)})
@@ -243,12 +371,11 @@ def score_passages(
                 f"the window has {longest} tokens and {member.name} has a context of {limit}.\n"
                 f"hint: score with a window of at most {limit}"
             )
-    names = ["base"]
     sides: list[int] = [0]
     for pair in ensemble.pairs:
-        names += [f"{pair.name}.expert", f"{pair.name}.anti_expert"]
         sides += [pair.expert, pair.anti_expert]
-    collected: list[list[NDArray[np.float64]]] = [[] for _ in range(len(names) + len(strengths))]
+    num_sides = len(sides)
+    collected: list[list[NDArray[np.float64]]] = [[] for _ in range(num_sides + len(strengths))]
     done = 0
     for passage in passages:
         ids = torch.tensor(passage.token_ids)
@@ -262,41 +389,92 @@ def score_passages(
                     collected[column].append(
                         token_losses(logits[side][part].float(), targets[part], padding_ids)
                     )
-                for column, (_, alphas) in enumerate(strengths, start=len(names)):
+                places = torch.arange(where + first, where + first + len(targets[part]))
+                for column, alphas in enumerate(strengths, start=num_sides):
                     parts = [
                         Contribution(
                             logits[pair.expert][part], logits[pair.anti_expert][part], alpha
                         )
                         for pair, alpha in zip(ensemble.pairs, alphas, strict=True)
                     ]
-                    steered = combine(base[part], parts)
+                    steered = apply_policy(
+                        ensemble.policy,
+                        base[part],
+                        parts,
+                        positions=places,
+                        padding_ids=padding_ids,
+                    ).logits
                     collected[column].append(token_losses(steered, targets[part], padding_ids))
             done += len(targets)
             if on_progress is not None:
                 on_progress(done, total)
-        _return_free_memory()
-    losses = [np.concatenate(column) for column in collected]
-    labels: list[float | None] = [*[None] * len(names), *[label for label, _ in strengths]]
-    rows = [
-        _row(name, label, column, losses[0], seed)
-        for name, label, column in zip(
-            [*names, *["steered"] * len(strengths)], labels, losses, strict=True
-        )
-    ]
-    longest = max(len(p.prompts[0]) + len(p.token_ids) for p in passages)
-    return ScoreReport(
-        num_tokens=total, num_windows=len(passages), window=longest, rows=tuple(rows)
-    )
+        return_free_memory()
+    return np.stack([np.concatenate(column) for column in collected])
 
 
-def _return_free_memory() -> None:
-    """Give what the C library's heap holds free back to the system, where that can be asked for.
+def explain_passage(
+    ensemble: Ensemble, passage: Passage, *, alphas: Sequence[float | None], num_top: int
+) -> Iterator[Step]:
+    """Yield, for each token of a passage, what every model gave it; steps without text.
 
-    Logits below 32 MiB come from glibc's heap, and what lies between them keeps it from shrinking: scoring
-    60,000 tokens of a vocabulary of 49,152 in windows of 128 grew a process by 5 GB.
+    Args:
+        ensemble: The models; the base shows all its logits.
+        passage: The text.
+        alphas: Strength of each of the ensemble's pairs; None leaves a pair out, 0 only shows it.
+        num_top: How many of each model's likeliest tokens to list.
     """
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    used = [
+        (pair, alpha)
+        for pair, alpha in zip(ensemble.pairs, alphas, strict=True)
+        if alpha is not None
+    ]
+    sides = {
+        f"{pair.name}.{side}": member
+        for pair, _ in used
+        for side, member in (("expert", pair.expert), ("anti_expert", pair.anti_expert))
+    }
+    for first, logits in passage_logits(ensemble, passage, sorted({0, *sides.values()})):
+        padding_ids = ensemble.vocabulary.padding_ids.to(logits[0].device)
+        for place in range(logits[0].shape[0]):
+            index = first + place
+            token_id = passage.token_ids[index]
+            rows = {member: part[place] for member, part in logits.items()}
+            parts = [
+                Contribution(rows[pair.expert][None], rows[pair.anti_expert][None], alpha)
+                for pair, alpha in used
+            ]
+            found = apply_policy(
+                ensemble.policy,
+                rows[0][None],
+                parts,
+                positions=torch.tensor([index]),
+                padding_ids=padding_ids,
+            )
+            steered = found.logits[0].index_fill(-1, padding_ids, -torch.inf)
+            rows = {m: row.index_fill(-1, padding_ids, -torch.inf) for m, row in rows.items()}
+            views = {
+                "base": view(rows[0], token_id, num_top=num_top),
+                "steered": view(steered, token_id, num_top=num_top),
+            }
+            for name, member in sides.items():
+                views[name] = view(rows[member], token_id, num_top=num_top)
+            logprob = float(steered.log_softmax(-1)[token_id])
+            kl = kl_divergence(steered, rows[0])
+            weights = None
+            if not ensemble.policy.is_plain:
+                names = [pair.name for pair, _ in used]
+                weights = dict(zip(names, found.weights[:, 0].tolist(), strict=True))
+            disagree = bool(has_conflict(rows[0][None], parts)[0]) if len(used) > 1 else None
+            yield Step(
+                index,
+                token_id,
+                "",
+                logprob,
+                views=views,
+                kl=kl,
+                weights=weights,
+                has_conflict=disagree,
+            )
 
 
 def _row(

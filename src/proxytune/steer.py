@@ -2,7 +2,8 @@
 
     steered = base + alpha * (expert - anti_expert)
 
-Pure functions of tensors. Vocabularies are aligned before (`vocab.py`); choosing a token comes after
+Pure functions of tensors. Vocabularies are aligned before (`vocab.py`); strengths that vary from token to
+token and rules between experts are put into it by `policy_rules.py`; choosing a token comes after
 (`sample.py`).
 
 Source: Liu et al. 2024, "Tuning Language Models by Proxy", arXiv:2401.08565, section 2. The sum over several
@@ -69,7 +70,21 @@ def combine(base_logits: Tensor, contributions: Sequence[Contribution]) -> Tenso
     Raises:
         VocabularyMismatch: A contribution has another shape than the base.
     """
+    check_shapes(base_logits, contributions)
     steered = base_logits.float()
+    for part in contributions:
+        if not isinstance(part.alpha, Tensor) and part.alpha == 0:
+            continue
+        steered = steered + offset(part)
+    return steered
+
+
+def check_shapes(base_logits: Tensor, contributions: Sequence[Contribution]) -> None:
+    """Refuse contributions of another shape than the base's.
+
+    Raises:
+        VocabularyMismatch: One has another shape.
+    """
     for part in contributions:
         for name, logits in (
             ("expert", part.expert_logits),
@@ -81,10 +96,6 @@ def combine(base_logits: Tensor, contributions: Sequence[Contribution]) -> Tenso
                     f"{list(base_logits.shape)}, so they cannot be added token by token.\n"
                     "hint: proxytune.vocab.align brings models with one set of tokens to one width"
                 )
-        if not isinstance(part.alpha, Tensor) and part.alpha == 0:
-            continue
-        steered = steered + offset(part)
-    return steered
 
 
 def offset(part: Contribution) -> Tensor:

@@ -6,14 +6,23 @@ chosen is decided in `sample.py`; here it is only recorded.
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-FinishReason = Literal["stop", "length", "cancelled", "uncertified", "failed"]
+from proxytune.errors import InputFileError
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.axes import Axes
+
+FinishReason = Literal["stop", "length", "cancelled", "uncertified", "failed", "given"]
 """Why generation ended: an end-of-sequence token or stop string, the token limit, the caller, a token that
-was not certified though that was required, or a model that failed."""
+was not certified though that was required, or a model that failed. A text that was given is not generated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +64,25 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class View:
+    """What one model gave at one position, before temperature, filters and penalties.
+
+    A base behind an API shows a part of its distribution: what is then not known is None.
+
+    Args:
+        logprob: Of the chosen token, nats.
+        rank: The chosen token's place among all, 1 for the likeliest.
+        entropy: Of the distribution, nats.
+        top: The likeliest tokens and their logprobs, best first.
+    """
+
+    logprob: float | None
+    rank: int | None
+    entropy: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One generated token.
 
@@ -65,8 +93,13 @@ class Step:
             begin a stop string) and may belong to earlier tokens.
         logprob: Steered log-probability of the token, nats, before temperature, filters and penalties.
         top: The most likely tokens and their steered logprobs, best first, if asked for.
-        parts: What `base` and, per expert, `NAME.expert` and `NAME.anti_expert` gave the token, as
-            logprobs in nats, if asked for.
+        views: What `base`, `steered` and, per expert, `NAME.expert` and `NAME.anti_expert` gave, if asked
+            for.
+        kl: KL(steered || base), nats, if asked for and known.
+        weights: What the recipe's policy multiplied each expert's strength with, if asked for; None of the
+            published method.
+        has_conflict: Whether the experts, each alone, would have chosen different tokens, if asked for and if
+            there are several.
         finish_reason: Set on the last step only.
         is_certified: Whether the base's full logits are proved to give this token; None where they were seen.
         max_lost_prob: Most steered probability that tokens have that the base did not show; None likewise.
@@ -77,7 +110,10 @@ class Step:
     text: str
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
-    parts: Mapping[str, float] | None = None
+    views: Mapping[str, View] | None = None
+    kl: float | None = None
+    weights: Mapping[str, float] | None = None
+    has_conflict: bool | None = None
     finish_reason: FinishReason | None = None
     is_certified: bool | None = None
     max_lost_prob: float | None = None
@@ -98,6 +134,11 @@ class Trace:
         num_drafted: Tokens that speculative decoding guessed for this text, as far as they were looked at.
         num_accepted: How many of them were what was chosen; their share is the acceptance rate.
         usage: What calls to a base behind an API have cost; None for a base that runs here.
+        prompt: What the base read before the new text, if the trace is explained.
+        tokens: What each token that an explained trace names stands for: text, or bytes where they are no
+            whole characters.
+        special_ids: Those of them that control, such as the end of a text, and are no part of it.
+        num_given: How many of the steps were given rather than chosen, from the first one on.
     """
 
     text: str
@@ -110,12 +151,22 @@ class Trace:
     num_drafted: int = 0
     num_accepted: int = 0
     usage: Usage | None = None
+    prompt: str = ""
+    tokens: Mapping[int, str | bytes] = field(default_factory=dict)
+    special_ids: tuple[int, ...] = ()
+    num_given: int = 0
 
     @property
     def num_certified(self) -> int | None:
         """How many tokens the base's full logits are proved to give; None where they were seen."""
         proofs = [step.is_certified for step in self.steps]
         return None if None in proofs else sum(map(bool, proofs))
+
+    @property
+    def conflict_rate(self) -> float | None:
+        """Share of tokens on which several experts disagreed; None where it was not asked for."""
+        found = [step.has_conflict for step in self.steps if step.has_conflict is not None]
+        return sum(found) / len(found) if found else None
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -160,16 +211,91 @@ class Trace:
 
     def to_json(self) -> str:
         """Return the whole trace as one JSON line; `from_json` reads it back."""
-        return json.dumps(asdict(self), ensure_ascii=False, allow_nan=False)
+        fields = asdict(self)
+        # JSON has no bytes: they become a list of numbers.
+        fields["tokens"] = {
+            token_id: list(token) if isinstance(token, bytes) else token
+            for token_id, token in self.tokens.items()
+        }
+        return json.dumps(fields, ensure_ascii=False, allow_nan=False)
 
     @classmethod
-    def from_json(cls, line: str) -> Trace:
+    def from_json(cls, line: str | bytes) -> Trace:
         """Read a line that `to_json` wrote."""
         fields = json.loads(line)
         steps = tuple(
-            Step(**{**step, "top": tuple((int(i), float(p)) for i, p in step["top"])})
+            Step(**{**step, "top": _top(step["top"]), "views": _views(step["views"])})
             for step in fields.pop("steps")
         )
         if fields.get("usage") is not None:
             fields["usage"] = Usage(**fields["usage"])
+        fields["tokens"] = {
+            int(token_id): bytes(token) if isinstance(token, list) else token
+            for token_id, token in fields.get("tokens", {}).items()
+        }
+        fields["special_ids"] = tuple(fields.get("special_ids", ()))
         return cls(steps=steps, **fields)
+
+    # How a trace shows itself. What is shown is the knowledge of modules that build on this one.
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return one row per token: what each model gave it, and how far steering moved it.
+
+        Raises:
+            InvalidRequest: The trace is not explained.
+            MissingExtra: pandas is not installed.
+        """
+        from proxytune.report import frame
+
+        return frame(self)
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw how far steering moved each token, against its position.
+
+        Args:
+            axes: Where to draw; None makes a new picture.
+
+        Raises:
+            InvalidRequest: The trace is not explained.
+            MissingExtra: matplotlib is not installed.
+        """
+        from proxytune.pictures import draw_trace
+
+        return draw_trace(self, axes)
+
+    def _repr_html_(self) -> str | None:
+        """Return the text with each token coloured by what steering did to it, for notebooks."""
+        from proxytune.report_page import fragment
+
+        return fragment(self)
+
+
+def read_traces(path: Path) -> Iterator[Trace]:
+    """Yield the traces of a file of JSON lines, one at a time; `.gz` is unpacked on the way.
+
+    Raises:
+        InputFileError: The file cannot be read, or a line is no trace.
+    """
+    hint = "hint: proxytune explain --trace-file writes such files, and so does generate"
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for line in file:
+                number += 1
+                if line.strip():
+                    yield Trace.from_json(line)
+    except (OSError, EOFError, zlib.error) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputFileError(f"{path} cannot be read: {why}.\n{hint}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputFileError(f"line {number} of {path} is no trace ({error}).\n{hint}") from error
+
+
+def _top(pairs: Sequence[Sequence[float]]) -> tuple[tuple[int, float], ...]:
+    return tuple((int(token_id), float(logprob)) for token_id, logprob in pairs)
+
+
+def _views(fields: Mapping[str, Any] | None) -> dict[str, View] | None:
+    if fields is None:
+        return None
+    return {name: View(**{**view, "top": _top(view["top"])}) for name, view in fields.items()}

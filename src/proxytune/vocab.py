@@ -11,7 +11,7 @@ Text and models never reach this file.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice, zip_longest
@@ -233,6 +233,85 @@ def align(base: Vocabulary, small: Vocabulary) -> Alignment:
     return Alignment("permuted", base.width, small.width, num_shared, small_ids)
 
 
+@dataclass(frozen=True, eq=False)
+class TokenMap:
+    """Which of the base's tokens a small model of another tokenizer has too. `map_tokens` makes one.
+
+    Args:
+        small_ids: `[base_width]`, the small model's id of each base id, -1 where it has no such token.
+        num_base_tokens: How many tokens the base has.
+    """
+
+    small_ids: Tensor = field(repr=False)
+    num_base_tokens: int
+
+    @property
+    def num_mapped(self) -> int:
+        """How many of the base's tokens the small model has too."""
+        return int((self.small_ids >= 0).sum())
+
+    @property
+    def share(self) -> float:
+        """What share of the base's tokens that is."""
+        return self.num_mapped / max(1, self.num_base_tokens)
+
+    @cached_property
+    def distinct(self) -> Tensor:
+        """`[num]`, base ids of which each has another small id: some tokens of the base mean the same."""
+        found = {own: base for base, own in enumerate(self._list) if own >= 0}
+        return torch.tensor(sorted(found.values()), dtype=torch.long)
+
+    def small_id(self, token_id: int) -> int | None:
+        """Return the small model's id of one of the base's tokens; None where it has none."""
+        own = self._list[token_id]
+        return own if own >= 0 else None
+
+    @cached_property
+    def _list(self) -> list[int]:
+        ids: list[int] = self.small_ids.tolist()
+        return ids
+
+
+def map_tokens(
+    base: Vocabulary,
+    small: Vocabulary,
+    *,
+    base_special_ids: Collection[int] = (),
+    small_special_ids: Collection[int] = (),
+    roles: Iterable[tuple[int | None, int | None]] = (),
+) -> TokenMap:
+    """Find the tokens of two tokenizers that stand for the same bytes.
+
+    Args:
+        base: The base's tokens.
+        small: The small model's.
+        base_special_ids: Tokens that are no text; one is only ever mapped to another of the same name.
+        small_special_ids: The same of the small model.
+        roles: Ids of both that mean the same whatever they are called, such as those that end a text; the
+            first pair with a base id counts.
+    """
+    small_bytes = token_bytes(small)
+    ordinary: dict[bytes, int] = {}
+    # Of two that stand for the same bytes, tokenizers write the one that is not `<0x41>`.
+    for _, token_id in sorted(small.token_to_id.items(), key=lambda item: item[0][:3] != "<0x"):
+        if token_id not in small_special_ids:
+            ordinary[small_bytes[token_id]] = token_id
+    special = {t: i for t, i in small.token_to_id.items() if i in small_special_ids}
+    small_ids = torch.full((base.width,), -1)
+    base_bytes = token_bytes(base)
+    for token, token_id in base.token_to_id.items():
+        is_special = token_id in base_special_ids
+        found = special.get(token) if is_special else ordinary.get(base_bytes[token_id])
+        if found is not None:
+            small_ids[token_id] = found
+    done: set[int] = set()
+    for base_id, small_id in roles:
+        if base_id is not None and small_id is not None and base_id not in done:
+            small_ids[base_id] = small_id
+            done.add(base_id)
+    return TokenMap(small_ids, len(set(base.token_to_id.values())))
+
+
 def _ids(ids: Iterable[int]) -> Tensor:
     return torch.tensor(list(ids), dtype=torch.long)
 
@@ -260,5 +339,6 @@ def _mismatch(base: Vocabulary, small: Vocabulary) -> VocabularyMismatch:
         f"{len(other_ids):,} under other ids.\n"
         + "".join(f"  {example}\n" for example in examples)
         + f"hint: take expert and anti-expert from small models that use the tokenizer of {base.name}, "
-        "usually of the same family and generation"
+        'usually of the same family and generation; or let a recipe with "vocabulary": "map" steer the '
+        "tokens that both have"
     )

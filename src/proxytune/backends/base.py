@@ -15,9 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 from typing_extensions import NamedTuple  # typing's own can be generic only from Python 3.11 on
 
+from proxytune.errors import UnsupportedModel
 from proxytune.trace import Usage
 
 State = TypeVar("State")
@@ -31,15 +33,19 @@ class Capabilities:
         max_context: Most tokens, prompt and new ones together, that a row can hold; None for no limit.
         can_rewind: Whether `rewind` works (state-space models, for one, cannot forget).
         adapters: Names that rows may be given.
+        can_merge: Whether `merge` and `copy` work.
         reuses_logits: Whether logits lie in memory that the next call on the same state overwrites, so that
             who needs them longer has to copy them.
+        is_retokenised: Whether prompts come in other tokens than what follows them.
     """
 
     max_context: int | None
     can_rewind: bool = True
+    can_merge: bool = False
     adapters: tuple[str, ...] = ()
     reuses_logits: bool = False
     is_partial: bool = False
+    is_retokenised: bool = False
 
 
 class Prefilled(NamedTuple, Generic[State]):
@@ -62,6 +68,25 @@ class Backend(ABC, Generic[State]):
     @abstractmethod
     def capabilities(self) -> Capabilities:
         """Say what this backend can do."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where `extend` wants token ids; elsewhere they have to be moved first."""
+        return torch.device("cpu")
+
+    @property
+    def num_prompt_ids(self) -> int:
+        """How many ids prompts are made of, from 0 on."""
+        return self.vocab_size
+
+    def own_ids(self, token_ids: Sequence[int], *, is_start: bool = False) -> list[int]:
+        """Return a text in the tokens that prompts are made of.
+
+        Args:
+            token_ids: In the tokens that `extend` takes.
+            is_start: Whether the text begins here.
+        """
+        return list(token_ids)
 
     @abstractmethod
     def prefill(
@@ -104,6 +129,27 @@ class Backend(ABC, Generic[State]):
     @abstractmethod
     def select(self, state: State, rows: Sequence[int]) -> State:
         """Return a state of the given rows in the given order; the old state must not be used after."""
+
+    def copy(self, state: State, rows: Sequence[int]) -> State:
+        """Return a state of its own of the given rows; the old one stays as it is.
+
+        Raises:
+            UnsupportedModel: The backend cannot copy (`capabilities.can_merge`).
+        """
+        raise UnsupportedModel(f"{self.name} cannot copy the rows of a batch")
+
+    def merge(self, state: State, other: State, rows: Sequence[int]) -> State:
+        """Return a state of the rows of two, in the given order; neither must be used after.
+
+        Args:
+            state: Its rows are counted first.
+            other: Its rows are counted on from there.
+            rows: Which rows, and in which order.
+
+        Raises:
+            UnsupportedModel: The backend cannot merge (`capabilities.can_merge`).
+        """
+        raise UnsupportedModel(f"{self.name} cannot bring the rows of two batches together")
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,3 +223,11 @@ class PartialBackend(Backend[State]):
             num_back: How many of the row's last tokens come after the position.
             token_ids: What to ask for.
         """
+
+
+def num_shared_tokens(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens two sequences begin with alike."""
+    for place, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return place
+    return min(len(one), len(other))

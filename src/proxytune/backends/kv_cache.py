@@ -9,7 +9,7 @@ Words: a *slot* is one column of the cache; *room* is the slots behind the last 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,33 @@ class RoomyLayer(DynamicLayer):
                 buffer[:, :, :num_old] = old
         self._buffers = (room[0], room[1])
 
+    @property
+    def room(self) -> Tensor | None:
+        """The keys with the room behind them; None where there is none."""
+        return None if self._buffers is None else self._buffers[0]
+
+    def move(self, keys: Tensor, values: Tensor) -> None:
+        """Copy what is here to the first slots of other memory, and live there from now on."""
+        num_slots = self.get_seq_length()
+        assert self.keys is not None and self.values is not None
+        keys[:, :, :num_slots], values[:, :, :num_slots] = self.keys, self.values
+        self._buffers = (keys, values)
+        self.keys, self.values = keys[:, :, :num_slots], values[:, :, :num_slots]
+
+    def leave(self) -> None:
+        """Move to memory of its own."""
+        assert self.keys is not None and self.values is not None
+        num_slots = self.get_seq_length()
+        self._move_to_new_buffers(num_slots, self.keys[:, :, :0], self.values[:, :, :0])
+        assert self._buffers is not None
+        self.keys, self.values = (buffer[:, :, :num_slots] for buffer in self._buffers)
+
+    def grow(self, num_new: int) -> None:
+        """Count slots that were written behind the last one in use."""
+        assert self._buffers is not None
+        num_slots = self.get_seq_length() + num_new
+        self.keys, self.values = (buffer[:, :, :num_slots] for buffer in self._buffers)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` slots of every row; nothing is moved."""
         if self.is_initialized:
@@ -88,6 +115,47 @@ class RoomyLayer(DynamicLayer):
         keys, values = (tensor[:, :, first_slot:stop].index_select(0, rows) for tensor in source)
         self._buffers = (keys, values)
         self.keys, self.values = keys[:, :, :num_slots], values[:, :, :num_slots]
+
+    def copy(self, rows: Tensor, first_slot: int) -> RoomyLayer:
+        """Return a layer of its own of the given rows and the slots from `first_slot` on, without room."""
+        assert self.keys is not None and self.values is not None
+        copied = RoomyLayer()
+        copied.lazy_initialization(self.keys, self.values)
+        copied.keys, copied.values = (
+            tensor[:, :, first_slot:].index_select(0, rows.to(tensor.device))
+            for tensor in (self.keys, self.values)
+        )
+        return copied
+
+    def merge(self, other: RoomyLayer, rows: Sequence[int]) -> None:
+        """Take over another layer's rows; both keep their last slots the last, with zeros before them.
+
+        Args:
+            other: Of the same model, with keys.
+            rows: Which rows to keep, in which order; the other's are counted on from this one's.
+        """
+        assert self.keys is not None and self.values is not None
+        assert other.keys is not None and other.values is not None
+        num_rows = self.keys.shape[0]
+        num_slots = max(self.keys.shape[2], other.keys.shape[2])
+        places = torch.arange(len(rows))
+        sources = torch.tensor(rows)
+        buffers = []
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            shape = (len(rows), mine.shape[1], _with_room(num_slots), mine.shape[3])
+            buffer = mine.new_empty(shape)
+            # What is not a number would stay one through a masked attention.
+            buffer[:, :, : num_slots - min(mine.shape[2], theirs.shape[2])] = 0
+            for part, is_own, offset in (
+                (mine, sources < num_rows, 0),
+                (theirs, sources >= num_rows, num_rows),
+            ):
+                for place in places[is_own].tolist():
+                    row = part[rows[place] - offset]
+                    buffer[place, :, num_slots - part.shape[2] : num_slots] = row
+            buffers.append(buffer)
+        self._buffers = (buffers[0], buffers[1])
+        self.keys, self.values = (buffer[:, :, :num_slots] for buffer in buffers)
 
     def keep_slots(self, slots: Tensor) -> None:
         """Keep the given slots of each row, `[batch, num_kept]`, in that order."""
@@ -138,17 +206,33 @@ class RoomyCache(DynamicCache):
         super().__init__()
         self.layer_class_to_replicate = RoomyLayer
 
-    def _filled(self) -> Iterator[RoomyLayer]:
-        # Layers that use another layer's keys stay empty.
+    def filled(self) -> Iterator[RoomyLayer]:
+        """Return the layers that hold keys; those that use another layer's stay empty."""
         layers: Any = self.layers
         return (layer for layer in layers if layer.is_initialized)
 
     def select(self, rows: Tensor, first_slot: int = 0) -> None:
         """Keep the given rows, in that order, and the slots from `first_slot` on; rows may repeat."""
-        for layer in self._filled():
+        for layer in self.filled():
             layer.select(rows, first_slot)
+
+    def copy(self, rows: Tensor, first_slot: int) -> RoomyCache:
+        """Return a cache of its own of the given rows and the slots from `first_slot` on."""
+        copied = RoomyCache()
+        layers: Any = self.layers
+        # Layers that use another layer's keys stay empty.
+        copied.layers = [
+            layer.copy(rows, first_slot) if layer.is_initialized else RoomyLayer()
+            for layer in layers
+        ]
+        return copied
+
+    def merge(self, other: RoomyCache, rows: Sequence[int]) -> None:
+        """Take over another cache's rows; see `RoomyLayer.merge`."""
+        for layer, theirs in zip(self.filled(), other.filled(), strict=True):
+            layer.merge(theirs, rows)
 
     def keep_slots(self, slots: Tensor) -> None:
         """Keep the given slots of each row, `[batch, num_kept]`, in that order."""
-        for layer in self._filled():
+        for layer in self.filled():
             layer.keep_slots(slots)

@@ -39,7 +39,8 @@ class FewRowsLinear(nn.Linear):
         """Return `input @ weight.T + bias`, `[..., out_features]`."""
         num_rows = input.numel() // self.in_features
         if not 0 < num_rows <= MAX_ROWS:
-            return functional.linear(input, self.weight, self.bias)
+            # Contiguous: of the last tokens of many prompts torch would multiply each row by itself.
+            return functional.linear(input.contiguous(), self.weight, self.bias)
         rows = input.reshape(num_rows, self.in_features)
         if num_rows == 1:
             # A product with one column is a matrix-vector product; its kernel is slower than that for two.

@@ -51,7 +51,9 @@ class ToyBackend(Backend[ToyState]):
         self._tables = {None: table.float()} | {
             key: table.float() + extra.float() for key, extra in (adapters or {}).items()
         }
-        self._capabilities = Capabilities(max_context=max_context, adapters=tuple(adapters or ()))
+        self._capabilities = Capabilities(
+            max_context=max_context, can_merge=True, adapters=tuple(adapters or ())
+        )
         self.num_rows_run = 0
         """How many token positions were computed, for tests of what is computed twice."""
 
@@ -109,6 +111,15 @@ class ToyBackend(Backend[ToyState]):
         return ToyState(
             [list(state.rows[row]) for row in rows], [state.adapters[row] for row in rows]
         )
+
+    def copy(self, state: ToyState, rows: Sequence[int]) -> ToyState:
+        """Return a state of its own of the given rows; see `Backend.copy`."""
+        return self.select(state, rows)
+
+    def merge(self, state: ToyState, other: ToyState, rows: Sequence[int]) -> ToyState:
+        """Return a state of the rows of two; see `Backend.merge`."""
+        both = ToyState([*state.rows, *other.rows], [*state.adapters, *other.adapters])
+        return self.select(both, rows)
 
 
 class ToyTokenizer:

@@ -25,6 +25,7 @@ import transformers
 from torch import Tensor, nn
 
 from proxytune.backends.base import Backend, Capabilities, Prefilled
+from proxytune.backends.cuda_graphs import CudaRecorder, GraphRunner, Recorder
 from proxytune.backends.kv_cache import RoomyCache
 from proxytune.backends.linear import pack_linear_layers, speed_up_linear_layers
 from proxytune.backends.lora import PLAIN, ROW_ADAPTERS, RowAdapters, run_rows_through_adapters
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
 
 PREFILL_TOKENS = 4096
 """Most tokens, over all rows, of one forward of a prompt: its activations bound the memory of a prefill."""
+
+GRAPH_ATTENTION = ("sdpa", "eager")
+"""Implementations of attention that take a mask of numbers."""
 
 MIN_CHUNK = 16
 """Fewest tokens per row of such a forward, however many rows there are."""
@@ -204,6 +208,46 @@ class TransformersState:
         if isinstance(self.cache, RoomyCache) and rows:
             self._drop_tail()
 
+    def copy(self, rows: Sequence[int]) -> TransformersState:
+        """Return a state of its own of the given rows, without slots that none of them uses."""
+        first = min((self._runs[row][0][0] for row in rows if self._runs[row]), default=0)
+        device = self._positions.device
+        copied = TransformersState(
+            self.cache.copy(torch.tensor(rows, dtype=torch.long), first),
+            [self.lengths[row] for row in rows],
+            [self.adapters[row] for row in rows],
+            device,
+        )
+        copied.num_slots = self.num_slots - first
+        copied._runs = [
+            [(start - first, stop - first) for start, stop in self._runs[row]] for row in rows
+        ]
+        copied._drop_tail()
+        return copied
+
+    def merge(self, other: TransformersState, rows: Sequence[int]) -> None:
+        """Take over another state's rows, counted on from this one's, and keep the given ones in that order.
+
+        Both states' last slots become the last of the merged one: the shorter one's tokens move, with gaps
+        before them.
+        """
+        self.cache.merge(other.cache, rows)
+        num_slots = max(self.num_slots, other.num_slots)
+        runs: list[list[tuple[int, int]]] = []
+        lengths: list[int] = []
+        adapters: list[str | None] = []
+        for state in (self, other):
+            shift = num_slots - state.num_slots
+            runs += [[(start + shift, stop + shift) for start, stop in row] for row in state._runs]
+            lengths += state.lengths
+            adapters += state.adapters
+        self.num_slots = num_slots
+        self._runs = [runs[row] for row in rows]
+        self.lengths = [lengths[row] for row in rows]
+        self.adapters = tuple(adapters[row] for row in rows)
+        self._positions = torch.tensor(self.lengths, device=self._positions.device)[:, None]
+        self._mask = None  # drawn anew from the runs
+
 
 class TransformersBackend(Backend[TransformersState]):
     """A causal language model of transformers.
@@ -216,6 +260,7 @@ class TransformersBackend(Backend[TransformersState]):
         name: How errors call it.
         adapters: Adapters that rows may be given, by their PEFT names, or a mapping from other names to
             those.
+        recorder: Makes CUDA graphs of short forwards; None launches every kernel by itself.
         owns_model: Whether nobody else wants the model as it is. Then faster layers take the place of PEFT's,
             which PEFT could not train, switch or save, and at the first forward the weights of large layers
             are laid out anew.
@@ -227,6 +272,7 @@ class TransformersBackend(Backend[TransformersState]):
         *,
         name: str,
         adapters: Sequence[str] | Mapping[str, str] = (),
+        recorder: Recorder | None = None,
         owns_model: bool = False,
     ) -> None:
         self.name = name
@@ -246,18 +292,47 @@ class TransformersBackend(Backend[TransformersState]):
             getattr(self.model.get_input_embeddings(), "num_embeddings", None) or config.vocab_size
         )
         self._options = frozenset(inspect.signature(self.model.forward).parameters)
-        self._cache_option = next(
-            (option for option in ("past_key_values", "cache_params") if option in self._options),
-            None,
-        )
+        self._cache_option = cache_option(self.model)
         if self._cache_option is None:
             raise UnsupportedModel(
                 f"{name} is a {type(self.model).__name__}, which takes no KV cache, so it cannot decode "
                 "one token at a time"
             )
         self._is_pure_attention = _is_pure_attention(config)
+        self._has_slots = _has_slots(config)
         self._allows_gaps = "position_ids" in self._options and _allows_gaps(self.model, config)
         self._max_context = max_context(config)
+        self._graphs = None
+        if recorder is not None:
+            self._graphs = self._graph_runner(recorder)
+
+    def _graph_runner(self, recorder: Recorder) -> GraphRunner:
+        """Return what runs this model's short forwards as graphs.
+
+        Raises:
+            UnsupportedModel: The model looks at something else than a mask and positions.
+        """
+        attention = self.model.config._attn_implementation
+        if not (self._is_pure_attention and self._allows_gaps) or attention not in GRAPH_ATTENTION:
+            raise UnsupportedModel(
+                f"{self.name} is a {type(self.model).__name__} with {attention} attention, and CUDA graphs "
+                f"need plain attention in every layer ({' or '.join(GRAPH_ATTENTION)})\n"
+                "hint: leave cuda_graphs out"
+            )
+
+        def forward(
+            token_ids: Tensor, positions: Tensor, mask: Tensor, cache: Any, adapters: RowAdapters
+        ) -> Tensor:
+            options = {"attention_mask": mask, "position_ids": positions}
+            return self._forward(token_ids, cache, options, adapters)
+
+        return GraphRunner(
+            self.name,
+            forward,
+            recorder,
+            dtype=self.model.dtype,
+            max_context=self._max_context,
+        )
 
     @classmethod
     def load(
@@ -288,7 +363,8 @@ class TransformersBackend(Backend[TransformersState]):
             if adapters:
                 model, names = _add_adapters(model, checkpoint.name, adapters, spec.allow_pickle)
         model.requires_grad_(False)
-        return cls(model, name=checkpoint.name, adapters=names, owns_model=True)
+        recorder = CudaRecorder(_graph_device(model, checkpoint.name)) if spec.cuda_graphs else None
+        return cls(model, name=checkpoint.name, adapters=names, recorder=recorder, owns_model=True)
 
     @property
     def device(self) -> torch.device:
@@ -306,7 +382,9 @@ class TransformersBackend(Backend[TransformersState]):
         return Capabilities(
             max_context=self._max_context,
             can_rewind=self._is_pure_attention,
+            can_merge=self._is_pure_attention,
             adapters=tuple(self._peft_names),
+            reuses_logits=self._graphs is not None,
         )
 
     def new_cache(self) -> Any:
@@ -345,22 +423,18 @@ class TransformersBackend(Backend[TransformersState]):
             BackendError: The model failed. The cache may hold half of a forward: drop it.
         """
         if (
-            self._cache_option == "cache_params"
+            not self._has_slots
             and attention_mask is not None
             and attention_mask.shape[1] != token_ids.shape[1]
         ):
             attention_mask = (
                 None  # a pure state-space model has no slots: its state has left padding out
             )
-        options: dict[str, Any] = {
-            "input_ids": token_ids,
+        options = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "use_cache": cache is not None,
             "logits_to_keep": num_logits,
-            self._cache_option or "": cache,
         }
-        options = {key: value for key, value in options.items() if key in self._options}
         if self._may_pack:
             # Here, not when it is loaded: a model that is only loaded may be trained.
             self._may_pack = False
@@ -368,9 +442,8 @@ class TransformersBackend(Backend[TransformersState]):
         rows = None
         if self._has_lora:
             rows = RowAdapters(self._rows(adapters, token_ids.shape[0]), token_ids.device)
-        token = ROW_ADAPTERS.set(rows)
         try:
-            logits: Tensor = self.model(**options).logits
+            logits = self._forward(token_ids, cache, options, rows)
         except torch.OutOfMemoryError as error:
             raise BackendError(
                 f"{self.name} ran out of memory on {token_ids.shape[0]} rows of {token_ids.shape[1]} tokens\n"
@@ -380,9 +453,23 @@ class TransformersBackend(Backend[TransformersState]):
             raise
         except Exception as error:
             raise BackendError(f"{self.name} failed: {type(error).__name__}: {error}") from error
+        return logits[:, -num_logits:]
+
+    def _forward(
+        self, token_ids: Tensor, cache: Any, options: Mapping[str, Any], rows: RowAdapters | None
+    ) -> Tensor:
+        """Call the model with those of the options that it knows."""
+        known: dict[str, Any] = {key: options[key] for key in options if key in self._options}
+        if "use_cache" in self._options:
+            known["use_cache"] = cache is not None
+        token = ROW_ADAPTERS.set(rows)
+        try:
+            logits: Tensor = self.model(
+                input_ids=token_ids, **{self._cache_option or "": cache}, **known
+            ).logits
         finally:
             ROW_ADAPTERS.reset(token)
-        return logits[:, -num_logits:]
+        return logits
 
     def check_length(self, num_tokens: int) -> None:
         """Raise `PromptTooLong` if a row of so many tokens exceeds the model's context."""
@@ -510,15 +597,46 @@ class TransformersBackend(Backend[TransformersState]):
                 self._compact_if_due(state)
         return state
 
+    @torch.inference_mode()
+    def copy(self, state: TransformersState, rows: Sequence[int]) -> TransformersState:
+        """Return a state of its own of the given rows; see `Backend.copy`.
+
+        Raises:
+            UnsupportedModel: The model has layers without a KV cache of their own for each token.
+        """
+        if not self._is_pure_attention:
+            return super().copy(state, rows)
+        return state.copy(list(rows))
+
+    @torch.inference_mode()
+    def merge(
+        self, state: TransformersState, other: TransformersState, rows: Sequence[int]
+    ) -> TransformersState:
+        """Return a state of the rows of two; see `Backend.merge`.
+
+        Raises:
+            UnsupportedModel: The model has layers without a KV cache of their own for each token.
+        """
+        if not self._is_pure_attention:
+            return super().merge(state, other, rows)
+        state.merge(other, list(rows))
+        self._compact_if_due(state)
+        return state
+
     def _append(self, state: TransformersState, token_ids: Tensor) -> Tensor:
         num_new = token_ids.shape[1]
-        logits = self.run(
-            token_ids,
-            cache=state.cache,
-            attention_mask=state.attention_mask(num_new),
-            position_ids=state.position_ids(num_new),
-            adapters=state.adapters,
-        )
+        logits = None
+        if self._graphs is not None:
+            names = self._rows(state.adapters, len(state.lengths))
+            logits = self._graphs.run(state, token_ids, names)
+        if logits is None:
+            logits = self.run(
+                token_ids,
+                cache=state.cache,
+                attention_mask=state.attention_mask(num_new),
+                position_ids=state.position_ids(num_new),
+                adapters=state.adapters,
+            )
         state.append(num_new)
         return logits
 
@@ -546,6 +664,27 @@ class TransformersBackend(Backend[TransformersState]):
             ) from None
 
 
+def _graph_device(model: Any, name: str) -> torch.device:
+    """Return the one CUDA device that all of a model is on."""
+    places = {weight.device for weight in model.parameters()}
+    device: torch.device = min(places, key=str)
+    if len(places) > 1 or device.type != "cuda":
+        where = ", ".join(sorted(map(str, places)))
+        raise UnsupportedModel(
+            f"cuda_graphs is set and {name} is on {where}, and a CUDA graph is made on one CUDA device.\n"
+            "hint: leave cuda_graphs out, or give the model a device such as cuda:0"
+        )
+    return device
+
+
+def cache_option(model: nn.Module) -> str | None:
+    """Return what a model's forward calls its cache, or None where it takes none."""
+    options = inspect.signature(model.forward).parameters
+    # transformers 5.24 renamed it to `cache`; code that comes with a model may not have followed.
+    names = ("cache", "past_key_values", "cache_params")
+    return next((name for name in names if name in options), None)
+
+
 def _is_pure_attention(config: Any) -> bool:
     """Whether every layer's cache is keys and values of single tokens, so that tokens can be taken back."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -557,6 +696,14 @@ def _is_pure_attention(config: Any) -> bool:
         or type(layer).__name__ == "DummyLayer"
         for layer in layers
     )
+
+
+def _has_slots(config: Any) -> bool:
+    """Whether a layer keeps tokens one by one, so that an attention mask tells of those before, too."""
+    from transformers.cache_utils import CacheLayerMixin
+
+    layers = transformers.DynamicCache(config=config).layers
+    return not layers or any(isinstance(layer, CacheLayerMixin) for layer in layers)
 
 
 def _allows_gaps(model: Any, config: Any) -> bool:
@@ -721,19 +868,12 @@ def _add_adapters(
     model: Any, model_name: str, adapters: Mapping[str, AdapterFiles], allow_pickle: bool
 ) -> tuple[Any, dict[str, str]]:
     """Put LoRA adapters onto a model; return it and PEFT's names for them."""
-    from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+    from peft import PeftModel, set_peft_model_state_dict
 
     names = {name: f"adapter_{index}" for index, name in enumerate(adapters)}  # PEFT allows no dots
     wrapped: Any = None
     for name, files in adapters.items():
-        try:
-            config: Any = PeftConfig.from_pretrained(str(files.path))
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise CorruptModel(
-                f"the config of adapter {files.name} cannot be read: {error}"
-            ) from error
-        weights = _adapter_weights(files, allow_pickle)
-        _check_adapter_kind(config, weights, files.name)
+        config, weights = read_adapter(files, allow_pickle=allow_pickle)
         config.inference_mode = True
         misfit = f"adapter {files.name} does not fit {model_name}"
         hint = "\nhint: an adapter fits only the model it was trained on"
@@ -757,6 +897,26 @@ def _add_adapters(
                 f"{misfit}: it {what}, {wrong[0]} and {len(wrong) - 1} more{hint}"
             )
     return wrapped, names
+
+
+def read_adapter(files: AdapterFiles, *, allow_pickle: bool) -> tuple[Any, dict[str, Tensor]]:
+    """Return a LoRA adapter's config, as PEFT reads it, and its weights on the CPU.
+
+    Raises:
+        CorruptModel: It cannot be read.
+        UnsafeModel: It has only pickled weights, and those are not allowed.
+        ModelNotFound: It has no weights.
+        UnsupportedModel: It is more than products of two matrices beside linear layers.
+    """
+    from peft import PeftConfig
+
+    try:
+        config: Any = PeftConfig.from_pretrained(str(files.path))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CorruptModel(f"the config of adapter {files.name} cannot be read: {error}") from error
+    weights = _adapter_weights(files, allow_pickle)
+    _check_adapter_kind(config, weights, files.name)
+    return config, weights
 
 
 def _adapter_weights(files: AdapterFiles, allow_pickle: bool) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ class ProxyTunedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         base: As in the recipe.
         experts: As in the recipe.
         combine: As in the recipe.
+        steering: As in the recipe.
         default_expert: As in the recipe.
         **kwargs: What transformers keeps in any config.
     """
@@ -41,12 +42,14 @@ class ProxyTunedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         base: dict[str, Any] | None = None,
         experts: list[dict[str, Any]] | None = None,
         combine: str = "sum",
+        steering: dict[str, Any] | None = None,
         default_expert: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.base = base
         self.experts = experts
         self.combine = combine
+        self.steering = steering
         self.default_expert = default_expert
         super().__init__(**kwargs)
 
@@ -55,6 +58,7 @@ class ProxyTunedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         """Return the config of a recipe."""
         content = recipe.to_dict()
         del content["model_type"]
+        content.pop("$schema", None)  # For editors of the file.
         return cls(**content, name_or_path=str(recipe.directory))
 
     def recipe(self, directory: Path | None = None) -> Recipe:
@@ -73,6 +77,10 @@ class ProxyTunedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             directory = Path(name).absolute() if os.path.isdir(name) else Path.cwd()
         return Recipe.from_dict(self._content(), directory=directory)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Do nothing: transformers would copy this file beside what is saved, and recipes bring their own."""
+
     def _content(self) -> dict[str, Any]:
         content: dict[str, Any] = {
             "model_type": self.model_type,
@@ -81,6 +89,8 @@ class ProxyTunedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             "experts": self.experts,
             "combine": self.combine,
         }
+        if self.steering is not None:
+            content["steering"] = self.steering
         if self.default_expert is not None:
             content["default_expert"] = self.default_expert
         return content
@@ -145,6 +155,30 @@ class ProxyTunedTokenizer:
         for key, value in settings.items():
             setattr(tokenizer, key, value)
         return tokenizer
+
+
+def check_one_prompt(recipe: Recipe, *, engine: str, hint: str) -> None:
+    """Refuse a recipe whose models want different prompts or tokens, for an engine with one stream of them.
+
+    Raises:
+        UnsupportedModel: They do.
+    """
+    if recipe.vocabulary != "same":
+        raise UnsupportedModel(
+            f'the recipe has "vocabulary": "{recipe.vocabulary}", so its small models may read other '
+            f"tokens than the base, and {engine} has one stream of tokens for all.\nhint: {hint}"
+        )
+    prompts = {"base": recipe.base.prompt}
+    for expert in recipe.experts:
+        for side, spec in (("expert", expert.expert), ("anti_expert", expert.anti_expert)):
+            if spec.same_as is None:
+                prompts[f"{expert.name}.{side}"] = spec.prompt
+    for name, prompt in prompts.items():
+        if prompt != recipe.base.prompt:
+            raise UnsupportedModel(
+                f"{name} wants its prompt as {prompt!r} and base as {recipe.base.prompt!r}, and {engine} "
+                f"has one stream of tokens for all.\nhint: {hint}"
+            )
 
 
 def read_recipe(reference: str | os.PathLike[str], hub: dict[str, Any]) -> Recipe:

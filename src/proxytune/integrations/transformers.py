@@ -1,11 +1,11 @@
 """A recipe as a transformers model: `ProxyTunedForCausalLM`, for `generate`, pipelines and harnesses.
 
-    import proxytune
-    model = AutoModelForCausalLM.from_pretrained("my-recipe")
+    model = AutoModelForCausalLM.from_pretrained("my-recipe", trust_remote_code=True)
 
-The members run through the transformers backend and the formula is `steer.py`'s; what is here is the shape
-that transformers expects: a forward with logits and loss, and a KV cache that holds those of all members.
-There is one stream of tokens, the base's, so recipes whose models want different prompts are refused.
+or, after `import proxytune`, without `trust_remote_code`. The members run through the transformers backend
+and the formula is `steer.py`'s; what is here is the shape that transformers expects: a forward with logits
+and loss, and a KV cache that holds those of all members. There is one stream of tokens, the base's, so
+recipes whose models want different prompts are refused.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from proxytune.errors import InvalidRequest, RecipeError, UnsupportedModel
 from proxytune.integrations.auto import (
     HUB_OPTIONS,
     ProxyTunedConfig,
+    check_one_prompt,
     read_recipe,
     refuse_options,
 )
@@ -47,8 +48,19 @@ _NO_EFFECT = (
     "adapter_kwargs",
     "max_shard_size",
     "safe_serialization",
+    "trust_remote_code",
+    "code_revision",
 )
-"""Options about weight files: a recipe has none, and its models are always read from safetensors."""
+"""Options about files that are not read here.
+
+A recipe has no weights, and its models are always read from safetensors. `trust_remote_code` is about the few
+lines of code that lead transformers here; code of a recipe's models is run where the recipe allows it.
+"""
+
+_CACHE_OPTION = (
+    "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+)
+"""What this version of transformers calls a cache: `cache` from 5.24 on."""
 
 _LOSS_OPTIONS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
@@ -212,6 +224,10 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         self._experts: Experts = None
         self.train(False)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Do nothing: transformers would copy this file beside what is saved, and recipes bring their own."""
+
     def _describe(self, backends: Sequence[TransformersBackend]) -> None:
         """Tell transformers and harnesses what they look up on a model and its config."""
         base = self.members[0]
@@ -324,6 +340,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         logits_to_keep: int | Tensor = 0,
         alpha: float | None = None,
         experts: Experts = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return steered logits, and the loss where labels are given.
@@ -338,6 +355,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
             logits_to_keep: Give logits of the last so many tokens, or of these places; 0 for all.
             alpha: Strength of steering; None for `set_steering`'s.
             experts: As `set_steering` takes them; None for its choice.
+            cache: `past_key_values` by the name that transformers gives it from 5.24 on.
             **kwargs: What transformers passes to any model.
 
         Returns:
@@ -363,9 +381,11 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
             )
         pairs = self._chosen_pairs(alpha, experts)
         steering = [index for index, _ in pairs]
-        cache = self._cache(past_key_values, steering) if use_cache is not False else None
-        parts = self._parts(steering) if cache is None else cache.parts
-        num_kept = 0 if cache is None else cache.num_slots
+        if cache is None:
+            cache = past_key_values
+        kept = self._cache(cache, steering) if use_cache is not False else None
+        parts = self._parts(steering) if kept is None else kept.parts
+        num_kept = 0 if kept is None else kept.num_slots
         attention_mask, position_ids = _check_places(
             input_ids, attention_mask, position_ids, num_kept
         )
@@ -374,9 +394,9 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         logits: dict[int, Tensor] = {}
         for part in parts:
             self._run(part, input_ids, attention_mask, position_ids, num_kept, num_logits, logits)
-        if cache is not None:
-            cache.num_slots += input_ids.shape[1]
-            cache.num_rows = input_ids.shape[0]
+        if kept is not None:
+            kept.num_slots += input_ids.shape[1]
+            kept.num_rows = input_ids.shape[0]
         steered = self._steer(logits, pairs)
         if not isinstance(logits_to_keep, int):
             steered = steered[:, logits_to_keep.to(steered.device)]
@@ -385,7 +405,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
             loss = self.loss_function(
                 logits=steered, labels=labels, vocab_size=steered.shape[-1], **loss_options
             )
-        output = CausalLMOutputWithPast(loss=loss, logits=steered, past_key_values=cache)
+        found: dict[str, Any] = {"loss": loss, "logits": steered, _CACHE_OPTION: kept}
+        output = CausalLMOutputWithPast(**found)
         return output.to_tuple() if return_dict is False else output
 
     def _chosen_pairs(self, alpha: float | None, experts: Experts) -> list[tuple[int, float]]:
@@ -430,7 +451,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
             return given
         if given is not None and given.get_seq_length():
             raise InvalidRequest(
-                f"past_key_values is a {type(given).__name__} that holds one model's tokens, and several "
+                f"{_CACHE_OPTION} is a {type(given).__name__} that holds one model's tokens, and several "
                 "models run here.\nhint: pass what an earlier forward of this model returned"
             )
         for part in parts:
@@ -477,18 +498,27 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
             logits[index] = member.alignment.logits_to_base(own)
 
     def _steer(self, logits: Mapping[int, Tensor], pairs: Sequence[tuple[int, float]]) -> Tensor:
-        from proxytune.steer import Contribution, combine
+        from proxytune.policy_rules import apply_policy
+        from proxytune.steer import Contribution
 
         base = logits[0]
+        width = base.shape[-1]
         contributions = []
         for index, alpha in pairs:
             pair = self._ensemble.pairs[index]
             expert, anti_expert = logits[pair.expert], logits[pair.anti_expert]
             contributions.append(
-                Contribution(expert.to(base.device), anti_expert.to(base.device), alpha)
+                Contribution(
+                    expert.to(base.device).reshape(-1, width),
+                    anti_expert.to(base.device).reshape(-1, width),
+                    alpha,
+                )
             )
-        steered = combine(base, contributions)
         padding_ids: Any = self._padding_ids
+        found = apply_policy(
+            self._ensemble.policy, base.reshape(-1, width), contributions, padding_ids=padding_ids
+        )
+        steered = found.logits.reshape(base.shape)
         if len(padding_ids):
             steered = steered.index_fill(-1, padding_ids.to(steered.device), -torch.inf)
         return steered
@@ -506,11 +536,11 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
                 f"cache_implementation is {generation_config.cache_implementation!r}, and each model of a "
                 "recipe has a cache that grows.\nhint: leave cache_implementation out"
             )
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(_CACHE_OPTION)
         if given is not None:
             given._is_user_defined = True
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = ProxyTunedCache([])
+            model_kwargs[_CACHE_OPTION] = ProxyTunedCache([])
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the base's embedding."""
@@ -632,18 +662,16 @@ def _load(recipe: Recipe, *, device: str | None, dtype: str | None) -> ProxyTune
     """Load a recipe whose models all see one stream of tokens."""
     from proxytune.model import ProxyTuned
 
-    prompts = {"base": recipe.base.prompt}
-    for expert in recipe.experts:
-        for side, spec in (("expert", expert.expert), ("anti_expert", expert.anti_expert)):
-            if spec.same_as is None:
-                prompts[f"{expert.name}.{side}"] = spec.prompt
-    for name, prompt in prompts.items():
-        if prompt != recipe.base.prompt:
-            raise UnsupportedModel(
-                f"{name} wants its prompt as {prompt!r} and base as {recipe.base.prompt!r}, and "
-                "transformers' generate has one stream of tokens for all.\n"
-                "hint: use proxytune.ProxyTuned or `proxytune generate`, which render a prompt for each model"
-            )
+    if recipe.policy.has_positions:
+        raise UnsupportedModel(
+            "the recipe's steering has a schedule, and transformers' generate does not tell a model where "
+            "its prompt ended.\nhint: leave schedule out, or use proxytune.ProxyTuned or `proxytune generate`"
+        )
+    check_one_prompt(
+        recipe,
+        engine="transformers' generate",
+        hint="use proxytune.ProxyTuned or `proxytune generate`, which render a prompt for each model",
+    )
     return ProxyTuned.load(recipe, device=device, dtype=dtype)
 
 

@@ -1,0 +1,123 @@
+"""What the site is made of beside docs/: pages from elsewhere in the repository, and files they link to.
+
+MkDocs calls these functions (`hooks` in mkdocs.yml). A page is written for the repository: its links are
+relative to its own place there, so that they work in an editor and on a forge. On the site a link to another
+page leads to that page, and a link to any other file to a page that shows the file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+PAGES = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "THIRD_PARTY.md": "third-party.md",
+    "examples/README.md": "examples.md",
+    "src/proxytune/smol/README.md": "smol.md",
+    "zoo/README.md": "zoo.md",
+}
+"""Pages that stand elsewhere in the repository, and where they are on the site."""
+
+LANGUAGES = {
+    ".py": "python",
+    ".sh": "bash",
+    ".json": "json",
+    ".toml": "toml",
+    ".yaml": "yaml",
+    ".yml": "yaml",
+}
+
+_LINK = re.compile(r"(\]\(\s*<?|(?:src|href)=\")([^)\s>\"]+)")
+_FENCE = re.compile(r"^\s*(`{3,}|~{3,})", re.MULTILINE)
+
+
+def site_path(path: Path) -> str | None:
+    """Return where a file of the repository is on the site; None if it is no page and no file of docs/."""
+    name = path.relative_to(ROOT).as_posix()
+    if name in PAGES:
+        return PAGES[name]
+    return path.relative_to(DOCS).as_posix() if path.is_relative_to(DOCS) else None
+
+
+def source_page(path: Path) -> str:
+    """Return the name of the page that shows a file of the repository; a notebook is handed out as it is."""
+    name = f"source/{path.relative_to(ROOT).as_posix()}"
+    return name if path.suffix == ".ipynb" else f"{name}.md"
+
+
+def links(text: str) -> Iterator[re.Match[str]]:
+    """Yield a page's links into the repository; those in code blocks and code spans are none."""
+    is_code = False
+    start = 0
+    for line in text.splitlines(keepends=True):
+        if _FENCE.match(line):
+            is_code = not is_code
+        elif not is_code:
+            hidden = re.sub(r"`[^`\n]*`", lambda span: "`" * len(span[0]), line)
+            for match in _LINK.finditer(hidden):
+                target = match[2]
+                if not re.match(r"[a-z][a-z+.-]*:|#", target):
+                    yield _LINK.match(text, start + match.start()) or match
+        start += len(line)
+
+
+def target_of(link: str, page: Path) -> Path | None:
+    """Return the file of the repository that a page's link leads to; None if there is none."""
+    path = (page.parent / link.partition("#")[0]).resolve()
+    return path if path.is_file() and path.is_relative_to(ROOT) else None
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages from elsewhere, and a page for each source file that a page links to."""
+    for name, place in PAGES.items():
+        files.append(File.generated(config, place, abs_src_path=str(ROOT / name)))
+    shown: set[Path] = set()
+    for file in list(files.documentation_pages()):
+        page = Path(file.abs_src_path)
+        for match in links(page.read_text(encoding="utf-8")):
+            path = target_of(match[2], page)
+            if path is not None and site_path(path) is None:
+                shown.add(path)
+    for path in sorted(shown):
+        content = path.read_text("utf-8") if path.suffix == ".ipynb" else shown_source(path)
+        files.append(File.generated(config, source_page(path), content=content))
+    return files
+
+
+def shown_source(path: Path) -> str:
+    """Return the page that shows a source file."""
+    name = path.relative_to(ROOT).as_posix()
+    language = LANGUAGES.get(path.suffix, "text")
+    text = path.read_text(encoding="utf-8")
+    head = "---\nsearch:\n  exclude: true\n---\n\n"
+    return f'{head}# {name}\n\n``````{language} linenums="1"\n{text}\n``````\n'
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Turn links into the repository into links of the site."""
+    if page.file.src_uri.startswith("source/"):
+        return markdown
+    origin = Path(page.file.abs_src_path)
+    here = Path(page.file.src_uri).parent
+    parts: list[str] = []
+    end = 0
+    for match in links(markdown):
+        path = target_of(match[2], origin)
+        if path is None:
+            continue  # MkDocs names it as broken.
+        place = site_path(path) or source_page(path)
+        _, mark, anchor = match[2].partition("#")
+        parts += [markdown[end : match.start(2)], os.path.relpath(place, here) + mark + anchor]
+        end = match.end(2)
+    return "".join([*parts, markdown[end:]])

@@ -1,0 +1,322 @@
+"""The recipe's format as JSON Schema, and as tables of keys, made from the dataclasses that read it.
+
+Keys, types and defaults are the fields in recipe.py, descriptions their docstrings. What a class refuses
+beyond a key's type stands in `RULES` below; tests/test_docs.py holds both ways of checking against each
+other. Rules between places that JSON Schema cannot state, such as a default expert that exists, are left to
+the recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import types
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from proxytune.checkpoint import DTYPES
+from proxytune.policy import COMBINATIONS, IMPLAUSIBLE, POLICIES, Policy
+from proxytune.recipe import (
+    ARCHITECTURE,
+    CACHE_DTYPES,
+    ENDPOINTS,
+    METADATA_KEYS,
+    MODEL_TYPE,
+    VOCABULARIES,
+    ApiSettings,
+    ExpertSpec,
+    LlamaCppSettings,
+    ModelSpec,
+    Recipe,
+)
+
+DRAFT = "https://json-schema.org/draft/2020-12/schema"
+ADDRESS = "^[hH][tT][tT][pP][sS]?://"
+GGUF = r"\.[gG][gG][uU][fF]$"
+NUMBERS: dict[str, Any] = {"type": "number"}
+
+
+def _one_of(*values: str) -> dict[str, Any]:
+    return {"enum": [*values, None]}
+
+
+def _least(number: int) -> dict[str, Any]:
+    return {"minimum": number}
+
+
+RULES: dict[type, dict[str, dict[str, Any]]] = {
+    LlamaCppSettings: {
+        "threads": _least(1),
+        "gpu_layers": _least(-1),
+        "context_size": _least(1),
+        "cache_dtype": _one_of(*CACHE_DTYPES),
+    },
+    ApiSettings: {
+        "key_env": {"pattern": "^[A-Z_][A-Z0-9_]{0,63}$"},
+        "endpoint": _one_of(*ENDPOINTS),
+        "top_logprobs": _least(1),
+        "lookahead": _least(1),
+        "max_concurrency": _least(1),
+        "max_retries": _least(0),
+        "timeout_s": {"exclusiveMinimum": 0},
+        "prompt_price": _least(0),
+        "completion_price": _least(0),
+    },
+    ModelSpec: {
+        "dtype": _one_of(*DTYPES, "auto"),
+        "quantization": {"minProperties": 1},
+        "prompt": {"anyOf": [{"enum": ["plain", "chat"]}, {"pattern": r"\{\{|\{%"}]},
+    },
+    ExpertSpec: {"name": {"pattern": "^[A-Za-z0-9][A-Za-z0-9._-]*$"}},
+    Recipe: {"vocabulary": {"enum": list(VOCABULARIES)}},
+    Policy: {
+        "combine": {"enum": list(COMBINATIONS)},
+        "name": _one_of(*POLICIES),
+        "max_alpha": {"exclusiveMinimum": 0, "maximum": 100},
+        "threshold": {"exclusiveMinimum": 0, "maximum": 1},
+        "clip": {"exclusiveMinimum": 0},
+        "plausibility": {"exclusiveMinimum": 0, "maximum": 1},
+        "implausible": _one_of(*IMPLAUSIBLE),
+    },
+}
+"""What a key's value must be beyond its type."""
+
+
+OTHER_WORDS = {
+    (
+        Policy,
+        "combine",
+    ): "How several experts steer together: `sum` adds their offsets up. With one expert all are the same.",
+    (
+        Policy,
+        "plausibility",
+    ): "Tokens that the base gives less than this times what it gives its likeliest are `implausible`.",
+}
+"""Descriptions for readers of a recipe, where docstrings lead to code."""
+
+SCHEDULE = {
+    "type": ["array", "null"],
+    "items": {
+        "type": "array",
+        "prefixItems": [
+            _least(0) | {"type": "integer"},
+            NUMBERS | {"minimum": -100, "maximum": 100},
+        ],
+        "minItems": 2,
+        "maxItems": 2,
+    },
+}
+
+
+def descriptions(kind: type) -> dict[str, str]:
+    """Return what the docstring of a class says of each of its fields, on one line."""
+    _, _, section = (kind.__doc__ or "").partition("Args:\n")
+    section = section.partition("\n\n")[0]
+    entries = re.split(r"^ {8}(?=\w+: )", section, flags=re.MULTILINE)[1:]
+    pairs = (" ".join(entry.split()).split(": ", 1) for entry in entries)
+    return {name: as_json_says(text) for name, text in pairs}
+
+
+def as_json_says(text: str) -> str:
+    """Return a description with Python's values written as JSON's."""
+    text = re.sub(r"\bNone\b", "null", text)
+    return re.sub(r"`\(\(.*?`", lambda pairs: pairs[0].translate(str.maketrans("()", "[]")), text)
+
+
+def type_of(annotation: Any) -> dict[str, Any]:
+    """Return the schema of a field's annotation."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        parts = [type_of(part) for part in get_args(annotation) if part is not type(None)]
+        (part,) = parts
+        if "$ref" in part or "const" in part:
+            return {"anyOf": [part, {"type": "null"}]}
+        return {**part, "type": [part["type"], "null"]}
+    if get_origin(annotation) is Literal:
+        return {"const": get_args(annotation)[0]}
+    if is_dataclass(annotation):
+        return {"$ref": f"#/$defs/{annotation.__name__}"}
+    if (get_origin(annotation) or annotation) is Mapping:
+        return {"type": "object"}
+    kinds = {
+        str: {"type": "string", "minLength": 1},
+        int: {"type": "integer"},
+        bool: {"type": "boolean"},
+    }
+    return dict(kinds.get(annotation, NUMBERS))
+
+
+def properties(kind: type, **others: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a class's fields; `others` replaces what annotations do not tell."""
+    hints, said = get_type_hints(kind), descriptions(kind)
+    found: dict[str, Any] = {}
+    for field in fields(kind):
+        # Where a recipe stands is not written in it, and its policy is two keys.
+        if kind is Recipe and field.name in ("directory", "policy"):
+            continue
+        schema = dict(others.get(field.name) or type_of(hints[field.name]))
+        schema |= RULES.get(kind, {}).get(field.name, {})
+        if isinstance(field.default, str | int | float | bool) or field.default is None:
+            schema["default"] = field.default
+        name = "$schema" if (kind, field.name) == (Recipe, "schema") else field.name
+        meaning = OTHER_WORDS.get((kind, field.name), said[field.name])
+        found[name] = {"description": meaning, **schema}
+    return found
+
+
+def _object(**schema: Any) -> dict[str, Any]:
+    return {"type": "object", "additionalProperties": False, **schema}
+
+
+def _is(name: str, pattern: str) -> dict[str, Any]:
+    """Return the schema of an object whose key has text of this pattern."""
+    return {"required": [name], "properties": {name: {"type": "string", "pattern": pattern}}}
+
+
+def _has(name: str, *values: str) -> dict[str, Any]:
+    """Return the schema of an object whose key has one of these values."""
+    return {"type": "object", "required": [name], "properties": {name: {"enum": list(values)}}}
+
+
+def _given(name: str) -> dict[str, Any]:
+    """Return the schema of an object that has this key, and not null."""
+    return {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a recipe's config.json."""
+    model = _object(
+        description="One model. A key that is null is as good as left out.",
+        properties=properties(ModelSpec),
+        allOf=[
+            {"if": _given("same_as"), "then": {"maxProperties": 1}},
+            {"if": _given("api"), "then": _is("model", ADDRESS)},
+            {"if": _given("llama_cpp"), "then": {"properties": {"model": {"pattern": GGUF}}}},
+        ],
+    )
+    policy = properties(Policy, schedule=SCHEDULE, name={"type": ["string", "null"]})
+    combine, policy = policy.pop("combine"), {"policy": policy.pop("name"), **policy}
+    here = {"not": _is("model", ADDRESS)}  # Only a base can be behind an API.
+    part = {"$ref": "#/$defs/ModelSpec"}
+    return {
+        "$schema": DRAFT,
+        "title": "A proxytune recipe",
+        "description": "Which models make a steered one: steered = base + alpha * (expert - anti_expert).",
+        **_object(
+            properties={
+                "model_type": {
+                    "description": "What transformers knows a recipe by.",
+                    "const": MODEL_TYPE,
+                },
+                "architectures": {"description": "The same.", "default": [ARCHITECTURE]},
+                **properties(
+                    Recipe,
+                    base={
+                        "allOf": [part, _given("model")],
+                        "properties": {"adapter": {"type": "null"}, "same_as": {"type": "null"}},
+                    },
+                    experts={
+                        "type": "array",
+                        "minItems": 1,
+                        "items": {"$ref": "#/$defs/ExpertSpec"},
+                    },
+                ),
+                "combine": combine,
+                "steering": {
+                    "description": "How strongly to steer at each token.",
+                    "anyOf": [{"$ref": "#/$defs/Policy"}, {"type": "null"}],
+                },
+                **{key: True for key in sorted(METADATA_KEYS)},
+            },
+            required=["model_type", "base", "experts"],
+            allOf=[
+                {
+                    "if": {
+                        "required": ["steering"],
+                        "properties": {"steering": _has("policy", "kl_match", "nudge")},
+                    },
+                    "then": {"properties": {"combine": {"const": "sum"}}},
+                }
+            ],
+        ),
+        "$defs": {
+            "ExpertSpec": _object(
+                description="One expert with its anti-expert.",
+                properties=properties(
+                    ExpertSpec,
+                    expert={
+                        "allOf": [part, here],
+                        "anyOf": [_given("model"), _given("adapter"), _given("same_as")],
+                    },
+                    anti_expert={
+                        "allOf": [part, here],
+                        "anyOf": [_given("model"), _given("same_as")],
+                    },
+                ),
+                required=["name", "expert", "anti_expert"],
+            ),
+            "ModelSpec": model,
+            "Policy": _object(
+                description="How strongly to steer at each token.",
+                properties=policy,
+                allOf=[
+                    {"if": _given("max_alpha"), "then": _has("policy", "kl_match")},
+                    {"if": _given("threshold"), "then": _has("policy", "gate_sure", "nudge")},
+                    {"if": _given("implausible"), "then": _given("plausibility")},
+                ],
+            ),
+            "LlamaCppSettings": _object(
+                description="How llama.cpp runs a .gguf file.",
+                properties=properties(LlamaCppSettings),
+            ),
+            "ApiSettings": _object(
+                description="How a base behind an API is asked.", properties=properties(ApiSettings)
+            ),
+        },
+    }
+
+
+def key_table(name: str) -> str:
+    """Return the keys of an object of the schema as a Markdown table; `Recipe` names the whole."""
+    schema = recipe_schema()
+    shown = schema if name == "Recipe" else schema["$defs"][name]
+    lines = ["| key | value | if left out | meaning |", "| --- | --- | --- | --- |"]
+    for key, value in shown["properties"].items():
+        if value is True:
+            continue
+        default = "" if value.get("default") is None else f"`{_json(value['default'])}`"
+        if key in shown.get("required", ()):
+            default = "required"
+        meaning = value["description"].replace("|", "\\|")
+        lines.append(f"| `{key}` | {_kind(value)} | {default} | {meaning} |")
+    return "\n".join(lines)
+
+
+def _kind(schema: Mapping[str, Any]) -> str:
+    """Return what a value may be, in words."""
+    if "const" in schema:
+        return f"`{_json(schema['const'])}`"
+    if "enum" in schema:
+        return ", ".join(f"`{_json(value)}`" for value in schema["enum"] if value is not None)
+    if "$ref" in schema.get("items", {}):
+        return "a list of [experts](#an-expert)"
+    if "allOf" in schema:
+        return "a [model](#a-model)"
+    if "anyOf" in schema and "type" not in schema:
+        return _kind(schema["anyOf"][0])
+    if "$ref" in schema:
+        place = {"LlamaCppSettings": "llama_cpp", "ApiSettings": "api", "Policy": "steering"}[
+            schema["$ref"].rsplit("/")[-1]
+        ]
+        return f"[an object](#{place})"
+    if isinstance(schema.get("default"), list):
+        return "a list"
+    kind = schema["type"] if isinstance(schema["type"], str) else schema["type"][0]
+    return {
+        "string": "text", "integer": "a whole number", "number": "a number", "boolean": "`true`, `false`",
+        "object": "an object", "array": "a list",
+    }[kind]  # fmt: skip
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value)

@@ -1,0 +1,343 @@
+"""A small model of another tokenizer, which speaks the base's tokens.
+
+It reads the text, cut by its own tokenizer: after each of the base's tokens the whole new text is cut again,
+what stays the same is kept, and the rest is taken back and read anew. What it answers are logprobs of the
+base's tokens: those that it has too keep what it gave them, all others get `UNMAPPED`. An expert and an
+anti-expert of one tokenizer thus differ by log p_expert - log p_anti_expert where a token is shared, and by
+exactly 0 elsewhere; logprobs, since only of them is 0 "as likely as before".
+
+Between the bytes of an unfinished character there is no text to cut: there, nothing is told apart.
+
+Sources: the map of equal strings with no offset elsewhere is ThinkLogit's (Zhang et al. 2025,
+arXiv:2507.12759); cutting the text anew and keeping the longest common prefix is how universal assisted
+generation drafts across tokenizers (Hugging Face and Intel, 2024).
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from proxytune.backends.base import Backend, Capabilities, Prefilled, num_shared_tokens
+from proxytune.errors import PromptTooLong, UnsupportedModel
+from proxytune.prompts import Tokenizer, continuation_ids
+from proxytune.vocab import TokenMap, Vocabulary, map_tokens, token_bytes
+
+UNMAPPED = -100.0
+"""Logprob of tokens that the small model does not have: next to no probability, and finite, so that two
+models differ there by 0 and not by NaN."""
+READ_TOKENS = 64
+"""Most tokens that are read at once: each of them gives a whole row of logits."""
+
+
+@dataclass(slots=True)
+class _Row:
+    prompt: list[int]
+    """In the small model's tokens."""
+    token_ids: list[int]
+    """What follows the prompt, in the base's."""
+    read: list[int]
+    """What the small model holds, in its own: perhaps of a text that was taken back since."""
+
+
+@dataclass(slots=True)
+class _State:
+    inner: Any
+    rows: list[_Row]
+
+
+class _Reading(NamedTuple):
+    """What a row reads next."""
+
+    num_kept: int
+    """How much of what it holds stays."""
+    tokens: list[int]
+    """What comes after."""
+    answers: list[tuple[int, int]]
+    """Positions of the base's tokens, and after which of `tokens` (by index) they are answered."""
+    following: int
+    """The first position that another reading has to answer."""
+
+
+class Spelling(Protocol):
+    """How a model spells text; a `checkpoint.Checkpoint` knows it."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Its tokens."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What cuts text into them."""
+
+    @property
+    def eos_token_ids(self) -> Sequence[int]:
+        """Those that end a text."""
+
+
+def token_map(base: Spelling, own: Spelling) -> TokenMap:
+    """Find which of the base's tokens a small model has too; what begins or ends a text counts as one."""
+
+    def ids(of: Spelling) -> tuple[int | None, int | None]:
+        bos = of.tokenizer.bos_token
+        return of.tokenizer.eos_token_id, None if bos is None else of.tokenizer.get_vocab().get(bos)
+
+    return map_tokens(
+        base.vocabulary,
+        own.vocabulary,
+        base_special_ids=frozenset(base.tokenizer.all_special_ids),
+        small_special_ids=frozenset(own.tokenizer.all_special_ids),
+        roles=zip(ids(base), ids(own), strict=True),
+    )
+
+
+class RetokenisedBackend(Backend[_State]):
+    """A small model behind the base's vocabulary.
+
+    Prompts come in the small model's own tokens, as its format renders them, and stay cut as they are; all
+    tokens after them come in the base's.
+
+    Args:
+        inner: The small model.
+        own: How it spells.
+        base: How the base spells.
+
+    Raises:
+        UnsupportedModel: The model cannot take back what it has read.
+    """
+
+    def __init__(self, inner: Backend[Any], own: Spelling, base: Spelling) -> None:
+        if not inner.capabilities.can_rewind:
+            raise UnsupportedModel(
+                f"{inner.name} cannot take back what it has read, and with another tokenizer than the "
+                "base's the end of a text is cut anew after every token.\n"
+                "hint: take small models with attention alone"
+            )
+        self.name = inner.name
+        self.inner = inner
+        self.own = own
+        self.token_map = token_map(base, own)
+        self.vocab_size = base.vocabulary.width
+        self._bytes: Mapping[int, bytes] = token_bytes(base.vocabulary)
+        self._special_ids = frozenset(base.tokenizer.all_special_ids)
+        self._starts_with = list(own.tokenizer.encode("", add_special_tokens=True))
+        self._capabilities = replace(inner.capabilities, reuses_logits=False, is_retokenised=True)
+        self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Those of the model; its context counts its own tokens."""
+        return self._capabilities
+
+    @property
+    def num_prompt_ids(self) -> int:
+        """How many ids prompts are made of."""
+        return self.inner.num_prompt_ids
+
+    def own_ids(self, token_ids: Sequence[int], *, is_start: bool = False) -> list[int]:
+        """Return the small model's tokens of a text in the base's.
+
+        An unfinished character at its end becomes a replacement character.
+
+        Args:
+            token_ids: Of the base's vocabulary.
+            is_start: Whether the text begins here, so that the tokens which the small model's tokenizer
+                puts before texts come first.
+        """
+        found = self._cut(token_ids, is_final=True)
+        assert found is not None
+        start = self._starts_with if is_start else []
+        if found[: len(start)] != start:
+            found = [*start, *found]
+        if is_start and not found:  # a start token of the base, which the small model has not
+            eos = self.own.tokenizer.eos_token_id
+            found = [0 if eos is None else eos]
+        return found
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], *, adapters: Sequence[str | None] | None = None
+    ) -> Prefilled[_State]:
+        """Run whole prompts, in the small model's tokens; see `Backend.prefill`."""
+        state, logits = self.inner.prefill(prompts, adapters=adapters)
+        rows = [_Row(list(prompt), [], list(prompt)) for prompt in prompts]
+        return Prefilled(_State(state, rows), self._mapped(logits))
+
+    def extend(self, state: _State, token_ids: Tensor) -> Tensor:
+        """Append `[batch, num_tokens]` of the base's tokens; return logprobs `[batch, num_tokens, vocab]`.
+
+        Raises:
+            PromptTooLong: The text, in the small model's tokens, exceeds its context.
+            BackendError: The model failed.
+        """
+        wanted: list[list[list[int] | None]] = []
+        # An expert and its anti-expert read the same: each text is cut once.
+        rests: dict[tuple[int, ...], list[int] | None] = {}
+        for row, given in zip(state.rows, token_ids.tolist(), strict=True):
+            cuts: list[list[int] | None] = []
+            for token_id in given:
+                row.token_ids.append(token_id)
+                text = tuple(row.token_ids)
+                if text not in rests:
+                    rests[text] = self._cut(text)
+                rest = rests[text]
+                cuts.append(None if rest is None else [*row.prompt, *rest])
+            wanted.append(cuts)
+        answers: Tensor | None = None
+        following = [0] * len(wanted)
+        while True:
+            readings = [
+                _reading(row.read, cuts, first)
+                for row, cuts, first in zip(state.rows, wanted, following, strict=True)
+            ]
+            if not any(reading.answers for reading in readings) and answers is not None:
+                return answers
+            places, found, following = self._read(state, readings)
+            if answers is None:
+                shape = (*token_ids.shape, self.vocab_size)
+                answers = torch.full(shape, UNMAPPED, device=found.device)
+            if places:
+                rows, positions = zip(*places, strict=True)
+                answers[list(rows), list(positions)] = found
+
+    def _read(
+        self, state: _State, readings: Sequence[_Reading]
+    ) -> tuple[list[tuple[int, int]], Tensor, list[int]]:
+        """Let every row read on; return which rows and positions are answered, the answers, what follows.
+
+        Rows that need less than others read their last token again, and forget it.
+        """
+        rows = state.rows
+        limit = self.inner.capabilities.max_context
+        kept, tokens = [], []
+        for row, reading in zip(rows, readings, strict=True):
+            is_idle = not reading.answers
+            kept.append(len(row.read) - 1 if is_idle else reading.num_kept)
+            tokens.append(row.read[-1:] if is_idle else reading.tokens)
+        width = min(READ_TOKENS, max(map(len, tokens)))
+        if limit is not None:
+            for own, num_kept in zip(tokens, kept, strict=True):
+                if num_kept + len(own) > limit:
+                    raise PromptTooLong(
+                        f"the text has come to {num_kept + len(own)} tokens of {self.name}, which has a "
+                        f"context of {limit}.\nhint: ask for fewer new tokens; this model's tokenizer needs "
+                        "others than the base's for the same text"
+                    )
+            width = min(width, limit - max(kept))  # filling up must not exceed it either
+        surplus = [len(row.read) - num_kept for row, num_kept in zip(rows, kept, strict=True)]
+        if any(surplus):
+            self.inner.rewind(state.inner, surplus)
+        parts = [own[:width] for own in tokens]
+        filled = torch.tensor([part + part[-1:] * (width - len(part)) for part in parts])
+        logits = self.inner.extend(state.inner, filled)
+        places, offsets, following = [], [], []
+        for index, (row, reading, part) in enumerate(zip(rows, readings, parts, strict=True)):
+            row.read = [*row.read[: kept[index]], *part]
+            done = [answer for answer in reading.answers if answer[1] < len(part)]
+            places += [(index, position) for position, _ in done]
+            offsets += [(index, offset) for _, offset in done]
+            left = reading.answers[len(done) :]
+            following.append(left[0][0] if left else reading.following)
+        picked = logits[:0, 0]
+        if offsets:
+            which, where = zip(*offsets, strict=True)
+            picked = logits[list(which), list(where)]
+        found = self._mapped(picked)
+        filling = [width - len(part) for part in parts]
+        if any(filling):
+            self.inner.rewind(state.inner, filling)
+        return places, found, following
+
+    def rewind(self, state: _State, num_tokens: Sequence[int]) -> None:
+        """Forget the last of the base's tokens; the small model takes back what it must when it reads on."""
+        for row, count in zip(state.rows, num_tokens, strict=True):
+            assert 0 <= count <= len(row.token_ids)
+            del row.token_ids[len(row.token_ids) - count :]
+
+    def select(self, state: _State, rows: Sequence[int]) -> _State:
+        """Return a state of the given rows; see `Backend.select`."""
+        return _State(self.inner.select(state.inner, rows), _copies(state.rows, rows))
+
+    def copy(self, state: _State, rows: Sequence[int]) -> _State:
+        """Return a state of its own of the given rows; see `Backend.copy`."""
+        return _State(self.inner.copy(state.inner, rows), _copies(state.rows, rows))
+
+    def merge(self, state: _State, other: _State, rows: Sequence[int]) -> _State:
+        """Return a state of the rows of two; see `Backend.merge`."""
+        inner = self.inner.merge(state.inner, other.inner, rows)
+        return _State(inner, _copies([*state.rows, *other.rows], rows))
+
+    def _cut(self, token_ids: Sequence[int], *, is_final: bool = False) -> list[int] | None:
+        """Return the small model's tokens of what follows a prompt; None in the middle of a character.
+
+        Special tokens are no text: one that the small model has too stands for itself, others are left out.
+        """
+        found: list[int] = []
+        text = bytearray()
+        for token_id in token_ids:
+            if token_id in self._special_ids:
+                found += self._tokens(text.decode("utf-8", "replace"))
+                text.clear()
+                own = self.token_map.small_id(token_id)
+                found += [] if own is None else [own]
+            else:
+                text += self._bytes.get(token_id, b"")
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        last = decoder.decode(bytes(text), final=is_final)
+        if decoder.getstate()[0]:
+            return None
+        return found + self._tokens(last)
+
+    def _tokens(self, text: str) -> list[int]:
+        return continuation_ids(text, self.own.tokenizer) if text else []
+
+    def _mapped(self, logits: Tensor) -> Tensor:
+        """Return logprobs of the base's tokens, `[..., vocab]` float32, from the small model's logits."""
+        device = logits.device
+        if device not in self._tables:
+            small_ids = self.token_map.small_ids.to(device)
+            unmapped = (small_ids < 0).nonzero().flatten()
+            padding_ids = self.own.vocabulary.padding_ids.to(device)
+            self._tables[device] = small_ids.clamp(min=0), unmapped, padding_ids
+        gather, unmapped, padding_ids = self._tables[device]
+        logits = logits.float()
+        if len(padding_ids):
+            logits = logits.index_fill(-1, padding_ids, -torch.inf)
+        logprobs = logits.log_softmax(-1).index_select(-1, gather)
+        return logprobs.index_fill_(-1, unmapped, UNMAPPED)
+
+
+def _reading(read: Sequence[int], cuts: Sequence[list[int] | None], first: int) -> _Reading:
+    """Plan one run of the small model: as many positions as one text goes on through.
+
+    Args:
+        read: What it holds.
+        cuts: The text after each position, in its tokens; None where it is not told.
+        first: The position to begin with.
+    """
+    answers: list[tuple[int, int]] = []
+    text: list[int] = []
+    num_kept = 0
+    for position in range(first, len(cuts)):
+        cut = cuts[position]
+        if cut is None:
+            continue
+        if not answers:
+            # The last token is read again if need be: what follows it is asked for.
+            num_kept = min(num_shared_tokens(read, cut), len(cut) - 1)
+        elif len(cut) <= len(text) or cut[: len(text)] != text:
+            return _Reading(num_kept, text[num_kept:], answers, position)
+        text = cut
+        answers.append((position, len(text) - 1 - num_kept))
+    return _Reading(num_kept, text[num_kept:], answers, len(cuts))
+
+
+def _copies(rows: Sequence[_Row], which: Sequence[int]) -> list[_Row]:
+    return [
+        _Row(list(row.prompt), list(row.token_ids), list(row.read))
+        for row in (rows[index] for index in which)
+    ]

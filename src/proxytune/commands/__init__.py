@@ -1,0 +1,1 @@
+"""The command line: one module per job, gathered by `cli.py`."""

@@ -1,0 +1,341 @@
+"""A recipe as a model of lm-eval, EleutherAI's evaluation harness, under the name `proxytune`.
+
+    python -m proxytune.integrations.lm_eval run --model proxytune --model_args recipe=DIR,alpha=0.7 --tasks
+    arc_easy
+
+is `lm_eval` with this model registered: the harness finds no models by itself that it does not bring. In
+Python, importing this module registers it.
+
+At alpha 0 everything is what the harness's own `hf` model gives for the base, as far as it prints digits. A
+context is shown to every model in its own prompt format; with `--apply_chat_template` messages stay
+messages until then. What is scored is always tokens of the base's vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from proxytune.batch_file import line_seed
+from proxytune.errors import InvalidRequest, MissingExtra
+from proxytune.likelihood import likelihoods
+from proxytune.model import ProxyTuned
+from proxytune.prompts import continuation_ids, render
+from proxytune.request import Message, Prompt, Request, SamplingParams
+from proxytune.score import Passage
+
+try:
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+except ImportError as error:
+    raise MissingExtra("lm-eval is not installed.\nhint: pip install 'proxytune[eval]'") from error
+
+CHAT_MARK = "\x02messages:"
+"""Begins a context that is a conversation as JSON: the harness hands contexts on as text."""
+MAX_NEW_TOKENS = 256
+"""Where a task says nothing; the harness's own models take as many."""
+DEFAULT_LENGTH = 2048
+"""Longest window where no model has a limit; likewise."""
+HARNESS_DEVICE = "cuda:0"
+_ALIASES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
+@register_model("proxytune")
+class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
+    """A steered base for lm-eval.
+
+    Args:
+        recipe: A recipe's reference, or models that are loaded already.
+        alpha: Strength of steering; None for the recipe's.
+        expert: Which expert steers, several joined with `+`; None for the recipe's.
+        batch_size: Rows side by side.
+        max_length: Longest prompt and continuation; None for the smallest context.
+        seed: Of drawn answers.
+        device: Runs every model there; None, and `cuda:0`, for the recipe's.
+        dtype: Runs every model in it; None for the recipe's.
+        speculative: Draft tokens when generating.
+
+    Raises:
+        InvalidRequest: A value cannot be used.
+        UserError: The recipe cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        recipe: str | ProxyTuned = "",
+        alpha: float | None = None,
+        expert: str | tuple[str, ...] | None = None,
+        batch_size: int | str = 8,
+        max_length: int | None = None,
+        seed: int = 0,
+        device: str | None = None,
+        dtype: str | None = None,
+        speculative: bool = False,
+    ) -> None:
+        super().__init__()
+        if not recipe:
+            raise InvalidRequest("no recipe is named.\nhint: --model_args recipe=DIR")
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise InvalidRequest(
+                f"batch_size is {batch_size!r}, and must be a whole number above 0; none is found out here.\n"
+                "hint: --batch_size 8"
+            )
+        # The harness hands this on where no device was named, GPU or not; the recipe knows better.
+        device = None if device == HARNESS_DEVICE else device
+        names = tuple(expert.split("+")) if isinstance(expert, str) else expert
+        if isinstance(recipe, ProxyTuned):
+            self.model = recipe
+        else:
+            self.model = ProxyTuned.load(recipe, device=device, dtype=dtype)
+        self.batch_size = int(batch_size)
+        self.tokenizer = self.model.tokenizer
+        self._alpha, self._experts, self._seed = alpha, names, seed
+        self._speculative = speculative
+        chosen = self.model.recipe.choose(names, alpha)
+        self._alphas = tuple(chosen.get(pair.name, 0.0) for pair in self.model.ensemble.pairs)
+        self._max_length = max_length or self._smallest_context()
+        self._number = 0
+
+    def _smallest_context(self) -> int:
+        ensemble = self.model.ensemble
+        used = {0}
+        for pair, alpha in zip(ensemble.pairs, self._alphas, strict=True):
+            used |= {pair.expert, pair.anti_expert} if alpha else set()
+        limits = [ensemble.members[i].backend.capabilities.max_context for i in used]
+        return min([n for n in limits if n is not None], default=DEFAULT_LENGTH)
+
+    # What the harness asks about the model ---------------------------------------------------------------
+
+    @property
+    def max_length(self) -> int:
+        """Longest prompt and continuation together, in tokens."""
+        return self._max_length
+
+    @property
+    def max_gen_toks(self) -> int:
+        """New tokens where a task says nothing."""
+        return MAX_NEW_TOKENS
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        found = self.tokenizer.eos_token_id
+        return found if found is not None else self.model.ensemble.eos_token_ids[0]
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text that has nothing before it."""
+        bos = self.tokenizer.bos_token
+        return self.eot_token_id if bos is None else self.tokenizer.get_vocab()[bos]
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness calls the tokenizer."""
+        return self.model.ensemble.members[0].name.replace("/", "__")
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Return the token ids of a text."""
+        special = add_special_tokens is not False
+        return list(self.tokenizer.encode(string, add_special_tokens=special))
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """Return what stands for the chat template in the harness's records: every model has its own."""
+        if isinstance(chat_template, str):
+            raise InvalidRequest(
+                f"a chat template is named ({chat_template}), and each model of a recipe has its own.\n"
+                'hint: set "prompt" in the recipe'
+            )
+        return " | ".join(f.prompt_format for f in self.model.formats) if chat_template else ""
+
+    def apply_chat_template(
+        self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return a conversation as a context; each model renders it in its own format later."""
+        if not add_generation_prompt:
+            raise InvalidRequest(
+                "the task begins the assistant's answer itself (gen_prefix), and a recipe's formats cannot "
+                "go on with it.\nhint: leave --apply_chat_template out for this task"
+            )
+        return CHAT_MARK + json.dumps(list(chat_history), ensure_ascii=False)
+
+    # Likelihoods -----------------------------------------------------------------------------------------
+
+    def loglikelihood(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Return the log-probability of each continuation, and whether it is the greedy one."""
+        arguments = [request.args for request in requests]
+        return self._score([self._passage(*pair) for pair in arguments], arguments, disable_tqdm)
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Return the log-probability of each whole text, cut into windows as the harness cuts them."""
+        passages, owners = [], []
+        for owner, request in enumerate(requests):
+            windows = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for context, continuation in map(utils.make_disjoint_window, windows):
+                passages.append(self._plain_passage(context, continuation))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        scored = self._score(passages, [None] * len(passages), disable_tqdm)
+        for owner, (logprob, _) in zip(owners, scored, strict=True):
+            totals[owner] += logprob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        """Return the same for token ids, which every model sees as they are."""
+        passages = [self._plain_passage(context, rest) for _, context, rest in requests]
+        return self._score(passages, [None] * len(passages), True)
+
+    def _score(
+        self, passages: Sequence[Passage], keys: Sequence[Any], disable_tqdm: bool
+    ) -> list[tuple[float, bool]]:
+        from tqdm import tqdm
+
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(passages)
+        scored = likelihoods(
+            self.model.ensemble, passages, self._alphas, batch_size=self.batch_size
+        )
+        for index, each in tqdm(
+            scored, total=len(passages), disable=disable_tqdm, desc="Scoring continuations"
+        ):
+            found[index] = (each.logprob, each.is_greedy)
+            if keys[index] is not None:
+                self.cache_hook.add_partial("loglikelihood", keys[index], found[index])
+        return found
+
+    def _passage(self, context: str, continuation: str) -> Passage:
+        prompt = self._prompt(context)
+        formats = self.model.formats
+        if isinstance(prompt, str) and not prompt:
+            # As the harness does: a start token before the text, unless the text brings it.
+            ids = self.tok_encode(continuation, add_special_tokens=False)
+            if ids[0] == self.prefix_token_id:
+                return self._plain_passage(ids[:1], ids[1:])
+            return self._plain_passage([self.prefix_token_id], ids)
+        if isinstance(prompt, str) and formats[0].prompt_format == "plain":
+            context_ids, continuation_token_ids = self._encode_pair(prompt, continuation)
+        else:
+            context_ids, continuation_token_ids = (
+                None,
+                continuation_ids(continuation, self.tokenizer),
+            )
+        prompts = []
+        for index, (member, each) in enumerate(
+            zip(self.model.ensemble.members, formats, strict=True)
+        ):
+            if context_ids is not None and (index == 0 or each.prompt_format == "plain"):
+                ids = member.own_ids(context_ids, is_start=True)
+            else:
+                ids = render(
+                    prompt,
+                    prompt_format=each.prompt_format,
+                    tokenizer=each.tokenizer,
+                    name=member.name,
+                )
+            prompts.append(ids)
+        return self._fitting(prompts, continuation_token_ids)
+
+    def _plain_passage(self, context: Sequence[int], continuation: Sequence[int]) -> Passage:
+        members = self.model.ensemble.members
+        return self._fitting([m.own_ids(context, is_start=True) for m in members], continuation)
+
+    def _fitting(self, prompts: Sequence[Sequence[int]], continuation: Sequence[int]) -> Passage:
+        """Return a passage that fits: what is too long loses its beginning, as the harness cuts it."""
+        # The last token is predicted and not read, so one more has room.
+        kept = tuple(continuation)[-self.max_length :]
+        room = self.max_length + 1 - len(kept)
+        return Passage(tuple(tuple(prompt)[-max(1, room) :] for prompt in prompts), kept)
+
+    # Generation ------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Return an answer to each context, cut before the first of its stop strings."""
+        from tqdm import tqdm
+
+        asked = [self._request(*request.args) for request in requests]
+        order = sorted(range(len(asked)), key=lambda i: -len(str(requests[i].args[0])))
+        texts = [""] * len(asked)
+        with tqdm(total=len(asked), disable=disable_tqdm, desc="Generating") as bar:
+            for start in range(0, len(order), self.batch_size):
+                block = order[start : start + self.batch_size]
+                traces = self.model.generate_batch(
+                    [asked[i] for i in block],
+                    batch_size=len(block),
+                    speculative=self._speculative,
+                )
+                for i, trace in zip(block, traces, strict=True):
+                    texts[i] = trace.text
+                    self.cache_hook.add_partial("generate_until", requests[i].args, trace.text)
+                bar.update(len(block))
+        return texts
+
+    def _request(self, context: str, settings: Mapping[str, Any]) -> Request:
+        given = dict(settings)
+        until = given.pop("until", None) or []
+        until = [until] if isinstance(until, str) else list(until)
+        lengths = [given.pop(name) for name in _ALIASES if given.get(name) is not None]
+        temperature = float(given.pop("temperature", 0.0) or 0.0)
+        is_drawn = given.pop("do_sample", None)
+        if is_drawn is None:
+            is_drawn = temperature > 0
+        temperature = (temperature or 1.0) if is_drawn else 0.0
+        top_p, top_k = given.pop("top_p", None), given.pop("top_k", None)
+        others = {
+            key: value for key, value in given.items() if value is not None and key not in _ALIASES
+        }
+        if others:
+            raise InvalidRequest(
+                f"the task asks for {', '.join(map(repr, others))} when generating, which is not done here.\n"
+                "hint: change the task's generation_kwargs, or --gen_kwargs"
+            )
+        self._number += 1
+        sampling = SamplingParams(
+            max_new_tokens=int(lengths[0]) if lengths else MAX_NEW_TOKENS,
+            temperature=temperature,
+            top_p=float(top_p) if top_p is not None and is_drawn else 1.0,
+            top_k=int(top_k) if top_k is not None and is_drawn else 0,
+            seed=line_seed(self._seed, self._number) if is_drawn else None,
+            stop=tuple(text for text in until if text),
+        )
+        prompt = self._prompt(context)
+        if isinstance(prompt, str) and all(f.prompt_format == "plain" for f in self.model.formats):
+            ids = self.tok_encode(prompt) if prompt else [self.prefix_token_id]
+            room = self.max_length - sampling.max_new_tokens
+            if 0 < room < len(ids):
+                ids = ids[-room:]
+            prompt = ids
+        return Request(prompt, sampling, self._alpha, self._experts)
+
+    @staticmethod
+    def _prompt(context: str) -> Prompt:
+        """Return a context as text or messages."""
+        if not context.startswith(CHAT_MARK):
+            return context
+        messages: list[Message] = json.loads(context.removeprefix(CHAT_MARK))
+        return messages
+
+
+def main() -> None:
+    """Run the harness's command line with this model registered."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,400 @@
+"""A recipe as vLLM's model config: its models found and checked, and what vLLM cannot honour refused.
+
+vLLM asks a config for the shape of one text model. It gets the base's, with the shortest context of all
+models and the base's end-of-sequence tokens. The recipe's own content stays what it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from proxytune.checkpoint import AdapterFiles, Checkpoint, find_adapter, find_checkpoint
+from proxytune.errors import UnsupportedModel
+from proxytune.integrations.auto import ProxyTunedConfig, ProxyTunedTokenizer, check_one_prompt
+from proxytune.integrations.vllm.request import Menu, RowStrengths, set_menu
+from proxytune.recipe import ARCHITECTURE, ModelSpec, Recipe
+from proxytune.vocab import Alignment, align
+
+_log = logging.getLogger(__name__)
+
+LOAD_FORMAT = "proxytune"
+"""What vLLM calls the loader of `weights.py`."""
+
+_OWN_FORMATS = ("auto", "hf", "safetensors", LOAD_FORMAT)
+_DRAFTS = ("draft_model", "ngram", "ngram_gpu", "suffix")
+"""Ways to draft that need nothing of the model but its tokens."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of the ensemble.
+
+    Args:
+        name: `base`, or `small_0` and so on; vLLM takes numbers between dots for layers.
+        title: How messages call it, such as `legal.expert`.
+        checkpoint: Its files.
+        adapter: A LoRA adapter to merge into its weights.
+        alignment: The way from its tokens to the base's.
+    """
+
+    name: str
+    title: str
+    checkpoint: Checkpoint
+    adapter: AdapterFiles | None
+    alignment: Alignment
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An expert and its anti-expert, as indices of members."""
+
+    name: str
+    expert: int
+    anti_expert: int
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """The models of a recipe, each once."""
+
+    members: tuple[Member, ...]
+    pairs: tuple[Pair, ...]
+
+    @property
+    def base(self) -> Checkpoint:
+        """The base's files."""
+        return self.members[0].checkpoint
+
+    @property
+    def max_context(self) -> int | None:
+        """Most tokens that every model can hold; None where no model has a limit."""
+        limits = [member.checkpoint.max_context for member in self.members]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+
+def find_ensemble(recipe: Recipe) -> Ensemble:
+    """Return a recipe's models, found and checked without their weights.
+
+    Raises:
+        UnsupportedModel: The recipe asks for what vLLM cannot do; the message names it.
+        UserError: A model is missing, unsafe, corrupt or does not match; see `errors.py`.
+    """
+    specs = {"base": recipe.base}
+    for expert in recipe.experts:
+        specs[f"{expert.name}.expert"] = expert.expert
+        specs[f"{expert.name}.anti_expert"] = expert.anti_expert
+    for title, spec in specs.items():
+        _check_spec(title, spec)
+    check_one_prompt(
+        recipe,
+        engine="vLLM",
+        hint="use `proxytune serve` without --engine vllm, which renders a prompt for each model",
+    )
+    if recipe.policy.has_positions:
+        raise UnsupportedModel(
+            "the recipe's steering has a schedule, and vLLM does not tell a model where its prompt ended.\n"
+            "hint: leave schedule out, or use `proxytune serve` without --engine vllm"
+        )
+    if recipe.base.prompt not in ("plain", "chat"):
+        raise UnsupportedModel(
+            "the recipe has a prompt template of its own, and vLLM renders chats with the "
+            "base's, or with one given to its server.\n"
+            'hint: write "prompt": "chat", and give the template to vLLM with --chat-template'
+        )
+    _check_dtypes(specs)
+    members: list[Member] = []
+    known: list[tuple[ModelSpec, Path | None]] = []
+    checkpoints: dict[ModelSpec, Checkpoint] = {}
+
+    def index_of(title: str, spec: ModelSpec) -> int:
+        if spec.same_as is not None:
+            return 0
+        weights = replace(spec.weights, dtype=None)
+        if weights not in checkpoints:
+            checkpoints[weights] = find_checkpoint(
+                spec.model or "",
+                root=recipe.directory,
+                revision=spec.revision,
+                trust_remote_code=spec.trust_remote_code,
+                allow_pickle=spec.allow_pickle,
+            )
+        checkpoint = checkpoints[weights]
+        adapter = None
+        if spec.adapter is not None:
+            adapter = find_adapter(
+                spec.adapter, root=recipe.directory, allow_pickle=spec.allow_pickle
+            )
+            adapter.check_fits(checkpoint)
+        key = (weights, adapter.path if adapter else None)
+        if key in known:
+            return known.index(key)
+        if members and spec.prompt == "chat":
+            _check_templates(title, members[0].checkpoint, checkpoint)
+        base = members[0].checkpoint if members else checkpoint
+        known.append(key)
+        members.append(
+            Member(
+                name=f"small_{len(members) - 1}" if members else "base",
+                title=title,
+                checkpoint=checkpoint,
+                adapter=adapter,
+                alignment=align(base.vocabulary, checkpoint.vocabulary),
+            )
+        )
+        return len(members) - 1
+
+    index_of("base", recipe.base)
+    pairs = tuple(
+        Pair(
+            e.name,
+            index_of(f"{e.name}.expert", e.expert),
+            index_of(f"{e.name}.anti_expert", e.anti_expert),
+        )
+        for e in recipe.experts
+    )
+    return Ensemble(tuple(members), pairs)
+
+
+def _check_spec(title: str, spec: ModelSpec) -> None:
+    """Refuse settings of a model that are for another engine."""
+    if spec.api is not None:
+        raise UnsupportedModel(
+            "the base is behind an API, and vLLM steers models whose weights it loads.\n"
+            "hint: name the base's weights, or use `proxytune serve` without --engine vllm"
+        )
+    if spec.llama_cpp is not None:
+        raise UnsupportedModel(
+            f"{title} is to be run by llama.cpp, and vLLM runs it itself.\n"
+            "hint: leave llama_cpp out, and vLLM gets the file's weights unpacked"
+        )
+    if spec.quantization is not None:
+        raise UnsupportedModel(
+            f"{title} is to be quantised as transformers does it, and vLLM has its own ways.\n"
+            "hint: name a copy that is stored quantised (AWQ, GPTQ, FP8, compressed-tensors), or leave "
+            "quantization out and give vLLM --quantization, which is for the base"
+        )
+    for key, instead in (
+        ("device", "vLLM places models itself; CUDA_VISIBLE_DEVICES says on which devices"),
+        ("attn_implementation", "vLLM has its own; --attention-backend chooses one"),
+        ("cuda_graphs", "vLLM makes its own unless it is given --enforce-eager"),
+    ):
+        if getattr(spec, key):
+            raise UnsupportedModel(
+                f"{title} sets {key} to {getattr(spec, key)!r}, which is for transformers.\n"
+                f"hint: leave {key} out; {instead}"
+            )
+
+
+def _check_dtypes(specs: dict[str, ModelSpec]) -> None:
+    given = {title: spec.dtype for title, spec in specs.items() if spec.dtype not in (None, "auto")}
+    if len(set(given.values())) > 1:
+        (one, first), (other, second) = next(
+            (a, b) for a in given.items() for b in given.items() if a[1] != b[1]
+        )
+        raise UnsupportedModel(
+            f"{one} is to run in {first} and {other} in {second}, and vLLM runs all models in one dtype.\n"
+            "hint: give one dtype to all, or leave it out and give vLLM --dtype"
+        )
+
+
+def _check_templates(title: str, base: Checkpoint, small: Checkpoint) -> None:
+    if base.tokenizer.chat_template != small.tokenizer.chat_template:
+        raise UnsupportedModel(
+            f"{title} has another chat template than the base, so their prompts differ, and vLLM has one "
+            "stream of tokens for all models.\n"
+            "hint: use `proxytune serve` without --engine vllm, which renders a prompt for each model"
+        )
+
+
+class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
+    """The config that vLLM works with: a recipe, and the shape of its base."""
+
+    _TRANSIENT = ("_ensemble", "_rows")
+    """What each process makes for itself."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)  # of its own: transformers writes one for configs that have none
+
+    @property
+    def served_recipe(self) -> Recipe:
+        """The recipe with the experts that are served."""
+        name = str(getattr(self, "name_or_path", "") or "")
+        directory = Path(name) if os.path.isdir(name) else Recipe.read(name).directory
+        return with_experts(self.recipe(directory.absolute()), self.__dict__.get("_served"))
+
+    @property
+    def menu(self) -> Menu:
+        """What requests choose from."""
+        return Menu(self.served_recipe, self.__dict__.get("_is_fixed", ""))
+
+    @property
+    def ensemble(self) -> Ensemble:
+        """The recipe's models."""
+        if "_ensemble" not in self.__dict__:
+            self.__dict__["_ensemble"] = find_ensemble(self.served_recipe)
+        found: Ensemble = self.__dict__["_ensemble"]
+        return found
+
+    @property
+    def row_strengths(self) -> RowStrengths:
+        """What the model and the logits processor of one worker share."""
+        if "_rows" not in self.__dict__:
+            self.__dict__["_rows"] = RowStrengths(self.menu.default)
+        rows: RowStrengths = self.__dict__["_rows"]
+        return rows
+
+    @property
+    def text_config(self) -> Any:
+        """The base's config, within the limits of all models."""
+        if "_text_config" not in self.__dict__:
+            ensemble = self.ensemble
+            text = copy.deepcopy(ensemble.base.config.get_text_config(decoder=True))
+            if (
+                ensemble.max_context is not None
+                and ensemble.max_context != ensemble.base.max_context
+            ):
+                text.max_position_embeddings = ensemble.max_context
+            text.eos_token_id = list(ensemble.base.eos_token_ids) or None
+            dtype = next((s.dtype for s in _specs(self.served_recipe) if s.dtype), None)
+            if dtype not in (None, "auto"):
+                text.dtype = dtype
+            self.__dict__["_text_config"] = text
+        return self.__dict__["_text_config"]
+
+    def get_text_config(self, decoder: Any = None, encoder: Any = None) -> Any:
+        """Return the base's config."""
+        return self.text_config
+
+    def serve(self, experts: Any, *, is_fixed: str) -> None:
+        """Set which experts are served (None for all), and why no request may choose, if none may."""
+        self.__dict__["_served"] = experts
+        self.__dict__["_is_fixed"] = is_fixed
+        self.__dict__.pop("_ensemble", None)
+        set_menu(self.menu)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of config.json, and what generation needs."""
+        return {**super().to_dict(), "eos_token_id": self.text_config.eos_token_id}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in self._TRANSIENT}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if (
+            "_is_fixed" in state
+        ):  # checked in another process: requests of this one are checked like there
+            set_menu(self.menu)
+
+
+def with_experts(recipe: Recipe, names: Any) -> Recipe:
+    """Return the recipe with these experts alone; None keeps all.
+
+    Raises:
+        UnknownExpert: It has no expert of a name.
+    """
+    if names is None:
+        return recipe
+    recipe.choose(tuple(names))
+    kept = tuple(expert for expert in recipe.experts if expert.name in names)
+    default = recipe.default_expert if recipe.default_expert in names else None
+    return replace(recipe, experts=kept, default_expert=default)
+
+
+def _specs(recipe: Recipe) -> list[ModelSpec]:
+    return [recipe.base, *(s for e in recipe.experts for s in (e.expert, e.anti_expert))]
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Refuse settings of vLLM that a recipe cannot honour, and set those that it needs.
+
+    Args:
+        vllm_config: vLLM's whole config, changed in place.
+
+    Raises:
+        UnsupportedModel: A setting cannot be honoured; the message names it.
+    """
+    model = vllm_config.model_config
+    config: RecipeConfig = model.hf_config
+    settings = (vllm_config.additional_config or {}).get("proxytune") or {}
+    unknown = sorted(set(settings) - {"experts"})
+    if unknown:
+        raise UnsupportedModel(
+            f"additional_config has proxytune.{unknown[0]}, and only proxytune.experts is known.\n"
+            'hint: --additional-config \'{"proxytune": {"experts": ["legal"]}}\''
+        )
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method not in _DRAFTS:
+        raise UnsupportedModel(
+            f"speculative_config has the method {speculative.method!r}, whose drafts come from the "
+            "hidden states of one model, and a recipe has several.\n"
+            f"hint: the methods that work are {', '.join(_DRAFTS)}; with draft_model, an expert drafts well"
+        )
+    if vllm_config.lora_config is not None:
+        raise UnsupportedModel(
+            "vLLM's own adapters (enable_lora) are of one model, and a recipe has several.\n"
+            'hint: make the adapter an expert of the recipe, and choose it per request with "expert"'
+        )
+    if model.enable_prompt_embeds:
+        raise UnsupportedModel(
+            "prompt embeddings are of one model, and a recipe has several.\n"
+            "hint: leave enable_prompt_embeds out"
+        )
+    load_format = str(vllm_config.load_config.load_format)
+    if load_format in _OWN_FORMATS:
+        vllm_config.load_config.load_format = LOAD_FORMAT
+    elif load_format != "dummy":
+        raise UnsupportedModel(
+            f"load_format is {load_format!r}, which reads the weights of one model, and a recipe has "
+            "several.\nhint: leave load_format out"
+        )
+    config.serve(
+        settings.get("experts"),
+        is_fixed=""
+        if speculative is None
+        else "with speculative decoding vLLM does not say which row of a batch is whose.\n"
+        "hint: leave it out, or start vLLM without speculative_config",
+    )
+    wanted = {spec.dtype for spec in _specs(config.served_recipe)} - {None, "auto"}
+    running = str(model.dtype).removeprefix("torch.")
+    if wanted and wanted != {running}:
+        raise UnsupportedModel(
+            f"the recipe asks for {wanted.pop()}, and vLLM would run in {running}.\n"
+            "hint: give vLLM the recipe's dtype with --dtype, or leave dtype out of the recipe"
+        )
+    if getattr(vllm_config, "use_v2_model_runner", False):
+        _log.warning(
+            "vLLM uses its second model runner, with which recipes have not been tried; "
+            "VLLM_USE_V2_MODEL_RUNNER=0 chooses the first"
+        )
+    limit = config.ensemble.max_context
+    if limit is not None and model.max_model_len > limit:
+        raise UnsupportedModel(
+            f"max_model_len is {model.max_model_len}, and the shortest context of the recipe's models is "
+            f"{limit}.\nhint: give vLLM --max-model-len {limit}, or leave it out"
+        )
+
+
+def register_config() -> None:
+    """Tell vLLM, and transformers in this process, how to read a recipe."""
+    from transformers import AutoConfig, AutoTokenizer
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    class RecipeChecks(VerifyAndUpdateConfig):  # type: ignore[misc]
+        """vLLM's hook for a model's demands on its config."""
+
+        @staticmethod
+        def verify_and_update_config(vllm_config: Any) -> None:
+            check_engine(vllm_config)
+
+    AutoConfig.register("proxytune", RecipeConfig, exist_ok=True)
+    register: Any = AutoTokenizer.register
+    register(RecipeConfig, tokenizer_class=ProxyTunedTokenizer, exist_ok=True)
+    MODELS_CONFIG_MAP[ARCHITECTURE] = RecipeChecks
+    ModelRegistry.register_model(ARCHITECTURE, "proxytune.integrations.vllm.model:SteeredModel")

@@ -1,0 +1,106 @@
+"""An expert as vLLM's draft model: one directory, in the base's vocabulary, adapters merged.
+
+vLLM's `draft_model` method takes a whole model whose token ids are the target's. An expert that is a LoRA
+adapter, or whose ids or width are not the base's, is written as such a model once and kept in the cache
+directory. Drafts are guesses: whatever an expert drafts, the steered model decides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from proxytune.checkpoint import build_once, cache_directory
+from proxytune.errors import UnsupportedModel
+from proxytune.integrations.vllm.config import Ensemble, Member, find_ensemble
+from proxytune.recipe import Recipe
+
+
+def speculative_config(
+    recipe: Recipe, expert: str | None = None, *, num_tokens: int = 3
+) -> dict[str, Any]:
+    """Return vLLM's `speculative_config` with an expert as the draft model.
+
+    Args:
+        recipe: The recipe that vLLM will serve.
+        expert: Its name; None for the default one, or the first.
+        num_tokens: How many tokens it drafts at a time.
+
+    Raises:
+        UnknownExpert: The recipe has no expert of that name.
+        UnsupportedModel: The expert has no weights of its own, or vLLM cannot run the recipe.
+    """
+    name = expert or recipe.default_expert or recipe.experts[0].name
+    recipe.choose(name)
+    ensemble = find_ensemble(recipe)
+    pair = next(pair for pair in ensemble.pairs if pair.name == name)
+    if pair.expert == 0:
+        raise UnsupportedModel(
+            f"expert {name!r} is the base itself, which is too slow to draft for itself.\n"
+            "hint: name an expert that is a small model"
+        )
+    return {
+        "method": "draft_model",
+        "model": str(draft_model(ensemble, ensemble.members[pair.expert])),
+        "num_speculative_tokens": num_tokens,
+    }
+
+
+def draft_model(ensemble: Ensemble, member: Member) -> Path:
+    """Return a directory with a member as a model in the base's vocabulary, written if it is not there.
+
+    Raises:
+        OutputFileError: The cache directory cannot be written.
+        UserError: Its files cannot be read.
+    """
+    weights = member.checkpoint.weights_path()
+    if member.adapter is None and member.alignment.kind == "same":
+        return weights
+    files = [*sorted(weights.glob("*.safetensors")), *sorted(weights.glob("*.json"))]
+    if member.adapter is not None:
+        files += sorted(path for path in member.adapter.path.iterdir() if path.is_file())
+    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    small_ids = member.alignment.small_ids
+    vocabulary = None if small_ids is None else small_ids.tolist()
+    content = repr(
+        ("1", states, member.alignment.base_width, member.alignment.num_shared, vocabulary)
+    )
+    key = hashlib.sha256(content.encode()).hexdigest()[:32]
+    target = cache_directory() / "drafts" / key
+    return build_once(
+        target,
+        lambda part: _write(ensemble, member, weights, part),
+        is_whole=lambda: (target / "config.json").is_file(),
+        what="an expert to draft with",
+    )
+
+
+def _write(ensemble: Ensemble, member: Member, weights: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(weights, dtype="auto", local_files_only=True)
+    if member.adapter is not None:
+        from peft import PeftModel
+
+        adapted: Any = PeftModel.from_pretrained(model, str(member.adapter.path))
+        model = adapted.merge_and_unload()
+    alignment = member.alignment
+    if alignment.kind != "same":
+        if alignment.small_ids is not None:
+            source = alignment.small_ids.clamp(min=0)
+        else:
+            source = torch.arange(alignment.base_width)
+            source[alignment.num_shared :] = 0
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        is_tied = embedding.weight is head.weight
+        for layer in [embedding] if is_tied else [embedding, head]:
+            layer.weight = torch.nn.Parameter(layer.weight.detach()[source].clone())
+        if is_tied:
+            head.weight = embedding.weight
+        if getattr(head, "bias", None) is not None:
+            head.bias = torch.nn.Parameter(head.bias.detach()[source].clone())
+        model.config.get_text_config().vocab_size = alignment.base_width
+    model.save_pretrained(target)
+    ensemble.base.tokenizer.save_pretrained(target)

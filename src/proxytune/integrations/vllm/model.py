@@ -1,0 +1,278 @@
+"""The ensemble as one model of vLLM: `SteeredModel`.
+
+Its members are models of vLLM's own, made with its parallel layers. They read the same tokens at the same
+places, so one block table serves all of them: paging, prefix caching, chunked prefill and preemption stay
+vLLM's. Every member reads every token, whatever the request asks for: a cached prefix can then be reused
+under any strength.
+
+`forward` returns the members' hidden states side by side; `compute_logits` takes them apart, and only there
+are strengths applied, with the formula of `steer.py`. An expert that no row asks for computes no logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.models.interfaces import SupportsPP
+from vllm.model_executor.models.utils import AutoWeightsLoader
+from vllm.sequence import IntermediateTensors
+
+from proxytune.integrations.vllm.config import Member, RecipeConfig
+from proxytune.integrations.vllm.request import Strengths
+from proxytune.integrations.vllm.weights import share_equal_parameters
+from proxytune.policy_rules import apply_policy
+from proxytune.steer import Contribution, offset
+
+
+@dataclass(frozen=True)
+class _RowLogits:
+    """One member's logits in the base's vocabulary, of some of the rows.
+
+    Args:
+        values: `[len(places), vocab]`; None on a rank that others gather logits for.
+        places: The rows they are of, ascending.
+    """
+
+    values: Tensor | None
+    places: list[int]
+
+    @classmethod
+    def compute(cls, member: Member, model: Any, states: Tensor, places: list[int]) -> _RowLogits:
+        """Have a member compute the logits of some rows of its hidden states."""
+        if len(places) < states.shape[0]:
+            states = states[torch.tensor(places, device=states.device)]
+        values: Tensor | None = model.compute_logits(states.contiguous())
+        return cls(None if values is None else member.alignment.logits_to_base(values), places)
+
+    def of(self, places: list[int]) -> Tensor:
+        """Return the logits of these rows."""
+        assert self.values is not None
+        if places == self.places:
+            return self.values
+        index = {place: row for row, place in enumerate(self.places)}
+        rows = torch.tensor([index[place] for place in places], device=self.values.device)
+        return self.values[rows]
+
+
+class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
+    """A base steered by experts.
+
+    Args:
+        vllm_config: Of a recipe.
+        prefix: vLLM's; recipes are not part of other models.
+    """
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__()
+        assert not prefix, prefix
+        config: RecipeConfig = vllm_config.model_config.hf_config
+        self.config = config
+        self._vllm_config = vllm_config
+        self._rows = config.row_strengths
+        self._menu = config.menu
+        self._policy = self._menu.recipe.policy
+        self._members = config.ensemble.members
+        self._pairs = config.ensemble.pairs
+        for member in self._members:
+            self.add_module(member.name, _build(vllm_config, member))
+        self._models: list[Any] = [getattr(self, member.name) for member in self._members]
+        padding_ids = config.ensemble.base.vocabulary.padding_ids
+        self.register_buffer("_padding_ids", padding_ids, persistent=False)
+        self._widths: list[int] = []
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Return the base's embeddings."""
+        embeddings: Tensor = self._models[0].embed_input_ids(input_ids)
+        return embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor | IntermediateTensors:
+        """Run all members over the same tokens.
+
+        Args:
+            input_ids: `[num_tokens]`, the base's; None on later ranks of a pipeline.
+            positions: `[num_tokens]`.
+            intermediate_tensors: From the rank before, in a pipeline.
+            inputs_embeds: Not used: each member has embeddings of its own.
+
+        Returns:
+            `[num_tokens, sum of hidden sizes]`, or what the next rank of the pipeline needs.
+        """
+        outputs = []
+        for member, model in zip(self._members, self._models, strict=True):
+            own = intermediate_tensors
+            if own is not None:
+                start = f"{member.name}."
+                own = IntermediateTensors(
+                    {k.removeprefix(start): t for k, t in own.items() if k.startswith(start)}
+                )
+            ids = input_ids
+            if ids is not None and member.alignment.kind == "permuted":
+                # vLLM pads batches with tokens that may have no counterpart; their logits are not used.
+                ids = member.alignment.ids_to_small(ids.long()).clamp_(min=0).to(ids.dtype)
+            outputs.append(model(ids, positions, own, None))
+        if isinstance(outputs[0], IntermediateTensors):
+            return _joined(self._members, outputs)
+        self._widths = [output.shape[-1] for output in outputs]
+        return torch.cat(outputs, dim=-1)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Return each row's steered logits, `[rows, vocab]`, float32, -inf at ids that no token has.
+
+        Args:
+            hidden_states: `[rows, sum of hidden sizes]`, of the rows that `RowStrengths` expects.
+        """
+        num_rows = hidden_states.shape[0]
+        rows = self._rows.take(num_rows) or [self._rows.default] * num_rows
+        parts = [
+            (pair, index, [place for place, row in enumerate(rows) if row[index] != 0])
+            for index, pair in enumerate(self._pairs)
+        ]
+        parts = [part for part in parts if part[2]]
+        if not self._policy.is_plain:  # it looks at all experts of a row at once
+            parts = [(pair, index, list(range(num_rows))) for pair, index, _ in parts]
+        wanted: dict[int, set[int]] = {0: set(range(num_rows))}
+        for pair, _, places in parts:
+            for member in (pair.expert, pair.anti_expert):
+                wanted.setdefault(member, set()).update(places)
+        states = torch.split(hidden_states, self._widths, dim=-1)
+        # In one order on all ranks: each computes a part of every member's logits.
+        logits = {
+            index: _RowLogits.compute(
+                self._members[index], self._models[index], states[index], sorted(wanted[index])
+            )
+            for index in sorted(wanted)
+        }
+        base = logits[0].values
+        if base is None:
+            return None
+        padding_ids: Any = self._padding_ids
+        contributions = [
+            Contribution(
+                logits[pair.expert].of(places),
+                logits[pair.anti_expert].of(places),
+                _alpha([rows[place][index] for place in places]),
+            )
+            for pair, index, places in parts
+        ]
+        if self._policy.is_plain:
+            steered = base.to(torch.float32, copy=True)
+            for (_, _, places), part in zip(parts, contributions, strict=True):
+                change = offset(part)
+                if len(places) == num_rows:
+                    steered += change
+                else:
+                    steered.index_add_(0, torch.tensor(places, device=steered.device), change)
+        else:
+            found = apply_policy(self._policy, base, contributions, padding_ids=padding_ids)
+            steered = found.logits.clone() if found.logits is base else found.logits
+        if len(padding_ids):
+            steered.index_fill_(-1, padding_ids, -torch.inf)
+        return steered
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load the members' weights, each under its member's name; return the names that were filled."""
+        loaded: set[str] = AutoWeightsLoader(self).load_weights(weights)
+        share_equal_parameters(self._models[1:])
+        return loaded
+
+    def get_model_state_cls(self) -> type:
+        """Return what vLLM's second model runner keeps of each request; the first does not ask."""
+        return _follow_rows(self._vllm_config, self)
+
+    def make_empty_intermediate_tensors(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> IntermediateTensors:
+        """Return what a later rank of a pipeline gets, without values."""
+        return _joined(
+            self._members,
+            [
+                model.make_empty_intermediate_tensors(batch_size, dtype, device)
+                for model in self._models
+            ],
+        )
+
+
+def _build(vllm_config: Any, member: Member) -> nn.Module:
+    """Build a member with vLLM's layers.
+
+    The base's layers have the names they would have alone, by which quantised checkpoints list what they
+    leave unquantised. vLLM's quantisation settings are for the base; a small model has those of its own
+    checkpoint.
+    """
+    from vllm.compilation.backends import set_model_tag
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    is_base = member.name == "base"
+    checkpoint = member.checkpoint
+    inner = vllm_config.with_hf_config(checkpoint.config, architectures=[checkpoint.architecture])
+    inner.model_config.hf_text_config = checkpoint.config.get_text_config(decoder=True)
+    if not is_base:
+        inner.model_config.quantization = None
+        inner.quant_config = None
+    inner.model_config.model_arch_config = inner.model_config.get_model_arch_config()
+    if not is_base and inner.model_config.model_arch_config.quantization_config is not None:
+        inner.model_config._verify_quantization()
+        inner.quant_config = type(inner).get_quantization_config(
+            inner.model_config, inner.load_config
+        )
+    # Compiled models are told apart by their tag.
+    with set_model_tag(member.name):
+        built: nn.Module = initialize_model(
+            vllm_config=inner, prefix="" if is_base else member.name
+        )
+    return built
+
+
+def _alpha(strengths: Sequence[float]) -> float | Tensor:
+    """Return strengths of rows as `Contribution` takes them: a number where they are one."""
+    return strengths[0] if len(set(strengths)) == 1 else torch.tensor(strengths)
+
+
+def _joined(members: Sequence[Member], tensors: Sequence[Any]) -> Any:
+    return IntermediateTensors(
+        {
+            f"{member.name}.{key}": tensor
+            for member, own in zip(members, tensors, strict=True)
+            for key, tensor in own.items()
+        }
+    )
+
+
+def _follow_rows(vllm_config: Any, steered: SteeredModel) -> type:
+    """Return the base's state class of vLLM's second model runner, which also says whose row is whose.
+
+    That runner keeps requests in slots, and tells before each forward which slot each row of logits is of.
+    """
+    from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
+
+    state: Any = resolve_model_state_cls(vllm_config, steered._models[0])
+
+    class SteeredState(state):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._slots: dict[int, Strengths | None] = {}
+
+        def add_request(self, req_index: int, new_req_data: Any) -> None:
+            super().add_request(req_index, new_req_data)
+            params = new_req_data.sampling_params
+            asked = None if params is None else steered._menu.strengths(params.extra_args)
+            self._slots[req_index] = asked
+
+        def preprocess_state(self, input_batch: Any, *args: Any, **kwargs: Any) -> None:
+            super().preprocess_state(input_batch, *args, **kwargs)
+            slots = input_batch.idx_mapping_np.tolist()
+            if any(self._slots.get(slot) is not None for slot in slots):
+                rows = input_batch.expanded_idx_mapping.tolist()
+                steered._rows.expect([self._slots.get(slot) for slot in rows])
+
+    return SteeredState

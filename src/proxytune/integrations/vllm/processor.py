@@ -1,0 +1,81 @@
+"""What vLLM calls a logits processor: checks requests, and follows which row of a batch is whose.
+
+It has the shape of both of vLLM's interfaces: that of the first model runner, where `update_state` says how
+the batch changed, and that of the second, where only checking is left to do (`model.py` follows the batch
+there). It changes no logits itself: the model steers each row as it computes its logits, so that penalties,
+grammars and logprobs see what the row asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from proxytune.integrations.vllm.request import Menu, RowStrengths, Strengths, check_request
+
+
+def _interfaces() -> tuple[type, ...]:
+    """Return vLLM's interfaces for logits processors, that of the first model runner and of the second."""
+    from vllm.v1.sample.logits_processor import LogitsProcessor
+
+    try:
+        from vllm.v1.worker.gpu.sample.logits_processor.interface import (
+            LogitsProcessor as SecondLogitsProcessor,
+        )
+    except ImportError:
+        return (LogitsProcessor,)
+    return (LogitsProcessor, SecondLogitsProcessor)
+
+
+class RequestSteering(*_interfaces()):  # type: ignore[misc]
+    """Checks requests, and tells the model which row is whose. For any model but a recipe it does nothing.
+
+    Args:
+        vllm_config: vLLM's.
+        state: The device (first interface) or vLLM's request slots (second); not needed.
+        is_pin_memory: Of the first interface; not needed.
+    """
+
+    def __init__(self, vllm_config: Any, state: Any, is_pin_memory: bool | None = None) -> None:
+        config = vllm_config.model_config.hf_config
+        self._rows: RowStrengths | None = getattr(config, "row_strengths", None)
+        self._menu: Menu | None = getattr(config, "menu", None) if self._rows else None
+        self._batch: dict[int, Strengths | None] = {}
+        self._num_rows = 0
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """Check a request in vLLM's front end.
+
+        Raises:
+            ValueError: It asks for what cannot be honoured.
+        """
+        check_request(sampling_params)
+
+    def is_argmax_invariant(self) -> bool:
+        """Whether greedy decoding can leave it out."""
+        return self._rows is None
+
+    def update_state(self, batch_update: Any) -> None:
+        """Follow the batch, before each forward (first interface)."""
+        if self._rows is None or self._menu is None:
+            return
+        if batch_update is not None:
+            self._num_rows = batch_update.batch_size
+            for index in batch_update.removed:
+                self._batch.pop(index, None)
+            for index, params, *_ in batch_update.added:
+                self._batch[index] = self._menu.strengths(params.extra_args)
+            for source, target, direction in batch_update.moved:
+                moved, replaced = self._batch.pop(source, None), self._batch.pop(target, None)
+                self._batch[target] = moved
+                if direction.name == "SWAP":
+                    self._batch[source] = replaced
+        self._rows.expect([self._batch.get(index) for index in range(self._num_rows)])
+
+    def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+        """Say that the logits need no change (second interface)."""
+        return False
+
+    def apply(self, logits: Any, ctx: Any = None) -> Any:
+        """Return the logits as they are: the model has steered them."""
+        return logits

@@ -1,0 +1,76 @@
+"""The command that starts vLLM's OpenAI-compatible server on a recipe.
+
+vLLM's own command `vllm serve` needs a distribution called `vllm`, and its CPU builds are called otherwise;
+the module behind it starts under any name.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+
+from proxytune.errors import InvalidRequest, MissingExtra
+from proxytune.recipe import Recipe
+
+MODULE = "vllm.entrypoints.openai.api_server"
+
+
+def vllm_server_command(
+    recipe: str | Recipe,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str | None = None,
+    experts: Sequence[str] | None = None,
+    dtype: str | None = None,
+    max_model_len: int | None = None,
+    num_drafted: int = 0,
+    options: Sequence[str] = (),
+) -> list[str]:
+    """Return the command that serves a recipe with vLLM, after checking that vLLM can.
+
+    Args:
+        recipe: A directory, `package:NAME/PATH`, a Hub id, or a recipe already read.
+        host: Address to listen on.
+        port: Port to listen on.
+        name: What clients call the model; None for the name of the recipe's directory.
+        experts: Serve only these; None serves all.
+        dtype: Of all models; None leaves it to vLLM.
+        max_model_len: Most tokens of a row; None for the shortest context of the models.
+        num_drafted: Tokens that the default expert drafts at a time; 0 for no speculative decoding. Where it
+            drafts, no request can choose its strength or experts.
+        options: Further options of vLLM's server, as they are.
+
+    Raises:
+        MissingExtra: vLLM is not installed.
+        RecipeError: The recipe is missing or malformed.
+        UnsupportedModel: vLLM cannot run it; the message says why.
+        InvalidRequest: A number is out of range.
+        UserError: A model is missing, unsafe, corrupt or does not match; see `errors.py`.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise MissingExtra("vLLM is not installed.\nhint: pip install 'proxytune[vllm]'")
+    from proxytune.integrations.vllm.config import find_ensemble, with_experts
+    from proxytune.integrations.vllm.draft import speculative_config
+
+    if num_drafted < 0:
+        raise InvalidRequest(f"num_drafted is {num_drafted}, and must be 0 or more")
+    recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
+    served = with_experts(recipe, experts)
+    find_ensemble(served)
+    command = [sys.executable, "-m", MODULE, "--model", str(recipe.directory)]
+    command += ["--served-model-name", name or recipe.directory.name]
+    command += ["--host", host, "--port", str(port)]
+    if experts is not None:
+        only = {"proxytune": {"experts": [expert.name for expert in served.experts]}}
+        command += ["--additional-config", json.dumps(only)]
+    if dtype is not None:
+        command += ["--dtype", dtype]
+    if max_model_len is not None:
+        command += ["--max-model-len", str(max_model_len)]
+    if num_drafted:
+        drafting = speculative_config(served, num_tokens=num_drafted)
+        command += ["--speculative-config", json.dumps(drafting)]
+    return [*command, *options]

@@ -1,0 +1,176 @@
+"""The weights of a recipe's models for vLLM: read from each model's own files, adapters merged on the way.
+
+Each tensor comes under the name of its member (`small_0.model.layers.0…`); vLLM's own layers take them from
+there, cut for their rank. A GGUF file is read from its unpacked copy.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from proxytune.backends.transformers import read_adapter
+from proxytune.checkpoint import AdapterFiles
+from proxytune.errors import AdapterMismatch
+from proxytune.integrations.vllm.config import LOAD_FORMAT, Member, RecipeConfig
+
+Named = tuple[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What an adapter adds to one layer's weight: `scaling * up @ down`.
+
+    Args:
+        down: `[rank, inputs]`.
+        up: `[outputs, rank]`.
+        scaling: Its factor.
+        is_transposed: Whether the layer's weight is `[inputs, outputs]`, as in GPT-2.
+    """
+
+    down: Tensor
+    up: Tensor
+    scaling: float
+    is_transposed: bool
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """Return the weight with this added, in float32: the layer that takes it rounds it once."""
+        change = self.scaling * (self.up.float() @ self.down.float())
+        change = change.t() if self.is_transposed else change
+        return weight.float() + change.to(weight.device)
+
+
+def low_rank_changes(adapter: AdapterFiles, *, allow_pickle: bool) -> dict[str, LowRank]:
+    """Return what an adapter adds to the weights of its model, by module name.
+
+    Raises:
+        UnsupportedModel: It changes more than what products of two matrices can.
+        UserError: Its files are missing, unsafe or corrupt.
+    """
+    from peft.utils.other import get_pattern_key
+
+    config, weights = read_adapter(adapter, allow_pickle=allow_pickle)
+    ends = (".lora_A.weight", ".lora_B.weight")
+    changes: dict[str, LowRank] = {}
+    for key in weights:
+        if not key.endswith(ends[0]):
+            continue
+        module = key.removesuffix(ends[0])
+        name = module.removeprefix("base_model.model.")
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+        alpha = config.alpha_pattern.get(
+            get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha
+        )
+        changes[name] = LowRank(
+            down=weights[key],
+            up=weights[module + ends[1]],
+            scaling=alpha / (rank**0.5 if config.use_rslora else rank),
+            is_transposed=bool(config.fan_in_fan_out),
+        )
+    return changes
+
+
+def merge(
+    weights: Iterable[Named], adapter: AdapterFiles, *, allow_pickle: bool
+) -> Iterator[Named]:
+    """Yield a model's weights with an adapter merged into them.
+
+    Raises:
+        AdapterMismatch: A layer that the adapter changes has no weight there.
+    """
+    changes = low_rank_changes(adapter, allow_pickle=allow_pickle)
+    waiting = set(changes)
+    for name, weight in weights:
+        module = name.removesuffix(".weight")
+        # Checkpoints of a model without its head may leave the first part of the names out.
+        place = next((m for m in changes if m == module or m.endswith(f".{module}")), None)
+        if place is not None and module != name:
+            waiting.discard(place)
+            weight = changes[place].merged(weight)
+        yield name, weight
+    if waiting:
+        raise AdapterMismatch(
+            f"the adapter {adapter.name} changes {min(waiting)}, which has no weight of its own in the "
+            "files of its model.\n"
+            "hint: merge the adapter into a copy of its model with PEFT, and name that copy"
+        )
+
+
+def register_loader() -> None:
+    """Tell vLLM how the weights of a recipe are read."""
+    from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    class RecipeLoader(DefaultModelLoader):  # type: ignore[misc]
+        """vLLM's loader, for several models instead of one."""
+
+        def __init__(self, load_config: Any) -> None:
+            load_config = copy.copy(load_config)
+            load_config.load_format = "hf"
+            super().__init__(load_config)
+
+        def download_model(self, model_config: Any) -> None:
+            """Fetch or unpack what is not there yet."""
+            if not isinstance(model_config.hf_config, RecipeConfig):
+                super().download_model(model_config)
+                return
+            for member in model_config.hf_config.ensemble.members:
+                member.checkpoint.weights_path()
+
+        def get_all_weights(self, model_config: Any, model: Any) -> Iterator[Named]:
+            """Yield the weights of all members under their names; those of a draft model as they are."""
+            if not isinstance(model_config.hf_config, RecipeConfig):
+                yield from super().get_all_weights(model_config, model)
+                return
+            for member in model_config.hf_config.ensemble.members:
+                yield from self._member_weights(member)
+
+        def _member_weights(self, member: Member) -> Iterator[Named]:
+            source = DefaultModelLoader.Source(
+                str(member.checkpoint.weights_path()),
+                None,
+                fall_back_to_pt=member.checkpoint.allow_pickle,
+            )
+            weights: Iterable[Named] = self._get_weights_iterator(source)
+            if member.adapter is not None:
+                weights = merge(
+                    weights, member.adapter, allow_pickle=member.checkpoint.allow_pickle
+                )
+            for name, weight in weights:
+                yield f"{member.name}.{name}", weight
+
+    register_model_loader(LOAD_FORMAT)(RecipeLoader)
+
+
+def share_equal_parameters(models: Iterable[torch.nn.Module]) -> int:
+    """Have models of one shape share the parameters in which they do not differ; return the bytes saved.
+
+    Experts made with LoRA on one small model differ from it in some layers only; its embedding and output
+    head are most of a small model.
+    """
+    seen: dict[tuple[Any, ...], list[torch.nn.Parameter]] = {}
+    saved = 0
+    for model in models:
+        owners = {
+            name: (module, key)
+            for path, module in model.named_modules()
+            for key in module._parameters
+            for name in [f"{path}.{key}" if path else key]
+        }
+        for name, (module, key) in owners.items():
+            parameter = module._parameters[key]
+            if parameter is None:
+                continue
+            alike = seen.setdefault((type(model), name, parameter.shape, parameter.dtype), [])
+            twin = next((p for p in alike if p is parameter or torch.equal(p, parameter)), None)
+            if twin is None:
+                alike.append(parameter)
+            elif twin is not parameter:
+                module._parameters[key] = twin
+                saved += parameter.numel() * parameter.element_size()
+    return saved

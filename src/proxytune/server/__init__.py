@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP server on one machine; `proxytune serve` starts it."""

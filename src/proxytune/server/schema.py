@@ -1,0 +1,227 @@
+"""What clients may send: the OpenAI API's fields with their meaning, and `proxytune` for steering.
+
+A field that cannot be honoured is refused by name, also where ignoring it would look like success; values
+that change nothing (`"store": false`) pass. Names and defaults are the API's own.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StringConstraints,
+    model_validator,
+)
+
+from proxytune.request import MAX_ALPHA, MAX_PENALTY
+
+MAX_CHOICES = 8
+"""Most answers to one prompt, each of which takes a row."""
+MAX_PROMPTS = 64
+"""Most prompts in one request."""
+MAX_STOPS = 16
+MAX_LOGPROBS = 20
+MAX_EXPLAIN_TOP = 20
+MAX_BIASED_TOKENS = 1024
+
+
+def _check_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # JSON can write one alone, and tokenizers cannot read it.
+        raise ValueError("holds one half of a surrogate pair, which is no character") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
+# Strict: "1" and true are no numbers, as in the API.
+Alpha = Annotated[float, Field(strict=True, ge=-MAX_ALPHA, le=MAX_ALPHA, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(strict=True, ge=-2, le=2, allow_inf_nan=False)]
+Bias = Annotated[float, Field(strict=True, ge=-100, le=100, allow_inf_nan=False)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+TokenKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+
+
+class _Fields(BaseModel):
+    # Names such as `model` are the API's, not pydantic's.
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class Steering(_Fields):
+    """How this request is steered.
+
+    `expert` names one expert, `experts` several with their own strengths, which are summed. Without either
+    the recipe's default steers, or the one that `model` names.
+    """
+
+    alpha: Alpha | None = Field(None, description="0 is the base alone, 1 the published method")
+    expert: Name | None = None
+    experts: dict[Name, Alpha] | None = Field(None, min_length=1, max_length=64)
+    explain: StrictBool = Field(False, description="Tell what each model gave each token")
+    explain_top: int = Field(
+        5, strict=True, ge=0, le=MAX_EXPLAIN_TOP, description="How many likeliest tokens of each"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Steering:
+        if self.experts is not None and (self.expert is not None or self.alpha is not None):
+            raise ValueError(
+                "experts have strengths of their own, so neither expert nor alpha may be given beside them"
+            )
+        return self
+
+
+class StreamOptions(_Fields):
+    """What a stream tells beside the text."""
+
+    include_usage: StrictBool = False
+    include_obfuscation: Literal[False] | None = None
+
+
+class TextFormat(_Fields):
+    """The only format that can be promised: text as the model writes it."""
+
+    type: Literal["text"]
+
+
+class Generation(_Fields):
+    """What completions and chats have in common."""
+
+    model: Name
+    n: int = Field(1, strict=True, ge=1, le=MAX_CHOICES)
+    temperature: Annotated[float, Field(strict=True, ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[TokenKey, Bias],
+            Field(max_length=MAX_BIASED_TOKENS),
+        ]
+        | None
+    ) = None
+    stream: StrictBool = False
+    stream_options: StreamOptions | None = None
+    user: Annotated[str, StringConstraints(max_length=200)] | None = Field(
+        None, description="Requests of one user wait for each other, not for those of others"
+    )
+    proxytune: Steering | None = None
+    # Extensions that other servers have under the same names.
+    top_k: int = Field(0, strict=True, ge=-1, le=2**31, description="0 or -1 keeps all tokens")
+    min_p: float = Field(0.0, strict=True, ge=0, le=1, allow_inf_nan=False)
+    repetition_penalty: float = Field(
+        1.0, strict=True, ge=1 / MAX_PENALTY, le=MAX_PENALTY, allow_inf_nan=False
+    )
+    min_tokens: int = Field(0, strict=True, ge=0, le=2**31)
+    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOPS)
+    ignore_eos: StrictBool = False
+
+    @model_validator(mode="after")
+    def _check_stream(self) -> Generation:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is for streams; set stream to true or leave it out")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class CompletionRequest(Generation):
+    """`POST /v1/completions`."""
+
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(min_length=1)]],
+            Field(min_length=1, max_length=MAX_PROMPTS),
+        ]
+    )
+    max_tokens: int | None = Field(16, strict=True, ge=1, le=2**31)
+    logprobs: int | None = Field(None, strict=True, ge=0, le=MAX_LOGPROBS)
+    echo: StrictBool = Field(False, description="Begin the text with the prompt")
+    best_of: int | None = Field(None, strict=True, ge=1, le=MAX_CHOICES)
+    suffix: Literal[""] | None = Field(
+        None, description="Cannot be honoured: there is no infilling"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != self.n:
+            raise ValueError("best_of other than n cannot be honoured")
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo with logprobs cannot be honoured: prompts are not scored")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt, text or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        items: list[Any] = list(self.prompt)
+        return [items] if isinstance(items[0], int) else items
+
+
+class TextPart(_Fields):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class ChatMessage(_Fields):
+    """One turn."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    name: None = None
+    refusal: None = None
+
+    def as_message(self) -> dict[str, str]:
+        """Return it as templates take it."""
+        content = self.content
+        if not isinstance(content, str):
+            content = "".join(part.text for part in content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class ChatRequest(Generation):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
+    max_tokens: Annotated[int, Field(strict=True, ge=1, le=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(strict=True, ge=1, le=2**31)] | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None = None
+    response_format: TextFormat | None = None
+    # What clients send by habit, with the values that change nothing.
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: StrictBool | None = None
+    store: Literal[False] | None = None
+    metadata: dict[Text, Text] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    modalities: list[Literal["text"]] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs to be true")
+        if None not in (self.max_tokens, self.max_completion_tokens) and (
+            self.max_tokens != self.max_completion_tokens
+        ):
+            raise ValueError("max_tokens and max_completion_tokens contradict each other")
+        return self

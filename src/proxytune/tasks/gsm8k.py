@@ -1,0 +1,128 @@
+"""GSM8K: grade-school mathematics, answered with a number.
+
+The prompt, the clean-up and the rule are those of the paper's runs (`eval/gsm` of its repository). By the
+paper's rule the last number in the text and the target are compared as strings from which punctuation is
+deleted, so that `18.00` is wrong for `18` and `7.2` right for `72`; a minus sign before a whole number is
+lost.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Sequence
+from pathlib import Path
+
+from typing_extensions import override
+
+from proxytune.errors import InputFileError
+from proxytune.request import SamplingParams
+from proxytune.tasks.rows import Row, field, hub_rows, local_rows
+from proxytune.tasks.task import Item, Rule, Task, asked
+
+INSTRUCTION = "Answer the following question."
+ENDS = ("Answer the following question", "Question:", "Comment:")
+"""Where a model has begun something else; the text is cut before them."""
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def without_commas(text: str) -> str:
+    """Return a text without commas between digits, of which the published pattern sees every other one."""
+    return re.sub(r"(\d),(\d)", r"\1\2", text)
+
+
+def last_number(text: str) -> str:
+    """Return the last number of an output by the published pattern; without one, the output."""
+    text = without_commas(text)
+    found = re.findall(r"[-+]?\d*\.\d+|\d+", text)
+    return str(found[-1]) if found else text
+
+
+def is_same_text(prediction: str, target: str) -> bool:
+    """Whether two texts are equal without case and punctuation."""
+    one, other = (text.lower().translate(_NO_PUNCTUATION) for text in (prediction, target))
+    return one == other
+
+
+def number_value(text: str) -> float | None:
+    """Return the last number of a text as a number, its sign kept unless it subtracts; None without one.
+
+    A minus sign belongs to the number where it does not stand after a digit, a letter or a closing bracket.
+    """
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.replace("\N{MINUS SIGN}", "-"))
+    found = re.findall(r"(?:(?<![\w)\].%])-\$?)?(?:\d+(?:\.\d+)?|\.\d+)", text)
+    return float(found[-1].replace("$", "")) if found else None
+
+
+class Gsm8k(Task):
+    """GSM8K, zero-shot."""
+
+    name = "gsm8k"
+    title = "GSM8K"
+    source = "Cobbe et al. 2021, arXiv:2110.14168"
+    metric = "exact_match"
+    num_items = 1319
+    # Cutting while a text is generated leaves what cutting it afterwards would.
+    sampling = SamplingParams(max_new_tokens=512, stop=ENDS)
+
+    @override
+    def items(self, data_dir: Path | None) -> list[Item]:
+        rows = (
+            hub_rows("openai/gsm8k", "main", "test")
+            if data_dir is None
+            else local_rows(data_dir, ("gsm8k/test.jsonl",))
+        )
+        return [self._item(row, place) for place, row in enumerate(rows, 1)]
+
+    def _item(self, row: Row, place: int) -> Item:
+        question = field(row, place, "question")
+        _, mark, target = field(row, place, "answer").rpartition("####")
+        if not mark:
+            raise InputFileError(
+                f"row {place}: the answer has no ####, after which its number stands"
+            )
+        body = f"{INSTRUCTION}\n\nQuestion: {question.strip()}"
+        return Item(
+            key=question,
+            prompt=asked(f"{body}\nAnswer:", body, "Answer:"),
+            fields={"question": question, "answer": without_commas(target.strip())},
+        )
+
+    @override
+    def row(self, item: Item, output: str) -> Row:
+        for end in ENDS:
+            output = output.split(end)[0]
+        return {**item.fields, "model_output": output, "prediction": last_number(output)}
+
+    @override
+    def key(self, row: Row, place: int) -> str:
+        return str(field(row, place, "question"))
+
+    @override
+    def score(self, row: Row, place: int, rule: Rule) -> float | None:
+        target = field(row, place, "answer")
+        if rule == "paper":
+            prediction = row.get("prediction")
+            if not isinstance(prediction, str):
+                prediction = last_number(field(row, place, "model_output"))
+            return float(is_same_text(prediction, target))
+        value = number_value(field(row, place, "model_output", "prediction"))
+        wanted = number_value(target)
+        if wanted is None:
+            raise InputFileError(f"row {place}: the answer {target!r} is no number")
+        return float(value == wanted)
+
+    @override
+    def notes(self, rows: Sequence[Row], rule: Rule) -> list[str]:
+        others = sum(
+            "model_output" in row
+            and isinstance(row.get("prediction"), str)
+            and last_number(str(row["model_output"])) != row["prediction"]
+            for row in rows
+        )
+        if not others:
+            return []
+        return [
+            f"in {others:,} rows the stored prediction is not what the published pattern extracts"
+        ]
