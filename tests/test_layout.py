@@ -34,6 +34,7 @@ ORDER = (
     "backends.base",
     "backends.toy",
     "backends.linear",
+    "backends.attention",
     "backends.lora",
     "backends.kv_cache",
     "backends.cuda_graphs",

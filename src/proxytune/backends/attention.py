@@ -1,0 +1,92 @@
+"""Attention of a few new tokens to keys that several query heads share, without a copy of the keys for each.
+
+Words: with grouped queries (Ainslie et al. 2023, arXiv:2305.13245) a key head serves a *group* of query heads.
+
+Where there is a mask, transformers copies keys and values for every query head of a group before torch's
+`scaled_dot_product_attention`, in each layer and forward: all of the cache, several times over. A block of
+drafted tokens always has a mask, and so has any batch of rows of different lengths. Queries of one group read the
+same keys under the same mask, so here they are taken for further tokens of one head, and nothing is copied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+MAX_PACKED = 64
+"""Most new tokens a row whose queries are packed: the mask is repeated for them, and it grows with their number."""
+
+_MARK = "_proxytune_group_size"
+
+
+def pack_queries(model: nn.Module) -> None:
+    """Let a model's layers attend without copying shared keys, where they use torch's attention (`sdpa`).
+
+    Args:
+        model: Of transformers; nobody else's, since sums are rounded otherwise than by transformers alone.
+    """
+    for layer in model.modules():
+        size = getattr(layer, "num_key_value_groups", 1)
+        if isinstance(size, int) and size > 1:
+            setattr(layer, _MARK, size)
+
+
+_attend_as_transformers = AttentionInterface()["sdpa"]
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend as transformers' `sdpa` does, and in layers that `pack_queries` has marked without copies.
+
+    Args:
+        module: The layer.
+        query: `[batch, heads, num_new, size]`.
+        key: `[batch, heads // group size, slots, size]`.
+        value: As `key`.
+        attention_mask: `[batch or 1, 1, num_new, slots]`, numbers to add or whether to attend.
+        options: What the layer says besides.
+
+    Returns:
+        `[batch, num_new, heads, size]`, and no weights.
+    """
+    size = getattr(module, _MARK, 1)
+    num_new = query.shape[2]
+    is_on_cpu = query.device.type == "cpu"
+    if (
+        size == 1
+        or query.shape[1] != size * key.shape[1]
+        or any(options.get(name) for name in ("dropout", "softcap"))
+        or options.get("position_bias") is not None
+        or (attention_mask is not None and attention_mask.shape[1] != 1)
+        # Kernels of accelerators read shared keys as they are where there is no mask.
+        or (attention_mask is None and (num_new > 1 or not is_on_cpu))
+        or (num_new > MAX_PACKED and not is_on_cpu)
+    ):
+        return _attend_as_transformers(module, query, key, value, attention_mask, **options)
+    scale = options.get("scaling")
+    if num_new > MAX_PACKED:
+        # What is said here in words torch does on the CPU by itself, and slower for few tokens.
+        attended = scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scale, enable_gqa=True
+        )
+    else:
+        mask = attention_mask
+        if mask is not None and num_new > 1:
+            mask = mask.repeat(1, 1, size, 1)
+        packed = query.reshape(query.shape[0], key.shape[1], size * num_new, query.shape[3])
+        attended = scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scale)
+        attended = attended.reshape(*query.shape[:3], value.shape[3])
+    return attended.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("sdpa", _attend)
