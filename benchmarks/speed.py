@@ -127,32 +127,51 @@ def measure_real(
 
 
 MEMORY = """
-import re, sys, torch
+import json, re, sys, torch
 import proxytune, transformers, peft
 from proxytune import ProxyTuned, SamplingParams
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 
-before = peak()
+def libraries():
+    found, is_library = 0, False
+    for line in open("/proc/self/smaps"):
+        if re.match("[0-9a-f]+-[0-9a-f]+ ", line):
+            is_library = re.search(r"[.]so([.0-9]*)$", line.rstrip()) is not None
+        elif is_library and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
+
+before, code = peak(), libraries()
 model = ProxyTuned.load(sys.argv[1], experts=[sys.argv[2]])
-model.generate(sys.argv[3], SamplingParams(max_new_tokens=64, ignore_eos=True), experts=sys.argv[2],
-               speculative=sys.argv[4] == "1")
+sampling = SamplingParams(max_new_tokens=64, ignore_eos=True)
+trace = model.generate(sys.argv[3], sampling, experts=sys.argv[2], speculative=sys.argv[4] == "1")
+after, code = peak(), libraries() - code
 backends = {id(m.backend): m.backend for m in model.ensemble.members}.values()
 weights = {id(w): w for b in backends for w in (*b.model.parameters(), *b.model.buffers())}.values()
-print(before, peak(), sum(w.nbytes for w in weights))
+caches = 0
+for member in model.ensemble.members:
+    config = member.backend.model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    slots = trace.num_prompt_tokens + len(trace.steps)
+    caches += 2 * 4 * slots * config.num_hidden_layers * config.num_key_value_heads * size
+print(json.dumps({"imports_bytes": before, "peak_bytes": after, "libraries_bytes": code,
+                  "weights_bytes": sum(w.nbytes for w in weights), "caches_bytes": caches}))
 """
 """In a process of its own. On Linux: getrusage would count the parent's memory."""
 
 
 def measure_memory(recipe: str, expert: str) -> dict[str, Any]:
-    """Return a process's peak memory beyond its imports, loading included, and the weights' size."""
+    """Return a process's peak memory, loading included, and what of it is what.
+
+    Imports are its peak before the models are loaded; libraries are pages of their code that came in after.
+    """
     found = {}
     for name, flag in (("plain", "0"), ("speculative", "1")):
         command = [sys.executable, "-c", MEMORY, recipe, expert, "Once upon a time", flag]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        before, after, weights = map(int, done.stdout.split())
-        found[name] = {"imports_bytes": before, "peak_bytes": after, "weights_bytes": weights}
+        found[name] = json.loads(done.stdout)
     return found
 
 
@@ -364,13 +383,18 @@ def tables(results: Mapping[str, Any]) -> str:
     """Return the page of tables."""
     lines = _top(results, "Speed, measured", "speed.json")
     lines += _real_tables(results["real"])
-    lines += ["", "## Memory", "", "| decoding | weights, MB | peak beyond imports, MB | imports, MB |",
-              "| --- | ---: | ---: | ---: |"]  # fmt: skip
+    lines += ["", "## Memory, MB", "",
+              "The process's peak beyond its imports, loading included. *Code* is pages of libraries",
+              "that came in after the imports; the last column leaves them out.", "",
+              "| decoding | imports | peak beyond | code | weights | caches | rest / (weights + caches) |",
+              "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
     for name, part in results["memory"].items():
         beyond = part["peak_bytes"] - part["imports_bytes"]
+        held = part["weights_bytes"] + part["caches_bytes"]
         lines.append(
-            f"| {name} | {part['weights_bytes'] / 1e6:.0f} | {beyond / 1e6:.0f} | "
-            f"{part['imports_bytes'] / 1e6:.0f} |"
+            f"| {name} | {part['imports_bytes'] / 1e6:.0f} | {beyond / 1e6:.0f} | "
+            f"{part['libraries_bytes'] / 1e6:.0f} | {part['weights_bytes'] / 1e6:.0f} | "
+            f"{part['caches_bytes'] / 1e6:.1f} | {(beyond - part['libraries_bytes']) / held:.2f} |"
         )
     lines += ["", "## Forwards, milliseconds by tokens read", "", "| models | " +
               " | ".join(str(w) for w in next(iter(results["forward_s"].values()))) + " |",

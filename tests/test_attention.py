@@ -84,9 +84,7 @@ def test_models_give_the_logits_that_transformers_gives(name: str):
     expected = story(TransformersBackend(model_of(name), name=name))
     model = model_of(name)
     pack_queries(model)
-    for logits, wanted in zip(
-        story(TransformersBackend(model, name=name)), expected, strict=True
-    ):
+    for logits, wanted in zip(story(TransformersBackend(model, name=name)), expected, strict=True):
         torch.testing.assert_close(logits, wanted, **CLOSE)
 
 

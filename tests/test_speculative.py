@@ -381,23 +381,60 @@ def test_drafts_that_do_not_pay_are_looked_for_less_often_the_more_rows_there_ar
     assert looks(100) == [0, 1, 2, 3, 8, 16, 24]
 
 
-def test_costs_between_measured_widths_are_interpolated_and_above_them_continued():
+def observed(*forwards: tuple[int, int, float]) -> Costs:
     costs = Costs()
-    for width, seconds in ((1, 1.0), (5, 3.0)):
-        for _ in range(3):
-            costs.observe("model", width, seconds)
-    assert costs.estimate("model", 3) == pytest.approx(2.0)
-    assert costs.estimate("model", 7) == pytest.approx(4.0)
-    assert costs.estimate("other", 1) is None
+    for lanes, width, seconds in forwards:
+        for _ in range(2):
+            costs.observe("model", lanes, width, seconds)
+    return costs
+
+
+def test_costs_between_measured_widths_are_interpolated_and_above_them_continued():
+    costs = observed((1, 1, 1.0), (1, 5, 3.0))
+    assert costs.estimate("model", 1, 3) == pytest.approx(2.0)
+    assert costs.estimate("model", 1, 7) == pytest.approx(4.0)
+    assert costs.estimate("other", 1, 1) is None
 
 
 def test_one_slow_forward_does_not_bar_a_width():
     costs = Costs()
     for _ in range(3):
-        costs.observe("model", 1, 1.0)
-    costs.observe("model", 4, 50.0)
-    estimate = costs.estimate("model", 4)
+        costs.observe("model", 1, 1, 1.0)
+    costs.observe("model", 1, 4, 50.0)
+    estimate = costs.estimate("model", 1, 4)
     assert estimate is not None and estimate < 1.5
+
+
+def test_what_a_width_costs_is_known_from_other_numbers_of_rows():
+    """A row that ends must not make the engine find out by trial what 31 rows cost that 32 have shown."""
+    costs = observed((32, 1, 100.0), (32, 2, 160.0))
+    assert costs.estimate("model", 28, 2) == pytest.approx(145.0)
+    assert costs.estimate("model", 28, 1) == pytest.approx(100 * 48 / 52)
+    costs.observe("model", 28, 1, 90.0)
+    costs.observe("model", 28, 1, 90.0)
+    assert costs.estimate("model", 28, 2) == pytest.approx(145.0)
+
+
+def test_before_widths_were_measured_many_rows_do_not_look_cheap_on_a_cpu():
+    costs = observed((32, 1, 100.0))
+    assert costs.estimate("model", 32, 2) == pytest.approx(100 * 84 / 52)
+    assert costs.estimate("model", 32, 2, free_tokens=300) == pytest.approx(100 * 364 / 332)
+    few = observed((1, 1, 100.0))
+    assert few.estimate("model", 1, 2) == pytest.approx(100 * 22 / 21)
+
+
+def test_how_few_rows_cost_says_how_wide_forwards_of_many_will():
+    costs = observed((1, 1, 25.0), (1, 8, 50.0), (16, 1, 70.0))
+    # From 8 to 16 tokens 2.5 a token; 32 tokens are 16 more.
+    assert costs.estimate("model", 16, 2) == pytest.approx(70 + 16 * 2.5)
+    # Between measured tokens, for one row that was never read so far.
+    assert costs.estimate("model", 1, 12) == pytest.approx(60.0)
+
+
+def test_own_measurements_count_more_than_those_of_others():
+    costs = observed((8, 1, 50.0), (8, 2, 100.0), (4, 1, 30.0), (4, 2, 31.0), (1, 1, 20.0))
+    assert costs.estimate("model", 4, 2) == 31.0
+    assert costs.estimate("model", 8, 2) == 100.0
 
 
 def test_a_rate_follows_what_happens():

@@ -18,7 +18,7 @@ formats, recipes and files never do.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -42,6 +42,8 @@ from proxytune.prompts import Tokenizer
 from proxytune.request import SamplingParams
 from proxytune.sample import BatchSampler
 from proxytune.speculative import (
+    FREE_TOKENS,
+    FREE_TOKENS_ON_CPU,
     RATE_MEMORY,
     SOURCES,
     Plan,
@@ -163,10 +165,6 @@ class _Group:
         """The members of the lanes."""
         return list(dict.fromkeys(lane.member for lane in self.lanes))
 
-    def cost_key(self) -> Hashable:
-        """What its forwards cost depends on: which weights, and how many lanes."""
-        return id(self.backend), len(self.lanes)
-
 
 _Source = tuple[_Group, int]
 """Where a lane's logits are: its group, and its place there."""
@@ -280,6 +278,8 @@ AHEAD_TOKENS = 16
 """Most tokens of a partial base's known continuation that the small models read at once."""
 MAX_REVEALED = 4
 """Most tokens that a partial base is asked about one by one, to certify one choice: each may cost a call."""
+_REST = "rest"
+"""What a block costs beside forwards: choosing tokens, and taking back what was wrong."""
 SYNC_EVERY = 16
 """On an accelerator the clock is read for one block in so many, since reading it waits for the device."""
 
@@ -423,6 +423,7 @@ class Batch:
         self._next_index = len(jobs)
         self._num_blocks = 0
         self._num_undrafted = 0
+        self._forwards_s = 0.0
         self._is_looking = True
         self._confidences: dict[Source, float] = {}
         self._ended: _Row | None = None
@@ -554,6 +555,7 @@ class Batch:
         events = self.drop_cancelled()
         if self.is_done:
             return events
+        started, self._forwards_s = time.perf_counter(), 0.0
         block = self._first or self._read()
         is_first, self._first = self._first is not None, None
         num_rows = len(self._rows)
@@ -581,6 +583,11 @@ class Batch:
         for place in ended:
             self._end(place)
         self._select([place for place in range(num_rows) if place not in ended])
+        if not is_first and self._is_timed(self._device) and self._device.type == "cpu":
+            # On an accelerator it would hold what nobody waited for.
+            assert self._speculator is not None
+            seconds = time.perf_counter() - started - self._forwards_s
+            self._speculator.costs.observe(_REST, num_rows, len(block.draft) + 1, seconds)
         return events
 
     def _choose(
@@ -1100,7 +1107,10 @@ class Batch:
         if speculator is not None and wait is not None:
             wait()
             seconds = time.perf_counter() - started
-            speculator.costs.observe(group.cost_key(), token_ids.shape[1], seconds)
+            self._forwards_s += seconds
+            speculator.costs.observe(
+                id(group.backend), len(group.lanes), token_ids.shape[1], seconds
+            )
         return logits
 
     def _is_timed(self, device: torch.device) -> bool:
@@ -1230,17 +1240,32 @@ class Batch:
         self, source: Source | None, length: int, whole_chance: float
     ) -> float | None:
         """Return what a block costs: see `best_plan`."""
-        assert self._speculator is not None
         drafter = None if source is None else self._drafter(source)
-        total = 0.0
+        total = self._rest_seconds(length + 1)
         for group in self._groups:
             is_drafting = drafter is not None and drafter.group is group
             width = 1 if is_drafting else length + 1
-            seconds = self._speculator.costs.estimate(group.cost_key(), width)
+            seconds = self._forward_seconds(group, width)
             if seconds is None:
                 return None
             total += seconds * (length + whole_chance) if is_drafting else seconds
         return total
+
+    def _forward_seconds(self, group: _Group, width: int) -> float | None:
+        """Return what a forward of so many tokens a row costs; None before that is known."""
+        assert self._speculator is not None
+        is_on_cpu = group.backend.device.type == "cpu"
+        return self._speculator.costs.estimate(
+            id(group.backend),
+            len(group.lanes),
+            width,
+            free_tokens=FREE_TOKENS_ON_CPU if is_on_cpu else FREE_TOKENS,
+        )
+
+    def _rest_seconds(self, width: int) -> float:
+        """Return what a block costs beside its forwards; 0 before that is known."""
+        assert self._speculator is not None
+        return self._speculator.costs.estimate(_REST, len(self._rows), width) or 0.0
 
     def _is_worth(
         self,
@@ -1251,16 +1276,14 @@ class Batch:
         length: int,
     ) -> bool:
         """Whether to draft one token more than `length`; see `is_worth_drafting`."""
-        assert self._speculator is not None
-        costs, num_rows = self._speculator.costs, len(self._rows)
-        step = costs.estimate(group.cost_key(), 1)
+        num_rows = len(self._rows)
+        step = self._forward_seconds(group, 1)
         if step is None:
             return False
-        widening = 0.0
+        widening = self._rest_seconds(length + 2) - self._rest_seconds(length + 1)
         for other in self._groups:
             if other is not group:
-                key = other.cost_key()
-                now, then = costs.estimate(key, length + 1), costs.estimate(key, length + 2)
+                now, then = (self._forward_seconds(other, length + n) for n in (1, 2))
                 widening += max(0.0, (then or 0.0) - (now or 0.0))
         # A forward of the drafting model is needed anyway where its guess proves right.
         in_vain = 1 - sum(chances) / num_rows + sum(ahead) / num_rows if length else max(ahead)

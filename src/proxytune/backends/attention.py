@@ -1,24 +1,27 @@
-"""Attention of a few new tokens to keys that several query heads share, without a copy of the keys for each.
+"""Attention of a few new tokens to keys that query heads share, without a copy of the keys for each head.
 
-Words: with grouped queries (Ainslie et al. 2023, arXiv:2305.13245) a key head serves a *group* of query heads.
+Words: with grouped queries a key head serves a *group* of query heads (Ainslie et al. 2023,
+arXiv:2305.13245).
 
 Where there is a mask, transformers copies keys and values for every query head of a group before torch's
 `scaled_dot_product_attention`, in each layer and forward: all of the cache, several times over. A block of
-drafted tokens always has a mask, and so has any batch of rows of different lengths. Queries of one group read the
-same keys under the same mask, so here they are taken for further tokens of one head, and nothing is copied.
+drafted tokens always has a mask, and so has a prompt of a batch of different lengths. Queries of one group
+read the same keys under the same mask, so here they are taken for further tokens of one head, and nothing is
+copied. docs/design/0005-shared-keys.md has the measurements.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 MAX_PACKED = 64
-"""Most new tokens a row whose queries are packed: the mask is repeated for them, and it grows with their number."""
+"""Most new tokens a row whose queries are packed: the mask, which grows with their number, is repeated."""
 
 _MARK = "_proxytune_group_size"
 
@@ -35,7 +38,8 @@ def pack_queries(model: nn.Module) -> None:
             setattr(layer, _MARK, size)
 
 
-_attend_as_transformers = AttentionInterface()["sdpa"]
+_registered: Any = ALL_ATTENTION_FUNCTIONS
+_attend_as_transformers: Callable[..., tuple[Tensor, Tensor | None]] = _registered["sdpa"]
 
 
 def _attend(
