@@ -26,7 +26,7 @@ test: setup ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
 # What touches transformers; the other tests would say the same again.
-OLD_TRANSFORMERS_TESTS := $(patsubst %,tests/test_%.py,backend_transformers batch_file bench checkpoint decode doctor \
+OLD_TRANSFORMERS_TESTS := $(patsubst %,tests/test_%.py,attention backend_transformers batch_file bench checkpoint decode doctor \
 	exactness explain integration_transformers join kv_cache linear lora model prompts recipe score smol tune vocab)
 
 test-transformers-5.19: .venv-tf519/.installed ## Run quick tests with the oldest transformers that is supported

@@ -185,6 +185,31 @@ def test_drawn_answers_have_seeds_of_their_own_and_banned_tokens_do_not_come(
     assert len({row["generated"]["text"] for row in rows}) > 1
 
 
+def test_what_is_banned_does_not_come_and_what_is_banned_first_comes_later(
+    recipe, data, tmp_path, monkeypatch
+):
+    def texts_with(name: str, **banned: tuple[str, ...]) -> list[str]:
+        for key, value in banned.items():
+            monkeypatch.setattr(type(TASKS["humaneval"]), key, value)
+        evaluate(
+            recipe,
+            tmp_path / name,
+            replace(options(data, "humaneval", num_samples=20, alphas=()), max_new_tokens=20),
+            load=load,
+        )
+        return texts(tmp_path / name, "humaneval", "base")
+
+    def begins(found: list[str]) -> set[str]:
+        return {text[:1] for text in found}
+
+    free = texts_with("free", banned=())
+    common = max(begins(free) - {"", " ", "\N{REPLACEMENT CHARACTER}"}, key=" ".join(free).count)
+    assert sum(common in text for text in free) > 1
+    first = texts_with("first", banned_first=(common,))
+    assert common not in begins(first) and any(common in text for text in first)
+    assert not any(common in text for text in texts_with("all", banned=(common,)))
+
+
 def test_a_choice_is_made_by_likelihood(recipe, data, tmp_path):
     report = evaluate(recipe, tmp_path, options(data, "realtimeqa", nudge_below=1.0), load=load)
     model = ProxyTuned.load(recipe)

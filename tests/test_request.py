@@ -107,6 +107,7 @@ def test_text_messages_and_token_ids_are_told_apart():
 @pytest.mark.parametrize(
     "bias", [((1, float("nan")),), ((-1, 1.0),), ((1, 1.0), (1, 2.0)), {1: 1.0}, ((1, 1e5),)]
 )
-def test_a_bias_that_makes_no_sense_is_refused(bias):
-    with pytest.raises(InvalidRequest, match="logit_bias"):
-        SamplingParams(logit_bias=bias)
+@pytest.mark.parametrize("name", ["logit_bias", "first_logit_bias"])
+def test_a_bias_that_makes_no_sense_is_refused(name, bias):
+    with pytest.raises(InvalidRequest, match=f"^{name}"):
+        SamplingParams(**{name: bias})

@@ -286,3 +286,13 @@ def test_a_bias_is_added_to_the_logits_of_its_own_row_only():
         [float(steered[0].log_softmax(0)[3]), float(steered[0].log_softmax(0)[0])]
     )
     assert steered.tolist() == [[2.0, 1.0, 0.5, 0.0]] * 2
+
+
+def test_the_first_token_may_have_a_bias_of_its_own():
+    params = [
+        SamplingParams(logit_bias=((3, 9.0),), first_logit_bias=((3, -9.0), (2, 1.0))),
+        SamplingParams(),
+    ]
+    steered = torch.tensor([[1.2, 1.0, 0.5, 0.0]] * 2)
+    rows = sampler(params)
+    assert [rows.choose(steered).token_ids.tolist() for _ in range(3)] == [[2, 0], [3, 0], [3, 0]]

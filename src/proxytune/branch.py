@@ -103,7 +103,8 @@ def _check(ensemble: Ensemble, sampling: SamplingParams) -> None:
             "that to itself.\nhint: generate at each strength by itself"
         )
     is_plain = sampling.is_greedy and not sampling.has_penalties
-    if not is_plain or sampling.logit_bias or sampling.min_new_tokens:
+    is_biased = bool(sampling.logit_bias or sampling.first_logit_bias)
+    if not is_plain or is_biased or sampling.min_new_tokens:
         raise InvalidRequest(
             "texts at several strengths share their beginnings only where they are greedy, without "
             "penalties, biases and min_new_tokens.\nhint: leave these out"

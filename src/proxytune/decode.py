@@ -297,12 +297,13 @@ def check_job(ensemble: Ensemble, job: Job) -> None:
                 f"stop_token_ids holds {stop_id}, and {ensemble.vocabulary.name} has "
                 f"{ensemble.vocabulary.width} token ids"
             )
-    for token_id, _ in job.sampling.logit_bias:
-        if token_id >= ensemble.vocabulary.width:
-            raise InvalidRequest(
-                f"logit_bias holds {token_id}, and {ensemble.vocabulary.name} has "
-                f"{ensemble.vocabulary.width} token ids"
-            )
+    for name in ("logit_bias", "first_logit_bias"):
+        for token_id, _ in getattr(job.sampling, name):
+            if token_id >= ensemble.vocabulary.width:
+                raise InvalidRequest(
+                    f"{name} holds {token_id}, and {ensemble.vocabulary.name} has "
+                    f"{ensemble.vocabulary.width} token ids"
+                )
     is_partial = isinstance(ensemble.members[0].backend, PartialBackend)
     if is_partial and job.sampling.repetition_penalty != 1.0:
         raise InvalidRequest(

@@ -675,6 +675,7 @@ def _generate(
         "dtype": options.dtype,
         "sampling": asdict(work.sampling),
         "banned": work.task.banned,
+        "banned_first": work.task.banned_first,
     }
     with ResumableOutput(path, json.loads(json.dumps(settings))) as file:
         lines = [_line(number, *sample) for number, sample in enumerate(samples, 1)]
@@ -689,8 +690,9 @@ def _generate(
         if num_done < len(lines):
             speaker = Speaker(predictor, lazy.model, options)
             bias = speaker.bias(work.task.banned)
+            first = speaker.bias(work.task.banned_first)
             requests = [
-                speaker.request(item, replace(sampling, logit_bias=bias))
+                speaker.request(item, replace(sampling, logit_bias=bias, first_logit_bias=first))
                 for item, _, sampling in samples
             ]
             speaker.check(requests[num_done:])

@@ -88,6 +88,7 @@ class SamplingParams:
         presence_penalty: Subtracted from the logits of tokens already in the output.
         frequency_penalty: Subtracted once per occurrence in the output.
         logit_bias: Token ids of the base's vocabulary, and what is added to their logits.
+        first_logit_bias: The same for the first new token alone, added to the other.
         seed: Makes a sampled result repeatable, whatever else is in the batch. None draws one.
         stop: Strings that end the text; the text is cut before them.
         stop_token_ids: Token ids of the base's vocabulary that end the text, beside the models' own.
@@ -110,6 +111,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    first_logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -178,24 +180,26 @@ class SamplingParams:
             and all(_is_count(i) and i >= 0 for i in self.stop_token_ids),
             f"stop_token_ids is {self.stop_token_ids!r}, and must be a tuple of token ids",
         )
-        _require(
-            isinstance(self.logit_bias, tuple)
-            and all(
-                isinstance(pair, tuple)
-                and len(pair) == 2
-                and _is_count(pair[0])
-                and pair[0] >= 0
-                and _is_number(pair[1])
-                and abs(pair[1]) <= MAX_PENALTY
-                for pair in self.logit_bias
-            ),
-            f"logit_bias is {self.logit_bias!r}, and must be a tuple of token ids and numbers from "
-            f"-{MAX_PENALTY:g} to {MAX_PENALTY:g}",
-        )
-        _require(
-            len({token_id for token_id, _ in self.logit_bias}) == len(self.logit_bias),
-            "logit_bias names a token id twice",
-        )
+        for name in ("logit_bias", "first_logit_bias"):
+            bias = getattr(self, name)
+            _require(
+                isinstance(bias, tuple)
+                and all(
+                    isinstance(pair, tuple)
+                    and len(pair) == 2
+                    and _is_count(pair[0])
+                    and pair[0] >= 0
+                    and _is_number(pair[1])
+                    and abs(pair[1]) <= MAX_PENALTY
+                    for pair in bias
+                ),
+                f"{name} is {bias!r}, and must be a tuple of token ids and numbers from "
+                f"-{MAX_PENALTY:g} to {MAX_PENALTY:g}",
+            )
+            _require(
+                len({token_id for token_id, _ in bias}) == len(bias),
+                f"{name} names a token id twice",
+            )
         if self.temperature == 0:
             for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
                 value = getattr(self, name)

@@ -276,8 +276,10 @@ class BatchSampler:
                 **{name: values[index] for name, values in self._penalties.items()},
             )
         for place, row in enumerate(rows):
-            bias = self._params[row].logit_bias
-            if bias:
+            biases = [self._params[row].logit_bias]
+            if not self._num_chosen[row]:
+                biases.append(self._params[row].first_logit_bias)
+            for bias in filter(None, biases):
                 if logits is steered_logits:
                     logits = logits.clone()
                 token_ids = torch.tensor([token_id for token_id, _ in bias], device=logits.device)

@@ -32,6 +32,7 @@ from proxytune.commands.app import (
     stderr,
 )
 from proxytune.errors import InputFileError, InvalidRequest, MissingExtra
+from proxytune.heap import settle
 
 if TYPE_CHECKING:
     from proxytune.server.service import ServerSettings
@@ -244,6 +245,7 @@ def serve(
     server = make_server(
         make_app(model, settings), host=host, port=port, shutdown_timeout_s=shutdown_timeout
     )
+    settle()
     _say_hello(settings, host, listening.getsockname()[1])
     server.run(sockets=[listening])
 

@@ -3,8 +3,6 @@
 200 of the 1,000 problems, drawn as the published runs drew them. Their authors ask that the data is not put
 online unzipped and not trained on; it is read from a file of your own or from the Hub. Running the tests
 needs the libraries they are about (NumPy, pandas, SciPy, scikit-learn, Matplotlib, PyTorch, TensorFlow).
-
-Unlike the published runs, the first token is not kept from ending the code at once.
 """
 
 from __future__ import annotations
@@ -36,6 +34,7 @@ class Ds1000(CodeTask):
     title = "DS-1000"
     source = "Lai et al. 2023, arXiv:2211.11501"
     num_items = NUM_DRAWN
+    banned_first = ("</",)  # of "</code>", which would end the code before it began
     # Its tests import large libraries, and some draw into files; the published runs allow two minutes.
     limits = Limits(timeout_s=120.0, memory_bytes=2**35, may_write=True)
     sampling = SamplingParams(

@@ -125,6 +125,8 @@ class Task(ABC):
     """Answers to each item, in the published settings."""
     banned: ClassVar[tuple[str, ...]] = ()
     """What a model may not write, as far as a token spells it."""
+    banned_first: ClassVar[tuple[str, ...]] = ()
+    """What it may not begin with, likewise."""
 
     @abstractmethod
     def items(self, data_dir: Path | None) -> list[Item]:
