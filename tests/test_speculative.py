@@ -392,7 +392,7 @@ def observed(*forwards: tuple[int, int, float]) -> Costs:
 def test_costs_between_measured_widths_are_interpolated_and_above_them_continued():
     costs = observed((1, 1, 1.0), (1, 5, 3.0))
     assert costs.estimate("model", 1, 3) == pytest.approx(2.0)
-    assert costs.estimate("model", 1, 7) == pytest.approx(4.0)
+    assert costs.estimate("model", 1, 7) == pytest.approx(3.0 * 27 / 25)
     assert costs.estimate("other", 1, 1) is None
 
 
@@ -423,12 +423,17 @@ def test_before_widths_were_measured_many_rows_do_not_look_cheap_on_a_cpu():
     assert few.estimate("model", 1, 2) == pytest.approx(100 * 22 / 21)
 
 
-def test_how_few_rows_cost_says_how_wide_forwards_of_many_will():
+def test_tokens_that_others_have_read_say_what_a_forward_costs():
     costs = observed((1, 1, 25.0), (1, 8, 50.0), (16, 1, 70.0))
-    # From 8 to 16 tokens 2.5 a token; 32 tokens are 16 more.
-    assert costs.estimate("model", 16, 2) == pytest.approx(70 + 16 * 2.5)
-    # Between measured tokens, for one row that was never read so far.
     assert costs.estimate("model", 1, 12) == pytest.approx(60.0)
+    assert costs.estimate("model", 4, 2) == pytest.approx(50.0)
+
+
+def test_a_step_at_the_last_measured_size_does_not_bar_larger_ones():
+    """Nine rows take another kernel than eight, and eight rows of two tokens hardly more than nine."""
+    costs = observed((1, 1, 25.0), (1, 4, 35.0), (8, 1, 50.0), (1, 9, 65.0))
+    estimate = costs.estimate("model", 8, 2)
+    assert estimate is not None and estimate < 85
 
 
 def test_own_measurements_count_more_than_those_of_others():

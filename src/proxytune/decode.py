@@ -405,6 +405,8 @@ class Batch:
                     group.state, logits = group.backend.prefill(prompts, adapters=adapters)
             self._first.whole[group] = logits[:, None]
         device = self._device = self._first.whole[self._groups[0]].device
+        # Where models run elsewhere, time beside their forwards holds what nobody waited for.
+        self._runs_on_cpu = all(group.backend.device.type == "cpu" for group in self._groups)
         self._padding_ids = ensemble.vocabulary.padding_ids.to(device)
         self._sampler = BatchSampler(
             [job.sampling for job in jobs],
@@ -478,6 +480,7 @@ class Batch:
         assert self._first is None and other._first is None
         offset = self._next_index
         self._next_index += other._next_index
+        self._runs_on_cpu &= other._runs_on_cpu
         if not other._rows:
             return offset
         for row in other._rows:
@@ -584,8 +587,7 @@ class Batch:
         for place in ended:
             self._end(place)
         self._select([place for place in range(num_rows) if place not in ended])
-        if not is_first and self._is_timed(self._device) and self._device.type == "cpu":
-            # On an accelerator it would hold what nobody waited for.
+        if not is_first and self._runs_on_cpu and self._is_timed(self._device):
             assert self._speculator is not None
             seconds = time.perf_counter() - started - self._forwards_s
             self._speculator.costs.observe(_REST, num_rows, len(block.draft) + 1, seconds)

@@ -183,13 +183,9 @@ def _interpolated(known: Mapping[int, float], size: int, free_tokens: int) -> fl
     if below is not None and above is not None:
         share = (size - below) / (above - below) if below < above else 0.0
         return known[below] + share * (known[above] - known[below])
+    # Not by the slope at the end: kernels change with the number of rows, and a step at the last measured
+    # size would bar all larger ones, so that nobody found out.
     nearest = sizes[0] if below is None else below
-    if below is not None:
-        # Over a doubling: the slope between neighbours would be mostly noise.
-        earlier = max((s for s in sizes if s <= nearest / 2), default=None)
-        if earlier is not None:
-            slope = max(0.0, known[nearest] - known[earlier]) / (nearest - earlier)
-            return known[nearest] + slope * (size - nearest)
     return known[nearest] * (free_tokens + size) / (free_tokens + nearest)
 
 
