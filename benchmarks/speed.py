@@ -155,7 +155,8 @@ for member in model.ensemble.members:
     config = member.backend.model.config
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     slots = trace.num_prompt_tokens + len(trace.steps)
-    caches += 2 * 4 * slots * config.num_hidden_layers * config.num_key_value_heads * size
+    item = member.backend.model.dtype.itemsize
+    caches += 2 * item * slots * config.num_hidden_layers * config.num_key_value_heads * size
 print(json.dumps({"imports_bytes": before, "peak_bytes": after, "libraries_bytes": code,
                   "weights_bytes": sum(w.nbytes for w in weights), "caches_bytes": caches}))
 """

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from proxytune.backends import attention
-from proxytune.backends.attention import MAX_PACKED, pack_queries
+from proxytune.backends.attention import MAX_PACKED, share_keys
 from proxytune.backends.transformers import TransformersBackend
 
 # Sums over other numbers of keys at a time round differently; logits here are of the order of 10.
@@ -83,7 +83,7 @@ def story(backend: TransformersBackend) -> list[Tensor]:
 def test_models_give_the_logits_that_transformers_gives(name: str):
     expected = story(TransformersBackend(model_of(name), name=name))
     model = model_of(name)
-    pack_queries(model)
+    share_keys(model)
     for logits, wanted in zip(story(TransformersBackend(model, name=name)), expected, strict=True):
         torch.testing.assert_close(logits, wanted, **CLOSE)
 
@@ -118,7 +118,7 @@ def test_masks_of_numbers_and_of_truths_may_be_shared_by_rows(num_new: int, is_a
         mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
     options = {"scaling": 0.7, "dropout": 0.0, "sliding_window": None}
     expected, _ = attention._attend(layer, query, key, value, mask, **options)
-    pack_queries(layer)
+    share_keys(layer)
     found, weights = attention._attend(layer, query, key, value, mask, **options)
     assert weights is None and found.shape == (2, num_new, 6, 8) and found.is_contiguous()
     torch.testing.assert_close(found, expected)
@@ -143,7 +143,7 @@ def test_what_packed_queries_cannot_say_is_left_to_transformers(
     )
     layer = nn.Module()
     layer.num_key_value_groups = 3  # type: ignore[assignment]
-    pack_queries(layer)
+    share_keys(layer)
     attention._attend(
         layer, torch.ones(1, 6, 2, 8), *torch.ones(2, 1, 2, 9, 8), mask, scaling=1.0, **options
     )

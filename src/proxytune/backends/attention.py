@@ -26,11 +26,11 @@ MAX_PACKED = 64
 _MARK = "_proxytune_group_size"
 
 
-def pack_queries(model: nn.Module) -> None:
+def share_keys(model: nn.Module) -> None:
     """Let a model's layers attend without copying shared keys, where they use torch's attention (`sdpa`).
 
     Args:
-        model: Of transformers; nobody else's, since sums are rounded otherwise than by transformers alone.
+        model: Of transformers, and loaded for this package alone: sums are rounded otherwise than elsewhere.
     """
     for layer in model.modules():
         size = getattr(layer, "num_key_value_groups", 1)
@@ -50,7 +50,7 @@ def _attend(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attend as transformers' `sdpa` does, and in layers that `pack_queries` has marked without copies.
+    """Attend as transformers' `sdpa` does, and in layers that `share_keys` has marked without copies.
 
     Args:
         module: The layer.
@@ -79,7 +79,7 @@ def _attend(
         return _attend_as_transformers(module, query, key, value, attention_mask, **options)
     scale = options.get("scaling")
     if num_new > MAX_PACKED:
-        # What is said here in words torch does on the CPU by itself, and slower for few tokens.
+        # Torch reads shared keys as they are, too; for few tokens packing is faster.
         attended = scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, scale=scale, enable_gqa=True
         )

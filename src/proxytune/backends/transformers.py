@@ -24,7 +24,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from proxytune.backends.attention import pack_queries
+from proxytune.backends.attention import share_keys
 from proxytune.backends.base import Backend, Capabilities, Prefilled
 from proxytune.backends.cuda_graphs import CudaRecorder, GraphRunner, Recorder
 from proxytune.backends.kv_cache import RoomyCache
@@ -287,7 +287,7 @@ class TransformersBackend(Backend[TransformersState]):
         self._has_lora = run_rows_through_adapters(self.model, replace=owns_model)
         self._may_pack = owns_model
         if owns_model:
-            pack_queries(self.model)
+            share_keys(self.model)
         config = self.model.config.get_text_config(decoder=True)
         head = self.model.get_output_embeddings()
         self.vocab_size = int(getattr(head, "out_features", None) or config.vocab_size)
