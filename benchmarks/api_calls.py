@@ -25,11 +25,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from proxytune.checkpoint import find_checkpoint
+from proxytune.checkpoints.checkpoint import find_checkpoint
+from proxytune.decode.speculative import Drafting
 from proxytune.model import ProxyTuned
-from proxytune.recipe import ApiSettings, ModelSpec, Recipe
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ApiSettings, ModelSpec
 from proxytune.request import Request, SamplingParams
-from proxytune.speculative import Drafting
 from proxytune.trace import Usage
 
 ROOT = Path(__file__).parents[1]

@@ -42,9 +42,9 @@ sys.path[0] = str(Path(__file__).parents[1])
 from benchmarks.checkout import commit  # noqa: E402
 from benchmarks.miniature.plan import BUILD_DIR, ROOT, write_whole  # noqa: E402
 from benchmarks.miniature.run import tell  # noqa: E402
-from proxytune.bench import machine  # noqa: E402
+from proxytune.evaluate.speed import machine  # noqa: E402
 from proxytune.model import ProxyTuned  # noqa: E402
-from proxytune.recipe import Recipe  # noqa: E402
+from proxytune.recipe.recipe import Recipe  # noqa: E402
 from proxytune.request import Request, SamplingParams  # noqa: E402
 
 PUBLISHED = ROOT / "docs" / "performance"

@@ -34,9 +34,9 @@ from benchmarks.smol_texts import (  # noqa: E402
     token_windows,
     write,
 )
-from proxytune.branch import branch  # noqa: E402
-from proxytune.model import ProxyTuned  # noqa: E402
-from proxytune.rank import (  # noqa: E402
+from proxytune.measure.branch import branch  # noqa: E402
+from proxytune.measure.metrics import chrf  # noqa: E402
+from proxytune.measure.rank import (  # noqa: E402
     ALPHAS,
     Ranking,
     Sums,
@@ -44,8 +44,8 @@ from proxytune.rank import (  # noqa: E402
     rank_correlation,
     summarise,
 )
+from proxytune.model import ProxyTuned  # noqa: E402
 from proxytune.request import SamplingParams  # noqa: E402
-from proxytune.sweep import chrf  # noqa: E402
 
 OUTPUT = ROOT / "docs" / "performance" / "rank_experts.json"
 PROMPT_TOKENS = 32

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.checkout import commit
+from proxytune.measure.score import Passage, passage_of
 from proxytune.model import ProxyTuned
-from proxytune.score import Passage, passage_of
 
 ROOT = Path(__file__).parents[1]
 DATA_DIR = Path(os.environ.get("PROXYTUNE_DATA", ROOT.parent / "shared" / "data")) / "corpora"

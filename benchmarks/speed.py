@@ -9,7 +9,7 @@ Writes `docs/performance/speed.json`, `tables.md` and `speed.png` (with `--recip
 The real family is SmolLM2-135M-Instruct with the smol experts. The random one is a Llama of 1.1B parameters
 with a pair of 135M: what its forwards cost is real, and how often its drafts are right means nothing, so no
 speculative figure is taken from it; a cost model says what would be needed. What is timed and compared is
-known to `proxytune.bench`.
+known to `proxytune.evaluate.speed`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ sys.path[0] = str(Path(__file__).parents[1])
 from benchmarks.checkout import commit  # noqa: E402
 from benchmarks.miniature.plan import BUILD_DIR, ROOT, write_whole  # noqa: E402
 from benchmarks.miniature.run import tell  # noqa: E402
-from proxytune.bench import (  # noqa: E402
+from proxytune.decode.batch import Batch  # noqa: E402
+from proxytune.decode.ensemble import Ensemble, Job, Member, Pair  # noqa: E402
+from proxytune.decode.speculative import best_plan  # noqa: E402
+from proxytune.evaluate.speed import (  # noqa: E402
     PlainModels,
     Shape,
     load_plain_models,
@@ -42,11 +45,9 @@ from proxytune.bench import (  # noqa: E402
     measure,
     published_procedure,
 )
-from proxytune.decode import Batch, Ensemble, Job, Member, Pair  # noqa: E402
 from proxytune.model import ProxyTuned  # noqa: E402
-from proxytune.recipe import Recipe  # noqa: E402
+from proxytune.recipe.recipe import Recipe  # noqa: E402
 from proxytune.request import SamplingParams  # noqa: E402
-from proxytune.speculative import best_plan  # noqa: E402
 
 SMOL = "package:proxytune/smol"
 QUICK = {
@@ -208,8 +209,8 @@ def random_models(seed: int = 0) -> PlainModels:
 def measure_random(shapes: Sequence[tuple[int, int, int]], rounds: int = 2) -> dict[str, Any]:
     """Time plain steering and the published procedure on random models, and forwards by width."""
     from proxytune.backends.toy import ToyTokenizer
-    from proxytune.backends.transformers import TransformersBackend
-    from proxytune.vocab import Vocabulary, align
+    from proxytune.backends.transformers.backend import TransformersBackend
+    from proxytune.text.vocab import Vocabulary, align
 
     models = random_models()
     rows = []

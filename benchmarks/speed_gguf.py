@@ -24,9 +24,11 @@ from typing import Any
 import torch
 
 from proxytune.backends.llama_cpp import LlamaCppBackend, library
-from proxytune.export_gguf import export_model, export_recipe
+from proxytune.export.model import export_model
+from proxytune.export.recipe import export_recipe
 from proxytune.model import ProxyTuned
-from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import SamplingParams
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +55,7 @@ def random_base() -> Recipe:
     """
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from proxytune.checkpoint import find_checkpoint
+    from proxytune.checkpoints.checkpoint import find_checkpoint
 
     path = BUILD / "random-1.1B.Q4_0.gguf"
     small = find_checkpoint(SMOLLM2, root=BUILD)

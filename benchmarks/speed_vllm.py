@@ -29,8 +29,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from proxytune.checkpoint import find_checkpoint
-from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
+from proxytune.checkpoints.checkpoint import find_checkpoint
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "benchmarks" / "build" / "vllm"

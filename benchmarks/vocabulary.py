@@ -34,11 +34,12 @@ sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmarks.miniature.plan import ANTI_EXPERT, BASE, RATES  # noqa: E402
 from benchmarks.smol_texts import ROOT, corpus, passages, write  # noqa: E402
-from proxytune.checkpoint import find_checkpoint  # noqa: E402
+from proxytune.checkpoints.checkpoint import find_checkpoint  # noqa: E402
+from proxytune.measure.score import score_passages  # noqa: E402
 from proxytune.model import ProxyTuned  # noqa: E402
-from proxytune.recipe import ExpertSpec, ModelSpec, Recipe  # noqa: E402
+from proxytune.recipe.recipe import Recipe  # noqa: E402
+from proxytune.recipe.spec import ExpertSpec, ModelSpec  # noqa: E402
 from proxytune.request import SamplingParams  # noqa: E402
-from proxytune.score import score_passages  # noqa: E402
 from proxytune.tune import TuneSettings, tune  # noqa: E402
 
 OUTPUT = ROOT / "docs" / "performance" / "vocabulary.json"

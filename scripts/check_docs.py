@@ -4,7 +4,7 @@
     python scripts/check_docs.py --write    write again what is made from the code, then check
 
 Made from the code are docs/reference/cli.md, docs/reference/recipe.schema.json, and on any page what stands
-between `<!-- from WHAT -->` and `<!-- end -->`: `src/proxytune/steer.py: combine, offset` is the code of two
+between `<!-- from WHAT -->` and `<!-- end -->`: `src/proxytune/logits/steer.py: combine, offset` is the code of two
 functions without their docstrings, `recipe: ModelSpec` a table of a recipe's keys.
 
 Checked on every page: Python blocks parse, and what they import from proxytune is there; JSON blocks parse,
@@ -33,7 +33,7 @@ from recipe_schema import key_table, recipe_schema
 
 from proxytune.cli import app
 from proxytune.errors import RecipeError
-from proxytune.recipe import Recipe
+from proxytune.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 CLI_PAGE = ROOT / "docs" / "reference" / "cli.md"

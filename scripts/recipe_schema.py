@@ -15,20 +15,22 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from proxytune.checkpoint import DTYPES
-from proxytune.policy import COMBINATIONS, IMPLAUSIBLE, POLICIES, Policy
-from proxytune.recipe import (
+from proxytune.checkpoints.placement import DTYPES
+from proxytune.logits.policy import COMBINATIONS, IMPLAUSIBLE, POLICIES, Policy
+from proxytune.recipe.recipe import (
     ARCHITECTURE,
-    CACHE_DTYPES,
-    ENDPOINTS,
     METADATA_KEYS,
     MODEL_TYPE,
     VOCABULARIES,
+    Recipe,
+)
+from proxytune.recipe.spec import (
+    CACHE_DTYPES,
+    ENDPOINTS,
     ApiSettings,
     ExpertSpec,
     LlamaCppSettings,
     ModelSpec,
-    Recipe,
 )
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"

@@ -15,10 +15,12 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from proxytune import cli
-from proxytune.analyze import Moments, analyze, equation_spans, welch
 from proxytune.errors import InputFileError, InvalidRequest
+from proxytune.explain.analysis import analyze
+from proxytune.explain.equations import equation_spans
+from proxytune.explain.moves import moves
+from proxytune.explain.welch import Moments, welch
 from proxytune.model import ProxyTuned
-from proxytune.report import moves
 from proxytune.trace import Trace, read_traces
 from tests.told import told_trace
 from tests.toys import toy_load, toy_recipe
@@ -126,7 +128,7 @@ def test_welchs_test_by_hand():
 )
 def test_its_p_is_that_of_students_distribution(t, degrees):
     mpmath = pytest.importorskip("mpmath")
-    from proxytune.analyze import _log_incomplete_beta
+    from proxytune.explain.welch import _log_incomplete_beta
 
     x = mpmath.mpf(degrees) / (degrees + mpmath.mpf(t) ** 2)
     exact = mpmath.betainc(mpmath.mpf(degrees) / 2, 0.5, 0, x, regularized=True)

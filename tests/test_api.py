@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from proxytune.backends.api import ApiBackend
-from proxytune.backends.api_client import ApiClient, Budget
+from proxytune.backends.api.backend import ApiBackend
+from proxytune.backends.api.client import ApiClient, Budget
+from proxytune.decode.speculative import Drafting
 from proxytune.errors import (
     ApiError,
     BackendError,
@@ -23,9 +24,8 @@ from proxytune.errors import (
     UnsupportedModel,
 )
 from proxytune.model import ProxyTuned
-from proxytune.recipe import ApiSettings, ModelSpec
+from proxytune.recipe.spec import ApiSettings, ModelSpec
 from proxytune.request import SamplingParams
-from proxytune.speculative import Drafting
 from tests.completion_server import (
     LLAMA_CPP,
     OPENAI,
@@ -507,7 +507,7 @@ def test_a_certified_draw_is_the_one_of_the_full_logits(filters):
 
 
 def said(top: dict[str, float], token: str, **options: Any) -> Any:
-    from proxytune.backends.api import _read_completion
+    from proxytune.backends.api.answers import read_completion
 
     answer = {
         "choices": [
@@ -521,7 +521,7 @@ def said(top: dict[str, float], token: str, **options: Any) -> Any:
             }
         ]
     }
-    return _read_completion(answer, None, **options).tokens[0]
+    return read_completion(answer, None, **options).tokens[0]
 
 
 def test_tokens_of_one_text_that_fell_together_prove_nothing():
@@ -549,12 +549,12 @@ def test_half_characters_match_nothing():
 
 
 def test_lone_bytes_of_sentencepiece_are_not_taken_for_characters():
-    from proxytune.backends.api import _ids_by_bytes
-    from proxytune.vocab import Vocabulary, token_bytes
+    from proxytune.backends.api.tokens import ids_by_bytes
+    from proxytune.text.vocab import Vocabulary, token_bytes
 
     tokens = {"<0x41>": 0, "<0x0A>": 1, "A": 2, "▁A": 3, "▁": 4}
     vocabulary = Vocabulary("toy", tokens, 5)
-    ids = _ids_by_bytes(vocabulary, token_bytes(vocabulary))
+    ids = ids_by_bytes(vocabulary, token_bytes(vocabulary))
     assert ids == {b"A": 2, b"\n": 1, b" A": 3, b" ": 4}
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from proxytune.backends.transformers import TransformersBackend
-from proxytune.checkpoint import find_checkpoint
+from proxytune.backends.transformers.backend import TransformersBackend
+from proxytune.checkpoints.checkpoint import find_checkpoint
 from proxytune.cli import app
 from proxytune.errors import RecipeError, UnsupportedModel
 from proxytune.model import ProxyTuned
-from proxytune.recipe import ApiSettings, ExpertSpec, ModelSpec, Recipe
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ApiSettings, ExpertSpec, ModelSpec
 from proxytune.request import SamplingParams
 from tests.completion_server import VLLM, CompletionServer
 from tests.tiny import NUM_TOKENS, tiny_adapter, tiny_model

@@ -14,12 +14,13 @@ import pytest
 reason = "needs llama-cpp-python with its server; `make test-gguf` installs it"
 pytest.importorskip("llama_cpp.server.app", reason=reason, exc_type=ImportError)
 
-from proxytune.backends.api import ApiBackend
-from proxytune.checkpoint import find_checkpoint
+from proxytune.backends.api.backend import ApiBackend
+from proxytune.checkpoints.checkpoint import find_checkpoint
+from proxytune.decode.speculative import Drafting
 from proxytune.model import ProxyTuned
-from proxytune.recipe import ApiSettings, LlamaCppSettings, ModelSpec, Recipe
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ApiSettings, LlamaCppSettings, ModelSpec
 from proxytune.request import Request, SamplingParams
-from proxytune.speculative import Drafting
 from tests.real_servers import free_port, running
 
 pytestmark = pytest.mark.slow

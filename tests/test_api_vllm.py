@@ -13,12 +13,13 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM; `make test-vllm` installs it", exc_type=ImportError)
 
-from proxytune.backends.api import ApiBackend
-from proxytune.checkpoint import find_checkpoint
+from proxytune.backends.api.backend import ApiBackend
+from proxytune.checkpoints.checkpoint import find_checkpoint
+from proxytune.decode.speculative import Drafting
 from proxytune.model import ProxyTuned
-from proxytune.recipe import ApiSettings, ModelSpec, Recipe
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ApiSettings, ModelSpec
 from proxytune.request import Request, SamplingParams
-from proxytune.speculative import Drafting
 from proxytune.trace import Trace
 from tests.real_servers import free_port, running
 

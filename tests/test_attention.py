@@ -9,9 +9,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from proxytune.backends import attention
-from proxytune.backends.attention import MAX_PACKED, share_keys
-from proxytune.backends.transformers import TransformersBackend
+from proxytune.backends.transformers import attention
+from proxytune.backends.transformers.attention import MAX_PACKED, share_keys
+from proxytune.backends.transformers.backend import TransformersBackend
 
 # Sums over other numbers of keys at a time round differently; logits here are of the order of 10.
 CLOSE = {"atol": 5e-5, "rtol": 1e-4}

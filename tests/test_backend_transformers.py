@@ -13,8 +13,9 @@ import pytest
 import torch
 import transformers
 
-from proxytune.backends.transformers import TransformersBackend
-from proxytune.checkpoint import AdapterFiles, find_adapter, find_checkpoint
+from proxytune.backends.transformers.backend import TransformersBackend
+from proxytune.checkpoints.adapter import AdapterFiles, find_adapter
+from proxytune.checkpoints.checkpoint import find_checkpoint
 from proxytune.errors import (
     AdapterMismatch,
     BackendError,
@@ -24,7 +25,7 @@ from proxytune.errors import (
     PromptTooLong,
     UnsupportedModel,
 )
-from proxytune.recipe import ModelSpec
+from proxytune.recipe.spec import ModelSpec
 from tests.tiny import tiny_adapter, tiny_config, tiny_model
 
 # Kernels for one and for many tokens round differently; logits here are of the order of 10.
@@ -221,7 +222,7 @@ def test_long_prompts_in_chunks_give_the_logits_of_one_pass(backend, monkeypatch
         sizes.append(token_ids.shape[1])
         return run(token_ids, **options)
 
-    monkeypatch.setattr("proxytune.backends.transformers.PREFILL_TOKENS", 48)
+    monkeypatch.setattr("proxytune.backends.transformers.backend.PREFILL_TOKENS", 48)
     monkeypatch.setattr(backend, "run", counted)
     state, logits = backend.prefill(prompts)
     # A model with a running state may not go on from it with several tokens.
@@ -464,7 +465,7 @@ def test_a_peft_model_can_be_given_as_it_is(small):
 def test_large_layers_are_packed_at_the_first_forward_and_a_model_only_loaded_stays_as_it_is(
     small, monkeypatch
 ):
-    from proxytune.backends import linear
+    from proxytune.backends.transformers import linear
 
     adapters = adapters_of(small, good=1)
     rows = ["good", None, "good"]

@@ -18,16 +18,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxytune.batch_file import (
-    BatchOptions,
-    BatchReport,
-    Progress,
-    line_seed,
-    number_list,
-    parse_line,
-    run_batch,
+from proxytune.data.batch import BatchReport, Progress, run_batch
+from proxytune.data.lines import BatchOptions, line_seed, parse_line
+from proxytune.data.resumable import number_list
+from proxytune.errors import (
+    InputFileError,
+    InvalidRequest,
+    OutputFileError,
+    UserError,
 )
-from proxytune.errors import InputFileError, InvalidRequest, OutputFileError, UserError
 from proxytune.model import ProxyTuned
 from proxytune.request import SamplingParams
 from tests.toys import toy_load, toy_recipe

@@ -9,7 +9,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from proxytune.bench import (
+from proxytune.cli import app
+from proxytune.errors import InvalidRequest
+from proxytune.evaluate.speed import (
     PlainModels,
     Shape,
     Spread,
@@ -19,10 +21,9 @@ from proxytune.bench import (
     published_procedure,
     ratios_of,
 )
-from proxytune.cli import app
-from proxytune.errors import InvalidRequest
 from proxytune.model import ProxyTuned
-from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import SamplingParams
 from tests.tiny import tiny_adapter, tiny_model
 from tests.toys import toy_model

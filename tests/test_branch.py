@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from proxytune.branch import branch
 from proxytune.errors import InvalidRequest, PromptTooLong
+from proxytune.logits.policy import Policy
+from proxytune.measure.branch import branch
 from proxytune.model import ProxyTuned
-from proxytune.policy import Policy
-from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams
 from tests.tiny import tiny_adapter, tiny_model
 from tests.toys import toy_model, toy_recipe

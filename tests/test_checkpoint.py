@@ -14,17 +14,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from proxytune import checkpoint as module
-from proxytune.checkpoint import (
-    cache_directory,
-    find_adapter,
-    find_checkpoint,
+from proxytune.checkpoints.adapter import find_adapter
+from proxytune.checkpoints.checkpoint import find_checkpoint
+from proxytune.checkpoints.conversion import build_once, cache_directory
+from proxytune.checkpoints.headers import (
     read_gguf_header,
     read_safetensors_header,
-    resolve_package,
-    running_device,
-    running_dtype,
 )
+from proxytune.checkpoints.placement import running_device, running_dtype
+from proxytune.checkpoints.references import resolve_package
 from proxytune.errors import (
     AdapterMismatch,
     CorruptModel,
@@ -427,7 +425,7 @@ def test_what_a_killed_conversion_left_is_cleared_away(tmp_path):
     target = tmp_path / "copy"
     left_over = tmp_path / "copy.part-dead"
     left_over.mkdir()
-    module.build_once(target, lambda part: (part / "x").touch(), is_whole=lambda: True)
+    build_once(target, lambda part: (part / "x").touch(), is_whole=lambda: True)
     assert (target / "x").exists()
     assert not left_over.exists()
 
@@ -443,7 +441,7 @@ def test_two_conversions_at_once_do_the_work_once(tmp_path):
 
     def convert():
         started.wait()
-        module.build_once(target, build, is_whole=lambda: (target / "x").exists())
+        build_once(target, build, is_whole=lambda: (target / "x").exists())
 
     threads = [threading.Thread(target=convert) for _ in range(4)]
     for thread in threads:

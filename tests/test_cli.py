@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from proxytune import cli
 from proxytune.errors import BackendError
 from proxytune.model import ProxyTuned
-from proxytune.recipe import Recipe
+from proxytune.recipe.recipe import Recipe
 from proxytune.request import Request, SamplingParams
 from tests.tiny import tiny_adapter, tiny_model
 from tests.toys import toy_load, toy_recipe

@@ -113,7 +113,7 @@ def test_shown_logprobs_are_the_log_softmax_of_the_backends_logits():
 def test_a_transformers_model_can_be_behind_it(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from proxytune.backends.transformers import TransformersBackend
+    from proxytune.backends.transformers.backend import TransformersBackend
 
     tokenizer = tiny_tokenizer()
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path))

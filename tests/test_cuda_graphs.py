@@ -16,15 +16,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-import proxytune.backends.cuda_graphs as cuda_graphs
-from proxytune.backends.cuda_graphs import MIN_SLOTS, padded_rows
-from proxytune.backends.transformers import TransformersBackend
-from proxytune.checkpoint import find_adapter, find_checkpoint
+import proxytune.backends.transformers.cuda_graphs as cuda_graphs
+from proxytune.backends.transformers.backend import TransformersBackend
+from proxytune.backends.transformers.cuda_graphs import MIN_SLOTS, padded_rows
+from proxytune.checkpoints.adapter import find_adapter
+from proxytune.checkpoints.checkpoint import find_checkpoint
+from proxytune.decode.speculative import Drafting
 from proxytune.errors import RecipeError, UnsupportedModel
 from proxytune.model import ProxyTuned
-from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams
-from proxytune.speculative import Drafting
 from tests.test_backend_transformers import ARCHITECTURES, CLOSE, draw, make, random_model
 from tests.tiny import tiny_adapter, tiny_config, tiny_model
 

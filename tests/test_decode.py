@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxytune.backends.toy import ToyBackend, ToyTokenizer
-from proxytune.decode import Batch, Ensemble, Event, Job, Member, Pair
+from proxytune.decode.batch import Batch, Event
+from proxytune.decode.ensemble import Ensemble, Job, Member, Pair
 from proxytune.errors import BackendError, InvalidRequest, PromptTooLong
 from proxytune.request import SamplingParams
+from proxytune.text.vocab import Vocabulary, align
 from proxytune.trace import Step
-from proxytune.vocab import Vocabulary, align
 
 TOKENS = [*"abcdefgh ", "<eos>"]
 EOS = TOKENS.index("<eos>")

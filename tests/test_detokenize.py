@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from proxytune.detokenize import TextStream
+from proxytune.text.detokenize import TextStream
 from tests.tiny import tiny_tokenizer
 
 FFFD = "\N{REPLACEMENT CHARACTER}"

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 import proxytune
 from proxytune.cli import app
 from proxytune.errors import RecipeError
-from proxytune.recipe import Recipe
+from proxytune.recipe.recipe import Recipe
 from tests.browser import open_page
 
 ROOT = Path(__file__).parents[1]

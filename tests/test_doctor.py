@@ -11,8 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from proxytune import doctor
-from proxytune.doctor import examine
+from proxytune import machine
 from proxytune.errors import (
     AdapterMismatch,
     CorruptModel,
@@ -23,8 +22,11 @@ from proxytune.errors import (
     UnsupportedModel,
     VocabularyMismatch,
 )
-from proxytune.policy import Policy
-from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
+from proxytune.loading import doctor
+from proxytune.loading.doctor import examine
+from proxytune.logits.policy import Policy
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from tests.tiny import NUM_TOKENS, tiny_adapter, tiny_gguf, tiny_model, tiny_tokenizer
 
 
@@ -196,7 +198,7 @@ def test_a_malformed_template_is_a_problem_of_the_prompt(models):
 
 
 def test_weights_that_do_not_fit_are_a_problem_with_both_numbers(models, monkeypatch):
-    monkeypatch.setattr(doctor, "_free_main_memory", lambda: 60_000)
+    monkeypatch.setattr(machine, "_free_main_memory", lambda: 60_000)
     diagnosis = examine(recipe_of(models, pair(), device="cpu"))
     assert classes(diagnosis) == [("base", NotEnoughMemory)]
     with pytest.raises(NotEnoughMemory, match=r"60\.0 kB are free there(?s:.*)bfloat16"):
@@ -204,20 +206,20 @@ def test_weights_that_do_not_fit_are_a_problem_with_both_numbers(models, monkeyp
 
 
 def test_memory_that_cannot_be_found_out_is_unknown_and_no_problem(models, monkeypatch):
-    monkeypatch.setattr(doctor, "_free_main_memory", lambda: None)
+    monkeypatch.setattr(machine, "_free_main_memory", lambda: None)
     diagnosis = examine(recipe_of(models, pair(), device="cpu"))
     assert diagnosis.is_healthy
     assert "free: unknown" in printed(diagnosis)
 
 
 def test_a_containers_limit_bounds_the_memory(tmp_path):
-    assert doctor._free_container_memory(tmp_path) is None
+    assert machine._free_container_memory(tmp_path) is None
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 150\n")
-    assert doctor._free_container_memory(tmp_path) == 450
+    assert machine._free_container_memory(tmp_path) == 450
     (tmp_path / "memory.max").write_text("max\n")
-    assert doctor._free_container_memory(tmp_path) is None
+    assert machine._free_container_memory(tmp_path) is None
 
 
 def test_a_device_that_is_not_there_is_a_problem(models, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from proxytune.backends.toy import ToyBackend
-from proxytune.decode import Event
+from proxytune.decode.batch import Event
 from proxytune.errors import BackendError, QueueFull, ShuttingDown
 from proxytune.model import ProxyTuned
 from proxytune.request import Request, SamplingParams

@@ -25,22 +25,20 @@ from proxytune.errors import (
     OutputFileError,
     UnknownExpert,
 )
-from proxytune.evaluate import (
-    EvalOptions,
+from proxytune.evaluate.compare import Result, compared, paired
+from proxytune.evaluate.judges import ChatJudge, JudgeSettings, ToxicityClassifier
+from proxytune.evaluate.plan import EvalOptions, Work
+from proxytune.evaluate.predictors import (
     Predictor,
-    Result,
     Speaker,
-    Work,
-    compared,
-    evaluate,
     nudged,
-    paired,
     predictors_of,
 )
+from proxytune.evaluate.run import evaluate
 from proxytune.model import ProxyTuned
-from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams
-from proxytune.tasks.judges import ChatJudge, JudgeSettings, ToxicityClassifier
 from proxytune.tasks.registry import TASKS
 from tests.tiny import tiny_adapter, tiny_model, tiny_tokenizer
 from tests.toys import toy_model, toy_recipe

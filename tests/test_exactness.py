@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from proxytune.checkpoint import find_checkpoint
+from proxytune.checkpoints.checkpoint import find_checkpoint
 from proxytune.errors import InvalidRequest, PromptTooLong, VocabularyMismatch
 from proxytune.model import ProxyTuned
-from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams
 from proxytune.trace import Trace
 from tests.tiny import NUM_TOKENS, tiny_adapter, tiny_gguf, tiny_model, tiny_tokenizer

@@ -15,9 +15,10 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from proxytune import cli
-from proxytune.commands.explain import coloured, safe, summary_line
+from proxytune.commands.shown import coloured, safe, summary_line
+from proxytune.explain.moves import moves
+from proxytune.explain.summary import summarise
 from proxytune.model import ProxyTuned
-from proxytune.report import moves, summarise
 from proxytune.request import Request, SamplingParams
 from proxytune.trace import read_traces
 from tests.told import SPECIAL, told_trace

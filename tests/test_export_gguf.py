@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from proxytune import cli
-from proxytune import export_gguf as module
-from proxytune.backends.transformers import TransformersBackend
-from proxytune.checkpoint import find_adapter, find_checkpoint, holds_recipe
+from proxytune.backends.transformers.backend import TransformersBackend
+from proxytune.checkpoints.adapter import find_adapter
+from proxytune.checkpoints.checkpoint import find_checkpoint, holds_recipe
 from proxytune.errors import (
     AdapterMismatch,
     CorruptModel,
@@ -26,8 +26,12 @@ from proxytune.errors import (
     UnsafeModel,
     UnsupportedModel,
 )
-from proxytune.export_gguf import export_adapter, export_model, export_recipe
-from proxytune.recipe import AUTO_MAP, ExpertSpec, ModelSpec, Recipe
+from proxytune.export import write
+from proxytune.export.adapter import export_adapter
+from proxytune.export.model import export_model
+from proxytune.export.recipe import export_recipe
+from proxytune.recipe.recipe import AUTO_MAP, Recipe
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from tests.tiny import NUM_TOKENS, tiny_adapter, tiny_gguf, tiny_model, tiny_tokenizer
 
 SMOL = "package:proxytune/smol"
@@ -86,7 +90,7 @@ def logits(reference: Path, adapter: Path | None = None) -> torch.Tensor:
     return torch.cat([first[:, None], rest], dim=1)[0].float()
 
 
-def export(directory: Path, output: Path, **settings: Any) -> module.ExportedFile:
+def export(directory: Path, output: Path, **settings: Any) -> write.ExportedFile:
     return export_model(find_checkpoint(str(directory), root=Path("/")), output, **settings)
 
 
@@ -629,14 +633,14 @@ def test_an_interrupted_export_leaves_the_old_file_and_nothing_else(tmp_path, mo
     output = tmp_path / "out" / "out.gguf"
     export(small, output, dtype="F32")
     content = output.read_bytes()
-    stored = module._stored
+    stored = write._stored
 
     def interrupt(tensor: Any, source: str) -> Any:
         if tensor.name == "blk.1.attn_q.weight":
             raise error("no space left")
         return stored(tensor, source)
 
-    monkeypatch.setattr(module, "_stored", interrupt)
+    monkeypatch.setattr(write, "_stored", interrupt)
     with pytest.raises(OutputFileError if error is OSError else error):
         export(small, output, dtype="F16", overwrite=True)
     assert output.read_bytes() == content

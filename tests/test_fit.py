@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from proxytune.checkpoint import resolve_package
+from proxytune.checkpoints.references import resolve_package
 from proxytune.model import ProxyTuned
 from tests.served import served
 

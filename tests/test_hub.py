@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import pytest
 
-from proxytune.doctor import examine
+from proxytune.loading.doctor import examine
 from proxytune.model import ProxyTuned
-from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import SamplingParams
 
 pytestmark = pytest.mark.network

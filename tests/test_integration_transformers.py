@@ -22,11 +22,15 @@ from proxytune.errors import (
     UnsupportedModel,
     UserError,
 )
-from proxytune.integrations.transformers import ProxyTunedCache, ProxyTunedForCausalLM
+from proxytune.integrations.transformers import (
+    ProxyTunedCache,
+    ProxyTunedForCausalLM,
+)
+from proxytune.logits.steer import steer
 from proxytune.model import ProxyTuned
-from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import SamplingParams
-from proxytune.steer import steer
 from tests.tiny import NUM_TOKENS, Architecture, tiny_adapter, tiny_model, tiny_tokenizer
 
 # Kernels for one and for many tokens round differently; logits here are of the order of 10.

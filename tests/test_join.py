@@ -11,11 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxytune.backends.toy import ToyBackend
-from proxytune.decode import Batch, Ensemble, Job, Kept, Pair
+from proxytune.decode.batch import Batch
+from proxytune.decode.ensemble import Ensemble, Job, Pair
+from proxytune.decode.lanes import Kept
+from proxytune.decode.speculative import Drafting, Speculator
 from proxytune.model import ProxyTuned
-from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams
-from proxytune.speculative import Drafting, Speculator
 from tests.test_decode import ensemble, table
 from tests.tiny import tiny_adapter, tiny_model
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from proxytune.backends.kv_cache import MIN_ROOM, RoomyCache
+from proxytune.backends.transformers.kv_cache import MIN_ROOM, RoomyCache
 
 LAYERS = 2
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from proxytune.backends import linear
-from proxytune.backends.linear import (
+from proxytune.backends.transformers import linear
+from proxytune.backends.transformers.linear import (
     MAX_ROWS,
     FewRowsLinear,
     PackedLinear,

@@ -17,7 +17,9 @@ import torch
 pytest.importorskip("llama_cpp", reason="needs llama-cpp-python; `make test-gguf` installs it")
 
 from proxytune.backends.llama_cpp import FIRST_ROOM, LlamaCppBackend
-from proxytune.checkpoint import find_adapter, find_checkpoint
+from proxytune.checkpoints.adapter import find_adapter
+from proxytune.checkpoints.checkpoint import find_checkpoint
+from proxytune.decode.speculative import Drafting
 from proxytune.errors import (
     AdapterMismatch,
     CorruptModel,
@@ -26,11 +28,12 @@ from proxytune.errors import (
     UnsupportedModel,
     VocabularyMismatch,
 )
-from proxytune.export_gguf import export_model, export_recipe
+from proxytune.export.model import export_model
+from proxytune.export.recipe import export_recipe
 from proxytune.model import ProxyTuned
-from proxytune.recipe import ExpertSpec, LlamaCppSettings, ModelSpec, Recipe
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ExpertSpec, LlamaCppSettings, ModelSpec
 from proxytune.request import Request, SamplingParams
-from proxytune.speculative import Drafting
 from proxytune.trace import Trace
 from tests.tiny import tiny_adapter, tiny_model
 

@@ -10,11 +10,12 @@ from dataclasses import replace
 import pytest
 
 from proxytune.errors import InvalidRequest
-from proxytune.likelihood import likelihoods
+from proxytune.logits.policy import Policy
+from proxytune.measure.likelihood import likelihoods
+from proxytune.measure.score import passage_of
 from proxytune.model import ProxyTuned
-from proxytune.policy import Policy
-from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
-from proxytune.score import passage_of
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from tests.tiny import tiny_model
 from tests.toys import toy_model
 
@@ -22,8 +23,8 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval; `make test-lm-ev
 
 from lm_eval.api.instance import Instance  # noqa: E402
 
-from proxytune.eval_harness import known_names, run_task  # noqa: E402
-from proxytune.evaluate import _check_names  # noqa: E402
+from proxytune.evaluate.harness import known_names, run_task  # noqa: E402
+from proxytune.evaluate.run import _check_names  # noqa: E402
 from proxytune.integrations.lm_eval import ProxyTunedLM  # noqa: E402
 
 QUESTIONS = [

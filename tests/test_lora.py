@@ -10,11 +10,17 @@ import torch
 import transformers
 from torch import nn
 
-from proxytune.backends.lora import PLAIN, ROW_ADAPTERS, RowAdapters, RowLora
-from proxytune.backends.transformers import TransformersBackend
-from proxytune.checkpoint import find_adapter, find_checkpoint
+from proxytune.backends.transformers.backend import TransformersBackend
+from proxytune.backends.transformers.lora import (
+    PLAIN,
+    ROW_ADAPTERS,
+    RowAdapters,
+    RowLora,
+)
+from proxytune.checkpoints.adapter import find_adapter
+from proxytune.checkpoints.checkpoint import find_checkpoint
 from proxytune.errors import UnsupportedModel
-from proxytune.recipe import ModelSpec
+from proxytune.recipe.spec import ModelSpec
 from tests.tiny import tiny_model
 
 # PEFT scales the product, here the second factor is scaled; logits are of the order of 10.

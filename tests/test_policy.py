@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from proxytune.errors import InvalidRequest, VocabularyMismatch
-from proxytune.policy import COMBINATIONS, IMPLAUSIBLE, POLICIES, Policy
-from proxytune.policy_rules import (
+from proxytune.logits.policy import COMBINATIONS, IMPLAUSIBLE, POLICIES, Policy
+from proxytune.logits.rules import (
     apply_policy,
     entropy,
     has_conflict,
@@ -28,7 +28,7 @@ from proxytune.policy_rules import (
     sign_agreement,
     union,
 )
-from proxytune.steer import Contribution, combine, steer
+from proxytune.logits.steer import Contribution, combine, steer
 
 # Every combination, every policy, every further setting at least once.
 EVERY = [

@@ -13,16 +13,17 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from proxytune.cli import app
-from proxytune.commands.app import with_policy
+from proxytune.commands.options import with_policy
+from proxytune.decode.speculative import Drafting
 from proxytune.errors import InvalidRequest, RecipeError, UnsupportedModel
+from proxytune.logits.policy import Policy
+from proxytune.logits.rules import apply_policy
+from proxytune.logits.steer import Contribution
+from proxytune.measure.score import passage_losses, passage_of
 from proxytune.model import ProxyTuned
-from proxytune.policy import Policy
-from proxytune.policy_rules import apply_policy
-from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams
-from proxytune.score import passage_losses, passage_of
-from proxytune.speculative import Drafting
-from proxytune.steer import Contribution
 from proxytune.trace import Trace
 from tests.tiny import tiny_adapter, tiny_model
 from tests.toys import TOKENS, toy_load, toy_model, toy_recipe, toy_table

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxytune.errors import InvalidRequest, PromptFormatError
-from proxytune.prompts import (
+from proxytune.text.prompts import (
     PLAIN_USER_TURN,
     behave_alike,
     check_syntax,

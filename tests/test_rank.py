@@ -11,10 +11,16 @@ from typer.testing import CliRunner
 
 from proxytune.cli import app
 from proxytune.errors import InvalidRequest
+from proxytune.measure.rank import (
+    Sums,
+    candidate_sums,
+    rank_correlation,
+    rank_experts,
+    summarise,
+)
+from proxytune.measure.score import passage_of
 from proxytune.model import ProxyTuned
-from proxytune.rank import Sums, candidate_sums, rank_correlation, rank_experts, summarise
 from proxytune.request import SamplingParams
-from proxytune.score import passage_of
 from tests.toys import toy_load, toy_model, toy_recipe
 
 THREE = {"first": 1.0, "second": 0.7, "third": 1.0}

@@ -12,8 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxytune.errors import InvalidRequest, OutputFileError, RecipeError, UnknownExpert
-from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
+from proxytune.errors import (
+    InvalidRequest,
+    OutputFileError,
+    RecipeError,
+    UnknownExpert,
+)
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
 
 SUPPORT = {
     "model_type": "proxytune",

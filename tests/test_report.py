@@ -9,21 +9,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from proxytune.errors import InvalidRequest, MissingExtra, PromptTooLong, UnknownExpert
-from proxytune.model import ProxyTuned
-from proxytune.policy import Policy
-from proxytune.report import (
-    Report,
-    Run,
+from proxytune.errors import (
+    InvalidRequest,
+    MissingExtra,
+    PromptTooLong,
+    UnknownExpert,
+)
+from proxytune.explain.moves import label, moves, pieces
+from proxytune.explain.notebook import fragment
+from proxytune.explain.report import Report, Run
+from proxytune.explain.summary import (
     common_contexts,
-    label,
-    moves,
     parting,
-    pieces,
+    running_share,
     summarise,
     token_types,
 )
-from proxytune.report_page import fragment, running_share
+from proxytune.logits.policy import Policy
+from proxytune.model import ProxyTuned
 from proxytune.request import Request, SamplingParams
 from proxytune.trace import Step, Trace, View
 from tests.told import SPECIAL, told_trace

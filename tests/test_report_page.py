@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 
-from proxytune.report import Report, Run, moves, summarise
-from proxytune.report_page import page as report_page
+from proxytune.explain.moves import moves
+from proxytune.explain.page import page as report_page
+from proxytune.explain.report import Report, Run
+from proxytune.explain.summary import summarise
 from proxytune.trace import View
 from tests.browser import open_browser, open_page
 from tests.told import SPECIAL, told_trace

@@ -18,15 +18,23 @@ from torch import Tensor
 from proxytune.backends.base import Backend, Capabilities
 from proxytune.backends.retokenised import UNMAPPED, RetokenisedBackend, token_map
 from proxytune.backends.toy import ToyBackend, ToyTokenizer
-from proxytune.decode import Batch, Ensemble, Member, Pair
-from proxytune.doctor import examine
-from proxytune.errors import PromptTooLong, RecipeError, UnsupportedModel, VocabularyMismatch
-from proxytune.model import PromptFormat, ProxyTuned
-from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
+from proxytune.decode.batch import Batch
+from proxytune.decode.ensemble import Ensemble, Member, Pair
+from proxytune.decode.speculative import Drafting
+from proxytune.errors import (
+    PromptTooLong,
+    RecipeError,
+    UnsupportedModel,
+    VocabularyMismatch,
+)
+from proxytune.loading.doctor import examine
+from proxytune.logits.steer import steer
+from proxytune.model import ProxyTuned
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams
-from proxytune.speculative import Drafting
-from proxytune.steer import steer
-from proxytune.vocab import Vocabulary, align, map_tokens
+from proxytune.text.prompts import PromptFormat
+from proxytune.text.vocab import Vocabulary, align, map_tokens
 from tests.tiny import MERGES, tiny_adapter, tiny_model, tiny_tokenizer
 from tests.toys import EOS, TOKENS, toy_recipe
 

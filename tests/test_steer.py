@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxytune.errors import VocabularyMismatch
-from proxytune.steer import Contribution, combine, steer
+from proxytune.logits.steer import Contribution, combine, steer
 
 logit = st.floats(-50, 50, width=32)
 rows = st.lists(st.tuples(logit, logit, logit), min_size=2, max_size=8)

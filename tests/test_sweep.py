@@ -10,30 +10,30 @@ import pytest
 from typer.testing import CliRunner
 
 from proxytune.cli import app
+from proxytune.data.passages import passages_of, rows_of, task_rows
+from proxytune.data.rows import read_rows
 from proxytune.errors import InvalidRequest, OutputFileError
-from proxytune.model import ProxyTuned
-from proxytune.request import SamplingParams
-from proxytune.score import passage_of
-from proxytune.sweep import (
+from proxytune.measure.curve import draw
+from proxytune.measure.metrics import (
     METRICS,
-    Grid,
     Metric,
     chrf,
     contains,
-    draw,
     exact_match,
     last_number,
-    passages_of,
-    rows_of,
+)
+from proxytune.measure.score import passage_of
+from proxytune.measure.sweep import (
+    Grid,
     split,
     sweep_generations,
     sweep_likelihood,
-    task_rows,
 )
+from proxytune.model import ProxyTuned
+from proxytune.request import SamplingParams
 from proxytune.tasks.gsm8k import Gsm8k
 from proxytune.tasks.registry import TASKS
 from proxytune.tasks.task import Item, asked
-from proxytune.tune.data import read_rows
 from tests.toys import toy_load, toy_model, toy_recipe
 
 TWO = {"first": 1.0, "second": 0.7}

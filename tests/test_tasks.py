@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxytune.errors import InputFileError, InvalidRequest
-from proxytune.prompts import render_text
 from proxytune.tasks.alpaca_eval import AlpacaEval
 from proxytune.tasks.ds1000 import Ds1000
 from proxytune.tasks.gsm8k import Gsm8k, is_same_text, last_number, number_value
@@ -30,7 +29,13 @@ from proxytune.tasks.statistics import (
 )
 from proxytune.tasks.toxigen import GROUPS, ToxiGen
 from proxytune.tasks.triviaqa import TriviaQa, normalised
-from proxytune.tasks.truthfulqa import TruthfulQaChoice, TruthfulQaOpen, choices_of, parse_letter
+from proxytune.tasks.truthfulqa import (
+    TruthfulQaChoice,
+    TruthfulQaOpen,
+    choices_of,
+    parse_letter,
+)
+from proxytune.text.prompts import render_text
 from tests.tiny import tiny_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -23,7 +23,7 @@ from proxytune.errors import (
     OutputFileError,
 )
 from proxytune.model import ProxyTuned
-from proxytune.recipe import Recipe
+from proxytune.recipe.recipe import Recipe
 from proxytune.request import SamplingParams
 from proxytune.tune import Display, Interrupted, TuneResult, TuneSettings, tune
 from tests.tiny import tiny_model, tiny_tokenizer

@@ -10,17 +10,20 @@ from typing import Any
 
 import pytest
 
-from proxytune.errors import InputFileError, InvalidRequest, MissingExtra, PromptFormatError
-from proxytune.prompts import render
-from proxytune.tune.data import (
+from proxytune.data.rows import Rows, read_rows, split_rows
+from proxytune.errors import (
+    InputFileError,
+    InvalidRequest,
+    MissingExtra,
+    PromptFormatError,
+)
+from proxytune.text.prompts import render
+from proxytune.tune.encode import (
     IGNORED,
     Encoded,
     Example,
     PreferenceExample,
-    Rows,
     encode,
-    read_rows,
-    split_rows,
 )
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 

@@ -11,21 +11,20 @@ import torch
 import torch.nn.functional as F
 
 from proxytune.errors import UnsupportedModel
-from proxytune.steer import Contribution, combine
-from proxytune.tune.loss import (
+from proxytune.logits.steer import Contribution, combine
+from proxytune.text.vocab import Vocabulary, align
+from proxytune.tune.heads import (
     FrozenHeads,
     FrozenPart,
     Head,
-    _Work,
     align_base_head,
     base_ids,
     check_head,
-    cross_entropy,
     form_coefficients,
     head_of,
     run_body,
 )
-from proxytune.vocab import Vocabulary, align
+from proxytune.tune.loss import _Work, cross_entropy
 from tests.tiny import tiny_config
 
 VOCAB, WIDTH, BASE_WIDTH, POSITIONS = 23, 6, 9, 11

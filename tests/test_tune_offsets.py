@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from proxytune.errors import OutputFileError, VocabularyMismatch
+from proxytune.text.vocab import Vocabulary, align
 from proxytune.tune import offsets as offsets_module
-from proxytune.tune.data import IGNORED, Example
-from proxytune.tune.loss import FrozenHeads, align_base_head, cross_entropy, head_of, run_body
+from proxytune.tune.encode import IGNORED, Example
+from proxytune.tune.heads import FrozenHeads, align_base_head, head_of, run_body
+from proxytune.tune.loss import cross_entropy
 from proxytune.tune.offsets import Offsets, offsets_key
-from proxytune.vocab import Vocabulary, align
 from tests.tiny import tiny_config
 
 VOCAB = 40

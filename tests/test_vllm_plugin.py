@@ -29,9 +29,15 @@ from proxytune.integrations.vllm.config import RecipeConfig, find_ensemble
 from proxytune.integrations.vllm.draft import draft_model, speculative_config
 from proxytune.integrations.vllm.server import vllm_server_command
 from proxytune.integrations.vllm.weights import share_equal_parameters
+from proxytune.logits.policy import Policy
 from proxytune.model import ProxyTuned
-from proxytune.policy import Policy
-from proxytune.recipe import ApiSettings, ExpertSpec, LlamaCppSettings, ModelSpec, Recipe
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import (
+    ApiSettings,
+    ExpertSpec,
+    LlamaCppSettings,
+    ModelSpec,
+)
 from proxytune.request import Request, SamplingParams
 from tests.real_servers import free_port, running
 from tests.tiny import NUM_TOKENS, tiny_adapter, tiny_model, tiny_tokenizer

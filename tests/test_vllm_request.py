@@ -9,7 +9,8 @@ import pytest
 from proxytune.errors import InvalidRequest, UnknownExpert
 from proxytune.integrations.vllm import request as module
 from proxytune.integrations.vllm.request import Menu, RowStrengths, check_request
-from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
 
 SMALL = ModelSpec(model="owner/small")
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxytune.errors import InvalidRequest, VocabularyMismatch
-from proxytune.vocab import Vocabulary, align
+from proxytune.text.vocab import Vocabulary, align
 from tests.tiny import NUM_TOKENS, tiny_tokenizer
 
 ABC = {"a": 0, "b": 1, "c": 2}

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from proxytune.backends.toy import ToyBackend, ToyTokenizer
-from proxytune.decode import Ensemble, Member, Pair
-from proxytune.model import PromptFormat, ProxyTuned
-from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
-from proxytune.vocab import Vocabulary, align
+from proxytune.decode.ensemble import Ensemble, Member, Pair
+from proxytune.model import ProxyTuned
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
+from proxytune.text.prompts import PromptFormat
+from proxytune.text.vocab import Vocabulary, align
 
 EOS = "<eos>"
 TOKENS = (*string.ascii_lowercase, " ", ".", "\n", ":", "U", "A", EOS)

@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
+from proxytune.measure.score import ScoreReport, ScoreRow
 from proxytune.model import ProxyTuned
-from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
-from proxytune.score import ScoreReport, ScoreRow
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
 
 SMOL = Path(__file__).parents[1] / "src" / "proxytune" / "smol"
 ALPHAS = [round(0.1 * i, 2) for i in range(16)]

@@ -121,7 +121,7 @@ def held_out_nats(
 
 def load_base() -> LlamaForCausalLM:
     """Return SmolLM2-135M-Instruct in float32, from the GGUF file of an installed package."""
-    from proxytune.checkpoint import find_checkpoint
+    from proxytune.checkpoints.checkpoint import find_checkpoint
 
     checkpoint = find_checkpoint(corpora.BASE_GGUF, root=Path())
     return AutoModelForCausalLM.from_pretrained(

@@ -17,13 +17,20 @@ from torch import Tensor
 
 from benchmarks.miniature.data import AREAS, read_rows
 from benchmarks.miniature.plan import ANTI_EXPERT, BASE, KINDS, TASK, Plan
-from proxytune.backends.transformers import quietly
-from proxytune.decode import Ensemble
+from proxytune.backends.transformers.weights import quietly
+from proxytune.decode.ensemble import Ensemble
+from proxytune.logits.steer import steer
+from proxytune.measure.score import (
+    BLOCK_TOKENS,
+    SLICE_TOKENS,
+    passage_logits,
+    passage_of,
+    token_losses,
+)
 from proxytune.model import ProxyTuned
-from proxytune.prompts import render
-from proxytune.recipe import ExpertSpec, ModelSpec, Recipe
-from proxytune.score import BLOCK_TOKENS, SLICE_TOKENS, passage_logits, passage_of, token_losses
-from proxytune.steer import steer
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
+from proxytune.text.prompts import render
 from proxytune.tune.run import ALPHAS
 
 WINDOW = 512

@@ -42,8 +42,8 @@ from benchmarks.miniature.plan import (
 from benchmarks.miniature.report import duration
 from benchmarks.miniature.summary import NUM_RESAMPLES, check_same_rows, summarise
 from benchmarks.miniature.train import train, training_settings
-from proxytune.checkpoint import resolve_package
-from proxytune.score import BLOCK_TOKENS
+from proxytune.checkpoints.references import resolve_package
+from proxytune.measure.score import BLOCK_TOKENS
 
 
 def tell(text: str) -> None:

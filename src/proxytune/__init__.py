@@ -5,7 +5,7 @@
     model = ProxyTuned.load("my-recipe")
     print(model.generate("Once upon a time", SamplingParams(max_new_tokens=64)).text)
 
-The formula is `proxytune.steer`; `docs/architecture.md` lists the modules.
+The formula is `proxytune.logits.steer`; `docs/architecture.md` lists the modules.
 """
 
 from __future__ import annotations
@@ -16,12 +16,18 @@ from typing import TYPE_CHECKING, Any
 from proxytune.integrations import register_with_transformers
 
 if TYPE_CHECKING:
-    from proxytune.backends.api_client import Budget
+    from proxytune.backends.api.client import Budget
+    from proxytune.decode.speculative import Drafting
+    from proxytune.measure.score import ScoreReport
     from proxytune.model import Choice, Conversation, ProxyTuned
-    from proxytune.recipe import ApiSettings, ExpertSpec, LlamaCppSettings, ModelSpec, Recipe
+    from proxytune.recipe.recipe import Recipe
+    from proxytune.recipe.spec import (
+        ApiSettings,
+        ExpertSpec,
+        LlamaCppSettings,
+        ModelSpec,
+    )
     from proxytune.request import Message, Request, SamplingParams
-    from proxytune.score import ScoreReport
-    from proxytune.speculative import Drafting
     from proxytune.trace import Step, Trace, Usage
 
 __all__ = [
@@ -45,20 +51,20 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ApiSettings": "recipe",
-    "Budget": "backends.api_client",
+    "ApiSettings": "recipe.spec",
+    "Budget": "backends.api.client",
     "Choice": "model",
     "Conversation": "model",
-    "Drafting": "speculative",
-    "ExpertSpec": "recipe",
-    "LlamaCppSettings": "recipe",
+    "Drafting": "decode.speculative",
+    "ExpertSpec": "recipe.spec",
+    "LlamaCppSettings": "recipe.spec",
     "Message": "request",
-    "ModelSpec": "recipe",
+    "ModelSpec": "recipe.spec",
     "ProxyTuned": "model",
-    "Recipe": "recipe",
+    "Recipe": "recipe.recipe",
     "Request": "request",
     "SamplingParams": "request",
-    "ScoreReport": "score",
+    "ScoreReport": "measure.score",
     "Step": "trace",
     "Trace": "trace",
     "Usage": "trace",

@@ -16,7 +16,9 @@ import typer
 # Their order here is that of the help.
 # isort: off
 from proxytune.commands import (  # noqa: F401
-    recipes,
+    new,
+    doctor,
+    export_gguf,
     generate,
     chat,
     serve,

@@ -29,6 +29,8 @@ A message says what happened, with the values; why it cannot go on; and, after "
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -131,3 +133,9 @@ class ApiError(BackendError):
 
 class BudgetSpent(BackendError):
     """One more call would exceed the calls or the cost that are allowed."""
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """Return a hint that names the known word closest to a misspelt one, or nothing."""
+    matches = difflib.get_close_matches(word[:80], known, n=1)
+    return f".\nhint: did you mean {matches[0]!r}?" if matches else ""

@@ -3,8 +3,8 @@
     model = ProxyTuned.load("my-recipe")
     print(model.generate("Once upon a time").text)
 
-It renders prompts for each model, hands rows to `decode.py`, and puts the events together again. Files are
-`checkpoint.py`'s, arithmetic is `steer.py`'s.
+It renders prompts for each model, hands rows to `decode/batch.py`, and puts the events together again. Files are
+`checkpoints/checkpoint.py`'s, arithmetic is `logits/steer.py`'s.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 
-from proxytune.backends.api_client import Budget
+from proxytune.backends.api.client import Budget
 from proxytune.backends.base import Backend
 from proxytune.backends.retokenised import RetokenisedBackend
-from proxytune.decode import Batch, DraftCount, Ensemble, Event, Job, Kept, Member, Pair, check_job
-from proxytune.detokenize import TextStream
+from proxytune.decode.batch import Batch, DraftCount, Event
+from proxytune.decode.ensemble import Ensemble, Job, Member, Pair, check_job
+from proxytune.decode.lanes import Kept
+from proxytune.decode.speculative import Drafting, Speculator
 from proxytune.errors import (
     BackendError,
     InvalidRequest,
@@ -30,18 +32,8 @@ from proxytune.errors import (
     UnsupportedModel,
     VocabularyMismatch,
 )
-from proxytune.heap import return_free_memory
-from proxytune.prompts import (
-    PLAIN_USER_TURN,
-    ChatPrompt,
-    Tokenizer,
-    behave_alike,
-    continuation_ids,
-    render,
-)
-from proxytune.recipe import ModelSpec, Recipe
-from proxytune.request import Message, Prompt, Request, SamplingParams
-from proxytune.score import (
+from proxytune.machine import return_free_memory
+from proxytune.measure.score import (
     Passage,
     ScoreReport,
     explain_passage,
@@ -49,17 +41,21 @@ from proxytune.score import (
     score_tokens,
     windows,
 )
-from proxytune.speculative import Drafting, Speculator
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ModelSpec
+from proxytune.request import Message, Prompt, Request, SamplingParams
+from proxytune.text.detokenize import TextStream
+from proxytune.text.prompts import (
+    PLAIN_USER_TURN,
+    ChatPrompt,
+    PromptFormat,
+    Tokenizer,
+    behave_alike,
+    continuation_ids,
+    render,
+)
+from proxytune.text.vocab import align, token_bytes
 from proxytune.trace import Step, Trace, Usage
-from proxytune.vocab import align, token_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class PromptFormat:
-    """How one member wants its prompts."""
-
-    prompt_format: str
-    tokenizer: Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,11 +142,12 @@ class ProxyTuned:
 
     @classmethod
     def _load(cls, recipe: Recipe, budget: Budget | None) -> ProxyTuned:
-        from proxytune.backends.api import ApiBackend
+        from proxytune.backends.api.backend import ApiBackend
         from proxytune.backends.llama_cpp import LlamaCppBackend
-        from proxytune.backends.transformers import TransformersBackend
-        from proxytune.checkpoint import AdapterFiles, Checkpoint, find_adapter, find_checkpoint
-        from proxytune.doctor import examine
+        from proxytune.backends.transformers.backend import TransformersBackend
+        from proxytune.checkpoints.adapter import AdapterFiles, find_adapter
+        from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
+        from proxytune.loading.doctor import examine
 
         examine(recipe).raise_first()
 
@@ -208,7 +205,7 @@ class ProxyTuned:
             kind = TransformersBackend if spec.llama_cpp is None else LlamaCppBackend
             backends[spec] = kind.load(checkpoint, spec, adapters[spec])
         base = checkpoints[slots[0][1]]
-        # One for each model: lanes whose members share it are translated at once (`decode.py`).
+        # One for each model: lanes whose members share it are translated at once (`decode/batch.py`).
         alignments = {}
         for spec, checkpoint in checkpoints.items():
             try:

@@ -11,7 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
 
-from proxytune.errors import InvalidRequest
+from proxytune.errors import (
+    InvalidRequest,
+)
+
+Experts = str | tuple[str, ...] | Mapping[str, float] | None
 
 
 class Message(TypedDict):

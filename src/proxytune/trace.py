@@ -1,7 +1,7 @@
 """What generation leaves behind: one `Step` per token, gathered in a `Trace`, written as JSON lines.
 
 Every front end (terminal, batch files, later HTTP and reports) consumes the same steps. How a token was
-chosen is decided in `sample.py`; here it is only recorded.
+chosen is decided in `logits/sample.py`; here it is only recorded.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ class Trace:
             InvalidRequest: The trace is not explained.
             MissingExtra: pandas is not installed.
         """
-        from proxytune.report import frame
+        from proxytune.explain.notebook import frame
 
         return frame(self)
 
@@ -259,13 +259,13 @@ class Trace:
             InvalidRequest: The trace is not explained.
             MissingExtra: matplotlib is not installed.
         """
-        from proxytune.pictures import draw_trace
+        from proxytune.explain.pictures import draw_trace
 
         return draw_trace(self, axes)
 
     def _repr_html_(self) -> str | None:
         """Return the text with each token coloured by what steering did to it, for notebooks."""
-        from proxytune.report_page import fragment
+        from proxytune.explain.notebook import fragment
 
         return fragment(self)
 

@@ -107,7 +107,7 @@ class Backend(ABC, Generic[State]):
     def extend(self, state: State, token_ids: Tensor) -> Tensor:
         """Append `[batch, num_tokens]` token ids and return logits `[batch, num_tokens, vocab]`.
 
-        The logits at position i are those after token i. Any float dtype; `steer.py` works in float32.
+        The logits at position i are those after token i. Any float dtype; `logits/steer.py` works in float32.
 
         Raises:
             PromptTooLong: A row would exceed `capabilities.max_context`.

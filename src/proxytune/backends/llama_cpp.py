@@ -40,8 +40,9 @@ from proxytune.errors import (
 )
 
 if TYPE_CHECKING:
-    from proxytune.checkpoint import AdapterFiles, Checkpoint
-    from proxytune.recipe import LlamaCppSettings, ModelSpec
+    from proxytune.checkpoints.adapter import AdapterFiles
+    from proxytune.checkpoints.checkpoint import Checkpoint
+    from proxytune.recipe.spec import LlamaCppSettings, ModelSpec
 
 FIRST_ROOM = 512
 """Tokens per row that a context has room for at first: making a large one takes long."""

@@ -23,10 +23,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from proxytune.backends.base import Backend, Capabilities, Prefilled, num_shared_tokens
+from proxytune.backends.base import (
+    Backend,
+    Capabilities,
+    Prefilled,
+    num_shared_tokens,
+)
 from proxytune.errors import PromptTooLong, UnsupportedModel
-from proxytune.prompts import Tokenizer, continuation_ids
-from proxytune.vocab import TokenMap, Vocabulary, map_tokens, token_bytes
+from proxytune.text.prompts import Tokenizer, continuation_ids
+from proxytune.text.vocab import TokenMap, Vocabulary, map_tokens, token_bytes
 
 UNMAPPED = -100.0
 """Logprob of tokens that the small model does not have: next to no probability, and finite, so that two

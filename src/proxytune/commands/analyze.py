@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxytune.commands.app import (
+from proxytune.commands.app import command
+from proxytune.commands.console import json_line, stderr, stdout
+from proxytune.commands.explain import TraceFileOption, TraceWriter, strengths_of
+from proxytune.commands.options import (
     GREEDY,
     ContextSizeOption,
     DataDirOption,
     DeviceOption,
     DtypeOption,
     ExpertOption,
-    Experts,
     GpuLayersOption,
     JsonOption,
     LlamaCppOption,
@@ -29,25 +31,16 @@ from proxytune.commands.app import (
     ThreadsOption,
     TopKOption,
     TopPOption,
-    command,
-    json_line,
     load_models,
     read_recipe,
-    stderr,
-    stdout,
     steering_of,
 )
-from proxytune.commands.explain import (
-    TraceFileOption,
-    TraceWriter,
-    shown_token,
-    strengths_of,
-)
+from proxytune.commands.shown import shown_token
 from proxytune.errors import InvalidRequest
-from proxytune.request import Request, SamplingParams
+from proxytune.request import Experts, Request, SamplingParams
 
 if TYPE_CHECKING:
-    from proxytune.analyze import Analysis, Group
+    from proxytune.explain.analysis import Analysis, Group
     from proxytune.model import ProxyTuned
     from proxytune.trace import Trace
 
@@ -158,8 +151,8 @@ def analyze(
     moved most, the two sides of equations, and with several strengths how much each changes. Traces are
     read one at a time, so that a file may be larger than memory.
     """
-    from proxytune.analyze import analyze as analyze_traces
-    from proxytune.batch_file import read_lines
+    from proxytune.data.lines import read_lines
+    from proxytune.explain.analysis import analyze as analyze_traces
 
     _refuse_contradictions(
         {
@@ -218,7 +211,7 @@ def analyze(
         made = _generated(model, requests, batch_size, trace_file)
         analysis = analyze_traces(made, min_count=min_count)
     if picture is not None:
-        from proxytune.pictures import draw_analysis
+        from proxytune.explain.pictures import draw_analysis
 
         draw_analysis(analysis, picture)
         typer.echo(f"{picture} written", err=True)
@@ -268,7 +261,7 @@ def _task_requests(
     experts: Experts,
 ) -> list[Request]:
     """Return a request per item of a benchmark; its stop strings hold beside those that are given."""
-    from proxytune.batch_file import line_seed
+    from proxytune.data.lines import line_seed
     from proxytune.tasks.registry import find_task
 
     task = find_task(name)
@@ -424,7 +417,7 @@ def _show_equations(analysis: Analysis) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from proxytune.analyze import welch
+    from proxytune.explain.welch import welch
 
     groups = [group for group in analysis.groups if group.num_equations]
     if not groups:

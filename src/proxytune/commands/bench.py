@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxytune.commands.app import (
+from proxytune.commands.app import command
+from proxytune.commands.console import json_line, stdout
+from proxytune.commands.options import (
     GREEDY,
     AlphaOption,
     ContextSizeOption,
@@ -20,20 +22,15 @@ from proxytune.commands.app import (
     RecipeArgument,
     TemperatureOption,
     ThreadsOption,
-    command,
-    json_line,
     load_models,
     read_recipe,
-    stdout,
     whole_numbers,
 )
-from proxytune.errors import (
-    InvalidRequest,
-)
+from proxytune.errors import InvalidRequest
 from proxytune.request import SamplingParams
 
 if TYPE_CHECKING:
-    from proxytune.bench import Measured
+    from proxytune.evaluate.speed import Measured
 
 
 @command("proxytune bench my-recipe --batch-sizes 1,8")
@@ -83,7 +80,7 @@ def bench(
 
     Everything alternates in every round; what is shown are medians of ratios within rounds.
     """
-    from proxytune import bench as speed
+    from proxytune.evaluate import speed
 
     if rounds < 1:
         raise InvalidRequest(f"--rounds is {rounds}, and must be at least 1")

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxytune.commands.app import (
+from proxytune.commands.app import command
+from proxytune.commands.console import strengths_text
+from proxytune.commands.options import (
     CHAT_TOKENS,
     GREEDY,
     AlphaOption,
@@ -33,22 +35,17 @@ from proxytune.commands.app import (
     ThreadsOption,
     TopKOption,
     TopPOption,
-    command,
     load_models,
     number_of,
     read_recipe,
     steering_of,
-    strengths_text,
 )
-from proxytune.errors import (
-    InvalidRequest,
-    UserError,
-)
+from proxytune.errors import InvalidRequest, UserError
 from proxytune.request import SamplingParams
 
 if TYPE_CHECKING:
     from proxytune.model import Conversation
-    from proxytune.recipe import Recipe
+    from proxytune.recipe.recipe import Recipe
     from proxytune.trace import Step
 
 

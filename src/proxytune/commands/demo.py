@@ -1,16 +1,32 @@
-"""`proxytune demo`: the main job on real models, offline."""
+"""The main job on real models, offline: what `proxytune demo` shows.
+
+SmolLM2-135M-Instruct is the base; the experts are the smol family's, shipped with the package. Texts are held
+out: no model was trained on them or chosen by them. Every number is measured when it is shown.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import typer
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
 
-from proxytune.commands.app import JsonOption, command, json_line, stdout
-from proxytune.request import SamplingParams
-
-if TYPE_CHECKING:
-    pass
+from proxytune.checkpoints.references import resolve_package
+from proxytune.commands.app import command
+from proxytune.commands.console import json_line, stdout
+from proxytune.commands.options import JsonOption
+from proxytune.decode.batch import Event
+from proxytune.measure.score import ScoreReport
+from proxytune.model import ProxyTuned
+from proxytune.request import Request, SamplingParams
 
 
 @command("proxytune demo")
@@ -27,8 +43,156 @@ def demo(
     steered base write. All numbers are measured now.
     """
     SamplingParams(max_new_tokens=new_tokens, seed=seed)  # refused before models load
-    from proxytune.demo import run
 
     answer = run(console=stdout(), json_output=as_json, seed=seed, new_tokens=new_tokens)
     if as_json:
         typer.echo(json_line(answer))
+
+
+RECIPE = "package:proxytune/smol"
+TEXT_ALPHA = 1.75
+"""Strength of the shown texts: near 1, where perplexity is lowest, a few words tell less of what changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """One thing the demo steers towards: an expert, and how its text may begin."""
+
+    expert: str
+    title: str
+    prompt: str
+
+
+DOMAINS = (
+    Domain("tinyshakespeare", "Shakespeare's plays", "Good morrow,"),
+    Domain("legal", "the law of the District of Columbia", "The owner of a building shall"),
+)
+
+
+def run(
+    *, console: Console, json_output: bool, seed: int = 1, new_tokens: int = 48
+) -> dict[str, Any]:
+    """Score held-out texts and continue prompts, base against steered, and show both.
+
+    Args:
+        console: Where the answer goes; progress goes to stderr.
+        json_output: Return the numbers only; the caller prints them.
+        seed: Of the sampled continuations.
+        new_tokens: Length of each continuation.
+
+    Returns:
+        What was measured: per domain the perplexities, the change with its interval, and both texts.
+    """
+    started = time.perf_counter()
+    with Progress(
+        TextColumn("{task.description:<44}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as progress:
+        task = progress.add_task("loading models (the first time converts one)", total=None)
+        model = ProxyTuned.load(RECIPE)
+        progress.remove_task(task)
+        results = []
+        for domain in DOMAINS:
+            text = resolve_package(f"{RECIPE}/heldout/{domain.expert}.txt").read_text("utf-8")
+            alpha = model.recipe.choose(domain.expert, None)[domain.expert]
+            task = progress.add_task(f"scoring held-out text: {domain.title}", total=1)
+            report = model.score(
+                text,
+                [alpha],
+                experts=domain.expert,
+                on_progress=_follow(progress, task),
+            )
+            progress.remove_task(task)
+            results.append(_measured(domain, alpha, report))
+        task = progress.add_task("generating, base and steered in one batch", total=new_tokens)
+        sampling = SamplingParams(max_new_tokens=new_tokens, temperature=0.7, seed=seed)
+        requests = [
+            Request(domain.prompt, sampling, experts={domain.expert: alpha})
+            for domain in DOMAINS
+            for alpha in (0.0, TEXT_ALPHA)
+        ]
+
+        def advance(_: int, event: Event) -> None:
+            if event.step is not None:
+                progress.update(task, completed=event.step.index + 1)
+
+        traces = model.generate_batch(requests, batch_size=len(requests), on_event=advance)
+    for index, result in enumerate(results):
+        result["text_alpha"] = TEXT_ALPHA
+        result["base_text"] = traces[2 * index].text
+        result["steered_text"] = traces[2 * index + 1].text
+    answer = {"domains": results, "elapsed_s": round(time.perf_counter() - started, 1)}
+    if not json_output:
+        _show(console, answer)
+    return answer
+
+
+def _follow(progress: Progress, task: TaskID) -> Callable[[int, int], None]:
+    return lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _measured(domain: Domain, alpha: float, report: ScoreReport) -> dict[str, Any]:
+    steered = report.row("steered", alpha)
+    interval = steered.change_interval
+    return {
+        "expert": domain.expert,
+        "title": domain.title,
+        "prompt": domain.prompt,
+        "alpha": alpha,
+        "num_tokens": report.num_tokens,
+        "perplexity": {
+            "base": report.row("base").perplexity,
+            "anti_expert": report.row(f"{domain.expert}.anti_expert").perplexity,
+            "expert": report.row(f"{domain.expert}.expert").perplexity,
+            "steered": steered.perplexity,
+        },
+        "change": steered.change,
+        "change_interval": None if interval is None else [interval.low, interval.high],
+    }
+
+
+def _show(console: Console, answer: dict[str, Any]) -> None:
+    table = Table(
+        title="Perplexity of held-out text (lower is better)", title_justify="left", expand=False
+    )
+    table.add_column("text")
+    for name in ("base", "expert alone", "steered"):
+        table.add_column(name, justify="right")
+    table.add_column("steered against base", justify="right")
+    table.add_column("alpha", justify="right")
+    for result in answer["domains"]:
+        perplexity = result["perplexity"]
+        change = f"{result['change']:+.0%}"
+        if result["change_interval"] is not None:
+            low, high = result["change_interval"]
+            change += f" ({low:+.0%} to {high:+.0%})"
+        table.add_row(
+            result["title"],
+            f"{perplexity['base']:.1f}",
+            f"{perplexity['expert']:.1f}",
+            Text(f"{perplexity['steered']:.1f}", style="bold"),
+            change,
+            f"{result['alpha']:g}",
+        )
+    console.print(table)
+    console.print(
+        "base: SmolLM2-135M-Instruct, weights untouched · experts: 7.6 M parameters · "
+        "brackets: 95 % interval\n"
+    )
+    for result in answer["domains"]:
+        console.print(Text(f"{result['title']}, continued by", style="bold"))
+        width = max(30, (min(console.width, 120) - 1) // 2)
+        panels = []
+        steered = f"the base, steered (alpha {result['text_alpha']:g})"
+        for name, key in (("the base", "base_text"), (steered, "steered_text")):
+            body = Text(result["prompt"], style="dim") + Text(result[key])
+            panels.append(Panel(body, title=name, title_align="left", width=width))
+        console.print(Columns(panels, padding=(0, 0)))
+    console.print(
+        f"Measured now, in {answer['elapsed_s']:.0f} s. "
+        'Your own prompt: proxytune generate package:proxytune/smol "To be" --expert tinyshakespeare'
+    )

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxytune.commands.app import (
+from proxytune.commands.app import command
+from proxytune.commands.console import json_line, stderr, stdout
+from proxytune.commands.options import (
     ContextSizeOption,
     DataDirOption,
     DeviceOption,
@@ -24,20 +26,16 @@ from proxytune.commands.app import (
     RecipeArgument,
     SpeculativeOption,
     ThreadsOption,
-    command,
-    json_line,
     load_models,
     number_of,
     read_recipe,
-    stderr,
-    stdout,
 )
 from proxytune.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from proxytune.evaluate import Progress
+    from proxytune.evaluate.run import Progress
     from proxytune.model import ProxyTuned
-    from proxytune.recipe import Recipe
+    from proxytune.recipe.recipe import Recipe
 
 
 @command(
@@ -194,10 +192,11 @@ def evaluate(
     errors, paired tests and the gap closed; DIR gets eval.json, eval.md, eval.png and every sample as JSON
     lines.
     """
-    from proxytune.eval_report import markdown, picture, terminal_table
-    from proxytune.evaluate import EvalOptions, write_whole
-    from proxytune.evaluate import evaluate as run
-    from proxytune.tasks.judges import JudgeSettings
+    from proxytune.evaluate.judges import JudgeSettings
+    from proxytune.evaluate.plan import EvalOptions
+    from proxytune.evaluate.run import evaluate as run
+    from proxytune.evaluate.tables import markdown, picture, terminal_table
+    from proxytune.files import write_whole
     from proxytune.tasks.task import RULES
 
     chosen_rule = next((name for name in RULES if name == rule), None)

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxytune.commands.app import (
+from proxytune.commands.app import command
+from proxytune.commands.console import (
+    argument_text,
+    json_line,
+    rate_text,
+    stderr,
+    stdin_text,
+    strengths_text,
+)
+from proxytune.commands.options import (
     GREEDY,
     AlphaOption,
     CombineOption,
@@ -19,7 +28,6 @@ from proxytune.commands.app import (
     DeviceOption,
     DtypeOption,
     ExpertOption,
-    Experts,
     FrequencyPenaltyOption,
     GpuLayersOption,
     JsonOption,
@@ -38,29 +46,18 @@ from proxytune.commands.app import (
     ThreadsOption,
     TopKOption,
     TopPOption,
-    argument_text,
-    command,
-    json_line,
     load_models,
-    rate_text,
     read_recipe,
-    stderr,
-    stdin_text,
     steering_of,
-    strengths_text,
     with_policy,
 )
-from proxytune.errors import (
-    InvalidRequest,
-    OutputFileError,
-    ProxytuneError,
-)
-from proxytune.request import Request, SamplingParams
+from proxytune.errors import InvalidRequest, OutputFileError, ProxytuneError
+from proxytune.request import Experts, Request, SamplingParams
 
 if TYPE_CHECKING:
-    from proxytune.decode import Event
+    from proxytune.decode.batch import Event
     from proxytune.model import ProxyTuned
-    from proxytune.recipe import Recipe
+    from proxytune.recipe.recipe import Recipe
     from proxytune.trace import Trace
 
 
@@ -433,9 +430,12 @@ def _generate_file(
         TimeRemainingColumn,
     )
 
-    from proxytune import batch_file
+    from proxytune.data.batch import Progress as BatchProgress
+    from proxytune.data.batch import run_batch
+    from proxytune.data.lines import BatchOptions
+    from proxytune.data.resumable import number_list
 
-    options = batch_file.BatchOptions(
+    options = BatchOptions(
         sampling=sampling,
         alpha=alpha,
         experts=experts,
@@ -459,7 +459,7 @@ def _generate_file(
         speed_estimate_period=600,  # A block of long texts may take minutes, and ends all at once.
     )
     started = 0.0
-    seen: batch_file.Progress | None = None
+    seen: BatchProgress | None = None
 
     def load(names: tuple[str, ...]) -> ProxyTuned:
         return load_models(
@@ -472,7 +472,7 @@ def _generate_file(
             max_cost=max_cost,
         )
 
-    def advance(progress: batch_file.Progress) -> None:
+    def advance(progress: BatchProgress) -> None:
         nonlocal started, seen
         if seen is None:
             started = time.perf_counter()
@@ -485,7 +485,7 @@ def _generate_file(
 
     try:
         with bar:
-            report = batch_file.run_batch(
+            report = run_batch(
                 input_file,
                 output_file,
                 recipe=recipe,
@@ -512,7 +512,7 @@ def _generate_file(
         )
     if report.bad_lines:
         typer.echo(
-            f"left out {len(report.bad_lines):,} bad line(s): {batch_file.number_list(report.bad_lines)}",
+            f"left out {len(report.bad_lines):,} bad line(s): {number_list(report.bad_lines)}",
             err=True,
         )
         for reason in report.reasons:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxytune.commands.app import JsonOption, command, json_line
+from proxytune.commands.app import command
+from proxytune.commands.console import json_line
+from proxytune.commands.options import JsonOption
 from proxytune.errors import InputFileError, InvalidRequest
 
 if TYPE_CHECKING:
@@ -97,8 +99,8 @@ def grade(
 
 def _run_again(task: Task, rows: list[Row], data_dir: Path | None) -> tuple[list[Row], list[str]]:
     """Return rows as a run of their programs decides, and how that differs from what they say."""
+    from proxytune.evaluate.judges import CodeRunner
     from proxytune.tasks.humaneval import CodeTask
-    from proxytune.tasks.judges import CodeRunner
 
     if not isinstance(task, CodeTask):
         raise InvalidRequest(

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxytune.commands.app import (
+from proxytune.commands.app import command
+from proxytune.commands.console import json_line, progress, stdout
+from proxytune.commands.options import (
     ContextSizeOption,
     DeviceOption,
     DtypeOption,
@@ -15,13 +17,9 @@ from proxytune.commands.app import (
     LlamaCppOption,
     RecipeArgument,
     ThreadsOption,
-    command,
-    json_line,
     load_models,
     number_of,
-    progress,
     read_recipe,
-    stdout,
 )
 from proxytune.commands.sweep import (
     DataOption,
@@ -30,12 +28,12 @@ from proxytune.commands.sweep import (
     WindowOption,
     between,
     passages_from,
-    window_of,
 )
+from proxytune.data.passages import window_of
 from proxytune.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from proxytune.rank import Ranking
+    from proxytune.measure.rank import Ranking
 
 
 @command("proxytune rank-experts my-recipe --text-file sample.txt", name="rank-experts")
@@ -83,7 +81,7 @@ def rank_experts(
     chosen = tuple(found.choose(names, None))
     model = load_models(found, chosen, device=device, dtype=dtype)
     passages = passages_from(model, text_file, data, window_of(model, window))[:limit]
-    from proxytune.rank import rank_experts as ranked
+    from proxytune.measure.rank import rank_experts as ranked
 
     with progress("reading", "tokens") as advance:
         ranking = ranked(
@@ -98,7 +96,7 @@ def rank_experts(
 def _show(ranking: Ranking) -> None:
     from rich.table import Table
 
-    from proxytune.rank import MEASURED_CORRELATION
+    from proxytune.measure.rank import MEASURED_CORRELATION
 
     table = Table(box=None, pad_edge=False)
     table.add_column("expert")

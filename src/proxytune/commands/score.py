@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxytune.commands.app import (
-    SCORE_WINDOW,
+from proxytune.commands.app import command
+from proxytune.commands.console import (
+    file_text,
+    json_line,
+    progress,
+    stdin_text,
+    stdout,
+)
+from proxytune.commands.options import (
     CombineOption,
     ContextSizeOption,
     DeviceOption,
@@ -21,20 +28,15 @@ from proxytune.commands.app import (
     PolicyOption,
     RecipeArgument,
     ThreadsOption,
-    command,
-    file_text,
-    json_line,
     load_models,
     number_of,
-    progress,
     read_recipe,
-    stdin_text,
-    stdout,
     with_policy,
 )
+from proxytune.measure.score import SCORE_WINDOW
 
 if TYPE_CHECKING:
-    from proxytune.score import ScoreReport
+    from proxytune.measure.score import ScoreReport
 
 
 @command("proxytune score my-recipe --text-file heldout.txt --alphas 0,0.5,1")

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from proxytune.commands.app import (
+from proxytune.commands.app import command
+from proxytune.commands.console import stderr
+from proxytune.commands.options import (
     ContextSizeOption,
     CudaGraphsOption,
     DeviceOption,
@@ -26,13 +28,11 @@ from proxytune.commands.app import (
     RecipeArgument,
     SpeculativeOption,
     ThreadsOption,
-    command,
     load_models,
     read_recipe,
-    stderr,
 )
 from proxytune.errors import InputFileError, InvalidRequest, MissingExtra
-from proxytune.heap import settle
+from proxytune.machine import settle
 
 if TYPE_CHECKING:
     from proxytune.server.service import ServerSettings

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxytune.commands.app import (
-    SCORE_WINDOW,
+from proxytune.commands.app import command
+from proxytune.commands.console import file_text, json_line, progress, stdout
+from proxytune.commands.options import (
     CombineOption,
     ContextSizeOption,
     DataDirOption,
@@ -21,25 +22,22 @@ from proxytune.commands.app import (
     PolicyOption,
     RecipeArgument,
     ThreadsOption,
-    command,
-    file_text,
-    json_line,
     load_models,
     number_of,
-    progress,
     read_recipe,
-    stdout,
     with_policy,
 )
+from proxytune.data.passages import window_of
 from proxytune.errors import InvalidRequest
+from proxytune.measure.score import SCORE_WINDOW
 from proxytune.request import SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from proxytune.measure.score import Interval, Passage
+    from proxytune.measure.sweep import Point, Row, SweepReport
     from proxytune.model import ProxyTuned
-    from proxytune.score import Interval, Passage
-    from proxytune.sweep import Point, Row, SweepReport
 
 METRIC_NAMES = "perplexity, exact_match, contains, last_number, chrf"
 
@@ -179,11 +177,14 @@ def sweep(
     For perplexity each model reads the data once, for all strengths. Generated texts are greedy, and what
     several strengths write alike is written once.
     """
-    from proxytune import sweep as sweeping
+    from proxytune.data.passages import task_rows
+    from proxytune.measure import sweep as sweeping
+    from proxytune.measure.curve import draw
+    from proxytune.measure.metrics import METRICS
 
-    if metric not in sweeping.METRICS:
+    if metric not in METRICS:
         raise InvalidRequest(
-            f"--metric is {metric!r}, and must be one of {', '.join(sweeping.METRICS)}.\n"
+            f"--metric is {metric!r}, and must be one of {', '.join(METRICS)}.\n"
             "hint: perplexity needs no generation"
         )
     if sum(source is not None for source in (text_file, data, task)) != 1:
@@ -253,11 +254,11 @@ def sweep(
                 ensemble, grid, valid=valid, test=test, own=usual, seed=seed, on_progress=advance
             )
     else:
-        judged = sweeping.METRICS[metric]
+        judged = METRICS[metric]
         if benchmark is None:
             rows = _rows(model, data or "")[:limit]
         else:
-            rows, judged = sweeping.task_rows(model, benchmark, data_dir, limit=limit)
+            rows, judged = task_rows(model, benchmark, data_dir, limit=limit)
         valid_rows, test_rows = (
             sweeping.split(rows, test_share, seed=seed, in_order=False)
             if test_data is None
@@ -277,7 +278,7 @@ def sweep(
                 on_progress=advance,
             )
     if picture is not None:
-        sweeping.draw(report, grid, picture)
+        draw(report, grid, picture)
         typer.echo(f"drew {picture}", err=True)
     if as_json:
         typer.echo(json_line(report.to_dict()))
@@ -302,18 +303,12 @@ def _strengths(given: Sequence[str] | None) -> tuple[list[float], dict[str, list
     return list(dict.fromkeys(shared)), unique
 
 
-def window_of(model: ProxyTuned, window: int | None) -> int:
-    """Return the window asked for, or the usual one as far as all contexts hold it."""
-    contexts = [m.backend.capabilities.max_context for m in model.ensemble.members]
-    return window or min([SCORE_WINDOW, *(c for c in contexts if c is not None)])
-
-
 def passages_from(
     model: ProxyTuned, text_file: Path | None, data: str | None, window: int
 ) -> list[Passage]:
     """Return the passages of a text file or of rows."""
-    from proxytune.sweep import passages_of
-    from proxytune.tune.data import read_rows
+    from proxytune.data.passages import passages_of
+    from proxytune.data.rows import read_rows
 
     if text_file is not None:
         return model.text_passages(file_text(text_file), window=window)
@@ -330,8 +325,8 @@ def _test_passages(
 
 
 def _rows(model: ProxyTuned, source: str) -> list[Row]:
-    from proxytune.sweep import rows_of
-    from proxytune.tune.data import read_rows
+    from proxytune.data.passages import rows_of
+    from proxytune.data.rows import read_rows
 
     return rows_of(model, read_rows(source))
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from proxytune.commands.app import JsonOption, command, json_line, stderr
-from proxytune.errors import (
-    MissingExtra,
-)
-
-if TYPE_CHECKING:
-    pass
+from proxytune.commands.app import command
+from proxytune.commands.console import json_line, stderr
+from proxytune.commands.options import JsonOption
+from proxytune.errors import MissingExtra
 
 
 @command(
@@ -248,9 +245,8 @@ def tune(
     Ctrl-C saves the state, and --resume goes on.
     """
     try:
-        from proxytune.tune.run import Interrupted
         from proxytune.tune.run import tune as run
-        from proxytune.tune.settings import TuneSettings
+        from proxytune.tune.settings import Interrupted, TuneSettings
     except ImportError as error:
         raise MissingExtra(
             f"tuning needs libraries that are not installed ({error}).\n"
@@ -324,7 +320,7 @@ def _tuning_display() -> Any:
     """Return a progress display: one bar on a terminal, now and then a line elsewhere."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from proxytune.tune.run import Display
+    from proxytune.tune.settings import Display
 
     console = stderr()
 

@@ -15,7 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from proxytune.errors import UnsupportedModel
 
 if TYPE_CHECKING:
-    from proxytune.recipe import Recipe
+    from proxytune.recipe.recipe import Recipe
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 """Options of `from_pretrained` that say where a recipe comes from."""
@@ -70,7 +70,7 @@ class ProxyTunedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         Raises:
             RecipeError: A value cannot be used; the message names its place.
         """
-        from proxytune.recipe import Recipe
+        from proxytune.recipe.recipe import Recipe
 
         if directory is None:
             name = str(getattr(self, "name_or_path", "") or "")
@@ -137,7 +137,7 @@ class ProxyTunedTokenizer:
             UnsupportedModel: An option cannot be honoured.
             UserError: The base's tokenizer is missing or unsafe; see `errors.py`.
         """
-        from proxytune.checkpoint import find_checkpoint
+        from proxytune.checkpoints.checkpoint import find_checkpoint
 
         hub = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
         settings = {key: options.pop(key) for key in cls.SETTINGS if key in options}
@@ -187,7 +187,7 @@ def read_recipe(reference: str | os.PathLike[str], hub: dict[str, Any]) -> Recip
     Raises:
         RecipeError: Nothing is there, or it is malformed.
     """
-    from proxytune.recipe import Recipe
+    from proxytune.recipe.recipe import Recipe
 
     name = os.fspath(reference)
     subfolder = hub.get("subfolder") or ""

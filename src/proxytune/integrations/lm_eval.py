@@ -17,13 +17,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from proxytune.batch_file import line_seed
+from proxytune.data.lines import line_seed
 from proxytune.errors import InvalidRequest, MissingExtra
-from proxytune.likelihood import likelihoods
+from proxytune.measure.likelihood import likelihoods
+from proxytune.measure.score import Passage
 from proxytune.model import ProxyTuned
-from proxytune.prompts import continuation_ids, render
 from proxytune.request import Message, Prompt, Request, SamplingParams
-from proxytune.score import Passage
+from proxytune.text.prompts import continuation_ids, render
 
 try:
     from lm_eval import utils

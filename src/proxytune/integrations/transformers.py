@@ -3,7 +3,7 @@
     model = AutoModelForCausalLM.from_pretrained("my-recipe", trust_remote_code=True)
 
 or, after `import proxytune`, without `trust_remote_code`. The members run through the transformers backend
-and the formula is `steer.py`'s; what is here is the shape that transformers expects: a forward with logits
+and the formula is `logits/steer.py`'s; what is here is the shape that transformers expects: a forward with logits
 and loss, and a KV cache that holds those of all members. There is one stream of tokens, the base's, so
 recipes whose models want different prompts are refused.
 """
@@ -36,9 +36,9 @@ from proxytune.integrations.auto import (
 )
 
 if TYPE_CHECKING:
-    from proxytune.backends.transformers import TransformersBackend
+    from proxytune.backends.transformers.backend import TransformersBackend
     from proxytune.model import ProxyTuned
-    from proxytune.recipe import Recipe
+    from proxytune.recipe.recipe import Recipe
 
 Experts = str | tuple[str, ...] | Mapping[str, float] | None
 
@@ -498,8 +498,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
             logits[index] = member.alignment.logits_to_base(own)
 
     def _steer(self, logits: Mapping[int, Tensor], pairs: Sequence[tuple[int, float]]) -> Tensor:
-        from proxytune.policy_rules import apply_policy
-        from proxytune.steer import Contribution
+        from proxytune.logits.rules import apply_policy
+        from proxytune.logits.steer import Contribution
 
         base = logits[0]
         width = base.shape[-1]
@@ -644,8 +644,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
     @staticmethod
     def _check_portable(directory: Path) -> None:
         """Refuse a written recipe with paths that lead out of it."""
-        from proxytune.checkpoint import local_path
-        from proxytune.recipe import Recipe
+        from proxytune.checkpoints.references import local_path
+        from proxytune.recipe.recipe import Recipe
 
         for reference in _references(Recipe.read(directory)):
             path = None

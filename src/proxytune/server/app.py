@@ -38,11 +38,17 @@ from proxytune.errors import (
     UserError,
 )
 from proxytune.model import ProxyTuned
-from proxytune.page_policy import page_policy
+from proxytune.pages.policy import page_policy
 from proxytune.server import answer
 from proxytune.server.answer import Json
 from proxytune.server.schema import ChatRequest, CompletionRequest, Generation
-from proxytune.server.service import Answer, ServerSettings, Service, TimeIsUp, UnknownModel
+from proxytune.server.service import (
+    Answer,
+    ServerSettings,
+    Service,
+    TimeIsUp,
+    UnknownModel,
+)
 
 logger = logging.getLogger("proxytune.server")
 

@@ -17,10 +17,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from proxytune.decode import Batch, DraftCount, Event, Job, Kept
+from proxytune.decode.batch import Batch, DraftCount, Event
+from proxytune.decode.ensemble import Job
+from proxytune.decode.lanes import Kept
+from proxytune.decode.speculative import Drafting, Speculator
 from proxytune.errors import BackendError, QueueFull, ShuttingDown, UserError
 from proxytune.model import ProxyTuned
-from proxytune.speculative import Drafting, Speculator
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
-from proxytune.decode import Event, Job
+from proxytune.decode.batch import Event
+from proxytune.decode.ensemble import Job
+from proxytune.decode.speculative import Drafting
 from proxytune.errors import InvalidRequest, PromptTooLong, ShuttingDown
 from proxytune.model import ProxyTuned
-from proxytune.prompts import PLAIN_USER_TURN
 from proxytune.request import MIN_TEMPERATURE, Request, SamplingParams
 from proxytune.server import answer
 from proxytune.server.answer import Json, Tokens
@@ -33,9 +34,9 @@ from proxytune.server.schema import (
     Generation,
     Steering,
 )
-from proxytune.speculative import Drafting
+from proxytune.text.prompts import PLAIN_USER_TURN
+from proxytune.text.vocab import token_bytes
 from proxytune.trace import Step
-from proxytune.vocab import token_bytes
 
 Experts = str | dict[str, float] | None
 

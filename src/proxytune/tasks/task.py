@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from proxytune.errors import InputFileError
-from proxytune.prompts import AskedPrompt
 from proxytune.request import Message, SamplingParams
 from proxytune.tasks.rows import Row
 from proxytune.tasks.statistics import standard_error
+from proxytune.text.prompts import AskedPrompt
 
 Rule = Literal["paper", "numeric"]
 RULES: tuple[Rule, ...] = ("paper", "numeric")

@@ -7,7 +7,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from proxytune.recipe import Recipe
+from proxytune.recipe.recipe import Recipe
 from proxytune.tune.settings import TuneResult, TuneSettings
 
 _METHODS = {

@@ -33,9 +33,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from proxytune.errors import OutputFileError, VocabularyMismatch
-from proxytune.tune.data import IGNORED, Example
-from proxytune.tune.loss import FrozenHeads, FrozenPart, base_ids, head_of, run_body
-from proxytune.vocab import Alignment
+from proxytune.text.vocab import Alignment
+from proxytune.tune.encode import IGNORED, Example
+from proxytune.tune.heads import (
+    FrozenHeads,
+    FrozenPart,
+    base_ids,
+    head_of,
+    run_body,
+)
 
 FORMAT = 1
 """Of the files. A version that writes others counts up, so that none continues the other's."""

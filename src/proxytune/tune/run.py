@@ -23,7 +23,6 @@ import json
 import math
 import random
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -33,6 +32,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from proxytune.checkpoints.references import local_reference
+from proxytune.data.passages import prompt_and_answer
+from proxytune.data.rows import Rows, read_rows, split_rows
 from proxytune.errors import (
     AdapterMismatch,
     BackendError,
@@ -43,24 +45,32 @@ from proxytune.errors import (
     ProxytuneError,
     UserError,
 )
-from proxytune.recipe import ExpertSpec, ModelSpec, Recipe, local_reference
-from proxytune.tune.data import (
+from proxytune.files import write_json
+from proxytune.machine import peak_memory
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
+from proxytune.tune.encode import (
     IGNORED,
     Encoded,
     Example,
     PreferenceExample,
-    Rows,
     encode,
-    read_rows,
-    split_rows,
 )
-from proxytune.tune.settings import TuneResult, TuneSettings, default_learning_rate
+from proxytune.tune.settings import (
+    Display,
+    Interrupted,
+    TuneResult,
+    TuneSettings,
+    default_learning_rate,
+    expert_path,
+)
+from proxytune.tune.training import load_frozen
 
 if TYPE_CHECKING:
-    from proxytune.checkpoint import Checkpoint
+    from proxytune.checkpoints.checkpoint import Checkpoint
+    from proxytune.measure.score import ScoreReport
     from proxytune.model import ProxyTuned
     from proxytune.request import Prompt
-    from proxytune.score import ScoreReport
     from proxytune.tune.trainer import FrozenEnsemble
 
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(1, 16))
@@ -70,23 +80,6 @@ MOST_VALID_ROWS = 500
 CHARACTERS_PER_TOKEN = 4
 """Of English, about; how much text is measured need not be exact."""
 SCORE_WINDOW = 512
-
-
-class Interrupted(ProxytuneError):
-    """The run was asked to stop; its state is in the last checkpoint."""
-
-
-class Display:
-    """What a run tells while it goes on; this one tells nothing."""
-
-    def say(self, text: str) -> None:
-        """Say something once."""
-
-    def stage(self, name: str, done: float, total: float, **numbers: float | None) -> None:
-        """Show how far a stage has come, with numbers such as the loss."""
-
-    def close(self) -> None:
-        """Take the display down."""
 
 
 def tune(
@@ -113,7 +106,7 @@ def tune(
                 f"tuning needs the library {library}, which is not installed.\n"
                 "hint: pip install 'proxytune[tune]'"
             )
-    from proxytune.backends.transformers import quietly
+    from proxytune.backends.transformers.weights import quietly
 
     run = _Run(settings, display)
     try:
@@ -177,7 +170,7 @@ class _Run:
         result = self._measured(recipe, result, valid, test)
         recipe = _with_alpha(recipe, result.alpha)
         self._publish(recipe, result, prompt)
-        _write_json(settings.training / "result.json", result.to_dict())
+        write_json(settings.training / "result.json", result.to_dict())
         for leftover in ("checkpoints", "offsets"):
             shutil.rmtree(settings.training / leftover, ignore_errors=True)
         return result
@@ -207,8 +200,8 @@ class _Run:
 
     def _check_models(self) -> tuple[Checkpoint, Checkpoint | None]:
         """Find the models, and check as `proxytune doctor` does that they will make a recipe."""
-        from proxytune.checkpoint import find_checkpoint
-        from proxytune.doctor import examine
+        from proxytune.checkpoints.checkpoint import find_checkpoint
+        from proxytune.loading.doctor import examine
 
         settings = self._settings
         small = find_checkpoint(settings.small, root=Path.cwd())
@@ -276,7 +269,7 @@ class _Run:
         if not resume:
             try:
                 settings.training.mkdir(parents=True, exist_ok=True)
-                _write_json(path, content)
+                write_json(path, content)
             except OSError as error:
                 raise OutputFileError(
                     f"{settings.directory} cannot be written: {error.strerror}.\n"
@@ -317,7 +310,7 @@ class _Run:
         """Train, leave the best state in the recipe's directory, and return what the result says of it."""
         import transformers
 
-        from proxytune.checkpoint import running_device
+        from proxytune.checkpoints.placement import running_device
 
         settings = self._settings
         device = running_device(settings.device)
@@ -326,7 +319,7 @@ class _Run:
         transformers.set_seed(settings.seed)
         # On a GPU a frozen model is kept in half precision; what is trained is always kept in float32.
         stored = "float32" if on_cpu or settings.full else dtype
-        model = _load(settings.small, device=device, dtype=stored)
+        model = load_frozen(settings.small, device=device, dtype=stored)
         width = model.config.get_text_config(decoder=True).hidden_size
         rate = settings.learning_rate or default_learning_rate(
             settings.method, full=settings.full, width=width
@@ -351,7 +344,7 @@ class _Run:
             "num_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
             "train_s": max((r["elapsed_s"] for r in rows), default=0.0),
             "offsets_s": round(offsets_s, 2),
-            "peak_memory_bytes": _peak_memory(device),
+            "peak_memory_bytes": peak_memory(device),
             "valid_loss": min(losses, default=None),
             "first_valid_loss": losses[0] if losses else None,
             "learning_rate": rate,
@@ -368,7 +361,8 @@ class _Run:
         dtype: str,
     ) -> FrozenEnsemble:
         """Run the frozen models over all rows, or take what an earlier run left of it."""
-        from proxytune.tune.loss import (
+        from proxytune.text.vocab import align
+        from proxytune.tune.heads import (
             FrozenHeads,
             align_base_head,
             check_head,
@@ -377,12 +371,11 @@ class _Run:
         )
         from proxytune.tune.offsets import Offsets, offsets_key
         from proxytune.tune.trainer import FrozenEnsemble
-        from proxytune.vocab import align
 
         settings = self._settings
         alignment = align(base.vocabulary, small.vocabulary)
         folder = Path(settings.offsets_dir or settings.training / "offsets")
-        big = _load(settings.base or "", device=device, dtype=dtype)
+        big = load_frozen(settings.base or "", device=device, dtype=dtype)
         for model in (big, anti_expert):
             check_head(model, head_of(model))
         factors = form_coefficients(settings.cpt_form, settings.alpha or 1.0)
@@ -503,7 +496,9 @@ class _Run:
                 args=trainers.dpo_config(beta=settings.beta, bf16=dtype == "bfloat16", **shared),
                 train_dataset=trainers.preference_dataset(train),  # type: ignore[arg-type]
                 eval_dataset=None if valid is None else trainers.preference_dataset(valid.examples),  # type: ignore[arg-type]
-                ref_model=_load(settings.small, device="cpu" if on_cpu else None, dtype="float32")
+                ref_model=load_frozen(
+                    settings.small, device="cpu" if on_cpu else None, dtype="float32"
+                )
                 if settings.full
                 else None,
                 **common,
@@ -573,7 +568,7 @@ class _Run:
 
     def _save_expert(self, model: Any, small: Checkpoint) -> None:
         settings = self._settings
-        target = settings.directory / _expert_path(settings)
+        target = settings.directory / expert_path(settings)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             # DPO keeps a reference adapter beside the expert's.
@@ -582,7 +577,7 @@ class _Run:
             # A card that PEFT writes unasked; the recipe has one.
             (target / "README.md").unlink(missing_ok=True)
             if settings.full:
-                from proxytune.checkpoint import find_checkpoint
+                from proxytune.checkpoints.checkpoint import find_checkpoint
 
                 find_checkpoint(settings.small, root=Path.cwd()).tokenizer.save_pretrained(target)
         except OSError as error:
@@ -597,7 +592,7 @@ class _Run:
         settings = self._settings
         directory = settings.directory
         reference = local_reference(settings.small, directory)
-        path = _expert_path(settings)
+        path = expert_path(settings)
         if settings.full:
             expert = ModelSpec(model=path, prompt=prompt)
         else:
@@ -673,7 +668,7 @@ class _Run:
             return model.score(text, alphas, window=window, on_progress=advance)
         pairs: list[tuple[Prompt, str]] = []
         size = 0
-        for prompt, answer in map(_prompt_and_answer, rows.rows):
+        for prompt, answer in map(prompt_and_answer, rows.rows):
             if size > num_characters:
                 break
             pairs.append((prompt, answer))
@@ -694,37 +689,12 @@ class _Run:
         loss_plot(journal, settings.training / "loss.png", result.first_valid_loss)
 
 
-def _load(reference: str, *, device: str | None, dtype: str) -> Any:
-    """Return a model in evaluation mode, its weights frozen."""
-    from proxytune.backends.transformers import TransformersBackend
-    from proxytune.checkpoint import find_checkpoint
-
-    checkpoint = find_checkpoint(reference, root=Path.cwd())
-    spec = ModelSpec(model=reference, device=device, dtype=dtype)
-    return TransformersBackend.load(checkpoint, spec).model
-
-
-def _expert_path(settings: TuneSettings) -> str:
-    return "expert" if settings.full else f"adapters/{settings.expert_name}"
-
-
 def _with_alpha(recipe: Recipe, alpha: float) -> Recipe:
     return replace(recipe, experts=(replace(recipe.experts[0], alpha=alpha),))
 
 
 def _is_conversation(rows: Rows) -> bool:
     return rows.kind == "messages" or isinstance(rows.rows[0].get("prompt"), list)
-
-
-def _prompt_and_answer(row: Mapping[str, Any]) -> tuple[Prompt, str]:
-    """Return what precedes the last answer of a row, and that answer."""
-    if "messages" in row:
-        last = max(i for i, m in enumerate(row["messages"]) if m["role"] == "assistant")
-        return row["messages"][:last], row["messages"][last]["content"]
-    answer = row.get("completion", row.get("chosen"))
-    if isinstance(answer, list):
-        answer = "\n\n".join(m["content"] for m in answer if m["role"] == "assistant")
-    return row["prompt"], str(answer)
 
 
 def _limited(part: Encoded, max_tokens: int | None, seed: int) -> Encoded:
@@ -780,19 +750,6 @@ def _shown_counts(part: Mapping[str, Any], max_length: int) -> str:
     return text
 
 
-def _peak_memory(device: str) -> int:
-    if device.startswith("cuda"):
-        return int(torch.cuda.max_memory_allocated())
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def _environment() -> dict[str, Any]:
     from importlib.metadata import version
 
@@ -801,12 +758,6 @@ def _environment() -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         **{name: version(name) for name in ("proxytune", "transformers", "peft", "trl")},
     }
-
-
-def _write_json(path: Path, content: Any) -> None:
-    part = path.with_suffix(".partial")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    part.replace(path)
 
 
 def _read_result(path: Path) -> TuneResult:

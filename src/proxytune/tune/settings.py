@@ -8,7 +8,33 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from proxytune.errors import InvalidRequest
+from proxytune.errors import (
+    InvalidRequest,
+    ProxytuneError,
+)
+
+
+class Interrupted(ProxytuneError):
+    """The run was asked to stop; its state is in the last checkpoint."""
+
+
+class Display:
+    """What a run tells while it goes on; this one tells nothing."""
+
+    def say(self, text: str) -> None:
+        """Say something once."""
+
+    def stage(self, name: str, done: float, total: float, **numbers: float | None) -> None:
+        """Show how far a stage has come, with numbers such as the loss."""
+
+    def close(self) -> None:
+        """Take the display down."""
+
+
+def expert_path(settings: TuneSettings) -> str:
+    """Return where the tuned expert is saved, relative to the output."""
+    return "expert" if settings.full else f"adapters/{settings.expert_name}"
+
 
 Method = Literal["sft", "dpo", "cpt"]
 Form = Literal["steered", "paper"]

@@ -28,8 +28,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
 from proxytune.errors import BackendError, OutputFileError
-from proxytune.tune.data import IGNORED, Example, PreferenceExample
-from proxytune.tune.loss import FrozenHeads, cross_entropy, head_of, run_body
+from proxytune.tune.encode import IGNORED, Example, PreferenceExample
+from proxytune.tune.heads import FrozenHeads, head_of, run_body
+from proxytune.tune.loss import cross_entropy
 from proxytune.tune.offsets import Offsets
 
 MARKER = "whole"

@@ -13,12 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from proxytune.checkpoint import AdapterFiles, Checkpoint, find_adapter, find_checkpoint
+from proxytune.checkpoints.adapter import AdapterFiles, find_adapter
+from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from proxytune.errors import UnsupportedModel
-from proxytune.integrations.auto import ProxyTunedConfig, ProxyTunedTokenizer, check_one_prompt
+from proxytune.integrations.auto import (
+    ProxyTunedConfig,
+    ProxyTunedTokenizer,
+    check_one_prompt,
+)
 from proxytune.integrations.vllm.request import Menu, RowStrengths, set_menu
-from proxytune.recipe import ARCHITECTURE, ModelSpec, Recipe
-from proxytune.vocab import Alignment, align
+from proxytune.recipe.recipe import ARCHITECTURE, Recipe
+from proxytune.recipe.spec import ModelSpec
+from proxytune.text.vocab import Alignment, align
 
 _log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from proxytune.checkpoint import build_once, cache_directory
+from proxytune.checkpoints.conversion import build_once, cache_directory
 from proxytune.errors import UnsupportedModel
 from proxytune.integrations.vllm.config import Ensemble, Member, find_ensemble
-from proxytune.recipe import Recipe
+from proxytune.recipe.recipe import Recipe
 
 
 def speculative_config(

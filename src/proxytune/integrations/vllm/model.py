@@ -6,7 +6,7 @@ vLLM's. Every member reads every token, whatever the request asks for: a cached 
 under any strength.
 
 `forward` returns the members' hidden states side by side; `compute_logits` takes them apart, and only there
-are strengths applied, with the formula of `steer.py`. An expert that no row asks for computes no logits.
+are strengths applied, with the formula of `logits/steer.py`. An expert that no row asks for computes no logits.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from vllm.sequence import IntermediateTensors
 from proxytune.integrations.vllm.config import Member, RecipeConfig
 from proxytune.integrations.vllm.request import Strengths
 from proxytune.integrations.vllm.weights import share_equal_parameters
-from proxytune.policy_rules import apply_policy
-from proxytune.steer import Contribution, offset
+from proxytune.logits.rules import apply_policy
+from proxytune.logits.steer import Contribution, offset
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from proxytune.errors import InvalidRequest, UserError
 
 if TYPE_CHECKING:
-    from proxytune.recipe import Recipe
+    from proxytune.recipe.recipe import Recipe
 
 KEYS = ("alpha", "expert")
 """What a request's `extra_args` may hold for this plugin."""

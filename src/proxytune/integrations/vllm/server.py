@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from proxytune.errors import InvalidRequest, MissingExtra
-from proxytune.recipe import Recipe
+from proxytune.recipe.recipe import Recipe
 
 MODULE = "vllm.entrypoints.openai.api_server"
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from proxytune.backends.transformers import read_adapter
-from proxytune.checkpoint import AdapterFiles
+from proxytune.backends.transformers.weights import read_adapter
+from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.errors import AdapterMismatch
 from proxytune.integrations.vllm.config import LOAD_FORMAT, Member, RecipeConfig
 

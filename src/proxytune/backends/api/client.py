@@ -1,0 +1,348 @@
+"""Calls to an OpenAI-compatible HTTP API that survive bad networks: retried, counted, within a budget.
+
+JSON objects in and out; what they say about tokens is `api.py`'s. Every call that is made here can be
+repeated without harm: it asks what follows a text and changes nothing on the server. So whatever goes wrong
+on the way is tried again, and an answer counts only when it has arrived whole.
+
+The key is read from the environment when the client is made, and goes into one header: no message, log or
+file of this package has it.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import os
+import random
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import httpx2
+
+from proxytune.errors import (
+    ApiError,
+    BudgetSpent,
+    InvalidRequest,
+    UnsupportedModel,
+)
+from proxytune.recipe.spec import ApiSettings
+from proxytune.trace import Usage
+
+FIRST_PAUSE_S = 0.5
+"""Before the first repetition; it doubles with each."""
+
+LONGEST_PAUSE_S = 30.0
+
+LONGEST_WAIT_S = 300.0
+"""The longest `Retry-After` that is waited for."""
+
+PROBE_RETRIES = 3
+"""How often a 500 is tried again where it may mean that the server does not do what it is asked."""
+
+_REPEATED = frozenset({408, 409, 425, 429})
+"""Answers below 500 that another try may turn into a good one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What calls may cost in all.
+
+    Args:
+        max_calls: Answered calls; None for any number.
+        max_cost: By the recipe's prices; None for any. No call is begun once it is reached.
+
+    Raises:
+        InvalidRequest: A limit is not above 0.
+    """
+
+    max_calls: int | None = None
+    max_cost: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_calls", "max_cost"):
+            limit = getattr(self, name)
+            if limit is not None and not limit > 0:
+                raise InvalidRequest(f"{name} is {limit}, and must be above 0")
+
+
+class ApiClient:
+    """One server, one key, one budget. Its methods may be called from several threads.
+
+    Args:
+        url: Where the API begins, `/v1` included.
+        settings: Timeouts, retries, prices, the name of the key's variable.
+        budget: None for no limit.
+        sleep: How to wait between tries; None waits, until `give_up`.
+
+    Raises:
+        InvalidRequest: The key's variable is not set, or there are prices to give and none is given.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        settings: ApiSettings,
+        *,
+        budget: Budget | None = None,
+        sleep: Callable[[float], None] | None = None,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self._settings = settings
+        self._budget = budget or Budget()
+        self._sleep = sleep
+        self._stop = threading.Event()
+        self._jitter = random.Random()
+        self._lock = threading.Lock()
+        self._num_begun = 0
+        self.usage = Usage()
+        """Of all calls so far."""
+        if self._budget.max_cost is not None and not (
+            settings.prompt_price or settings.completion_price
+        ):
+            raise InvalidRequest(
+                "max_cost is given, and the recipe gives no prices to count with.\n"
+                'hint: "api": {"prompt_price": …, "completion_price": …}, each of a million tokens'
+            )
+        headers = {"User-Agent": "proxytune"}
+        self._key = ""
+        if settings.key_env is not None:
+            key = os.environ.get(settings.key_env, "").strip()
+            if not key:
+                raise InvalidRequest(
+                    f"the environment variable {settings.key_env} is not set, and the recipe takes the "
+                    f"API key of {self.url} from it.\nhint: export {settings.key_env}=…"
+                )
+            if not key.isascii() or not key.isprintable() or " " in key:
+                raise InvalidRequest(
+                    f"the environment variable {settings.key_env} holds a character that no API key has.\n"
+                    "hint: look whether a line break or a quotation mark came along"
+                )
+            self._key = key
+            headers["Authorization"] = f"Bearer {key}"
+        self._headers = headers
+        self._seen: deque[str] = deque(maxlen=256)
+        self._knows_ids = True
+        self._http = self._connections()
+
+    def _connections(self) -> httpx2.Client:
+        timeout_s = self._settings.timeout_s
+        return httpx2.Client(
+            headers=self._headers,
+            timeout=httpx2.Timeout(timeout_s, connect=min(10.0, timeout_s)),
+            limits=httpx2.Limits(max_connections=self._settings.max_concurrency + 1),
+        )
+
+    def _is_late(self, answer: Mapping[str, Any]) -> bool:
+        """Whether an answer came before, so that the connection is one answer behind; then leave it.
+
+        Something on the way that repeats answers would otherwise give each question the one before's.
+        """
+        name = answer.get("id")
+        if not isinstance(name, str) or not self._knows_ids:
+            return False
+        with self._lock:
+            if name in self._seen:
+                self._http = self._connections()  # others finish what they began on the old ones
+                return True
+            self._seen.append(name)
+        return False
+
+    def close(self) -> None:
+        """Close the connections, and try nothing again."""
+        self.give_up()
+        self._http.close()
+
+    def give_up(self) -> None:
+        """Let calls that are under way in other threads not be tried again."""
+        stop, self._stop = self._stop, threading.Event()
+        stop.set()
+
+    def get(self, path: str, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Return the answer to a question that costs nothing; arguments and errors are those of `post`."""
+        return self._call("GET", path, None, check)[0]
+
+    def post(
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        check: Callable[[dict[str, Any]], None],
+        *,
+        is_probe: bool = False,
+    ) -> tuple[dict[str, Any], Usage]:
+        """Return the answer to a question about tokens, and what it cost.
+
+        Args:
+            path: Below the API's address.
+            body: The question.
+            check: Raises ValueError for an answer that is not whole; it is then asked for again.
+            is_probe: Whether the question may be one that the server does not know; some answer it with 500,
+                which is then repeated a few times and counts as a refusal.
+
+        Raises:
+            BudgetSpent: One more call would exceed the budget.
+            UnsupportedModel: The server refuses the question (4xx), in its own words.
+            ApiError: No good answer came, however often it was tried.
+        """
+        with self._lock:
+            self._check_budget()
+            self._num_begun += 1
+        try:
+            answer, num_retries = self._call("POST", path, body, check, is_probe=is_probe)
+        except BaseException:
+            with self._lock:
+                self._num_begun -= 1
+            raise
+        counts = answer.get("usage") or {}
+        num_prompt = int(counts.get("prompt_tokens") or 0)
+        num_completion = int(counts.get("completion_tokens") or 0)
+        price = self._settings
+        usage = Usage(
+            num_calls=1,
+            num_retries=num_retries,
+            num_prompt_tokens=num_prompt,
+            num_completion_tokens=num_completion,
+            cost=(num_prompt * price.prompt_price + num_completion * price.completion_price) / 1e6,
+        )
+        with self._lock:
+            self.usage += replace(usage, num_retries=0)  # counted when they happened
+        return answer, usage
+
+    def _check_budget(self) -> None:
+        limits, used = self._budget, self.usage
+        if limits.max_calls is not None and self._num_begun >= limits.max_calls:
+            raise BudgetSpent(
+                f"the budget of {limits.max_calls} calls to {self.url} is spent.\n"
+                "hint: allow more with --max-calls, or ask for fewer new tokens"
+            )
+        if limits.max_cost is not None and used.cost >= limits.max_cost:
+            raise BudgetSpent(
+                f"{used.num_calls} calls to {self.url} have cost {used.cost:.4g}, and {limits.max_cost:g} is "
+                "the limit.\nhint: allow more with --max-cost, or ask for fewer new tokens"
+            )
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        check: Callable[[dict[str, Any]], None],
+        *,
+        is_probe: bool = False,
+    ) -> tuple[dict[str, Any], int]:
+        """Return the answer and how often the question was repeated."""
+        most = self._settings.max_retries
+        num_500 = 0
+        was_late = False
+        stop = self._stop
+        for num_retries in range(most + 1):
+            asked_pause: float | None = None
+            try:
+                response = self._http.request(method, f"{self.url}{path}", json=body)
+                if response.status_code < 300:
+                    answer = response.json()
+                    if not isinstance(answer, dict):
+                        raise ValueError("it is no JSON object")
+                    if answer.get("error") and "choices" not in answer:
+                        raise ValueError(self._said(response))
+                    check(answer)
+                    # A server that calls every answer the same is believed the second time.
+                    if was_late or not self._is_late(answer):
+                        if was_late and answer.get("id") in self._seen:
+                            self._knows_ids = False  # it gives several answers one name
+                        return answer, num_retries
+                    was_late = True
+                    raise ValueError("it came before")
+                if response.status_code < 500 and response.status_code not in _REPEATED:
+                    raise self._refusal(path, response)
+                num_500 += response.status_code == 500
+                if is_probe and num_500 > PROBE_RETRIES:
+                    raise self._refusal(path, response)
+                problem = f"{response.status_code} {self._said(response)}"
+                asked_pause = _retry_after(response)
+            except httpx2.HTTPError as error:
+                problem = f"{type(error).__name__}: {error}"
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+                problem = f"its answer is not whole: {error}"
+            except httpx2.InvalidURL as error:
+                raise InvalidRequest(f"{self.url} is no address: {error}") from error
+            if num_retries < most:
+                with self._lock:
+                    self.usage += Usage(num_retries=1)
+                pause = self._pause(num_retries, asked_pause)
+                if self._sleep is not None:
+                    self._sleep(pause)
+                else:
+                    stop.wait(pause)
+            if stop.is_set():
+                break
+        raise ApiError(
+            f"{self.url}{path} gave no answer in {num_retries + 1} tries; the last one: "
+            f"{self._redacted(problem)}\n"
+            "hint: look whether the server runs and is not overloaded; max_retries and timeout_s in the "
+            "recipe's api say how patient to be"
+        )
+
+    def _pause(self, num_retries: int, asked: float | None) -> float:
+        """Return seconds to wait: what the server asked for, or twice as long each time, spread at random."""
+        longest: float = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0**num_retries)
+        own = self._jitter.uniform(longest / 2, longest)
+        if asked is not None:
+            return max(own, min(asked, LONGEST_WAIT_S) + self._jitter.uniform(0, 0.1))
+        return own
+
+    def _refusal(self, path: str, response: Any) -> UnsupportedModel:
+        said = self._said(response)
+        if response.status_code in (401, 403):
+            variable = self._settings.key_env
+            hint = (
+                f"the key is taken from {variable}; look whether it is the right one"
+                if variable
+                else 'name the variable that holds the key: "api": {"key_env": "OPENAI_API_KEY"}'
+            )
+        elif response.status_code < 400:
+            hint = f"it is moved to {response.headers.get('location', 'another address')}; name that one"
+        elif response.status_code == 404:
+            hint = "look whether the address ends in /v1 and the model's name is one that the server lists"
+        else:
+            hint = "the message is the server's"
+        return RefusedCall(
+            f"{self.url}{path} refuses ({response.status_code}): {said}\nhint: {hint}",
+            response.status_code,
+        )
+
+    def _said(self, response: Any) -> str:
+        """Return what an error answer says, in one line; servers may repeat the key in it."""
+        try:
+            content = response.json()
+            error = content.get("error", content.get("detail", content))
+            text = str(error.get("message", error) if isinstance(error, dict) else error)
+        except (ValueError, AttributeError):
+            text = re.sub(r"<[^>]*>", " ", response.text)
+        return " ".join(self._redacted(text).split())[:300] or str(response.reason_phrase)
+
+    def _redacted(self, text: str) -> str:
+        return text.replace(self._key, "…") if self._key else text
+
+
+class RefusedCall(UnsupportedModel):
+    """The server does not answer such a question."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def _retry_after(response: Any) -> float | None:
+    """Return the seconds that `Retry-After` asks for, which may be a number or a date."""
+    value = response.headers.get("retry-after", "").strip()
+    if re.fullmatch(r"\d+(\.\d+)?", value):
+        return float(value)
+    try:
+        until = email.utils.parsedate_to_datetime(value)
+    except (ValueError, TypeError):
+        return None
+    return max(0.0, until.timestamp() - time.time())

@@ -1,0 +1,1 @@
+"""Models of transformers: forwards, caches, adapters, weights."""

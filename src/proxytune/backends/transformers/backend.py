@@ -1,0 +1,507 @@
+"""Models of the Hugging Face Hub, run by transformers on CPU or GPU; LoRA adapters as rows of one forward.
+
+Token ids only: text never reaches this file. Where a model's files are is known to `checkpoints/checkpoint.py`, what a
+recipe asks for to `recipe/recipe.py`.
+
+Words: a *slot* is one column of the KV cache. Each row fills the slots of its own tokens, in their order; the
+others are *gaps*, which no token attends to: padding on the left of a short prompt, and what a row took back
+while others kept theirs. Positions are counted per row, so a gap changes nothing, and a rewind is only
+bookkeeping. *Compacting* moves the gaps of all rows to the left, where slots without any token are dropped.
+That happens when gaps become many, and at once in models whose attention looks at distances between slots
+(sliding windows).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from proxytune.backends.base import Backend, Capabilities, Prefilled
+from proxytune.backends.transformers.attention import share_keys
+from proxytune.backends.transformers.cuda_graphs import (
+    CudaRecorder,
+    GraphRunner,
+    Recorder,
+)
+from proxytune.backends.transformers.kinds import (
+    allows_gaps,
+    cache_option,
+    has_slots,
+    is_pure_attention,
+)
+from proxytune.backends.transformers.kv_cache import RoomyCache
+from proxytune.backends.transformers.linear import (
+    pack_linear_layers,
+    speed_up_linear_layers,
+)
+from proxytune.backends.transformers.lora import (
+    PLAIN,
+    ROW_ADAPTERS,
+    RowAdapters,
+    run_rows_through_adapters,
+)
+from proxytune.backends.transformers.state import TransformersState
+from proxytune.backends.transformers.weights import (
+    add_adapters,
+    load_model,
+    quietly,
+)
+from proxytune.checkpoints.placement import (
+    max_context,
+)
+from proxytune.errors import (
+    BackendError,
+    InvalidRequest,
+    PromptTooLong,
+    ProxytuneError,
+    UnsupportedModel,
+)
+
+if TYPE_CHECKING:
+    from proxytune.checkpoints.adapter import AdapterFiles
+    from proxytune.checkpoints.checkpoint import Checkpoint
+    from proxytune.recipe.spec import ModelSpec
+
+PREFILL_TOKENS = 4096
+"""Most tokens, over all rows, of one forward of a prompt: its activations bound the memory of a prefill."""
+
+GRAPH_ATTENTION = ("sdpa", "eager")
+"""Implementations of attention that take a mask of numbers."""
+
+MIN_CHUNK = 16
+"""Fewest tokens per row of such a forward, however many rows there are."""
+
+
+class TransformersBackend(Backend[TransformersState]):
+    """A causal language model of transformers.
+
+    `prefill`, `extend`, `rewind` and `select` keep the books of a batch. `run` and `new_cache` are the layer
+    below, for an engine that keeps its own (`integrations/transformers.py`).
+
+    Args:
+        model: A causal language model, or a PEFT model around one. It is put into evaluation mode.
+        name: How errors call it.
+        adapters: Adapters that rows may be given, by their PEFT names, or a mapping from other names to
+            those.
+        recorder: Makes CUDA graphs of short forwards; None launches every kernel by itself.
+        owns_model: Whether nobody else wants the model as it is. Then faster layers take the place of PEFT's,
+            which PEFT could not train, switch or save, and at the first forward the weights of large layers
+            are laid out anew.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        name: str,
+        adapters: Sequence[str] | Mapping[str, str] = (),
+        recorder: Recorder | None = None,
+        owns_model: bool = False,
+    ) -> None:
+        self.name = name
+        wrapped: Any = model
+        self.model: Any = wrapped.get_base_model() if hasattr(wrapped, "peft_config") else wrapped
+        self.model.eval()
+        self._peft_names = dict(
+            adapters if isinstance(adapters, Mapping) else {name: name for name in adapters}
+        )
+        speed_up_linear_layers(self.model)
+        self._has_lora = run_rows_through_adapters(self.model, replace=owns_model)
+        self._may_pack = owns_model
+        if owns_model:
+            share_keys(self.model)
+        config = self.model.config.get_text_config(decoder=True)
+        head = self.model.get_output_embeddings()
+        self.vocab_size = int(getattr(head, "out_features", None) or config.vocab_size)
+        self._num_embeddings = int(
+            getattr(self.model.get_input_embeddings(), "num_embeddings", None) or config.vocab_size
+        )
+        self._options = frozenset(inspect.signature(self.model.forward).parameters)
+        self._cache_option = cache_option(self.model)
+        if self._cache_option is None:
+            raise UnsupportedModel(
+                f"{name} is a {type(self.model).__name__}, which takes no KV cache, so it cannot decode "
+                "one token at a time"
+            )
+        self._is_pure_attention = is_pure_attention(config)
+        self._has_slots = has_slots(config)
+        self._allows_gaps = "position_ids" in self._options and allows_gaps(self.model, config)
+        self._max_context = max_context(config)
+        self._graphs = None
+        if recorder is not None:
+            self._graphs = self._graph_runner(recorder)
+
+    def _graph_runner(self, recorder: Recorder) -> GraphRunner:
+        """Return what runs this model's short forwards as graphs.
+
+        Raises:
+            UnsupportedModel: The model looks at something else than a mask and positions.
+        """
+        attention = self.model.config._attn_implementation
+        if not (self._is_pure_attention and self._allows_gaps) or attention not in GRAPH_ATTENTION:
+            raise UnsupportedModel(
+                f"{self.name} is a {type(self.model).__name__} with {attention} attention, and CUDA graphs "
+                f"need plain attention in every layer ({' or '.join(GRAPH_ATTENTION)})\n"
+                "hint: leave cuda_graphs out"
+            )
+
+        def forward(
+            token_ids: Tensor, positions: Tensor, mask: Tensor, cache: Any, adapters: RowAdapters
+        ) -> Tensor:
+            options = {"attention_mask": mask, "position_ids": positions}
+            return self._forward(token_ids, cache, options, adapters)
+
+        return GraphRunner(
+            self.name,
+            forward,
+            recorder,
+            dtype=self.model.dtype,
+            max_context=self._max_context,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        adapters: Mapping[str, AdapterFiles] | None = None,
+    ) -> TransformersBackend:
+        """Load a model's weights, and adapters onto the same copy of them.
+
+        Args:
+            checkpoint: The model's files.
+            spec: What the recipe asks for: dtype, device, quantisation, attention implementation.
+            adapters: LoRA adapters by the names that rows will use.
+
+        Raises:
+            CorruptModel: The weights cannot be read or do not belong to the config.
+            UnsafeModel: There are only pickled weights and `allow_pickle` is not set.
+            UnsupportedModel: transformers does not know the model, or an adapter changes more than LoRA
+                layers.
+            AdapterMismatch: An adapter's weights do not fit the model.
+            MissingExtra: A quantisation or attention library is not installed.
+            NotEnoughMemory: The weights did not fit.
+        """
+        with quietly():
+            model = load_model(checkpoint, spec)
+            names: dict[str, str] = {}
+            if adapters:
+                model, names = add_adapters(model, checkpoint.name, adapters, spec.allow_pickle)
+        model.requires_grad_(False)
+        recorder = CudaRecorder(_graph_device(model, checkpoint.name)) if spec.cuda_graphs else None
+        return cls(model, name=checkpoint.name, adapters=names, recorder=recorder, owns_model=True)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        weight: Any = getattr(self.model.get_input_embeddings(), "weight", None)
+        # Only a weight that is offloaded makes it look through all: this is asked at every step.
+        if weight is None or weight.device.type == "meta":
+            weight = next(w for w in self.model.parameters() if w.device.type != "meta")
+        device: torch.device = weight.device
+        return device
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Say what this model can do."""
+        return Capabilities(
+            max_context=self._max_context,
+            can_rewind=self._is_pure_attention,
+            can_merge=self._is_pure_attention,
+            adapters=tuple(self._peft_names),
+            reuses_logits=self._graphs is not None,
+        )
+
+    def new_cache(self) -> Any:
+        """Return an empty KV cache of this model."""
+        if self._is_pure_attention:
+            # Every layer keeps all keys, so that any number of tokens can be taken back. A sliding window is
+            # then up to the attention mask.
+            return RoomyCache()
+        return transformers.DynamicCache(config=self.model.config)
+
+    def run(
+        self,
+        token_ids: Tensor,
+        *,
+        cache: Any = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        adapters: Sequence[str | None] | None = None,
+        num_logits: int = 0,
+    ) -> Tensor:
+        """Run tokens through the model, append them to the cache and return logits.
+
+        Args:
+            token_ids: `[batch, num_tokens]`, on this model's device.
+            cache: From `new_cache`; None to keep nothing.
+            attention_mask: `[batch, slots + num_tokens]`, 0 at padding; None where there is none.
+            position_ids: `[batch, num_tokens]`; None for consecutive ones from the first slot on.
+            adapters: The adapter of each row, None for the plain weights.
+            num_logits: Return logits of the last so many tokens only; 0 for all.
+
+        Returns:
+            `[batch, num_logits or num_tokens, vocab]` in the model's dtype.
+
+        Raises:
+            InvalidRequest: An adapter has an unknown name.
+            BackendError: The model failed. The cache may hold half of a forward: drop it.
+        """
+        if (
+            not self._has_slots
+            and attention_mask is not None
+            and attention_mask.shape[1] != token_ids.shape[1]
+        ):
+            attention_mask = (
+                None  # a pure state-space model has no slots: its state has left padding out
+            )
+        options = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "logits_to_keep": num_logits,
+        }
+        if self._may_pack:
+            # Here, not when it is loaded: a model that is only loaded may be trained.
+            self._may_pack = False
+            pack_linear_layers(self.model)
+        rows = None
+        if self._has_lora:
+            rows = RowAdapters(self._rows(adapters, token_ids.shape[0]), token_ids.device)
+        try:
+            logits = self._forward(token_ids, cache, options, rows)
+        except torch.OutOfMemoryError as error:
+            raise BackendError(
+                f"{self.name} ran out of memory on {token_ids.shape[0]} rows of {token_ids.shape[1]} tokens\n"
+                "hint: use a smaller batch, a shorter prompt, or a smaller dtype"
+            ) from error
+        except ProxytuneError:
+            raise
+        except Exception as error:
+            raise BackendError(f"{self.name} failed: {type(error).__name__}: {error}") from error
+        return logits[:, -num_logits:]
+
+    def _forward(
+        self, token_ids: Tensor, cache: Any, options: Mapping[str, Any], rows: RowAdapters | None
+    ) -> Tensor:
+        """Call the model with those of the options that it knows."""
+        known: dict[str, Any] = {key: options[key] for key in options if key in self._options}
+        if "use_cache" in self._options:
+            known["use_cache"] = cache is not None
+        token = ROW_ADAPTERS.set(rows)
+        try:
+            logits: Tensor = self.model(
+                input_ids=token_ids, **{self._cache_option or "": cache}, **known
+            ).logits
+        finally:
+            ROW_ADAPTERS.reset(token)
+        return logits
+
+    def check_length(self, num_tokens: int) -> None:
+        """Raise `PromptTooLong` if a row of so many tokens exceeds the model's context."""
+        if self._max_context is not None and num_tokens > self._max_context:
+            raise PromptTooLong(
+                f"{self.name} can hold {self._max_context} tokens, and was asked to hold {num_tokens}.\n"
+                "hint: shorten the prompt, or ask for fewer new tokens"
+            )
+
+    def check_token_ids(self, token_ids: Tensor) -> None:
+        """Raise `InvalidRequest` if the model has no embedding for a token id."""
+        lowest, highest = (int(bound) for bound in torch.aminmax(token_ids))
+        if lowest < 0 or highest >= self._num_embeddings:
+            wrong = lowest if lowest < 0 else highest
+            raise InvalidRequest(
+                f"{self.name} has no token {wrong}; its token ids go from 0 to {self._num_embeddings - 1}"
+            )
+
+    @torch.inference_mode()
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], *, adapters: Sequence[str | None] | None = None
+    ) -> Prefilled[TransformersState]:
+        """Run whole prompts, padded on the left, and return the state and the logits after each.
+
+        Long prompts are run in chunks, so that memory for activations stays bounded.
+
+        Raises:
+            InvalidRequest: A prompt is empty or has a token id the model does not have, or an adapter has
+                an unknown name.
+            PromptTooLong: A prompt exceeds the model's context.
+            BackendError: The model failed.
+        """
+        lengths = [len(prompt) for prompt in prompts]
+        if not lengths or not min(lengths):
+            raise InvalidRequest(
+                f"{self.name} was given an empty prompt, so there is nothing to continue"
+            )
+        self.check_length(max(lengths))
+        width = max(lengths)
+        padded = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        self.check_token_ids(padded)
+        device = self.device
+        rows = tuple(adapters) if adapters is not None else (None,) * len(prompts)
+        state = TransformersState(self.new_cache(), lengths, rows, device)
+        mask = state.attention_mask(0)
+        positions = (torch.arange(-width, 0) + torch.tensor(lengths)[:, None]).clamp(min=0)
+        padded, positions = padded.to(device), positions.to(device)
+        chunk = width
+        if self._is_pure_attention:
+            chunk = max(PREFILL_TOKENS // len(prompts), MIN_CHUNK)
+        for start in range(0, width, chunk):
+            logits = self.run(
+                padded[:, start : start + chunk],
+                cache=state.cache,
+                attention_mask=None if mask is None else mask[:, : start + chunk],
+                position_ids=positions[:, start : start + chunk],
+                adapters=rows,
+                num_logits=1,
+            )
+        return Prefilled(state, logits[:, -1])
+
+    @torch.inference_mode()
+    def extend(self, state: TransformersState, token_ids: Tensor) -> Tensor:
+        """Append `[batch, num_tokens]` token ids and return logits `[batch, num_tokens, vocab]`.
+
+        Raises:
+            InvalidRequest: The model does not have a token id (looked at where they are on the CPU), or the
+                rows are not the state's.
+            PromptTooLong: A row would exceed the model's context.
+            BackendError: The model failed. The state cannot be used again.
+        """
+        if (
+            token_ids.dim() != 2
+            or token_ids.shape[0] != len(state.lengths)
+            or not token_ids.shape[1]
+        ):
+            raise InvalidRequest(
+                f"{self.name} was given token ids of shape {list(token_ids.shape)}, and needs "
+                f"[{len(state.lengths)}, num_tokens] with at least one token"
+            )
+        num_new = token_ids.shape[1]
+        self.check_length(max(state.lengths) + num_new)
+        if token_ids.device.type == "cpu":  # elsewhere, looking at them would wait for the device
+            self.check_token_ids(token_ids)
+        token_ids = token_ids.to(self.device)
+        if self._is_pure_attention:
+            return self._append(state, token_ids)
+        # Not every state-space model goes on from its state when it is given several tokens at once.
+        return torch.cat(
+            [self._append(state, token_ids[:, i : i + 1]) for i in range(num_new)], dim=1
+        )
+
+    @torch.inference_mode()
+    def rewind(self, state: TransformersState, num_tokens: Sequence[int]) -> None:
+        """Forget the last `num_tokens[row]` tokens of each row.
+
+        Raises:
+            UnsupportedModel: The model has layers that cannot forget.
+            InvalidRequest: A row does not hold that many tokens.
+        """
+        if not self._is_pure_attention:
+            raise UnsupportedModel(
+                f"{self.name} has layers without a KV cache of their own for each token, so tokens cannot be "
+                "taken back"
+            )
+        if len(num_tokens) != len(state.lengths) or any(
+            not 0 <= n <= length for n, length in zip(num_tokens, state.lengths, strict=True)
+        ):
+            raise InvalidRequest(
+                f"{self.name} cannot rewind rows of {state.lengths} tokens by {list(num_tokens)}"
+            )
+        state.rewind(num_tokens)
+        self._compact_if_due(state)
+
+    @torch.inference_mode()
+    def select(self, state: TransformersState, rows: Sequence[int]) -> TransformersState:
+        """Return a state of the given rows in the given order; rows may repeat.
+
+        The old state must not be used after.
+        """
+        rows = list(rows)
+        if rows != list(range(len(state.lengths))):
+            state.select(rows)
+            if self._is_pure_attention and rows:
+                self._compact_if_due(state)
+        return state
+
+    @torch.inference_mode()
+    def copy(self, state: TransformersState, rows: Sequence[int]) -> TransformersState:
+        """Return a state of its own of the given rows; see `Backend.copy`.
+
+        Raises:
+            UnsupportedModel: The model has layers without a KV cache of their own for each token.
+        """
+        if not self._is_pure_attention:
+            return super().copy(state, rows)
+        return state.copy(list(rows))
+
+    @torch.inference_mode()
+    def merge(
+        self, state: TransformersState, other: TransformersState, rows: Sequence[int]
+    ) -> TransformersState:
+        """Return a state of the rows of two; see `Backend.merge`.
+
+        Raises:
+            UnsupportedModel: The model has layers without a KV cache of their own for each token.
+        """
+        if not self._is_pure_attention:
+            return super().merge(state, other, rows)
+        state.merge(other, list(rows))
+        self._compact_if_due(state)
+        return state
+
+    def _append(self, state: TransformersState, token_ids: Tensor) -> Tensor:
+        num_new = token_ids.shape[1]
+        logits = None
+        if self._graphs is not None:
+            names = self._rows(state.adapters, len(state.lengths))
+            logits = self._graphs.run(state, token_ids, names)
+        if logits is None:
+            logits = self.run(
+                token_ids,
+                cache=state.cache,
+                attention_mask=state.attention_mask(num_new),
+                position_ids=state.position_ids(num_new),
+                adapters=state.adapters,
+            )
+        state.append(num_new)
+        return logits
+
+    def _compact_if_due(self, state: TransformersState) -> None:
+        longest = max(state.lengths)
+        # Allowed gaps are attended to for nothing, and compacting copies everything: an eighth balances them.
+        spare = longest // 8 + 16 if self._allows_gaps else 0
+        if state.num_slots > longest + spare or not (self._allows_gaps or state.is_aligned):
+            state.compact()
+
+    def _rows(self, adapters: Sequence[str | None] | None, num_rows: int) -> list[str]:
+        """Return PEFT's name for the adapter of each row."""
+        if adapters is None:
+            return [PLAIN] * num_rows
+        if len(adapters) != num_rows:
+            raise InvalidRequest(
+                f"{self.name} was given {len(adapters)} adapters for {num_rows} rows"
+            )
+        try:
+            return [PLAIN if name is None else self._peft_names[name] for name in adapters]
+        except KeyError as error:
+            known = ", ".join(self._peft_names) or "none"
+            raise InvalidRequest(
+                f"{self.name} has no adapter {error.args[0]!r}; it has: {known}"
+            ) from None
+
+
+def _graph_device(model: Any, name: str) -> torch.device:
+    """Return the one CUDA device that all of a model is on."""
+    places = {weight.device for weight in model.parameters()}
+    device: torch.device = min(places, key=str)
+    if len(places) > 1 or device.type != "cuda":
+        where = ", ".join(sorted(map(str, places)))
+        raise UnsupportedModel(
+            f"cuda_graphs is set and {name} is on {where}, and a CUDA graph is made on one CUDA device.\n"
+            "hint: leave cuda_graphs out, or give the model a device such as cuda:0"
+        )
+    return device

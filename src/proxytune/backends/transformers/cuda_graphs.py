@@ -1,0 +1,363 @@
+"""Short forwards as CUDA graphs: a model's kernels are recorded once, and launched again all together.
+
+A small model's token on a GPU takes less time to compute than Python takes to launch its kernels one by one.
+A graph launches the same kernels in one call. It knows nothing but fixed places in memory, so whatever
+changes from token to token lies in tensors of fixed places and shapes: token ids, positions, which slots the
+tokens go to, which slots count, and the keys and values themselves.
+
+So keys and values live in a *home* of fixed place while a state decodes. A state moves in when its turn
+comes, and another one that is there moves out; for everybody else its cache stays the `RoomyCache` that it
+was. Rows, width (tokens a row) and slots are rounded up, so that few graphs serve all: what is computed
+beyond the real ones is never looked at.
+
+The words of `transformers.py` (slots, gaps) are used here too. How a forward is recorded is left to a
+`Recorder`, so that all else runs, and is tested, without a GPU.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from proxytune.backends.transformers.kv_cache import RoomyCache, RoomyLayer
+from proxytune.backends.transformers.lora import PLAIN, RowAdapters
+from proxytune.errors import ProxytuneError
+
+MAX_WIDTH = 16
+"""Most tokens a row of a graph; wider forwards are worth their launches."""
+MIN_SLOTS = 256
+"""Fewest slots of a graph."""
+MAX_GRAPHS = 64
+"""Most graphs of a model; the one that was not used for longest goes first."""
+
+Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], Any], Tensor]]
+"""Takes a forward; returns what runs it again, and the tensor in which its logits will lie each time."""
+
+Forward = Callable[[Tensor, Tensor, Tensor, Any, RowAdapters], Tensor]
+"""Takes token ids, positions, mask `[rows, 1, width, slots]`, cache and adapters; returns logits."""
+
+
+class Slots(Protocol):
+    """What a graph has to know of a batch: its cache, and which slots are whose (`TransformersState`)."""
+
+    cache: Any
+    num_slots: int
+
+    def attention_mask(self, num_new: int) -> Tensor | None:
+        """Return `[rows, num_slots + num_new]`, 0 at gaps; None where there is none."""
+
+    def position_ids(self, num_new: int) -> Tensor:
+        """Return `[rows, num_new]` or `[rows, 1]`: the positions of the next tokens."""
+
+
+class CudaRecorder:
+    """Records forwards of one model on one device; their temporary tensors share memory.
+
+    Args:
+        device: A CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = torch.cuda.graph_pool_handle()
+
+    def __call__(self, forward: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
+        """Record a forward; see `Recorder`.
+
+        Raises:
+            RuntimeError: The model waits for the device, or memory is short.
+        """
+        with torch.cuda.device(self._device):
+            # Libraries set themselves up in their first calls, which must not be recorded.
+            stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                forward()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may go on working with other models meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                logits = forward()
+        return graph.replay, logits
+
+
+class _FixedLayer(DynamicLayer):
+    """One layer's keys and values as a graph sees them: all slots at once, written by their numbers."""
+
+    def __init__(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+        self._slots = slots
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write keys and values of new tokens; return those of all slots."""
+        assert self.keys is not None and self.values is not None
+        self.keys.index_copy_(2, self._slots, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, self._slots, value_states.to(self.values.dtype))
+        return self.keys, self.values
+
+
+class _Graph:
+    """A forward of fixed shape, and the tensors that it reads.
+
+    Args:
+        forward: The model.
+        layers: Keys and values `[rows, heads, slots, size]` of each layer; None for one that has none.
+        width: Tokens a row.
+        names: PEFT's name of each row's adapter.
+        dtype: Of the attention mask.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        layers: Sequence[tuple[Tensor, Tensor] | None],
+        *,
+        width: int,
+        names: Sequence[str],
+        dtype: torch.dtype,
+    ) -> None:
+        keys = next(layer[0] for layer in layers if layer is not None)
+        device, num_rows, num_slots = keys.device, keys.shape[0], keys.shape[2]
+        self._forward, self._dtype = forward, dtype
+        self._adapters = RowAdapters(names, device)
+        self._token_ids = torch.zeros(num_rows, width, dtype=torch.long, device=device)
+        self._positions = torch.zeros_like(self._token_ids)
+        self._offsets = torch.arange(width, device=device)
+        self._slots = torch.zeros_like(self._offsets)
+        self._columns = torch.arange(num_slots, device=device)
+        self._counts = torch.ones(num_rows, num_slots, dtype=torch.bool, device=device)
+        self._all_count = True
+        self._cache = DynamicCache()
+        self._cache.layers = [
+            DynamicLayer() if layer is None else _FixedLayer(*layer, self._slots)  # type: ignore[no-untyped-call]
+            for layer in layers
+        ]
+        self._again: tuple[Callable[[], Any], Tensor] | None = None
+        self._was_run = False
+
+    def load(
+        self, token_ids: Tensor, positions: Tensor, mask: Tensor | None, first_slot: int
+    ) -> None:
+        """Put what changes into its place.
+
+        Args:
+            token_ids: `[rows, num_new]`, at most the graph's rows and width.
+            positions: `[rows, width]`.
+            mask: `[rows, first_slot + num_new]`, 0 at gaps; None where there is none.
+            first_slot: Where the first token goes.
+        """
+        num_rows, num_new = token_ids.shape
+        self._token_ids[:num_rows, :num_new] = token_ids
+        self._positions[:num_rows] = positions
+        torch.add(self._offsets, first_slot, out=self._slots)
+        if mask is not None:
+            self._counts[:num_rows, : mask.shape[1]] = mask.bool()
+            self._all_count = False
+        elif not self._all_count:
+            self._counts.fill_(True)
+            self._all_count = True
+
+    def run(self, record: Recorder) -> Tensor:
+        """Return logits `[rows, width, vocab]`, which the next run overwrites."""
+        if self._again is None:
+            if not self._was_run:
+                # Most shapes that come once do not come again.
+                self._was_run = True
+                return self._eagerly()
+            self._again = record(self._eagerly)
+        replay, logits = self._again
+        replay()
+        return logits
+
+    def _eagerly(self) -> Tensor:
+        may_see = self._columns <= self._slots[:, None]
+        may_see = may_see & self._counts[:, None, None, :]
+        mask = torch.zeros(may_see.shape, dtype=self._dtype, device=may_see.device)
+        # Not -inf: where a row that nobody looks at sees nothing, it has to stay a number.
+        mask = mask.masked_fill(~may_see, torch.finfo(self._dtype).min)
+        return self._forward(self._token_ids, self._positions, mask, self._cache, self._adapters)
+
+
+class _Home:
+    """Memory for the keys and values of one state at a time.
+
+    Args:
+        layers: Examples of the tensors that will live here, `[any, heads, any, size]`; None for a layer that
+            has none.
+        num_places: Rows times slots.
+    """
+
+    def __init__(self, layers: Sequence[tuple[Tensor, Tensor] | None], num_places: int) -> None:
+        self.num_places = num_places
+        self._heads = [None if layer is None else layer[0].shape[1] for layer in layers]
+        self._memory = [
+            None
+            if layer is None
+            # Zeros: a slot that does not count is multiplied by 0, which mends no NaN.
+            else tuple(t.new_zeros(num_places * t.shape[1] * t.shape[3]) for t in layer)
+            for layer in layers
+        ]
+
+    def layers(self, num_rows: int, num_slots: int) -> list[tuple[Tensor, Tensor] | None]:
+        """Return each layer's keys and values, `[num_rows, heads, num_slots, size]`."""
+        assert num_rows * num_slots <= self.num_places
+        found: list[tuple[Tensor, Tensor] | None] = []
+        for heads, memory in zip(self._heads, self._memory, strict=True):
+            if memory is None or heads is None:
+                found.append(None)
+                continue
+            keys, values = (
+                flat[: len(flat) // self.num_places * num_rows * num_slots].view(
+                    num_rows, heads, num_slots, -1
+                )
+                for flat in memory
+            )
+            found.append((keys, values))
+        return found
+
+
+class GraphRunner:
+    """Runs a model's short forwards as graphs.
+
+    Args:
+        name: How warnings call the model.
+        forward: The model.
+        record: Makes graphs.
+        dtype: The model's.
+        max_context: Most tokens of a row; None for no limit.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        forward: Forward,
+        record: Recorder,
+        *,
+        dtype: torch.dtype,
+        max_context: int | None,
+    ) -> None:
+        self._name, self._forward, self._record = name, forward, record
+        self._dtype, self._max_context = dtype, max_context
+        self._home: _Home | None = None
+        self._tenant: weakref.ref[RoomyCache] | None = None
+        self._graphs: dict[tuple[int, int, int, tuple[str, ...]], _Graph] = {}
+        self.failure: str | None = None
+        """Why this model's forwards are launched kernel by kernel after all."""
+
+    def run(self, state: Slots, token_ids: Tensor, names: Sequence[str]) -> Tensor | None:
+        """Append tokens to a state's cache and return logits; the state's own books are left to the caller.
+
+        Args:
+            state: With keys and values.
+            token_ids: `[rows, num_new]`.
+            names: PEFT's name of each row's adapter.
+
+        Returns:
+            `[rows, num_new, vocab]`, which the next call overwrites; None where no graph can do it.
+        """
+        num_rows, num_new = token_ids.shape
+        if self.failure is not None or num_new > MAX_WIDTH or not num_rows:
+            return None
+        rows, width = padded_rows(num_rows), 1 << (num_new - 1).bit_length()
+        try:
+            slots = self._settle(state.cache, rows, num_rows, state.num_slots + width)
+            padded = (*names, *[PLAIN] * (rows - num_rows))
+            graph = self._graph(rows, width, slots, padded)
+            positions = state.position_ids(width)
+            if self._max_context is not None:
+                positions = positions.clamp(max=self._max_context - 1)
+            graph.load(token_ids, positions, state.attention_mask(num_new), state.num_slots)
+            logits = graph.run(self._record)
+        except ProxytuneError:
+            raise
+        except Exception as error:
+            # The forward that follows, kernel by kernel, says what is wrong where it is not the graphs.
+            self._give_up(error)
+            return None
+        for layer in state.cache.filled():
+            layer.grow(num_new)
+        return logits[:num_rows, :num_new]
+
+    def _graph(self, rows: int, width: int, slots: int, names: tuple[str, ...]) -> _Graph:
+        assert self._home is not None
+        key = (rows, width, slots, names)
+        graph = self._graphs.pop(key, None)
+        if graph is None:
+            if len(self._graphs) >= MAX_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]
+            layers = self._home.layers(rows, slots)
+            graph = _Graph(self._forward, layers, width=width, names=names, dtype=self._dtype)
+        self._graphs[key] = graph  # the last in use is the last to go
+        return graph
+
+    def _settle(self, cache: RoomyCache, rows: int, num_rows: int, num_slots: int) -> int:
+        """Make sure that a cache is at home with room for so many slots; return how many it has there."""
+        if self._tenant is not None and self._tenant() is cache:
+            slots = self._slots_at_home(cache, rows, num_rows)
+            if slots is not None and slots >= num_slots:
+                return slots
+        self._move_out()
+        slots = max(MIN_SLOTS, 1 << (num_slots - 1).bit_length())
+        if self._home is None or self._home.num_places < rows * slots:
+            # Before the new memory is asked for: the graphs hold the old one.
+            self._graphs.clear()
+            self._home = None
+            self._home = _Home([_example(layer) for layer in cache.layers], rows * slots)
+        homes = self._home.layers(rows, slots)
+        self._tenant = weakref.ref(cache)
+        for layer, home in zip(cache.layers, homes, strict=True):
+            if home is not None:
+                assert isinstance(layer, RoomyLayer)
+                layer.move(home[0][:num_rows], home[1][:num_rows])
+        return slots
+
+    def _slots_at_home(self, cache: RoomyCache, rows: int, num_rows: int) -> int | None:
+        """Return how many slots a cache has at home; None where it has left, as `select` makes it do."""
+        assert self._home is not None
+        layer = next(cache.filled())
+        keys = layer.room
+        if keys is None or keys.shape[0] != num_rows:
+            return None
+        slots = keys.shape[2]
+        if rows * slots > self._home.num_places:
+            return None
+        own = next(home[0] for home in self._home.layers(rows, slots) if home is not None)
+        return slots if keys.data_ptr() == own.data_ptr() else None
+
+    def _move_out(self) -> None:
+        """Give whoever is at home memory of its own."""
+        tenant = None if self._tenant is None else self._tenant()
+        self._tenant = None
+        if tenant is None or self._home is None:
+            return
+        for layer in tenant.filled():
+            layer.leave()
+
+    def _give_up(self, error: Exception) -> None:
+        self.failure = f"{type(error).__name__}: {error}"
+        self._move_out()
+        self._graphs.clear()
+        self._home = None
+        warnings.warn(
+            f"{self._name} cannot run as CUDA graphs and goes on without them: {self.failure}",
+            stacklevel=2,
+        )
+
+
+def padded_rows(num_rows: int) -> int:
+    """Return how many rows a graph for so many has: a power of two, and multiples of eight from there on."""
+    return 1 << (num_rows - 1).bit_length() if num_rows <= 8 else -(-num_rows // 8) * 8
+
+
+def _example(layer: Any) -> tuple[Tensor, Tensor] | None:
+    return (layer.keys, layer.values) if layer.is_initialized else None

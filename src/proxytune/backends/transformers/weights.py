@@ -1,0 +1,295 @@
+"""Weights and adapters, loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from proxytune.checkpoints.placement import (
+    running_device,
+    running_dtype,
+)
+from proxytune.errors import (
+    AdapterMismatch,
+    CorruptModel,
+    MissingExtra,
+    ModelNotFound,
+    NotEnoughMemory,
+    ProxytuneError,
+    UnsafeModel,
+    UnsupportedModel,
+)
+
+if TYPE_CHECKING:
+    from proxytune.checkpoints.adapter import AdapterFiles
+    from proxytune.checkpoints.checkpoint import Checkpoint
+    from proxytune.recipe.spec import ModelSpec
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Silence progress bars, log lines and warnings of transformers and PEFT, and put all back after."""
+    import huggingface_hub.utils
+    import transformers.utils.logging
+
+    hub: Any = huggingface_hub.utils
+    logging: Any = transformers.utils.logging
+    verbosity = logging.get_verbosity()
+    had_bars = logging.is_progress_bar_enabled()
+    had_hub_bars = not hub.are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
+        # transformers switches the hub's bars with its own.
+        if had_hub_bars:
+            hub.enable_progress_bars()
+        else:
+            hub.disable_progress_bars()
+
+
+def load_model(checkpoint: Checkpoint, spec: ModelSpec) -> Any:
+    """Load the weights with transformers and translate what goes wrong."""
+    from safetensors import SafetensorError
+
+    name = checkpoint.name
+    device = running_device(spec.device)
+    options: dict[str, Any] = {
+        "dtype": getattr(
+            torch, running_dtype(spec.dtype, stored_dtype=checkpoint.stored_dtype, device=device)
+        ),
+        "use_safetensors": None if spec.allow_pickle else True,
+        "trust_remote_code": spec.trust_remote_code,
+        "local_files_only": True,
+        "output_loading_info": True,
+    }
+    if spec.attn_implementation is not None:
+        options["attn_implementation"] = spec.attn_implementation
+    if spec.quantization is not None:
+        options["quantization_config"] = _quantization_config(spec.quantization, name)
+    if device != "cpu" or spec.quantization is not None:
+        options["device_map"] = device if device == "auto" else {"": device}
+    try:
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            checkpoint.weights_path(), **options
+        )
+    except ProxytuneError:
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise NotEnoughMemory(
+            f"the weights of {name} do not fit into the memory of {device}: {error}\n"
+            'hint: choose a smaller dtype, a quantization, or device "auto" to spread them'
+        ) from error
+    except ImportError as error:
+        raise MissingExtra(
+            f"{name} needs a package that is not installed: {error}\n"
+            "hint: pip install 'proxytune[quantize]' for quantization; leave attn_implementation out to use "
+            "the one that torch brings"
+        ) from error
+    except (SafetensorError, json.JSONDecodeError, EOFError) as error:
+        raise CorruptModel(f"the files of {name} cannot be read: {error}") from error
+    except RuntimeError as error:
+        raise CorruptModel(f"the weights of {name} do not fit its config: {error}") from error
+    except OSError as error:
+        raise ModelNotFound(f"the weights of {name} cannot be opened: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UnsupportedModel(f"transformers cannot load {name} as asked: {error}") from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CorruptModel(
+            f"the files of {name} lack {len(missing)} weights, which would be random: "
+            f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}"
+        )
+    return model
+
+
+def _quantization_config(quantization: Mapping[str, Any], name: str) -> Any:
+    """Return transformers' config for `{"quant_method": …, options}`; `method` is the same.
+
+    `{"quant_method": "torchao", "quant_type": "Int8WeightOnlyConfig", …}` names a class of
+    `torchao.quantization` and its options. Without a method, `load_in_4bit` and `load_in_8bit` are
+    bitsandbytes'.
+    """
+    options = dict(quantization)
+    method = options.pop("quant_method", None) or options.pop("method", None)
+    if method is None and ("load_in_4bit" in options or "load_in_8bit" in options):
+        method = "bitsandbytes"
+    if method == "bitsandbytes":
+        _require("bitsandbytes", name)
+        return _build(transformers.BitsAndBytesConfig, options, "bitsandbytes", name)
+    if method == "torchao":
+        torchao = _require("torchao.quantization", name)
+        kind = options.pop("quant_type", None)
+        known = sorted(key for key in vars(torchao) if key.endswith("Config"))
+        if kind not in known:
+            raise UnsupportedModel(
+                f"the quantization of {name} has quant_type {kind!r}; torchao knows: {', '.join(known)}"
+            )
+        own = {key: options.pop(key) for key in ("modules_to_not_convert",) if key in options}
+        quant_type = _build(getattr(torchao, kind), options, f"torchao's {kind}", name)
+        return transformers.TorchAoConfig(quant_type, **own)
+    raise UnsupportedModel(
+        f"the quantization of {name} has method {method!r}; this backend knows bitsandbytes and torchao"
+    )
+
+
+def _build(kind: Any, options: Mapping[str, Any], what: str, name: str) -> Any:
+    """Call a config class, refusing options it would ignore."""
+    known = inspect.signature(kind).parameters
+    unknown = [key for key in options if key not in known or key == "kwargs"]
+    if unknown:
+        raise UnsupportedModel(
+            f"the quantization of {name} has the option {unknown[0]!r}, which {what} does not know; it "
+            f"knows: {', '.join(key for key in known if key != 'kwargs')}"
+        )
+    try:
+        return kind(**options)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UnsupportedModel(
+            f"the quantization of {name} is not one of {what}: {error}"
+        ) from error
+
+
+def _require(module: str, name: str) -> Any:
+    """Import a quantisation library."""
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise MissingExtra(
+            f"{name} is to be quantised with {package}, which cannot be imported: {error}\n"
+            "hint: pip install 'proxytune[quantize]'"
+        ) from error
+
+
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
+"""Values of `init_lora_weights` that leave the weights under an adapter as they are."""
+
+
+def add_adapters(
+    model: Any, model_name: str, adapters: Mapping[str, AdapterFiles], allow_pickle: bool
+) -> tuple[Any, dict[str, str]]:
+    """Put LoRA adapters onto a model; return it and PEFT's names for them."""
+    from peft import PeftModel, set_peft_model_state_dict
+
+    names = {name: f"adapter_{index}" for index, name in enumerate(adapters)}  # PEFT allows no dots
+    wrapped: Any = None
+    for name, files in adapters.items():
+        config, weights = read_adapter(files, allow_pickle=allow_pickle)
+        config.inference_mode = True
+        misfit = f"adapter {files.name} does not fit {model_name}"
+        hint = "\nhint: an adapter fits only the model it was trained on"
+        try:
+            if wrapped is None:
+                wrapped = PeftModel(model, config, names[name], autocast_adapter_dtype=False)
+            else:
+                wrapped.add_adapter(names[name], config, autocast_adapter_dtype=False)
+            result: Any = set_peft_model_state_dict(wrapped, weights, names[name])
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise AdapterMismatch(f"{misfit}: {error}{hint}") from error
+        missing = [key for key in result.missing_keys if f".{names[name]}." in key]
+        wrong = list(result.unexpected_keys) or missing
+        if wrong:
+            what = (
+                "has weights the model has no place for"
+                if result.unexpected_keys
+                else "lacks weights"
+            )
+            raise AdapterMismatch(
+                f"{misfit}: it {what}, {wrong[0]} and {len(wrong) - 1} more{hint}"
+            )
+    return wrapped, names
+
+
+def read_adapter(files: AdapterFiles, *, allow_pickle: bool) -> tuple[Any, dict[str, Tensor]]:
+    """Return a LoRA adapter's config, as PEFT reads it, and its weights on the CPU.
+
+    Raises:
+        CorruptModel: It cannot be read.
+        UnsafeModel: It has only pickled weights, and those are not allowed.
+        ModelNotFound: It has no weights.
+        UnsupportedModel: It is more than products of two matrices beside linear layers.
+    """
+    from peft import PeftConfig
+
+    try:
+        config: Any = PeftConfig.from_pretrained(str(files.path))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CorruptModel(f"the config of adapter {files.name} cannot be read: {error}") from error
+    weights = _adapter_weights(files, allow_pickle)
+    _check_adapter_kind(config, weights, files.name)
+    return config, weights
+
+
+def _adapter_weights(files: AdapterFiles, allow_pickle: bool) -> dict[str, Tensor]:
+    """Read an adapter's weights on the CPU."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = files.path / "adapter_model.safetensors"
+    pickled = files.path / "adapter_model.bin"
+    try:
+        if path.is_file():
+            return load_file(path)
+        if allow_pickle and pickled.is_file():
+            weights: dict[str, Tensor] = torch.load(pickled, map_location="cpu", weights_only=True)
+            return weights
+    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
+        raise CorruptModel(
+            f"the weights of adapter {files.name} cannot be read: {error}"
+        ) from error
+    if pickled.is_file():
+        raise UnsafeModel(
+            f"adapter {files.name} has only pickled weights, and unpickling can run code.\n"
+            "hint: save it as safetensors, or set allow_pickle if you trust it"
+        )
+    raise ModelNotFound(f"adapter {files.name} has no adapter_model.safetensors in {files.path}")
+
+
+def _check_adapter_kind(config: Any, weights: Mapping[str, Tensor], name: str) -> None:
+    """Refuse an adapter that cannot share one forward with plain rows."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA":
+        raise UnsupportedModel(
+            f"adapter {name} is of kind {kind}, and only LORA adapters can share a forward with plain rows\n"
+            "hint: merge the adapter into a copy of its model and give that as the expert's model"
+        )
+    changes = [
+        key
+        for key in (
+            "modules_to_save",
+            "trainable_token_indices",
+            "target_parameters",
+            "layer_replication",
+            "use_dora",
+            "alora_invocation_tokens",
+        )
+        if getattr(config, key, None)
+    ]
+    if getattr(config, "bias", "none") != "none":
+        changes.append(f"bias {config.bias!r}")
+    if getattr(config, "init_lora_weights", True) not in _INITIALISATIONS:
+        changes.append(f"init_lora_weights {config.init_lora_weights!r}")
+    changes += [key for key in weights if ".lora_A." not in key and ".lora_B." not in key][:1]
+    if changes:
+        raise UnsupportedModel(
+            f"adapter {name} changes more than what can be switched for each row: {', '.join(changes)}\n"
+            "hint: merge the adapter into a copy of its model and give that as the expert's model"
+        )

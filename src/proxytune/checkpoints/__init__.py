@@ -1,0 +1,1 @@
+"""A model's files: found, read and converted, all but running it."""

@@ -1,0 +1,202 @@
+"""A lora adapter's files."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from proxytune.checkpoints.checkpoint import Checkpoint
+from proxytune.checkpoints.headers import (
+    StoredTensor,
+    read_gguf_header,
+    read_json_file,
+    read_safetensors_header,
+)
+from proxytune.checkpoints.hub import hub_adapter
+from proxytune.checkpoints.references import unpinned_path
+from proxytune.errors import (
+    AdapterMismatch,
+    CorruptModel,
+    ModelNotFound,
+    UnsafeModel,
+    UnsupportedModel,
+)
+
+# Adapters ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """A LoRA adapter's files, without its values.
+
+    Args:
+        name: The reference, as the recipe says it.
+        path: A directory with `adapter_config.json` and `adapter_model.safetensors`, or a `.gguf` file.
+        config: The content of `adapter_config.json`, or the file's metadata.
+        tensors: Names and shapes of its weights.
+        is_gguf: Whether it is a file for llama.cpp.
+    """
+
+    name: str
+    path: Path
+    config: Mapping[str, Any] = field(repr=False)
+    tensors: Mapping[str, StoredTensor] = field(repr=False)
+    is_gguf: bool = False
+
+    @property
+    def num_parameters(self) -> int:
+        """How many weights it adds."""
+        return sum(tensor.num_elements for tensor in self.tensors.values())
+
+    @property
+    def trained_on(self) -> str | None:
+        """The model it says it was trained on."""
+        model = self.config.get("base_model_name_or_path")
+        return model if isinstance(model, str) and model else None
+
+    def check_fits(self, small: Checkpoint) -> None:
+        """Check that every tensor of the adapter finds its layer, of its size, in the small model.
+
+        Raises:
+            AdapterMismatch: A layer is missing or of another size.
+        """
+        problems = self._gguf_problems(small) if self.is_gguf else self._problems(small)
+        if problems:
+            more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+            source = f" (it was trained on {self.trained_on})" if self.trained_on else ""
+            raise AdapterMismatch(
+                f"the adapter {self.name}{source} does not fit {small.name}, where "
+                f"{'; '.join(problems[:3])}{more}.\n"
+                "hint: name the small model that the adapter was trained on"
+            )
+
+    def _gguf_problems(self, small: Checkpoint) -> list[str]:
+        problems: list[str] = []
+        for name, tensor in self.tensors.items():
+            layer, _, part = name.rpartition(".lora_")
+            there = small.tensors.get(layer)
+            if there is None or len(tensor.shape) != 2:
+                problems.append(f"{layer or name} is not there")
+                continue
+            outputs, inputs = there.shape[0], there.shape[-1]
+            if layer == "token_embd.weight":
+                continue  # lies on its side, and llama.cpp checks it
+            given, wanted, what = (
+                (tensor.shape[1], inputs, "inputs")
+                if part == "a"
+                else (tensor.shape[0], outputs, "outputs")
+            )
+            if given != wanted:
+                problems.append(f"{layer} has {wanted} {what} instead of {given}")
+        return problems
+
+    def _problems(self, small: Checkpoint) -> list[str]:
+        problems: list[str] = []
+        for name, tensor in self.tensors.items():
+            path = name.removeprefix("base_model.model.")
+            match = re.fullmatch(
+                r"(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|"
+                r"lora_magnitude_vector)(\.\w+)?",
+                path,
+            )
+            if match is None:
+                module, part = path.rpartition(".")[0].removesuffix(".modules_to_save"), "weight"
+            else:
+                module, part = match["module"], match["part"]
+            if module not in small.module_names:
+                problems.append(f"{module} is not there")
+                continue
+            if module not in small.linear_shapes or len(tensor.shape) != 2:
+                continue
+            inputs, outputs = small.linear_shapes[module]
+            if part in ("lora_A", "lora_embedding_A"):
+                given, wanted, what = tensor.shape[1], inputs, "inputs"
+            elif part in ("lora_B", "lora_embedding_B"):
+                given, wanted, what = tensor.shape[0], outputs, "outputs"
+            elif part == "weight":
+                given, wanted, what = math.prod(tensor.shape), inputs * outputs, "weights"
+            else:
+                continue
+            if given != wanted:
+                problems.append(f"{module} has {wanted} {what} instead of {given}")
+        return problems
+
+
+def find_adapter(
+    reference: str, *, root: Path, revision: str | None = None, allow_pickle: bool = False
+) -> AdapterFiles:
+    """Return the LoRA adapter that a reference names, checked without reading its values.
+
+    Args:
+        reference: A local directory, a `.gguf` file, `package:NAME/PATH`, or a Hub id.
+        root: What relative paths start from.
+        revision: Branch, tag or commit of a Hub id.
+        allow_pickle: Accept pickled weights, which can run any code when they are read.
+
+    Raises:
+        ModelNotFound: It leads to no adapter.
+        CorruptModel: Files are there and cannot be read.
+        UnsafeModel: Only pickled weights, and not allowed.
+        UnsupportedModel: It is not LoRA.
+        RecipeError: The reference is of a kind that cannot be used here.
+    """
+    directory = unpinned_path(reference, root=root, revision=revision)
+    if directory is not None and directory.is_file():
+        return _gguf_adapter(reference, directory)
+    if directory is None:
+        directory = hub_adapter(reference, revision=revision, allow_pickle=allow_pickle)
+    if not (directory / "adapter_config.json").is_file():
+        hint = "an adapter's directory holds adapter_config.json and adapter_model.safetensors"
+        if (directory / "config.json").is_file():
+            hint = 'it is a whole model: give it as {"model": …} without an adapter'
+        raise ModelNotFound(
+            f"{reference} holds no adapter: no adapter_config.json in {directory}.\nhint: {hint}"
+        )
+    config = read_json_file(directory / "adapter_config.json")
+    if config.get("peft_type") != "LORA":
+        raise UnsupportedModel(
+            f"the adapter {reference} is of type {config.get('peft_type')!r}, and only LORA can be used.\n"
+            "hint: merge it into its model with PEFT's merge_and_unload, and name that model"
+        )
+    weights = directory / "adapter_model.safetensors"
+    if weights.is_file():
+        tensors = read_safetensors_header(weights)
+        if not tensors:
+            raise CorruptModel(f"{weights} holds no tensors.\nhint: save the adapter again")
+        return AdapterFiles(reference, directory, config, tensors)
+    if not (directory / "adapter_model.bin").is_file():
+        raise ModelNotFound(
+            f"{reference} has no weights: no adapter_model.safetensors in {directory}.\n"
+            "hint: save the adapter with PEFT's save_pretrained"
+        )
+    if not allow_pickle:
+        raise UnsafeModel(
+            f"{reference} has only pickled weights (adapter_model.bin), and reading those can run any code.\n"
+            'hint: save it as safetensors, or if you trust it set "allow_pickle": true'
+        )
+    return AdapterFiles(reference, directory, config, {})
+
+
+def _gguf_adapter(reference: str, path: Path) -> AdapterFiles:
+    if path.suffix.lower() != ".gguf":
+        raise ModelNotFound(
+            f"{reference} is a file, and an adapter is a directory or a .gguf file.\n"
+            "hint: name the directory that holds adapter_config.json"
+        )
+    header = read_gguf_header(path)
+    if header.metadata.get("general.type") != "adapter":
+        raise ModelNotFound(
+            f"{reference} holds no adapter: its general.type is "
+            f"{header.metadata.get('general.type')!r}.\n"
+            'hint: if it is a whole model, give it as {"model": …} without an adapter'
+        )
+    if header.metadata.get("adapter.type") != "lora":
+        raise UnsupportedModel(
+            f"the adapter {reference} is of type {header.metadata.get('adapter.type')!r}, and only lora can "
+            "be used.\nhint: merge it into its model, and name that model"
+        )
+    return AdapterFiles(reference, path, header.metadata, header.tensors, is_gguf=True)

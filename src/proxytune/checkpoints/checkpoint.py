@@ -1,0 +1,499 @@
+"""Model references: finds a model's or an adapter's files and reads everything but the weights.
+
+Here are the kinds of reference (local directory, `.gguf` file, `package:NAME/PATH`, Hub id), the headers of
+weight files, and the one policy for dtype and device. Weights are read by the backends; which models belong
+together is the recipe's business.
+
+A GGUF file is converted to the Hugging Face layout once and kept in the cache directory, in two steps: config
+and tokenizer (seconds, enough for every check), and weights in float32 (the only dtype that holds every
+dequantised value exactly). Both are built beside their place and renamed into it, so that a copy is either
+whole or not there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from proxytune.checkpoints.conversion import convert_small_files, convert_weights
+from proxytune.checkpoints.headers import (
+    GgufHeader,
+    StoredTensor,
+    find_weight_files,
+    read_gguf_header,
+    read_json_file,
+    read_safetensors_header,
+    weight_files_are_there,
+)
+from proxytune.checkpoints.hub import (
+    PICKLED,
+    SMALL_FILES,
+    TOKENIZER_FILES,
+    download_snapshot,
+    hub_directory,
+    hub_tensors,
+)
+from proxytune.checkpoints.placement import max_context
+from proxytune.checkpoints.references import local_path, unpinned_path
+from proxytune.errors import (
+    CorruptModel,
+    ModelNotFound,
+    UnsafeModel,
+    UnsupportedModel,
+)
+
+if TYPE_CHECKING:
+    from proxytune.text.vocab import Vocabulary
+
+_NOT_PARAMETERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
+"""Constant buffers that old checkpoints store among the weights."""
+
+_HEAD = re.compile(r"output\.weight|(.+\.)?(lm_head|embed_out)\.weight")
+_EMBEDDING = re.compile(r"token_embd\.weight|(.+\.)?(embed_tokens|embed_in|wte)\.weight")
+"""Names of the output head, and of the embedding that serves as one where there is no head."""
+
+
+# Models --------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Checkpoint:
+    """A model's files, and what they say without the weights being read.
+
+    Made by `find_checkpoint`, which has checked it. Reading `tokenizer` or `config` of a GGUF file converts
+    both on first use; `weights_path` converts or downloads the weights.
+
+    Args:
+        name: The reference, as the recipe says it.
+        kind: Where the weights come from.
+        directory: Of the Hugging Face layout; for a GGUF file its converted config and tokenizer.
+        gguf_path: The GGUF file.
+        tensors: Names, shapes and dtypes of the stored weights; empty for pickled ones.
+        hub_id: Where missing weights can be downloaded from.
+        revision: The commit or branch on the Hub.
+        trust_remote_code: Whether code that comes with the model may run.
+        allow_pickle: Whether pickled weights may be read.
+        gguf_header: What the GGUF file says before its weights.
+    """
+
+    name: str
+    kind: Literal["directory", "gguf"]
+    directory: Path
+    gguf_path: Path | None = None
+    tensors: Mapping[str, StoredTensor] = field(default_factory=dict, repr=False)
+    hub_id: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    gguf_header: GgufHeader | None = field(default=None, repr=False)
+
+    @cached_property
+    def config(self) -> Any:
+        """The transformers config.
+
+        Raises:
+            CorruptModel: It cannot be read.
+            UnsupportedModel: transformers does not know this kind of model.
+        """
+        from transformers import AutoConfig
+
+        raw = read_json_file(self.directory / "config.json")
+        try:
+            return AutoConfig.from_pretrained(
+                self.directory, trust_remote_code=self.trust_remote_code, local_files_only=True
+            )
+        except Exception as error:
+            kind = raw.get("model_type")
+            from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+            if isinstance(kind, str) and kind in CONFIG_MAPPING:
+                raise CorruptModel(
+                    f"the config.json of {self.name} cannot be used: {error}"
+                ) from error
+            raise UnsupportedModel(
+                f"{self.name} is a model of type {kind!r}, which the installed transformers does not know.\n"
+                "hint: pip install --upgrade transformers"
+            ) from error
+
+    @property
+    def _text_config(self) -> Any:
+        return self.config.get_text_config(decoder=True)
+
+    @cached_property
+    def architecture(self) -> str:
+        """The model's class, such as `LlamaForCausalLM`, or its type where no class is named."""
+        named = getattr(self.config, "architectures", None)
+        if named:
+            return str(named[0])
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        return str(
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(self.config.model_type, self.config.model_type)
+        )
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer.
+
+        Raises:
+            ModelNotFound: There is none.
+            CorruptModel: It cannot be read.
+            UnsafeModel: It brings code of its own, which was not allowed.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.directory, trust_remote_code=self.trust_remote_code, local_files_only=True
+            )
+        except Exception as error:
+            if "trust_remote_code" in str(error):
+                raise _remote_code_refused(self.name, "tokenizer_config.json") from error
+            if not any((self.directory / name).is_file() for name in TOKENIZER_FILES):
+                raise ModelNotFound(
+                    f"{self.name} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is in "
+                    f"{self.directory}.\nhint: save its tokenizer there with save_pretrained"
+                ) from error
+            raise CorruptModel(
+                f"the tokenizer of {self.name} cannot be read: {error}\n"
+                "hint: copy or download it again"
+            ) from error
+
+    @cached_property
+    def width(self) -> int:
+        """Rows of the output head, padding included."""
+        return int(self._text_config.vocab_size)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Which token each id is; a GGUF file's own list, where there is one.
+
+        Raises:
+            CorruptModel: Its tokenizer has other ids than the file says.
+        """
+        from proxytune.text.vocab import Vocabulary
+
+        if self.gguf_header is not None and self.gguf_header.tokens:
+            own = self.gguf_header.token_to_id()
+            known = self.tokenizer.get_vocab()
+            for token, token_id in own.items():
+                if known.get(token, token_id) != token_id:
+                    raise CorruptModel(
+                        f"token {token!r} of {self.name} has id {token_id} in the file and "
+                        f"{known[token]} in the tokenizer that transformers makes of it.\n"
+                        "hint: use the model's original safetensors, or convert the file again"
+                    )
+            return Vocabulary(self.name, own, self.width)
+        return Vocabulary.from_tokenizer(self.tokenizer, name=self.name, width=self.width)
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Weights in the model, from the headers; counted in an empty model where they are packed."""
+        stored = {n: t for n, t in self.tensors.items() if not _NOT_PARAMETERS.search(n)}
+        is_packed = self.kind == "directory" and not self.stored_dtype.startswith(
+            ("float", "bfloat")
+        )
+        if stored and not is_packed and getattr(self.config, "quantization_config", None) is None:
+            return sum(tensor.num_elements for tensor in stored.values())
+        return sum(parameter.numel() for parameter in self._empty_model.parameters())
+
+    @cached_property
+    def stored_dtype(self) -> str:
+        """The dtype of most weights: torch's name, or GGUF's for quantised blocks (`Q4_1`)."""
+        counts: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.num_elements
+        if counts:
+            return max(counts, key=lambda dtype: counts[dtype])
+        return str(getattr(self.config, "dtype", None) or "float32").removeprefix("torch.")
+
+    @property
+    def max_context(self) -> int | None:
+        """Positions the model has; None where its config names no limit."""
+        return max_context(self._text_config)
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a text, by config, generation config, GGUF header and tokenizer, in order."""
+        ids: set[int] = set()
+        sources: list[Any] = [
+            getattr(self.config, "eos_token_id", None),
+            getattr(self._text_config, "eos_token_id", None),
+            self.tokenizer.eos_token_id,
+        ]
+        if self.gguf_header is not None:
+            sources.append(self.gguf_header.metadata.get("tokenizer.ggml.eot_token_id"))
+        generation = self.directory / "generation_config.json"
+        if generation.is_file():
+            sources.append(read_json_file(generation).get("eos_token_id"))
+        for source in sources:
+            for token_id in source if isinstance(source, list | tuple) else [source]:
+                if isinstance(token_id, int) and 0 <= token_id < self.width:
+                    ids.add(token_id)
+        return tuple(sorted(ids))
+
+    @property
+    def cache_elements_per_token(self) -> int:
+        """Numbers that the KV cache holds for one token, over all layers."""
+        config = self._text_config
+        num_layers = int(getattr(config, "num_hidden_layers", 0) or 0)
+        num_heads = int(getattr(config, "num_attention_heads", 0) or 0)
+        num_key_value_heads = getattr(config, "num_key_value_heads", None) or num_heads
+        hidden_size = int(getattr(config, "hidden_size", 0) or 0)
+        head_size = getattr(config, "head_dim", None) or (
+            hidden_size // num_heads if num_heads else 0
+        )
+        return 2 * num_layers * int(num_key_value_heads) * int(head_size)
+
+    @cached_property
+    def _empty_model(self) -> Any:
+        """The model without values: names and shapes only."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        try:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                    self.config, trust_remote_code=self.trust_remote_code
+                )
+        except Exception as error:
+            raise UnsupportedModel(
+                f"{self.name} cannot be built from its config: {error}"
+            ) from error
+
+    @cached_property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """`(inputs, outputs)` of every linear layer and embedding, by module name."""
+        import torch
+        from transformers.pytorch_utils import Conv1D
+
+        shapes: dict[str, tuple[int, int]] = {}
+        for name, module in self._empty_model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                shapes[name] = (module.in_features, module.out_features)
+            elif isinstance(module, Conv1D):
+                shapes[name] = (module.weight.shape[0], module.weight.shape[1])
+            elif isinstance(module, torch.nn.Embedding):
+                shapes[name] = (module.num_embeddings, module.embedding_dim)
+        return shapes
+
+    @cached_property
+    def module_names(self) -> frozenset[str]:
+        """Names of all modules of the model."""
+        return frozenset(name for name, _ in self._empty_model.named_modules())
+
+    def weights_path(self) -> Path:
+        """Return a directory in the Hugging Face layout with the weights, fetched or converted if needed.
+
+        Raises:
+            ModelNotFound: The Hub does not give the weights.
+            CorruptModel: The GGUF file cannot be converted.
+            OutputFileError: The cache directory cannot be written.
+        """
+        if self.gguf_path is not None:
+            return convert_weights(self.gguf_path, small_files=self.directory)
+        if self.hub_id is None or weight_files_are_there(self.directory):
+            return self.directory
+        patterns = ("model*.safetensors", *SMALL_FILES)
+        if not self.tensors:
+            patterns = ("pytorch_model*.bin", *SMALL_FILES)
+        return download_snapshot(self.hub_id, revision=self.revision, patterns=patterns)
+
+    def weight_files(self) -> dict[str, Path]:
+        """Return the safetensors file that holds each weight, fetched or converted if needed.
+
+        Raises:
+            ModelNotFound: The Hub does not give the weights.
+            CorruptModel: A file cannot be read.
+            OutputFileError: The cache directory cannot be written.
+        """
+        files = find_weight_files(self.weights_path())
+        return {name: file for file in files for name in read_safetensors_header(file)}
+
+
+def find_checkpoint(
+    reference: str,
+    *,
+    root: Path,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> Checkpoint:
+    """Return the model that a reference names, checked as far as is possible without its weights.
+
+    Args:
+        reference: A local directory, a `.gguf` file, `package:NAME/PATH`, or a Hub id.
+        root: What relative paths start from.
+        revision: Branch, tag or commit of a Hub id.
+        trust_remote_code: Run code that comes with the model.
+        allow_pickle: Accept pickled weights, which can run any code when they are read.
+
+    Raises:
+        ModelNotFound: It leads to no usable files.
+        CorruptModel: Files are there and cannot be read.
+        UnsafeModel: Only pickled weights, or code of its own, and not allowed.
+        UnsupportedModel: No causal language model that transformers knows.
+        RecipeError: The reference is of a kind that cannot be used here.
+    """
+    path = unpinned_path(reference, root=root, revision=revision)
+    if path is not None and path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelNotFound(
+                f"{reference} is a file, and a model is a directory or a .gguf file.\n"
+                "hint: name the directory that holds config.json and the weights"
+            )
+        checkpoint = _gguf_checkpoint(reference, path)
+    elif path is not None:
+        checkpoint = _directory_checkpoint(
+            reference, path, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+        )
+    else:
+        directory = hub_directory(reference, revision=revision)
+        checkpoint = _directory_checkpoint(
+            reference,
+            directory,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            hub_id=reference,
+            revision=directory.name,
+        )
+    _check_usable(checkpoint)
+    return checkpoint
+
+
+def holds_recipe(reference: str, *, root: Path) -> bool:
+    """Whether a reference leads to a recipe; False where it leads to a model, an adapter or a file.
+
+    Raises:
+        ModelNotFound: It leads nowhere.
+        CorruptModel: Its config.json cannot be read.
+    """
+    path = local_path(reference, root=root)
+    directory = hub_directory(reference, revision=None) if path is None else path
+    config = directory / "config.json"
+    return config.is_file() and read_json_file(config).get("model_type") == "proxytune"
+
+
+def _directory_checkpoint(
+    name: str,
+    directory: Path,
+    *,
+    trust_remote_code: bool,
+    allow_pickle: bool,
+    hub_id: str | None = None,
+    revision: str | None = None,
+) -> Checkpoint:
+    if not (directory / "config.json").is_file():
+        hint = "a model's directory holds config.json, a tokenizer and model.safetensors"
+        gguf = sorted(directory.glob("*.gguf"))
+        if (directory / "adapter_config.json").is_file():
+            hint = 'it is an adapter: give it as {"adapter": …}, beside the model it belongs to'
+        elif gguf:
+            hint = f"name the GGUF file itself: {name.rstrip('/')}/{gguf[0].name}"
+        raise ModelNotFound(f"{name} holds no model: no config.json in {directory}.\nhint: {hint}")
+    raw = read_json_file(directory / "config.json")
+    if raw.get("model_type") == "proxytune":
+        raise UnsupportedModel(
+            f"{name} is a recipe, and a recipe cannot be a part of another one.\n"
+            "hint: name its base or one of its small models"
+        )
+    _refuse_remote_code(name, raw, trust_remote_code=trust_remote_code)
+    tensors: dict[str, StoredTensor] = {}
+    is_local = hub_id is None or weight_files_are_there(directory)
+    files = find_weight_files(directory) if is_local else []
+    for file in files:
+        tensors.update(read_safetensors_header(file))
+    pickled = [path.name for pattern in PICKLED for path in sorted(directory.glob(pattern))]
+    if not is_local and hub_id is not None:
+        tensors, pickled = hub_tensors(hub_id, revision=revision)
+    if not tensors and pickled and not allow_pickle:
+        raise UnsafeModel(
+            f"{name} has only pickled weights ({pickled[0]}), and reading those can run any code.\n"
+            "hint: save it as safetensors with save_pretrained, or if you trust it set "
+            '"allow_pickle": true'
+        )
+    if not tensors and not pickled:
+        others = sorted(path.name for path in directory.glob("*.safetensors"))
+        found = (
+            f"; {', '.join(others[:3])} is there, under a name that is not read" if others else ""
+        )
+        raise ModelNotFound(
+            f"{name} has no weights: neither model.safetensors nor model.safetensors.index.json is in "
+            f"{directory if hub_id is None else 'its Hub repository'}{found}.\n"
+            "hint: save the model with save_pretrained, or name another directory"
+        )
+    return Checkpoint(
+        name=name,
+        kind="directory",
+        directory=directory,
+        tensors=tensors,
+        hub_id=hub_id,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
+
+
+def _refuse_remote_code(name: str, raw: Mapping[str, Any], *, trust_remote_code: bool) -> None:
+    """Refuse a model that needs code of its own; many bring some that transformers has long had itself."""
+    if trust_remote_code or not raw.get("auto_map"):
+        return
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if raw.get("model_type") not in CONFIG_MAPPING:
+        raise _remote_code_refused(name, "config.json")
+
+
+def _remote_code_refused(name: str, file: str) -> UnsafeModel:
+    return UnsafeModel(
+        f"{name} needs Python code that comes with it (auto_map in its {file}), and that can do anything.\n"
+        'hint: read that code, and if you trust it set "trust_remote_code": true'
+    )
+
+
+def _check_usable(checkpoint: Checkpoint) -> None:
+    """Check that the model is a causal language model whose head has the width that its config says."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = checkpoint.config
+    has_own_code = bool(getattr(config, "auto_map", None)) and checkpoint.trust_remote_code
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not has_own_code:
+        raise UnsupportedModel(
+            f"{checkpoint.name} is a model of type {config.model_type!r}, which transformers does not run as "
+            "a causal language model.\nhint: name a model that predicts the next token"
+        )
+    for pattern in (_HEAD, _EMBEDDING):
+        heads = [name for name in checkpoint.tensors if pattern.fullmatch(name)]
+        if not heads:
+            continue
+        name = min(heads, key=len)  # a model with several towers names the text's first or shortest
+        tensor = checkpoint.tensors[name]
+        is_packed = checkpoint.kind == "directory" and not tensor.dtype.startswith(("float", "bf"))
+        if not is_packed and tensor.shape[:1] != (checkpoint.width,):
+            raise CorruptModel(
+                f"{checkpoint.name}: its config says vocab_size {checkpoint.width}, and {name} has "
+                f"the shape {list(tensor.shape)}, so config and weights are of two models.\n"
+                "hint: copy or download the model again"
+            )
+        break
+
+
+def _gguf_checkpoint(name: str, path: Path) -> Checkpoint:
+    header = read_gguf_header(path)
+    if not header.tensors:
+        raise ModelNotFound(
+            f"{name} holds a vocabulary and no weights.\nhint: name a GGUF file of a whole model"
+        )
+    directory = convert_small_files(path, header)
+    return Checkpoint(
+        name=name,
+        kind="gguf",
+        directory=directory,
+        gguf_path=path,
+        tensors=header.tensors,
+        gguf_header=header,
+    )

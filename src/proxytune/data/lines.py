@@ -1,0 +1,292 @@
+"""Prompts, a json object a line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+from proxytune.errors import (
+    InputFileError,
+    InvalidRequest,
+    UserError,
+)
+from proxytune.recipe.recipe import Recipe
+from proxytune.request import Request, SamplingParams
+
+if TYPE_CHECKING:  # It brings torch, which a malformed file should not wait for.
+    from proxytune.model import ProxyTuned
+
+Experts = str | tuple[str, ...] | Mapping[str, float] | None
+
+SAMPLING_OPTIONS = tuple(f.name for f in fields(SamplingParams))
+LINE_OPTIONS = ("alpha", "expert", *SAMPLING_OPTIONS)
+"""What `options` of a line may hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchOptions:
+    """How a file is run.
+
+    Args:
+        sampling: For lines that do not say otherwise.
+        alpha: For lines that do not say otherwise; as in `Request`.
+        experts: For lines that do not say otherwise; as in `Request`.
+        dtype: Of the models, where it is not the recipe's; a run is continued only in the same one.
+        batch_size: Lines generated together. May change when a run is continued: results do not depend on it,
+            apart from ties within rounding.
+        skip_bad_lines: Leave out lines that cannot be used, instead of refusing the file.
+        speculative: Draft tokens, as in `ProxyTuned.generate`. May change when a run is continued.
+
+    Raises:
+        InvalidRequest: The batch size is below 1, or alpha or experts contradict each other.
+    """
+
+    sampling: SamplingParams
+    alpha: float | None = None
+    experts: Experts = None
+    dtype: str | None = None
+    batch_size: int = 8
+    skip_bad_lines: bool = False
+    speculative: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InvalidRequest(f"batch_size is {self.batch_size}, and must be at least 1")
+        Request("any", self.sampling, self.alpha, self.experts)  # checks what the lines will share
+
+
+class Line(NamedTuple):
+    """One line of the input."""
+
+    number: int  # from 1, blank lines counted
+    fields: dict[str, Any]
+    request: Request
+
+
+def read_lines(
+    path: Path, *, recipe: Recipe, sampling: SamplingParams, experts: Experts = None
+) -> list[Line]:
+    """Return all lines of an input file, for those who answer them in another way.
+
+    Raises:
+        InputFileError: The file cannot be read, has no prompts, or a line cannot be used.
+    """
+    with InputFile(path, recipe, BatchOptions(sampling, experts=experts)) as source:
+        source.check_lines()
+        return list(source.lines())
+
+
+def line_seed(seed: int | None, number: int) -> int:
+    """Return the seed of a sampled line that has none: 63 bits of a hash of the run's seed and the number."""
+    digest = hashlib.sha256(f"{seed or 0}:{number}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def parse_line(raw: bytes, number: int, *, recipe: Recipe, options: BatchOptions) -> Line:
+    """Read one line of the input.
+
+    Raises:
+        UserError: It cannot be used; the message does not name the line.
+    """
+    try:
+        content = json.loads(raw.decode("utf-8"))
+        # What cannot be written again must not come in: NaN, numbers too large, half of a surrogate pair.
+        json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeDecodeError as error:
+        raise InputFileError(f"not UTF-8 text (byte {error.start + 1} of the line)") from error
+    except UnicodeEncodeError as error:
+        raise InputFileError(
+            r"it holds half of a \u surrogate pair, which is no character"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise InputFileError(f"not valid JSON ({error.msg}, column {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputFileError(f"JSON that cannot be kept ({error})") from error
+    if not isinstance(content, dict):
+        raise InputFileError(f'a JSON {_kind(content)}, and must be an object with "prompt"')
+    prompt_fields = [name for name in ("prompt", "messages") if name in content]
+    if len(prompt_fields) != 1:
+        given = ", ".join(map(repr, content)) or "none"
+        raise InputFileError(
+            'both "prompt" and "messages" are there, and one of them is the prompt'
+            if prompt_fields
+            else f'neither "prompt" nor "messages" is there (its fields: {given})'
+        )
+    if "output" in content:
+        raise InputFileError(
+            'a field "output" is there, and the answer is put under this name.\n'
+            "hint: give the field another name"
+        )
+    prompt = content[prompt_fields[0]]
+    if prompt_fields == ["messages"] and not (
+        isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)
+    ):
+        raise InputFileError('"messages" must be a list of {"role": text, "content": text}')
+    if isinstance(prompt, list):
+        prompt = tuple(prompt)
+    own = content.get("options", {})
+    if not isinstance(own, dict):
+        raise InputFileError(f'"options" is a JSON {_kind(own)}, and must be an object')
+    request = _request(prompt, own, number, options)
+    recipe.choose(request.experts, request.alpha)
+    return Line(number, content, request)
+
+
+def _request(prompt: Any, own: Mapping[str, Any], number: int, options: BatchOptions) -> Request:
+    """Return the request of a line: the run's options, and over them the line's own."""
+    for name in own:
+        if name not in LINE_OPTIONS:
+            close = get_close_matches(name, LINE_OPTIONS, n=1)
+            raise InputFileError(
+                f'"options" holds {name!r}, which is no option.\n'
+                + (
+                    f"hint: did you mean {close[0]!r}?"
+                    if close
+                    else f"hint: {', '.join(LINE_OPTIONS)}"
+                )
+            )
+    changes = {name: value for name, value in own.items() if name in SAMPLING_OPTIONS}
+    if isinstance(changes.get("stop"), str):
+        changes["stop"] = (changes["stop"],)
+    for name in ("stop", "stop_token_ids"):
+        if isinstance(changes.get(name), list):
+            changes[name] = tuple(changes[name])
+    sampling = replace(options.sampling, **changes)
+    if changes.get("seed") is None and not sampling.is_greedy:
+        sampling = replace(sampling, seed=line_seed(options.sampling.seed, number))
+    alpha, experts = options.alpha, options.experts
+    if own.get("expert") is not None:
+        experts = _experts(own["expert"])
+        if isinstance(experts, Mapping):
+            alpha = None
+    if own.get("alpha") is not None:
+        alpha = own["alpha"]
+        if isinstance(experts, Mapping) and own.get("expert") is None:
+            experts = tuple(experts)
+    return Request(prompt, sampling, alpha, experts)
+
+
+def _experts(value: object) -> Experts:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    if isinstance(value, dict):
+        return value
+    raise InputFileError(
+        f"expert is {json.dumps(value)}, and must be a name, a list of names, or an object of names and "
+        "alphas"
+    )
+
+
+def _kind(value: object) -> str:
+    """Return what JSON calls a value."""
+    names = {str: "string", bool: "boolean", int: "number", float: "number", list: "array"}
+    return "null" if value is None else names.get(type(value), "object")
+
+
+class InputFile:
+    """The input file, read line by line as often as needed."""
+
+    def __init__(self, path: Path, recipe: Recipe, options: BatchOptions) -> None:
+        self._path = path
+        self._recipe = recipe
+        self._options = options
+        self.sha256 = ""
+        self.num_lines = 0
+        """Lines that can be used."""
+        self.bad_lines: set[int] = set()
+        self.reasons: list[str] = []
+        try:
+            if path.exists() and not path.is_file():
+                raise InputFileError(
+                    f"{path} is not a regular file, and the input is read more than once.\n"
+                    "hint: write the prompts into a file first"
+                )
+            self._file: IO[bytes] = path.open("rb")
+        except OSError as error:
+            raise InputFileError(
+                f"{path} cannot be read: {error.strerror}.\nhint: --input-file takes a file of JSON "
+                'lines, such as {"prompt": "Once upon a time"}'
+            ) from error
+
+    def __enter__(self) -> InputFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _raw_lines(self) -> Iterator[tuple[int, bytes]]:
+        self._file.seek(0)
+        for number, raw in enumerate(self._file, 1):
+            if number == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")  # Some editors begin a file so.
+            if raw.strip():
+                yield number, raw
+
+    def check_lines(self) -> tuple[str, ...]:
+        """Check every line, and return the experts they use.
+
+        Raises:
+            InputFileError: A line cannot be used and none may be skipped, or none is left.
+        """
+        experts: set[str] = set()
+        digest = hashlib.sha256()
+        for number, raw in self._raw_lines():
+            digest.update(b"%d:%d:" % (number, len(raw)) + raw)
+            try:
+                line = parse_line(raw, number, recipe=self._recipe, options=self._options)
+            except UserError as error:
+                self._leave_out(number, error)
+                continue
+            experts |= self._recipe.choose(line.request.experts, line.request.alpha).keys()
+            self.num_lines += 1
+        self.sha256 = digest.hexdigest()
+        self._check_some_left()
+        return tuple(e.name for e in self._recipe.experts if e.name in experts)
+
+    def check_requests(self, model: ProxyTuned) -> None:
+        """Check that every prompt fits the models.
+
+        Raises:
+            InputFileError: A prompt does not, and no line may be skipped, or none is left.
+        """
+        for line in self.lines():
+            try:
+                model.job(line.request)
+            except UserError as error:
+                self._leave_out(line.number, error)
+                self.num_lines -= 1
+        self._check_some_left()
+
+    def lines(self) -> Iterator[Line]:
+        """Yield the lines that can be used."""
+        for number, raw in self._raw_lines():
+            if number not in self.bad_lines:
+                yield parse_line(raw, number, recipe=self._recipe, options=self._options)
+
+    def _leave_out(self, number: int, error: UserError) -> None:
+        reason = f"line {number} of {self._path}: {error}"
+        if not self._options.skip_bad_lines:
+            hint = (
+                ""
+                if "hint:" in reason
+                else "\nhint: mend the line, or leave it out with --skip-bad-lines"
+            )
+            raise InputFileError(reason + hint) from error
+        self.bad_lines.add(number)
+        if len(self.reasons) < 3:
+            self.reasons.append(reason.split("\nhint:")[0])
+
+    def _check_some_left(self) -> None:
+        if self.num_lines == 0:
+            raise InputFileError(
+                f"{self._path} has no line that can be used"
+                + (f"; the first that cannot: {self.reasons[0]}" if self.reasons else "")
+                + '.\nhint: a line is an object such as {"prompt": "Once upon a time"}'
+            )

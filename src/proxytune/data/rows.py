@@ -1,0 +1,582 @@
+"""Rows of text, completions, conversations: read and checked."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import random
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from proxytune.errors import (
+    InputFileError,
+    InvalidRequest,
+    MissingExtra,
+)
+from proxytune.request import Message
+
+Kind = Literal["text", "completion", "messages", "preference"]
+Unit = Literal["line", "row"]
+
+REQUIRED: Mapping[Kind, frozenset[str]] = {
+    "text": frozenset({"text"}),
+    "completion": frozenset({"prompt", "completion"}),
+    "messages": frozenset({"messages"}),
+    "preference": frozenset({"chosen", "rejected"}),
+}
+"""The keys that make a format."""
+
+ROLES = ("system", "user", "assistant", "tool")
+
+_KEYS = ("text", "prompt", "completion", "messages", "chosen", "rejected")
+_FORMATS_HINT = (
+    'a row is {"text"}, {"prompt", "completion"}, {"messages"} or {"prompt", "chosen", "rejected"}'
+)
+_FILE_SUFFIXES = (
+    ".jsonl", ".ndjson", ".json", ".txt", ".csv", ".parquet", ".arrow", ".gz", ".md", ".tsv", ".zst", ".zip",
+)  # fmt: skip
+_HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?::(?P<config>[\w.-]+))?")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one format.
+
+    Args:
+        kind: The format.
+        rows: Each with only the format's own keys.
+        source: How errors and the model card call where they came from.
+        lines: The line or row of each in its source, from 1.
+        unit: What `lines` counts.
+    """
+
+    kind: Kind
+    rows: list[dict[str, Any]]
+    source: str
+    lines: list[int]
+    unit: Unit = "line"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of format and rows; it does not depend on the kind of file they came from."""
+        digest = hashlib.sha256(self.kind.encode())
+        for row in self.rows:
+            line = json.dumps(row, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+            digest.update(b"\n" + line.encode())
+        return digest.hexdigest()
+
+    def where(self, index: int) -> str:
+        """Return how errors call one of the rows."""
+        return f"{self.unit} {self.lines[index]} of {self.source}"
+
+
+# Reading -------------------------------------------------------------------------------------------
+
+
+class _Refused(Exception):
+    """Why a row cannot be used; the reader adds where it stands."""
+
+
+class _Found(NamedTuple):
+    """What a source holds, not yet checked."""
+
+    source: str
+    unit: Unit
+    items: Iterable[tuple[int, Any]]
+
+
+def read_rows(source: str | Path | Iterable[Mapping[str, Any]], *, split: str = "train") -> Rows:
+    """Return the rows of a source, all checked.
+
+    Args:
+        source: A file (JSON lines, JSON, plain text, which is one row, CSV, Parquet or Arrow; each also
+            compressed with gzip), a directory written by `save_to_disk` of `datasets`, the id of a data set
+            on the Hugging Face Hub (`owner/name` or `owner/name:config`), or mappings. What exists as a path
+            is never looked for on the Hub. Code of a data set is never run.
+        split: Of a data set that has several; a file has none, and is read whole.
+
+    Raises:
+        InputFileError: The source is missing or cannot be read, or a row cannot be used; names the line.
+        MissingExtra: The library `datasets` is needed and not installed.
+    """
+    if isinstance(source, (str, Path)):
+        return _checked(_find(source, split))
+    if isinstance(source, Mapping):
+        raise InputFileError(
+            f"the given rows are a mapping (keys {_listed(source)}), and must be a list of rows.\n"
+            'hint: of a data set with several splits give one, such as dataset["train"]'
+        )
+    return _checked(_Found("the given rows", "row", enumerate(source, 1)))
+
+
+def _checked(found: _Found) -> Rows:
+    rows: list[dict[str, Any]] = []
+    lines: list[int] = []
+    first: tuple[Kind, bool] | None = None
+    for number, item in found.items:
+        try:
+            kind, row = _row(item)
+            form = kind, any(isinstance(row[key], list) for key in row if key != "messages")
+            if first is None:
+                first = form
+            elif form != first:
+                raise _Refused(
+                    f"its format is {_form_name(form)}, and that of {found.unit} {lines[0]} is "
+                    f"{_form_name(first)}; all rows must be alike.\n"
+                    "hint: put the rows of each format into a file of their own"
+                )
+        except _Refused as refused:
+            hint = "" if "\nhint:" in str(refused) else ".\nhint: mend this row, or leave it out"
+            raise InputFileError(
+                f"{found.unit} {number} of {found.source}: {refused}{hint}"
+            ) from refused.__cause__
+        rows.append(row)
+        lines.append(number)
+    if first is None:
+        raise InputFileError(
+            f"{found.source} holds no rows, so there is nothing to learn from.\nhint: {_FORMATS_HINT}"
+        )
+    return Rows(first[0], rows, found.source, lines, found.unit)
+
+
+def _find(source: str | Path, split: str) -> _Found:
+    path = Path(source).expanduser()
+    try:
+        is_there, is_directory = path.exists() and str(source) != "", path.is_dir()
+    except (OSError, ValueError):  # Too long a name, or a character that no path has.
+        is_there = is_directory = False
+    if is_there and is_directory:
+        return _read_directory(path, split)
+    if is_there:
+        return _read_file(path)
+    hub_id = _HUB_ID.fullmatch(source) if isinstance(source, str) else None
+    # With its folder there, a name is a file that is missing, not a data set of that owner.
+    if hub_id and path.suffix.lower() not in _FILE_SUFFIXES and not path.parent.exists():
+        return _read_hub(str(source), hub_id["id"], hub_id["config"], split)
+    raise InputFileError(
+        f"{str(source)!r} does not exist, so no rows can be read.\n"
+        "hint: name a file of JSON lines or text, or a data set on the Hub as owner/name"
+    )
+
+
+def _read_directory(path: Path, split: str) -> _Found:
+    is_single = (path / "state.json").exists()
+    if not is_single and not (path / "dataset_dict.json").exists():
+        raise InputFileError(
+            f"{path} is a directory without a data set that `save_to_disk` wrote.\n"
+            "hint: name one of its files, or write one with datasets' save_to_disk"
+        )
+    datasets = _datasets(f"the data set in {path}")
+    try:
+        loaded = datasets.load_from_disk(str(path))
+        splits = None if is_single else loaded
+        if splits is not None and split in splits:
+            loaded = splits[split]
+        if splits is None or split in splits:
+            return _Found(path.name, "row", enumerate(_dataset_rows(loaded), 1))
+    except Exception as error:  # It may fail in ways of its own, of Arrow's, or of the disk's.
+        raise InputFileError(
+            f"the data set in {path} cannot be read: {_first_line(error)}\n"
+            "hint: write it again with save_to_disk"
+        ) from error
+    raise InputFileError(
+        f"the data set in {path} has no split {split!r}; it has {_listed(splits)}.\n"
+        f"hint: --split {next(iter(splits), 'NAME')}"
+    )
+
+
+def _read_hub(source: str, hub_id: str, config: str | None, split: str) -> _Found:
+    datasets = _datasets(f"the data set {source}")
+    try:
+        rows = _dataset_rows(datasets.load_dataset(hub_id, config, split=split))
+    except (
+        Exception
+    ) as error:  # Network, access, format, configuration: each has its own exception.
+        raise InputFileError(
+            f"no file {source!r} is there, and the data set of this name cannot be had from the Hugging Face "
+            f"Hub (split {split!r}): {_first_line(error)}\n"
+            "hint: check the name, --split and the network; owner/name:config chooses a configuration"
+        ) from error
+    return _Found(source, "row", enumerate(rows, 1))
+
+
+def _dataset_rows(dataset: Any) -> list[dict[str, Any]]:
+    names = set(dataset.column_names)
+    if any(keys <= names for keys in REQUIRED.values()):
+        # Other columns may be images or the like, and slow to decode.
+        dataset = dataset.select_columns([key for key in _KEYS if key in names])
+    return list(dataset.with_format(None).to_list())
+
+
+def _datasets(what: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise _missing_extra(what) from error
+    return datasets
+
+
+def _missing_extra(what: str) -> MissingExtra:
+    return MissingExtra(
+        f"{what} is read with the library datasets, which is not installed.\n"
+        "hint: pip install 'proxytune[tune]'"
+    )
+
+
+def _read_file(path: Path) -> _Found:
+    name = path.name
+    suffix = path.suffix.lower()
+    try:
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+        elif suffix == ".gz" and content:
+            raise gzip.BadGzipFile("it does not begin as gzip does")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputFileError(
+            f"{path} is cut off or damaged as a gzip file: {error}\nhint: bring it here again"
+        ) from error
+    except OSError as error:
+        raise InputFileError(
+            f"{path} cannot be read: {error.strerror}.\nhint: name a file that can be read"
+        ) from error
+    if suffix == ".gz":
+        suffix = Path(path.stem).suffix.lower()
+    if suffix in (".parquet", ".arrow") or content.startswith((b"PAR1", b"ARROW1")):
+        return _Found(name, "row", enumerate(_arrow_rows(content, path), 1))
+    content = content.removeprefix(b"\xef\xbb\xbf")  # Some editors begin a file so.
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputFileError(
+            f"line {line} of {name}: not UTF-8 text (byte {error.start + 1} of the file).\n"
+            "hint: save the file as UTF-8"
+        ) from error
+    if suffix == ".csv":
+        return _Found(name, "line", _csv_items(text, name))
+    if suffix in (".jsonl", ".ndjson"):
+        return _Found(name, "line", _json_lines(text, name))
+    if suffix != ".txt" and (suffix == ".json" or text.lstrip().startswith(("{", "["))):
+        return _json_items(text, name)
+    return _Found(name, "line", [(1, {"text": text})] if text.strip() else [])
+
+
+def _arrow_rows(content: bytes, path: Path) -> list[dict[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise _missing_extra(path.name) from error
+    try:
+        buffer = pyarrow.BufferReader(content)
+        if content.startswith(b"PAR1"):
+            table = pyarrow.parquet.read_table(buffer)
+        elif content.startswith(b"ARROW1"):
+            table = pyarrow.ipc.open_file(buffer).read_all()
+        else:
+            table = pyarrow.ipc.open_stream(buffer).read_all()
+        return list(table.to_pylist())
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise InputFileError(
+            f"{path} cannot be read as Parquet or Arrow: {_first_line(error)}\n"
+            "hint: bring it here again, or write it again"
+        ) from error
+
+
+def _csv_items(text: str, name: str) -> Iterator[tuple[int, Any]]:
+    limit = csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""), restkey="", strict=True)
+        line = reader.line_num + 2
+        for row in reader:
+            if "" in row and isinstance(row[""], list):
+                raise InputFileError(
+                    f"line {line} of {name}: it has more cells than the first line has names.\n"
+                    "hint: text that holds commas stands in double quotes"
+                )
+            yield line, row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise InputFileError(
+            f"{name} cannot be read as CSV: {error}\nhint: cells that hold quotes double them"
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _json_lines(text: str, name: str) -> Iterator[tuple[int, Any]]:
+    # Not splitlines(): JSON text may hold U+2028, which ends a line for Python alone.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputFileError(
+                f"line {number} of {name}: not valid JSON ({_json_reason(error)}).\n"
+                "hint: each line is one whole object; a file of plain text is named .txt"
+            ) from error
+
+
+def _json_items(text: str, name: str) -> _Found:
+    """Return the rows of a JSON document, or of JSON lines, which are often named so too."""
+    if not text.strip():
+        return _Found(name, "row", [])
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        head = text.lstrip().split("\n", 1)[0]
+        try:
+            is_lines = isinstance(json.loads(head), dict)
+        except (ValueError, RecursionError):
+            is_lines = False
+        if is_lines:
+            return _Found(name, "line", _json_lines(text, name))
+        line = f"line {error.lineno} of " if isinstance(error, json.JSONDecodeError) else ""
+        raise InputFileError(
+            f"{line}{name}: not valid JSON ({_json_reason(error)}).\n"
+            "hint: a file holds one list of objects, or one object on each line; plain text is named .txt"
+        ) from error
+    if isinstance(content, dict) and isinstance(content.get("data"), list):
+        content = content["data"]
+    return _Found(name, "row", enumerate(content if isinstance(content, list) else [content], 1))
+
+
+def _json_reason(error: BaseException) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}, column {error.colno}"
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
+# Checking ------------------------------------------------------------------------------------------
+
+
+def _row(item: Any) -> tuple[Kind, dict[str, Any]]:
+    """Return a row's format, and its own keys brought into one shape."""
+    if not isinstance(item, Mapping):
+        raise _Refused(f"{_called(item)}, and must be an object.\nhint: {_FORMATS_HINT}")
+    # A table has a null where a row lacks the column, so a null is no key, unless it is all there is.
+    filled = {key for key in item if item[key] is not None}
+    kinds = [k for k in REQUIRED if REQUIRED[k] <= filled] or [
+        k for k in REQUIRED if REQUIRED[k] <= item.keys()
+    ]
+    if not kinds:
+        raise _Refused(
+            f"its keys ({_listed(item)}) make none of the known formats.\nhint: {_FORMATS_HINT}"
+        )
+    if len(kinds) > 1:
+        raise _Refused(
+            f"its keys fit the formats {' and '.join(kinds)}, so it is not clear which is meant.\n"
+            "hint: leave the keys of all but one out"
+        )
+    kind = kinds[0]
+    if kind == "text":
+        return kind, {"text": _text(item, "text")}
+    if kind == "messages":
+        messages = _messages(item["messages"], '"messages"')
+        if not any(m["role"] == "assistant" for m in messages[1:]):
+            raise _Refused(
+                "it has no message of the assistant that answers another, so there is nothing to learn"
+            )
+        return kind, {"messages": messages}
+    answers = ("completion",) if kind == "completion" else ("chosen", "rejected")
+    parts = [(key, item[key]) for key in ("prompt", *answers) if item.get(key) is not None]
+    if len({isinstance(value, (list, tuple)) for _, value in parts}) > 1:
+        raise _Refused(
+            " and ".join(f'"{key}" is {_called(value)}' for key, value in parts)
+            + "; all must be text, or all lists of messages"
+        )
+    if isinstance(item[answers[0]], (list, tuple)):
+        row: dict[str, Any] = _conversation(item, answers)
+    else:
+        row = {"prompt": _text(item, "prompt", may_be_empty=True)}
+        row |= {key: _text(item, key) for key in answers}
+    if kind == "preference" and row["chosen"] == row["rejected"]:
+        raise _Refused('"chosen" and "rejected" are the same, so neither can be preferred')
+    return kind, row
+
+
+def _conversation(item: Mapping[str, Any], answers: Sequence[str]) -> dict[str, Any]:
+    """Return prompt and answers as messages; where answers repeat the prompt, it is taken off them."""
+    parts = {key: _messages(item[key], f'"{key}"') for key in answers}
+    for key, messages in parts.items():
+        while messages and messages[-1]["role"] != "assistant":
+            messages.pop()  # What nobody answers is not trained on.
+        if not messages:
+            raise _Refused(f'"{key}" has no message of the assistant')
+    if item.get("prompt") is not None:
+        prompt = _messages(item["prompt"], '"prompt"')
+        for key, messages in parts.items():
+            if messages[: len(prompt)] == prompt:
+                parts[key] = messages[len(prompt) :]
+    else:
+        prompt = _shared_lead(*parts.values())
+        if not prompt:
+            raise _Refused(
+                'there is no "prompt", and "chosen" and "rejected" do not begin with the same messages'
+            )
+        parts = {key: messages[len(prompt) :] for key, messages in parts.items()}
+    for key, messages in parts.items():
+        if not messages or messages[0]["role"] != "assistant":
+            raise _Refused(
+                f'"{key}" does not go on from the prompt with a message of the assistant'
+            )
+    return {"prompt": prompt, **parts}
+
+
+def _shared_lead(first: list[Message], second: list[Message]) -> list[Message]:
+    """Return the most messages that both begin with and that the assistant answers in both."""
+    end = 0
+    for index, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one["role"] == other["role"] == "assistant":
+            end = index
+        if one != other:
+            break
+    return first[:end]
+
+
+def _messages(value: Any, what: str) -> list[Message]:
+    if not isinstance(value, (list, tuple)) or not value:
+        shown = "an empty list" if isinstance(value, (list, tuple)) else _called(value)
+        raise _Refused(f"{what} is {shown}, and must be a list of messages")
+    messages: list[Message] = []
+    for number, message in enumerate(value, 1):
+        place = f"message {number} of {what}"
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            shown = (
+                f"has the keys {_listed(message)}" if isinstance(message, Mapping) else "is none"
+            )
+            raise _Refused(f'{place} {shown}, and must be {{"role": ..., "content": ...}}')
+        role = message["role"]
+        if role not in ROLES:
+            raise _Refused(f"{place} has the role {role!r}, which is not {', '.join(ROLES)}")
+        if message.get("tool_calls"):
+            raise _Refused(f"{place} has tool calls, which cannot be trained on")
+        content = message["content"]
+        if not isinstance(content, str):
+            raise _Refused(f"the content of {place} is {_called(content)}, and must be text")
+        _check_characters(content, f"the content of {place}")
+        if role == "assistant" and not content.strip():
+            raise _Refused(f"{place} is of the assistant and empty, so there is nothing to learn")
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def _text(item: Mapping[str, Any], key: str, *, may_be_empty: bool = False) -> str:
+    value = item.get(key)
+    if not isinstance(value, str):
+        raise _Refused(
+            f'"{key}" is {_called(value)}, and must be text'
+            if key in item
+            else f'"{key}" is missing'
+        )
+    _check_characters(value, f'"{key}"')
+    if not may_be_empty and not value.strip():
+        raise _Refused(f'"{key}" is empty, so there is nothing to learn.\nhint: leave this row out')
+    return value
+
+
+def _check_characters(text: str, what: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _Refused(
+            rf"{what} holds half of a \u surrogate pair, which is no character"
+        ) from error
+
+
+def _called(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    for types, called in (
+        (str, "text"), ((int, float), "a number"), ((list, tuple), "a list"), (Mapping, "an object"),
+    ):  # fmt: skip
+        if isinstance(value, types):
+            return called
+    return f"of the type {type(value).__name__}"
+
+
+def _form_name(form: tuple[Kind, bool]) -> str:
+    kind, is_conversation = form
+    return kind + (" (lists of messages)" if is_conversation else "")
+
+
+def _listed(keys: Iterable[Any]) -> str:
+    return ", ".join(map(repr, keys)) or "none"
+
+
+# Splitting -----------------------------------------------------------------------------------------
+
+
+def split_rows(rows: Rows, valid_share: float, seed: int) -> tuple[Rows, Rows | None]:
+    """Set rows aside for validation.
+
+    Which ones depends on the seed and the number of rows only. Both sides keep the order of the source and
+    have at least one row. A single text, such as a book, is cut instead: its end becomes the validation text,
+    from the last blank line that does not make it more than twice as long as asked for, or else from the
+    last line end.
+
+    Args:
+        rows: To be split.
+        valid_share: In [0, 1); 0 sets nothing aside.
+        seed: Of the draw.
+
+    Returns:
+        Rows to train on, and rows to validate on or None.
+
+    Raises:
+        InvalidRequest: The share is out of range.
+        InputFileError: There is one row, and it cannot be cut.
+    """
+    if not 0 <= valid_share < 1:
+        raise InvalidRequest(f"valid_share is {valid_share}, and must be at least 0 and below 1")
+    if valid_share == 0:
+        return rows, None
+    if len(rows) == 1:
+        return _cut_text(rows, valid_share)
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    num_valid = min(max(1, round(valid_share * len(rows))), len(rows) - 1)
+    return _pick(rows, sorted(order[num_valid:])), _pick(rows, sorted(order[:num_valid]))
+
+
+def _pick(rows: Rows, indices: Sequence[int]) -> Rows:
+    return replace(
+        rows, rows=[rows.rows[i] for i in indices], lines=[rows.lines[i] for i in indices]
+    )
+
+
+def _cut_text(rows: Rows, valid_share: float) -> tuple[Rows, Rows]:
+    if rows.kind == "text":
+        text = rows.rows[0]["text"]
+        latest = int(len(text) * (1 - valid_share))
+        earliest = max(0, int(len(text) * (1 - 2 * valid_share)))
+        blank_lines = [m.end() for m in re.finditer(r"\n[^\S\n]*\n", text[earliest:latest])]
+        cut = earliest + blank_lines[-1] if blank_lines else text.rfind("\n", 0, latest) + 1
+        if text[:cut].strip() and text[cut:].strip():
+            train, valid = (
+                replace(rows, rows=[{"text": part}]) for part in (text[:cut], text[cut:])
+            )
+            return train, valid
+    raise InputFileError(
+        f"{rows.source} has one row, and a share of it cannot be set aside for validation.\n"
+        "hint: --valid-share 0 trains without validation; --valid-data names rows for it"
+    )

@@ -1,0 +1,156 @@
+"""Members, pairs, jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from proxytune.backends.base import (
+    Backend,
+    PartialBackend,
+)
+from proxytune.errors import InvalidRequest, PromptTooLong
+from proxytune.logits.policy import Policy
+from proxytune.request import SamplingParams
+from proxytune.text.prompts import Tokenizer
+from proxytune.text.vocab import Alignment, Vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One model of an ensemble: its weights, the adapter its rows run with, and its vocabulary's place."""
+
+    name: str
+    backend: Backend[Any]
+    alignment: Alignment
+    adapter: str | None = None
+
+    def own_ids(self, token_ids: Sequence[int], *, is_start: bool = False) -> list[int]:
+        """Return a text, given in the base's tokens, as the member's prompts are written.
+
+        Args:
+            token_ids: Of the base's vocabulary.
+            is_start: Whether the text begins here, and does not go on after a prompt.
+        """
+        ids = self.alignment.ids_to_small(torch.tensor(list(token_ids), dtype=torch.long))
+        return self.backend.own_ids(ids.tolist(), is_start=is_start)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One expert: which members are the tuned and the untuned side."""
+
+    name: str
+    expert: int
+    anti_expert: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ensemble:
+    """The base and the pairs that can steer it.
+
+    Args:
+        members: Member 0 is the base; its alignment is the identity.
+        pairs: The experts, by index into `members`. Index 0 reuses the base's logits.
+        vocabulary: The base's.
+        eos_token_ids: Ids of the base's vocabulary that end a text.
+        tokenizer: The base's; it turns the shared new tokens into text.
+        policy: How strongly and by which pairs to steer at each token.
+    """
+
+    members: tuple[Member, ...]
+    pairs: tuple[Pair, ...]
+    vocabulary: Vocabulary
+    eos_token_ids: tuple[int, ...]
+    tokenizer: Tokenizer
+    policy: Policy = field(default_factory=Policy)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One row to generate.
+
+    Args:
+        sampling: How tokens are chosen and when to stop.
+        prompts: Token ids for each member, in that member's own vocabulary.
+        alphas: Strength of each of the ensemble's pairs; at 0 it is run only to be explained, at None never.
+        explain: Record what each member gave.
+        explain_top: How many of each one's likeliest tokens to record.
+        cancelled: Asked once a step; True ends the row.
+    """
+
+    sampling: SamplingParams
+    prompts: tuple[Sequence[int], ...]
+    alphas: tuple[float | None, ...]
+    explain: bool = False
+    explain_top: int = 5
+    cancelled: Callable[[], bool] | None = None
+
+
+def check_job(ensemble: Ensemble, job: Job) -> None:
+    """Refuse a job that cannot be run to its end.
+
+    Raises:
+        PromptTooLong: Prompt and new tokens exceed a member's context.
+        InvalidRequest: A token id outside the vocabulary.
+    """
+    for stop_id in job.sampling.stop_token_ids:
+        if stop_id >= ensemble.vocabulary.width:
+            raise InvalidRequest(
+                f"stop_token_ids holds {stop_id}, and {ensemble.vocabulary.name} has "
+                f"{ensemble.vocabulary.width} token ids"
+            )
+    for name in ("logit_bias", "first_logit_bias"):
+        for token_id, _ in getattr(job.sampling, name):
+            if token_id >= ensemble.vocabulary.width:
+                raise InvalidRequest(
+                    f"{name} holds {token_id}, and {ensemble.vocabulary.name} has "
+                    f"{ensemble.vocabulary.width} token ids"
+                )
+    is_partial = isinstance(ensemble.members[0].backend, PartialBackend)
+    if is_partial and job.sampling.repetition_penalty != 1.0:
+        raise InvalidRequest(
+            "repetition_penalty depends on where logits have their zero, and a base behind an API shows "
+            "logprobs only.\nhint: use presence_penalty or frequency_penalty"
+        )
+    for index in members_of(ensemble, job):
+        member, prompt = ensemble.members[index], job.prompts[index]
+        for token_id in prompt:
+            if not 0 <= token_id < member.backend.num_prompt_ids:
+                raise InvalidRequest(
+                    f"the prompt holds token id {token_id}, and {member.name} has "
+                    f"{member.backend.num_prompt_ids} token ids"
+                )
+        limit = member.backend.capabilities.max_context
+        if limit is None:
+            continue
+        wanted = len(prompt) + job.sampling.max_new_tokens
+        if len(prompt) >= limit:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt)} tokens and {member.name} has a context of {limit}, so "
+                "nothing can be added to it.\nhint: shorten the prompt"
+            )
+        if wanted > limit:
+            raise PromptTooLong(
+                f"the prompt has {len(prompt)} tokens, {job.sampling.max_new_tokens} new ones were asked "
+                f"for, and {member.name} has a context of {limit}.\n"
+                f"hint: shorten the prompt or ask for at most {limit - len(prompt)} new tokens"
+            )
+
+
+def slots_of(job: Job) -> tuple[int, ...]:
+    """List the pairs that a job runs."""
+    return tuple(
+        which
+        for which, alpha in enumerate(job.alphas)
+        if alpha is not None and (alpha != 0 or job.explain)
+    )
+
+
+def members_of(ensemble: Ensemble, job: Job) -> list[int]:
+    """List the members that a job runs; a pair at strength 0 is run only to be explained."""
+    pairs = [ensemble.pairs[which] for which in slots_of(job)]
+    return sorted({0, *(pair.expert for pair in pairs), *(pair.anti_expert for pair in pairs)})

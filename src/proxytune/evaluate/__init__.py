@@ -1,0 +1,1 @@
+"""Benchmarks run on base, expert, steered and tuned models, and their results."""

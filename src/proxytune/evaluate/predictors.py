@@ -1,0 +1,201 @@
+"""The ways to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from proxytune.errors import (
+    InvalidRequest,
+)
+from proxytune.evaluate.plan import EvalOptions
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
+from proxytune.request import MAX_PENALTY, Request, SamplingParams
+from proxytune.tasks.task import Item
+from proxytune.text.prompts import continuation_ids
+
+if TYPE_CHECKING:
+    from proxytune.model import ProxyTuned
+
+Role = Literal["base", "expert", "steered", "tuned", "nudged"]
+
+
+class Output(NamedTuple):
+    """An answer as a model gave it."""
+
+    text: str
+    num_new_tokens: int
+    finish_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Predictor:
+    """A way to answer.
+
+    Args:
+        name: What tables and files call it.
+        role: What it is.
+        alpha: Strength, for a steered base.
+        expert: The expert that is alone, or nudges.
+    """
+
+    name: str
+    role: Role
+    alpha: float | None = None
+    expert: str | None = None
+
+
+def predictors_of(recipe: Recipe, options: EvalOptions) -> list[Predictor]:
+    """Return what is compared, the base first.
+
+    Raises:
+        UnknownExpert: The recipe has no expert of a name.
+        InvalidRequest: Nudging was asked for with several experts.
+    """
+    chosen = list(recipe.choose(options.experts, None))
+    found = [Predictor("base", "base", alpha=0.0)]
+    for name in chosen:
+        label = "expert" if len(chosen) == 1 else f"expert {name}"
+        found.append(Predictor(label, "expert", expert=name))
+    for alpha in dict.fromkeys(options.alphas):
+        if alpha != 0:
+            found.append(Predictor(f"steered {alpha:g}", "steered", alpha=alpha))
+    if options.has_tuned:
+        found.append(Predictor("tuned", "tuned"))
+    if options.nudge_below is not None:
+        if len(chosen) > 1:
+            raise InvalidRequest(
+                f"nudging is by one expert, and {len(chosen)} steer.\nhint: name one with --expert"
+            )
+        found.append(Predictor(f"nudged {options.nudge_below:g}", "nudged", expert=chosen[0]))
+    return found
+
+
+def tuned_recipe(recipe: Recipe, options: EvalOptions) -> Recipe:
+    """Return the recipe that holds the directly tuned model; `Speaker` takes it out of it."""
+    first = recipe.experts[0]
+    if options.experts:
+        first = next(e for e in recipe.experts if e.name == options.experts[0])
+    prompt = options.tuned_prompt or (first.expert.prompt if first.expert.model else "plain")
+    same = ModelSpec(same_as="base")
+    if options.tuned_adapter is not None:
+        spec = replace(recipe.base, adapter=options.tuned_adapter, prompt=prompt)
+        return replace(recipe, experts=(ExpertSpec("tuned", spec, same),), default_expert=None)
+    spec = ModelSpec(
+        model=options.tuned,
+        dtype=recipe.base.dtype,
+        device=recipe.base.device,
+        prompt=prompt,
+    )
+    # Its own base and its own expert: one model, loaded once.
+    return replace(
+        recipe, base=spec, experts=(ExpertSpec("tuned", spec, same),), default_expert=None
+    )
+
+
+def nudged(model: ProxyTuned, expert: str, threshold: float) -> ProxyTuned:
+    """Return the base that an expert nudges, whatever policy the recipe has; the anti-expert is not run.
+
+    Raises:
+        InvalidRequest: The threshold cannot be used.
+    """
+    from proxytune.decode.ensemble import Pair
+    from proxytune.logits.policy import Policy
+    from proxytune.model import ProxyTuned
+
+    found = next(pair for pair in model.ensemble.pairs if pair.name == expert)
+    ensemble = replace(
+        model.ensemble,
+        pairs=(Pair(expert, found.expert, anti_expert=0),),
+        policy=Policy(name="nudge", threshold=threshold),
+    )
+    return ProxyTuned(ensemble, model.formats, model.recipe)
+
+
+class Speaker:
+    """A predictor with its models loaded."""
+
+    def __init__(self, predictor: Predictor, model: ProxyTuned, options: EvalOptions) -> None:
+        self._options = options
+        self.alpha = 0.0
+        self.experts = options.experts
+        if predictor.role == "tuned":
+            self.experts = None
+            (pair,) = model.ensemble.pairs
+            model = model.alone(pair.expert)
+        elif predictor.role == "expert":
+            pair = next(p for p in model.ensemble.pairs if p.name == predictor.expert)
+            model = model.alone(pair.expert)
+        elif predictor.role == "steered":
+            assert predictor.alpha is not None
+            self.alpha = predictor.alpha
+        elif predictor.role == "nudged":
+            assert predictor.expert is not None and options.nudge_below is not None
+            model = nudged(model, predictor.expert, options.nudge_below)
+            self.alpha, self.experts = 1.0, (predictor.expert,)
+        self.model = model
+
+    def request(self, item: Item, sampling: SamplingParams) -> Request:
+        """Return what is asked."""
+        return Request(item.prompt, sampling, self.alpha, self.experts)
+
+    def bias(self, banned: Sequence[str]) -> tuple[tuple[int, float], ...]:
+        """Return what keeps a model from writing these, as far as single tokens spell them."""
+        tokenizer = self.model.tokenizer
+        found: dict[int, float] = {}
+        for text in banned:
+            for form in (text, f" {text}"):
+                token_ids = tokenizer.encode(form, add_special_tokens=False)
+                if len(token_ids) == 1:
+                    found[token_ids[0]] = -MAX_PENALTY
+        return tuple(sorted(found.items()))
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Check that every prompt fits the models.
+
+        Raises:
+            UserError: One does not.
+        """
+        for request in requests:
+            self.model.job(request)
+
+    def answer(self, items: Sequence[Item], requests: Sequence[Request]) -> list[Output]:
+        """Answer items, side by side.
+
+        Raises:
+            BackendError: A model failed.
+        """
+        if items[0].options:
+            return [self._choose(item) for item in items]
+        traces = self.model.generate_batch(
+            requests, batch_size=len(requests), speculative=self._options.speculative
+        )
+        return [Output(t.text, t.num_new_tokens, t.finish_reason) for t in traces]
+
+    def _choose(self, item: Item) -> Output:
+        options = item.options
+        first = {tuple(continuation_ids(option, self.model.tokenizer)[:1]) for option in options}
+        if len(first) < len(options):
+            # A tokenizer whose space is a token of its own tells only the letters apart.
+            options = tuple(option.strip() for option in options)
+        index = self.model.choose(
+            item.prompt, options, alpha=self.alpha, experts=self.experts
+        ).index
+        return Output(item.options[index], 1, "length")
+
+
+class LazyModel:
+    """Models that are loaded when they are first needed."""
+
+    def __init__(self, load: Callable[[], ProxyTuned]) -> None:
+        self._load = load
+        self._model: ProxyTuned | None = None
+
+    @property
+    def model(self) -> ProxyTuned:
+        """The models, loaded on first use."""
+        if self._model is None:
+            self._model = self._load()
+        return self._model

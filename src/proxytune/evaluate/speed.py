@@ -1,0 +1,442 @@
+"""How fast steering is: base alone, plain and speculative steering, and the published procedure.
+
+Everything that is compared alternates in each round, so that a machine's moods meet all alike; what is
+reported are medians over rounds of ratios within a round. The *floor* is what running the three models costs
+without drafts: `t_base / (t_base + t_pair)`, each timed alone in the same round.
+
+The published procedure is three models of transformers, each with its own cache, run one after another for
+every token. It is written here after the paper (Liu et al. 2024, arXiv:2401.08565, section 2 and appendix
+C.1) and shares nothing with this project's loop but the formula.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor
+
+from proxytune.backends.transformers.kinds import cache_option
+from proxytune.backends.transformers.weights import quietly
+from proxytune.decode.batch import Batch
+from proxytune.decode.ensemble import Job
+from proxytune.decode.speculative import Drafting
+from proxytune.errors import InvalidRequest
+from proxytune.logits.steer import steer
+from proxytune.model import ProxyTuned
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ModelSpec
+from proxytune.request import Request, SamplingParams
+from proxytune.trace import Trace
+
+PROMPT = "The first thing that a visitor to the old town sees is"
+"""Read again and again where a longer prompt is asked for."""
+
+MAX_TURNS = 6
+"""Most times that the first token is measured in a round."""
+TURNS_S = 2.0
+"""Seconds after which it is not measured again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How much is read and written.
+
+    Args:
+        num_prompt: Prompt tokens of each row.
+        num_new: New tokens of each row.
+        batch_size: Rows.
+    """
+
+    num_prompt: int
+    num_new: int
+    batch_size: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.num_prompt} in, {self.num_new} out, batch {self.batch_size}"
+
+
+class PlainModels(NamedTuple):
+    """Base, expert and anti-expert as transformers loads them, for what this project is compared with."""
+
+    base: Any
+    expert: Any
+    anti_expert: Any
+
+
+def load_plain_models(recipe: Recipe, expert: str) -> PlainModels:
+    """Load three whole models; an adapter is merged into a copy of its own.
+
+    Raises:
+        UserError: A model is missing or cannot be read; see `ProxyTuned.load`.
+    """
+    from peft import PeftModel
+
+    from proxytune.backends.transformers.weights import load_model
+    from proxytune.checkpoints.adapter import find_adapter
+    from proxytune.checkpoints.checkpoint import find_checkpoint
+
+    def load(spec: ModelSpec) -> Any:
+        checkpoint = find_checkpoint(
+            spec.model or "",
+            root=recipe.directory,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            allow_pickle=spec.allow_pickle,
+        )
+        model = load_model(checkpoint, spec)
+        if spec.adapter is not None:
+            files = find_adapter(
+                spec.adapter, root=recipe.directory, allow_pickle=spec.allow_pickle
+            )
+            model = PeftModel.from_pretrained(model, str(files.path)).merge_and_unload()
+        return model.eval()
+
+    chosen = next(e for e in recipe.experts if e.name == expert)
+    with quietly():
+        base = load(recipe.base)
+        return PlainModels(
+            base,
+            *(base if s.same_as else load(s) for s in (chosen.expert, chosen.anti_expert)),
+        )
+
+
+@torch.inference_mode()
+def published_procedure(
+    models: PlainModels, token_ids: Tensor, num_new: int, alpha: float = 1.0
+) -> Tensor:
+    """Return greedy tokens `[batch, num_new]` by three sequential forwards a token.
+
+    Args:
+        models: The three.
+        token_ids: Prompts of one length, `[batch, num_prompt]`.
+        num_new: How many tokens to add.
+        alpha: Strength.
+    """
+    caches = [{cache_option(model) or "": transformers.DynamicCache()} for model in models]
+    chosen: list[Tensor] = []
+    inputs = token_ids
+    for _ in range(num_new):
+        base, expert, anti_expert = (
+            model(input_ids=inputs, use_cache=True, logits_to_keep=1, **cache).logits[:, -1]
+            for model, cache in zip(models, caches, strict=True)
+        )
+        steered = steer(base, expert_logits=expert, anti_expert_logits=anti_expert, alpha=alpha)
+        chosen.append(steered.argmax(-1))
+        inputs = chosen[-1][:, None]
+    return torch.stack(chosen, dim=1)
+
+
+@torch.inference_mode()
+def _library_generate(model: Any, token_ids: Tensor, num_new: int) -> None:
+    with quietly():  # it warns of an end-of-sequence token that cannot occur
+        model.generate(
+            token_ids,
+            attention_mask=torch.ones_like(token_ids),
+            max_new_tokens=num_new,
+            min_new_tokens=num_new,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=-1,
+        )
+
+
+# One shape ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A median over rounds, and the lowest and highest round."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Return the spread of the rounds' values."""
+        return cls(statistics.median(values), min(values), max(values))
+
+    @classmethod
+    def of_ratio(cls, above: Sequence[float], below: Sequence[float]) -> Spread:
+        """Return the spread of quotients within rounds."""
+        return cls.of([a / b for a, b in zip(above, below, strict=True)])
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one shape gave.
+
+    Args:
+        shape: How much was read and written.
+        expert: Which expert steered.
+        temperature: 0 for greedy.
+        seconds: Of a whole generation, by what ran.
+        ratios: Speeds against each other; see `ratios_of`.
+        acceptance_rate: Accepted / proposed draft tokens; None where nothing was drafted.
+        tokens_per_step: New tokens per block of speculative decoding and row.
+        num_parted: Rows whose speculative text is not the plain one, which only ties allow.
+        first_token_s: Time to the first token of plain steering.
+        prefill_s: Of the models' prompts alone, one after another.
+    """
+
+    shape: Shape
+    expert: str
+    temperature: float
+    seconds: Mapping[str, Spread]
+    ratios: Mapping[str, Spread]
+    acceptance_rate: float | None
+    tokens_per_step: float
+    num_parted: int
+    first_token_s: Spread
+    prefill_s: Spread
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        return asdict(self)
+
+
+RATIOS = {
+    "plain / base": ("base", "plain"),
+    "speculative / base": ("base", "speculative"),
+    "speculative / plain": ("plain", "speculative"),
+    "plain / published": ("published", "plain"),
+    "speculative / published": ("published", "speculative"),
+    "plain / library's base": ("library", "plain"),
+    "speculative / library's base": ("library", "speculative"),
+}
+"""Speeds against each other: the name, whose time stands above, whose below the fraction line."""
+
+
+def ratios_of(seconds: Mapping[str, Sequence[float]]) -> dict[str, Spread]:
+    """Return the ratios of speeds that the times allow.
+
+    Args:
+        seconds: Each round's seconds, by what ran: `base`, `pair`, `plain`, `speculative`, `published`,
+            `library`.
+    """
+    ratios = {
+        name: Spread.of_ratio(seconds[above], seconds[below])
+        for name, (above, below) in RATIOS.items()
+        if above in seconds and below in seconds
+    }
+    if "pair" in seconds:
+        rounds = list(zip(seconds["base"], seconds["pair"], seconds["plain"], strict=True))
+        ratios["floor"] = Spread.of([base / (base + pair) for base, pair, _ in rounds])
+        ratios["plain / floor"] = Spread.of([(base + pair) / plain for base, pair, plain in rounds])
+    return ratios
+
+
+def prompts_of(model: ProxyTuned, text: str, shape: Shape) -> list[list[int]]:
+    """Return one prompt per row, each of exactly the wanted length, from consecutive places of a text."""
+    token_ids = list(model.tokenizer.encode(text, add_special_tokens=False))
+    if not token_ids:
+        raise InvalidRequest("the prompt has no tokens.\nhint: give a text")
+    wanted = shape.num_prompt * shape.batch_size
+    repeated = token_ids * -(-wanted // len(token_ids))
+    return [
+        repeated[row * shape.num_prompt : (row + 1) * shape.num_prompt]
+        for row in range(shape.batch_size)
+    ]
+
+
+def measure(
+    model: ProxyTuned,
+    shape: Shape,
+    *,
+    expert: str,
+    alpha: float | None = None,
+    text: str = PROMPT,
+    plain_models: PlainModels | None = None,
+    temperature: float = 0.0,
+    drafting: Drafting | None = None,
+    rounds: int = 3,
+    say: Callable[[str], None] = lambda _: None,
+) -> Measured:
+    """Time one shape; a first round warms up, and lets drafting learn its costs, and is not counted.
+
+    Args:
+        model: What is measured.
+        shape: How much is read and written.
+        expert: Which expert steers.
+        alpha: How strongly; None takes the recipe's.
+        text: Where prompts are cut from.
+        plain_models: What to compare with; None leaves the published procedure and the library's own
+            generation of the base out.
+        temperature: Of both steered kinds; 0 is greedy. Everything else is greedy.
+        drafting: How drafts are made.
+        rounds: Counted rounds.
+        say: Told of each round.
+    """
+    sampling = SamplingParams(
+        max_new_tokens=shape.num_new,
+        ignore_eos=True,
+        temperature=temperature,
+        seed=1 if temperature else None,
+    )
+    prompts = prompts_of(model, text, shape)
+    steered = [Request(p, sampling, alpha, expert) for p in prompts]
+    greedy = SamplingParams(max_new_tokens=shape.num_new, ignore_eos=True)
+    alone = [Request(p, greedy, 0.0, expert) for p in prompts]
+    jobs = [model.job(request) for request in steered]
+    strength = jobs[0].alphas[[pair.name for pair in model.ensemble.pairs].index(expert)] or 0.0
+    token_ids = torch.tensor(prompts)
+    drafting = drafting or Drafting()
+    plain: list[Trace] = []
+    drafted: list[Trace] = []
+
+    def run(requests: Sequence[Request], speculative: bool | Drafting = False) -> list[Any]:
+        return model.generate_batch(requests, batch_size=shape.batch_size, speculative=speculative)
+
+    def run_plain() -> None:
+        plain[:] = run(steered)
+
+    def run_drafted() -> None:
+        drafted[:] = run(steered, drafting)
+
+    work: dict[str, Callable[[], object]] = {
+        "base": lambda: run(alone),
+        "plain": run_plain,
+        "speculative": run_drafted,
+    }
+    if plain_models is not None:
+        work["library"] = lambda: _library_generate(
+            plain_models.base, token_ids.to(plain_models.base.device), shape.num_new
+        )
+        work["published"] = lambda: published_procedure(
+            plain_models, token_ids.to(plain_models.base.device), shape.num_new, strength
+        )
+    seconds: dict[str, list[float]] = {name: [] for name in (*work, "pair")}
+    first, prefill = [], []
+    for round_ in range(rounds + 1):
+        took = {name: _timed(what) for name, what in work.items()}
+        took["pair"] = _pair_seconds(model, jobs, [list(trace.token_ids) for trace in plain])
+        one, other = _first_token(model, jobs)
+        if round_:
+            for name, value in took.items():
+                seconds[name].append(value)
+            first.append(one)
+            prefill.append(other)
+        say(f"{shape}: round {round_} of {rounds}" + ("" if round_ else " (warm-up)"))
+    proposed = sum(trace.num_drafted for trace in drafted)
+    accepted = sum(trace.num_accepted for trace in drafted)
+    num_new = sum(trace.num_new_tokens for trace in drafted)
+    return Measured(
+        shape=shape,
+        expert=expert,
+        temperature=temperature,
+        seconds={name: Spread.of(values) for name, values in seconds.items()},
+        ratios=ratios_of(seconds),
+        acceptance_rate=accepted / proposed if proposed else None,
+        tokens_per_step=num_new / max(1, num_new - accepted),
+        num_parted=sum(a.token_ids != b.token_ids for a, b in zip(plain, drafted, strict=True)),
+        first_token_s=Spread.of(first),
+        prefill_s=Spread.of(prefill),
+    )
+
+
+def _timed(what: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    what()
+    _wait()
+    return time.perf_counter() - started
+
+
+def _wait() -> None:
+    """Wait until accelerators have done what they were given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _groups(model: ProxyTuned, jobs: Sequence[Job]) -> list[tuple[Any, list[int]]]:
+    """Return the backends that the jobs need, and their members; the base's is the first."""
+    needed = {0}
+    for which, pair in enumerate(model.ensemble.pairs):
+        if jobs[0].alphas[which]:
+            needed |= {pair.expert, pair.anti_expert}
+    groups: dict[int, tuple[Any, list[int]]] = {}
+    for index in sorted(needed):
+        backend = model.ensemble.members[index].backend
+        groups.setdefault(id(backend), (backend, []))[1].append(index)
+    return list(groups.values())
+
+
+def _prefill(model: ProxyTuned, backend: Any, members: Sequence[int], jobs: Sequence[Job]) -> Any:
+    prompts = [job.prompts[index] for index in members for job in jobs]
+    adapters = [model.ensemble.members[index].adapter for index in members for _ in jobs]
+    return backend.prefill(prompts, adapters=adapters).state
+
+
+def _pair_seconds(model: ProxyTuned, jobs: Sequence[Job], texts: Sequence[Sequence[int]]) -> float:
+    """Return the seconds that the small models alone take over the same prompts and tokens."""
+    groups = _groups(model, jobs)[1:]
+    columns = torch.tensor(texts).t()
+    started = time.perf_counter()
+    for backend, members in groups:
+        state = _prefill(model, backend, members, jobs)
+        for column in columns[:-1]:
+            rows = [model.ensemble.members[i].alignment.ids_to_small(column) for i in members]
+            backend.decode(state, torch.cat(rows))
+    _wait()
+    return time.perf_counter() - started
+
+
+def _first_token(model: ProxyTuned, jobs: Sequence[Job]) -> tuple[float, float]:
+    """Return the time to the first token, and that of the models' prompts alone: medians of a few turns.
+
+    The garbage collector's long look at all models (100 ms and more) comes before, and not by chance within.
+    """
+    ending = [
+        replace(job, sampling=replace(job.sampling, max_new_tokens=1, min_new_tokens=0))
+        for job in jobs
+    ]
+    groups = _groups(model, jobs)
+
+    def read_prompts() -> None:
+        for backend, members in groups:
+            _prefill(model, backend, members, jobs)
+            _wait()
+
+    first: list[float] = []
+    prompts: list[float] = []
+    gc.collect()
+    # Whoever comes right after other work is slower, so each comes first in turn.
+    while len(first) < MAX_TURNS and sum(first) < TURNS_S:
+        turns = [(first, lambda: Batch(model.ensemble, ending).step()), (prompts, read_prompts)]
+        for took, what in reversed(turns) if len(first) % 2 else turns:
+            took.append(_timed(what))
+    return statistics.median(first), statistics.median(prompts)
+
+
+# The machine ----------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, Any]:
+    """Return what figures depend on beside the code: processor, cores, accelerator, versions."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.partition(":")[2].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        processor = names[0] if names else processor
+    return {
+        "processor": processor,
+        "num_cores": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,1 @@
+"""What steering did to each token: computed, drawn, shown."""

@@ -1,0 +1,224 @@
+"""What steering did, computed from traces: token by token, and summed up.
+
+Words: a token's *shift* is its steered minus its base logprob, nats. A token is *changed* if base and steered
+model would each put another token first; the text of a sampled or given token need not be either's choice. An
+expert's *offset* is `alpha * (expert - anti_expert)` in logprobs of the token, times the weight of the
+recipe's policy if it has one. By the published method the shift is the sum of the offsets less what all
+tokens have in common (the steered distribution sums to 1 again). A token's *piece* is what it adds to the
+text where each character stands at the token that completes it.
+
+Pure functions of traces: no model, no terminal, no page.
+"""
+
+from __future__ import annotations
+
+import codecs
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from proxytune.errors import InvalidRequest
+from proxytune.trace import Step, Trace, View
+
+LEVELS = (math.log(1.25), math.log(2.0), math.log(8.0))
+"""Shifts at which the colour changes, nats: a token is 1.25, 2 or 8 times as likely, or as unlikely."""
+MIN_LOG_ODDS_MISS = -24 * math.log(2)
+"""A probability nearer to 1 than this is 1 in float32, and its odds would be infinite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """What steering did to one token. What is not known is None.
+
+    Args:
+        index: Position among the new tokens, from 0.
+        token_id: In the base's vocabulary.
+        label: The token by itself, bytes that are no whole characters as ⟨F0 9F⟩.
+        piece: What it adds to the text.
+        part_of: The character that it is a part of, if another token completes it.
+        is_special: Whether it controls, such as the end of a text, and is no part of it.
+        is_given: Whether it was given rather than chosen.
+        is_changed: Whether base and steered model put different tokens first.
+        base_choice: The token that the base puts first.
+        steered_choice: The token that the steered model puts first.
+        base_logprob: Nats.
+        steered_logprob: Nats.
+        base_rank: The token's place for the base, 1 for the likeliest.
+        shift: Steered minus base logprob, nats.
+        prob_change: Steered minus base probability.
+        log_odds_change: Steered minus base log-odds, `log(p / (1 - p))`, nats.
+        kl: KL(steered || base), nats.
+        base_entropy: Nats.
+        steered_entropy: Nats.
+        offsets: By expert, nats.
+        weights: By expert, what the recipe's policy multiplied its strength with; None without a policy.
+        has_conflict: Whether the experts, each alone, would have chosen different tokens.
+    """
+
+    index: int
+    token_id: int
+    label: str
+    piece: str
+    part_of: str | None
+    is_special: bool
+    is_given: bool
+    is_changed: bool | None
+    base_choice: int | None
+    steered_choice: int | None
+    base_logprob: float | None
+    steered_logprob: float | None
+    base_rank: int | None
+    shift: float | None
+    prob_change: float | None
+    log_odds_change: float | None
+    kl: float | None
+    base_entropy: float | None
+    steered_entropy: float | None
+    offsets: Mapping[str, float]
+    weights: Mapping[str, float] | None = None
+    has_conflict: bool | None = None
+
+    @property
+    def level(self) -> int:
+        """How strongly the token is coloured: 1 to 3 for likelier, -1 to -3 for less likely, 0 for none."""
+        if self.shift is None:
+            return 0
+        size = sum(abs(self.shift) >= step for step in LEVELS)
+        return size if self.shift > 0 else -size
+
+
+# One token ----------------------------------------------------------------------------------------------
+
+
+def label(token: str | bytes | None, token_id: int) -> str:
+    """Return how a token is written by itself, bytes that are no whole characters as ⟨F0 9F⟩."""
+    if token is None:
+        return f"⟨token {token_id}⟩"
+    if isinstance(token, str):
+        return token
+    text = token.decode("utf-8", "surrogateescape")
+    return re.sub(
+        "[\udc80-\udcff]+",
+        lambda part: "⟨" + " ".join(f"{ord(c) - 0xDC00:02X}" for c in part[0]) + "⟩",
+        text,
+    )
+
+
+def pieces(trace: Trace) -> list[tuple[str, str | None]]:
+    """Return what each token adds to the text, and the character that it is a part of without completing it.
+
+    Bytes that never become a character are U+FFFD at the token after which that is clear. Special tokens add
+    nothing. Tokens that the trace knows no text of add what their step did.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    texts: list[str] = []
+    owners: list[int | None] = [None] * len(trace.steps)
+    open_parts: list[int] = []
+    for index, step in enumerate(trace.steps):
+        token = trace.tokens.get(step.token_id)
+        is_last = index == len(trace.steps) - 1
+        if step.token_id in trace.special_ids:
+            text = decoder.decode(b"", True)  # half a character before it stays half
+            decoder.reset()
+        elif token is None:
+            text = decoder.decode(b"", True) + step.text
+            decoder.reset()
+        else:
+            content = token if isinstance(token, bytes) else token.encode()
+            text = decoder.decode(content, is_last)
+        if text:
+            for part in open_parts:
+                owners[part] = index
+            open_parts = []
+        if decoder.getstate()[0]:
+            open_parts.append(index)
+        texts.append(text)
+    return [
+        (text, None if owner is None else texts[owner][:1])
+        for text, owner in zip(texts, owners, strict=True)
+    ]
+
+
+def moves(trace: Trace) -> list[Move]:
+    """Return what steering did to each token.
+
+    Raises:
+        InvalidRequest: The trace is not explained.
+    """
+    if trace.steps and trace.steps[0].views is None:
+        raise InvalidRequest(
+            "the trace does not hold what each model gave its tokens.\n"
+            "hint: generate with explain=True, or with proxytune explain"
+        )
+    shown = pieces(trace)
+    return [
+        _move(trace, step, piece, part_of)
+        for step, (piece, part_of) in zip(trace.steps, shown, strict=True)
+    ]
+
+
+def _move(trace: Trace, step: Step, piece: str, part_of: str | None) -> Move:
+    views = step.views or {}
+    base, steered = views.get("base"), views.get("steered")
+    base_logprob = base.logprob if base else None
+    steered_logprob = steered.logprob if steered else None
+    shift = prob_change = log_odds_change = None
+    if base_logprob is not None and steered_logprob is not None:
+        shift = steered_logprob - base_logprob
+        prob_change = math.exp(steered_logprob) - math.exp(base_logprob)
+        log_odds_change = _log_odds(steered_logprob) - _log_odds(base_logprob)
+    return Move(
+        index=step.index,
+        token_id=step.token_id,
+        label=label(trace.tokens.get(step.token_id), step.token_id),
+        piece=piece,
+        part_of=part_of,
+        is_special=step.token_id in trace.special_ids,
+        is_given=step.index < trace.num_given,
+        is_changed=_is_changed(base, steered),
+        base_choice=base.top[0][0] if base and base.top else None,
+        steered_choice=steered.top[0][0] if steered and steered.top else None,
+        base_logprob=base_logprob,
+        steered_logprob=steered_logprob,
+        base_rank=base.rank if base else None,
+        shift=shift,
+        prob_change=prob_change,
+        log_odds_change=log_odds_change,
+        kl=step.kl,
+        base_entropy=base.entropy if base else None,
+        steered_entropy=steered.entropy if steered else None,
+        offsets=offsets(step, trace.alphas),
+        weights=step.weights,
+        has_conflict=step.has_conflict,
+    )
+
+
+def _is_changed(base: View | None, steered: View | None) -> bool | None:
+    if base is None or steered is None:
+        return None
+    if base.top and steered.top:
+        return base.top[0][0] != steered.top[0][0]
+    # Without lists the ranks tell, if the token is either's first.
+    if base.rank is None or steered.rank is None or (base.rank != 1 and steered.rank != 1):
+        return None
+    return base.rank != steered.rank
+
+
+def _log_odds(logprob: float) -> float:
+    miss = math.log(-math.expm1(logprob)) if logprob < 0 else -math.inf
+    return logprob - max(miss, MIN_LOG_ODDS_MISS)
+
+
+def offsets(step: Step, alphas: Mapping[str, float]) -> dict[str, float]:
+    """Return each expert's `alpha * weight * (expert - anti_expert)` in logprobs, nats, where known."""
+    views = step.views or {}
+    found = {}
+    for name, alpha in alphas.items():
+        expert, anti_expert = views.get(f"{name}.expert"), views.get(f"{name}.anti_expert")
+        if expert is None or anti_expert is None:
+            continue
+        if expert.logprob is not None and anti_expert.logprob is not None:
+            weight = 1.0 if step.weights is None else step.weights.get(name, 1.0)
+            found[name] = alpha * weight * (expert.logprob - anti_expert.logprob)
+    return found

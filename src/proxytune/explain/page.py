@@ -1,0 +1,144 @@
+"""Reports as pages: one HTML file that needs no network, and a fragment for notebooks.
+
+The page's template, `report.html`, holds its style and script; here the numbers of `explain/moves.py` are put into
+it as JSON. A Content-Security-Policy allows exactly that style and that script, by their hashes.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.resources import files
+from typing import Any
+
+from proxytune.explain.moves import label, moves
+from proxytune.explain.report import Report, Run
+from proxytune.explain.summary import parting, running_share, summarise, token_types
+from proxytune.pages.policy import page_policy
+from proxytune.trace import Trace, View
+
+MAX_TYPES = 15
+"""Rows of the table of token types."""
+DIGITS = 5
+"""Decimals of the page's numbers: more than it shows, and a third of the bytes of all."""
+
+
+def page(reports: Sequence[Report], *, recipe: str) -> str:
+    """Return a page that shows reports, one at a time.
+
+    Args:
+        reports: At least one.
+        recipe: How the page calls what was run.
+
+    Raises:
+        InvalidRequest: A trace is not explained.
+    """
+    template = files("proxytune").joinpath("report.html").read_text("utf-8")
+    data = {
+        "recipe": recipe,
+        "made": f"Made by proxytune {version('proxytune')}. Probabilities are those before temperature, "
+        "filters and penalties; entropies and shifts are in nats.",
+        "reports": [_report_data(report) for report in reports],
+    }
+    prompt = " ".join(reports[0].runs[0].trace.prompt.split())
+    title = "Steering report" + (f": {prompt[:60]}" if prompt else "")
+    contents = {
+        "policy": page_policy(template),
+        "title": html.escape(title),
+        "data": _script_json(data),
+    }
+    # One pass: what is put in is not looked at again.
+    return re.sub("@(policy|title|data)@", lambda mark: contents[mark[1]], template)
+
+
+def _script_json(data: Any) -> str:
+    """Return JSON that no HTML parser takes for the end of its element, whatever texts it holds."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _report_data(report: Report) -> dict[str, Any]:
+    base = report.base
+    return {
+        "prompt": report.runs[0].trace.prompt,
+        "runs": [_run_data(run, base) for run in report.runs],
+    }
+
+
+def _run_data(run: Run, base: Run | None) -> dict[str, Any]:
+    trace = run.trace
+    told = moves(trace)
+    names = _view_names(trace)
+    named = {token_id for step in trace.steps for token_id in (step.token_id,)}
+    for step in trace.steps:
+        for view in (step.views or {}).values():
+            named |= {token_id for token_id, _ in view.top}
+    return {
+        "name": run.name,
+        "isBase": run.is_base,
+        "isForked": run.is_forked,
+        "alphas": dict(trace.alphas),
+        "finish": trace.finish_reason,
+        "seed": trace.seed,
+        "numGiven": trace.num_given,
+        "parts": None if base is None else parting(trace, base.trace),
+        "summary": summarise(told).to_dict(),
+        "runningShare": [_short(share) for share in running_share(told)],
+        "types": [
+            [
+                kind.label,
+                kind.tally.num_tokens,
+                kind.tally.num_changed,
+                _short(kind.tally.mean_prob_change),
+                _short(kind.tally.mean_shift),
+                kind.context,
+                kind.num_context,
+            ]
+            for kind in token_types(told)[:MAX_TYPES]
+        ],
+        "tokens": {i: label(trace.tokens.get(i), i) for i in sorted(named)},
+        "views": names,
+        "rows": [
+            [
+                move.token_id,
+                move.piece,
+                move.part_of,
+                move.is_special
+                + 2 * move.is_given
+                + 4 * (move.is_changed or False)
+                + 8 * (move.has_conflict or False),
+                move.level,
+                _short(move.shift),
+                _short(move.kl),
+                move.base_choice,
+                {name: _short(offset) for name, offset in move.offsets.items()},
+                move.weights and {name: _short(weight) for name, weight in move.weights.items()},
+                [_view_data((step.views or {}).get(name)) for name in names],
+            ]
+            for move, step in zip(told, trace.steps, strict=True)
+        ],
+    }
+
+
+def _view_names(trace: Trace) -> list[str]:
+    """Return the models in the order of the formula: base, experts with anti-experts, steered."""
+    names = list(trace.steps[0].views or {}) if trace.steps else []
+    ends = [name for name in names if name in ("base", "steered")]
+    experts = [name for name in names if name not in ends]
+    return [*ends[:1], *experts, *ends[1:]]
+
+
+def _view_data(view: View | None) -> list[Any]:
+    if view is None:
+        return [None, None, None, []]
+    top = [number for token_id, logprob in view.top for number in (token_id, _short(logprob))]
+    return [_short(view.logprob), view.rank, _short(view.entropy), top]
+
+
+def _short(number: float | None) -> float | None:
+    return None if number is None else round(number, DIGITS)

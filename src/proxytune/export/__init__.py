@@ -1,0 +1,1 @@
+"""Models, adapters and recipes as GGUF files."""

@@ -1,0 +1,196 @@
+"""An adapter."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from proxytune.checkpoints.adapter import AdapterFiles
+from proxytune.checkpoints.checkpoint import Checkpoint
+from proxytune.errors import (
+    CorruptModel,
+    UnsafeModel,
+    UnsupportedModel,
+)
+from proxytune.export.layout import check_model, gguf_name, rotated_rows
+from proxytune.export.write import (
+    ExportedFile,
+    PlannedFile,
+    PlannedTensor,
+    check_dtype,
+    check_output,
+    last_part,
+    write_file,
+)
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+    from torch import Tensor
+
+ADAPTER_DTYPES = ("F32", "F16")
+"""What an adapter's weights can be stored in."""
+
+
+# Adapters ------------------------------------------------------------------------------------------
+
+
+def export_adapter(
+    adapter: AdapterFiles,
+    model: Checkpoint,
+    output: Path,
+    *,
+    dtype: str = "F16",
+    overwrite: bool = False,
+) -> ExportedFile:
+    """Write a LoRA adapter as the GGUF file that llama.cpp puts onto its model.
+
+    llama.cpp adds `alpha / rank * b @ a` to a weight, with one alpha for the file; where the adapter has
+    several, what they differ by is multiplied into `b`.
+
+    Args:
+        adapter: As PEFT saves it.
+        model: The small model that the adapter belongs to; its weights are not read.
+        output: The file, whose name ends in `.gguf`; its directory is made if it is not there.
+        dtype: One of `ADAPTER_DTYPES`.
+        overwrite: Replace another file that is there.
+
+    Raises:
+        UnsupportedModel: It changes more than linear layers, or the model cannot be written as GGUF.
+        AdapterMismatch: It belongs to another model.
+        CorruptModel: Weights are missing or not finite.
+        InvalidRequest: The dtype is unknown, or the output is not called `.gguf`.
+        OutputFileError: The output cannot be written, or another file is there.
+    """
+    check_output(output, overwrite=overwrite)
+    plan = plan_adapter(adapter, model, dtype=dtype)
+    return write_file(plan, output, overwrite=overwrite)
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """One layer's adapter: `a` is `[rank, inputs]`, `b` is `[outputs, rank]`, both float32."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def alpha(self) -> float:
+        """What llama.cpp has to divide by the rank to get the scale."""
+        return self.scale * self.a.shape[0]
+
+
+def plan_adapter(adapter: AdapterFiles, model: Checkpoint, *, dtype: str) -> PlannedFile:
+    """Return the GGUF file of an adapter, planned but not written."""
+    from gguf import GGMLQuantizationType, GGUFType
+
+    check_dtype(dtype, ADAPTER_DTYPES, "an adapter")
+    check_model(model, weights_are_read=False)
+    factors = lora_factors(adapter, model)
+    # llama.cpp takes an alpha of 0 for "not said" and a scale of 1.
+    alphas = Counter(layer.alpha for layer in factors.values() if layer.alpha)
+    alpha = alphas.most_common(1)[0][0] if alphas else 1.0
+    kind = GGMLQuantizationType[dtype]
+    tensors: list[PlannedTensor] = []
+    for module, layer in factors.items():
+        name = gguf_name(f"{module}.weight", model)
+        b = rotated_rows(layer.b, module, model.config) * (layer.alpha / alpha)
+        for suffix, values in (("lora_a", layer.a), ("lora_b", b)):
+            tensors.append(
+                PlannedTensor(f"{name}.{suffix}", tuple(values.shape), kind, _constant(values))
+            )
+
+    def add_fields(writer: GGUFWriter) -> None:
+        writer.add_type(GGUFType.ADAPTER)
+        writer.add_name(last_part(adapter.name))
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", alpha)
+
+    return PlannedFile(tensors, add_fields, adapter.name)
+
+
+def _constant(values: Tensor) -> Callable[[], Tensor]:
+    return lambda: values
+
+
+# What makes an adapter more than two factors for each of some layers, by its name in adapter_config.json.
+_BEYOND_LORA = (
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
+    "modules_to_save", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora",
+    "use_dora", "use_qalora",
+)  # fmt: skip
+
+
+def lora_factors(adapter: AdapterFiles, model: Checkpoint) -> dict[str, Factors]:
+    """Return what an adapter adds to each layer, by module name in the Hugging Face layout.
+
+    Raises:
+        UnsupportedModel: It changes more than linear layers.
+        AdapterMismatch: It belongs to another model.
+        CorruptModel: A factor is missing.
+    """
+    import torch
+    from peft.utils.other import get_pattern_key
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config = adapter.config
+    beyond = [key for key in _BEYOND_LORA if config.get(key)]
+    if config.get("bias", "none") != "none":
+        beyond.append(f"bias {config['bias']!r}")
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
+        beyond.append(f"init_lora_weights {config['init_lora_weights']!r}")
+    layers: dict[str, dict[str, str]] = {}
+    for name in adapter.tensors:
+        match = re.fullmatch(
+            r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight", name
+        )
+        if match is None:
+            beyond.append(name)
+        else:
+            layers.setdefault(match["module"], {})[match["side"]] = name
+    if beyond:
+        raise UnsupportedModel(
+            f"the adapter {adapter.name} changes more than LoRA's two factors of linear layers: "
+            f"{', '.join(beyond[:3])}.\n"
+            "hint: merge it into its model with PEFT's merge_and_unload, and export that model"
+        )
+    if not adapter.tensors:
+        raise UnsafeModel(
+            f"the adapter {adapter.name} has only pickled weights, which are not exported.\n"
+            "hint: save it as safetensors with PEFT's save_pretrained"
+        )
+    adapter.check_fits(model)
+    if "lm_head" in layers and model.config.tie_word_embeddings:
+        raise UnsupportedModel(
+            f"the adapter {adapter.name} changes the output head of {model.name}, which is its embedding "
+            "too, and a GGUF file holds one of them.\nhint: tune an adapter without lm_head"
+        )
+    path = adapter.path / "adapter_model.safetensors"
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CorruptModel(f"{path} cannot be read: {error}") from error
+    alpha_pattern = config.get("alpha_pattern") or {}
+    patterns = list(alpha_pattern)
+    factors: dict[str, Factors] = {}
+    for module, names in layers.items():
+        if len(names) != 2:
+            raise CorruptModel(
+                f"{path} has one of the two factors of {module}, and lacks the other"
+            )
+        a, b = (weights[names[side]].to(torch.float32) for side in "AB")
+        if a.shape[0] != b.shape[1]:
+            raise CorruptModel(
+                f"{path}: the factors of {module} have the ranks {a.shape[0]} and {b.shape[1]}"
+            )
+        alpha = alpha_pattern.get(get_pattern_key(patterns, module), config.get("lora_alpha", 8))
+        rank = a.shape[0]
+        scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        factors[module] = Factors(a, b, scale)
+    return factors

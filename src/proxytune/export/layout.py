@@ -1,0 +1,152 @@
+"""How the two layouts differ."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from proxytune.checkpoints.checkpoint import Checkpoint
+from proxytune.errors import (
+    CorruptModel,
+    UnsafeModel,
+    UnsupportedModel,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONVERTER = "convert_hf_to_gguf.py, which comes with llama.cpp, knows more kinds of model"
+
+
+def check_model(model: Checkpoint, *, weights_are_read: bool = True) -> None:
+    """Check that llama.cpp computes this model as transformers does."""
+    config = model.config
+    if model.architecture != "LlamaForCausalLM" or config.model_type != "llama":
+        raise UnsupportedModel(
+            f"{model.name} is a {model.architecture}, and only LlamaForCausalLM can be written as GGUF "
+            f"here.\nhint: {CONVERTER}"
+        )
+    if weights_are_read and model.kind == "gguf":
+        raise UnsupportedModel(
+            f"{model.name} is a GGUF file already.\n"
+            "hint: use it as it is; llama-quantize, which comes with llama.cpp, changes its type"
+        )
+    biased = [key for key in ("attention_bias", "mlp_bias") if getattr(config, key, False)]
+    if biased:
+        raise UnsupportedModel(
+            f"{model.name} has biases ({', '.join(biased)}), which readers of GGUF files do not expect in a "
+            f"Llama.\nhint: {CONVERTER}"
+        )
+    if config.hidden_act not in ("silu", "swish"):
+        raise UnsupportedModel(
+            f"{model.name} has the activation {config.hidden_act!r}, and llama.cpp's Llama has silu.\n"
+            f"hint: {CONVERTER}"
+        )
+    if weights_are_read and not model.tensors:
+        raise UnsafeModel(
+            f"{model.name} has only pickled weights, which are not exported.\n"
+            "hint: save it as safetensors with save_pretrained"
+        )
+    packed = getattr(config, "quantization_config", None)
+    if weights_are_read and packed is not None:
+        raise UnsupportedModel(
+            f"{model.name} is stored quantised, and its weights as they were trained are needed.\n"
+            "hint: name the model it was made from, and choose a quantised dtype here"
+        )
+
+
+def head_size(config: Any) -> int:
+    """Return the number of dimensions of one attention head."""
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+
+
+def weight_shapes(model: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Return the weights that the config asks for, by their names in the Hugging Face layout."""
+    config = model.config
+    hidden, inner, head_dim = config.hidden_size, config.intermediate_size, head_size(config)
+    queries = config.num_attention_heads * head_dim
+    keys = config.num_key_value_heads * head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (model.width, hidden)}
+    for layer in range(config.num_hidden_layers):
+        block = f"model.layers.{layer}"
+        shapes |= {
+            f"{block}.input_layernorm": (hidden,),
+            f"{block}.self_attn.q_proj": (queries, hidden),
+            f"{block}.self_attn.k_proj": (keys, hidden),
+            f"{block}.self_attn.v_proj": (keys, hidden),
+            f"{block}.self_attn.o_proj": (hidden, queries),
+            f"{block}.post_attention_layernorm": (hidden,),
+            f"{block}.mlp.gate_proj": (inner, hidden),
+            f"{block}.mlp.up_proj": (inner, hidden),
+            f"{block}.mlp.down_proj": (hidden, inner),
+        }
+    shapes["model.norm"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head"] = (model.width, hidden)
+    return {f"{name}.weight": shape for name, shape in shapes.items()}
+
+
+def weight_places(model: Checkpoint) -> dict[str, Path]:
+    """Return the file that holds each weight, checked against the config.
+
+    Raises:
+        CorruptModel: A weight is missing or has another shape.
+        UnsupportedModel: There are weights that a Llama does not have.
+    """
+    shapes = weight_shapes(model)
+    for name, shape in shapes.items():
+        stored = model.tensors.get(name)
+        if stored is None or stored.shape != shape:
+            there = "missing" if stored is None else f"of the shape {list(stored.shape)}"
+            raise CorruptModel(
+                f"{model.name}: by its config {name} has the shape {list(shape)}, and it is {there}.\n"
+                "hint: save the model again with save_pretrained"
+            )
+        if not stored.dtype.startswith(("float", "bfloat")) or stored.dtype.startswith("float8"):
+            raise UnsupportedModel(
+                f"{model.name}: {name} is stored in {stored.dtype}, and only weights in float16, bfloat16, "
+                "float32 or float64 are exported.\nhint: name the model it was made from"
+            )
+    # Old checkpoints store the frequencies of RoPE, and a tied head beside the embedding.
+    extra = [
+        name
+        for name in model.tensors
+        if name not in shapes and not name.endswith(".inv_freq") and name != "lm_head.weight"
+    ]
+    if extra:
+        raise UnsupportedModel(
+            f"{model.name} has weights that a Llama does not have, {extra[0]} and {len(extra) - 1} more, and "
+            f"without them it would be another model.\nhint: {CONVERTER}"
+        )
+    return model.weight_files()
+
+
+def gguf_name(hf_name: str, model: Checkpoint) -> str:
+    """Return the name that a weight has in a GGUF file."""
+    name: str | None = _tensor_names(model.config.num_hidden_layers).get_name(
+        hf_name, try_suffixes=(".weight",)
+    )
+    assert name is not None, hf_name
+    return name
+
+
+@lru_cache(maxsize=1)
+def _tensor_names(num_layers: int) -> Any:
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    return get_tensor_name_map(MODEL_ARCH.LLAMA, num_layers)
+
+
+def rotated_rows(values: Tensor, hf_name: str, config: Any) -> Tensor:
+    """Return the rows of queries or keys in llama.cpp's order, others as they are."""
+    if ".self_attn.q_proj" in hf_name:
+        num_heads = config.num_attention_heads
+    elif ".self_attn.k_proj" in hf_name:
+        num_heads = config.num_key_value_heads
+    else:
+        return values
+    halves = values.reshape(num_heads, 2, head_size(config) // 2, values.shape[1])
+    return halves.transpose(1, 2).reshape(values.shape)

@@ -1,0 +1,236 @@
+"""Models, adapters and recipes as GGUF files, which llama.cpp runs: how they are laid out, what is refused.
+
+A Llama-shaped model in the Hugging Face layout becomes one file of the architecture `llama`; a LoRA
+adapter becomes a file that llama.cpp puts onto it; a recipe becomes a directory with both and a recipe that
+names them.
+
+The two layouts differ in three points:
+
+- transformers rotates the first half of a head's rows against the second, llama.cpp each row against its
+  neighbour; so the rows of queries and keys are interleaved, in adapters too.
+- How text is cut into words before tokens are merged is a rule in `tokenizer.json`, and in GGUF the name of
+  a rule built into llama.cpp. The name is found by comparing rules; a rule without a name is refused.
+- Every row of the embedding has a token in GGUF; rows that no token has are called `[PAD7]`, by their id.
+
+What the format leaves open: vectors stay in float32. Rows that do not divide into a quantised type's blocks
+are stored in float16. At 4 bits, embedding and output head are stored in Q8_0, because every logit passes
+through them and they are what a small model is mostly made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from proxytune.checkpoints.adapter import AdapterFiles
+from proxytune.checkpoints.checkpoint import Checkpoint
+from proxytune.errors import (
+    CorruptModel,
+    UnsupportedModel,
+)
+from proxytune.export.adapter import Factors, lora_factors
+from proxytune.export.layout import (
+    CONVERTER,
+    check_model,
+    gguf_name,
+    head_size,
+    rotated_rows,
+    weight_places,
+    weight_shapes,
+)
+from proxytune.export.tokenizer import tokenizer_fields
+from proxytune.export.write import (
+    DTYPES,
+    ExportedFile,
+    PlannedFile,
+    PlannedTensor,
+    check_dtype,
+    check_output,
+    last_part,
+    write_file,
+)
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
+    from torch import Tensor
+
+
+# Models --------------------------------------------------------------------------------------------
+
+
+def export_model(
+    model: Checkpoint,
+    output: Path,
+    *,
+    dtype: str = "F16",
+    adapter: AdapterFiles | None = None,
+    pre: str | None = None,
+    overwrite: bool = False,
+) -> ExportedFile:
+    """Write a Llama-shaped model with its tokenizer as one GGUF file.
+
+    transformers' own GGUF reader gives the same weights back, and does not read how RoPE is scaled; llama.cpp
+    reads both.
+
+    Args:
+        model: In the Hugging Face layout.
+        output: The file, whose name ends in `.gguf`; its directory is made if it is not there.
+        dtype: One of `DTYPES`.
+        adapter: Merged into the weights.
+        pre: llama.cpp's name for the rule that cuts text into words (`tokenizer.ggml.pre`), taken as given;
+            None finds it.
+        overwrite: Replace another file that is there.
+
+    Raises:
+        UnsupportedModel: llama.cpp would compute or tokenise something else, or the file cannot say it.
+        AdapterMismatch: The adapter belongs to another model.
+        CorruptModel: Weights are missing, misshapen or not finite.
+        InvalidRequest: The dtype is unknown, or the output is not called `.gguf`.
+        OutputFileError: The output cannot be written, or another file is there.
+    """
+    check_output(output, overwrite=overwrite)
+    plan = plan_model(model, dtype=dtype, adapter=adapter, pre=pre)
+    return write_file(plan, output, overwrite=overwrite)
+
+
+def plan_model(
+    model: Checkpoint, *, dtype: str, adapter: AdapterFiles | None = None, pre: str | None = None
+) -> PlannedFile:
+    """Return the GGUF file of a model, planned but not written."""
+    from gguf import GGMLQuantizationType
+
+    check_dtype(dtype, DTYPES, "a model")
+    check_model(model)
+    factors = {} if adapter is None else lora_factors(adapter, model)
+    rotary_factors = _rotary_factors(model)
+    tokenizer = tokenizer_fields(model, pre)
+    wanted = GGMLQuantizationType[dtype]
+    is_small = dtype.startswith("Q4")
+    tensors: list[PlannedTensor] = []
+    num_unquantized = 0
+    places = weight_places(model)
+    for hf_name, shape in weight_shapes(model).items():
+        name = gguf_name(hf_name, model)
+        kind = wanted
+        if is_small and name in ("token_embd.weight", "output.weight"):
+            kind = GGMLQuantizationType.Q8_0
+        kind, is_fallback = _fitting_kind(kind, shape)
+        num_unquantized += is_fallback
+        module = hf_name.removesuffix(".weight")
+        read = _reader(places[hf_name], hf_name, model, factors.get(module))
+        tensors.append(PlannedTensor(name, shape, kind, read))
+    if rotary_factors is not None:
+        vector = rotary_factors
+        tensors.insert(
+            0,
+            PlannedTensor(
+                "rope_freqs.weight",
+                tuple(vector.shape),
+                GGMLQuantizationType.F32,
+                lambda: vector,
+            ),
+        )
+
+    def add_fields(writer: GGUFWriter) -> None:
+        _add_model_fields(writer, model, dtype)
+        tokenizer.add_to(writer)
+
+    return PlannedFile(tensors, add_fields, model.name, num_unquantized)
+
+
+def _fitting_kind(
+    kind: GGMLQuantizationType, shape: tuple[int, ...]
+) -> tuple[GGMLQuantizationType, bool]:
+    """Return what a tensor is stored in, and whether its rows were too short for the wanted type."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    if len(shape) == 1:
+        return GGMLQuantizationType.F32, False
+    if shape[-1] % GGML_QUANT_SIZES[kind][0]:
+        return GGMLQuantizationType.F16, True
+    return kind, False
+
+
+def _reader(
+    file: Path, hf_name: str, model: Checkpoint, factors: Factors | None
+) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        import torch
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, framework="pt") as weights:
+                values: Tensor = weights.get_tensor(hf_name).to(torch.float32)
+        except (SafetensorError, OSError) as error:
+            raise CorruptModel(f"{file} cannot be read: {error}") from error
+        if factors is not None:
+            values = values + factors.scale * (factors.b @ factors.a)
+        return rotated_rows(values, hf_name, model.config)
+
+    return read
+
+
+def _rotary_factors(model: Checkpoint) -> Tensor | None:
+    """Return what llama.cpp divides each of RoPE's frequencies by, None where they are not scaled apart.
+
+    Raises:
+        UnsupportedModel: RoPE is scaled in a way that is not known here.
+    """
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = model.config
+    rope = _rope_parameters(config)
+    rope_type = rope.get("rope_type", "default")
+    if rope_type not in ("default", "linear", "llama3"):
+        raise UnsupportedModel(
+            f"{model.name} scales RoPE by the rule {rope_type!r}, and default, linear and llama3 can be "
+            f"written.\nhint: {CONVERTER}"
+        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UnsupportedModel(
+            f"{model.name} rotates only a part of each head (partial_rotary_factor "
+            f"{rope['partial_rotary_factor']}), which llama.cpp's Llama does not.\nhint: {CONVERTER}"
+        )
+    if rope_type != "llama3":
+        return None
+    head_dim = head_size(config)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    plain = (1.0 / rope["rope_theta"] ** exponents).to(torch.float32)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    factors: Tensor = plain / scaled
+    return factors
+
+
+def _rope_parameters(config: Any) -> Mapping[str, Any]:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return parameters if isinstance(parameters, Mapping) else {}
+
+
+def _add_model_fields(writer: GGUFWriter, model: Checkpoint, dtype: str) -> None:
+    from gguf import GGML_QUANT_VERSION, GGUFType, LlamaFileType, RopeScalingType
+
+    config = model.config
+    head_dim = head_size(config)
+    rope = _rope_parameters(config)
+    writer.add_type(GGUFType.MODEL)
+    writer.add_name(last_part(model.name))
+    writer.add_file_type(LlamaFileType["ALL_F32" if dtype == "F32" else f"MOSTLY_{dtype}"])
+    if dtype.startswith("Q"):
+        writer.add_quantization_version(GGML_QUANT_VERSION)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
+    if rope.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+    writer.add_vocab_size(model.width)

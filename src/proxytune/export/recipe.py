@@ -1,0 +1,157 @@
+"""A recipe."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from proxytune.checkpoints.adapter import find_adapter
+from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
+from proxytune.checkpoints.references import is_gguf
+from proxytune.errors import (
+    RecipeError,
+)
+from proxytune.export.adapter import plan_adapter
+from proxytune.export.model import plan_model
+from proxytune.export.write import (
+    ExportedFile,
+    PlannedFile,
+    check_output,
+    last_part,
+    write_file,
+)
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ExpertSpec, LlamaCppSettings, ModelSpec
+
+# Recipes -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedRecipe:
+    """A recipe whose small models are GGUF files.
+
+    Args:
+        directory: Where the recipe stands.
+        files: The small models and adapters below it.
+    """
+
+    directory: Path
+    files: tuple[ExportedFile, ...]
+
+
+def export_recipe(
+    recipe: Recipe,
+    output: Path,
+    *,
+    dtype: str = "F16",
+    pre: str | None = None,
+    overwrite: bool = False,
+) -> ExportedRecipe:
+    """Write every small model and adapter of a recipe as a GGUF file, and a recipe that names them.
+
+    Models stand in `models/`, adapters in `adapters/`; weights that several experts share are written once.
+    The base stays the file it is, and so do small models that are GGUF files already. How the models ran in
+    transformers (dtype, device, quantization) is left behind.
+
+    Args:
+        recipe: As `Recipe.read` gives it.
+        output: The new recipe's directory, made if it is not there.
+        dtype: One of `DTYPES`, for the models; adapters are in F32 beside F32, else in F16.
+        pre: As for `export_model`, for all small models.
+        overwrite: Replace another recipe, and other files, that are there.
+
+    Raises:
+        UserError: As for `export_model` and `export_adapter`, before anything is written.
+        RecipeError: Another recipe is there, or a model.
+    """
+    target = Path(os.path.abspath(os.path.expanduser(output)))
+    if target == Path(os.path.abspath(recipe.directory)):
+        raise RecipeError(
+            f"{target} is the recipe that is to be exported.\nhint: name another directory"
+        )
+    plans = _RecipePlans(recipe, target, dtype, pre)
+    experts = tuple(
+        ExpertSpec(
+            expert.name,
+            expert=plans.spec(expert.expert),
+            anti_expert=plans.spec(expert.anti_expert),
+            alpha=expert.alpha,
+        )
+        for expert in recipe.experts
+    )
+    reference = recipe.reference_from(recipe.base.model or "", target)
+    base = replace(recipe.base, model=reference)
+    if is_gguf(reference):
+        base = _in_llama_cpp(recipe.base, reference, None)
+    exported = replace(recipe, base=base, experts=experts, directory=target, schema=None)
+    exported.check_free(target, overwrite=overwrite)
+    for path in plans.files:
+        check_output(target / path, overwrite=overwrite)
+    files = tuple(
+        write_file(plan, target / path, overwrite=overwrite) for path, plan in plans.files.items()
+    )
+    exported.write(target, overwrite=overwrite)
+    return ExportedRecipe(target, files)
+
+
+def _in_llama_cpp(spec: ModelSpec, model: str, adapter: str | None) -> ModelSpec:
+    """Return a GGUF file's place in a recipe, without what the model's settings in transformers were."""
+    settings = spec.llama_cpp or LlamaCppSettings()
+    return ModelSpec(model=model, adapter=adapter, prompt=spec.prompt, llama_cpp=settings)
+
+
+@dataclass(slots=True)
+class _RecipePlans:
+    """The files of a recipe to export, each planned once however many experts share it."""
+
+    recipe: Recipe
+    target: Path
+    dtype: str
+    pre: str | None
+    files: dict[str, PlannedFile] = field(default_factory=dict)
+    _models: dict[Path, str] = field(default_factory=dict)
+    _adapters: dict[tuple[Path, Path], str] = field(default_factory=dict)
+
+    def spec(self, spec: ModelSpec) -> ModelSpec:
+        """Return how the exported recipe names a small model."""
+        if spec.model is None:
+            return spec
+        root = self.recipe.directory
+        model = find_checkpoint(
+            spec.model,
+            root=root,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            allow_pickle=spec.allow_pickle,
+        )
+        if model.kind == "gguf":
+            reference = self.recipe.reference_from(spec.model, self.target)
+        else:
+            place = model.directory.resolve()
+            if place not in self._models:
+                plan = plan_model(model, dtype=self.dtype, pre=self.pre)
+                self._models[place] = self._add(plan, "models", spec.model)
+            reference = self._models[place]
+        return _in_llama_cpp(spec, reference, self._adapter(spec.adapter, model))
+
+    def _adapter(self, reference: str | None, model: Checkpoint) -> str | None:
+        if reference is None:
+            return None
+        if is_gguf(reference):
+            return self.recipe.reference_from(reference, self.target)
+        adapter = find_adapter(reference, root=self.recipe.directory)
+        key = (adapter.path.resolve(), (model.gguf_path or model.directory).resolve())
+        if key not in self._adapters:
+            plan = plan_adapter(adapter, model, dtype="F32" if self.dtype == "F32" else "F16")
+            self._adapters[key] = self._add(plan, "adapters", reference)
+        return self._adapters[key]
+
+    def _add(self, plan: PlannedFile, folder: str, reference: str) -> str:
+        stem = last_part(reference)
+        path, count = f"{folder}/{stem}.gguf", 1
+        while path in self.files:
+            count += 1
+            path = f"{folder}/{stem}-{count}.gguf"
+        self.files[path] = plan
+        return path

@@ -1,0 +1,237 @@
+"""Its tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from proxytune.checkpoints.checkpoint import Checkpoint
+from proxytune.errors import (
+    UnsupportedModel,
+)
+from proxytune.export.layout import CONVERTER
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+# Where llama.cpp cuts text before it merges tokens, by its name for the rule. `words` is GPT-2's rule,
+# `bytes` spells bytes and cuts nothing; other rules are regular expressions.
+_LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN_2 = _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+@dataclass(frozen=True, slots=True)
+class _TextRule:
+    """How a tokenizer prepares text; llama.cpp's names stand for these.
+
+    Args:
+        steps: What cuts text, in order.
+        ignore_merges: Whether a word that is a token is taken whole, whatever the merges say.
+    """
+
+    steps: tuple[tuple[str, ...], ...]
+    ignore_merges: bool = False
+
+
+_PRE_TOKENIZERS = {
+    _TextRule((("words",),)): "gpt-2",
+    _TextRule((("digits",), ("words",))): "smollm",
+    _TextRule((("split", _LLAMA_3), ("bytes",)), ignore_merges=True): "llama-bpe",
+    _TextRule((("split", _LLAMA_3), ("bytes",))): "smaug-bpe",
+    _TextRule((("split", _QWEN_2), ("bytes",))): "qwen2",
+}
+
+
+# The tokenizer -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _TokenizerFields:
+    """What a GGUF file says of a tokenizer."""
+
+    pre: str
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+    special_ids: Mapping[str, int]
+    adds_bos: bool
+    adds_eos: bool
+    chat_template: str | list[dict[str, str]] | None
+
+    def add_to(self, writer: GGUFWriter) -> None:
+        writer.add_tokenizer_model("gpt2")  # byte-level BPE, whatever rule cuts the text
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.types)
+        writer.add_token_merges(self.merges)
+        for name, token_id in self.special_ids.items():
+            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token_id)
+        writer.add_add_bos_token(self.adds_bos)
+        writer.add_add_eos_token(self.adds_eos)
+        if self.chat_template:
+            writer.add_chat_template(self.chat_template)
+
+
+def tokenizer_fields(model: Checkpoint, pre: str | None) -> _TokenizerFields:
+    """Return a tokenizer as the fields of a GGUF header."""
+    from gguf import TokenType
+
+    tokenizer = model.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UnsupportedModel(
+            f"{model.name} has a tokenizer without tokenizer.json, whose rules are code.\nhint: {CONVERTER}"
+        )
+    rules: dict[str, Any] = json.loads(backend.to_str())
+    bpe = rules["model"]
+    kind = bpe.get("type")
+    affixes = [k for k in ("continuing_subword_prefix", "end_of_word_suffix") if bpe.get(k)]
+    if kind != "BPE" or bpe.get("byte_fallback") or affixes or not _is_byte_level(rules):
+        style = "in the manner of SentencePiece" if bpe.get("byte_fallback") else "not byte-level"
+        raise UnsupportedModel(
+            f"{model.name} has a tokenizer of the kind {kind}, {style}, and only byte-level BPE can be "
+            f"written as GGUF here.\nhint: {CONVERTER}"
+        )
+    added = tokenizer.added_tokens_decoder
+    pre = pre or _pre_tokenizer(model.name, rules, added.values())
+    vocabulary = tokenizer.get_vocab()
+    beyond = sorted(token for token, token_id in vocabulary.items() if token_id >= model.width)
+    if beyond:
+        raise UnsupportedModel(
+            f"{model.name} has {len(beyond)} tokens beyond the {model.width} rows of its embedding, "
+            f"{beyond[0]!r} among them, and a GGUF file has one token for each row.\n"
+            "hint: call resize_token_embeddings(len(tokenizer)), and save the model again"
+        )
+    tokens = [f"[PAD{token_id}]" for token_id in range(model.width)]
+    types = [int(TokenType.UNUSED)] * model.width
+    for token, token_id in vocabulary.items():
+        tokens[token_id] = token
+        types[token_id] = int(TokenType.NORMAL)
+    for token_id, token in added.items():
+        types[token_id] = int(TokenType.CONTROL if token.special else TokenType.USER_DEFINED)
+    merges = [
+        merge if isinstance(merge, str) else f"{merge[0]} {merge[1]}" for merge in bpe["merges"]
+    ]
+    adds_bos, adds_eos = _added_around(model)
+    return _TokenizerFields(
+        pre,
+        tokens,
+        types,
+        merges,
+        _special_ids(model),
+        adds_bos,
+        adds_eos,
+        _chat_template(tokenizer.chat_template),
+    )
+
+
+def _flat_steps(pre_tokenizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    if pre_tokenizer is None:
+        return []
+    if pre_tokenizer.get("type") == "Sequence":
+        return [
+            step for part in pre_tokenizer.get("pretokenizers", ()) for step in _flat_steps(part)
+        ]
+    return [pre_tokenizer]
+
+
+def _is_byte_level(rules: Mapping[str, Any]) -> bool:
+    return any(step.get("type") == "ByteLevel" for step in _flat_steps(rules.get("pre_tokenizer")))
+
+
+def _step(step: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a step in the words of `_PRE_TOKENIZERS`, or its JSON where they have none for it."""
+    kind = step.get("type")
+    if kind == "ByteLevel" and not step.get("add_prefix_space"):
+        return ("words",) if step.get("use_regex", True) else ("bytes",)
+    if kind == "Digits" and step.get("individual_digits"):
+        return ("digits",)
+    pattern = step.get("pattern")
+    if (
+        kind == "Split"
+        and step.get("behavior") == "Isolated"
+        and not step.get("invert")
+        and isinstance(pattern, Mapping)
+        and "Regex" in pattern
+    ):
+        return ("split", str(pattern["Regex"]))
+    return (json.dumps(step, sort_keys=True),)
+
+
+def _pre_tokenizer(name: str, rules: Mapping[str, Any], added: Any) -> str:
+    """Return llama.cpp's name for how a tokenizer cuts text.
+
+    Raises:
+        UnsupportedModel: It has none, so llama.cpp would make other tokens of some texts.
+    """
+    steps = tuple(_step(step) for step in _flat_steps(rules.get("pre_tokenizer")))
+    rule = _TextRule(steps, bool(rules["model"].get("ignore_merges")))
+    found = _PRE_TOKENIZERS.get(rule)
+    normalizer = (rules.get("normalizer") or {}).get("type")
+    # Qwen composes characters (NFC) first. llama.cpp leaves that out for all Qwen models, and text is rarely
+    # written with loose accents.
+    is_prepared = normalizer is not None and not (normalizer == "NFC" and found == "qwen2")
+    stripping = [t.content for t in added if t.lstrip or t.rstrip or t.single_word]
+    if found is not None and not is_prepared and not stripping:
+        return found
+    if found is None:
+        shown = " + ".join(" ".join(step) for step in rule.steps) or "nothing"
+        more = ", words that are tokens taken whole" if rule.ignore_merges else ""
+        why = f"cuts text by a rule that has no name in llama.cpp as far as is known here ({shown}{more})"
+    elif stripping:
+        why = f"swallows what is around the token {stripping[0]!r}"
+    else:
+        why = f"changes text before it cuts it ({normalizer})"
+    raise UnsupportedModel(
+        f"the tokenizer of {name} {why}, so llama.cpp would make other tokens of the same text.\n"
+        "hint: if llama.cpp knows its rule under a name, give that name with --pre; known here are "
+        f"{', '.join(sorted(_PRE_TOKENIZERS.values()))}"
+    )
+
+
+def _added_around(model: Checkpoint) -> tuple[bool, bool]:
+    """Return whether the tokenizer puts its begin-of-sequence token before a text, and its end one after.
+
+    Raises:
+        UnsupportedModel: It adds something else.
+    """
+    tokenizer = model.tokenizer
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer("a")["input_ids"])
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    for adds_bos, adds_eos in ((False, False), (True, False), (False, True), (True, True)):
+        if whole == [bos] * adds_bos + bare + [eos] * adds_eos:
+            return adds_bos, adds_eos
+    raise UnsupportedModel(
+        f"the tokenizer of {model.name} makes {whole} of a text whose tokens are {bare}, and a GGUF file can "
+        "only say that the begin- or end-of-sequence token is added.\n"
+        "hint: save a tokenizer without that post-processor"
+    )
+
+
+def _special_ids(model: Checkpoint) -> dict[str, int]:
+    """Return ids of special tokens by GGUF's names; what else ends a text is called eot, then eom."""
+    tokenizer = model.tokenizer
+    ids = {
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "unknown": tokenizer.unk_token_id,
+        "padding": tokenizer.pad_token_id,
+    }
+    ends = list(model.eos_token_ids)
+    if ids["eos"] is None and ends:
+        ids["eos"] = ends[0]
+    others = [token_id for token_id in ends if token_id != ids["eos"]]
+    ids |= dict(zip(("eot", "eom"), others, strict=False))
+    return {name: int(token_id) for name, token_id in ids.items() if token_id is not None}
+
+
+def _chat_template(template: Any) -> str | list[dict[str, str]] | None:
+    if isinstance(template, Mapping):
+        return [{"name": str(name), "template": str(text)} for name, text in template.items()]
+    return str(template) if template else None

@@ -1,0 +1,1 @@
+"""A recipe's models: checked together, and loaded."""

@@ -1,0 +1,683 @@
+"""The check of a whole recipe before any weight is read: models, vocabularies, prompts, adapters, memory.
+
+`examine` gathers everything that is wrong instead of stopping at the first, because a person mends a
+recipe in one go. `model.py` calls it before loading, and the command line shows it.
+
+Memory is an estimate of what stays: weights in the dtype they run in, each copy counted once, and the KV
+cache by length. What a forward needs for a moment comes on top.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from proxytune.backends.retokenised import token_map
+from proxytune.checkpoints.adapter import AdapterFiles, find_adapter
+from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
+from proxytune.checkpoints.placement import running_device, running_dtype
+from proxytune.errors import (
+    BackendError,
+    MissingExtra,
+    NotEnoughMemory,
+    UserError,
+    VocabularyMismatch,
+)
+from proxytune.machine import device_memory
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ModelSpec
+from proxytune.text.prompts import render
+from proxytune.text.vocab import align
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SAMPLE_PROMPT = "What is steering?"
+"""What each prompt format is shown on."""
+
+SAMPLE_TEXT = (
+    "She had not meant to stay so long, but the rain went on, and nobody in the kitchen seemed to mind. "
+    "In 1987 the court held that the defendant's appeal (No. 86-1234) was out of time.\n\n"
+    "The treatment lowered blood pressure by 12.5 mmHg in 38% of patients; headaches were rare.\n\n"
+    "def area(width: float, height: float = 1.0) -> float:\n    return width * height  # square metres\n"
+)
+"""What is cut into tokens to see how many of them another tokenizer has too."""
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_CACHE_BYTES = {"float32": 4.0, "float16": 2.0, "q8_0": 34 / 32}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that keeps a recipe from running.
+
+    Args:
+        where: The part of the recipe, such as `base` or `NAME.expert`.
+        error: What loading would raise.
+    """
+
+    where: str
+    error: UserError | BackendError
+
+    def to_dict(self) -> dict[str, str]:
+        """Return it for JSON: the error's class, the place and the message."""
+        return {"error": type(self.error).__name__, "where": self.where, "message": str(self.error)}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelReport:
+    """What is known of one model of a recipe. None where it cannot be known because of a problem.
+
+    Args:
+        part: `base`, `NAME.expert` or `NAME.anti_expert`.
+        reference: As the recipe says it; of the base where the part is the same.
+        adapter: The adapter's reference.
+        kind: `directory`, `gguf` or `api`.
+        architecture: The model's class.
+        num_parameters: In the model, without the adapter.
+        num_adapter_parameters: In the adapter.
+        stored_dtype: Of the weights on disk.
+        running_dtype: Of the weights in memory.
+        device: Where it runs.
+        max_context: Most tokens of prompt and text.
+        prompt_format: `plain`, `chat` or a template.
+        prompt_sample: A short prompt as this model sees it.
+        vocabulary: `same`, `padded`, `permuted`, `mapped` or `differs` against the base; `base` for itself.
+        num_tokens: Tokens in the vocabulary.
+        num_padding: Rows of the output head that no token has.
+        weight_bytes: Memory of weights and adapter; 0 where the weights are shared.
+        cache_bytes: Memory of the KV cache per 1,000 tokens of one sequence.
+        shares: The part whose weights it uses too.
+        api: What the server of an API shows and takes (`backends.api.ApiTraits`), if it was asked.
+    """
+
+    part: str
+    reference: str
+    adapter: str | None = None
+    kind: str | None = None
+    architecture: str | None = None
+    num_parameters: int | None = None
+    num_adapter_parameters: int | None = None
+    stored_dtype: str | None = None
+    running_dtype: str | None = None
+    device: str | None = None
+    max_context: int | None = None
+    prompt_format: str | None = None
+    prompt_sample: str | None = None
+    vocabulary: str | None = None
+    num_tokens: int | None = None
+    num_padding: int | None = None
+    weight_bytes: int | None = None
+    cache_bytes: int | None = None
+    shares: str | None = None
+    api: Mapping[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceReport:
+    """Memory on one device.
+
+    Args:
+        device: As the recipe or the policy names it.
+        name: What it is.
+        weight_bytes: What the weights need there.
+        cache_bytes: What the KV caches need per 1,000 tokens of one sequence.
+        free_bytes: What is free there now; None where that cannot be found out.
+    """
+
+    device: str
+    name: str
+    weight_bytes: int
+    cache_bytes: int
+    free_bytes: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """The result of `examine`.
+
+    Args:
+        directory: Of the recipe.
+        models: One report for each part, the base first.
+        devices: One report for each device that is used.
+        problems: What keeps the recipe from running; empty when it can.
+        notes: What is worth knowing and does not keep it from running.
+    """
+
+    directory: Path
+    models: tuple[ModelReport, ...]
+    devices: tuple[DeviceReport, ...]
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether nothing keeps the recipe from running."""
+        return not self.problems
+
+    def raise_first(self) -> None:
+        """Raise the first problem, if there is one.
+
+        Raises:
+            UserError: The exact class of that problem.
+        """
+        if self.problems:
+            raise self.problems[0].error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything for JSON."""
+        return {
+            "recipe": str(self.directory),
+            "is_healthy": self.is_healthy,
+            "models": [model.to_dict() for model in self.models],
+            "devices": [device.to_dict() for device in self.devices],
+            "problems": [problem.to_dict() for problem in self.problems],
+            "notes": list(self.notes),
+        }
+
+    def render(self) -> RenderableType:
+        """Return tables and paragraphs for a terminal of 80 columns or more."""
+        from rich import box
+        from rich.console import Group
+        from rich.padding import Padding
+        from rich.table import Table
+        from rich.text import Text
+
+        def cell(*lines: str | None) -> Text:
+            return Text("\n".join(line for line in lines if line) or "?")
+
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), expand=False)
+        for heading, is_number in (
+            ("part", False), ("parameters", True), ("dtype", False), ("context", True),
+            ("prompt", False), ("vocabulary", False), ("memory", True),
+        ):  # fmt: skip
+            table.add_column(
+                heading,
+                justify="right" if is_number else "left",
+                overflow="fold",
+                no_wrap=heading in ("parameters", "context", "memory"),
+            )
+        for model in self.models:
+            adapter = model.num_adapter_parameters
+            is_stored = model.stored_dtype == model.running_dtype
+            table.add_row(
+                Text(model.part, style="bold"),
+                cell(_count(model.num_parameters), f"+ {_count(adapter)}" if adapter else None),
+                cell(model.stored_dtype, None if is_stored else f"runs {model.running_dtype}")
+                if model.stored_dtype
+                else cell(),
+                cell(f"{model.max_context:,}" if model.max_context else None),
+                cell(_format_name(model.prompt_format)),
+                cell(model.vocabulary, f"{model.num_tokens:,}" if model.num_tokens else None),
+                cell(
+                    "shared"
+                    if model.kind and model.shares and not model.weight_bytes
+                    else _bytes(model.weight_bytes)
+                ),
+            )
+        parts: list[RenderableType] = [table]
+
+        legend = Table.grid(padding=(0, 2, 0, 0))
+        legend.add_column(no_wrap=True)
+        legend.add_column(overflow="fold")
+        for model in self.models:
+            what = model.reference + (f" + {model.adapter}" if model.adapter else "")
+            kind = ", ".join(filter(None, (model.architecture, model.kind))) or "not usable"
+            if model.kind and model.shares:
+                kind += f", shares the weights of {model.shares}"
+            legend.add_row(Text(model.part), Text(f"{what} ({kind})"))
+            if model.prompt_sample is not None:
+                legend.add_row(Text(""), Text(f"sees {model.prompt_sample!r}"))
+            for line in _api_lines(model.api):
+                legend.add_row(Text(""), Text(line))
+            if model.num_padding:
+                legend.add_row(
+                    Text(""), Text(f"{model.num_padding:,} padding ids, which are never sampled")
+                )
+        parts.append(legend)
+
+        for device in self.devices:
+            free = "unknown" if device.free_bytes is None else _bytes(device.free_bytes)
+            line = (
+                f"{device.device} ({device.name}): {_bytes(device.weight_bytes)} of weights and "
+                f"{_bytes(device.cache_bytes)} per 1,000 tokens of each sequence; free: {free}"
+            )
+            parts.append(Padding(Text(line), (1, 0, 0, 0)))
+        parts += [Padding(Text(f"note: {note}"), (1, 0, 0, 0)) for note in self.notes]
+        for problem in self.problems:
+            line = f"{problem.where}: {type(problem.error).__name__}: {problem.error}"
+            parts.append(Padding(Text(line, style="red"), (1, 0, 0, 0)))
+        num = len(self.problems)
+        verdict = "No problems." if not num else f"{num} problem{'s' if num > 1 else ''}."
+        parts.append(Padding(Text(verdict, style="bold"), (1, 0, 0, 0)))
+        return Group(*parts)
+
+
+def examine(recipe: Recipe, *, ask_server: bool = False) -> Diagnosis:
+    """Check a whole recipe without reading weights.
+
+    A GGUF file's config and tokenizer are converted on first use, which takes seconds; of a Hub model the
+    small files are fetched if they are not in its cache.
+
+    Args:
+        recipe: What to check.
+        ask_server: Find out what the server of a base behind an API shows and takes, with a few short calls.
+    """
+    return _Examination(recipe, ask_server).run()
+
+
+@dataclass
+class _Examination:
+    recipe: Recipe
+    ask_server: bool = False
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    reports: list[ModelReport] = field(default_factory=list)
+    # By the spec of the weights alone: the part that brings them, and the model, None if it is not usable.
+    first_parts: dict[ModelSpec, str] = field(default_factory=dict)
+    checkpoints: dict[ModelSpec, Checkpoint | None] = field(default_factory=dict)
+    adapters: dict[tuple[ModelSpec, str], str] = field(default_factory=dict)
+
+    def run(self) -> Diagnosis:
+        self._examine_model("base", self.recipe.base)
+        for expert in self.recipe.experts:
+            self._examine_model(f"{expert.name}.expert", expert.expert)
+            self._examine_model(f"{expert.name}.anti_expert", expert.anti_expert)
+        self._check_sides()
+        if not self.recipe.policy.is_plain:
+            self.notes.append(f"it steers by the policy {self.recipe.policy.describe()}")
+        return Diagnosis(
+            directory=self.recipe.directory,
+            models=tuple(self.reports),
+            devices=self._examine_memory(),
+            problems=tuple(self.problems),
+            notes=tuple(dict.fromkeys(self.notes)),
+        )
+
+    def _fail(self, where: str, error: UserError | BackendError) -> None:
+        self.problems.append(Problem(where, error))
+
+    def _examine_model(self, part: str, spec: ModelSpec) -> None:
+        if spec.same_as is not None:
+            base = self.reports[0].to_dict()
+            own = {"part": part, "weight_bytes": 0, "cache_bytes": 0, "shares": "base"}
+            self.reports.append(ModelReport(**{**base, **own}))
+            return
+        is_first = spec.weights not in self.checkpoints
+        if is_first:
+            self.first_parts[spec.weights] = part
+            self.checkpoints[spec.weights] = self._find(part, spec)
+        first_part = self.first_parts[spec.weights]
+        checkpoint = self.checkpoints[spec.weights]
+        values: dict[str, Any] = {
+            "reference": spec.model or "",
+            "adapter": spec.adapter,
+            "prompt_format": spec.prompt,
+            "shares": None if is_first else first_part,
+        }
+        if spec.api is not None:
+            values["kind"] = "api"
+            if checkpoint is not None:
+                values |= self._examine_tokens(part, spec, checkpoint)
+                values |= self._examine_api(part, spec, checkpoint)
+            self.reports.append(ModelReport(part=part, **values))
+            return
+        adapter = self._find_adapter(part, spec, checkpoint)
+        if adapter is not None:
+            values["num_adapter_parameters"] = adapter.num_parameters
+        if checkpoint is not None:
+            values |= {
+                "kind": checkpoint.kind,
+                "architecture": checkpoint.architecture,
+                "stored_dtype": checkpoint.stored_dtype,
+                "max_context": checkpoint.max_context,
+            }
+            values |= self._examine_tokens(part, spec, checkpoint)
+            values |= self._examine_size(part, spec, checkpoint, adapter, is_first=is_first)
+        self.reports.append(ModelReport(part=part, **values))
+
+    def _find(self, part: str, spec: ModelSpec) -> Checkpoint | None:
+        files = spec if spec.api is None else self.recipe.base_tokenizer
+        try:
+            return find_checkpoint(
+                files.model or "",
+                root=self.recipe.directory,
+                revision=files.revision,
+                trust_remote_code=files.trust_remote_code,
+                allow_pickle=files.allow_pickle,
+            )
+        except UserError as error:
+            self._fail(part, error)
+            return None
+
+    def _find_adapter(
+        self, part: str, spec: ModelSpec, checkpoint: Checkpoint | None
+    ) -> AdapterFiles | None:
+        if spec.adapter is None:
+            return None
+        try:
+            adapter = find_adapter(
+                spec.adapter, root=self.recipe.directory, allow_pickle=spec.allow_pickle
+            )
+            if checkpoint is not None:
+                adapter.check_fits(checkpoint)
+        except UserError as error:
+            self._fail(part, error)
+            return None
+        trained_on = (adapter.trained_on or "").rstrip("/").rpartition("/")[2]
+        if checkpoint is not None and trained_on:
+            given = checkpoint.name.rstrip("/").rpartition("/")[2]
+            if trained_on.lower() != given.lower():
+                self.notes.append(
+                    f"{part}: the adapter {adapter.name} says it was trained on {adapter.trained_on}, and is "
+                    f"put on {checkpoint.name}; their layers have the same sizes."
+                )
+        return adapter
+
+    def _examine_tokens(self, part: str, spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        try:
+            vocabulary = checkpoint.vocabulary
+        except UserError as error:
+            if self.first_parts[spec.weights] == part:
+                self._fail(part, error)
+            return values
+        values["num_tokens"] = len(vocabulary.token_to_id)
+        values["num_padding"] = len(vocabulary.padding_ids)
+        try:
+            token_ids = render(
+                SAMPLE_PROMPT,
+                prompt_format=spec.prompt,
+                tokenizer=checkpoint.tokenizer,
+                name=checkpoint.name,
+            )
+            values["prompt_sample"] = str(checkpoint.tokenizer.decode(token_ids))
+        except UserError as error:
+            self._fail(part, error)
+        base = self.checkpoints[self.recipe.base.weights]
+        if part == "base":
+            values["vocabulary"] = "base"
+        elif base is not None and self.reports[0].num_tokens is not None:
+            try:
+                values["vocabulary"] = align(base.vocabulary, vocabulary).kind
+            except VocabularyMismatch as error:
+                is_first = self.first_parts[spec.weights] == part
+                if self.recipe.vocabulary == "map":
+                    values["vocabulary"] = "mapped"
+                    if is_first:
+                        self._examine_map(part, base, checkpoint)
+                else:
+                    values["vocabulary"] = "differs"
+                    if is_first:
+                        self._fail(part, error)
+        return values
+
+    def _examine_map(self, part: str, base: Checkpoint, small: Checkpoint) -> None:
+        """Say how much of the base's vocabulary, and of usual text, another tokenizer has too."""
+        found = token_map(base, small)
+        if not found.num_mapped:
+            self._fail(
+                part,
+                VocabularyMismatch(
+                    f"{small.name} has none of the tokens of {base.name}, so it can steer nothing.\n"
+                    "hint: take small models whose tokenizer is nearer to the base's"
+                ),
+            )
+            return
+        token_ids = base.tokenizer.encode(SAMPLE_TEXT, add_special_tokens=False)
+        num_mapped = sum(found.small_id(token_id) is not None for token_id in token_ids)
+        self.notes.append(
+            f"{part}: {small.name} has another tokenizer than the base. It steers {found.num_mapped:,} of "
+            f"the base's {found.num_base_tokens:,} tokens ({found.share:.0%}), which are {num_mapped} of the "
+            f"{len(token_ids)} tokens of a sample of prose and code ({num_mapped / len(token_ids):.0%}); the "
+            "others keep the base's logits. `proxytune score` measures how much probability that is."
+        )
+
+    def _check_sides(self) -> None:
+        """Refuse a pair of which one side speaks the base's tokens and the other does not."""
+        kinds = {report.part: report.vocabulary for report in self.reports}
+        for expert in self.recipe.experts:
+            sides = expert.expert, expert.anti_expert
+            parts = [f"{expert.name}.{side}" for side in ("expert", "anti_expert")]
+            mapped = [kinds[part] == "mapped" for part in parts]
+            if not any(mapped):
+                continue
+            # Of a side that is not mapped nothing is asked: its vocabulary may be what is damaged.
+            found = [self.checkpoints[s.weights] for s in sides] if all(mapped) else []
+            tokens = [f.vocabulary.token_to_id for f in found if f is not None]
+            if not tokens or tokens[0] != tokens[1]:
+                self._fail(
+                    parts[0],
+                    VocabularyMismatch(
+                        f"expert and anti-expert of {expert.name} have different tokenizers, so their "
+                        "predictions cannot be compared.\n"
+                        "hint: the anti-expert is the model that the expert was tuned from"
+                    ),
+                )
+
+    def _examine_size(
+        self,
+        part: str,
+        spec: ModelSpec,
+        checkpoint: Checkpoint,
+        adapter: AdapterFiles | None,
+        *,
+        is_first: bool,
+    ) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        try:
+            values["num_parameters"] = checkpoint.num_parameters
+        except UserError as error:
+            if is_first:
+                self._fail(part, error)
+            return values
+        if spec.llama_cpp is not None:
+            return values | self._examine_llama_cpp(part, spec, checkpoint, adapter, is_first)
+        try:
+            if spec.quantization is not None and is_first:
+                _check_quantization(spec.quantization)
+            device = running_device(spec.device)
+        except UserError as error:
+            if is_first:
+                self._fail(part, error)
+            return values
+        dtype = running_dtype(spec.dtype, stored_dtype=checkpoint.stored_dtype, device=device)
+        element = _DTYPE_BYTES[dtype]
+        weight_bytes = _weight_bytes(checkpoint, element, spec.quantization) if is_first else 0
+        if adapter is not None:
+            # PEFT keeps the factors in float32 for training only; the loader takes the model's dtype.
+            key = (spec.weights, str(adapter.path))
+            weight_bytes += element * adapter.num_parameters if key not in self.adapters else 0
+            self.adapters[key] = part
+        return {
+            **values,
+            "device": device,
+            "running_dtype": dtype,
+            "weight_bytes": weight_bytes,
+            "cache_bytes": 1000 * element * checkpoint.cache_elements_per_token,
+        }
+
+    def _examine_api(self, part: str, spec: ModelSpec, tokens: Checkpoint) -> dict[str, Any]:
+        """Return what a server shows and takes, if it may be asked; else only look for the key."""
+        from proxytune.backends.api.backend import ApiBackend
+        from proxytune.backends.api.client import ApiClient
+
+        assert spec.model is not None and spec.api is not None
+        self.notes.append(
+            f"{part}: text is cut into tokens by the tokenizer of {tokens.name}; of a server's other tokens "
+            "none can be chosen."
+        )
+        try:
+            if not self.ask_server:
+                ApiClient(spec.model, spec.api).close()
+                return {}
+            server = ApiBackend.load(spec, tokens)
+            try:
+                return {"api": asdict(server.traits)}
+            finally:
+                server.close()
+        except (UserError, BackendError) as error:
+            self._fail(part, error)
+            return {}
+
+    def _examine_llama_cpp(
+        self,
+        part: str,
+        spec: ModelSpec,
+        checkpoint: Checkpoint,
+        adapter: AdapterFiles | None,
+        is_first: bool,
+    ) -> dict[str, Any]:
+        """Return what llama.cpp needs for a file, which it runs as it is."""
+        from proxytune.backends.llama_cpp import library
+
+        assert spec.llama_cpp is not None and checkpoint.gguf_path is not None
+        if is_first:
+            try:
+                library()
+            except UserError as error:
+                self._fail(part, error)
+        weight_bytes = checkpoint.gguf_path.stat().st_size if is_first else 0
+        if adapter is not None:
+            key = (spec.weights, str(adapter.path))
+            weight_bytes += 0 if key in self.adapters else adapter.path.stat().st_size
+            self.adapters[key] = part
+        element = _CACHE_BYTES[spec.llama_cpp.cache_dtype_of(checkpoint.stored_dtype)]
+        return {
+            # A GPU that llama.cpp was built for is known to it alone.
+            "device": "cpu",
+            "running_dtype": checkpoint.stored_dtype,
+            "max_context": spec.llama_cpp.context_of(checkpoint.max_context),
+            "weight_bytes": weight_bytes,
+            "cache_bytes": round(1000 * element * checkpoint.cache_elements_per_token),
+        }
+
+    def _examine_memory(self) -> tuple[DeviceReport, ...]:
+        devices: list[DeviceReport] = []
+        used = dict.fromkeys(r.device for r in self.reports if r.device is not None)
+        for device in used:
+            here = [report for report in self.reports if report.device == device]
+            name, free_bytes = device_memory(device)
+            needed = sum(report.weight_bytes or 0 for report in here)
+            cache_bytes = sum(report.cache_bytes or 0 for report in here)
+            devices.append(DeviceReport(device, name, needed, cache_bytes, free_bytes))
+            if free_bytes is not None and needed > free_bytes:
+                largest = max(here, key=lambda report: report.weight_bytes or 0)
+                self._fail(
+                    largest.part,
+                    NotEnoughMemory(
+                        f"the weights on {device} need {_bytes(needed)}, and {_bytes(free_bytes)} are free "
+                        f"there; {largest.part} ({largest.reference}, {largest.running_dtype}) alone needs "
+                        f"{_bytes(largest.weight_bytes)}.\n"
+                        'hint: set its "dtype" to "bfloat16", quantise it, or name a smaller model'
+                    ),
+                )
+        return tuple(devices)
+
+
+def _weight_bytes(
+    checkpoint: Checkpoint, element: int, quantization: Mapping[str, Any] | None
+) -> int:
+    """Return the memory of a model's weights; with quantisation an estimate."""
+    num = checkpoint.num_parameters
+    if quantization is None:
+        return element * num
+    bits = _quantized_bits(quantization)
+    if bits is None:
+        return element * num
+    # Embeddings and the output head stay as they are; scales take about half a bit per weight.
+    dense = sum(
+        tensor.num_elements
+        for name, tensor in checkpoint.tensors.items()
+        if len(tensor.shape) < 2
+        or "embed" in name
+        or name.endswith(("wte.weight", "lm_head.weight"))
+    )
+    return element * dense + math.ceil((num - dense) * (bits + 0.5) / 8)
+
+
+def _quantized_bits(quantization: Mapping[str, Any]) -> int | None:
+    said = f"{quantization.get('quant_type', '')} {quantization.get('quant_method', '')}".lower()
+    if quantization.get("load_in_4bit") or "int4" in said:
+        return 4
+    if quantization.get("load_in_8bit") or "int8" in said or "float8" in said:
+        return 8
+    return None
+
+
+def _check_quantization(quantization: Mapping[str, Any]) -> None:
+    method = quantization.get("quant_method")
+    if method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
+        method = "bitsandbytes"
+    if method in ("bitsandbytes", "torchao") and importlib.util.find_spec(method) is None:
+        raise MissingExtra(
+            f"the quantisation {method} is asked for, and that package is not installed.\n"
+            "hint: pip install 'proxytune[quantize]'"
+        )
+
+
+# Words ---------------------------------------------------------------------------------------------
+
+
+def _count(number: int | None) -> str | None:
+    """Return a number of parameters in three digits: 134.5 M."""
+    if number is None:
+        return None
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return str(number)
+
+
+def _bytes(number: int | None) -> str:
+    if number is None:
+        return "?"
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number} B"
+
+
+def _api_lines(traits: Mapping[str, Any] | None) -> list[str]:
+    """Return what a server shows and takes, in words."""
+    if traits is None:
+        return []
+    shown = f"{traits['top_logprobs']:,} logprobs at each position"
+    shown += "" if traits["is_limited"] else ", as many as were asked for"
+    named = "token ids" if traits["takes_token_ids"] else "text"
+    scoring = {
+        None: "does not score a given text",
+        "echo_shifted": "scores a given text (echo, one place late)",
+    }.get(traits["scoring"], f"scores a given text ({traits['scoring']})")
+    bias = {
+        None: "takes no logit_bias",
+        "hidden": "takes logit_bias, and shows logprobs without it",
+        "shown": "takes logit_bias, and shows logprobs with it",
+    }[traits["bias"]]
+    lines = [
+        f"serves {traits['served_model']} at {traits['endpoint']}: shows {shown}, takes {named}",
+        f"{scoring}; {bias}",
+    ]
+    if traits["continues"] is not None:
+        lines.append(
+            "continues an answer that was begun"
+            if traits["continues"]
+            else "does not continue an answer that was begun, so only its first token can be steered"
+        )
+    return lines
+
+
+def _format_name(prompt_format: str | None) -> str:
+    return prompt_format if prompt_format in ("plain", "chat") else "template"

@@ -1,0 +1,1 @@
+"""Arithmetic on logits: the formula, policies, sampling. Pure functions of tensors."""

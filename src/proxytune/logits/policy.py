@@ -1,0 +1,209 @@
+"""What a recipe may say of how strongly, and by which experts, its base is steered at each token.
+
+Names, settings and their checks; what they do to logits is in `logits/rules.py`. Nothing here needs torch:
+recipes are also read, checked and written on machines without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any
+
+from proxytune.errors import InvalidRequest, did_you_mean
+
+POLICIES = ("constant", "kl_match", "gate_sure", "gate_agree", "nudge")
+"""How strongly to steer at a token."""
+
+COMBINATIONS = (
+    "sum",
+    "inverse_entropy",
+    "sign_agreement",
+    "majority",
+    "route_entropy",
+    "route_base",
+    "union",
+    "intersection",
+)
+"""How several experts steer one base. With one expert all of them are the same."""
+
+IMPLAUSIBLE = ("exclude", "leave")
+"""What becomes of tokens that the base finds implausible."""
+
+DEFAULT_MAX_ALPHA = 2.0
+DEFAULT_THRESHOLD = 0.4
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How strongly and by which experts a base is steered at each token.
+
+    Args:
+        combine: How several experts steer: one of `COMBINATIONS`; `logits/rules.py` has each and its source.
+        name: One of `POLICIES`. `constant` is the published method. `kl_match` finds a weight for each token,
+            and ends with one expert; see that function. `gate_sure` steers only where the base gives no token
+            `threshold`. `gate_agree` steers only where base, expert and anti-expert do not agree on the
+            likeliest token. `nudge` puts the expert itself in the base's place where the base gives no token
+            `threshold` (at strength 1; between 0 and 1 it mixes logprobs): Nudging's rule, of which it keeps
+            the choice token by token and not the switch back after a whole word.
+        max_alpha: Of `kl_match`; None is 2, as published.
+        threshold: A probability, of `gate_sure` and `nudge`; None is 0.4, as published.
+        clip: No token's offset, as a log-ratio in nats, is larger either way.
+        plausibility: Tokens that the base gives less than this times what it gives its likeliest are
+            `implausible`; see `is_plausible`.
+        implausible: What becomes of those where experts steer: `exclude` gives them no probability, as
+            published; `leave` gives them the base's logit. None is `exclude`.
+        schedule: Positions in the new text, from 0, and the weight of all strengths there; linear between
+            them, constant before and after. `((99, 0), (100, 1))` steers from the 101st token on,
+            `((0, 1), (200, 0))` fades out. In scored texts, positions count from a window's first token.
+
+    Raises:
+        InvalidRequest: A value cannot be used, or would do nothing.
+
+    Source: beside those of the functions: clipping is this project's; warm-up over 100 tokens is ThinkLogit's
+    (Zhang et al. 2025, arXiv:2507.12759).
+    """
+
+    combine: str = "sum"
+    name: str = "constant"
+    max_alpha: float | None = None
+    threshold: float | None = None
+    clip: float | None = None
+    plausibility: float | None = None
+    implausible: str | None = None
+    schedule: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_choice("combine", self.combine, COMBINATIONS)
+        _check_choice("policy", self.name, POLICIES)
+        if self.implausible is not None:
+            _check_choice("implausible", self.implausible, IMPLAUSIBLE)
+        for key, low, high in (
+            ("max_alpha", 0.0, 100.0),
+            ("threshold", 0.0, 1.0),
+            ("clip", 0.0, math.inf),
+            ("plausibility", 0.0, 1.0),
+        ):
+            value = getattr(self, key)
+            if value is None:
+                continue
+            if not _is_number(value) or not low < value <= high:
+                upper = "" if high == math.inf else f" and at most {high:g}"
+                raise InvalidRequest(f"{key} is {value!r}, and must be a number above 0{upper}")
+            object.__setattr__(self, key, float(value))
+        for key, users in (("max_alpha", ("kl_match",)), ("threshold", ("gate_sure", "nudge"))):
+            if getattr(self, key) is not None and self.name not in users:
+                raise InvalidRequest(
+                    f"{key} is given and policy is {self.name}, where it would do nothing; it is for "
+                    f"{' and '.join(users)}.\nhint: leave {key} out"
+                )
+        if self.implausible is not None and self.plausibility is None:
+            raise InvalidRequest(
+                "implausible is given without plausibility, so it would do nothing.\n"
+                'hint: add "plausibility": 0.1'
+            )
+        if self.name in ("kl_match", "nudge") and self.combine != "sum":
+            raise InvalidRequest(
+                f"policy is {self.name} and combine is {self.combine}, and both say which expert counts.\n"
+                'hint: "combine": "sum"'
+            )
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        schedule = self.schedule
+        try:
+            points = tuple((position, weight) for position, weight in schedule)
+        except (TypeError, ValueError):
+            points = ((-1, 0.0),)
+        positions = [position for position, _ in points]
+        is_good = all(
+            isinstance(position, int) and not isinstance(position, bool) and position >= 0
+            for position in positions
+        ) and all(_is_number(weight) and abs(weight) <= 100 for _, weight in points)
+        if not is_good or any(a >= b for a, b in pairwise(positions)):
+            raise InvalidRequest(
+                f"schedule is {schedule!r}, and must be pairs of a position, whole numbers from 0 that rise, "
+                "and a weight from -100 to 100.\n"
+                'hint: "schedule": [[0, 1], [200, 0]] fades out over 200 tokens'
+            )
+        object.__setattr__(self, "schedule", tuple((p, float(weight)) for p, weight in points))
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any], *, combine: str = "sum") -> Policy:
+        """Build a policy from a recipe's `steering`, and its `combine`.
+
+        Raises:
+            InvalidRequest: A key is unknown, or a value cannot be used.
+        """
+        known = ["policy", *(field.name for field in fields(cls)[2:])]
+        for key in settings:
+            if key not in known:
+                raise InvalidRequest(
+                    f"{key!r} is no setting of steering; known are {', '.join(known)}"
+                    f"{did_you_mean(key, known)}"
+                )
+        given = {key: value for key, value in settings.items() if value is not None}
+        name = given.pop("policy", "constant")
+        schedule = given.pop("schedule", ())
+        if isinstance(schedule, list) and all(isinstance(point, list) for point in schedule):
+            schedule = tuple(map(tuple, schedule))
+        return cls(combine, name, schedule=schedule, **given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a recipe's `steering`, without what is at its default; `combine` is not part of it."""
+        content: dict[str, Any] = {} if self.name == "constant" else {"policy": self.name}
+        for field in fields(self)[2:]:
+            value = getattr(self, field.name)
+            if value != field.default:
+                content[field.name] = (
+                    [list(point) for point in value] if field.name == "schedule" else value
+                )
+        return content
+
+    def describe(self) -> str:
+        """Say in a line what the policy is, as it is written: `union, clip 4`."""
+        parts = [] if self.combine == "sum" else [self.combine]
+        if self.name != "constant" or not parts:
+            parts.append(self.name)
+        settings = {key: value for key, value in self.to_dict().items() if key != "policy"}
+        return ", ".join([*parts, *(f"{key} {value}" for key, value in settings.items())])
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the published method: offsets of constant strength, added up."""
+        return (
+            self.combine == "sum"
+            and self.name == "constant"
+            and self.clip is None
+            and self.plausibility is None
+            and not self.schedule
+        )
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether it needs the base's whole distribution, which a base behind an API does not show."""
+        return (
+            self.name != "constant"
+            or self.plausibility is not None
+            or self.combine in ("majority", "route_base")
+        )
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether it needs to know how many new tokens came before."""
+        return bool(self.schedule)
+
+
+def _check_choice(key: str, value: object, known: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in known:
+        raise InvalidRequest(
+            f"{key} is {value!r}, and must be one of {', '.join(known)}"
+            f"{did_you_mean(value, known) if isinstance(value, str) else ''}"
+        )
+
+
+def _is_number(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""What models say of given texts: perplexity, likelihoods, strengths, experts."""

@@ -1,0 +1,266 @@
+"""Greedy texts at several strengths at once, which share what they have in common.
+
+Words: a *point* is a strength for each of an ensemble's pairs. A *branch* is a text begun, and the points
+that have written it so far. All points of a prompt start as one branch; where they would choose different
+tokens, the branch parts, and each part goes on with a copy of what the models have read. So a token is read
+once for all points that agree on every token before it. The texts are those of `decode/batch.py` at each point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from proxytune.backends.base import Backend, PartialBackend
+from proxytune.decode.ensemble import Ensemble, Job, check_job
+from proxytune.errors import InvalidRequest
+from proxytune.logits.rules import apply_policy
+from proxytune.logits.steer import Contribution
+from proxytune.request import SamplingParams
+from proxytune.text.detokenize import TextStream
+
+
+class Texts(NamedTuple):
+    """What a set of points wrote."""
+
+    texts: list[list[str]]
+    """For each prompt, the text of each point."""
+    token_ids: list[list[tuple[int, ...]]]
+    """Likewise, an end-of-sequence token included."""
+    num_read: int
+    """New tokens that the models read."""
+    num_chosen: int
+    """New tokens of all texts: what reading each text by itself would have read, but for its last token."""
+
+
+@dataclass(slots=True)
+class _Branch:
+    prompt: int
+    points: list[int]
+    stream: TextStream
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+
+
+@dataclass(slots=True)
+class _Group:
+    """One backend: its members read all branches, member by member."""
+
+    backend: Backend[Any]
+    members: list[int]
+    state: Any = None
+
+
+def branch(
+    ensemble: Ensemble,
+    prompts: Sequence[Sequence[Sequence[int]]],
+    points: Sequence[tuple[float, ...]],
+    sampling: SamplingParams,
+    *,
+    batch_size: int = 8,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Texts:
+    """Return the greedy text of each prompt at each point.
+
+    Args:
+        ensemble: The models; its base runs here.
+        prompts: For each prompt, the token ids of each member.
+        points: Strengths of the ensemble's pairs.
+        sampling: Greedy, without penalties, biases and `min_new_tokens`.
+        batch_size: Prompts that are written together; each has up to as many branches as there are points.
+        on_progress: Called with prompts done and prompts in all.
+
+    Raises:
+        InvalidRequest: The settings are others, or a prompt cannot be run.
+        PromptTooLong: Prompt and new tokens exceed a member's context.
+    """
+    _check(ensemble, sampling)
+    for prompt in prompts:
+        # Every pair is run, since points at strength 0 share branches with others.
+        check_job(ensemble, Job(sampling, tuple(prompt), (1.0,) * len(ensemble.pairs)))
+    total = Texts([], [], 0, 0)
+    for start in range(0, len(prompts), batch_size):
+        part = _Tree(ensemble, prompts[start : start + batch_size], points, sampling).grow()
+        total = Texts(
+            total.texts + part.texts,
+            total.token_ids + part.token_ids,
+            total.num_read + part.num_read,
+            total.num_chosen + part.num_chosen,
+        )
+        if on_progress is not None:
+            on_progress(len(total.texts), len(prompts))
+    return total
+
+
+def _check(ensemble: Ensemble, sampling: SamplingParams) -> None:
+    if isinstance(ensemble.members[0].backend, PartialBackend):
+        raise InvalidRequest(
+            "texts at several strengths share what the models have read, and a base behind an API keeps "
+            "that to itself.\nhint: generate at each strength by itself"
+        )
+    is_plain = sampling.is_greedy and not sampling.has_penalties
+    is_biased = bool(sampling.logit_bias or sampling.first_logit_bias)
+    if not is_plain or is_biased or sampling.min_new_tokens:
+        raise InvalidRequest(
+            "texts at several strengths share their beginnings only where they are greedy, without "
+            "penalties, biases and min_new_tokens.\nhint: leave these out"
+        )
+
+
+class _Tree:
+    """The branches of a few prompts."""
+
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        prompts: Sequence[Sequence[Sequence[int]]],
+        points: Sequence[tuple[float, ...]],
+        sampling: SamplingParams,
+    ) -> None:
+        self._ensemble = ensemble
+        self._prompts = prompts
+        self._points = points
+        self._sampling = sampling
+        self._ending_ids = set(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            self._ending_ids |= set(ensemble.eos_token_ids)
+        self._branches = [
+            _Branch(prompt, list(range(len(points))), self._stream(prompt))
+            for prompt in range(len(prompts))
+        ]
+        needed = sorted(
+            {0} | {m for pair in ensemble.pairs for m in (pair.expert, pair.anti_expert)}
+        )
+        self._groups: list[_Group] = []
+        for member in needed:
+            backend = ensemble.members[member].backend
+            group = next((g for g in self._groups if g.backend is backend), None)
+            if group is None:
+                self._groups.append(_Group(backend, [member]))
+            else:
+                group.members.append(member)
+        self._texts = [[""] * len(points) for _ in prompts]
+        self._token_ids: list[list[tuple[int, ...]]] = [[()] * len(points) for _ in prompts]
+        self._num_read = 0
+
+    def grow(self) -> Texts:
+        """Write all texts."""
+        logits = self._prefill()
+        while True:
+            kept = self._choose(logits)
+            if not self._branches:
+                break
+            logits = self._read(kept)
+        num_chosen = sum(len(ids) for row in self._token_ids for ids in row)
+        return Texts(self._texts, self._token_ids, self._num_read, num_chosen)
+
+    def _stream(self, prompt: int) -> TextStream:
+        return TextStream(
+            self._ensemble.tokenizer, stop=self._sampling.stop, prompt_ids=self._prompts[prompt][0]
+        )
+
+    def _prefill(self) -> dict[int, Tensor]:
+        logits: dict[int, Tensor] = {}
+        for group in self._groups:
+            prompts = [prompt[member] for member in group.members for prompt in self._prompts]
+            adapters = [
+                self._ensemble.members[member].adapter
+                for member in group.members
+                for _ in self._prompts
+            ]
+            group.state, answer = group.backend.prefill(prompts, adapters=adapters)
+            self._enter(group, answer, logits)
+        return logits
+
+    def _read(self, kept: Sequence[int]) -> dict[int, Tensor]:
+        """Let the models read each branch's last token, after the branch at `kept` before it."""
+        last = torch.tensor([branch.token_ids[-1] for branch in self._branches])
+        self._num_read += len(last)
+        logits: dict[int, Tensor] = {}
+        for group in self._groups:
+            old = self._num_before
+            lanes = [place * old + row for place in range(len(group.members)) for row in kept]
+            group.state = group.backend.select(group.state, lanes)
+            tokens = torch.cat(
+                [self._ensemble.members[m].alignment.ids_to_small(last) for m in group.members]
+            )
+            answer = group.backend.extend(group.state, tokens[:, None])[:, 0]
+            self._enter(group, answer, logits)
+        return logits
+
+    def _enter(self, group: _Group, answer: Tensor, logits: dict[int, Tensor]) -> None:
+        for member, part in zip(group.members, answer.chunk(len(group.members)), strict=True):
+            logits[member] = self._ensemble.members[member].alignment.logits_to_base(part)
+
+    def _choose(self, logits: dict[int, Tensor]) -> list[int]:
+        """Part the branches by what their points choose; return where each new one comes from."""
+        chosen: list[dict[int, list[int]]] = [{} for _ in self._branches]
+        for point in range(len(self._points)):
+            rows = [row for row, each in enumerate(self._branches) if point in each.points]
+            if not rows:
+                continue
+            for row, token_id in zip(rows, self._best(logits, point, rows), strict=True):
+                chosen[row].setdefault(token_id, []).append(point)
+        self._num_before = len(self._branches)
+        branches, kept = [], []
+        for row, (parent, parts) in enumerate(zip(self._branches, chosen, strict=True)):
+            for token_id, points in parts.items():
+                child = parent if len(parts) == 1 else self._copy(parent, points)
+                if not self._advance(child, token_id):
+                    branches.append(child)
+                    kept.append(row)
+        self._branches = branches
+        return kept
+
+    def _best(self, logits: dict[int, Tensor], point: int, rows: Sequence[int]) -> list[int]:
+        ensemble = self._ensemble
+        base = logits[0][list(rows)]
+        contributions = [
+            Contribution(
+                logits[pair.expert][list(rows)].to(base.device),
+                logits[pair.anti_expert][list(rows)].to(base.device),
+                alpha,
+            )
+            for pair, alpha in zip(ensemble.pairs, self._points[point], strict=True)
+        ]
+        padding_ids = ensemble.vocabulary.padding_ids.to(base.device)
+        positions = torch.tensor(
+            [len(self._branches[row].token_ids) for row in rows], device=base.device
+        )
+        steered = apply_policy(
+            ensemble.policy, base, contributions, positions=positions, padding_ids=padding_ids
+        ).logits
+        if len(padding_ids):
+            steered = steered.index_fill(-1, padding_ids, -torch.inf)
+        best: list[int] = steered.argmax(-1).tolist()
+        return best
+
+    def _copy(self, parent: _Branch, points: list[int]) -> _Branch:
+        child = _Branch(parent.prompt, points, self._stream(parent.prompt))
+        for token_id in parent.token_ids:
+            child.text += child.stream.push(token_id)
+        child.token_ids = list(parent.token_ids)
+        return child
+
+    def _advance(self, each: _Branch, token_id: int) -> bool:
+        """Add a token, and say whether the branch has ended; its text is then that of its points."""
+        each.token_ids.append(token_id)
+        is_last = len(each.token_ids) >= self._sampling.max_new_tokens
+        if token_id in self._ending_ids:
+            each.text += each.stream.finish()
+            is_last = True
+        else:
+            each.text += each.stream.push(token_id)
+            if each.stream.stopped:
+                is_last = True
+            elif is_last:
+                each.text += each.stream.finish()
+        if is_last:
+            for point in each.points:
+                self._texts[each.prompt][point] = each.text
+                self._token_ids[each.prompt][point] = tuple(each.token_ids)
+        return is_last

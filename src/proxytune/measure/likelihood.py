@@ -1,0 +1,171 @@
+"""How likely given continuations are under a steered base, many short ones at a time.
+
+`measure/score.py` measures long texts at several strengths; here are the questions of multiple choice: for each of
+many prompts, the log-probability of one continuation as a whole, and whether it is what greedy decoding
+would write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from proxytune.backends.base import PartialBackend
+from proxytune.decode.ensemble import Ensemble
+from proxytune.logits.rules import apply_policy
+from proxytune.logits.steer import Contribution
+from proxytune.measure.score import Passage, passage_logits
+
+CHUNK_TOKENS = 256
+"""Positions of all rows together whose logits are held at once."""
+
+
+class Likelihood(NamedTuple):
+    """How likely a continuation is.
+
+    Args:
+        logprob: Of all its tokens together, nats.
+        is_greedy: Whether each of them is the likeliest in its place.
+    """
+
+    logprob: float
+    is_greedy: bool
+
+
+def likelihoods(
+    ensemble: Ensemble,
+    passages: Sequence[Passage],
+    alphas: Sequence[float],
+    *,
+    batch_size: int = 8,
+) -> Iterator[tuple[int, Likelihood]]:
+    """Yield every passage's index and likelihood, longest first so that rows of a batch are alike.
+
+    Args:
+        ensemble: The models.
+        passages: Prompts and continuations; each fits into every model's context.
+        alphas: The strength of each of the ensemble's pairs.
+        batch_size: Passages side by side.
+
+    Raises:
+        UnsupportedModel: The base is behind an API that does not score given text.
+        BackendError: A model failed.
+    """
+    pairs = [(pair, alpha) for pair, alpha in zip(ensemble.pairs, alphas, strict=True) if alpha]
+    needed = sorted({0, *(i for pair, _ in pairs for i in (pair.expert, pair.anti_expert))})
+    order = sorted(
+        range(len(passages)), key=lambda i: (-len(passages[i].token_ids), -_length(passages[i]))
+    )
+    is_partial = isinstance(ensemble.members[0].backend, PartialBackend)
+    while order:
+        batch = _batch(ensemble, passages, order, 1 if is_partial else batch_size, needed)
+        del order[: len(batch)]
+        rows = [passages[i] for i in batch]
+        source = (
+            passage_logits(ensemble, rows[0], needed)
+            if is_partial
+            else _batch_logits(ensemble, rows, needed)
+        )
+        totals, greedy = [0.0] * len(rows), [True] * len(rows)
+        for start, logits in source:
+            base = _rows(logits[0])
+            num_positions = base.shape[1]
+            padding_ids = ensemble.vocabulary.padding_ids.to(base.device)
+            steered = apply_policy(
+                ensemble.policy,
+                base.flatten(0, 1),
+                [
+                    Contribution(
+                        _rows(logits[pair.expert]).flatten(0, 1),
+                        _rows(logits[pair.anti_expert]).flatten(0, 1),
+                        alpha,
+                    )
+                    for pair, alpha in pairs
+                ],
+                positions=torch.arange(start, start + num_positions).repeat(len(rows)),
+                padding_ids=padding_ids,
+            ).logits.reshape(len(rows), num_positions, -1)
+            logprobs = steered.index_fill(-1, padding_ids, -torch.inf).log_softmax(-1)
+            for row, passage in enumerate(rows):
+                targets = torch.tensor(
+                    passage.token_ids[start : start + logprobs.shape[1]], device=logprobs.device
+                )
+                if len(targets):
+                    own = logprobs[row, : len(targets)]
+                    totals[row] += float(own.gather(-1, targets[:, None]).double().sum())
+                    greedy[row] = greedy[row] and bool((own.argmax(-1) == targets).all())
+        for i, total, is_greedy in zip(batch, totals, greedy, strict=True):
+            yield i, Likelihood(total, is_greedy)
+
+
+def _length(passage: Passage) -> int:
+    return len(passage.prompts[0])
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """Return `[rows, positions, vocab]` of what one passage gives without rows."""
+    return logits if logits.dim() == 3 else logits[None]
+
+
+def _batch(
+    ensemble: Ensemble,
+    passages: Sequence[Passage],
+    order: Sequence[int],
+    batch_size: int,
+    needed: Sequence[int],
+) -> list[int]:
+    """Return the next passages that fit side by side: rows are filled up to the longest continuation."""
+    batch: list[int] = []
+    for i in order[:batch_size]:
+        longest = max(len(passages[j].token_ids) for j in (*batch, i))
+        fits = all(
+            limit is None or len(passages[j].prompts[m]) + longest <= limit
+            for j in (*batch, i)
+            for m in needed
+            for limit in [ensemble.members[m].backend.capabilities.max_context]
+        )
+        if batch and not fits:
+            break
+        batch.append(i)
+    return batch
+
+
+def _batch_logits(
+    ensemble: Ensemble, rows: Sequence[Passage], needed: Sequence[int]
+) -> Iterator[tuple[int, dict[int, Tensor]]]:
+    """Yield the place of the first token predicted and each member's logits, `[rows, positions, vocab]`.
+
+    Rows that are shorter are filled up with any token: nothing looks back from there.
+    """
+    groups: dict[int, list[int]] = {}
+    for index in needed:
+        groups.setdefault(id(ensemble.members[index].backend), []).append(index)
+    states: dict[int, Any] = {}
+    pieces: dict[int, Tensor] = {}
+    for key, indices in groups.items():
+        members = [ensemble.members[index] for index in indices]
+        states[key], logits = members[0].backend.prefill(
+            [row.prompts[index] for index in indices for row in rows],
+            adapters=[member.adapter for member in members for _ in rows],
+        )
+        for place, index in enumerate(indices):
+            part = logits[place * len(rows) : (place + 1) * len(rows)]
+            pieces[index] = ensemble.members[index].alignment.logits_to_base(part)[:, None].float()
+    yield 0, {i: piece.to(pieces[0].device) for i, piece in pieces.items()}
+    longest = max(len(row.token_ids) for row in rows)
+    ids = torch.tensor(
+        [[*row.token_ids, *[row.token_ids[0]] * (longest - len(row.token_ids))] for row in rows]
+    )[:, :-1]
+    step = max(1, CHUNK_TOKENS // len(rows))
+    for start in range(0, ids.shape[1], step):
+        chunk = ids[:, start : start + step]
+        for key, indices in groups.items():
+            tokens = torch.cat([ensemble.members[i].alignment.ids_to_small(chunk) for i in indices])
+            logits = ensemble.members[indices[0]].backend.extend(states[key], tokens)
+            for place, index in enumerate(indices):
+                part = logits[place * len(rows) : (place + 1) * len(rows)]
+                pieces[index] = ensemble.members[index].alignment.logits_to_base(part).float()
+        yield start + 1, {i: piece.to(pieces[0].device) for i, piece in pieces.items()}

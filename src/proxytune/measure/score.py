@@ -1,0 +1,566 @@
+"""How well each model, and the steered base at several strengths, predicts a given text, token by token.
+
+The base is steered by the ensemble's policy, whose positions count from a window's first predicted token.
+
+The text is cut into windows; within a window each token is predicted from those before it. Every model runs
+once; the logits of a chunk serve all strengths and are then dropped, so that memory is bounded by
+`members x chunk x vocab`, whatever the length of the text.
+
+Words: *nats* is the mean negative natural-log probability per token; *perplexity* is its exponential. A
+confidence interval is a percentile bootstrap over blocks of consecutive tokens, since neighbouring tokens are
+not independent (Efron and Tibshirani 1993, section 8.6); the change against the base is resampled in pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from proxytune.backends.base import PartialBackend
+from proxytune.backends.retokenised import RetokenisedBackend
+from proxytune.decode.ensemble import Ensemble
+from proxytune.errors import (
+    InvalidRequest,
+    PromptTooLong,
+    UnsupportedModel,
+)
+from proxytune.logits.certificate import spread_rest
+from proxytune.logits.rules import apply_policy, has_conflict
+from proxytune.logits.steer import Contribution
+from proxytune.logits.views import kl_divergence, view
+from proxytune.machine import return_free_memory
+from proxytune.request import check_alpha
+from proxytune.trace import Step
+
+SCORE_WINDOW = 512
+
+CHUNK_TOKENS = 128
+"""Positions whose logits are held at once: 128 x 152,064 float32 values are 78 MB per model."""
+SLICE_TOKENS = 8
+"""Positions whose losses are computed at once. Temporary tensors of a whole chunk come and go by tens of
+megabytes, and the C library's heap then grew by 100 MB a chunk, to 10 GB over 50,000 tokens."""
+BLOCK_TOKENS = 128
+"""Length of a bootstrap block: longer than a sentence, short enough for a hundred blocks in 13,000 tokens."""
+NUM_RESAMPLES = 2000
+MASS_TOKENS = 1000
+"""On how much text the probability of tokens that two tokenizers share is measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A 95 % confidence interval."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """Tokens to predict, and what comes before them.
+
+    Args:
+        prompts: Each member's prompt, in its own token ids and format, at least one token.
+        token_ids: The continuation, ids of the base's vocabulary, at least one.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MappedMass:
+    """How much of a text's next tokens a small model of another tokenizer and the base both have.
+
+    Args:
+        name: The small model.
+        share: The share of the base's tokens that it has too.
+        base: The probability that the base gives to those, on average over the text.
+        small: The probability that the small model gives to tokens that the base has too.
+    """
+
+    name: str
+    share: float
+    base: float
+    small: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRow:
+    """How well one predictor does.
+
+    Args:
+        name: `base`, `NAME.expert`, `NAME.anti_expert` or `steered`.
+        alpha: Strength, for steered rows.
+        nats: Mean negative log-likelihood per token.
+        perplexity: Its exponential.
+        interval: Of the perplexity; None where the text has fewer than two blocks.
+        change: Perplexity relative to the base's, minus 1: -0.2 is a fifth lower.
+        change_interval: Of the change, base and steered resampled together.
+    """
+
+    name: str
+    alpha: float | None
+    nats: float
+    perplexity: float
+    interval: Interval | None
+    change: float
+    change_interval: Interval | None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreReport:
+    """Scores of one text.
+
+    Args:
+        num_tokens: Tokens scored. A text's first token has nothing before it and is left out, unless the
+            tokenizer puts a start token there.
+        num_windows: How many windows the text was cut into.
+        window: Their length in tokens.
+        rows: Base, experts and anti-experts, then the steered base at each strength. Small models of another
+            tokenizer have none, since they predict other tokens.
+        mapped: What those have in common with the base.
+    """
+
+    num_tokens: int
+    num_windows: int
+    window: int
+    rows: tuple[ScoreRow, ...]
+    mapped: tuple[MappedMass, ...] = ()
+
+    def row(self, name: str, alpha: float | None = None) -> ScoreRow:
+        """Return the row of one predictor."""
+        return next(r for r in self.rows if r.name == name and r.alpha == alpha)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report for JSON."""
+        return asdict(self)
+
+
+def bootstrap(
+    losses: NDArray[np.float64], base_losses: NDArray[np.float64], *, seed: int
+) -> tuple[Interval | None, Interval | None]:
+    """Return intervals of the perplexity and of its change against the base.
+
+    Args:
+        losses: `[num_tokens]` negative log-likelihoods in text order, nats.
+        base_losses: The base's, of the same tokens.
+        seed: Of the resampling; equal seeds draw equal blocks for every row of a report.
+    """
+    num_blocks = len(losses) // BLOCK_TOKENS
+    if num_blocks < 2:
+        return None, None
+    starts = np.linspace(0, len(losses), num_blocks + 1).astype(int)[:-1]
+    sizes = np.diff([*starts, len(losses)])
+    sums = np.add.reduceat(losses, starts)
+    base_sums = np.add.reduceat(base_losses, starts)
+    picks = np.random.default_rng(seed).integers(0, num_blocks, size=(NUM_RESAMPLES, num_blocks))
+    counts = sizes[picks].sum(1)
+    nats = sums[picks].sum(1) / counts
+    base_nats = base_sums[picks].sum(1) / counts
+    low, high = np.exp(np.percentile(nats, [2.5, 97.5]))
+    change_low, change_high = np.expm1(np.percentile(nats - base_nats, [2.5, 97.5]))
+    return Interval(float(low), float(high)), Interval(float(change_low), float(change_high))
+
+
+def token_losses(logits: Tensor, targets: Tensor, padding_ids: Tensor) -> NDArray[np.float64]:
+    """Return negative log-likelihoods, `[num_tokens]` nats.
+
+    Args:
+        logits: `[num_tokens, vocab]`, float32.
+        targets: `[num_tokens]`.
+        padding_ids: `[num_padding]`, ids that no token has; they get no probability.
+    """
+    if len(padding_ids):
+        logits = logits.index_fill(-1, padding_ids, -torch.inf)
+    chosen = logits.gather(-1, targets[..., None])[..., 0]
+    return (logits.logsumexp(-1) - chosen).double().cpu().numpy()
+
+
+def score_tokens(
+    ensemble: Ensemble,
+    token_ids: Sequence[int],
+    *,
+    strengths: Sequence[tuple[float, tuple[float, ...]]],
+    window: int = 512,
+    start_id: int | None = None,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ScoreReport:
+    """Score a text given as token ids of the base's vocabulary.
+
+    Args:
+        ensemble: The models.
+        token_ids: At least two.
+        strengths: The steered rows: a label, and the strength of each of the ensemble's pairs.
+        window: Tokens per window, at least 2 and at most the smallest context.
+        start_id: A token to begin every window with (the one the base's tokenizer puts before a text);
+            None begins each window with the last token of the one before.
+        seed: Of the bootstrap.
+        on_progress: Called with tokens done and tokens in all after each chunk.
+
+    Raises:
+        InvalidRequest: Fewer than two tokens, or a window below 2.
+        PromptTooLong: The window exceeds a model's context.
+    """
+    passages = windows(ensemble, token_ids, window=window, start_id=start_id)
+    report = score_passages(
+        ensemble, passages, strengths=strengths, seed=seed, on_progress=on_progress
+    )
+    return replace(report, window=window)
+
+
+def windows(
+    ensemble: Ensemble, token_ids: Sequence[int], *, window: int, start_id: int | None
+) -> list[Passage]:
+    """Cut a text, given as token ids of the base's vocabulary, into passages; see `score_tokens`.
+
+    Raises:
+        InvalidRequest: Nothing is left to predict, or the window is below 2.
+    """
+    if window < 2:
+        raise InvalidRequest(f"window is {window}, and must be at least 2 tokens")
+    if start_id is not None:
+        fresh = window - 1
+        cut = [[start_id, *token_ids[i : i + fresh]] for i in range(0, len(token_ids), fresh)]
+    else:
+        cut = [list(token_ids[i : i + window]) for i in range(0, len(token_ids) - 1, window - 1)]
+    if sum(len(ids) - 1 for ids in cut) < 1:
+        raise InvalidRequest(
+            f"the text has {len(token_ids)} token(s), and scoring needs one to start from and one to "
+            "predict.\nhint: give a longer text"
+        )
+    return [passage_of(ensemble, ids[:1], ids[1:]) for ids in cut if len(ids) > 1]
+
+
+def passage_of(ensemble: Ensemble, prompt: Sequence[int], token_ids: Sequence[int]) -> Passage:
+    """Return a passage whose prompt, ids of the base's vocabulary, every member sees alike."""
+    prompts = tuple(tuple(m.own_ids(prompt, is_start=True)) for m in ensemble.members)
+    return Passage(prompts, tuple(token_ids))
+
+
+def score_passages(
+    ensemble: Ensemble,
+    passages: Sequence[Passage],
+    *,
+    strengths: Sequence[tuple[float, tuple[float, ...]]],
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ScoreReport:
+    """Score passages, each by itself.
+
+    Args:
+        ensemble: The models.
+        passages: At least one.
+        strengths: The steered rows: a label, and the strength of each of the ensemble's pairs.
+        seed: Of the bootstrap, whose blocks run over all passages in their order.
+        on_progress: Called with tokens done and tokens in all after each chunk.
+
+    Raises:
+        InvalidRequest: No passage, or one whose prompt or continuation is empty; the ensemble's policy
+            excludes tokens.
+        PromptTooLong: A passage exceeds a model's context.
+    """
+    for label, _ in strengths:
+        check_alpha(label)
+    policy = ensemble.policy
+    if policy.plausibility is not None and policy.implausible != "leave":
+        raise InvalidRequest(
+            "the recipe's steering gives implausible tokens no probability, and a text that holds one has an "
+            'infinite perplexity.\nhint: "implausible": "leave" keeps the base\'s odds for them'
+        )
+    losses = passage_losses(
+        ensemble, passages, [alphas for _, alphas in strengths], on_progress=on_progress
+    )
+    names = {"base": 0}
+    for pair in ensemble.pairs:
+        names |= {f"{pair.name}.expert": pair.expert, f"{pair.name}.anti_expert": pair.anti_expert}
+    labels: list[float | None] = [*[None] * len(names), *[label for label, _ in strengths]]
+    rows = [
+        _row(name, label, column, losses[0], seed)
+        for name, label, column in zip(
+            [*names, *["steered"] * len(strengths)], labels, losses, strict=True
+        )
+        if name == "steered"
+        or not isinstance(ensemble.members[names[name]].backend, RetokenisedBackend)
+    ]
+    longest = max(len(p.prompts[0]) + len(p.token_ids) for p in passages)
+    return ScoreReport(
+        num_tokens=len(losses[0]),
+        num_windows=len(passages),
+        window=longest,
+        rows=tuple(rows),
+        mapped=mapped_mass(ensemble, passages),
+    )
+
+
+def mapped_mass(ensemble: Ensemble, passages: Sequence[Passage]) -> tuple[MappedMass, ...]:
+    """Return what small models of another tokenizer have in common with the base, where there are any.
+
+    Measured on the first passages, up to `MASS_TOKENS` tokens.
+    """
+    used = sorted({i for pair in ensemble.pairs for i in (pair.expert, pair.anti_expert)})
+    mapped = {
+        index: backend
+        for index in used
+        if isinstance(backend := ensemble.members[index].backend, RetokenisedBackend)
+    }
+    if not mapped:
+        return ()
+    sums = dict.fromkeys(mapped, (0.0, 0.0))
+    count = 0
+    for passage in passages:
+        for _, logits in passage_logits(ensemble, passage, [0, *mapped]):
+            padding_ids = ensemble.vocabulary.padding_ids.to(logits[0].device)
+            base = logits[0].float().index_fill(-1, padding_ids, -torch.inf).softmax(-1)
+            for index, backend in mapped.items():
+                of_base, of_small = sums[index]
+                of_base += float(base[:, backend.token_map.small_ids >= 0].sum())
+                of_small += float(logits[index][:, backend.token_map.distinct].exp().sum())
+                sums[index] = of_base, of_small
+            count += len(base)
+        if count >= MASS_TOKENS:
+            break
+    return tuple(
+        MappedMass(
+            ensemble.members[index].name,
+            backend.token_map.share,
+            *(total / count for total in sums[index]),
+        )
+        for index, backend in mapped.items()
+    )
+
+
+def passage_losses(
+    ensemble: Ensemble,
+    passages: Sequence[Passage],
+    strengths: Sequence[tuple[float, ...]],
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> NDArray[np.float64]:
+    """Return each token's loss under every model and under the base steered at every strength.
+
+    Each model runs once over the passages.
+
+    Args:
+        ensemble: The models.
+        passages: At least one.
+        strengths: For each steered row, the strength of each of the ensemble's pairs.
+        on_progress: Called with tokens done and tokens in all after each chunk.
+
+    Returns:
+        `[1 + 2 pairs + strengths, tokens]` nats, in the order of the passages: the base, expert and
+        anti-expert of each pair, then the steered base.
+
+    Raises:
+        InvalidRequest: No passage, or one whose prompt or continuation is empty; a strength is not finite.
+        PromptTooLong: A passage exceeds a model's context.
+    """
+    if not passages or not all(p.token_ids and all(p.prompts) for p in passages):
+        raise InvalidRequest("scoring needs passages, each with a prompt and tokens to predict")
+    total = sum(len(passage.token_ids) for passage in passages)
+    for alphas in strengths:
+        for alpha in alphas:
+            check_alpha(alpha)
+    needed = sorted({0} | {i for pair in ensemble.pairs for i in (pair.expert, pair.anti_expert)})
+    for index in needed:
+        member = ensemble.members[index]
+        limit = member.backend.capabilities.max_context
+        longest = max(len(p.prompts[index]) + len(p.token_ids) for p in passages)
+        if limit is not None and longest > limit:
+            raise PromptTooLong(
+                f"the window has {longest} tokens and {member.name} has a context of {limit}.\n"
+                f"hint: score with a window of at most {limit}"
+            )
+    sides: list[int] = [0]
+    for pair in ensemble.pairs:
+        sides += [pair.expert, pair.anti_expert]
+    num_sides = len(sides)
+    collected: list[list[NDArray[np.float64]]] = [[] for _ in range(num_sides + len(strengths))]
+    done = 0
+    for passage in passages:
+        ids = torch.tensor(passage.token_ids)
+        for where, logits in passage_logits(ensemble, passage, needed):
+            base = logits[0]
+            targets = ids[where : where + base.shape[0]].to(base.device)
+            padding_ids = ensemble.vocabulary.padding_ids.to(base.device)
+            for first in range(0, len(targets), SLICE_TOKENS):
+                part = slice(first, first + SLICE_TOKENS)
+                for column, side in enumerate(sides):
+                    collected[column].append(
+                        token_losses(logits[side][part].float(), targets[part], padding_ids)
+                    )
+                places = torch.arange(where + first, where + first + len(targets[part]))
+                for column, alphas in enumerate(strengths, start=num_sides):
+                    parts = [
+                        Contribution(
+                            logits[pair.expert][part], logits[pair.anti_expert][part], alpha
+                        )
+                        for pair, alpha in zip(ensemble.pairs, alphas, strict=True)
+                    ]
+                    steered = apply_policy(
+                        ensemble.policy,
+                        base[part],
+                        parts,
+                        positions=places,
+                        padding_ids=padding_ids,
+                    ).logits
+                    collected[column].append(token_losses(steered, targets[part], padding_ids))
+            done += len(targets)
+            if on_progress is not None:
+                on_progress(done, total)
+        return_free_memory()
+    return np.stack([np.concatenate(column) for column in collected])
+
+
+def explain_passage(
+    ensemble: Ensemble, passage: Passage, *, alphas: Sequence[float | None], num_top: int
+) -> Iterator[Step]:
+    """Yield, for each token of a passage, what every model gave it; steps without text.
+
+    Args:
+        ensemble: The models; the base shows all its logits.
+        passage: The text.
+        alphas: Strength of each of the ensemble's pairs; None leaves a pair out, 0 only shows it.
+        num_top: How many of each model's likeliest tokens to list.
+    """
+    used = [
+        (pair, alpha)
+        for pair, alpha in zip(ensemble.pairs, alphas, strict=True)
+        if alpha is not None
+    ]
+    sides = {
+        f"{pair.name}.{side}": member
+        for pair, _ in used
+        for side, member in (("expert", pair.expert), ("anti_expert", pair.anti_expert))
+    }
+    for first, logits in passage_logits(ensemble, passage, sorted({0, *sides.values()})):
+        padding_ids = ensemble.vocabulary.padding_ids.to(logits[0].device)
+        for place in range(logits[0].shape[0]):
+            index = first + place
+            token_id = passage.token_ids[index]
+            rows = {member: part[place] for member, part in logits.items()}
+            parts = [
+                Contribution(rows[pair.expert][None], rows[pair.anti_expert][None], alpha)
+                for pair, alpha in used
+            ]
+            found = apply_policy(
+                ensemble.policy,
+                rows[0][None],
+                parts,
+                positions=torch.tensor([index]),
+                padding_ids=padding_ids,
+            )
+            steered = found.logits[0].index_fill(-1, padding_ids, -torch.inf)
+            rows = {m: row.index_fill(-1, padding_ids, -torch.inf) for m, row in rows.items()}
+            views = {
+                "base": view(rows[0], token_id, num_top=num_top),
+                "steered": view(steered, token_id, num_top=num_top),
+            }
+            for name, member in sides.items():
+                views[name] = view(rows[member], token_id, num_top=num_top)
+            logprob = float(steered.log_softmax(-1)[token_id])
+            kl = kl_divergence(steered, rows[0])
+            weights = None
+            if not ensemble.policy.is_plain:
+                names = [pair.name for pair, _ in used]
+                weights = dict(zip(names, found.weights[:, 0].tolist(), strict=True))
+            disagree = bool(has_conflict(rows[0][None], parts)[0]) if len(used) > 1 else None
+            yield Step(
+                index,
+                token_id,
+                "",
+                logprob,
+                views=views,
+                kl=kl,
+                weights=weights,
+                has_conflict=disagree,
+            )
+
+
+def _row(
+    name: str,
+    alpha: float | None,
+    losses: NDArray[np.float64],
+    base_losses: NDArray[np.float64],
+    seed: int,
+) -> ScoreRow:
+    interval, change_interval = bootstrap(losses, base_losses, seed=seed)
+    nats = float(losses.mean())
+    return ScoreRow(
+        name=name,
+        alpha=alpha,
+        nats=nats,
+        perplexity=float(np.exp(nats)),
+        interval=interval,
+        change=float(np.expm1(nats - base_losses.mean())),
+        change_interval=change_interval,
+    )
+
+
+def passage_logits(
+    ensemble: Ensemble, passage: Passage, needed: Sequence[int]
+) -> Iterator[tuple[int, dict[int, Tensor]]]:
+    """Yield, chunk by chunk, the index of the first token predicted and each member's logits for it.
+
+    Logits are `[chunk, base vocab]` by member.
+    """
+    groups: dict[int, list[int]] = {}
+    for index in needed:
+        groups.setdefault(id(ensemble.members[index].backend), []).append(index)
+    states = {}
+    pieces: dict[int, Tensor] = {}
+    for key, indices in groups.items():
+        backend = ensemble.members[indices[0]].backend
+        prompts = [passage.prompts[i] for i in indices]
+        if isinstance(backend, PartialBackend):
+            if not backend.can_score:
+                raise UnsupportedModel(
+                    f"{ensemble.members[0].name} does not score a given text, and asking for every token of "
+                    "it would cost a call each.\nhint: vLLM and llama-cpp-python's server do"
+                )
+            states[key], logits = backend.prefill(prompts, num_new_tokens=[1], is_scored=True)
+            logits = _with_first_token(backend, states[key], logits, passage.token_ids[0])
+        else:
+            states[key], logits = backend.prefill(
+                prompts, adapters=[ensemble.members[i].adapter for i in indices]
+            )
+        for i, row in zip(indices, logits, strict=True):
+            pieces[i] = _whole(ensemble, i, states[key], row[None])
+    yield 0, {i: p.to(pieces[0].device) for i, p in pieces.items()}
+    # The logits after the last token predict nothing, so it is not run.
+    ids = torch.tensor(passage.token_ids[:-1], dtype=torch.long)
+    for start in range(0, len(ids), CHUNK_TOKENS):
+        chunk = ids[start : start + CHUNK_TOKENS]
+        for key, indices in groups.items():
+            backend = ensemble.members[indices[0]].backend
+            rows = torch.stack([ensemble.members[i].alignment.ids_to_small(chunk) for i in indices])
+            for i, row in zip(indices, backend.extend(states[key], rows), strict=True):
+                pieces[i] = _whole(ensemble, i, states[key], row)
+        yield start + 1, {i: p.to(pieces[0].device) for i, p in pieces.items()}
+
+
+def _whole(ensemble: Ensemble, index: int, state: Any, logits: Tensor) -> Tensor:
+    """Return a member's logits `[chunk, vocab]` in the base's vocabulary, without holes."""
+    member = ensemble.members[index]
+    if isinstance(member.backend, PartialBackend):
+        (bounds,) = member.backend.bounds(state)
+        rests = torch.tensor([each.rest for each in bounds])
+        return spread_rest(logits, rests, ensemble.vocabulary.padding_ids)
+    return member.alignment.logits_to_base(logits)
+
+
+def _with_first_token(
+    backend: PartialBackend[Any], state: Any, logits: Tensor, token_id: int
+) -> Tensor:
+    """Return the logits after the prompt with those of the text's first token, if it can be asked for."""
+    if logits[0, token_id] == -torch.inf:
+        logits = logits.clone()
+        for found, logprob in backend.reveal(state, 0, 0, [token_id]).items():
+            logits[0, found] = logprob
+    return logits

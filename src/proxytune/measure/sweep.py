@@ -1,0 +1,442 @@
+"""Which strength is best: a grid against a metric, picked on one part of the data, told on another.
+
+Words: a *point* is a strength for each expert. *Units* are what is resampled and split: windows of a text, or
+rows. The *validation* units pick a point; the *test* units say what that point is worth, together with the
+base and the strengths of the recipe, and never take part in picking. Intervals are 95 % percentile bootstraps
+over units; differences to the base are resampled in pairs.
+
+Likelihood metrics let each model read each unit once, for all points (`measure/score.py`). Generation metrics read
+once what several points write alike (`measure/branch.py`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from proxytune.decode.ensemble import Ensemble
+from proxytune.errors import InvalidRequest
+from proxytune.measure.branch import branch
+from proxytune.measure.metrics import METRICS, Metric
+from proxytune.measure.score import (
+    NUM_RESAMPLES,
+    Interval,
+    Passage,
+    passage_losses,
+)
+from proxytune.request import SamplingParams, check_alpha
+
+MAX_POINTS = 1000
+"""Each costs a softmax over the vocabulary at every token of the validation part."""
+
+Prompts = tuple[Sequence[int], ...]
+"""One prompt, in the token ids of each member."""
+
+
+# Units --------------------------------------------------------------------------------------------------
+
+Unit = TypeVar("Unit")
+
+
+def split(
+    units: Sequence[Unit], test_share: float, *, seed: int, in_order: bool
+) -> tuple[list[Unit], list[Unit]]:
+    """Return validation and test units.
+
+    Args:
+        units: To be split.
+        test_share: Share of the test part, above 0 and below 1.
+        seed: Of the draw.
+        in_order: Take the test part from the end, as of a text, whose neighbouring windows are alike.
+
+    Raises:
+        InvalidRequest: The share is out of range.
+    """
+    if not 0 < test_share < 1:
+        raise InvalidRequest(f"the test share is {test_share}, and must lie between 0 and 1")
+    order = list(range(len(units)))
+    if not in_order:
+        random.Random(seed).shuffle(order)
+    num_test = round(test_share * len(units))
+    cut = len(units) - num_test
+    return [units[i] for i in sorted(order[:cut])], [units[i] for i in sorted(order[cut:])]
+
+
+# What is asked and answered -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The points to try.
+
+    Args:
+        names: The experts, as the ensemble has them.
+        points: For each point, the strength of each expert. Strength 0 of all is always looked at too.
+
+    Raises:
+        InvalidRequest: There are none, too many, or a strength is no finite number.
+    """
+
+    names: tuple[str, ...]
+    points: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not self.points or len(self.points) > MAX_POINTS:
+            raise InvalidRequest(
+                f"the grid has {len(self.points):,} points, and must have from 1 to {MAX_POINTS:,}.\n"
+                "hint: try fewer strengths, or fewer experts at once"
+            )
+        for point in self.points:
+            for alpha in point:
+                check_alpha(alpha)
+
+    @classmethod
+    def of(
+        cls, names: Sequence[str], alphas: Sequence[float] | Mapping[str, Sequence[float]]
+    ) -> Grid:
+        """Return a grid.
+
+        Args:
+            names: The experts.
+            alphas: Strengths that all experts get alike; or each expert's own, of which every combination is
+                tried.
+
+        Raises:
+            InvalidRequest: Experts and strengths do not go together.
+        """
+        if not isinstance(alphas, Mapping):
+            return cls(tuple(names), tuple((alpha,) * len(names) for alpha in alphas))
+        missing = set(names) ^ set(alphas)
+        if missing:
+            raise InvalidRequest(
+                f"strengths are given for {', '.join(alphas)} and the experts are {', '.join(names)}.\n"
+                "hint: give strengths for each expert, or one list for all of them"
+            )
+        return cls(tuple(names), tuple(itertools.product(*(alphas[name] for name in names))))
+
+    @property
+    def varied(self) -> list[int]:
+        """The experts whose strengths differ between points; only the first where all go together."""
+        if all(len(set(point)) == 1 for point in self.points):
+            return [0] if len(self.points) > 1 else []
+        return [i for i in range(len(self.names)) if len({point[i] for point in self.points}) > 1]
+
+
+class Row(NamedTuple):
+    """A prompt, what should follow it, and what each member sees."""
+
+    prompts: Prompts
+    reference: str
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """What a point is worth.
+
+    Args:
+        alphas: Strength by expert.
+        value: The metric.
+        interval: Of the metric; None with fewer than two units.
+        change: Against the base: relative for a perplexity (-0.1 is a tenth lower), a difference for scores.
+        change_interval: Of the change, in pairs.
+    """
+
+    alphas: Mapping[str, float]
+    value: float
+    interval: Interval | None
+    change: float
+    change_interval: Interval | None
+
+
+@dataclass(frozen=True, slots=True)
+class SweepReport:
+    """A sweep.
+
+    Args:
+        metric: Its name.
+        is_lower_better: Whether less is better.
+        policy: The recipe's.
+        points: On the validation units, in the order of the grid.
+        picked: Which of them is best.
+        test: On the test units: `base`, `picked`, and `recipe` with the recipe's own strengths.
+        num_valid: Validation units.
+        num_test: Test units.
+        num_tokens: Tokens of both parts that were predicted, or written at all points.
+        num_read: New tokens that the base read to write these; None for a likelihood.
+        notes: What a reader must know, in sentences.
+    """
+
+    metric: str
+    is_lower_better: bool
+    policy: str
+    points: tuple[Point, ...]
+    picked: int
+    test: Mapping[str, Point]
+    num_valid: int
+    num_test: int
+    num_tokens: int
+    num_read: int | None
+    notes: tuple[str, ...]
+
+    @property
+    def best(self) -> Point:
+        """The picked point, on the validation units."""
+        return self.points[self.picked]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report for JSON."""
+        return asdict(self)
+
+
+# Sweeping -----------------------------------------------------------------------------------------------
+
+
+def sweep_likelihood(
+    ensemble: Ensemble,
+    grid: Grid,
+    *,
+    valid: Sequence[Passage],
+    test: Sequence[Passage],
+    own: Sequence[float],
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> SweepReport:
+    """Sweep perplexity: each model reads the passages once.
+
+    Args:
+        ensemble: Base and the grid's experts, in its order.
+        grid: The points.
+        valid: Passages that pick.
+        test: Passages that tell.
+        own: The recipe's strengths.
+        seed: Of the bootstrap.
+        on_progress: Called with tokens done and tokens in all.
+
+    Raises:
+        InvalidRequest: A part is empty, or the ensemble's policy excludes tokens.
+        PromptTooLong: A passage exceeds a model's context.
+    """
+    _check_parts(valid, test)
+    sizes = [sum(len(p.token_ids) for p in part) for part in (valid, test)]
+
+    def measure(
+        part: Sequence[Passage], points: Sequence[tuple[float, ...]], before: int
+    ) -> NDArray[np.float64]:
+        """Return losses by unit, `[points, units, 2]`: sums of nats, and tokens."""
+
+        def advance(done: int, _: int) -> None:
+            if on_progress is not None:
+                on_progress(before + done, sum(sizes))
+
+        losses = passage_losses(ensemble, part, points, on_progress=advance)
+        steered = losses[1 + 2 * len(ensemble.pairs) :]
+        if not np.isfinite(steered).all():
+            raise InvalidRequest(
+                "a point gives some tokens of the text no probability, so its perplexity is infinite.\n"
+                'hint: "implausible": "leave" in the recipe keeps the base\'s odds for them'
+            )
+        lengths = [len(p.token_ids) for p in part]
+        starts = np.cumsum([0, *lengths[:-1]])
+        sums = np.add.reduceat(steered, starts, axis=1)
+        return np.stack([sums, np.broadcast_to(np.array(lengths, float), sums.shape)], axis=-1)
+
+    found = _swept(
+        METRICS["perplexity"],
+        grid,
+        own,
+        lambda points: measure(valid, points, 0),
+        lambda points: measure(test, points, sizes[0]),
+        seed,
+    )
+    return replace(found, policy=ensemble.policy.describe(), num_tokens=sum(sizes), num_read=None)
+
+
+def sweep_generations(
+    ensemble: Ensemble,
+    grid: Grid,
+    metric: Metric,
+    *,
+    valid: Sequence[Row],
+    test: Sequence[Row],
+    own: Sequence[float],
+    sampling: SamplingParams,
+    batch_size: int = 8,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> SweepReport:
+    """Sweep what greedy texts score: beginnings that points have in common are written once.
+
+    Args:
+        ensemble: Base and the grid's experts, in its order.
+        grid: The points.
+        metric: With a `score`.
+        valid: Rows that pick.
+        test: Rows that tell.
+        own: The recipe's strengths.
+        sampling: Greedy; see `branch`.
+        batch_size: Prompts that are written together.
+        seed: Of the bootstrap.
+        on_progress: Called with prompts done and prompts in all.
+
+    Raises:
+        InvalidRequest: A part is empty, or texts cannot be shared; see `branch`.
+        PromptTooLong: Prompt and new tokens exceed a model's context.
+    """
+    _check_parts(valid, test)
+    assert metric.score is not None
+    score = metric.score
+    counts = [0, 0]
+
+    def measure(
+        part: Sequence[Row], points: Sequence[tuple[float, ...]], before: int
+    ) -> NDArray[np.float64]:
+        """Return scores by unit, `[points, units, 2]`: scores, and ones."""
+
+        def advance(done: int, _: int) -> None:
+            if on_progress is not None:
+                on_progress(before + done, len(valid) + len(test))
+
+        texts = branch(
+            ensemble,
+            [row.prompts for row in part],
+            points,
+            sampling,
+            batch_size=batch_size,
+            on_progress=advance,
+        )
+        counts[0] += texts.num_chosen
+        counts[1] += texts.num_read
+        scores = np.array(
+            [
+                [score(text, row.reference) for text in written]
+                for row, written in zip(part, texts.texts, strict=True)
+            ]
+        ).T
+        return np.stack([scores, np.ones_like(scores)], axis=-1)
+
+    found = _swept(
+        metric,
+        grid,
+        own,
+        lambda points: measure(valid, points, 0),
+        lambda points: measure(test, points, len(valid)),
+        seed,
+    )
+    return replace(
+        found, policy=ensemble.policy.describe(), num_tokens=counts[0], num_read=counts[1]
+    )
+
+
+def _check_parts(valid: Sequence[object], test: Sequence[object]) -> None:
+    if not valid or not test:
+        raise InvalidRequest(
+            f"there are {len(valid)} validation and {len(test)} test windows or rows, and each part "
+            "needs one.\n"
+            "hint: give more data, a smaller --window, or --test-data of its own"
+        )
+
+
+def _swept(
+    metric: Metric,
+    grid: Grid,
+    own: Sequence[float],
+    on_valid: Callable[[Sequence[tuple[float, ...]]], NDArray[np.float64]],
+    on_test: Callable[[Sequence[tuple[float, ...]]], NDArray[np.float64]],
+    seed: int,
+) -> SweepReport:
+    """Pick on the validation units and tell on the test units; both give sums and counts by unit."""
+    none = (0.0,) * len(grid.names)
+    sums = on_valid([none, *grid.points])
+    num_valid = sums.shape[1]
+    points = [
+        _point(metric, grid.names, point, sums[n], sums[0], seed)
+        for n, point in enumerate(grid.points, start=1)
+    ]
+    sign = 1.0 if metric.is_lower_better else -1.0
+    # Of equal ones, the weakest.
+    picked = min(
+        range(len(points)),
+        key=lambda n: (sign * points[n].value, sum(map(abs, grid.points[n]))),
+    )
+    wanted = {"base": none, "picked": grid.points[picked], "recipe": tuple(own)}
+    distinct = list(dict.fromkeys(wanted.values()))
+    tested = on_test(distinct)
+    test = {
+        name: _point(metric, grid.names, p, tested[distinct.index(p)], tested[0], seed)
+        for name, p in wanted.items()
+    }
+    notes = []
+    edges = [
+        name
+        for i, name in enumerate(grid.names)
+        if i in grid.varied
+        and grid.points[picked][i]
+        in (
+            min(point[i] for point in grid.points),
+            max(point[i] for point in grid.points),
+        )
+        and grid.points[picked][i] != 0
+    ]
+    if edges:
+        notes.append(
+            f"the best strength of {', '.join(edges)} is at the edge of the grid; try beyond it"
+        )
+    gain = test["picked"].change_interval
+    if gain is not None and gain.low <= 0 <= gain.high and wanted["picked"] != none:
+        notes.append("on the test part, the picked strength and the base cannot be told apart")
+    return SweepReport(
+        metric=metric.name,
+        is_lower_better=metric.is_lower_better,
+        policy="",
+        points=tuple(points),
+        picked=picked,
+        test=test,
+        num_valid=num_valid,
+        num_test=tested.shape[1],
+        num_tokens=0,
+        num_read=None,
+        notes=tuple(notes),
+    )
+
+
+def _point(
+    metric: Metric,
+    names: Sequence[str],
+    point: Sequence[float],
+    sums: NDArray[np.float64],
+    base_sums: NDArray[np.float64],
+    seed: int,
+) -> Point:
+    """Return a point's value and change from sums and counts by unit, `[units, 2]` each."""
+    is_ratio = metric.score is None
+
+    def value(totals: NDArray[np.float64]) -> NDArray[np.float64]:
+        means = totals[..., 0] / totals[..., 1]
+        return np.exp(means) if is_ratio else means
+
+    def change(totals: NDArray[np.float64], base: NDArray[np.float64]) -> NDArray[np.float64]:
+        return value(totals) / value(base) - 1 if is_ratio else value(totals) - value(base)
+
+    interval = change_interval = None
+    num_units = len(sums)
+    if num_units >= 2:
+        picks = np.random.default_rng(seed).integers(0, num_units, size=(NUM_RESAMPLES, num_units))
+        totals, base_totals = sums[picks].sum(1), base_sums[picks].sum(1)
+        low, high = np.percentile(value(totals), [2.5, 97.5])
+        interval = Interval(float(low), float(high))
+        low, high = np.percentile(change(totals, base_totals), [2.5, 97.5])
+        change_interval = Interval(float(low), float(high))
+    whole, base_whole = sums.sum(0), base_sums.sum(0)
+    return Point(
+        dict(zip(names, point, strict=True)),
+        float(value(whole)),
+        interval,
+        float(change(whole, base_whole)),
+        change_interval,
+    )

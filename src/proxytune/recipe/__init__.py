@@ -1,0 +1,1 @@
+"""The recipe directory: its keys, checked, read and written."""

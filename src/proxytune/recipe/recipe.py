@@ -1,0 +1,677 @@
+"""The recipe: which models make a steered one, as a directory in the Hugging Face layout.
+
+    config.json              base, experts, how they combine and how strongly they steer
+    README.md                a model card
+    modeling_proxytune.py    where transformers finds this package, with `trust_remote_code=True`
+    adapters/…               LoRA adapters, if they travel with the recipe
+
+A recipe is read, checked for itself, and written here; whether its models exist and fit together is
+examined in `loading/doctor.py`. Unknown keys are refused at every level, because a misspelt one would change the
+result unseen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from proxytune.checkpoints.hub import hub_recipe
+from proxytune.checkpoints.references import HUB_ID, is_gguf, resolve_package
+from proxytune.errors import (
+    InvalidRequest,
+    ModelNotFound,
+    OutputFileError,
+    RecipeError,
+    UnknownExpert,
+    did_you_mean,
+)
+from proxytune.files import copy_tree, replace_file
+from proxytune.logits.policy import COMBINATIONS, Policy
+from proxytune.recipe.checks import (
+    as_json,
+    as_object,
+    check_keys,
+    check_required,
+    check_text,
+    finite_float,
+    object_without_doubles,
+    refuse_constant,
+)
+from proxytune.recipe.spec import (
+    ExpertSpec,
+    LlamaCppSettings,
+    ModelSpec,
+    expert_spec,
+    model_spec,
+)
+from proxytune.request import check_alpha
+
+VOCABULARIES = ("same", "map")
+"""What may become of small models whose tokenizer is another one than the base's."""
+
+MODEL_TYPE = "proxytune"
+ARCHITECTURE = "ProxyTunedForCausalLM"
+
+LOADER_NAME = "modeling_proxytune.py"
+LOADER = '''\
+"""Leads transformers to the package `proxytune`, which reads this recipe: pip install proxytune."""
+
+from proxytune.integrations.auto import ProxyTunedConfig
+from proxytune.integrations.transformers import ProxyTunedForCausalLM
+
+__all__ = ["ProxyTunedConfig", "ProxyTunedForCausalLM"]
+'''
+"""A file beside config.json that transformers runs with `trust_remote_code=True`, and proxytune never."""
+
+AUTO_MAP = {
+    "AutoConfig": "modeling_proxytune.ProxyTunedConfig",
+    "AutoModelForCausalLM": "modeling_proxytune.ProxyTunedForCausalLM",
+}
+"""Where a written config.json sends transformers' Auto classes that do not know recipes."""
+
+_OWN_KEYS = (
+    "model_type", "architectures", "base", "experts", "combine", "steering", "default_expert", "vocabulary",
+    "$schema",
+)  # fmt: skip
+METADATA_KEYS = frozenset(
+    {
+        "_commit_hash",
+        "_name_or_path",
+        "auto_map",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "is_encoder_decoder",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "tie_word_embeddings",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "vocab_size",
+    }
+)
+"""Keys that transformers writes into any config.json; they are allowed and mean nothing here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Base and experts of a steered model.
+
+    Args:
+        base: The large model.
+        experts: One or more, each with its own name.
+        policy: How strongly and by which experts to steer at each token; adding offsets up unless said.
+        default_expert: The expert that steers when a request names none; None for all of them.
+        vocabulary: Whether small models of another tokenizer than the base's are refused (`same`), or steer
+            the tokens that both have (`map`).
+        directory: Where the recipe stands; relative references start from it.
+        schema: Where an editor finds the format as JSON Schema, `$schema` in the file; kept, and not read.
+
+    Raises:
+        RecipeError: The parts do not make a recipe.
+    """
+
+    base: ModelSpec
+    experts: tuple[ExpertSpec, ...]
+    policy: Policy = field(default_factory=Policy)
+    default_expert: str | None = None
+    vocabulary: str = "same"
+    directory: Path = field(default_factory=Path.cwd, compare=False)
+    schema: str | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.base.model is None:
+            raise RecipeError('base has no model.\nhint: {"model": "owner/name"}')
+        if self.base.adapter is not None:
+            raise RecipeError(
+                "base has an adapter, and a base is left as it is.\n"
+                "hint: merge the adapter into it with PEFT's merge_and_unload, and name the result"
+            )
+        if not self.experts:
+            raise RecipeError(
+                "experts is empty, so there is nothing that steers.\nhint: give one expert"
+            )
+        names = [expert.name for expert in self.experts]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise RecipeError(
+                f"two experts are called {doubled[0]!r}.\nhint: give each a name of its own"
+            )
+        if self.vocabulary not in VOCABULARIES:
+            raise RecipeError(
+                f"vocabulary is {as_json(self.vocabulary)}, and must be {' or '.join(VOCABULARIES)}"
+                f"{did_you_mean(self.vocabulary, VOCABULARIES)}"
+            )
+        if self.base.api is not None:
+            for expert in self.experts:
+                if expert.expert.same_as or expert.anti_expert.same_as:
+                    raise RecipeError(
+                        f'the base is behind an API, and expert {expert.name!r} has {{"same_as": "base"}}, '
+                        "whose logits are seen in part only.\nhint: name small models for both sides"
+                    )
+        if self.base.api is not None and self.policy.reads_base:
+            raise RecipeError(
+                f"the base is behind an API, which shows a part of its distribution, and the policy "
+                f"({self.policy.describe()}) needs all of it.\n"
+                "hint: leave steering out, or use clip, a schedule, or the combinations "
+                f"{', '.join(c for c in COMBINATIONS if not Policy(c).reads_base)}"
+            )
+        if self.default_expert is not None and self.default_expert not in names:
+            raise RecipeError(
+                f"default_expert is {as_json(self.default_expert)}, and the experts are {', '.join(names)}"
+                f"{did_you_mean(self.default_expert, names)}"
+            )
+
+    @classmethod
+    def read(cls, reference: str | os.PathLike[str]) -> Recipe:
+        """Read a recipe from a local directory, `package:NAME/PATH`, or the Hub.
+
+        Raises:
+            RecipeError: Nothing is there, or it is malformed.
+        """
+        directory = _find_recipe(os.fspath(reference))
+        path = directory / "config.json"
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise RecipeError(
+                f"no recipe at {directory}: config.json cannot be read ({error.strerror}).\n"
+                "hint: write a recipe with `proxytune new`"
+            ) from error
+        try:
+            return cls.from_json(content, directory=directory)
+        except RecipeError as error:
+            raise RecipeError(f"the recipe {path} cannot be used: {error}") from error
+
+    @classmethod
+    def from_json(cls, content: bytes | str, *, directory: Path | None = None) -> Recipe:
+        """Build a recipe from the content of its config.json.
+
+        Raises:
+            RecipeError: It is no JSON, has a key twice, holds NaN or infinity, or is no recipe.
+        """
+        try:
+            text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+            data = json.loads(
+                text,
+                parse_constant=refuse_constant,
+                parse_float=finite_float,
+                object_pairs_hook=object_without_doubles,
+            )
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"it is not UTF-8: {error}") from error
+        except json.JSONDecodeError as error:
+            raise RecipeError(f"it is not JSON: {error}") from error
+        except RecursionError as error:
+            raise RecipeError("it is nested too deeply to be a recipe") from error
+        except ValueError as error:
+            raise RecipeError(f"it holds a number that cannot be read: {error}") from error
+        return cls.from_dict(data, directory=directory)
+
+    @classmethod
+    def from_dict(cls, data: Any, *, directory: Path | None = None) -> Recipe:
+        """Build a recipe from the object of its config.json.
+
+        Args:
+            data: As `to_dict` returns it; keys that transformers writes into any config are ignored.
+            directory: Where relative references start; None for the working directory.
+
+        Raises:
+            RecipeError: A key is unknown or missing, or a value cannot be used; the message names its place.
+        """
+        data = as_object(data, "the recipe")
+        if data.get("model_type") != MODEL_TYPE:
+            kind = data.get("model_type")
+            if isinstance(kind, str):
+                raise RecipeError(
+                    f"model_type is {as_json(kind)}, so this is a model and not a recipe.\n"
+                    "hint: write a recipe that names it with `proxytune new DIR --base …`"
+                )
+            raise RecipeError(
+                f'model_type is {as_json(kind)}, and must be "{MODEL_TYPE}".\n'
+                f'hint: add "model_type": "{MODEL_TYPE}"'
+            )
+        check_keys(data, known=_OWN_KEYS, ignored=METADATA_KEYS, place="the recipe")
+        check_required(data, ("base", "experts"), "the recipe")
+        experts = data["experts"]
+        if not isinstance(experts, list):
+            raise RecipeError(f"experts is {as_json(experts)}, and must be a list of objects")
+        combine = data.get("combine", "sum")
+        check_text(combine, "combine")
+        steering = as_object(data.get("steering") or {}, "steering")
+        try:
+            policy = Policy.from_dict(steering, combine=combine)
+        except InvalidRequest as error:
+            raise RecipeError(f"steering: {error}" if steering else str(error)) from error
+        default_expert = data.get("default_expert")
+        if default_expert is not None:
+            check_text(default_expert, "default_expert")
+        vocabulary = data.get("vocabulary", "same")
+        check_text(vocabulary, "vocabulary")
+        schema = data.get("$schema")
+        if schema is not None:
+            check_text(schema, "$schema")
+        return cls(
+            base=model_spec(data["base"], "base"),
+            experts=tuple(
+                expert_spec(expert, f"experts[{index}]") for index, expert in enumerate(experts)
+            ),
+            policy=policy,
+            default_expert=default_expert,
+            vocabulary=vocabulary,
+            directory=Path.cwd() if directory is None else directory,
+            schema=schema,
+        )
+
+    @property
+    def base_tokenizer(self) -> ModelSpec:
+        """The model whose tokenizer speaks for the base: the base, or another where it is behind an API."""
+        if self.base.api is None:
+            return self.base.weights
+        if self.base.api.tokenizer is not None:
+            return ModelSpec(model=self.base.api.tokenizer)
+        return replace(self.experts[0].anti_expert.weights, llama_cpp=None)
+
+    def with_settings(
+        self,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        attn_implementation: str | None = None,
+        cuda_graphs: bool | None = None,
+    ) -> Recipe:
+        """Return the recipe with these settings in every model of transformers; None leaves each its own."""
+        given = {
+            "device": device,
+            "dtype": dtype,
+            "attn_implementation": attn_implementation,
+            "cuda_graphs": cuda_graphs,
+        }
+        changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+
+        def changed(spec: ModelSpec) -> ModelSpec:
+            is_elsewhere = spec.same_as or spec.llama_cpp or spec.api
+            return spec if is_elsewhere else replace(spec, **changes)
+
+        return self._with_models(changed)
+
+    def with_llama_cpp(self, *, only_where_set: bool = False, **settings: int | None) -> Recipe:
+        """Return the recipe with every `.gguf` file run by llama.cpp, with these settings.
+
+        Args:
+            only_where_set: Leave files to transformers that the recipe leaves to it.
+            settings: Of `LlamaCppSettings`; None leaves each model its own.
+
+        Raises:
+            RecipeError: The recipe names no `.gguf` file, or a setting cannot be used.
+        """
+        given: dict[str, Any] = {k: value for k, value in settings.items() if value is not None}
+        models = [self.base, *(m for e in self.experts for m in (e.expert, e.anti_expert))]
+        if not any(spec.model is not None and is_gguf(spec.model) for spec in models):
+            raise RecipeError(
+                "the recipe names no .gguf file, so there is nothing that llama.cpp could run.\n"
+                "hint: `proxytune export-gguf` makes them"
+            )
+
+        def changed(spec: ModelSpec) -> ModelSpec:
+            if spec.model is None or not is_gguf(spec.model):
+                return spec
+            if only_where_set and spec.llama_cpp is None:
+                return spec
+            own = spec.llama_cpp or LlamaCppSettings()
+            kept = replace(
+                spec,
+                dtype=None,
+                device=None,
+                quantization=None,
+                attn_implementation=None,
+                cuda_graphs=False,
+            )
+            return replace(kept, llama_cpp=replace(own, **given))
+
+        return self._with_models(changed)
+
+    def _with_models(self, changed: Callable[[ModelSpec], ModelSpec]) -> Recipe:
+        return replace(
+            self,
+            base=changed(self.base),
+            experts=tuple(
+                replace(e, expert=changed(e.expert), anti_expert=changed(e.anti_expert))
+                for e in self.experts
+            ),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the object of config.json; `from_dict` reads it back."""
+        content: dict[str, Any] = {} if self.schema is None else {"$schema": self.schema}
+        content |= {
+            "model_type": MODEL_TYPE,
+            "architectures": [ARCHITECTURE],
+            "base": self.base.to_dict(),
+            "experts": [expert.to_dict() for expert in self.experts],
+            "combine": self.policy.combine,
+        }
+        if steering := self.policy.to_dict():
+            content["steering"] = steering
+        if self.default_expert is not None:
+            content["default_expert"] = self.default_expert
+        if self.vocabulary != "same":
+            content["vocabulary"] = self.vocabulary
+        return content
+
+    def write(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        card: str | None = None,
+    ) -> Recipe:
+        """Write the recipe and return it as it stands there.
+
+        Local paths are written so that they lead to the same files from the new place; adapters inside the
+        recipe's own directory are copied along. A model card, and the file that leads transformers here, are
+        written where there are none, and replace those that this method wrote and nobody edited.
+
+        Args:
+            directory: Made if it is not there.
+            overwrite: Replace another recipe that is there.
+            card: The model card to write, whatever card is there; None for the recipe's own.
+
+        Raises:
+            RecipeError: Another recipe is there, or a model.
+            OutputFileError: The place cannot be written.
+        """
+        target = Path(os.path.abspath(os.path.expanduser(os.fspath(directory))))
+        source = Path(os.path.abspath(self.directory))
+        inside: dict[str, Path] = {}
+        moved = self._moved(source, target, inside) if source != target else self
+        moved.check_free(target, overwrite=overwrite)
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            for reference, adapter in inside.items():
+                if not (target / reference).exists():
+                    copy_tree(adapter, target / reference)
+            content = json.dumps(
+                {**moved.to_dict(), "auto_map": AUTO_MAP},
+                indent=2,
+                ensure_ascii=False,
+                allow_nan=False,
+            )
+            if _may_write_loader(target):
+                replace_file(target / LOADER_NAME, LOADER)
+            if card is not None or _may_write_card(target):
+                replace_file(target / "README.md", card or moved.model_card())
+            replace_file(target / "config.json", content + "\n")
+        except OSError as error:
+            raise OutputFileError(
+                f"the recipe cannot be written to {target}: {error.strerror or error}.\n"
+                "hint: name a directory that can be written"
+            ) from error
+        return replace(moved, directory=target)
+
+    def reference_from(self, reference: str, target: Path) -> str:
+        """Return a model's reference, written so that it leads to the same files from `target`."""
+        lone = replace(self, base=ModelSpec(model=reference))
+        moved = lone._moved(Path(os.path.abspath(self.directory)), target, {})
+        return moved.base.model or reference
+
+    def check_free(self, target: Path, *, overwrite: bool) -> None:
+        """Check that writing there would replace nothing but the same recipe, or another if that is wanted.
+
+        Raises:
+            RecipeError: It would.
+        """
+        path = target / "config.json"
+        if not path.exists():
+            return
+        try:
+            content = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            content = None
+        kind = content.get("model_type") if isinstance(content, dict) else None
+        if kind is not None and kind != MODEL_TYPE:
+            raise RecipeError(
+                f"{target} holds a model of type {as_json(kind)}, which a recipe must not replace.\n"
+                "hint: name another directory"
+            )
+        if overwrite:
+            return
+        try:
+            is_same = Recipe.from_dict(content).to_dict() == self.to_dict()
+        except RecipeError:
+            is_same = False
+        if not is_same:
+            raise RecipeError(
+                f"{target} holds another recipe, which would be lost.\n"
+                "hint: name another directory, or delete that recipe first"
+            )
+
+    def _moved(self, source: Path, target: Path, inside: dict[str, Path]) -> Recipe:
+        """Return the recipe with local paths that lead to the same files from `target`.
+
+        Adapters inside `source` keep their reference and are entered into `inside`.
+        """
+
+        def move(reference: str | None, *, is_adapter: bool) -> str | None:
+            if reference is None or reference.startswith(("package:", "http://", "https://")):
+                return reference
+            path = Path(os.path.expanduser(reference))
+            if path.is_absolute() or not (source / path).exists():
+                return reference
+            place = Path(os.path.normpath(source / path))
+            if is_adapter and place != source and place.is_relative_to(source):
+                kept = place.relative_to(source).as_posix()
+                inside[kept] = place
+                return kept
+            return Path(os.path.relpath(place, target)).as_posix()
+
+        def move_spec(spec: ModelSpec) -> ModelSpec:
+            api = spec.api
+            if api is not None:
+                api = replace(api, tokenizer=move(api.tokenizer, is_adapter=False))
+            return replace(
+                spec,
+                model=move(spec.model, is_adapter=False),
+                adapter=move(spec.adapter, is_adapter=True),
+                api=api,
+            )
+
+        return replace(
+            self,
+            base=move_spec(self.base),
+            experts=tuple(
+                replace(
+                    expert,
+                    expert=move_spec(expert.expert),
+                    anti_expert=move_spec(expert.anti_expert),
+                )
+                for expert in self.experts
+            ),
+        )
+
+    def choose(
+        self,
+        experts: str | Sequence[str] | Mapping[str, float] | None = None,
+        alpha: float | None = None,
+    ) -> dict[str, float]:
+        """Return the strength of each expert that steers.
+
+        Args:
+            experts: A name, names, or names with their strengths; None for the default expert, or all
+                where the recipe has no default.
+            alpha: Strength of those that do not bring their own here; None for the recipe's.
+
+        Raises:
+            UnknownExpert: The recipe has no expert of that name.
+            InvalidRequest: A strength is not finite, or no expert is named.
+        """
+        own = {expert.name: expert.alpha for expert in self.experts}
+        if experts is None:
+            experts = [self.default_expert] if self.default_expert is not None else list(own)
+        if isinstance(experts, str):
+            experts = [experts]
+        if not experts:
+            raise InvalidRequest(
+                "no expert is named.\nhint: leave experts out for the recipe's default"
+            )
+        if alpha is not None:
+            check_alpha(alpha)
+        chosen: dict[str, float] = {}
+        for name in experts:
+            if name not in own:
+                raise UnknownExpert(
+                    f"the recipe has no expert {name!r}; it has {', '.join(own)}"
+                    f"{did_you_mean(name, list(own))}"
+                )
+            if isinstance(experts, Mapping):
+                chosen[name] = check_alpha(experts[name], f"alpha of expert {name!r}")
+            else:
+                chosen[name] = own[name] if alpha is None else float(alpha)
+        return chosen
+
+    def model_card(self) -> str:
+        """Return a README.md with the metadata that the Hub reads."""
+        specs = [("base", self.base)]
+        for expert in self.experts:
+            specs += [
+                (f"{expert.name}, expert", expert.expert),
+                (f"{expert.name}, anti-expert", expert.anti_expert),
+            ]
+        hub_ids: list[str] = []
+        for _, spec in specs:
+            for reference in (spec.model, spec.adapter):
+                if (
+                    reference is not None
+                    and self._is_hub_id(reference)
+                    and reference not in hub_ids
+                ):
+                    hub_ids.append(reference)
+        lines = ["---", "library_name: proxytune", "pipeline_tag: text-generation"]
+        lines += ["tags:", "- proxytune", "- proxy-tuning"]
+        if hub_ids:
+            lines += ["base_model:", *(f"- {hub_id}" for hub_id in hub_ids)]
+        lines += [
+            "---",
+            "",
+            "# A steered model",
+            "",
+            "A recipe for [proxy-tuning](https://arxiv.org/abs/2401.08565): it names models and holds none "
+            "of their weights.",
+            "",
+            "    steered logits = base + alpha * (expert - anti_expert)",
+            "",
+            "| part | model | adapter | prompt |",
+            "| --- | --- | --- | --- |",
+        ]
+        for part, spec in specs:
+            model = "the base itself" if spec.same_as else f"`{spec.model}`"
+            adapter = f"`{spec.adapter}`" if spec.adapter else ""
+            prompt = spec.prompt if spec.prompt in ("plain", "chat") else "a template of its own"
+            lines.append(f"| {part} | {model} | {adapter} | {prompt} |")
+        strengths = ", ".join(f"{expert.name} {expert.alpha:g}" for expert in self.experts)
+        lines += [
+            "",
+            f"Strength of steering (alpha): {strengths}."
+            + ("" if self.policy.is_plain else f" Policy: {self.policy.describe()}."),
+            "",
+            "```bash",
+            "pip install proxytune",
+            'proxytune generate . "Once upon a time"',
+            "```",
+            "",
+        ]
+        if self._runs_in_transformers():
+            lines += [
+                "```python",
+                "from transformers import AutoModelForCausalLM, AutoTokenizer",
+                "",
+                'tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)',
+                'model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)',
+                "```",
+                "",
+            ]
+        return "\n".join(lines)
+
+    def _runs_in_transformers(self) -> bool:
+        """Whether the transformers integration takes it: one stream of tokens, models in process."""
+        specs = [self.base, *(s for e in self.experts for s in (e.expert, e.anti_expert))]
+        return all(
+            spec.same_as
+            or (spec.prompt == self.base.prompt and not spec.api and not spec.llama_cpp)
+            for spec in specs
+        )
+
+    def _is_hub_id(self, reference: str) -> bool:
+        if not HUB_ID.fullmatch(reference) or is_gguf(reference):
+            return False
+        return not (self.directory / reference).exists()
+
+
+# Reading -------------------------------------------------------------------------------------------
+
+
+def _find_recipe(reference: str) -> Path:
+    hint = "hint: write a recipe with `proxytune new`, or check the spelling"
+    if reference.startswith("package:"):
+        try:
+            return resolve_package(reference)
+        except ModelNotFound as error:
+            raise RecipeError(f"no recipe at {reference}: {error}") from error
+    path = Path(os.path.expanduser(reference))
+    try:
+        if path.is_dir():
+            return path.absolute()
+        if path.is_file():
+            if path.name == "config.json":
+                return path.absolute().parent
+            raise RecipeError(
+                f"no recipe at {reference}: it is a file, and a recipe is a directory.\n{hint}"
+            )
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"no recipe at {reference!r}: {error}.\n{hint}") from error
+    # A recipe on the Hub always has an owner; a bare word is a directory that is not there.
+    if HUB_ID.fullmatch(reference) and "/" in reference and ".." not in reference:
+        try:
+            return hub_recipe(reference)
+        except ModelNotFound as error:
+            raise RecipeError(f"no recipe at {reference}: {error}") from error
+    raise RecipeError(f"no recipe at {reference}: no such directory.\n{hint}")
+
+
+# Writing -------------------------------------------------------------------------------------------
+
+
+def _may_write_card(target: Path) -> bool:
+    """Whether the directory has no model card, or the one its recipe was written with."""
+    try:
+        there = (target / "README.md").read_text("utf-8")
+    except FileNotFoundError:
+        return True
+    except (OSError, UnicodeDecodeError):
+        return False
+    try:
+        return there == Recipe.read(target).model_card()
+    except RecipeError:
+        return False
+
+
+def _may_write_loader(target: Path) -> bool:
+    """Whether the directory has no loader, or one that a version of this package wrote."""
+    try:
+        there = (target / LOADER_NAME).read_text("utf-8")
+    except FileNotFoundError:
+        return True
+    except (OSError, UnicodeDecodeError):
+        return False
+    return there.split("\n")[0] == LOADER.split("\n")[0]

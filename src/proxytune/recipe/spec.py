@@ -1,0 +1,428 @@
+"""One model, one expert: their keys."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from proxytune.checkpoints.placement import DTYPES
+from proxytune.checkpoints.references import is_gguf, is_url
+from proxytune.errors import (
+    InvalidRequest,
+    RecipeError,
+    did_you_mean,
+)
+from proxytune.recipe.checks import (
+    as_json,
+    as_object,
+    check_count,
+    check_keys,
+    check_required,
+    check_settings,
+    check_text,
+)
+from proxytune.request import check_alpha
+
+CACHE_DTYPES = ("float32", "float16", "q8_0")
+"""What llama.cpp may keep keys and values in."""
+
+DEFAULT_CONTEXT = 4096
+"""Most tokens of a row in llama.cpp, where the recipe does not say."""
+
+ENDPOINTS = ("completions", "chat")
+"""Parts of an OpenAI-compatible API that generate text."""
+
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")  # lower case would let keys pass for names
+_EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class LlamaCppSettings:
+    """How llama.cpp runs a `.gguf` file, as it is, where transformers would unpack it to float32.
+
+    Args:
+        threads: Processor threads; None for one per core that torch uses.
+        gpu_layers: Layers that go to a GPU, if llama.cpp was built for one; -1 for all.
+        context_size: Most tokens a row can hold; None for what the model was trained for, at most
+            `DEFAULT_CONTEXT`.
+        cache_dtype: Of keys and values: `float32`, `float16` or `q8_0`; None is float32 for a file that
+            is not quantised, and float16 else.
+
+    Raises:
+        RecipeError: A value cannot be used.
+    """
+
+    threads: int | None = None
+    gpu_layers: int = -1
+    context_size: int | None = None
+    cache_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        check_count("threads", self.threads, least=1)
+        check_count("gpu_layers", self.gpu_layers, least=-1)
+        check_count("context_size", self.context_size, least=1)
+        if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:
+            raise RecipeError(
+                f"cache_dtype is {as_json(self.cache_dtype)}, and must be one of {', '.join(CACHE_DTYPES)}"
+            )
+
+    def context_of(self, trained: int | None) -> int:
+        """Return the most tokens of a row, of a model trained for `trained`."""
+        return self.context_size or min(trained or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+
+    def cache_dtype_of(self, stored_dtype: str) -> str:
+        """Return what keys and values are kept in, for weights stored in this dtype."""
+        return self.cache_dtype or ("float32" if stored_dtype == "float32" else "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class ApiSettings:
+    """How a base behind an OpenAI-compatible HTTP API is asked.
+
+    Args:
+        model: What the server calls the model; None for the only one that it lists.
+        tokenizer: A model whose tokens are the base's; None for the first anti-expert.
+        key_env: The environment variable that holds the API key; None sends none. Keys are never stored.
+        endpoint: `completions`, or `chat` where the server offers nothing else; None finds out.
+        top_logprobs: Most likely tokens to ask for at each position; None for 100, or what the server allows.
+        lookahead: Most tokens of the base's own continuation to ask for in one call; None adapts, up to 32.
+        max_concurrency: Calls at the same time.
+        timeout_s: Seconds until a call without an answer is given up and repeated.
+        max_retries: How often a call that failed is repeated.
+        prompt_price: Of a million prompt tokens, in any currency.
+        completion_price: Of a million generated tokens, in the same one.
+
+    Raises:
+        RecipeError: A value cannot be used.
+    """
+
+    model: str | None = None
+    tokenizer: str | None = None
+    key_env: str | None = None
+    endpoint: str | None = None
+    top_logprobs: int | None = None
+    lookahead: int | None = None
+    max_concurrency: int = 4
+    timeout_s: float = 60.0
+    max_retries: int = 8
+    prompt_price: float = 0.0
+    completion_price: float = 0.0
+
+    def __post_init__(self) -> None:
+        for key in ("model", "tokenizer", "key_env", "endpoint"):
+            if getattr(self, key) is not None:
+                check_text(getattr(self, key), key)
+        if self.key_env is not None and not _VARIABLE.fullmatch(self.key_env):
+            raise RecipeError(
+                "key_env is not the name of an environment variable, and a key itself must never stand in a "
+                'recipe.\nhint: export OPENAI_API_KEY=…, and write "key_env": "OPENAI_API_KEY"'
+            )
+        if self.endpoint not in (None, *ENDPOINTS):
+            raise RecipeError(
+                f"endpoint is {as_json(self.endpoint)}, and must be one of {', '.join(ENDPOINTS)}"
+                f"{did_you_mean(self.endpoint or '', ENDPOINTS)}"
+            )
+        for key, least in (
+            ("top_logprobs", 1),
+            ("lookahead", 1),
+            ("max_concurrency", 1),
+            ("max_retries", 0),
+        ):
+            check_count(key, getattr(self, key), least=least)
+        for key in ("timeout_s", "prompt_price", "completion_price"):
+            value = getattr(self, key)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if (
+                not is_number
+                or not math.isfinite(value)
+                or value < 0
+                or (key == "timeout_s" and not value)
+            ):
+                raise RecipeError(f"{key} is {as_json(value)}, and must be a number above 0")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """One model of a recipe.
+
+    Args:
+        model: A local directory, a `.gguf` file, `package:NAME/PATH`, or a Hub id; of the base also the
+            address of an API.
+        adapter: A LoRA adapter on it: a local directory, `package:NAME/PATH`, or a Hub id.
+        same_as: `base` reuses the base's logits, and excludes all else.
+        revision: Branch, tag or commit of the model, if it is a Hub id.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto` for the stored one; None is the stored one on an
+            accelerator and float32 on the CPU.
+        device: As torch names it, or `auto` to spread the model; None is CUDA where there is some.
+        quantization: What transformers takes as `quantization_config`, such as `{"load_in_4bit": true}`.
+        attn_implementation: What transformers takes under that name, such as `sdpa`.
+        cuda_graphs: Launch the kernels of short forwards all at once; needs a CUDA device of its own.
+        prompt: `plain`, `chat` for the tokenizer's own template, or a Jinja template.
+        trust_remote_code: Run code that comes with the model.
+        allow_pickle: Accept pickled weights, which can run any code when they are read.
+        llama_cpp: Run a `.gguf` file with llama.cpp; None leaves it to transformers.
+        api: How to ask a base whose `model` is the address of an API, such as `http://localhost:8000/v1`.
+
+    Raises:
+        RecipeError: A value is of the wrong kind, or two exclude each other.
+    """
+
+    model: str | None = None
+    adapter: str | None = None
+    same_as: Literal["base"] | None = None
+    revision: str | None = None
+    dtype: str | None = None
+    device: str | None = None
+    quantization: Mapping[str, Any] | None = field(default=None, hash=False)
+    attn_implementation: str | None = None
+    cuda_graphs: bool = False
+    prompt: str = "plain"
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    llama_cpp: LlamaCppSettings | None = None
+    api: ApiSettings | None = None
+
+    def __post_init__(self) -> None:
+        for key in (
+            "model", "adapter", "same_as", "revision", "dtype", "device", "attn_implementation", "prompt",
+        ):  # fmt: skip
+            value = getattr(self, key)
+            if value is not None or key == "prompt":
+                check_text(value, key)
+        for key in ("trust_remote_code", "allow_pickle", "cuda_graphs"):
+            if not isinstance(getattr(self, key), bool):
+                raise RecipeError(
+                    f"{key} is {as_json(getattr(self, key))}, and must be true or false"
+                )
+        if self.same_as is not None:
+            self._check_same_as()
+        elif self.model is None and self.adapter is None:
+            raise RecipeError(
+                "neither model nor same_as is given, so there is nothing to run.\n"
+                'hint: {"model": "owner/name"}, or {"same_as": "base"} in an expert'
+            )
+        if self.dtype is not None and self.dtype not in (*DTYPES, "auto"):
+            raise RecipeError(
+                f"dtype is {as_json(self.dtype)}, and must be one of {', '.join((*DTYPES, 'auto'))}"
+                f"{did_you_mean(self.dtype, (*DTYPES, 'auto'))}"
+            )
+        if self.quantization is not None:
+            check_settings(self.quantization)
+        if self.model is not None and is_url(self.model):
+            self._check_api()
+        elif self.api is not None:
+            raise RecipeError(
+                f"api is given and model is {as_json(self.model)}, which is no address.\n"
+                'hint: "model": "http://localhost:8000/v1", or leave api out'
+            )
+        elif self.llama_cpp is not None:
+            self._check_llama_cpp()
+        elif self.model is not None and self.adapter is not None and is_gguf(self.adapter):
+            raise RecipeError(
+                f"adapter is {as_json(self.adapter)}, and GGUF adapters are for llama.cpp.\n"
+                'hint: name its model as a .gguf file with "llama_cpp": {}, or the adapter as PEFT saved it'
+            )
+        if self.prompt not in ("plain", "chat") and not (
+            "{{" in self.prompt or "{%" in self.prompt
+        ):
+            raise RecipeError(
+                f'prompt is {as_json(self.prompt)}, and must be "plain", "chat" or a Jinja template'
+                f"{did_you_mean(self.prompt, ('plain', 'chat'))}"
+            )
+
+    def _check_api(self) -> None:
+        if self.api is None:
+            object.__setattr__(self, "api", ApiSettings())
+        kept = {"model", "prompt", "api"}
+        for setting in fields(self):
+            if setting.name not in kept and getattr(self, setting.name) != setting.default:
+                raise RecipeError(
+                    f"model is the address of an API and {setting.name} is given, which its server decides.\n"
+                    f"hint: leave {setting.name} out"
+                )
+        address = urlsplit(self.model or "")
+        if address.username or address.password or address.query:
+            raise RecipeError(
+                "the address of the API holds a name, a password or a query, and a recipe holds no secrets.\n"
+                'hint: name an environment variable in "api": {"key_env": "OPENAI_API_KEY"}'
+            )
+
+    def _check_llama_cpp(self) -> None:
+        if self.model is not None and not is_gguf(self.model):
+            raise RecipeError(
+                f"llama_cpp is given and model is {as_json(self.model)}, and llama.cpp runs .gguf files.\n"
+                "hint: name a .gguf file, or make one with `proxytune export-gguf`"
+            )
+        if self.adapter is not None and not is_gguf(self.adapter):
+            raise RecipeError(
+                f"llama_cpp is given and adapter is {as_json(self.adapter)}, "
+                "and llama.cpp takes .gguf files.\n"
+                "hint: make one with `proxytune export-gguf`"
+            )
+        for key in ("dtype", "device", "quantization", "attn_implementation", "cuda_graphs"):
+            if getattr(self, key):
+                raise RecipeError(
+                    f"llama_cpp and {key} are both given, and {key} is for transformers.\n"
+                    f"hint: leave {key} out; llama_cpp has settings of its own: "
+                    f"{', '.join(setting.name for setting in fields(LlamaCppSettings))}"
+                )
+
+    def _check_same_as(self) -> None:
+        if self.same_as != "base":
+            raise RecipeError(
+                f'same_as is {as_json(self.same_as)}, and only "base" is known.\n'
+                "hint: name a model with model, or leave same_as out"
+            )
+        for setting in fields(self):
+            if setting.name != "same_as" and getattr(self, setting.name) != setting.default:
+                raise RecipeError(
+                    f"same_as and {setting.name} are both given, and the base's logits are reused as they "
+                    f"are.\nhint: leave {setting.name} out, or name the model again with model"
+                )
+
+    @property
+    def weights(self) -> ModelSpec:
+        """The spec without adapter and prompt: models that have it in common share one copy of weights."""
+        return replace(self, adapter=None, prompt="plain")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object of this model, without what is at its default."""
+        return _without_defaults(self)
+
+
+# What an expert that is only an adapter takes over from the model it sits on.
+_SHARED_KEYS = (
+    "model", "revision", "dtype", "device", "quantization", "attn_implementation", "cuda_graphs",
+    "trust_remote_code", "allow_pickle", "llama_cpp",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSpec:
+    """One expert with its anti-expert.
+
+    An expert given as an adapter alone sits on the anti-expert's model: everything about those weights is
+    taken over, and only the prompt format is its own.
+
+    Args:
+        name: Letters, digits, `.`, `_` and `-`.
+        expert: The small model after tuning.
+        anti_expert: The same small model before tuning, or one tuned to the opposite.
+        alpha: Strength of steering; 0 is the base alone, 1 the published method.
+
+    Raises:
+        RecipeError: A value cannot be used, or two exclude each other.
+    """
+
+    name: str
+    expert: ModelSpec
+    anti_expert: ModelSpec
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_text(self.name, "name")
+        if not _EXPERT_NAME.fullmatch(self.name):
+            raise RecipeError(
+                f"name is {as_json(self.name)}, and must be letters, digits, '.', '_' and '-', "
+                "beginning with a letter or digit"
+            )
+        try:
+            object.__setattr__(self, "alpha", check_alpha(self.alpha))
+        except (InvalidRequest, OverflowError) as error:
+            raise RecipeError(str(error)) from error
+        for part in ("expert", "anti_expert"):
+            if getattr(self, part).api is not None:
+                raise RecipeError(
+                    f"{part} is behind an API, which shows too little of what it predicts; only a base can "
+                    f"be.\nhint: name a small model that runs here"
+                )
+        if self.expert.same_as and self.anti_expert.same_as:
+            raise RecipeError(
+                'expert and anti_expert are both {"same_as": "base"}, so their difference is nothing.\n'
+                "hint: name a model for one of them"
+            )
+        if self.anti_expert.same_as is None and self.anti_expert.model is None:
+            raise RecipeError(
+                "anti_expert has an adapter and no model to put it on.\n"
+                'hint: {"model": "owner/name", "adapter": "adapters/opposite"}'
+            )
+        if self.expert.same_as is None and self.expert.model is None:
+            object.__setattr__(self, "expert", self._on_the_anti_experts_model())
+
+    def _on_the_anti_experts_model(self) -> ModelSpec:
+        if self.anti_expert.same_as is not None:
+            raise RecipeError(
+                'expert is only an adapter, and anti_expert is {"same_as": "base"}, so it is unclear which '
+                "model the adapter belongs to.\nhint: give expert a model beside its adapter"
+            )
+        own = self.expert.to_dict()
+        for key in _SHARED_KEYS:
+            if key in own and getattr(self.expert, key) != getattr(self.anti_expert, key):
+                raise RecipeError(
+                    f"expert is an adapter on the anti-expert's weights, and its {key} "
+                    f"({as_json(own[key])}) is not theirs ({as_json(getattr(self.anti_expert, key))}).\n"
+                    f"hint: set {key} in anti_expert, or give expert a model of its own"
+                )
+        return replace(self.expert, **{key: getattr(self.anti_expert, key) for key in _SHARED_KEYS})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object of this expert."""
+        expert = self.expert.to_dict()
+        if self.expert.adapter is not None and self.expert.weights == self.anti_expert.weights:
+            expert = {key: value for key, value in expert.items() if key not in _SHARED_KEYS}
+        return {
+            "name": self.name,
+            "anti_expert": self.anti_expert.to_dict(),
+            "expert": expert,
+            "alpha": self.alpha,
+        }
+
+
+def model_spec(value: Any, place: str) -> ModelSpec:
+    """Read one model's object."""
+    value = as_object(value, place)
+    known = [setting.name for setting in fields(ModelSpec)]
+    check_keys(value, known=known, place=place)
+    for key, kind in (("llama_cpp", LlamaCppSettings), ("api", ApiSettings)):
+        if value.get(key) is None:
+            continue
+        settings = as_object(value[key], f"{place}.{key}")
+        check_keys(settings, known=[s.name for s in fields(kind)], place=f"{place}.{key}")
+        try:
+            value[key] = kind(**settings)
+        except RecipeError as error:
+            raise RecipeError(f"{place}.{key}: {error}") from error
+    try:
+        return ModelSpec(**value)
+    except RecipeError as error:
+        raise RecipeError(f"{place}: {error}") from error
+
+
+def expert_spec(value: Any, place: str) -> ExpertSpec:
+    """Read one expert's object."""
+    value = as_object(value, place)
+    check_keys(value, known=[setting.name for setting in fields(ExpertSpec)], place=place)
+    check_required(value, ("name", "expert", "anti_expert"), place)
+    expert = model_spec(value["expert"], f"{place}.expert")
+    anti_expert = model_spec(value["anti_expert"], f"{place}.anti_expert")
+    try:
+        return ExpertSpec(value["name"], expert, anti_expert, value.get("alpha", 1.0))
+    except RecipeError as error:
+        raise RecipeError(f"{place}: {error}") from error
+
+
+def _without_defaults(settings: Any) -> dict[str, Any]:
+    """Return the JSON object of a dataclass, without what is at its default."""
+    content: dict[str, Any] = {}
+    for setting in fields(settings):
+        value = getattr(settings, setting.name)
+        if value == setting.default:
+            continue
+        if is_dataclass(value):
+            value = _without_defaults(value)
+        content[setting.name] = dict(value) if isinstance(value, Mapping) else value
+    return content

@@ -1,0 +1,363 @@
+"""From text or a conversation to each model's token ids.
+
+Every model of a recipe has a prompt format, and renders the same prompt in its own way: the expert may
+want its chat template where the base sees plain text. A format is
+
+- `plain`: the text as it is, with the special tokens that the tokenizer usually adds;
+- `chat`: the tokenizer's chat template, ready for the assistant's turn;
+- a Jinja template, recognised by `{{` or `{%`. It sees `messages`, `prompt` (the text of the last user
+  message), `bos_token`, `eos_token` and `add_generation_prompt`, and writes its special tokens itself.
+
+Prompts that are token ids already do not come here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, NoReturn, Protocol
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from proxytune.errors import (
+    InvalidRequest,
+    PromptFormatError,
+)
+from proxytune.request import Message, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class PromptFormat:
+    """How one member wants its prompts."""
+
+    prompt_format: str
+    tokenizer: Tokenizer
+
+
+PLAIN_USER_TURN = "\n\nUser:"
+"""How a user's next turn begins in a longer conversation in the `plain` format."""
+
+
+class ChatPrompt(tuple[int, ...]):
+    """Token ids that remember the messages they were rendered from.
+
+    A base behind a chat endpoint renders messages itself; nobody else looks at them.
+    """
+
+    messages: tuple[Message, ...]
+
+    @classmethod
+    def of(cls, token_ids: Sequence[int], prompt: Prompt) -> ChatPrompt:
+        """Return the token ids of a prompt that is text or messages."""
+        itself = cls(token_ids)
+        itself.messages = tuple(_messages(prompt))
+        return itself
+
+
+class AskedPrompt(str):
+    """A text for plain models, and how models that chat are asked the same.
+
+    The text ends where the answer begins, such as with `Answer:`. In a chat the question is the user's
+    message and the assistant's turn has begun with that word. Everything that takes a text takes this.
+
+    Args:
+        text: What the `plain` format shows.
+        messages: What the other formats show, a user's message last.
+        answer_start: What they put after it, in the assistant's turn.
+    """
+
+    messages: tuple[Message, ...]
+    answer_start: str
+
+    def __new__(cls, text: str, messages: Sequence[Message], answer_start: str = "") -> AskedPrompt:
+        """Keep the text, and beside it how it is asked in a chat."""
+        itself = super().__new__(cls, text)
+        itself.messages = tuple(messages)
+        itself.answer_start = answer_start
+        return itself
+
+
+class Tokenizer(Protocol):
+    """What this package needs of a tokenizer; those of transformers have it."""
+
+    @property
+    def chat_template(self) -> Any:
+        """A Jinja template, several by name, or None."""
+
+    @property
+    def bos_token(self) -> str | None:
+        """The token that begins a sequence, if there is one."""
+
+    @property
+    def eos_token(self) -> str | None:
+        """The token that ends a sequence, if there is one."""
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The id of `eos_token`."""
+
+    @property
+    def all_special_ids(self) -> Sequence[int]:
+        """The ids of the named special tokens."""
+
+    def get_vocab(self) -> Mapping[str, int]:
+        """Return every token with its id, added tokens included."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]:
+        """Return the token ids of a text."""
+
+    def decode(
+        self,
+        token_ids: Any,
+        *,
+        skip_special_tokens: bool = ...,
+        clean_up_tokenization_spaces: bool = ...,
+    ) -> Any:
+        """Return the text of token ids."""
+
+    def convert_ids_to_tokens(self, ids: Any) -> Any:
+        """Return the token strings of token ids."""
+
+    def apply_chat_template(
+        self, conversation: Any, *, add_generation_prompt: bool = ..., tokenize: bool = ...
+    ) -> Any:
+        """Return a conversation as the model's chat format writes it."""
+
+
+def behave_alike(one: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two tokenizers do the same with every text and chat, as far as that can be told by looking."""
+    names = (
+        "chat_template",
+        "bos_token",
+        "eos_token",
+        "all_special_ids",
+        "clean_up_tokenization_spaces",
+    )
+    if type(one) is not type(other) or any(
+        getattr(one, name, None) != getattr(other, name, None) for name in names
+    ):
+        return False
+    # What cuts a text: tokens, normaliser, rules, merges, and what is put around it.
+    mine, theirs = (getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (one, other))
+    return mine is not None and theirs is not None and mine.to_str() == theirs.to_str()
+
+
+def render(prompt: Prompt, *, prompt_format: str, tokenizer: Tokenizer, name: str) -> list[int]:
+    """Return the token ids that one model gets to see.
+
+    A conversation in the `plain` format becomes its text: a single user message is its content, after the
+    system message and a blank line if there is one. Longer ones are written as `User: …`, `Assistant: …`,
+    with blank lines between and an open `Assistant:` at the end. That is a choice: models without a chat
+    template have no convention. In every format the assistant begins a new turn, also after a message of its
+    own.
+
+    Args:
+        prompt: Text or messages.
+        prompt_format: `plain`, `chat` or a Jinja template.
+        tokenizer: The model's.
+        name: How errors call the model.
+
+    Raises:
+        InvalidRequest: The result has no tokens.
+        PromptFormatError: The format is unknown, the tokenizer has no chat template, or a template fails.
+    """
+    text = render_text(prompt, prompt_format=prompt_format, tokenizer=tokenizer, name=name)
+    # A template writes its special tokens itself.
+    token_ids = tokenizer.encode(text, add_special_tokens=prompt_format == "plain")
+    if not token_ids:
+        raise InvalidRequest(
+            f"the prompt has no tokens for {name} in the format {_shorten(prompt_format)}, so there is "
+            "nothing to continue.\nhint: give at least one token of text"
+        )
+    return list(token_ids)
+
+
+def continuation_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Return the token ids of a text that goes on after others.
+
+    Tokenizers of the SentencePiece kind write a space before any text they are given, which only belongs
+    before the first; it is kept off by putting a line break there and taking it away again.
+    """
+    start = list(tokenizer.encode("\n", add_special_tokens=False))
+    if len(start) > 1 and tokenizer.convert_ids_to_tokens(start)[0] == "\u2581":
+        whole = list(tokenizer.encode("\n" + text, add_special_tokens=False))
+        if whole[: len(start)] == start:
+            return whole[len(start) :]
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def render_text(
+    prompt: Prompt,
+    *,
+    prompt_format: str,
+    tokenizer: Tokenizer,
+    name: str,
+    add_generation_prompt: bool = True,
+) -> str:
+    """Return the text that `render` tokenises; arguments and errors are the same.
+
+    Args:
+        prompt: Text or messages.
+        prompt_format: `plain`, `chat` or a Jinja template.
+        tokenizer: The model's.
+        name: How errors call the model.
+        add_generation_prompt: Begin the assistant's turn at the end, as generation needs it. Without it, a
+            conversation that ends with the assistant's message shows how a format ends that turn.
+    """
+    kind = check_syntax(prompt_format, name)
+    if kind == "plain":
+        if isinstance(prompt, str):
+            return prompt
+        return _plain_text(_messages(prompt), add_generation_prompt)
+    messages = _messages(prompt)
+    if kind == "chat":
+        text = _apply_chat_template(messages, tokenizer, name, add_generation_prompt)
+    else:
+        text = _apply_jinja(prompt_format, messages, tokenizer, name, add_generation_prompt)
+    if isinstance(prompt, AskedPrompt) and prompt.answer_start:
+        # A turn that begins on a line of its own, or after a space, needs no further one.
+        text += prompt.answer_start if text[-1:].isspace() else " " + prompt.answer_start
+    return text
+
+
+def check_syntax(prompt_format: str, name: str) -> Literal["plain", "chat", "jinja"]:
+    """Return the kind of a prompt format. Needs no tokenizer.
+
+    Raises:
+        PromptFormatError: It is of no known kind, or a template that is malformed.
+    """
+    if prompt_format == "plain":
+        return "plain"
+    if prompt_format == "chat":
+        return "chat"
+    if "{{" in prompt_format or "{%" in prompt_format:
+        try:
+            _compile(prompt_format)
+        except (
+            Exception
+        ) as error:  # Jinja may also exhaust the recursion limit, or Python's own parser.
+            line = (
+                f" in line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+            )
+            raise PromptFormatError(
+                f"the prompt template of {name} is malformed{line}: {error}\n"
+                "hint: a template that shows the prompt alone is {{ prompt }}"
+            ) from error
+        return "jinja"
+    raise PromptFormatError(
+        f'the prompt format of {name} is {_shorten(prompt_format)}, which is not "plain", "chat" or a Jinja '
+        "template.\nhint: a template holds {{ prompt }}, or goes through messages with {% for %}"
+    )
+
+
+def _messages(prompt: Prompt) -> list[Message]:
+    if isinstance(prompt, AskedPrompt):
+        return list(prompt.messages)
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    messages: list[Message] = []
+    for message in prompt:
+        assert not isinstance(message, int), "token ids need no rendering"
+        messages.append(message)
+    return messages
+
+
+def _plain_text(messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    roles = [message["role"] for message in messages]
+    is_single = (
+        roles.count("user") == 1 and roles[-1] == "user" and set(roles) <= {"system", "user"}
+    )
+    parts = []
+    for message in messages:
+        if is_single or message["role"] == "system":
+            parts.append(message["content"])
+        else:
+            parts.append(f"{message['role'].capitalize()}: {message['content']}")
+    if add_generation_prompt and not is_single:
+        parts.append("Assistant:")
+    return "\n\n".join(part for part in parts if part)
+
+
+def _apply_chat_template(
+    messages: list[Message], tokenizer: Tokenizer, name: str, add_generation_prompt: bool
+) -> str:
+    if not tokenizer.chat_template:
+        raise PromptFormatError(
+            f'{name} has no chat template, and its prompt format is "chat".\n'
+            'hint: set its "prompt" to "plain", or to a Jinja template such as '
+            '"User: {{ prompt }}\\nAssistant:"'
+        )
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+    except Exception as error:  # A template is foreign code, and may fail in any way.
+        raise PromptFormatError(
+            f"the chat template of {name} fails on this prompt (roles {_roles(messages)}): {error}\n"
+            "hint: some templates allow no system message, or only user and assistant in turn; "
+            'a Jinja template of your own as "prompt" may do otherwise'
+        ) from error
+    return str(text)
+
+
+def _apply_jinja(
+    source: str,
+    messages: list[Message],
+    tokenizer: Tokenizer,
+    name: str,
+    add_generation_prompt: bool,
+) -> str:
+    users = [message["content"] for message in messages if message["role"] == "user"]
+    try:
+        return _compile(source).render(
+            messages=messages,
+            prompt=users[-1] if users else "",
+            bos_token=tokenizer.bos_token or "",
+            eos_token=tokenizer.eos_token or "",
+            add_generation_prompt=add_generation_prompt,
+        )
+    except Exception as error:  # The sandbox has exceptions of its own, and filters may raise any.
+        raise PromptFormatError(
+            f"the prompt template of {name} fails on this prompt (roles {_roles(messages)}): {error}\n"
+            "hint: templates see messages, prompt, bos_token, eos_token and add_generation_prompt"
+        ) from error
+
+
+class _Unprintable(jinja2.Undefined):
+    """An unknown variable: may be tested, as chat templates do, but not shown or gone through.
+
+    By default Jinja shows it as nothing, and a misspelt `{{ promt }}` would silently leave the prompt out.
+    """
+
+    __slots__ = ()
+    __str__ = jinja2.Undefined._fail_with_undefined_error
+    __iter__ = jinja2.Undefined._fail_with_undefined_error
+
+
+@lru_cache(maxsize=64)
+def _compile(source: str) -> jinja2.Template:
+    # As transformers compiles chat templates, so that one can be copied; but a final newline stays, since in
+    # a recipe it was written on purpose ("### Response:\n").
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=_Unprintable,
+        extensions=["jinja2.ext.loopcontrols"],
+    )
+    environment.globals["raise_exception"] = _raise_exception
+    return environment.from_string(source)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _roles(messages: Sequence[Message]) -> str:
+    return ", ".join(message["role"] for message in messages)
+
+
+def _shorten(prompt_format: str) -> str:
+    return repr(prompt_format if len(prompt_format) <= 60 else prompt_format[:57] + "...")

@@ -1,0 +1,344 @@
+"""Whether two models share one set of tokens, and how to carry logits and token ids between them.
+
+Words: a *vocabulary* maps token strings to ids. Its *width* is the number of rows of the model's output head,
+which is often rounded up; a *padding id* is an id below the width that no token has. Two vocabularies are
+*aligned* when each token of one is a token of the other. Maps are compared, never sizes: Qwen2.5 comes with
+heads of 151,936 and of 152,064 rows over one tokenizer.
+
+Text and models never reach this file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice, zip_longest
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from proxytune.errors import InvalidRequest, VocabularyMismatch
+
+NUM_EXAMPLES = 5
+"""How many differences a `VocabularyMismatch` shows."""
+
+
+class HasVocab(Protocol):
+    """Anything that tells its tokens: every Hugging Face tokenizer does."""
+
+    def get_vocab(self) -> Mapping[str, int]:
+        """Return token strings and their ids, added tokens included."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of one model.
+
+    Args:
+        name: How errors call the model.
+        token_to_id: Each token's id, added tokens included.
+        width: Rows of the output head, above every id.
+
+    Raises:
+        ValueError: An id does not lie between 0 and `width`.
+    """
+
+    name: str
+    token_to_id: Mapping[str, int]
+    width: int
+
+    def __post_init__(self) -> None:
+        ids = self.token_to_id.values()
+        if ids and not (min(ids) >= 0 and max(ids) < self.width):
+            raise ValueError(
+                f"{self.name} has token ids from {min(ids)} to {max(ids)}, and an output head of "
+                f"{self.width} rows"
+            )
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: HasVocab, *, name: str, width: int) -> Vocabulary:
+        """Read the tokens of a tokenizer whose model has `width` output rows.
+
+        Tokens beyond the head (a pad token added to the tokenizer alone, for one) are left out: the model
+        can neither read nor produce them.
+        """
+        vocab = tokenizer.get_vocab()
+        return cls(name, {token: i for token, i in vocab.items() if 0 <= i < width}, width)
+
+    @cached_property
+    def padding_ids(self) -> Tensor:
+        """`[num_padding]`, ids below the width that no token has, ascending, on the CPU. Never sampled."""
+        return (~self._has_token).nonzero().flatten()
+
+    @cached_property
+    def _has_token(self) -> Tensor:
+        has_token = torch.zeros(self.width, dtype=torch.bool)
+        has_token[_ids(self.token_to_id.values())] = True
+        return has_token
+
+    def check_token_ids(self, token_ids: Sequence[int]) -> None:
+        """Check ids that came from outside, such as a prompt given as token ids.
+
+        Raises:
+            InvalidRequest: An id is out of range or belongs to no token.
+        """
+        for position, token_id in enumerate(token_ids):
+            if not 0 <= token_id < self.width:
+                why = f"the ids of {self.name} end at {self.width - 1}"
+            elif not self._has_token[token_id]:
+                why = f"no token of {self.name} has this id (it pads the output head)"
+            else:
+                continue
+            raise InvalidRequest(
+                f"token id {token_id}, at position {position} of the prompt, cannot be read: {why}.\n"
+                f"hint: give token ids of {self.name}'s own tokenizer, or give the prompt as text"
+            )
+
+
+def token_bytes(vocabulary: Vocabulary) -> dict[int, bytes]:
+    """Return the bytes that each token stands for, by id.
+
+    Tokens are written in one of three ways: in the characters that byte-level BPE gives to bytes (a space is
+    `Ġ`), in those of SentencePiece (a space is `▁`, a lone byte `<0x0A>`), or as they are. Which it is shows
+    in how the vocabulary writes a space. A special token stands for its own name.
+    """
+    tokens = vocabulary.token_to_id
+    if any(token.startswith("Ġ") for token in tokens):
+        table = _byte_level_characters()
+        return {
+            token_id: bytes(table[c] for c in token)
+            if all(c in table for c in token)
+            else token.encode()
+            for token, token_id in tokens.items()
+        }
+    if any(token.startswith("▁") for token in tokens):
+        return {
+            token_id: bytes([int(token[3:5], 16)])
+            if re.fullmatch(r"<0x[0-9A-F]{2}>", token)
+            else token.replace("▁", " ").encode()
+            for token, token_id in tokens.items()
+        }
+    return {token_id: token.encode() for token, token_id in tokens.items()}
+
+
+def _byte_level_characters() -> dict[str, int]:
+    """Return the byte of each character of byte-level BPE.
+
+    Printable characters of Latin-1 stand for themselves; the other bytes, in order, for those from U+0100 on
+    (Radford et al. 2019, the code of GPT-2).
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    table = {chr(byte): byte for byte in printable}
+    return table | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """How a small model's token ids correspond to the base's. `align` makes one.
+
+    Args:
+        kind: `same` (one map, one width), `padded` (one map, another width), or `permuted` (the same token
+            strings under other ids).
+        base_width: Rows of the base's output head.
+        small_width: Rows of the small model's output head.
+        num_shared: For `padded`: ids from here on belong to no token.
+        small_ids: For `permuted`: `[base_width]`, the small model's id of each base id, -1 for padding ids.
+    """
+
+    kind: Literal["same", "padded", "permuted"]
+    base_width: int
+    small_width: int
+    num_shared: int
+    small_ids: Tensor | None = field(default=None, repr=False)
+    _tables: dict[torch.device, _Tables] = field(default_factory=dict, init=False, repr=False)
+
+    def logits_to_base(self, logits: Tensor) -> Tensor:
+        """Bring a small model's logits into the base's order and width.
+
+        Args:
+            logits: `[..., small_width]`, any dtype and device.
+
+        Returns:
+            `[..., base_width]`; the same tensor for `same`, and possibly a view for `padded`. Base ids that
+            only the head's padding has are 0 where this method makes them, so an expert and its anti-expert
+            differ by nothing there; for `same` they keep what the model gave. `decode/batch.py` never samples them.
+        """
+        assert logits.shape[-1] == self.small_width, (tuple(logits.shape), self.small_width)
+        if self.kind == "same":
+            return logits
+        if self.kind == "padded":
+            shared = logits[..., : self.num_shared]
+            num_missing = self.base_width - self.num_shared
+            return torch.nn.functional.pad(shared, (0, num_missing)) if num_missing else shared
+        tables = self._tables_on(logits.device)
+        aligned = logits.index_select(-1, tables.gather)
+        return aligned.index_fill_(-1, tables.padding, 0) if len(tables.padding) else aligned
+
+    def ids_to_small(self, token_ids: Tensor) -> Tensor:
+        """Translate the base's token ids, a LongTensor of any shape, to the small model's.
+
+        Ids must belong to tokens (`Vocabulary.check_token_ids`). A padding id becomes -1 where ids are
+        permuted, so that the model's embedding refuses it instead of reading another token.
+        """
+        if self.small_ids is None:
+            return token_ids
+        return self._tables_on(token_ids.device).small_ids[token_ids]
+
+    def _tables_on(self, device: torch.device) -> _Tables:
+        if device not in self._tables:
+            assert self.small_ids is not None
+            small_ids = self.small_ids.to(device)
+            self._tables[device] = _Tables(
+                small_ids=small_ids,
+                gather=small_ids.clamp(min=0),
+                padding=(small_ids < 0).nonzero().flatten(),
+            )
+        return self._tables[device]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Tables:
+    """A permutation on one device."""
+
+    small_ids: Tensor  # [base_width], -1 for padding ids
+    gather: Tensor  # [base_width], the same with 0 for -1
+    padding: Tensor  # [num_padding], base ids that no token has
+
+
+def align(base: Vocabulary, small: Vocabulary) -> Alignment:
+    """Find how the small model's tokens correspond to the base's.
+
+    Raises:
+        VocabularyMismatch: The two do not have the same token strings, or ids do not correspond one to one.
+    """
+    num_shared = max(base.token_to_id.values(), default=-1) + 1
+    if base.token_to_id == small.token_to_id:
+        kind: Literal["same", "padded"] = "same" if base.width == small.width else "padded"
+        return Alignment(kind, base.width, small.width, num_shared)
+    if base.token_to_id.keys() != small.token_to_id.keys():
+        raise _mismatch(base, small)
+    in_base = _ids(base.token_to_id.values())
+    in_small = _ids(small.token_to_id[token] for token in base.token_to_id)
+    small_ids = torch.full((base.width,), -1)
+    small_ids[in_base] = in_small
+    base_ids = torch.full((small.width,), -1)
+    base_ids[in_small] = in_base
+    # Two token strings may share an id. That is harmless unless the other model tells them apart.
+    if not (torch.equal(small_ids[in_base], in_small) and torch.equal(base_ids[in_small], in_base)):
+        raise _mismatch(base, small)
+    return Alignment("permuted", base.width, small.width, num_shared, small_ids)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMap:
+    """Which of the base's tokens a small model of another tokenizer has too. `map_tokens` makes one.
+
+    Args:
+        small_ids: `[base_width]`, the small model's id of each base id, -1 where it has no such token.
+        num_base_tokens: How many tokens the base has.
+    """
+
+    small_ids: Tensor = field(repr=False)
+    num_base_tokens: int
+
+    @property
+    def num_mapped(self) -> int:
+        """How many of the base's tokens the small model has too."""
+        return int((self.small_ids >= 0).sum())
+
+    @property
+    def share(self) -> float:
+        """What share of the base's tokens that is."""
+        return self.num_mapped / max(1, self.num_base_tokens)
+
+    @cached_property
+    def distinct(self) -> Tensor:
+        """`[num]`, base ids of which each has another small id: some tokens of the base mean the same."""
+        found = {own: base for base, own in enumerate(self._list) if own >= 0}
+        return torch.tensor(sorted(found.values()), dtype=torch.long)
+
+    def small_id(self, token_id: int) -> int | None:
+        """Return the small model's id of one of the base's tokens; None where it has none."""
+        own = self._list[token_id]
+        return own if own >= 0 else None
+
+    @cached_property
+    def _list(self) -> list[int]:
+        ids: list[int] = self.small_ids.tolist()
+        return ids
+
+
+def map_tokens(
+    base: Vocabulary,
+    small: Vocabulary,
+    *,
+    base_special_ids: Collection[int] = (),
+    small_special_ids: Collection[int] = (),
+    roles: Iterable[tuple[int | None, int | None]] = (),
+) -> TokenMap:
+    """Find the tokens of two tokenizers that stand for the same bytes.
+
+    Args:
+        base: The base's tokens.
+        small: The small model's.
+        base_special_ids: Tokens that are no text; one is only ever mapped to another of the same name.
+        small_special_ids: The same of the small model.
+        roles: Ids of both that mean the same whatever they are called, such as those that end a text; the
+            first pair with a base id counts.
+    """
+    small_bytes = token_bytes(small)
+    ordinary: dict[bytes, int] = {}
+    # Of two that stand for the same bytes, tokenizers write the one that is not `<0x41>`.
+    for _, token_id in sorted(small.token_to_id.items(), key=lambda item: item[0][:3] != "<0x"):
+        if token_id not in small_special_ids:
+            ordinary[small_bytes[token_id]] = token_id
+    special = {t: i for t, i in small.token_to_id.items() if i in small_special_ids}
+    small_ids = torch.full((base.width,), -1)
+    base_bytes = token_bytes(base)
+    for token, token_id in base.token_to_id.items():
+        is_special = token_id in base_special_ids
+        found = special.get(token) if is_special else ordinary.get(base_bytes[token_id])
+        if found is not None:
+            small_ids[token_id] = found
+    done: set[int] = set()
+    for base_id, small_id in roles:
+        if base_id is not None and small_id is not None and base_id not in done:
+            small_ids[base_id] = small_id
+            done.add(base_id)
+    return TokenMap(small_ids, len(set(base.token_to_id.values())))
+
+
+def _ids(ids: Iterable[int]) -> Tensor:
+    return torch.tensor(list(ids), dtype=torch.long)
+
+
+def _mismatch(base: Vocabulary, small: Vocabulary) -> VocabularyMismatch:
+    in_base, in_small = base.token_to_id, small.token_to_id
+    only_base = sorted((i, token) for token, i in in_base.items() if token not in in_small)
+    only_small = sorted((i, token) for token, i in in_small.items() if token not in in_base)
+    other_ids = sorted(
+        (i, in_small[token], token) for token, i in in_base.items() if in_small.get(token, i) != i
+    )
+    kinds = (
+        [f"{token!r} (id {i}) only in {base.name}" for i, token in only_base[:NUM_EXAMPLES]],
+        [f"{token!r} (id {i}) only in {small.name}" for i, token in only_small[:NUM_EXAMPLES]],
+        [
+            f"{token!r} is id {i} in {base.name} and id {j} in {small.name}"
+            for i, j, token in other_ids[:NUM_EXAMPLES]
+        ],
+    )
+    examples = islice((e for row in zip_longest(*kinds) for e in row if e), NUM_EXAMPLES)
+    return VocabularyMismatch(
+        f"{small.name} and {base.name} do not share one vocabulary, so their logits cannot be added token by "
+        f"token: {len(in_base):,} tokens in {base.name} and {len(in_small):,} in {small.name}; "
+        f"{len(only_base):,} only in {base.name}, {len(only_small):,} only in {small.name}, "
+        f"{len(other_ids):,} under other ids.\n"
+        + "".join(f"  {example}\n" for example in examples)
+        + f"hint: take expert and anti-expert from small models that use the tokenizer of {base.name}, "
+        'usually of the same family and generation; or let a recipe with "vocabulary": "map" steer the '
+        "tokens that both have"
+    )
