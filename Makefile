@@ -33,16 +33,16 @@ test-transformers-5.19: .venv-tf519/.installed ## Run quick tests with the oldes
 	.venv-tf519/bin/python -m pytest -m "not slow and not network and not gpu" $(OLD_TRANSFORMERS_TESTS) $(ARGS)
 
 test-gguf: .venv-gguf/.installed ## Run the tests of llama.cpp, in process and behind its server (compiles it first)
-	.venv-gguf/bin/python -m pytest tests/test_llama_cpp.py tests/test_api_llama_cpp.py $(ARGS)
+	.venv-gguf/bin/python -m pytest tests/backends/test_llama_cpp.py tests/backends/api/test_llama_cpp_server.py $(ARGS)
 
 test-vllm: .venv-vllm/.installed ## Run the tests of recipes inside vLLM, and of a base behind it
-	.venv-vllm/bin/python -m pytest tests/test_vllm_plugin.py tests/test_vllm_request.py tests/test_api_vllm.py $(ARGS)
+	.venv-vllm/bin/python -m pytest tests/integrations/vllm/test_plugin.py tests/integrations/vllm/test_request.py tests/backends/api/test_vllm_server.py $(ARGS)
 
 test-lm-eval: .venv-lm-eval/.installed ## Run the tests of recipes in lm-eval
-	.venv-lm-eval/bin/python -m pytest tests/test_lm_eval.py $(ARGS)
+	.venv-lm-eval/bin/python -m pytest tests/integrations/test_lm_eval.py $(ARGS)
 
 test-fit: setup .venv-fit/.installed ## Run the snippets of other tools: transformers, OpenAI's client, LangChain, LiteLLM
-	CLIENTS_PYTHON=.venv-fit/bin/python $(BIN)/python -m pytest tests/test_fit.py $(ARGS)
+	CLIENTS_PYTHON=.venv-fit/bin/python $(BIN)/python -m pytest tests/scripts/test_other_tools.py $(ARGS)
 
 test-package: setup ## Build wheel and sdist, install them into a clean environment, and look at what a user gets
 	$(BIN)/python scripts/check_package.py $(ARGS)

@@ -4,8 +4,8 @@
     python scripts/check_docs.py --write    write again what is made from the code, then check
 
 Made from the code are docs/reference/cli.md, docs/reference/recipe.schema.json, and on any page what stands
-between `<!-- from WHAT -->` and `<!-- end -->`: `src/proxytune/logits/steer.py: combine, offset` is the code of two
-functions without their docstrings, `recipe: ModelSpec` a table of a recipe's keys.
+between `<!-- from WHAT -->` and `<!-- end -->`: `src/proxytune/logits/steer.py: combine, offset` is the
+code of two functions without their docstrings, `recipe: ModelSpec` a table of a recipe's keys.
 
 Checked on every page: Python blocks parse, and what they import from proxytune is there; JSON blocks parse,
 and recipes among them are valid; commands in shell blocks and code spans exist, with their options and make

@@ -268,7 +268,13 @@ def check_sdist(sdist: Path) -> None:
     """Check that what is needed to build, test and cite is packed, and nothing else."""
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for name in (*NOTICES, "CITATION.cff", "Makefile", "constraints.txt", "tests/test_steer.py"):
+    for name in (
+        *NOTICES,
+        "CITATION.cff",
+        "Makefile",
+        "constraints.txt",
+        "tests/logits/test_steer.py",
+    ):
         check(name in names, f"the sdist lacks {name}")
     for name in ("examples/quickstart.py", "docker/Dockerfile", "zoo/README.md"):
         check(name in names, f"the sdist lacks {name}")

@@ -1,9 +1,9 @@
 """The recipe's format as JSON Schema, and as tables of keys, made from the dataclasses that read it.
 
 Keys, types and defaults are the fields in recipe.py, descriptions their docstrings. What a class refuses
-beyond a key's type stands in `RULES` below; tests/test_docs.py holds both ways of checking against each
-other. Rules between places that JSON Schema cannot state, such as a default expert that exists, are left to
-the recipe.
+beyond a key's type stands in `RULES` below; tests/scripts/test_docs.py holds both ways of checking against
+each other. Rules between places that JSON Schema cannot state, such as a default expert that exists, are
+left to the recipe.
 """
 
 from __future__ import annotations

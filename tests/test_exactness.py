@@ -19,7 +19,7 @@ from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams
 from proxytune.trace import Trace
-from tests.tiny import NUM_TOKENS, tiny_adapter, tiny_gguf, tiny_model, tiny_tokenizer
+from tests.support.tiny import NUM_TOKENS, tiny_adapter, tiny_gguf, tiny_model, tiny_tokenizer
 
 ARCHITECTURES = ("llama", "qwen2", "gpt2")
 PROMPTS = ("the", "in the end there was", "Zoë 🙂", "a", "an otter ran into the rain again")

@@ -25,8 +25,8 @@ from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams
 from proxytune.trace import Trace
-from tests.tiny import tiny_adapter, tiny_model
-from tests.toys import TOKENS, toy_load, toy_model, toy_recipe, toy_table
+from tests.support.tiny import tiny_adapter, tiny_model
+from tests.support.toys import TOKENS, toy_load, toy_model, toy_recipe, toy_table
 
 TWO = {"first": 1.0, "second": 0.7}
 POLICIES = [

@@ -3,8 +3,8 @@
     model = ProxyTuned.load("my-recipe")
     print(model.generate("Once upon a time").text)
 
-It renders prompts for each model, hands rows to `decode/batch.py`, and puts the events together again. Files are
-`checkpoints/checkpoint.py`'s, arithmetic is `logits/steer.py`'s.
+It renders prompts for each model, hands rows to `decode/batch.py`, and puts the events together again.
+Files are `checkpoints/checkpoint.py`'s, arithmetic is `logits/steer.py`'s.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ lanes for the base and for the pairs that steer it, and for no others. Lanes on 
 forward, whichever members and rows they belong to.
 
 A row's last token is *pending*: chosen, and read by no model yet. A *block* is what the models read at once:
-the pending token, then a draft, which is empty in plain decoding (`decode/speculative.py` says who drafts). Tokens
-are chosen position by position as long as the draft had guessed them; what was read beyond is taken back.
+the pending token, then a draft, which is empty in plain decoding (`decode/speculative.py` says who drafts).
+Tokens are chosen position by position as long as the draft had guessed them; what was read beyond is taken
+back.
 
 Rows do not influence each other: each has its own prompt, experts, strengths, seed, stop rules and length. A
 batch can take over the rows of another one between two steps. Text appears here only through `TextStream`;

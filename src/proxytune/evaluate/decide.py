@@ -19,8 +19,7 @@ from proxytune.evaluate.judges import (
     ToxicityClassifier,
 )
 from proxytune.evaluate.plan import EvalOptions, Work
-from proxytune.evaluate.predictors import Predictor
-from proxytune.evaluate.run import file_name
+from proxytune.evaluate.predictors import Predictor, file_name
 from proxytune.tasks.humaneval import CodeTask
 from proxytune.tasks.rows import Row
 

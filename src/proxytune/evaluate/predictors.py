@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -199,3 +200,8 @@ class LazyModel:
         if self._model is None:
             self._model = self._load()
         return self._model
+
+
+def file_name(predictor: str) -> str:
+    """Return a predictor's name as part of a file's."""
+    return re.sub(r"[^\w.-]+", "-", predictor)

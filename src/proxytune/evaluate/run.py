@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -52,6 +51,7 @@ from proxytune.evaluate.predictors import (
     LazyModel,
     Predictor,
     Speaker,
+    file_name,
     predictors_of,
     tuned_recipe,
 )
@@ -238,11 +238,6 @@ def _foreign_report(
         ["scored by lm-eval's own rules"],
         num_items=first.grade.num_items,
     )
-
-
-def file_name(predictor: str) -> str:
-    """Return a predictor's name as part of a file's."""
-    return re.sub(r"[^\w.-]+", "-", predictor)
 
 
 def _generate(

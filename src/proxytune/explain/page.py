@@ -1,7 +1,7 @@
 """Reports as pages: one HTML file that needs no network, and a fragment for notebooks.
 
-The page's template, `report.html`, holds its style and script; here the numbers of `explain/moves.py` are put into
-it as JSON. A Content-Security-Policy allows exactly that style and that script, by their hashes.
+The page's template, `report.html`, holds its style and script; here the numbers of `explain/moves.py` are
+put into it as JSON. A Content-Security-Policy allows exactly that style and that script, by their hashes.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     model = AutoModelForCausalLM.from_pretrained("my-recipe", trust_remote_code=True)
 
 or, after `import proxytune`, without `trust_remote_code`. The members run through the transformers backend
-and the formula is `logits/steer.py`'s; what is here is the shape that transformers expects: a forward with logits
-and loss, and a KV cache that holds those of all members. There is one stream of tokens, the base's, so
+and the formula is `logits/steer.py`'s; what is here is the shape that transformers expects: a forward with
+logits and loss, and a KV cache that holds those of all members. There is one stream of tokens, the base's, so
 recipes whose models want different prompts are refused.
 """
 

@@ -1,8 +1,8 @@
 """The rules behind policies: how strongly, and by which experts, a base is steered at each token.
 
-`logits/steer.py` has the formula. A policy decides what goes into it at each token, from what the models say there
-and from the token's position, and from nothing else: it has no memory, and a row's result does not depend on
-other rows. So batches, drafts and resumed runs give what one row alone gives.
+`logits/steer.py` has the formula. A policy decides what goes into it at each token, from what the models
+say there and from the token's position, and from nothing else: it has no memory, and a row's result does
+not depend on other rows. So batches, drafts and resumed runs give what one row alone gives.
 
 Words: the *log-ratio* of an expert is `log p_expert - log p_anti_expert`, which differs from the difference
 of logits by a constant per row that no probability depends on; only of a log-ratio can a sign or a size be

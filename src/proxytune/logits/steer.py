@@ -2,8 +2,8 @@
 
     steered = base + alpha * (expert - anti_expert)
 
-Pure functions of tensors. Vocabularies are aligned before (`text/vocab.py`); strengths that vary from token to
-token and rules between experts are put into it by `logits/rules.py`; choosing a token comes after
+Pure functions of tensors. Vocabularies are aligned before (`text/vocab.py`); strengths that vary from token
+to token and rules between experts are put into it by `logits/rules.py`; choosing a token comes after
 (`logits/sample.py`).
 
 Source: Liu et al. 2024, "Tuning Language Models by Proxy", arXiv:2401.08565, section 2. The sum over several

@@ -3,7 +3,8 @@
 Words: a *point* is a strength for each of an ensemble's pairs. A *branch* is a text begun, and the points
 that have written it so far. All points of a prompt start as one branch; where they would choose different
 tokens, the branch parts, and each part goes on with a copy of what the models have read. So a token is read
-once for all points that agree on every token before it. The texts are those of `decode/batch.py` at each point.
+once for all points that agree on every token before it. The texts are those of `decode/batch.py` at each
+point.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How likely given continuations are under a steered base, many short ones at a time.
 
-`measure/score.py` measures long texts at several strengths; here are the questions of multiple choice: for each of
-many prompts, the log-probability of one continuation as a whole, and whether it is what greedy decoding
-would write.
+`measure/score.py` measures long texts at several strengths; here are the questions of multiple choice: for
+each of many prompts, the log-probability of one continuation as a whole, and whether it is what greedy
+decoding would write.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ rows. The *validation* units pick a point; the *test* units say what that point 
 base and the strengths of the recipe, and never take part in picking. Intervals are 95 % percentile bootstraps
 over units; differences to the base are resampled in pairs.
 
-Likelihood metrics let each model read each unit once, for all points (`measure/score.py`). Generation metrics read
-once what several points write alike (`measure/branch.py`).
+Likelihood metrics let each model read each unit once, for all points (`measure/score.py`). Generation
+metrics read once what several points write alike (`measure/branch.py`).
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
     adapters/…               LoRA adapters, if they travel with the recipe
 
 A recipe is read, checked for itself, and written here; whether its models exist and fit together is
-examined in `loading/doctor.py`. Unknown keys are refused at every level, because a misspelt one would change the
-result unseen.
+examined in `loading/doctor.py`. Unknown keys are refused at every level, because a misspelt one would
+change the result unseen.
 """
 
 from __future__ import annotations

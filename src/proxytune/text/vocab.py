@@ -165,7 +165,8 @@ class Alignment:
         Returns:
             `[..., base_width]`; the same tensor for `same`, and possibly a view for `padded`. Base ids that
             only the head's padding has are 0 where this method makes them, so an expert and its anti-expert
-            differ by nothing there; for `same` they keep what the model gave. `decode/batch.py` never samples them.
+            differ by nothing there; for `same` they keep what the model gave. `decode/batch.py` never
+            samples them.
         """
         assert logits.shape[-1] == self.small_width, (tuple(logits.shape), self.small_width)
         if self.kind == "same":

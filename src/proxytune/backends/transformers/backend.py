@@ -1,7 +1,7 @@
 """Models of the Hugging Face Hub, run by transformers on CPU or GPU; LoRA adapters as rows of one forward.
 
-Token ids only: text never reaches this file. Where a model's files are is known to `checkpoints/checkpoint.py`, what a
-recipe asks for to `recipe/recipe.py`.
+Token ids only: text never reaches this file. Where a model's files are is known to
+`checkpoints/checkpoint.py`, what a recipe asks for to `recipe/recipe.py`.
 
 Words: a *slot* is one column of the KV cache. Each row fills the slots of its own tokens, in their order; the
 others are *gaps*, which no token attends to: padding on the left of a short prompt, and what a row took back

@@ -6,7 +6,8 @@ vLLM's. Every member reads every token, whatever the request asks for: a cached 
 under any strength.
 
 `forward` returns the members' hidden states side by side; `compute_logits` takes them apart, and only there
-are strengths applied, with the formula of `logits/steer.py`. An expert that no row asks for computes no logits.
+are strengths applied, with the formula of `logits/steer.py`. An expert that no row asks for computes no
+logits.
 """
 
 from __future__ import annotations
