@@ -19,6 +19,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "errors": (),
     "files": (),
     "machine": (),
+    "settings": (),
     "request": (),
     "trace": (),
     "logits": ("certificate", "policy", "sample", "steer", "rules", "views"),

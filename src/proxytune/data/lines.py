@@ -5,25 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from proxytune.errors import (
     InputFileError,
-    InvalidRequest,
     UserError,
+    did_you_mean,
 )
 from proxytune.recipe.recipe import Recipe
-from proxytune.request import Request, SamplingParams
+from proxytune.request import SPECULATIVE, Experts, Request, SamplingParams
+from proxytune.settings import Option, check, options_of
 
 if TYPE_CHECKING:  # It brings torch, which a malformed file should not wait for.
     from proxytune.model import ProxyTuned
 
-Experts = str | tuple[str, ...] | Mapping[str, float] | None
-
-SAMPLING_OPTIONS = tuple(f.name for f in fields(SamplingParams))
+SAMPLING_OPTIONS = options_of(SamplingParams)
 LINE_OPTIONS = ("alpha", "expert", *SAMPLING_OPTIONS)
 """What `options` of a line may hold."""
 
@@ -33,30 +31,33 @@ class BatchOptions:
     """How a file is run.
 
     Args:
-        sampling: For lines that do not say otherwise.
-        alpha: For lines that do not say otherwise; as in `Request`.
-        experts: For lines that do not say otherwise; as in `Request`.
-        dtype: Of the models, where it is not the recipe's; a run is continued only in the same one.
-        batch_size: Lines generated together. May change when a run is continued: results do not depend on it,
-            apart from ties within rounding.
-        skip_bad_lines: Leave out lines that cannot be used, instead of refusing the file.
-        speculative: Draft tokens, as in `ProxyTuned.generate`. May change when a run is continued.
+        sampling: For lines without options of their own.
+        alpha: As in `Request`; for lines that set none.
+        experts: As in `Request`; for lines that name none.
+        dtype: The models' dtype, where it is not the recipe's. A run is continued only in the same one.
+        batch_size: Results do not depend on it, apart from ties within rounding, so that a run may be
+            continued with another one.
+        skip_bad_lines: Otherwise a line that cannot be used makes the whole file refused.
+        speculative: As in `ProxyTuned.generate`. May change when a run is continued.
 
     Raises:
-        InvalidRequest: The batch size is below 1, or alpha or experts contradict each other.
+        InvalidRequest: A field is out of range, or alpha or experts contradict each other.
     """
 
     sampling: SamplingParams
     alpha: float | None = None
     experts: Experts = None
     dtype: str | None = None
-    batch_size: int = 8
-    skip_bad_lines: bool = False
-    speculative: bool = False
+    batch_size: Annotated[
+        int, Option("Number of lines that are generated together", at_least=1)
+    ] = 8
+    skip_bad_lines: Annotated[
+        bool, Option("Leave out lines that cannot be used, and report them")
+    ] = False
+    speculative: Annotated[bool, SPECULATIVE] = False
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise InvalidRequest(f"batch_size is {self.batch_size}, and must be at least 1")
+        check(self)
         Request("any", self.sampling, self.alpha, self.experts)  # checks what the lines will share
 
 
@@ -141,21 +142,18 @@ def _request(prompt: Any, own: Mapping[str, Any], number: int, options: BatchOpt
     """Return the request of a line: the run's options, and over them the line's own."""
     for name in own:
         if name not in LINE_OPTIONS:
-            close = get_close_matches(name, LINE_OPTIONS, n=1)
             raise InputFileError(
-                f'"options" holds {name!r}, which is no option.\n'
+                f'"options" holds {name!r}, which is no option'
                 + (
-                    f"hint: did you mean {close[0]!r}?"
-                    if close
-                    else f"hint: {', '.join(LINE_OPTIONS)}"
+                    did_you_mean(name, LINE_OPTIONS)
+                    or f".\nhint: the options are {', '.join(LINE_OPTIONS)}"
                 )
             )
-    changes = {name: value for name, value in own.items() if name in SAMPLING_OPTIONS}
-    if isinstance(changes.get("stop"), str):
-        changes["stop"] = (changes["stop"],)
-    for name in ("stop", "stop_token_ids"):
-        if isinstance(changes.get(name), list):
-            changes[name] = tuple(changes[name])
+    changes = {
+        name: SAMPLING_OPTIONS[name].from_json(value)
+        for name, value in own.items()
+        if name in SAMPLING_OPTIONS
+    }
     sampling = replace(options.sampling, **changes)
     if changes.get("seed") is None and not sampling.is_greedy:
         sampling = replace(sampling, seed=line_seed(options.sampling.seed, number))
