@@ -132,7 +132,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "speed",
         "tables",
     ),
-    "server": ("answer", "engine", "metrics", "schema", "service", "app", "run"),
+    "server": ("answer", "engine", "metrics", "schema", "settings", "service", "app", "run"),
     "commands": (
         "app",
         "console",

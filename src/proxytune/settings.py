@@ -214,8 +214,8 @@ def _from_json(kind: Any, value: Any) -> Any:
     if is_any_number and isinstance(value, str) and items[0][0] is str:
         return (value,)
     if isinstance(value, Mapping):
-        # JSON has no other keys than text.
-        value = [[int(key) if key.isdecimal() else key, own] for key, own in value.items()]
+        # JSON's keys are text.
+        value = [[int(key) if str(key).isdecimal() else key, own] for key, own in value.items()]
     if not isinstance(value, list):
         return value
     kinds = items * len(value) if is_any_number else items

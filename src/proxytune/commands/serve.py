@@ -35,7 +35,7 @@ from proxytune.errors import InputFileError, InvalidRequest, MissingExtra
 from proxytune.machine import settle
 
 if TYPE_CHECKING:
-    from proxytune.server.service import ServerSettings
+    from proxytune.server.settings import ServerSettings
 
 KEY_VARIABLE = "PROXYTUNE_API_KEY"
 VLLM_DRAFT = 4
@@ -202,7 +202,7 @@ def serve(
     try:
         from proxytune.server.app import make_app
         from proxytune.server.run import listen, make_server
-        from proxytune.server.service import ServerSettings
+        from proxytune.server.settings import ServerSettings
     except ImportError as error:
         raise MissingExtra(
             f"serving needs {error.name}, which is not installed.\n"

@@ -44,11 +44,11 @@ from proxytune.server.answer import Json
 from proxytune.server.schema import ChatRequest, CompletionRequest, Generation
 from proxytune.server.service import (
     Answer,
-    ServerSettings,
     Service,
     TimeIsUp,
     UnknownModel,
 )
+from proxytune.server.settings import ServerSettings
 
 logger = logging.getLogger("proxytune.server")
 

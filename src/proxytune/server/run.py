@@ -22,7 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from proxytune.server import answer
 from proxytune.server.engine import Engine
-from proxytune.server.service import ServerSettings
+from proxytune.server.settings import ServerSettings
 
 HEAD_TIMEOUT_S = 20.0
 """Longest time from a connection to the head of its first request, and from one of its pieces to the rest."""
