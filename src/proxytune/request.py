@@ -70,6 +70,7 @@ SPECULATIVE = Option(
     "Draft tokens ahead where that is faster; the text stays the same",
     flag="--speculative/--no-speculative",
 )
+Alpha = Annotated[float, Option(at_least=-MAX_ALPHA, at_most=MAX_ALPHA)]
 TokenId = Annotated[int, Option(at_least=0)]
 Bias = Annotated[float, Option(at_least=-MAX_PENALTY, at_most=MAX_PENALTY)]
 StopString = Annotated[str, Option(at_least=1)]
