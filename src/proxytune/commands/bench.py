@@ -94,13 +94,13 @@ def bench(
         recipe, llama_cpp, threads=threads, gpu_layers=gpu_layers, context_size=context_size
     )
     found = found.with_settings(device=device, dtype=dtype, cuda_graphs=cuda_graphs or None)
-    chosen = found.choose(expert, alpha)
+    chosen = found.named(expert)
     if len(chosen) != 1:
         raise InvalidRequest(
             f"the recipe steers with {len(chosen)} experts at once, and one is measured at a time.\n"
             "hint: name it with --expert"
         )
-    name = next(iter(chosen))
+    (name,) = chosen
     model = load_models(found, chosen, device=None, dtype=None)
     plain = speed.load_plain_models(found, name) if compare else None
     measured = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -15,7 +15,7 @@ from proxytune.errors import (
     did_you_mean,
 )
 from proxytune.recipe.recipe import Recipe
-from proxytune.request import SPECULATIVE, Experts, Request, SamplingParams
+from proxytune.request import SPECULATIVE, Experts, Request, SamplingParams, Steering
 from proxytune.settings import Option, check, options_of
 
 if TYPE_CHECKING:  # It brings torch, which a malformed file should not wait for.
@@ -32,8 +32,7 @@ class BatchOptions:
 
     Args:
         sampling: For lines without options of their own.
-        alpha: As in `Request`; for lines that set none.
-        experts: As in `Request`; for lines that name none.
+        steering: For lines that do not say how they are steered.
         dtype: The models' dtype, where it is not the recipe's. A run is continued only in the same one.
         batch_size: Results do not depend on it, apart from ties within rounding, so that a run may be
             continued with another one.
@@ -41,12 +40,11 @@ class BatchOptions:
         speculative: As in `ProxyTuned.generate`. May change when a run is continued.
 
     Raises:
-        InvalidRequest: A field is out of range, or alpha or experts contradict each other.
+        InvalidRequest: A field is out of range.
     """
 
     sampling: SamplingParams
-    alpha: float | None = None
-    experts: Experts = None
+    steering: Steering = field(default_factory=Steering)
     dtype: str | None = None
     batch_size: Annotated[
         int, Option("Number of lines that are generated together", at_least=1)
@@ -58,7 +56,6 @@ class BatchOptions:
 
     def __post_init__(self) -> None:
         check(self)
-        Request("any", self.sampling, self.alpha, self.experts)  # checks what the lines will share
 
 
 class Line(NamedTuple):
@@ -70,14 +67,14 @@ class Line(NamedTuple):
 
 
 def read_lines(
-    path: Path, *, recipe: Recipe, sampling: SamplingParams, experts: Experts = None
+    path: Path, *, recipe: Recipe, sampling: SamplingParams, steering: Steering
 ) -> list[Line]:
     """Return all lines of an input file, for those who answer them in another way.
 
     Raises:
         InputFileError: The file cannot be read, has no prompts, or a line cannot be used.
     """
-    with InputFile(path, recipe, BatchOptions(sampling, experts=experts)) as source:
+    with InputFile(path, recipe, BatchOptions(sampling, steering)) as source:
         source.check_lines()
         return list(source.lines())
 
@@ -134,7 +131,7 @@ def parse_line(raw: bytes, number: int, *, recipe: Recipe, options: BatchOptions
     if not isinstance(own, dict):
         raise InputFileError(f'"options" is a JSON {_kind(own)}, and must be an object')
     request = _request(prompt, own, number, options)
-    recipe.choose(request.experts, request.alpha)
+    recipe.strengths(request.steering)
     return Line(number, content, request)
 
 
@@ -157,16 +154,10 @@ def _request(prompt: Any, own: Mapping[str, Any], number: int, options: BatchOpt
     sampling = replace(options.sampling, **changes)
     if changes.get("seed") is None and not sampling.is_greedy:
         sampling = replace(sampling, seed=line_seed(options.sampling.seed, number))
-    alpha, experts = options.alpha, options.experts
-    if own.get("expert") is not None:
-        experts = _experts(own["expert"])
-        if isinstance(experts, Mapping):
-            alpha = None
-    if own.get("alpha") is not None:
-        alpha = own["alpha"]
-        if isinstance(experts, Mapping) and own.get("expert") is None:
-            experts = tuple(experts)
-    return Request(prompt, sampling, alpha, experts)
+    expert = own.get("expert")
+    steering = Steering(own.get("alpha"), None if expert is None else _experts(expert))
+    steering = steering.over(options.steering)
+    return Request(prompt, sampling, steering.alpha, steering.experts)
 
 
 def _experts(value: object) -> Experts:
@@ -242,7 +233,7 @@ class InputFile:
             except UserError as error:
                 self._leave_out(number, error)
                 continue
-            experts |= self._recipe.choose(line.request.experts, line.request.alpha).keys()
+            experts |= set(self._recipe.named(line.request.experts))
             self.num_lines += 1
         self.sha256 = digest.hexdigest()
         self._check_some_left()

@@ -32,7 +32,7 @@ def speculative_config(
         UnsupportedModel: The expert has no weights of its own, or vLLM cannot run the recipe.
     """
     name = expert or recipe.default_expert or recipe.experts[0].name
-    recipe.choose(name)
+    recipe.named(name)
     ensemble = find_ensemble(recipe)
     pair = next(pair for pair in ensemble.pairs if pair.name == name)
     if pair.expert == 0:
