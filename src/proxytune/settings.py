@@ -72,8 +72,12 @@ class Declared:
     default: Any
     option: Option
 
-    def check(self, value: object) -> None:
+    def check(self, value: object, name: str | None = None) -> None:
         """Check one value.
+
+        Args:
+            value: Of the field.
+            name: What the caller calls it; None for the field's name.
 
         Raises:
             InvalidRequest: The field cannot hold it.
@@ -82,7 +86,7 @@ class Declared:
             return
         if not _holds(self.type, self.option, value):
             expected = _expected(self.type, self.option) + ", or None" * self.is_optional
-            raise InvalidRequest(f"{self.name} is {value!r}, and must be {expected}")
+            raise InvalidRequest(f"{name or self.name} is {value!r}, and must be {expected}")
 
     def from_json(self, value: Any) -> Any:
         """Return a JSON value as the field holds it: its lists and objects as tuples."""

@@ -413,7 +413,7 @@ def test_a_benchmark_is_swept_in_its_own_settings(recipe, tmp_path, monkeypatch)
         (["--task", "letters"], ("a", "b"), "by their likelihood"),
         (["--task", "letters", "--metric", "chrf"], (), "its own items and metric"),
         (["--text-file", "text.txt"], (), "--data-dir is for --task"),
-        (["--task", "letters", "--max-new-tokens", "0"], (), "must be at least 1"),
+        (["--task", "letters", "--max-new-tokens", "0"], (), "a whole number of at least 1"),
     ],
 )
 def test_a_benchmark_that_cannot_be_swept_is_refused(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,33 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import json_line, stderr, stdout
-from proxytune.commands.explain import TraceFileOption, TraceWriter, strengths_of
-from proxytune.commands.options import (
-    GREEDY,
-    ContextSizeOption,
-    DataDirOption,
-    DeviceOption,
-    DtypeOption,
-    ExpertOption,
-    GpuLayersOption,
-    JsonOption,
-    LlamaCppOption,
-    MaxCallsOption,
-    MaxCostOption,
-    MinPOption,
-    StopOption,
-    TemperatureOption,
-    ThreadsOption,
-    TopKOption,
-    TopPOption,
-    load_models,
-    read_recipe,
-    steering_of,
-)
+from proxytune.commands.console import ProgressBars, json_line, stderr, stdout
+from proxytune.commands.explain import TRACE_FILE, StrengthOptions, TraceWriter
+from proxytune.commands.flags import Pick
+from proxytune.commands.options import AS_JSON, PICTURE, RECIPE_HELP, ModelOptions
 from proxytune.commands.shown import shown_token
 from proxytune.errors import InvalidRequest
+from proxytune.evaluate.plan import DATA_DIR
 from proxytune.request import Experts, Request, SamplingParams, Steering
+from proxytune.settings import Option
 
 if TYPE_CHECKING:
     from proxytune.explain.analysis import Analysis, Group
@@ -51,179 +33,135 @@ NUM_SHOWN = 12
 """Token types in the table; the JSON has all."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeOptions:
+    """What is analyzed, and where the analysis goes."""
+
+    prompts: Annotated[
+        Path | None,
+        Option("Generate from these prompts: JSON lines, as in proxytune generate", metavar="FILE"),
+    ] = None
+    task: Annotated[
+        str | None,
+        Option(
+            "Generate from this benchmark's prompts, as proxytune eval does; gsm8k has equations",
+            metavar="NAME",
+        ),
+    ] = None
+    data_dir: Annotated[Path | None, DATA_DIR] = None
+    traces: Annotated[
+        tuple[Path, ...],
+        Option("Analyze the saved traces in this file, also as .gz", metavar="FILE"),
+    ] = ()
+    limit: Annotated[
+        int | None, Option("Use only the first N prompts", at_least=1, default="all")
+    ] = None
+    batch_size: Annotated[
+        int, Option("Number of texts that are generated together", at_least=1)
+    ] = 8
+    min_count: Annotated[
+        int | None,
+        Option(
+            "Leave out token types that occur less often",
+            at_least=1,
+            default="100, or 1 in 2,000 tokens if that is less",
+        ),
+    ] = None
+    trace_file: Annotated[Path | None, TRACE_FILE] = None
+    picture: Annotated[Path | None, PICTURE] = None
+    as_json: Annotated[bool, AS_JSON] = False
+
+
 @command("proxytune analyze --traces traces.jsonl --picture analysis.png")
 def analyze(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            metavar="RECIPE",
-            help="A recipe's directory, package:NAME/PATH, or its id on the Hugging Face Hub; none is needed "
-            "with --traces",
-            show_default=False,
+            metavar="RECIPE", help=f"{RECIPE_HELP}; not needed with --traces", show_default=False
         ),
     ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Generate from these prompts: JSON lines, as in proxytune generate",
-            show_default=False,
+    *,
+    options: AnalyzeOptions,
+    steering: StrengthOptions,
+    sampling: Annotated[
+        SamplingParams,
+        Pick(
+            leave_out=("logprobs",),
+            defaults={"max_new_tokens": ANALYZED_TOKENS},
+            help={"seed": "Random seed: each line gets its own, made from this one and its number"},
+            default_words={"seed": "0"},
         ),
-    ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Generate from this benchmark's prompts, as proxytune eval does; gsm8k has equations",
-            show_default=False,
-        ),
-    ] = None,
-    data_dir: DataDirOption = None,
-    traces: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="Analyze the saved traces in this file, also as .gz; repeat for more",
-            show_default=False,
-        ),
-    ] = None,
-    alpha: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B,...",
-            help="Strengths of steering; each makes a text from each prompt  [default: the recipe's]",
-            show_default=False,
-        ),
-    ] = None,
-    expert: ExpertOption = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Only the first N prompts  [default: all]", show_default=False
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Most tokens to generate")
-    ] = ANALYZED_TOKENS,
-    temperature: TemperatureOption = GREEDY.temperature,
-    top_k: TopKOption = GREEDY.top_k,
-    top_p: TopPOption = GREEDY.top_p,
-    min_p: MinPOption = GREEDY.min_p,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Each line gets a seed from it and the line's number  [default: 0]",
-            show_default=False,
-        ),
-    ] = None,
-    stop: StopOption = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Texts generated together")] = 8,
-    min_count: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Leave out token types that occur less often  [default: 100, or 1 in 2,000 tokens if that "
-            "is less]",
-            show_default=False,
-        ),
-    ] = None,
-    trace_file: TraceFileOption = None,
-    picture: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Draw all of it there: .png, .svg or .pdf", show_default=False
-        ),
-    ] = None,
-    as_json: JsonOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    llama_cpp: LlamaCppOption = False,
-    threads: ThreadsOption = None,
-    gpu_layers: GpuLayersOption = None,
-    context_size: ContextSizeOption = None,
-    max_calls: MaxCallsOption = None,
-    max_cost: MaxCostOption = None,
+    ],
+    models: Annotated[ModelOptions, Pick(leave_out=("cuda_graphs",))],
 ) -> None:
     """Sum up what steering did over many texts.
 
-    Shown are the share of changed first choices against the position, the token types whose probability
-    moved most, the two sides of equations, and with several strengths how much each changes. Traces are
-    read one at a time, so that a file may be larger than memory.
+    Shows the share of changed first choices by position, the token types whose probability moved most, the
+    two sides of equations, and, with several strengths, how much each changes. Traces are read one at a time,
+    so a file may be larger than memory.
     """
-    from proxytune.data.lines import read_lines
     from proxytune.explain.analysis import analyze as analyze_traces
 
-    _refuse_contradictions(
-        {
-            "RECIPE": recipe is not None,
-            "--prompts": prompts is not None,
-            "--task": task is not None,
-            "--data-dir": data_dir is not None,
-            "--traces": bool(traces),
-            "--alpha": alpha is not None,
-            "--expert": bool(expert),
-            "--limit": limit is not None,
-            "--trace-file": trace_file is not None,
-        }
-    )
-    for name, value, least in (("--limit", limit, 1), ("--min-count", min_count, 1)):
-        if value is not None and value < least:
-            raise InvalidRequest(f"{name} is {value}, and must be at least {least}")
-    if batch_size < 1:
-        raise InvalidRequest(f"--batch-size is {batch_size}, and must be at least 1")
-    if traces:
-        analysis = analyze_traces(_counted(_saved(traces)), min_count=min_count)
+    _refuse_contradictions(recipe, options, steering)
+    if options.traces:
+        traces = _counted(_saved(options.traces))
     else:
         assert recipe is not None
-        sampling = SamplingParams(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seed=seed,
-            stop=tuple(stop or ()),
-        )
-        strengths = strengths_of(alpha)
-        found = read_recipe(
-            recipe, llama_cpp, threads=threads, gpu_layers=gpu_layers, context_size=context_size
-        )
-        experts = steering_of(found, expert, strengths[0]).experts
-        if isinstance(experts, Mapping) and len(strengths) > 1:
-            raise InvalidRequest(
-                "--alpha has several strengths and an expert has one of its own, so it is unclear which "
-                "hold.\nhint: leave one of them out"
-            )
-        if task is not None:
-            asked = _task_requests(task, data_dir, sampling, experts)
-        else:
-            assert prompts is not None
-            lines = read_lines(
-                prompts, recipe=found, sampling=sampling, steering=Steering(experts=experts)
-            )
-            asked = [line.request for line in lines]
-        requests = [request for own in asked[:limit] for request in _at_strengths(own, strengths)]
-        used: set[str] = set()
-        for request in requests:
-            used |= set(found.named(request.experts))
-        model = load_models(
-            found, used, device=device, dtype=dtype, max_calls=max_calls, max_cost=max_cost
-        )
-        made = _generated(model, requests, batch_size, trace_file)
-        analysis = analyze_traces(made, min_count=min_count)
-    if picture is not None:
+        traces = _asked(recipe, options, steering, sampling, models)
+    analysis = analyze_traces(traces, min_count=options.min_count)
+    if options.picture is not None:
         from proxytune.explain.pictures import draw_analysis
 
-        draw_analysis(analysis, picture)
-        typer.echo(f"{picture} written", err=True)
-    if as_json:
+        draw_analysis(analysis, options.picture)
+        typer.echo(f"wrote {options.picture}", err=True)
+    if options.as_json:
         typer.echo(json_line(analysis.to_dict()))
     else:
         _show(analysis)
 
 
-def _refuse_contradictions(given: Mapping[str, bool]) -> None:
+def _asked(
+    recipe: str,
+    options: AnalyzeOptions,
+    steering: StrengthOptions,
+    sampling: SamplingParams,
+    models: ModelOptions,
+) -> Iterator[Trace]:
+    """Yield the traces of prompts or of a benchmark's items, at each strength."""
+    from proxytune.data.lines import read_lines
+
+    found = models.read(recipe)
+    strengths, experts = steering.of(found)
+    if options.task is not None:
+        asked = _task_requests(options.task, options.data_dir, sampling, experts)
+    else:
+        assert options.prompts is not None
+        lines = read_lines(
+            options.prompts, recipe=found, sampling=sampling, steering=Steering(experts=experts)
+        )
+        asked = [line.request for line in lines]
+    requests = [
+        request for own in asked[: options.limit] for request in _at_strengths(own, strengths)
+    ]
+    used = {name for request in requests for name in found.named(request.experts)}
+    model = models.load(found, used)
+    return _generated(model, requests, options.batch_size, options.trace_file)
+
+
+def _refuse_contradictions(
+    recipe: str | None, options: AnalyzeOptions, steering: StrengthOptions
+) -> None:
+    given = {
+        "RECIPE": recipe is not None,
+        "--prompts": options.prompts is not None,
+        "--task": options.task is not None,
+        "--data-dir": options.data_dir is not None,
+        "--traces": bool(options.traces),
+        "--alpha": bool(steering.alphas),
+        "--expert": bool(steering.experts),
+        "--limit": options.limit is not None,
+        "--trace-file": options.trace_file is not None,
+    }
     if given["--traces"]:
         for name in (
             "RECIPE",
@@ -288,27 +226,16 @@ def _at_strengths(own: Request, strengths: Sequence[float | None]) -> Iterator[R
 def _generated(
     model: ProxyTuned, requests: Sequence[Request], batch_size: int, trace_file: Path | None
 ) -> Iterator[Trace]:
-    """Yield traces as they are made, with a progress bar on stderr."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = stderr()
-    with (
-        TraceWriter(trace_file) as writer,
-        Progress(
-            TextColumn("generating"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        ) as bar,
-    ):
-        task = bar.add_task("generating", total=len(requests))
+    """Yield traces as they are made, with their progress on stderr."""
+    with TraceWriter(trace_file) as writer, ProgressBars() as bars:
+        num_done = 0
+        bars.show("generating", num_done, len(requests), "texts,")
         rest = iter(requests)
         while block := list(islice(rest, batch_size)):
             made = model.generate_batch(block, batch_size=batch_size)
             writer.write(made)
-            bar.advance(task, len(block))
+            num_done += len(block)
+            bars.show("generating", num_done, len(requests), "texts,")
             yield from made
 
 

@@ -5,43 +5,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from proxytune.commands.app import command
 from proxytune.commands.console import strengths_text
+from proxytune.commands.flags import Pick, number_of
 from proxytune.commands.options import (
-    CHAT_TOKENS,
-    GREEDY,
-    AlphaOption,
-    ContextSizeOption,
-    CudaGraphsOption,
-    DeviceOption,
-    DtypeOption,
-    ExpertOption,
-    FrequencyPenaltyOption,
-    GpuLayersOption,
-    LlamaCppOption,
-    MaxCallsOption,
-    MaxCostOption,
-    MinPOption,
-    PresencePenaltyOption,
+    ModelOptions,
     RecipeArgument,
-    RepetitionPenaltyOption,
-    SpeculativeOption,
-    StopOption,
-    TemperatureOption,
-    ThreadsOption,
-    TopKOption,
-    TopPOption,
-    load_models,
-    number_of,
-    read_recipe,
+    SteeringOptions,
     steering_of,
 )
 from proxytune.errors import InvalidRequest, UserError
-from proxytune.request import SamplingParams, Steering
+from proxytune.request import SPECULATIVE, SamplingParams, Steering
+from proxytune.settings import Option
 
 if TYPE_CHECKING:
     from proxytune.model import Conversation
@@ -49,82 +29,37 @@ if TYPE_CHECKING:
     from proxytune.trace import Step
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """How a conversation begins, and how its answers are generated."""
+
+    system: Annotated[str | None, Option("System message before the first turn")] = None
+    speculative: Annotated[bool, SPECULATIVE] = False
+
+
 @command("proxytune chat my-recipe --alpha 0.5")
 def chat(
     recipe: RecipeArgument,
-    alpha: AlphaOption = None,
-    expert: ExpertOption = None,
-    system: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT", help="What the model is told before the first turn", show_default=False
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Most tokens of an answer")
-    ] = CHAT_TOKENS,
-    temperature: TemperatureOption = GREEDY.temperature,
-    top_k: TopKOption = GREEDY.top_k,
-    top_p: TopPOption = GREEDY.top_p,
-    min_p: MinPOption = GREEDY.min_p,
-    repetition_penalty: RepetitionPenaltyOption = GREEDY.repetition_penalty,
-    presence_penalty: PresencePenaltyOption = GREEDY.presence_penalty,
-    frequency_penalty: FrequencyPenaltyOption = GREEDY.frequency_penalty,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Makes drawn answers repeatable  [default: another each time]",
-            show_default=False,
-        ),
-    ] = None,
-    stop: StopOption = None,
-    speculative: SpeculativeOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    cuda_graphs: CudaGraphsOption = False,
-    llama_cpp: LlamaCppOption = False,
-    threads: ThreadsOption = None,
-    gpu_layers: GpuLayersOption = None,
-    context_size: ContextSizeOption = None,
-    max_calls: MaxCallsOption = None,
-    max_cost: MaxCostOption = None,
+    *,
+    options: ChatOptions,
+    steering: Annotated[SteeringOptions, Pick(leave_out=("policy", "combine"))],
+    sampling: Annotated[
+        SamplingParams, Pick(leave_out=("logprobs",), defaults={"max_new_tokens": 256})
+    ],
+    models: ModelOptions,
 ) -> None:
-    """Talk with a steered model.
+    """Chat with a steered model.
 
-    Strength and expert can be changed while talking: /help says how.
+    Strength and expert can be changed during the conversation: /help shows how.
     """
-    sampling = SamplingParams(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        seed=seed,
-        stop=tuple(stop or ()),
-    )
-    found = read_recipe(
-        recipe, llama_cpp, threads=threads, gpu_layers=gpu_layers, context_size=context_size
-    )
-    steering = steering_of(found, expert, alpha)
-    model = load_models(
-        found,
-        None,
-        device=device,
-        dtype=dtype,
-        cuda_graphs=cuda_graphs,
-        max_calls=max_calls,
-        max_cost=max_cost,
-    )
-    conversation = model.chat(
+    found = models.read(recipe)
+    wanted = steering.of(found)
+    conversation = models.load(found, None).chat(
         sampling,
-        system=system,
-        alpha=steering.alpha,
-        experts=steering.experts,
-        speculative=speculative,
+        system=options.system,
+        alpha=wanted.alpha,
+        experts=wanted.experts,
+        speculative=options.speculative,
     )
     _Chat(conversation, found).run()
 
@@ -133,9 +68,9 @@ class _Chat:
     """A conversation on the terminal, or on any pair of streams."""
 
     HELP = (
-        "/alpha A              strength of steering: 0 is the base alone; default takes the recipe's\n"
-        "/expert NAME[=A] ...  steer with these; none takes the base alone, default the recipe's; "
-        "alone it lists them\n"
+        "/alpha A              strength of steering: 0 is the base alone; default is the recipe's\n"
+        "/expert NAME[=A] ...  steer with these experts; none is the base alone, default the recipe's; "
+        "without a name, list them\n"
         "/reset                forget the conversation\n"
         "/help                 show this\n"
         "/quit                 end, as Ctrl-D does; Ctrl-C stops an answer"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import json_line, stderr, stdout
+from proxytune.commands.console import json_line, stdout, waiting
 from proxytune.commands.options import (
     JsonOption,
     RecipeArgument,
@@ -31,7 +31,7 @@ def doctor(recipe: RecipeArgument, as_json: JsonOption = False) -> None:
     from proxytune.recipe.recipe import Recipe
 
     found = Recipe.read(recipe)
-    with stderr().status("looking at the models"):
+    with waiting("examining the models"):
         from proxytune.loading.doctor import examine
 
         diagnosis = examine(found, ask_server=True)

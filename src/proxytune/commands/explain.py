@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, NamedTuple
 
@@ -15,34 +15,25 @@ from proxytune.commands.app import command
 from proxytune.commands.console import (
     argument_text,
     json_line,
-    stderr,
     stdin_text,
+    unwritable,
+    waiting,
+    write_text,
 )
+from proxytune.commands.flags import Pick
 from proxytune.commands.options import (
-    GREEDY,
-    ContextSizeOption,
-    DeviceOption,
-    DtypeOption,
-    ExpertOption,
-    GpuLayersOption,
-    JsonOption,
-    LlamaCppOption,
-    MaxCallsOption,
-    MaxCostOption,
-    MinPOption,
-    StopOption,
-    TemperatureOption,
-    ThreadsOption,
-    TopKOption,
-    TopPOption,
-    load_models,
-    number_of,
-    read_recipe,
+    AS_JSON,
+    EXPERT,
+    RECIPE_HELP,
+    STRENGTH,
+    ModelOptions,
+    PromptArgument,
     steering_of,
 )
 from proxytune.commands.shown import TABLE_ROWS, print_moves
-from proxytune.errors import InvalidRequest, OutputFileError
-from proxytune.request import Experts, Prompt, Request, SamplingParams, Steering
+from proxytune.errors import InvalidRequest
+from proxytune.request import MAX_EXPLAIN_TOP, Experts, Prompt, Request, SamplingParams, Steering
+from proxytune.settings import Option
 
 if TYPE_CHECKING:
     from proxytune.explain.report import Report, Run
@@ -51,34 +42,94 @@ if TYPE_CHECKING:
     from proxytune.trace import Trace
 
 EXPLAINED_TOKENS = 64
-"""New tokens unless said: what fits a screen."""
+"""The default number of new tokens: what fits a screen."""
 BATCH_SIZE = 8
+TRACE_FILE = Option(
+    "Write the whole traces to this file, as JSON lines that --trace and proxytune analyze read",
+    metavar="FILE",
+)
 
-AlphasOption = Annotated[
-    str | None,
-    typer.Option(
-        "--alpha",
-        metavar="A,B,...",
-        help="Strength of steering: 0 is the base alone, 1 the published method; several show where texts "
-        "part, and the first is explained  [default: the recipe's]",
-        show_default=False,
-    ),
-]
-TopOption = Annotated[
-    int,
-    typer.Option(
-        metavar="N",
-        help="How many of each model's likeliest tokens to keep; as many as the vocabulary has, up to 1,000",
-    ),
-]
-TraceFileOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="Write the whole traces there, as JSON lines that --trace and proxytune analyze read",
-        show_default=False,
-    ),
-]
+
+@dataclass(frozen=True, kw_only=True)
+class StrengthOptions:
+    """Which experts steer, at one strength or several."""
+
+    alphas: Annotated[
+        tuple[float, ...],
+        Option(
+            f"{STRENGTH}; with several, one text for each",
+            flag="--alpha",
+            metavar="A,B,...",
+            separator=",",
+            default="the recipe's",
+        ),
+    ] = ()
+    experts: Annotated[tuple[str, ...], EXPERT] = ()
+
+    def of(self, recipe: Recipe) -> tuple[tuple[float | None, ...], Experts | None]:
+        """Return the strengths, each once, with None for the recipe's, and the experts.
+
+        Raises:
+            UnknownExpert: The recipe has no expert of that name.
+            InvalidRequest: Strengths contradict each other.
+        """
+        strengths: tuple[float | None, ...] = tuple(dict.fromkeys(self.alphas)) or (None,)
+        is_one = len(strengths) == 1
+        experts = steering_of(recipe, self.experts, strengths[0] if is_one else None).experts
+        if isinstance(experts, Mapping):
+            if not is_one:
+                raise InvalidRequest(
+                    "--alpha has several strengths and an expert has one of its own, so it is unclear which "
+                    "hold.\nhint: leave one of them out"
+                )
+            strengths = (None,)
+        return strengths, experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainOptions:
+    """What is explained, and where the explanation goes."""
+
+    continuation: Annotated[
+        str | None, Option("Explain this text after the prompt, instead of generating one")
+    ] = None
+    input_file: Annotated[
+        Path | None,
+        Option(
+            "Prompts as JSON lines, as in proxytune generate; a line may have a continuation",
+            metavar="FILE",
+        ),
+    ] = None
+    trace: Annotated[
+        Path | None,
+        Option("Explain the saved traces in this file, without running models", metavar="FILE"),
+    ] = None
+    what_if: Annotated[
+        tuple[str, ...],
+        Option(
+            "Continue from another token at this position, counted from 0: its text, or #ID; repeat for more",
+            metavar="POSITION=TOKEN",
+        ),
+    ] = ()
+    top: Annotated[
+        int,
+        Option(
+            "Number of each model's most likely tokens to keep", at_least=0, at_most=MAX_EXPLAIN_TOP
+        ),
+    ] = 5
+    html: Annotated[
+        Path | None,
+        Option(
+            "Write a page that works offline: the text in colours, each token's distributions, curves",
+            metavar="FILE",
+        ),
+    ] = None
+    trace_file: Annotated[Path | None, TRACE_FILE] = None
+    rows: Annotated[
+        int,
+        Option("Number of rows in the table of tokens that moved most; 0 for no table", at_least=0),
+    ] = TABLE_ROWS
+    as_json: Annotated[bool, AS_JSON] = False
 
 
 class _Question(NamedTuple):
@@ -96,182 +147,89 @@ def explain(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            metavar="RECIPE",
-            help="A recipe's directory, package:NAME/PATH, or its id on the Hugging Face Hub; none is needed "
-            "with --trace",
-            show_default=False,
+            metavar="RECIPE", help=f"{RECIPE_HELP}; not needed with --trace", show_default=False
         ),
     ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="PROMPT",
-            help="The text to continue; - reads it from stdin, without its last line break",
-            show_default=False,
+    prompt: PromptArgument = None,
+    *,
+    options: ExplainOptions,
+    steering: StrengthOptions,
+    sampling: Annotated[
+        SamplingParams,
+        Pick(
+            leave_out=("logprobs",),
+            defaults={"max_new_tokens": EXPLAINED_TOKENS},
+            help={"seed": "Random seed, shared by all continuations"},
         ),
-    ] = None,
-    continuation: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT",
-            help="Explain this text after the prompt, instead of generating one",
-            show_default=False,
-        ),
-    ] = None,
-    input_file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Prompts as JSON lines, as in proxytune generate; a line may have a continuation",
-            show_default=False,
-        ),
-    ] = None,
-    trace: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Explain the saved traces in this file, instead of running models",
-            show_default=False,
-        ),
-    ] = None,
-    alpha: AlphasOption = None,
-    expert: ExpertOption = None,
-    what_if: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="POSITION=TOKEN",
-            help="Go on from another token at this position, counted from 0: a text, or #ID; repeat for more",
-            show_default=False,
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Most tokens to generate")
-    ] = EXPLAINED_TOKENS,
-    temperature: TemperatureOption = GREEDY.temperature,
-    top_k: TopKOption = GREEDY.top_k,
-    top_p: TopPOption = GREEDY.top_p,
-    min_p: MinPOption = GREEDY.min_p,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Makes drawn text repeatable; all continuations share it  [default: another each time]",
-            show_default=False,
-        ),
-    ] = None,
-    stop: StopOption = None,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after end-of-sequence tokens")
-    ] = False,
-    top: TopOption = 5,
-    html: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Write a page that needs no network: the text coloured, each token's distributions, curves",
-            show_default=False,
-        ),
-    ] = None,
-    trace_file: TraceFileOption = None,
-    rows: Annotated[
-        int,
-        typer.Option(metavar="N", help="Tokens in the table of those moved most; 0 for no table"),
-    ] = TABLE_ROWS,
-    as_json: JsonOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    llama_cpp: LlamaCppOption = False,
-    threads: ThreadsOption = None,
-    gpu_layers: GpuLayersOption = None,
-    context_size: ContextSizeOption = None,
-    max_calls: MaxCallsOption = None,
-    max_cost: MaxCostOption = None,
+    ],
+    models: Annotated[ModelOptions, Pick(leave_out=("cuda_graphs",))],
 ) -> None:
     """Show what steering did to each token.
 
-    Tokens are coloured by how much likelier (orange) or less likely (blue) steering made them; those where
-    base and steered model put different tokens first stand in angle brackets. Beside the text stands the
-    base's own continuation. docs/guides/read-a-steering-report.md says how to read it.
+    Tokens are coloured by how much more (orange) or less likely (blue) steering made them; angle brackets
+    mark those where base and steered model rank different tokens first. The base's own continuation is
+    printed beside the text. docs/guides/read-a-steering-report.md explains how to read it.
     """
-    _refuse_contradictions(
-        {
-            "PROMPT": prompt is not None,
-            "--input-file": input_file is not None,
-            "--trace": trace is not None,
-            "--continuation": continuation is not None,
-            "--what-if": bool(what_if),
-            "--alpha": alpha is not None,
-            "--expert": bool(expert),
-            "RECIPE": recipe is not None,
-        }
-    )
-    if rows < 0:
-        raise InvalidRequest(f"--rows is {rows}, and must be at least 0")
-    reports: Iterable[Report]
-    if trace is not None:
-        reports = _saved(trace)
-        name = trace.name
+    _refuse_contradictions(recipe, prompt, options, steering)
+    if options.trace is not None:
+        reports: Iterable[Report] = _saved(options.trace)
+        name = options.trace.name
     else:
         assert recipe is not None
-        sampling = SamplingParams(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seed=secrets.randbits(31) if seed is None and temperature > 0 else seed,
-            stop=tuple(stop or ()),
-            ignore_eos=ignore_eos,
-        )
-        forks = [_fork(text) for text in what_if or ()]
-        strengths = strengths_of(alpha)
-        Request("any", sampling, explain_top=top)  # refused before anything is read
-        text = None
-        if prompt is not None:
-            text = stdin_text() if prompt == "-" else argument_text(prompt)
-            Request(text, sampling)
-        found = read_recipe(
-            recipe, llama_cpp, threads=threads, gpu_layers=gpu_layers, context_size=context_size
-        )
         name = recipe
-        experts = steering_of(found, expert, strengths[0]).experts
-        if isinstance(experts, Mapping):
-            if len(strengths) > 1:
-                raise InvalidRequest(
-                    "--alpha has several strengths and an expert has one of its own, so it is unclear which "
-                    "hold.\nhint: leave one of them out"
-                )
-            strengths = (None,)
-        if text is not None:
-            questions = [_Question(text, continuation, sampling, strengths, experts)]
+        if sampling.seed is None and not sampling.is_greedy:
+            sampling = replace(sampling, seed=secrets.randbits(31))
+        forks = [_fork(text) for text in options.what_if]
+        if prompt is not None:
+            prompt = stdin_text() if prompt == "-" else argument_text(prompt)
+            Request(prompt, sampling)  # An empty prompt needs no recipe to be refused.
+        found = models.read(recipe)
+        strengths, experts = steering.of(found)
+        if prompt is not None:
+            questions = [_Question(prompt, options.continuation, sampling, strengths, experts)]
         else:
-            assert input_file is not None
-            questions = _read_questions(input_file, found, sampling, strengths, experts)
-        used: set[str] = set()
-        for question in questions:
-            used |= set(found.named(question.experts))
-        model = load_models(
-            found, used, device=device, dtype=dtype, max_calls=max_calls, max_cost=max_cost
-        )
-        reports = _explained(model, questions, forks, top)
-    with TraceWriter(trace_file) as writer:
+            assert options.input_file is not None
+            questions = _read_questions(options.input_file, found, sampling, strengths, experts)
+        used = {name for question in questions for name in found.named(question.experts)}
+        reports = _explained(models.load(found, used), questions, forks, options.top)
+    _show(reports, name, options)
+
+
+def _show(reports: Iterable[Report], name: str, options: ExplainOptions) -> None:
+    """Print reports as they come, and write the files that are asked for."""
+    with TraceWriter(options.trace_file) as writer:
         kept: list[Report] = []
         for number, report in enumerate(reports):
             writer.write(run.trace for run in report.runs)
-            if html is not None or as_json:
+            if options.html is not None or options.as_json:
                 kept.append(report)
-            if not as_json:
-                print_moves(report, rows, is_first=number == 0)
-    if as_json:
+            if not options.as_json:
+                print_moves(report, options.rows, is_first=number == 0)
+    if options.as_json:
         typer.echo(json_line({"recipe": name, "reports": [r.to_dict() for r in kept]}))
-    if html is not None:
-        _write_page(html, kept, name)
+    if options.html is not None:
+        from proxytune.explain.page import page
+
+        write_text(options.html, page(kept, recipe=name))
+        typer.echo(f"{options.html}: open it in a browser; it works offline", err=True)
 
 
 # What is asked --------------------------------------------------------------------------------------
 
 
-def _refuse_contradictions(given: Mapping[str, bool]) -> None:
+def _refuse_contradictions(
+    recipe: str | None, prompt: str | None, options: ExplainOptions, steering: StrengthOptions
+) -> None:
+    given = {
+        "PROMPT": prompt is not None,
+        "--input-file": options.input_file is not None,
+        "--trace": options.trace is not None,
+        "--continuation": options.continuation is not None,
+        "--what-if": bool(options.what_if),
+        "--alpha": bool(steering.alphas),
+        "--expert": bool(steering.experts),
+        "RECIPE": recipe is not None,
+    }
     if given["--trace"]:
         for name in (
             "PROMPT",
@@ -308,17 +266,6 @@ def _refuse_contradictions(given: Mapping[str, bool]) -> None:
                         else "leave it out"
                     )
                 )
-
-
-def strengths_of(text: str | None) -> tuple[float | None, ...]:
-    """Return the strengths of `--alpha`, each once; None for the recipe's.
-
-    Raises:
-        InvalidRequest: One is no number.
-    """
-    if text is None:
-        return (None,)
-    return tuple(dict.fromkeys(number_of(part, "--alpha") for part in text.split(",")))
 
 
 def _fork(text: str) -> tuple[int, str]:
@@ -406,7 +353,7 @@ def _explained(
         requests: list[Request] = []
         for question in block:
             requests += _requests(model, question, top)
-        with stderr().status(f"explaining {len(block)} of {len(questions)} from {start + 1} on"):
+        with waiting(f"explaining prompts from {start + 1} on, {len(questions)} in all"):
             made = iter(model.generate_batch(requests, batch_size=BATCH_SIZE))
             for question in block:
                 runs = []
@@ -493,7 +440,7 @@ class TraceWriter:
             try:
                 self._file = self._path.open("w", encoding="utf-8")
             except OSError as error:
-                raise _unwritable(self._path, error) from error
+                raise unwritable(self._path, error) from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -509,21 +456,4 @@ class TraceWriter:
                 self._file.write(trace.to_json() + "\n")
             self._file.flush()
         except OSError as error:
-            raise _unwritable(self._path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> OutputFileError:
-    return OutputFileError(
-        f"{path} cannot be written: {error.strerror}.\n"
-        "hint: give a file in a directory that is there, where you may write"
-    )
-
-
-def _write_page(path: Path, reports: Sequence[Report], name: str) -> None:
-    from proxytune.explain.page import page
-
-    try:
-        path.write_text(page(reports, recipe=name), encoding="utf-8")
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    typer.echo(f"{path}: open it in a browser; it needs no network", err=True)
+            raise unwritable(self._path, error) from error

@@ -96,10 +96,15 @@ def flattened(function: Callable[..., None]) -> Callable[..., None]:
             parameters.append(parameter.replace(annotation=hint, kind=parameter.KEYWORD_ONLY))
 
     def run(**values: Any) -> None:
-        built = {
-            name: settings(**{each.name: _value(each, values.pop(each.name)) for each in taken})
-            for name, (settings, taken) in bundles.items()
-        }
+        built = {}
+        for name, (settings, taken) in bundles.items():
+            own = {each.name: _value(each, values.pop(each.name)) for each in taken}
+            if not hasattr(
+                settings, "__post_init__"
+            ):  # Else it checks itself, under its fields' names.
+                for each in taken:
+                    each.check(own[each.name], flag_of(each))
+            built[name] = settings(**own)
         function(**values, **built)
 
     run.__name__ = function.__name__
@@ -163,7 +168,8 @@ def _parameter(declared: Declared, panel: str | None) -> inspect.Parameter:
                 flag_of(declared),
                 metavar=metavar,
                 help=text,
-                show_default=default not in (None, inspect.Parameter.empty),
+                show_default=option.default is None
+                and default not in (None, inspect.Parameter.empty),
                 autocompletion=getattr(option, "complete", None),
                 rich_help_panel=panel,
             ),
@@ -176,6 +182,8 @@ def _value(declared: Declared, given: Any) -> Any:
     option, kind = declared.option, declared.type
     if get_origin(kind) is not tuple or given is None or given == []:
         return declared.default if given in (None, []) else given
+    if given == "":
+        return ()
     texts: Iterable[Any] = given
     if option.separator is not None:
         texts = [part.strip() for part in given.split(option.separator)]

@@ -2,92 +2,82 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from proxytune.commands.app import command
 from proxytune.commands.console import json_line, progress, stdout
+from proxytune.commands.flags import Pick
 from proxytune.commands.options import (
-    ContextSizeOption,
-    DeviceOption,
-    DtypeOption,
-    GpuLayersOption,
-    JsonOption,
-    LlamaCppOption,
+    AS_JSON,
+    ModelOptions,
     RecipeArgument,
-    ThreadsOption,
-    load_models,
-    number_of,
-    read_recipe,
 )
-from proxytune.commands.sweep import (
-    DataOption,
-    LimitOption,
-    TextFileOption,
-    WindowOption,
-    between,
-    passages_from,
-)
-from proxytune.data.passages import window_of
+from proxytune.commands.sweep import DataOptions, between
 from proxytune.errors import InvalidRequest
+from proxytune.settings import Option
 
 if TYPE_CHECKING:
     from proxytune.measure.rank import Ranking
 
 
+@dataclass(frozen=True, kw_only=True)
+class RankOptions:
+    """Which experts are ranked, at which strengths."""
+
+    experts: Annotated[
+        tuple[str, ...],
+        Option(
+            "Rank this expert; repeat for several",
+            flag="--expert",
+            metavar="NAME",
+            default="all of the recipe's",
+        ),
+    ] = ()
+    alphas: Annotated[
+        tuple[float, ...],
+        Option("Strengths to try for each expert", metavar="A,B,...", separator=","),
+    ] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+    seed: Annotated[int, Option("Random seed of the bootstrap")] = 0
+    as_json: Annotated[bool, AS_JSON] = False
+
+
 @command("proxytune rank-experts my-recipe --text-file sample.txt", name="rank-experts")
 def rank_experts(
     recipe: RecipeArgument,
-    text_file: TextFileOption = None,
-    data: DataOption = None,
-    expert: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Rank this expert; repeat for several  [default: all of the recipe's]",
-            show_default=False,
-        ),
-    ] = None,
-    alphas: Annotated[
-        str, typer.Option(metavar="A,B,...", help="Strengths to try for each expert")
-    ] = "0.25,0.5,0.75,1,1.25,1.5",
-    window: WindowOption = None,
-    limit: LimitOption = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the bootstrap")] = 0,
-    as_json: JsonOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    llama_cpp: LlamaCppOption = False,
-    threads: ThreadsOption = None,
-    gpu_layers: GpuLayersOption = None,
-    context_size: ContextSizeOption = None,
+    *,
+    data: DataOptions,
+    options: RankOptions,
+    models: Annotated[ModelOptions, Pick(leave_out=("cuda_graphs", "max_calls", "max_cost"))],
 ) -> None:
     """Rank experts by how much each alone would help with text of a kind, without generating.
 
-    Each model reads a sample of that text once; a few thousand tokens do. Each expert is judged at strengths
-    picked on the other half of the sample.
+    Each model reads a sample of that text once; a few thousand tokens are enough. Each expert is judged at
+    strengths picked on the other half of the sample.
     """
-    if (text_file is None) == (data is None):
+    if (data.text_file is None) == (data.data is None):
         raise InvalidRequest(
             "--text-file is a plain text and --data are rows, and one of them is needed.\n"
             "hint: proxytune rank-experts DIR --text-file sample.txt"
         )
-    tried = tuple(dict.fromkeys(number_of(part, "--alphas") for part in alphas.split(",")))
-    found = read_recipe(
-        recipe, llama_cpp, threads=threads, gpu_layers=gpu_layers, context_size=context_size
-    )
-    names = tuple(expert or (e.name for e in found.experts))
-    chosen = found.named(names)
-    model = load_models(found, chosen, device=device, dtype=dtype)
-    passages = passages_from(model, text_file, data, window_of(model, window))[:limit]
+    found = models.read(recipe)
+    chosen = found.named(options.experts or tuple(e.name for e in found.experts))
+    model = models.load(found, chosen)
+    from proxytune.data.passages import window_of
     from proxytune.measure.rank import rank_experts as ranked
 
+    passages = data.passages(model, window_of(model, data.window))[: data.limit]
     with progress("reading", "tokens") as advance:
         ranking = ranked(
-            model.steered_by(chosen), passages, alphas=tried, seed=seed, on_progress=advance
+            model.steered_by(chosen),
+            passages,
+            alphas=tuple(dict.fromkeys(options.alphas)),
+            seed=options.seed,
+            on_progress=advance,
         )
-    if as_json:
+    if options.as_json:
         typer.echo(json_line(ranking.to_dict()))
     else:
         _show(ranking)
@@ -121,8 +111,8 @@ def _show(ranking: Ranking) -> None:
         err=True,
     )
     typer.echo(
-        f"how far to trust it: on the smol family such rankings had a rank correlation of "
-        f"{MEASURED_CORRELATION:.2f} with the benefit on other text of the kind",
+        f"on the smol family, such rankings had a rank correlation of {MEASURED_CORRELATION:.2f} with the "
+        "benefit on other text of the same kind",
         err=True,
     )
     for note in ranking.notes:

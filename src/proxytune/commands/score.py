@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,101 +16,80 @@ from proxytune.commands.console import (
     stdin_text,
     stdout,
 )
+from proxytune.commands.flags import Pick
 from proxytune.commands.options import (
-    CombineOption,
-    ContextSizeOption,
-    DeviceOption,
-    DtypeOption,
-    GpuLayersOption,
-    JsonOption,
-    LlamaCppOption,
-    MaxCallsOption,
-    MaxCostOption,
-    PolicyOption,
+    AS_JSON,
+    COMBINE,
+    POLICY,
+    ModelOptions,
     RecipeArgument,
-    ThreadsOption,
-    load_models,
-    number_of,
-    read_recipe,
     with_policy,
 )
-from proxytune.measure.score import SCORE_WINDOW
+from proxytune.commands.sweep import WINDOW
+from proxytune.settings import Option
 
 if TYPE_CHECKING:
     from proxytune.measure.score import ScoreReport
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """What is scored, by whom."""
+
+    text_file: Annotated[str, Option("The text: UTF-8, also as .gz; - reads stdin", metavar="FILE")]
+    alphas: Annotated[
+        tuple[float, ...],
+        Option("Strengths of the steered base", metavar="A,B,...", separator=","),
+    ] = (0.0, 0.5, 1.0)
+    experts: Annotated[
+        tuple[str, ...],
+        Option(
+            "Score this expert; repeat to add up several",
+            flag="--expert",
+            metavar="NAME",
+            default="the recipe's",
+        ),
+    ] = ()
+    policy: Annotated[str | None, POLICY] = None
+    combine: Annotated[str | None, COMBINE] = None
+    window: Annotated[
+        int | None,
+        replace(
+            WINDOW, help="Tokens per window; each is predicted from those before it in the window"
+        ),
+    ] = None
+    seed: Annotated[int, Option("Random seed of the bootstrap")] = 0
+    as_json: Annotated[bool, AS_JSON] = False
+
+
 @command("proxytune score my-recipe --text-file heldout.txt --alphas 0,0.5,1")
 def score(
     recipe: RecipeArgument,
-    text_file: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE",
-            help="The text: UTF-8, also as .gz; - reads stdin",
-            show_default=False,
-        ),
-    ],
-    alphas: Annotated[
-        str, typer.Option(metavar="A,B,...", help="Strengths of the steered rows")
-    ] = "0,0.5,1",
-    expert: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Score this expert; repeat to add up several  [default: the recipe's]",
-            show_default=False,
-        ),
-    ] = None,
-    policy: PolicyOption = None,
-    combine: CombineOption = None,
-    window: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help=f"Tokens per window, predicted from those before in it  [default: {SCORE_WINDOW}, or the "
-            "smallest context]",
-            show_default=False,
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the bootstrap")] = 0,
-    as_json: JsonOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    llama_cpp: LlamaCppOption = False,
-    threads: ThreadsOption = None,
-    gpu_layers: GpuLayersOption = None,
-    context_size: ContextSizeOption = None,
-    max_calls: MaxCallsOption = None,
-    max_cost: MaxCostOption = None,
+    *,
+    options: ScoreOptions,
+    models: Annotated[ModelOptions, Pick(leave_out=("cuda_graphs",))],
 ) -> None:
     """Measure how well base, expert and steered base predict a text.
 
-    Each model runs once over it, for all strengths. Every model sees the plain text.
+    Each model reads the text once, for all strengths. Every model sees the plain text.
     """
-    strengths = list(dict.fromkeys(number_of(part, "--alphas") for part in alphas.split(",")))
-    text = stdin_text() if text_file == "-" else file_text(Path(text_file))
-    found = read_recipe(
-        recipe, llama_cpp, threads=threads, gpu_layers=gpu_layers, context_size=context_size
-    )
-    found = with_policy(found, policy, combine)
-    experts = tuple(expert) if expert else None
-    model = load_models(
-        found,
-        found.named(experts),
-        device=device,
-        dtype=dtype,
-        max_calls=max_calls,
-        max_cost=max_cost,
-    )
-    contexts = [m.backend.capabilities.max_context for m in model.ensemble.members]
-    if window is None:
-        window = min([SCORE_WINDOW, *(c for c in contexts if c is not None)])
+    from_stdin = options.text_file == "-"
+    text = stdin_text() if from_stdin else file_text(Path(options.text_file))
+    found = with_policy(models.read(recipe), options.policy, options.combine)
+    experts = options.experts or None
+    model = models.load(found, found.named(experts))
+    from proxytune.data.passages import window_of
+
     with progress("scoring", "tokens") as advance:
         report = model.score(
-            text, strengths, experts=experts, window=window, seed=seed, on_progress=advance
+            text,
+            list(dict.fromkeys(options.alphas)),
+            experts=experts,
+            window=window_of(model, options.window),
+            seed=options.seed,
+            on_progress=advance,
         )
-    if as_json:
+    if options.as_json:
         typer.echo(json_line(report.to_dict()))
     else:
         _show_scores(report)
@@ -140,6 +120,6 @@ def _show_scores(report: ScoreReport) -> None:
         )
     typer.echo(
         f"{report.num_tokens:,} tokens in {report.num_windows:,} windows of up to {report.window}; "
-        "perplexity against base, intervals by block bootstrap",
+        "perplexity compared with the base, intervals by block bootstrap",
         err=True,
     )

@@ -14,12 +14,12 @@ from proxytune.errors import (
     UserError,
     did_you_mean,
 )
-from proxytune.recipe.recipe import Recipe
 from proxytune.request import SPECULATIVE, Experts, Request, SamplingParams, Steering
 from proxytune.settings import Option, check, options_of
 
 if TYPE_CHECKING:  # It brings torch, which a malformed file should not wait for.
     from proxytune.model import ProxyTuned
+    from proxytune.recipe.recipe import Recipe
 
 SAMPLING_OPTIONS = options_of(SamplingParams)
 LINE_OPTIONS = ("alpha", "expert", *SAMPLING_OPTIONS)

@@ -16,7 +16,6 @@ class ServerSettings:
     """What a server allows.
 
     Args:
-        name: What clients call the recipe.
         api_keys: A request to `/v1` must come with one of them; with none, no key is needed.
         hosts: Names under which the server may be called, so that no web page on another name can; None for
             any.
@@ -29,7 +28,10 @@ class ServerSettings:
         InvalidRequest: A field is out of range.
     """
 
-    name: str
+    name: Annotated[
+        str,
+        Option("Name of the recipe in requests", metavar="NAME", default="its directory's name"),
+    ]
     api_keys: tuple[str, ...] = ()
     hosts: tuple[str, ...] | None = None
     cors_origins: Annotated[
