@@ -92,6 +92,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "moves",
         "summary",
         "report",
+        "runs",
         "notebook",
         "page",
         "welch",

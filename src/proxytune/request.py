@@ -10,10 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, TypedDict
 
-from proxytune.errors import (
-    InvalidRequest,
-)
-from proxytune.settings import Option, check, is_number, options_of
+from proxytune.errors import InvalidRequest
+from proxytune.settings import Option, check, is_number, option, options_of
 
 Experts = str | tuple[str, ...] | Mapping[str, float]
 """Which experts steer: one name, several, or names with a strength for each."""
@@ -90,101 +88,78 @@ class SamplingParams:
     reference (`presence_penalty`, `frequency_penalty`, `logit_bias`).
     """
 
-    max_new_tokens: Annotated[int, Option("Maximum number of new tokens", at_least=1)] = 128
-    min_new_tokens: Annotated[
-        int,
-        Option("Minimum number of new tokens before anything may end the text", at_least=0),
-    ] = 0
-    temperature: Annotated[
-        float,
-        Option(
-            "Sampling temperature: 0 always takes the most likely token; higher values spread the choice",
-            at_least=MIN_TEMPERATURE,
-            at_most=MAX_TEMPERATURE,
-            or_zero=True,
-        ),
-    ] = 0.0
-    top_k: Annotated[
-        int,
-        Option("Sample from the K most likely tokens; 0 keeps all", at_least=0, metavar="K"),
-    ] = 0
-    top_p: Annotated[
-        float,
-        Option(
-            "Sample from the smallest set of tokens whose probabilities add up to this; 1 keeps all",
-            above=0,
-            at_most=1,
-        ),
-    ] = 1.0
-    min_p: Annotated[
-        float,
-        Option(
-            "Sample from tokens at least this fraction as likely as the most likely one; 0 keeps all",
-            at_least=0,
-            at_most=1,
-        ),
-    ] = 0.0
-    repetition_penalty: Annotated[
-        float,
-        Option(
-            "Above 1, makes tokens that are already in the prompt or the text less likely; 1 is off",
-            at_least=1 / MAX_PENALTY,
-            at_most=MAX_PENALTY,
-        ),
-    ] = 1.0
-    presence_penalty: Annotated[
-        float,
-        Option(
-            "Subtract this from the logits of tokens that are already in the new text; 0 is off",
-            at_least=-MAX_PENALTY,
-            at_most=MAX_PENALTY,
-        ),
-    ] = 0.0
-    frequency_penalty: Annotated[
-        float,
-        Option(
-            "Subtract this from a token's logit for each time it is in the new text; 0 is off",
-            at_least=-MAX_PENALTY,
-            at_most=MAX_PENALTY,
-        ),
-    ] = 0.0
-    logit_bias: Annotated[
-        tuple[tuple[TokenId, Bias], ...],
-        Option("Add this bias to the logit of a token", metavar="TOKEN_ID=BIAS"),
-    ] = ()
-    first_logit_bias: Annotated[
-        tuple[tuple[TokenId, Bias], ...],
-        Option(
-            "The same for the first new token only; added to the other bias",
-            metavar="TOKEN_ID=BIAS",
-        ),
-    ] = ()
-    seed: Annotated[
-        int | None,
-        Option(
-            "Random seed: makes sampled text repeatable, whatever else is in the batch",
-            at_least=0,
-            at_most=2**63 - 1,
-            default="a new one each time",
-        ),
-    ] = None
-    stop: Annotated[tuple[StopString, ...], Option("End the text before this string")] = ()
-    stop_token_ids: Annotated[
-        tuple[TokenId, ...],
-        Option("End the text at this token", flag="--stop-token-id", metavar="TOKEN_ID"),
-    ] = ()
-    ignore_eos: Annotated[bool, Option("Continue after end-of-sequence tokens")] = False
-    logprobs: Annotated[
-        int | None,
-        Option("List each token's logprob and the N most likely tokens", at_least=0, at_most=100),
-    ] = None
-    require_certified: Annotated[
-        bool,
-        Option(
-            "End the text before a token that is not proved to be what the base's full logits would give; "
-            "only a base behind an API hides any"
-        ),
-    ] = False
+    max_new_tokens: int = option(128, "Maximum number of new tokens", at_least=1)
+    min_new_tokens: int = option(
+        0, "Minimum number of new tokens before anything may end the text", at_least=0
+    )
+    temperature: float = option(
+        0.0,
+        "Sampling temperature: 0 always takes the most likely token; higher values spread the choice",
+        at_least=MIN_TEMPERATURE,
+        at_most=MAX_TEMPERATURE,
+        or_zero=True,
+    )
+    top_k: int = option(
+        0, "Sample from the K most likely tokens; 0 keeps all", at_least=0, metavar="K"
+    )
+    top_p: float = option(
+        1.0,
+        "Sample from the smallest set of tokens whose probabilities add up to this; 1 keeps all",
+        above=0,
+        at_most=1,
+    )
+    min_p: float = option(
+        0.0,
+        "Sample from tokens at least this fraction as likely as the most likely one; 0 keeps all",
+        at_least=0,
+        at_most=1,
+    )
+    repetition_penalty: float = option(
+        1.0,
+        "Above 1, makes tokens that are already in the prompt or the text less likely; 1 is off",
+        at_least=1 / MAX_PENALTY,
+        at_most=MAX_PENALTY,
+    )
+    presence_penalty: float = option(
+        0.0,
+        "Subtract this from the logits of tokens that are already in the new text; 0 is off",
+        at_least=-MAX_PENALTY,
+        at_most=MAX_PENALTY,
+    )
+    frequency_penalty: float = option(
+        0.0,
+        "Subtract this from a token's logit for each time it is in the new text; 0 is off",
+        at_least=-MAX_PENALTY,
+        at_most=MAX_PENALTY,
+    )
+    logit_bias: tuple[tuple[TokenId, Bias], ...] = option(
+        (), "Add this bias to the logit of a token", metavar="TOKEN_ID=BIAS"
+    )
+    first_logit_bias: tuple[tuple[TokenId, Bias], ...] = option(
+        (),
+        "The same for the first new token only; added to the other bias",
+        metavar="TOKEN_ID=BIAS",
+    )
+    seed: int | None = option(
+        None,
+        "Random seed: makes sampled text repeatable, whatever else is in the batch",
+        at_least=0,
+        at_most=2**63 - 1,
+        none_means="a new one each time",
+    )
+    stop: tuple[StopString, ...] = option((), "End the text before this string")
+    stop_token_ids: tuple[TokenId, ...] = option(
+        (), "End the text at this token", flag="--stop-token-id", metavar="TOKEN_ID"
+    )
+    ignore_eos: bool = option(False, "Continue after end-of-sequence tokens")
+    logprobs: int | None = option(
+        None, "List each token's logprob and the N most likely tokens", at_least=0, at_most=100
+    )
+    require_certified: bool = option(
+        False,
+        "End the text before a token that is not proved to be what the base's full logits would give; "
+        "only a base behind an API hides any",
+    )
 
     def __post_init__(self) -> None:
         check(self)

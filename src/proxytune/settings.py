@@ -2,7 +2,7 @@
 
     @dataclass(frozen=True)
     class Filters:
-        top_p: Annotated[float, Option("Sample from the most likely tokens", above=0, at_most=1)] = 1.0
+        top_p: float = option(1.0, "Sample from the most likely tokens", above=0, at_most=1)
 
         def __post_init__(self) -> None:
             check(self)
@@ -18,7 +18,7 @@ import math
 import sys
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -36,7 +36,7 @@ class Option:
         at_most: The highest value that is taken.
         below: An upper limit that is not taken itself.
         or_zero: Whether 0 is taken too, outside the limits.
-        default: What None stands for, in words; also what the help gives as the default.
+        none_means: What None, or no values, stands for, in words; the help gives it as the default.
         flag: The name on the command line; None makes it from the field's name.
         metavar: What stands for the value in the help; None makes it from the type.
         separator: What separates several values in one argument; None for a flag that is repeated.
@@ -48,7 +48,7 @@ class Option:
     at_most: float | None = None
     below: float | None = None
     or_zero: bool = False
-    default: str | None = None
+    none_means: str | None = None
     flag: str | None = None
     metavar: str | None = None
     separator: str | None = None
@@ -62,7 +62,7 @@ class Declared:
         name: Of the field.
         type: Of its value, apart from None: a class, a `Literal` or a `tuple[...]`.
         is_optional: Whether it may be None.
-        default: Its value when left out; `MISSING` if it may not be left out.
+        default: Its value when left out; `dataclasses.MISSING` if it may not be left out.
         option: What else is declared.
     """
 
@@ -85,7 +85,9 @@ class Declared:
         if value is self.default or (value is None and self.is_optional):
             return
         if not _holds(self.type, self.option, value):
-            expected = _expected(self.type, self.option) + ", or None" * self.is_optional
+            # None is no value of a flag, which is left out for it.
+            expected = _expected(self.type, self.option)
+            expected += ", or None" if self.is_optional and name is None else ""
             raise InvalidRequest(f"{name or self.name} is {value!r}, and must be {expected}")
 
     def from_json(self, value: Any) -> Any:
@@ -93,26 +95,42 @@ class Declared:
         return _from_json(self.type, value)
 
 
+def declared(help: str | Option, **rest: Any) -> dict[str, Option]:
+    """Return the metadata of a dataclass's field that is an option.
+
+    Args:
+        help: What it does, or the whole option where several dataclasses declare the same one.
+        rest: Everything else; see `Option`.
+    """
+    return {"option": help if isinstance(help, Option) else Option(help, **rest)}
+
+
+def option(default: Any, help: str | Option, **rest: Any) -> Any:
+    """Return a dataclass's field that is an option with this default; see `declared`."""
+    return field(default=default, metadata=declared(help, **rest))
+
+
 @cache
 def options_of(settings: type) -> Mapping[str, Declared]:
-    """Return the options that a dataclass declares, by name; fields without an `Option` are none."""
+    """Return the options that a dataclass declares, by name; its other fields are none."""
     found = {}
-    for field in fields(settings):
-        annotation = field.type
-        if isinstance(annotation, str):
-            if not annotation.startswith("Annotated["):
-                continue
+    for each in fields(settings):
+        if "option" not in each.metadata:
+            continue
+        kind = each.type
+        if isinstance(kind, str):
             # As typing.get_type_hints does, which would evaluate the other fields as well.
-            annotation = eval(annotation, vars(sys.modules[settings.__module__]))
-        plain, option = _split(annotation)
-        alternatives = (plain,)
-        if get_origin(plain) in (Union, types.UnionType):
-            alternatives = tuple(each for each in get_args(plain) if each is not type(None))
-        default = field.default
-        if field.default_factory is not MISSING:
-            default = field.default_factory()
-        is_optional = type(None) in get_args(plain)
-        found[field.name] = Declared(field.name, alternatives[0], is_optional, default, option)
+            kind = eval(kind, vars(sys.modules[settings.__module__]))
+        alternatives = [kind]
+        if get_origin(kind) in (Union, types.UnionType):
+            alternatives = [one for one in get_args(kind) if one is not type(None)]
+        found[each.name] = Declared(
+            name=each.name,
+            type=alternatives[0],
+            is_optional=type(None) in get_args(kind),
+            default=each.default,
+            option=each.metadata["option"],
+        )
     return types.MappingProxyType(found)
 
 

@@ -396,7 +396,7 @@ def test_only_the_chosen_experts_are_loaded(recipe: Path, monkeypatch: pytest.Mo
         (["--input-file", "i"], ["--output-file is not"]),
         (["--input-file", "i", "--output-file", "o", "--stream"], ["--stream"]),
         (["--input-file", "missing", "--output-file", "o"], ["missing cannot be read"]),
-        (["--input-file", __file__, "--output-file", "o", "--batch-size", "0"], ["batch_size"]),
+        (["--input-file", __file__, "--output-file", "o", "--batch-size", "0"], ["--batch-size"]),
     ],
 )
 def test_generate_refuses_what_cannot_be_meant_before_models_load(

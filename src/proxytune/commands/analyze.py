@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import ProgressBars, json_line, stderr, stdout
-from proxytune.commands.explain import TRACE_FILE, StrengthOptions, TraceWriter
-from proxytune.commands.flags import Pick
-from proxytune.commands.options import AS_JSON, PICTURE, RECIPE_HELP, ModelOptions
+from proxytune.commands.console import ProgressBars, json_line, plain_table, say, stderr, stdout
+from proxytune.commands.explain import TRACE_FILE, StrengthOptions, trace_writer
+from proxytune.commands.flags import Pick, given_flags
+from proxytune.commands.options import AS_JSON, PICTURE, ModelOptions, OptionalRecipe
 from proxytune.commands.shown import shown_token
 from proxytune.errors import InvalidRequest
 from proxytune.evaluate.plan import DATA_DIR
 from proxytune.request import Experts, Request, SamplingParams, Steering
-from proxytune.settings import Option
+from proxytune.settings import option
 
 if TYPE_CHECKING:
     from proxytune.explain.analysis import Analysis, Group
@@ -37,49 +37,34 @@ NUM_SHOWN = 12
 class AnalyzeOptions:
     """What is analyzed, and where the analysis goes."""
 
-    prompts: Annotated[
-        Path | None,
-        Option("Generate from these prompts: JSON lines, as in proxytune generate", metavar="FILE"),
-    ] = None
-    task: Annotated[
-        str | None,
-        Option(
-            "Generate from this benchmark's prompts, as proxytune eval does; gsm8k has equations",
-            metavar="NAME",
-        ),
-    ] = None
-    data_dir: Annotated[Path | None, DATA_DIR] = None
-    traces: Annotated[
-        tuple[Path, ...],
-        Option("Analyze the saved traces in this file, also as .gz", metavar="FILE"),
-    ] = ()
-    limit: Annotated[
-        int | None, Option("Use only the first N prompts", at_least=1, default="all")
-    ] = None
-    batch_size: Annotated[
-        int, Option("Number of texts that are generated together", at_least=1)
-    ] = 8
-    min_count: Annotated[
-        int | None,
-        Option(
-            "Leave out token types that occur less often",
-            at_least=1,
-            default="100, or 1 in 2,000 tokens if that is less",
-        ),
-    ] = None
-    trace_file: Annotated[Path | None, TRACE_FILE] = None
-    picture: Annotated[Path | None, PICTURE] = None
-    as_json: Annotated[bool, AS_JSON] = False
+    prompts: Path | None = option(
+        None, "Generate from these prompts: JSON lines, as in proxytune generate", metavar="FILE"
+    )
+    task: str | None = option(
+        None,
+        "Generate from this benchmark's prompts, as proxytune eval does; gsm8k has equations",
+        metavar="NAME",
+    )
+    data_dir: Path | None = option(None, DATA_DIR)
+    traces: tuple[Path, ...] = option(
+        (), "Analyze the saved traces in this file, also as .gz", metavar="FILE"
+    )
+    limit: int | None = option(None, "Use only the first N prompts", at_least=1, none_means="all")
+    batch_size: int = option(8, "Number of texts that are generated together", at_least=1)
+    min_count: int | None = option(
+        None,
+        "Leave out token types that occur less often",
+        at_least=1,
+        none_means="100, or 1 in 2,000 tokens if that is less",
+    )
+    trace_file: Path | None = option(None, TRACE_FILE)
+    picture: Path | None = option(None, PICTURE)
+    as_json: bool = option(False, AS_JSON)
 
 
 @command("proxytune analyze --traces traces.jsonl --picture analysis.png")
 def analyze(
-    recipe: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="RECIPE", help=f"{RECIPE_HELP}; not needed with --traces", show_default=False
-        ),
-    ] = None,
+    recipe: OptionalRecipe = None,
     *,
     options: AnalyzeOptions,
     steering: StrengthOptions,
@@ -89,7 +74,7 @@ def analyze(
             leave_out=("logprobs",),
             defaults={"max_new_tokens": ANALYZED_TOKENS},
             help={"seed": "Random seed: each line gets its own, made from this one and its number"},
-            default_words={"seed": "0"},
+            none_means={"seed": "0"},
         ),
     ],
     models: Annotated[ModelOptions, Pick(leave_out=("cuda_graphs",))],
@@ -102,7 +87,7 @@ def analyze(
     """
     from proxytune.explain.analysis import analyze as analyze_traces
 
-    _refuse_contradictions(recipe, options, steering)
+    _refuse_contradictions(given_flags(RECIPE=recipe, options=options, steering=steering))
     if options.traces:
         traces = _counted(_saved(options.traces))
     else:
@@ -113,7 +98,7 @@ def analyze(
         from proxytune.explain.pictures import draw_analysis
 
         draw_analysis(analysis, options.picture)
-        typer.echo(f"wrote {options.picture}", err=True)
+        say(f"wrote {options.picture}")
     if options.as_json:
         typer.echo(json_line(analysis.to_dict()))
     else:
@@ -148,23 +133,9 @@ def _asked(
     return _generated(model, requests, options.batch_size, options.trace_file)
 
 
-def _refuse_contradictions(
-    recipe: str | None, options: AnalyzeOptions, steering: StrengthOptions
-) -> None:
-    given = {
-        "RECIPE": recipe is not None,
-        "--prompts": options.prompts is not None,
-        "--task": options.task is not None,
-        "--data-dir": options.data_dir is not None,
-        "--traces": bool(options.traces),
-        "--alpha": bool(steering.alphas),
-        "--expert": bool(steering.experts),
-        "--limit": options.limit is not None,
-        "--trace-file": options.trace_file is not None,
-    }
-    if given["--traces"]:
-        for name in (
-            "RECIPE",
+def _refuse_contradictions(given: set[str]) -> None:
+    if "--traces" in given:
+        models = {
             "--prompts",
             "--task",
             "--data-dir",
@@ -172,33 +143,30 @@ def _refuse_contradictions(
             "--expert",
             "--limit",
             "--trace-file",
-        ):
-            if given[name]:
-                raise InvalidRequest(
-                    f"--traces reads what is saved and runs no model, and {name} is given beside it.\n"
-                    "hint: leave one of them out"
-                )
+        }
+        for name in sorted(given & (models | {"RECIPE"})):
+            raise InvalidRequest(
+                f"--traces reads what is saved and runs no model, and {name} is given beside it.\n"
+                "hint: leave one of them out"
+            )
         return
-    if not given["RECIPE"] or not (given["--prompts"] or given["--task"]):
+    if "RECIPE" not in given or not given & {"--prompts", "--task"}:
         raise InvalidRequest(
             "there is nothing to analyze.\n"
             "hint: give a recipe and --prompts prompts.jsonl or --task gsm8k, or --traces traces.jsonl"
         )
-    if given["--prompts"] and given["--task"]:
+    if {"--prompts", "--task"} <= given:
         raise InvalidRequest(
             "--prompts and --task both say what to generate from.\nhint: leave one of them out"
         )
-    if given["--data-dir"] and not given["--task"]:
+    if "--data-dir" in given and "--task" not in given:
         raise InvalidRequest(
             "--data-dir belongs to --task, which is not given.\nhint: leave it out"
         )
 
 
 def _task_requests(
-    name: str,
-    data_dir: Path | None,
-    sampling: SamplingParams,
-    experts: Experts | None,
+    name: str, data_dir: Path | None, sampling: SamplingParams, experts: Experts | None
 ) -> list[Request]:
     """Return a request per item of a benchmark; its stop strings hold beside those that are given."""
     from proxytune.data.lines import line_seed
@@ -227,13 +195,13 @@ def _generated(
     model: ProxyTuned, requests: Sequence[Request], batch_size: int, trace_file: Path | None
 ) -> Iterator[Trace]:
     """Yield traces as they are made, with their progress on stderr."""
-    with TraceWriter(trace_file) as writer, ProgressBars() as bars:
+    with trace_writer(trace_file) as write, ProgressBars() as bars:
         num_done = 0
         bars.show("generating", num_done, len(requests), "texts,")
         rest = iter(requests)
         while block := list(islice(rest, batch_size)):
             made = model.generate_batch(block, batch_size=batch_size)
-            writer.write(made)
+            write(made)
             num_done += len(block)
             bars.show("generating", num_done, len(requests), "texts,")
             yield from made
@@ -261,15 +229,12 @@ def _counted(traces: Iterator[Trace]) -> Iterator[Trace]:
 
 
 def _show(analysis: Analysis) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     console = stdout()
     console.print(Text("all tokens", style="italic"))
-    table = Table(box=None, pad_edge=False)
-    table.add_column("strengths")
-    for heading in ("texts", "tokens", "changed", "mean Delta", "mean shift", "mean KL"):
-        table.add_column(heading, justify="right")
+    headings = ("texts", "tokens", "changed", "mean Delta", "mean shift", "mean KL")
+    table = plain_table("strengths", numbers=headings)
     for group in analysis.groups:
         tally = group.tally
         table.add_row(
@@ -287,23 +252,18 @@ def _show(analysis: Analysis) -> None:
         if any(group.alphas.values()) or len(analysis.groups) == 1:
             _show_types(group)
     _show_equations(analysis)
-    typer.echo(
+    say(
         "changed: base and steered model put different tokens first; Delta: steered minus base probability "
-        "of the token",
-        err=True,
+        "of the token"
     )
 
 
 def _show_positions(analysis: Analysis) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     console = stdout()
     console.print(Text("\nchanged, by position in the text", style="italic"))
-    table = Table(box=None, pad_edge=False)
-    table.add_column("position")
-    for group in analysis.groups:
-        table.add_column(group.name, justify="right")
+    table = plain_table("position", numbers=[group.name for group in analysis.groups])
     bins = [group.position_bins() for group in analysis.groups]
     longest = max(bins, key=len)
     for row, place in enumerate(longest):
@@ -315,7 +275,6 @@ def _show_positions(analysis: Analysis) -> None:
 
 
 def _show_types(group: Group) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     console = stdout()
@@ -325,10 +284,7 @@ def _show_types(group: Group) -> None:
         console.print(Text(f"\nno token type occurs {least:,} times; --min-count lowers that"))
         return
     console.print(Text(title, style="italic"))
-    table = Table(box=None, pad_edge=False)
-    table.add_column("token")
-    for heading in ("times", "changed", "mean Delta", "mean shift"):
-        table.add_column(heading, justify="right")
+    table = plain_table("token", numbers=("times", "changed", "mean Delta", "mean shift"))
     table.add_column("commonest context")
     for kind in group.types[:NUM_SHOWN]:
         table.add_row(
@@ -343,7 +299,6 @@ def _show_types(group: Group) -> None:
 
 
 def _show_equations(analysis: Analysis) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     from proxytune.explain.welch import welch
@@ -353,10 +308,8 @@ def _show_equations(analysis: Analysis) -> None:
         return
     console = stdout()
     console.print(Text("\nequations: mean Delta of their tokens", style="italic"))
-    table = Table(box=None, pad_edge=False)
-    table.add_column("strengths")
-    for heading in ("equations", "left-hand", "right-hand", "Welch's t", "degrees", "p"):
-        table.add_column(heading, justify="right")
+    headings = ("equations", "left-hand", "right-hand", "Welch's t", "degrees", "p")
+    table = plain_table("strengths", numbers=headings)
     for group in groups:
         test = welch(group.left, group.right)
         table.add_row(

@@ -14,10 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from proxytune.commands.flags import flattened
-from proxytune.errors import (
-    BackendError,
-    UserError,
-)
+from proxytune.errors import BackendError, UserError
 
 
 class _Commands(TyperGroup):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import json_line, stdout
+from proxytune.commands.console import json_line, plain_table, say, stdout
 from proxytune.commands.flags import Pick
 from proxytune.commands.options import (
     AS_JSON,
@@ -20,7 +20,7 @@ from proxytune.commands.options import (
 )
 from proxytune.errors import InvalidRequest
 from proxytune.request import SamplingParams
-from proxytune.settings import Option
+from proxytune.settings import option
 
 if TYPE_CHECKING:
     from proxytune.evaluate.speed import Measured
@@ -30,32 +30,25 @@ if TYPE_CHECKING:
 class BenchOptions:
     """What is measured, and how often."""
 
-    alpha: Annotated[float | None, Option(STRENGTH, default="the recipe's")] = None
-    expert: Annotated[
-        str | None, Option("Expert that steers", metavar="NAME", default="the recipe's")
-    ] = None
-    shapes: Annotated[
-        str, Option("Number of prompt tokens and of new tokens in a row", metavar="IN:OUT,...")
-    ] = "64:64"
-    batch_sizes: Annotated[
-        str, Option("Number of rows that are generated together", metavar="N,...")
-    ] = "1"
-    rounds: Annotated[
-        int, Option("Number of measured rounds, after one that warms up", at_least=1)
-    ] = 3
-    prompt: Annotated[
-        str | None,
-        Option("Text that prompts are cut from; how many drafts are accepted depends on it"),
-    ] = None
-    compare: Annotated[
-        bool,
-        Option(
-            "Also load the models as transformers does, a second time, and measure the published procedure "
-            "and the library's own generation with the base",
-            flag="--compare/--no-compare",
-        ),
-    ] = True
-    as_json: Annotated[bool, AS_JSON] = False
+    alpha: float | None = option(None, STRENGTH, none_means="the recipe's")
+    expert: str | None = option(
+        None, "Expert that steers", metavar="NAME", none_means="the recipe's"
+    )
+    shapes: str = option(
+        "64:64", "Number of prompt tokens and of new tokens in a row", metavar="IN:OUT,..."
+    )
+    batch_sizes: str = option("1", "Number of rows that are generated together", metavar="N,...")
+    rounds: int = option(3, "Number of measured rounds, after one that warms up", at_least=1)
+    prompt: str | None = option(
+        None, "Text that prompts are cut from; how many drafts are accepted depends on it"
+    )
+    compare: bool = option(
+        True,
+        "Also load the models as transformers does, a second time, and measure the published procedure "
+        "and the library's own generation with the base",
+        flag="--compare/--no-compare",
+    )
+    as_json: bool = option(False, AS_JSON)
 
 
 @command("proxytune bench my-recipe --batch-sizes 1,8")
@@ -99,7 +92,7 @@ def bench(
             plain_models=plain,
             temperature=sampling.temperature,
             rounds=options.rounds,
-            say=lambda text: typer.echo(text, err=True),
+            say=say,
         )
         for shape in sizes
     ]
@@ -116,12 +109,7 @@ def bench(
 
 
 def _show_speeds(measured: Sequence[Measured], rounds: int) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("speeds")
-    for one in measured:
-        table.add_column(str(one.shape), justify="right")
+    table = plain_table("speeds", numbers=[str(one.shape) for one in measured])
     for name in dict.fromkeys(name for one in measured for name in one.ratios):
         cells = [one.ratios.get(name) for one in measured]
         table.add_row(
@@ -129,10 +117,7 @@ def _show_speeds(measured: Sequence[Measured], rounds: int) -> None:
             *("" if c is None else f"{c.median:.2f} ({c.low:.2f} to {c.high:.2f})" for c in cells),
         )
     rows: list[tuple[str, list[str]]] = [
-        (
-            "plain, tokens/s",
-            [f"{_speed(one, 'plain'):.1f}" for one in measured],
-        ),
+        ("plain, tokens/s", [f"{_speed(one, 'plain'):.1f}" for one in measured]),
         ("speculative, tokens/s", [f"{_speed(one, 'speculative'):.1f}" for one in measured]),
         (
             "drafts accepted",
@@ -149,7 +134,7 @@ def _show_speeds(measured: Sequence[Measured], rounds: int) -> None:
     for heading, cells_ in rows:
         table.add_row(heading, *cells_)
     stdout().print(table)
-    typer.echo(f"medians of {rounds} rounds, with the lowest and the highest in brackets", err=True)
+    say(f"medians of {rounds} rounds, with the lowest and the highest in brackets")
 
 
 def _speed(one: Measured, name: str) -> float:

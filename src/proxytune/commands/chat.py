@@ -11,17 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import strengths_text
+from proxytune.commands.console import say, strengths_text
 from proxytune.commands.flags import Pick, number_of
-from proxytune.commands.options import (
-    ModelOptions,
-    RecipeArgument,
-    SteeringOptions,
-    steering_of,
-)
+from proxytune.commands.options import ModelOptions, RecipeArgument, SteeringOptions, steering_of
 from proxytune.errors import InvalidRequest, UserError
 from proxytune.request import SPECULATIVE, SamplingParams, Steering
-from proxytune.settings import Option
+from proxytune.settings import option
 
 if TYPE_CHECKING:
     from proxytune.model import Conversation
@@ -33,8 +28,8 @@ if TYPE_CHECKING:
 class ChatOptions:
     """How a conversation begins, and how its answers are generated."""
 
-    system: Annotated[str | None, Option("System message before the first turn")] = None
-    speculative: Annotated[bool, SPECULATIVE] = False
+    system: str | None = option(None, "System message before the first turn")
+    speculative: bool = option(False, SPECULATIVE)
 
 
 @command("proxytune chat my-recipe --alpha 0.5")
@@ -168,7 +163,7 @@ class _Chat:
         return strengths_text(self._recipe.strengths(steering))
 
     def _say(self, text: str) -> None:
-        typer.echo(text, err=True)
+        say(text)
 
 
 def _typed_lines(is_terminal: bool) -> Iterator[str]:
@@ -180,7 +175,7 @@ def _typed_lines(is_terminal: bool) -> Iterator[str]:
         try:
             yield input("> ")
         except KeyboardInterrupt:
-            typer.echo("\n(Ctrl-D or /quit ends)", err=True)
+            say("\n(Ctrl-D or /quit ends)")
         except EOFError:
             typer.echo()
             return

@@ -6,22 +6,19 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from proxytune.errors import (
-    InputFileError,
-    InvalidRequest,
-    OutputFileError,
-)
+from proxytune.errors import InputFileError, InvalidRequest, OutputFileError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
+    from rich.table import Table
 
 
 def stdout() -> Console:
@@ -37,6 +34,23 @@ def stderr() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """Print a line on stderr."""
+    typer.echo(text, err=True)
+
+
+def plain_table(*words: str, numbers: Sequence[str], title: str | None = None) -> Table:
+    """Return a table without lines: columns of words, then columns of numbers, set right."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    for heading in words:
+        table.add_column(heading)
+    for heading in numbers:
+        table.add_column(heading, justify="right")
+    return table
 
 
 SILENCE_S = 10.0
@@ -55,7 +69,7 @@ def waiting(doing: str) -> Iterator[None]:
 
     def speak() -> None:
         while not ended.wait(SILENCE_S):
-            typer.echo(f"{doing}: {time.monotonic() - started:.0f} s", err=True)
+            say(f"{doing}: {time.monotonic() - started:.0f} s")
 
     speaker = threading.Thread(target=speak, daemon=True)
     speaker.start()
@@ -123,7 +137,7 @@ class ProgressBars:
         is_due = now - self._spoke_at >= SILENCE_S or (self._shows_ends and done >= total)
         if is_due and not self._console.is_terminal:
             self._spoke_at = now
-            typer.echo(f"{stage}: {count}", err=True)
+            say(f"{stage}: {count}")
 
 
 @contextmanager

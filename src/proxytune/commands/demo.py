@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -16,7 +16,7 @@ from proxytune.commands.app import command
 from proxytune.commands.console import ProgressBars, json_line, stdout, waiting
 from proxytune.commands.options import AS_JSON
 from proxytune.request import Request, SamplingParams, Steering
-from proxytune.settings import Option
+from proxytune.settings import option
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,9 +50,9 @@ DOMAINS = (
 class DemoOptions:
     """What the demo generates, and how it is shown."""
 
-    as_json: Annotated[bool, AS_JSON] = False
-    seed: Annotated[int, Option("Random seed of the continuations")] = 1
-    new_tokens: Annotated[int, Option("Length of each continuation in tokens")] = 48
+    as_json: bool = option(False, AS_JSON)
+    seed: int = option(1, "Random seed of the continuations")
+    new_tokens: int = option(48, "Length of each continuation in tokens")
 
 
 @command("proxytune demo")

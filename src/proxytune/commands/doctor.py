@@ -8,11 +8,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import json_line, stdout, waiting
-from proxytune.commands.options import (
-    JsonOption,
-    RecipeArgument,
-)
+from proxytune.commands.console import json_line, say, stdout, waiting
+from proxytune.commands.options import JsonOption, RecipeArgument
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -40,7 +37,7 @@ def doctor(recipe: RecipeArgument, as_json: JsonOption = False) -> None:
     else:
         stdout().print(rendered(diagnosis))
     if not diagnosis.is_healthy:
-        typer.echo("error: the recipe cannot run as it is", err=True)
+        say("error: the recipe cannot run as it is")
         raise typer.Exit(2)
 
 

@@ -13,20 +13,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import ProgressBars, json_line, stdout
+from proxytune.commands.console import ProgressBars, json_line, say, stdout
 from proxytune.commands.flags import Pick
-from proxytune.commands.options import (
-    AS_JSON,
-    ModelOptions,
-    RecipeArgument,
-)
+from proxytune.commands.options import AS_JSON, ModelOptions, RecipeArgument
 from proxytune.errors import InvalidRequest
 from proxytune.evaluate.plan import EvalOptions
-from proxytune.settings import Option
+from proxytune.settings import option
 
 if TYPE_CHECKING:
-    from proxytune.evaluate.judges import JudgeSettings
     from proxytune.evaluate.compare import EvalReport
+    from proxytune.evaluate.judges import JudgeSettings
     from proxytune.evaluate.run import Progress
     from proxytune.model import ProxyTuned
     from proxytune.recipe.recipe import Recipe
@@ -36,22 +32,17 @@ if TYPE_CHECKING:
 class JudgeOptions:
     """Which server judges open answers."""
 
-    judge_url: Annotated[
-        str | None,
-        Option(
-            "OpenAI-compatible API whose model judges open answers, /v1 included; without it they stay "
-            "unscored",
-            metavar="URL",
-        ),
-    ] = None
-    judge_model: Annotated[
-        str | None, Option("Name of the judge on that server", metavar="NAME")
-    ] = None
-    judge_key_env: Annotated[
-        str | None,
-        Option("Environment variable with the judge's key", metavar="NAME"),
-    ] = None
-    judge_max_calls: Annotated[int | None, Option("Maximum number of calls to the judge")] = None
+    judge_url: str | None = option(
+        None,
+        "OpenAI-compatible API whose model judges open answers, /v1 included; without it they stay "
+        "unscored",
+        metavar="URL",
+    )
+    judge_model: str | None = option(None, "Name of the judge on that server", metavar="NAME")
+    judge_key_env: str | None = option(
+        None, "Environment variable with the judge's key", metavar="NAME"
+    )
+    judge_max_calls: int | None = option(None, "Maximum number of calls to the judge")
 
     def settings(self) -> JudgeSettings | None:
         """Return the judge, or None if none is named."""
@@ -72,14 +63,12 @@ class JudgeOptions:
 class ReportOptions:
     """Where the results go."""
 
-    output: Annotated[
-        Path,
-        Option(
-            "Directory for samples and reports; a run that was interrupted continues there",
-            metavar="DIR",
-        ),
-    ] = Path("eval")
-    as_json: Annotated[bool, AS_JSON] = False
+    output: Path = option(
+        Path("eval"),
+        "Directory for samples and reports; a run that was interrupted continues there",
+        metavar="DIR",
+    )
+    as_json: bool = option(False, AS_JSON)
 
 
 @command(
@@ -116,13 +105,7 @@ def evaluate(
 
     with ProgressBars() as bars:
         result = run(
-            found,
-            report.output,
-            options,
-            load=load,
-            name=recipe,
-            on_progress=show,
-            say=lambda text: typer.echo(text, err=True),
+            found, report.output, options, load=load, name=recipe, on_progress=show, say=say
         )
     _write(result, report.output)
     if report.as_json:
@@ -130,10 +113,7 @@ def evaluate(
     else:
         _show(result)
     resumed = f", {result.num_resumed:,} were there before" if result.num_resumed else ""
-    typer.echo(
-        f"{result.num_generated:,} samples generated{resumed}; everything is in {report.output}",
-        err=True,
-    )
+    say(f"{result.num_generated:,} samples generated{resumed}; everything is in {report.output}")
 
 
 def _write(report: EvalReport, output: Path) -> None:
@@ -149,7 +129,7 @@ def _write(report: EvalReport, output: Path) -> None:
     if importlib.util.find_spec("matplotlib") is not None:
         picture(report, output / "eval.png")
     else:
-        typer.echo("no picture: pip install 'proxytune[eval]' brings matplotlib", err=True)
+        say("no picture: pip install 'proxytune[eval]' brings matplotlib")
 
 
 def _show(report: EvalReport) -> None:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import waiting
+from proxytune.commands.console import say, waiting
+from proxytune.commands.options import argument
 from proxytune.errors import InvalidRequest
-from proxytune.settings import Option
+from proxytune.settings import option
 
 if TYPE_CHECKING:
     from proxytune.export.write import ExportedFile
@@ -21,49 +22,36 @@ if TYPE_CHECKING:
 class ExportOptions:
     """What is written, and in which dtype."""
 
-    dtype: Annotated[
-        str,
-        Option(
-            "Dtype of the stored weights: F32, F16, BF16, Q8_0, Q4_0 or Q4_1; for an adapter F32 or F16",
-            metavar="NAME",
-        ),
-    ] = "F16"
-    adapter: Annotated[
-        str | None,
-        Option("Write this LoRA adapter on the model, not the model itself", metavar="PATH"),
-    ] = None
-    merge: Annotated[bool, Option("Write the model with the adapter merged into its weights")] = (
-        False
+    dtype: str = option(
+        "F16",
+        "Dtype of the stored weights: F32, F16, BF16, Q8_0, Q4_0 or Q4_1; for an adapter F32 or F16",
+        metavar="NAME",
     )
-    pre: Annotated[
-        str | None,
-        Option(
-            "llama.cpp's name for how the tokenizer splits text; it is not checked",
-            metavar="NAME",
-            default="found by comparing rules",
-        ),
-    ] = None
-    force: Annotated[bool, Option("Replace what is at OUTPUT, if its content differs")] = False
+    adapter: str | None = option(
+        None, "Write this LoRA adapter on the model, not the model itself", metavar="PATH"
+    )
+    merge: bool = option(False, "Write the model with the adapter merged into its weights")
+    pre: str | None = option(
+        None,
+        "llama.cpp's name for how the tokenizer splits text; it is not checked",
+        metavar="NAME",
+        none_means="found by comparing rules",
+    )
+    force: bool = option(False, "Replace what is at OUTPUT, if its content differs")
 
 
 @command("proxytune export-gguf my-recipe my-recipe-gguf --dtype Q8_0", name="export-gguf")
 def export_gguf(
     source: Annotated[
         str,
-        typer.Argument(
-            metavar="SOURCE",
-            help="A recipe; or a small model: its directory, package:NAME/PATH, or its id on the Hugging "
+        argument(
+            "SOURCE",
+            "A recipe; or a small model: its directory, package:NAME/PATH, or its id on the Hugging "
             "Face Hub",
-            show_default=False,
         ),
     ],
     output: Annotated[
-        Path,
-        typer.Argument(
-            metavar="OUTPUT",
-            help="Where to write: a directory for a recipe, otherwise a .gguf file",
-            show_default=False,
-        ),
+        Path, argument("OUTPUT", "Where to write: a directory for a recipe, otherwise a .gguf file")
     ],
     options: ExportOptions,
 ) -> None:
@@ -107,7 +95,7 @@ def export_gguf(
         )
     for file in written.files:
         _say_exported(file)
-    typer.echo(f"wrote {written.directory / 'config.json'}", err=True)
+    say(f"wrote {written.directory / 'config.json'}")
     typer.echo(written.directory)
 
 
@@ -137,4 +125,4 @@ def _say_exported(file: ExportedFile) -> None:
         line += (
             f"; {file.num_unquantized} tensors in F16, because their rows do not divide into blocks"
         )
-    typer.echo(line, err=True)
+    say(line)

@@ -21,12 +21,11 @@ from proxytune.errors import InvalidRequest
 from proxytune.request import check_alpha
 from proxytune.settings import Declared, Option, options_of
 
-PANELS = {
-    "steering": "Steering options",
-    "sampling": "Sampling options",
-    "models": "Model options",
-}
+PANELS = {"steering": "Steering options", "sampling": "Sampling options", "models": "Model options"}
 """Headings of the help, by a parameter's name; the flags of the others stand under "Options"."""
+
+
+METAVARS = {int: "N", float: "FLOAT", Path: "FILE", bool: None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +48,14 @@ class Pick:
         leave_out: Names of those that it does not take.
         defaults: Its own defaults, by name.
         help: Its own words, by name.
-        default_words: What None stands for here, by name.
+        none_means: What None stands for here, by name.
     """
 
     only: tuple[str, ...] = ()
     leave_out: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     help: Mapping[str, str] = field(default_factory=dict)
-    default_words: Mapping[str, str] = field(default_factory=dict)
+    none_means: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, settings: type) -> list[Declared]:
         """Return the options of a dataclass that are taken."""
@@ -70,7 +69,7 @@ class Pick:
                 option=replace(
                     declared.option,
                     help=self.help.get(name, declared.option.help),
-                    default=self.default_words.get(name, declared.option.default),
+                    none_means=self.none_means.get(name, declared.option.none_means),
                 ),
             )
             for name, declared in known.items()
@@ -117,6 +116,25 @@ def flag_of(declared: Declared) -> str:
     return declared.option.flag or "--" + declared.name.replace("_", "-")
 
 
+def given_flags(**values: Any) -> set[str]:
+    """Return what was given on the command line, of some arguments and options.
+
+    Args:
+        values: Arguments by their name in the help, and dataclasses of options by any name. Nothing was given
+            where a value is a default, or as good as none.
+    """
+    found = set()
+    for name, value in values.items():
+        if not is_dataclass(value):
+            found |= {name} if value is not None else set()
+            continue
+        for declared in options_of(value.__class__).values():
+            own = getattr(value, declared.name)
+            if own != declared.default and own is not None and own is not False:
+                found.add(flag_of(declared).split("/")[0])
+    return found
+
+
 def number_of(text: str, name: str) -> float:
     """Return a strength typed as text.
 
@@ -153,9 +171,9 @@ def _parameter(declared: Declared, panel: str | None) -> inspect.Parameter:
     text = option.help
     if is_repeated and "repeat" not in text:
         text += "; repeat for more"
-    if option.default is not None:
-        text += f"  [default: {option.default}]"
-    metavar = option.metavar or {int: "N", float: "FLOAT", bool: None}.get(typed, "TEXT")
+    if option.none_means is not None:
+        text += f"  [default: {option.none_means}]"
+    metavar = option.metavar or METAVARS.get(typed, "TEXT")
     if get_origin(kind) is Literal and option.metavar is None:
         metavar = f"[{'|'.join(get_args(kind))}]"
     return inspect.Parameter(
@@ -168,7 +186,7 @@ def _parameter(declared: Declared, panel: str | None) -> inspect.Parameter:
                 flag_of(declared),
                 metavar=metavar,
                 help=text,
-                show_default=option.default is None
+                show_default=option.none_means is None
                 and default not in (None, inspect.Parameter.empty),
                 autocompletion=getattr(option, "complete", None),
                 rich_help_panel=panel,

@@ -16,11 +16,12 @@ from proxytune.commands.console import (
     argument_text,
     json_line,
     rate_text,
+    say,
     stdin_text,
     strengths_text,
     write_text,
 )
-from proxytune.commands.flags import Pick
+from proxytune.commands.flags import Pick, given_flags
 from proxytune.commands.options import (
     AS_JSON,
     ModelOptions,
@@ -32,7 +33,7 @@ from proxytune.commands.options import (
 from proxytune.data.lines import BatchOptions
 from proxytune.errors import InvalidRequest, ProxytuneError
 from proxytune.request import SPECULATIVE, Request, SamplingParams
-from proxytune.settings import Option, options_of
+from proxytune.settings import option, options_of
 
 if TYPE_CHECKING:
     from proxytune.data.batch import BatchReport
@@ -49,47 +50,38 @@ _LINES = options_of(BatchOptions)
 class GenerateOptions:
     """Where prompts come from, and how answers are given."""
 
-    stream: Annotated[
-        bool | None,
-        Option(
-            "Print text while it is generated, or all at the end",
-            flag="--stream/--no-stream",
-            default="--stream on a terminal",
-        ),
-    ] = None
-    speculative: Annotated[bool, SPECULATIVE] = False
-    choice: Annotated[
-        tuple[str, ...],
-        Option(
-            "Answer with the most likely of these texts, told apart by their first tokens; repeat for each, "
-            "two or more"
-        ),
-    ] = ()
-    as_json: Annotated[bool, AS_JSON] = False
-    input_file: Annotated[Path | None, Option("Prompts as JSON lines", metavar="FILE")] = None
-    output_file: Annotated[
-        Path | None,
-        Option(
-            "Where to write the answers; FILE.progress.json beside it holds the settings",
-            metavar="FILE",
-        ),
-    ] = None
-    trace_file: Annotated[
-        Path | None,
-        Option(
-            "Write what each model gave each token to this file, for proxytune explain --trace and analyze",
-            metavar="FILE",
-        ),
-    ] = None
-    batch_size: Annotated[
-        int | None,
-        replace(_LINES["batch_size"].option, default=str(_LINES["batch_size"].default)),
-    ] = None
-    skip_bad_lines: Annotated[bool, _LINES["skip_bad_lines"].option] = False
+    stream: bool | None = option(
+        None,
+        "Print text while it is generated, or all at the end",
+        flag="--stream/--no-stream",
+        none_means="--stream on a terminal",
+    )
+    speculative: bool = option(False, SPECULATIVE)
+    choice: tuple[str, ...] = option(
+        (),
+        "Answer with the most likely of these texts, told apart by their first tokens; repeat for each, "
+        "two or more",
+    )
+    as_json: bool = option(False, AS_JSON)
+    input_file: Path | None = option(None, "Prompts as JSON lines")
+    output_file: Path | None = option(
+        None,
+        "Where to write the answers; FILE.progress.json beside it holds the settings",
+        metavar="FILE",
+    )
+    trace_file: Path | None = option(
+        None,
+        "Write what each model gave each token to this file, for proxytune explain --trace and analyze",
+        metavar="FILE",
+    )
+    batch_size: int | None = option(
+        None, replace(_LINES["batch_size"].option, none_means=str(_LINES["batch_size"].default))
+    )
+    skip_bad_lines: bool = option(False, _LINES["skip_bad_lines"].option)
 
 
 SAMPLING = Pick(
-    default_words={"seed": "a new one each time; 0 with --input-file"},
+    none_means={"seed": "a new one each time; 0 with --input-file"},
     help={
         "seed": "Random seed: makes sampled text repeatable; with --input-file, each line gets its own seed, "
         "made from this one and the line's number",
@@ -114,7 +106,7 @@ def generate(
     optionally options for this line alone; the output file holds the same objects with output added. After an
     interruption, the same command continues the run, and leaves the file that an uninterrupted run writes.
     """
-    _refuse_contradictions(prompt, options, sampling)
+    _refuse_contradictions(given_flags(PROMPT=prompt, options=options, sampling=sampling))
     if options.input_file is not None and options.output_file is not None:
         found = with_policy(models.read(recipe), steering.policy, steering.combine)
         size = options.batch_size
@@ -162,9 +154,7 @@ def _generated(model: ProxyTuned, request: Request, options: GenerateOptions) ->
 
     try:
         return model.generate_batch(
-            [request],
-            on_event=show if is_streamed else None,
-            speculative=options.speculative,
+            [request], on_event=show if is_streamed else None, speculative=options.speculative
         )[0]
     except KeyboardInterrupt:
         if is_streamed:
@@ -189,13 +179,12 @@ def _show(trace: Trace, options: GenerateOptions, *, logprobs: bool) -> None:
         return
     typer.echo("" if _is_streamed(options) else trace.text)
     drafted = f" · {trace.num_accepted} of {trace.num_drafted} drafted"
-    typer.echo(
+    say(
         f"{rate_text(trace.num_new_tokens, trace.latency_s)} · {trace.finish_reason} · "
         + strengths_text(trace.alphas)
         + (f" · seed {trace.seed}" if trace.seed is not None else "")
         + (drafted if options.speculative else "")
-        + _calls(trace),
-        err=True,
+        + _calls(trace)
     )
 
 
@@ -231,76 +220,52 @@ def _show_choice(model: ProxyTuned, request: Request, options: GenerateOptions) 
         f"{answer.strip()} {prob:.3f}" for answer, prob in zip(answers, found.probs, strict=True)
     )
     proof = {None: "", True: " · certified", False: " · not certified"}[found.is_certified]
-    typer.echo(f"{shares} · {strengths_text(found.alphas)}{proof}", err=True)
+    say(f"{shares} · {strengths_text(found.alphas)}{proof}")
 
 
-def _refuse_contradictions(
-    prompt: str | None, options: GenerateOptions, sampling: SamplingParams
-) -> None:
+def _refuse_contradictions(given: set[str]) -> None:
     """Refuse options that exclude each other or do nothing without another."""
-    given = {
-        "--choice": bool(options.choice),
-        "--require-certified": sampling.require_certified,
-        "--speculative": options.speculative,
-        "PROMPT": prompt is not None,
-        "--input-file": options.input_file is not None,
-        "--output-file": options.output_file is not None,
-        "--trace-file": options.trace_file is not None,
-        "--batch-size": options.batch_size is not None,
-        "--skip-bad-lines": options.skip_bad_lines,
-        "--stream": options.stream is True,
-        "--json": options.as_json,
-        "--logprobs": sampling.logprobs is not None,
-    }
-    if given["PROMPT"] and given["--input-file"]:
-        raise InvalidRequest(
-            "PROMPT and --input-file are both given.\nhint: put the prompt into the file, or leave one out"
-        )
-    if not given["PROMPT"] and not given["--input-file"]:
+    for one, other, hint in (
+        ("PROMPT", "--input-file", "put the prompt into the file, or leave one out"),
+        ("--input-file", "--trace-file", "proxytune analyze RECIPE --prompts FILE --trace-file FILE traces "
+         "many prompts"),
+        ("--input-file", "--stream", "leave --stream out: the answers go to a file"),
+        ("--json", "--stream", "leave one of them out: --json prints one object at the end"),
+    ):  # fmt: skip
+        if {one, other} <= given:
+            raise InvalidRequest(f"{one} and {other} are both given.\nhint: {hint}")
+    if not given & {"PROMPT", "--input-file"}:
         raise InvalidRequest(
             "there is no prompt.\nhint: give it as text, - for stdin, or --input-file prompts.jsonl"
         )
-    if given["--input-file"] and not given["--output-file"]:
+    if "--input-file" in given and "--output-file" not in given:
         raise InvalidRequest(
             "--input-file is given and --output-file is not, so a run could not be continued.\n"
             "hint: --output-file answers.jsonl"
         )
-    if given["--input-file"] and given["--trace-file"]:
-        raise InvalidRequest(
-            "--trace-file holds one prompt's tokens, and --input-file gives many prompts.\n"
-            "hint: proxytune analyze RECIPE --prompts FILE --trace-file FILE traces them all"
-        )
-    if given["--input-file"] and given["--stream"]:
-        raise InvalidRequest(
-            "--stream prints text as it is made, and --input-file writes its answers to a file.\n"
-            "hint: leave --stream out"
-        )
-    if given["--json"] and given["--stream"]:
-        raise InvalidRequest(
-            "--json prints one object at the end, and --stream prints text as it is made.\n"
-            "hint: leave one of them out"
-        )
-    for name in (
+    single = (
         "--input-file",
         "--stream",
         "--logprobs",
         "--require-certified",
         "--speculative",
         "--trace-file",
-    ):
-        if given["--choice"] and given[name]:
+    )
+    for name in single:
+        if {"--choice", name} <= given:
             raise InvalidRequest(
                 f"--choice picks one of a few answers to one prompt, and {name} is given beside it.\n"
                 f"hint: leave {name} out"
             )
-    if not given["--input-file"]:
-        for name in ("--output-file", "--batch-size", "--skip-bad-lines"):
-            if given[name]:
-                raise InvalidRequest(
-                    f"{name} belongs to --input-file, which is not given.\nhint: leave {name} out"
-                )
-        if given["--logprobs"] and not given["--json"]:
-            raise InvalidRequest("--logprobs has nowhere to go in plain text.\nhint: add --json")
+    if "--input-file" in given:
+        return
+    for name in ("--output-file", "--batch-size", "--skip-bad-lines"):
+        if name in given:
+            raise InvalidRequest(
+                f"{name} belongs to --input-file, which is not given.\nhint: leave {name} out"
+            )
+    if "--logprobs" in given and "--json" not in given:
+        raise InvalidRequest("--logprobs has nowhere to go in plain text.\nhint: add --json")
 
 
 def _answer_file(
@@ -330,10 +295,7 @@ def _answer_file(
                 on_progress=advance,
             )
     except KeyboardInterrupt:
-        typer.echo(
-            f"interrupted; {output_file} keeps what is done, and the same command continues it",
-            err=True,
-        )
+        say(f"interrupted; {output_file} keeps what is done, and the same command continues it")
         raise
 
 
@@ -341,23 +303,19 @@ def _show_file(report: BatchReport, output_file: Path, *, as_json: bool) -> None
     from proxytune.data.resumable import number_list
 
     if report.was_complete:
-        typer.echo(f"already complete: {output_file} has {report.num_lines:,} lines", err=True)
+        say(f"already complete: {output_file} has {report.num_lines:,} lines")
     else:
         resumed = (
             f" ({report.num_resumed:,} of them by an earlier run)" if report.num_resumed else ""
         )
-        typer.echo(
+        say(
             f"{output_file}: {report.num_lines:,} lines{resumed}; "
-            f"{rate_text(report.num_new_tokens, report.latency_s)}",
-            err=True,
+            f"{rate_text(report.num_new_tokens, report.latency_s)}"
         )
     if report.bad_lines:
-        typer.echo(
-            f"left out {len(report.bad_lines):,} bad line(s): {number_list(report.bad_lines)}",
-            err=True,
-        )
+        say(f"left out {len(report.bad_lines):,} bad line(s): {number_list(report.bad_lines)}")
         for reason in report.reasons:
-            typer.echo(f"  {reason}", err=True)
+            say(f"  {reason}")
     if as_json:
         content = {
             "output_file": str(output_file),

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import json_line
-from proxytune.commands.options import AS_JSON
+from proxytune.commands.console import json_line, say
+from proxytune.commands.options import AS_JSON, argument
 from proxytune.errors import InputFileError, InvalidRequest
 from proxytune.evaluate.plan import DATA_DIR, EvalOptions
-from proxytune.settings import Option, options_of
+from proxytune.settings import option, options_of
 from proxytune.tasks.task import Rule
 
 if TYPE_CHECKING:
@@ -26,45 +26,40 @@ if TYPE_CHECKING:
 class GradeOptions:
     """How predictions are scored."""
 
-    rule: Annotated[
-        Rule,
+    rule: Rule = option(
+        "paper",
         replace(
             options_of(EvalOptions)["rule"].option,
             help="Scoring rule: paper scores exactly as published, quirks included; numeric by what is right",
         ),
-    ] = "paper"
-    run_code: Annotated[
-        bool,
-        Option(
-            "Run the programs of humaneval and ds1000, each in a process with limited time, memory, files "
-            "and network, instead of trusting the results in the file"
-        ),
-    ] = False
-    data_dir: Annotated[
-        Path | None,
-        replace(DATA_DIR, help="Directory with the benchmark's tests, for --run-code"),
-    ] = None
-    as_json: Annotated[bool, AS_JSON] = False
+    )
+    run_code: bool = option(
+        False,
+        "Run the programs of humaneval and ds1000, each in a process with limited time, memory, files "
+        "and network, instead of trusting the results in the file",
+    )
+    data_dir: Path | None = option(
+        None, replace(DATA_DIR, help="Directory with the benchmark's tests, for --run-code")
+    )
+    as_json: bool = option(False, AS_JSON)
 
 
 @command("proxytune grade gsm8k predictions.jsonl.gz --rule numeric")
 def grade(
     task: Annotated[
         str,
-        typer.Argument(
-            metavar="TASK",
-            help="gsm8k, humaneval, toxigen, truthfulqa_mc, truthfulqa_open, alpaca_eval, ds1000, triviaqa "
+        argument(
+            "TASK",
+            "gsm8k, humaneval, toxigen, truthfulqa_mc, truthfulqa_open, alpaca_eval, ds1000, triviaqa "
             "or realtimeqa",
-            show_default=False,
         ),
     ],
     file: Annotated[
         Path,
-        typer.Argument(
-            metavar="FILE",
-            help="Predictions in the layout that the paper's authors published, or that `proxytune eval` "
+        argument(
+            "FILE",
+            "Predictions in the layout that the paper's authors published, or that `proxytune eval` "
             "writes: JSON lines or a JSON array, packed with gzip or not",
-            show_default=False,
         ),
     ],
     options: GradeOptions,
@@ -95,7 +90,7 @@ def grade(
         else json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     )
     for note in found.notes:
-        typer.echo(f"note: {note}", err=True)
+        say(f"note: {note}")
 
 
 def _run_again(task: Task, rows: list[Row], data_dir: Path | None) -> tuple[list[Row], list[str]]:

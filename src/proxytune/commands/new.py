@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from proxytune.commands.app import command
-from proxytune.commands.options import COMBINE, POLICY, STRENGTH, with_policy
+from proxytune.commands.console import say
+from proxytune.commands.options import COMBINE, POLICY, STRENGTH, argument, with_policy
 from proxytune.errors import InvalidRequest
 from proxytune.request import check_alpha
-from proxytune.settings import Option
+from proxytune.settings import declared, option
 
 if TYPE_CHECKING:
     from proxytune.recipe.recipe import Recipe
@@ -25,53 +24,43 @@ FORMAT = "Prompt format of the {}: plain, chat, or a Jinja template"
 class BaseOptions:
     """The large model."""
 
-    base: Annotated[
-        str | None,
-        Option(
-            "The large model, or the address of an API; required unless --add is given",
-            metavar="MODEL",
-        ),
-    ] = None
-    base_name: Annotated[
-        str | None,
-        Option("Name of the base on the API", metavar="NAME", default="the only model it lists"),
-    ] = None
-    key_env: Annotated[
-        str | None, Option("Environment variable that holds the API's key", metavar="VARIABLE")
-    ] = None
-    prompt: Annotated[str, Option(FORMAT.format("base"), metavar="FORMAT")] = "plain"
+    base: str | None = option(
+        None,
+        "The large model, or the address of an API; required unless --add is given",
+        metavar="MODEL",
+    )
+    base_name: str | None = option(
+        None, "Name of the base on the API", metavar="NAME", none_means="the only model it lists"
+    )
+    key_env: str | None = option(
+        None, "Environment variable that holds the API's key", metavar="VARIABLE"
+    )
+    prompt: str = option("plain", FORMAT.format("base"), metavar="FORMAT")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertOptions:
     """The small model before and after tuning."""
 
-    anti_expert: Annotated[str, Option("The small model before tuning", metavar="MODEL")]
-    expert: Annotated[
-        str | None,
-        Option(
-            "The small model after tuning; not needed with --adapter on the anti-expert",
-            metavar="MODEL",
-        ),
-    ] = None
-    adapter: Annotated[
-        str | None, Option("A LoRA adapter that makes the expert", metavar="PATH")
-    ] = None
-    anti_expert_adapter: Annotated[
-        str | None,
-        Option("A LoRA adapter on the anti-expert, tuned to do the opposite", metavar="PATH"),
-    ] = None
-    alpha: Annotated[float, Option(STRENGTH)] = 1.0
-    name: Annotated[
-        str | None,
-        Option(
-            "Name of the expert in requests", metavar="NAME", default="the last part of its path"
-        ),
-    ] = None
-    expert_prompt: Annotated[str, Option(FORMAT.format("expert"), metavar="FORMAT")] = "plain"
-    anti_expert_prompt: Annotated[str, Option(FORMAT.format("anti-expert"), metavar="FORMAT")] = (
-        "plain"
+    anti_expert: str = field(metadata=declared("The small model before tuning", metavar="MODEL"))
+    expert: str | None = option(
+        None,
+        "The small model after tuning; not needed with --adapter on the anti-expert",
+        metavar="MODEL",
     )
+    adapter: str | None = option(None, "A LoRA adapter that makes the expert", metavar="PATH")
+    anti_expert_adapter: str | None = option(
+        None, "A LoRA adapter on the anti-expert, tuned to do the opposite", metavar="PATH"
+    )
+    alpha: float = option(1.0, STRENGTH)
+    name: str | None = option(
+        None,
+        "Name of the expert in requests",
+        metavar="NAME",
+        none_means="the last part of its path",
+    )
+    expert_prompt: str = option("plain", FORMAT.format("expert"), metavar="FORMAT")
+    anti_expert_prompt: str = option("plain", FORMAT.format("anti-expert"), metavar="FORMAT")
 
     def spec(self, directory: Path, *, llama_cpp: bool) -> ExpertSpec:
         """Return the expert of a recipe in this directory."""
@@ -98,17 +87,15 @@ class ExpertOptions:
 class RecipeOptions:
     """What else the recipe says, and what becomes of one that is already there."""
 
-    llama_cpp: Annotated[bool, Option("Run every .gguf file directly with llama.cpp")] = False
-    policy: Annotated[str | None, POLICY] = None
-    combine: Annotated[str | None, COMBINE] = None
-    map_vocabulary: Annotated[
-        bool,
-        Option(
-            "Allow small models with another tokenizer than the base's; they steer the tokens that both have"
-        ),
-    ] = False
-    add: Annotated[bool, Option("Add the expert to the recipe in DIR")] = False
-    force: Annotated[bool, Option("Replace the recipe in DIR")] = False
+    llama_cpp: bool = option(False, "Run every .gguf file directly with llama.cpp")
+    policy: str | None = option(None, POLICY)
+    combine: str | None = option(None, COMBINE)
+    map_vocabulary: bool = option(
+        False,
+        "Allow small models with another tokenizer than the base's; they steer the tokens that both have",
+    )
+    add: bool = option(False, "Add the expert to the recipe in DIR")
+    force: bool = option(False, "Replace the recipe in DIR")
 
 
 @command(
@@ -116,9 +103,7 @@ class RecipeOptions:
     "--anti-expert Qwen/Qwen2.5-1.5B"
 )
 def new(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where to write the recipe", show_default=False)
-    ],
+    directory: Annotated[Path, argument("DIR", "Where to write the recipe")],
     base: BaseOptions,
     expert: ExpertOptions,
     options: RecipeOptions,
@@ -148,8 +133,8 @@ def new(
     if options.map_vocabulary:
         recipe = replace(recipe, vocabulary="map")
     recipe.write(directory, overwrite=options.add or options.force)
-    typer.echo(f"wrote {directory / 'config.json'}", err=True)
-    typer.echo(f"next: proxytune doctor {directory}", err=True)
+    say(f"wrote {directory / 'config.json'}")
+    say(f"next: proxytune doctor {directory}")
 
 
 def _refuse_contradictions(

@@ -6,34 +6,34 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from proxytune.commands.console import waiting
 from proxytune.commands.flags import Flag, number_of
-from proxytune.errors import (
-    InvalidRequest,
-    UserError,
-)
+from proxytune.errors import InvalidRequest, UserError
 from proxytune.request import Steering
-from proxytune.settings import Option
+from proxytune.settings import Option, option
 
 if TYPE_CHECKING:
     from proxytune.model import ProxyTuned
     from proxytune.recipe.recipe import Recipe
 
+
+def argument(metavar: str, help: str) -> Any:
+    """Return an argument of a command, which the help shows without a default."""
+    return typer.Argument(metavar=metavar, help=help, show_default=False)
+
+
 RECIPE_HELP = "A recipe: its directory, package:NAME/PATH, or its id on the Hugging Face Hub"
-RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help=RECIPE_HELP, show_default=False)
+RecipeArgument = Annotated[str, argument("RECIPE", RECIPE_HELP)]
+OptionalRecipe = Annotated[
+    str | None, argument("RECIPE", f"{RECIPE_HELP}; not needed for saved traces")
 ]
 PromptArgument = Annotated[
     str | None,
-    typer.Argument(
-        metavar="PROMPT",
-        help="The text to continue; - reads it from stdin, without its last line break",
-        show_default=False,
-    ),
+    argument("PROMPT", "The text to continue; - reads it from stdin, without its last line break"),
 ]
 AS_JSON = Option("Print one JSON object on one line", flag="--json")
 JsonOption = Annotated[bool, typer.Option(AS_JSON.flag, help=AS_JSON.help)]
@@ -60,18 +60,18 @@ EXPERT = Flag(
     "Steer with this expert, with =ALPHA at its own strength; repeat to add up several",
     flag="--expert",
     metavar="NAME[=ALPHA]",
-    default="the recipe's",
+    none_means="the recipe's",
     complete=_experts_to_complete,
 )
 POLICY = Option(
     "Steering policy: its name, or what a recipe's steering may hold, as JSON",
     metavar="NAME|JSON",
-    default="the recipe's",
+    none_means="the recipe's",
 )
 COMBINE = Option(
     "How several experts are combined: sum, union, majority, …",
     metavar="NAME",
-    default="the recipe's",
+    none_means="the recipe's",
 )
 
 
@@ -79,10 +79,10 @@ COMBINE = Option(
 class SteeringOptions:
     """Which experts steer, and how strongly."""
 
-    alpha: Annotated[float | None, Option(STRENGTH, default="the recipe's")] = None
-    experts: Annotated[tuple[str, ...], EXPERT] = ()
-    policy: Annotated[str | None, POLICY] = None
-    combine: Annotated[str | None, COMBINE] = None
+    alpha: float | None = option(None, STRENGTH, none_means="the recipe's")
+    experts: tuple[str, ...] = option((), EXPERT)
+    policy: str | None = option(None, POLICY)
+    combine: str | None = option(None, COMBINE)
 
     def of(self, recipe: Recipe) -> Steering:
         """Return what `--alpha` and `--expert` ask for; see `steering_of`."""
@@ -93,60 +93,46 @@ class SteeringOptions:
 class ModelOptions:
     """Where and how a recipe's models run."""
 
-    device: Annotated[
-        str | None,
-        Option(
-            "Device for every model: cpu, cuda, cuda:1, or auto to spread each over several",
-            metavar="NAME",
-            default="the recipe's",
-        ),
-    ] = None
-    dtype: Annotated[
-        str | None,
-        Option(
-            "Dtype for every model: float32, bfloat16, float16, or auto for the stored one",
-            metavar="NAME",
-            default="the recipe's",
-        ),
-    ] = None
-    cuda_graphs: Annotated[
-        bool,
-        Option(
-            "Launch all kernels of a token at once on a CUDA device; for small models, uses more memory"
-        ),
-    ] = False
-    llama_cpp: Annotated[
-        bool,
-        Option(
-            "Run every .gguf file directly with llama.cpp, whatever the recipe says; transformers would "
-            "unpack it"
-        ),
-    ] = False
-    threads: Annotated[
-        int | None, Option("Number of processor threads for llama.cpp", default="the recipe's")
-    ] = None
-    gpu_layers: Annotated[
-        int | None,
-        Option("Number of layers that llama.cpp puts on a GPU; -1 for all", default="the recipe's"),
-    ] = None
-    context_size: Annotated[
-        int | None,
-        Option(
-            "Maximum number of tokens of prompt and text together in llama.cpp",
-            default="the recipe's",
-        ),
-    ] = None
-    max_calls: Annotated[
-        int | None,
-        Option("Maximum number of calls to a base behind an API", default="no limit"),
-    ] = None
-    max_cost: Annotated[
-        float | None,
-        Option(
-            "Stop once calls to a base behind an API have cost this much, by the recipe's prices",
-            default="no limit",
-        ),
-    ] = None
+    device: str | None = option(
+        None,
+        "Device for every model: cpu, cuda, cuda:1, or auto to spread each over several",
+        metavar="NAME",
+        none_means="the recipe's",
+    )
+    dtype: str | None = option(
+        None,
+        "Dtype for every model: float32, bfloat16, float16, or auto for the stored one",
+        metavar="NAME",
+        none_means="the recipe's",
+    )
+    cuda_graphs: bool = option(
+        False,
+        "Launch all kernels of a token at once on a CUDA device; for small models, uses more memory",
+    )
+    llama_cpp: bool = option(
+        False,
+        "Run every .gguf file directly with llama.cpp, whatever the recipe says; transformers would "
+        "unpack it",
+    )
+    threads: int | None = option(
+        None, "Number of processor threads for llama.cpp", none_means="the recipe's"
+    )
+    gpu_layers: int | None = option(
+        None, "Number of layers that llama.cpp puts on a GPU; -1 for all", none_means="the recipe's"
+    )
+    context_size: int | None = option(
+        None,
+        "Maximum number of tokens of prompt and text together in llama.cpp",
+        none_means="the recipe's",
+    )
+    max_calls: int | None = option(
+        None, "Maximum number of calls to a base behind an API", none_means="no limit"
+    )
+    max_cost: float | None = option(
+        None,
+        "Stop once calls to a base behind an API have cost this much, by the recipe's prices",
+        none_means="no limit",
+    )
 
     def read(self, reference: str) -> Recipe:
         """Read a recipe, with what these options say of llama.cpp.

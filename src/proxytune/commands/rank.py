@@ -8,16 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import json_line, progress, stdout
+from proxytune.commands.console import json_line, plain_table, progress, say, stdout
 from proxytune.commands.flags import Pick
-from proxytune.commands.options import (
-    AS_JSON,
-    ModelOptions,
-    RecipeArgument,
-)
+from proxytune.commands.options import AS_JSON, ModelOptions, RecipeArgument
 from proxytune.commands.sweep import DataOptions, between
 from proxytune.errors import InvalidRequest
-from proxytune.settings import Option
+from proxytune.settings import option
 
 if TYPE_CHECKING:
     from proxytune.measure.rank import Ranking
@@ -27,21 +23,21 @@ if TYPE_CHECKING:
 class RankOptions:
     """Which experts are ranked, at which strengths."""
 
-    experts: Annotated[
-        tuple[str, ...],
-        Option(
-            "Rank this expert; repeat for several",
-            flag="--expert",
-            metavar="NAME",
-            default="all of the recipe's",
-        ),
-    ] = ()
-    alphas: Annotated[
-        tuple[float, ...],
-        Option("Strengths to try for each expert", metavar="A,B,...", separator=","),
-    ] = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-    seed: Annotated[int, Option("Random seed of the bootstrap")] = 0
-    as_json: Annotated[bool, AS_JSON] = False
+    experts: tuple[str, ...] = option(
+        (),
+        "Rank this expert; repeat for several",
+        flag="--expert",
+        metavar="NAME",
+        none_means="all of the recipe's",
+    )
+    alphas: tuple[float, ...] = option(
+        (0.25, 0.5, 0.75, 1.0, 1.25, 1.5),
+        "Strengths to try for each expert",
+        metavar="A,B,...",
+        separator=",",
+    )
+    seed: int = option(0, "Random seed of the bootstrap")
+    as_json: bool = option(False, AS_JSON)
 
 
 @command("proxytune rank-experts my-recipe --text-file sample.txt", name="rank-experts")
@@ -84,15 +80,10 @@ def rank_experts(
 
 
 def _show(ranking: Ranking) -> None:
-    from rich.table import Table
-
     from proxytune.measure.rank import MEASURED_CORRELATION
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("expert")
     headings = ("alpha", "nats saved", "95 % interval", "perplexity", "first in", "gain", "slope")
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    table = plain_table("expert", numbers=headings)
     for each in ranking.candidates:
         table.add_row(
             each.name,
@@ -105,15 +96,13 @@ def _show(ranking: Ranking) -> None:
             f"{each.slope:+.3f}",
         )
     stdout().print(table)
-    typer.echo(
+    say(
         f"{ranking.num_tokens:,} tokens in {ranking.num_passages:,} windows or rows, {ranking.base_nats:.3f} "
-        "nats per token under the base; nats saved per token, at strengths picked on the other half",
-        err=True,
+        "nats per token under the base; nats saved per token, at strengths picked on the other half"
     )
-    typer.echo(
+    say(
         f"on the smol family, such rankings had a rank correlation of {MEASURED_CORRELATION:.2f} with the "
-        "benefit on other text of the same kind",
-        err=True,
+        "benefit on other text of the same kind"
     )
     for note in ranking.notes:
-        typer.echo(f"note: {note}", err=True)
+        say(f"note: {note}")

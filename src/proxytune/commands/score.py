@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +12,9 @@ from proxytune.commands.app import command
 from proxytune.commands.console import (
     file_text,
     json_line,
+    plain_table,
     progress,
+    say,
     stdin_text,
     stdout,
 )
@@ -26,7 +28,7 @@ from proxytune.commands.options import (
     with_policy,
 )
 from proxytune.commands.sweep import WINDOW
-from proxytune.settings import Option
+from proxytune.settings import declared, option
 
 if TYPE_CHECKING:
     from proxytune.measure.score import ScoreReport
@@ -36,30 +38,29 @@ if TYPE_CHECKING:
 class ScoreOptions:
     """What is scored, by whom."""
 
-    text_file: Annotated[str, Option("The text: UTF-8, also as .gz; - reads stdin", metavar="FILE")]
-    alphas: Annotated[
-        tuple[float, ...],
-        Option("Strengths of the steered base", metavar="A,B,...", separator=","),
-    ] = (0.0, 0.5, 1.0)
-    experts: Annotated[
-        tuple[str, ...],
-        Option(
-            "Score this expert; repeat to add up several",
-            flag="--expert",
-            metavar="NAME",
-            default="the recipe's",
-        ),
-    ] = ()
-    policy: Annotated[str | None, POLICY] = None
-    combine: Annotated[str | None, COMBINE] = None
-    window: Annotated[
-        int | None,
+    text_file: str = field(
+        metadata=declared("The text: UTF-8, also as .gz; - reads stdin", metavar="FILE")
+    )
+    alphas: tuple[float, ...] = option(
+        (0.0, 0.5, 1.0), "Strengths of the steered base", metavar="A,B,...", separator=","
+    )
+    experts: tuple[str, ...] = option(
+        (),
+        "Score this expert; repeat to add up several",
+        flag="--expert",
+        metavar="NAME",
+        none_means="the recipe's",
+    )
+    policy: str | None = option(None, POLICY)
+    combine: str | None = option(None, COMBINE)
+    window: int | None = option(
+        None,
         replace(
             WINDOW, help="Tokens per window; each is predicted from those before it in the window"
         ),
-    ] = None
-    seed: Annotated[int, Option("Random seed of the bootstrap")] = 0
-    as_json: Annotated[bool, AS_JSON] = False
+    )
+    seed: int = option(0, "Random seed of the bootstrap")
+    as_json: bool = option(False, AS_JSON)
 
 
 @command("proxytune score my-recipe --text-file heldout.txt --alphas 0,0.5,1")
@@ -96,12 +97,8 @@ def score(
 
 
 def _show_scores(report: ScoreReport) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("model")
-    for heading in ("alpha", "nats/token", "perplexity", "95 % interval", "against base"):
-        table.add_column(heading, justify="right")
+    headings = ("alpha", "nats/token", "perplexity", "95 % interval", "against base")
+    table = plain_table("model", numbers=headings)
     for row in report.rows:
         interval = (
             "" if row.interval is None else f"{row.interval.low:.2f} to {row.interval.high:.2f}"
@@ -113,13 +110,11 @@ def _show_scores(report: ScoreReport) -> None:
         table.add_row(row.name, alpha, f"{row.nats:.4f}", f"{row.perplexity:.2f}", interval, change)
     stdout().print(table)
     for own in report.mapped:
-        typer.echo(
+        say(
             f"{own.name} has {own.share:.0%} of the base's tokens; the base gives them {own.base:.1%} of its "
-            f"probability, and {own.name} gives the base's {own.small:.1%} of its own",
-            err=True,
+            f"probability, and {own.name} gives the base's {own.small:.1%} of its own"
         )
-    typer.echo(
+    say(
         f"{report.num_tokens:,} tokens in {report.num_windows:,} windows of up to {report.window}; "
-        "perplexity compared with the base, intervals by block bootstrap",
-        err=True,
+        "perplexity compared with the base, intervals by block bootstrap"
     )

@@ -17,12 +17,12 @@ import typer
 from proxytune.commands.app import command
 from proxytune.commands.console import stderr
 from proxytune.commands.flags import Pick
-from proxytune.commands.options import ModelOptions, RecipeArgument
+from proxytune.commands.options import ModelOptions, RecipeArgument, argument
 from proxytune.errors import InputFileError, InvalidRequest, MissingExtra
 from proxytune.machine import settle
 from proxytune.request import SPECULATIVE
 from proxytune.server.settings import ServerSettings
-from proxytune.settings import Option
+from proxytune.settings import option
 
 KEY_VARIABLE = "PROXYTUNE_API_KEY"
 VLLM_DRAFT = 4
@@ -40,35 +40,29 @@ MIN_KEY_LENGTH = 16
 class ListenOptions:
     """Where the server listens, and to whom."""
 
-    engine: Annotated[
-        Literal["local", "vllm"],
-        Option("Run the models here, or in vLLM with its own server and options"),
-    ] = "local"
-    host: Annotated[
-        str,
-        Option("Address to listen on; requests from other machines need a key", metavar="ADDRESS"),
-    ] = "127.0.0.1"
-    port: Annotated[
-        int, Option("Port to listen on; 0 picks a free one", at_least=0, at_most=65535)
-    ] = 8000
-    api_key_file: Annotated[
-        Path | None,
-        Option(
-            "Require a key: one of this file's lines. Without a file, the key in the environment variable "
-            f"{KEY_VARIABLE} is required, if it is set",
-            metavar="FILE",
-        ),
-    ] = None
-    no_key: Annotated[bool, Option("Listen to other machines without requiring a key")] = False
-    shutdown_timeout: Annotated[
-        int,
-        Option(
-            "Time that running texts get to finish when the server is stopped",
-            at_least=0,
-            metavar="SECONDS",
-        ),
-    ] = 60
-    speculative: Annotated[bool, SPECULATIVE] = False
+    engine: Literal["local", "vllm"] = option(
+        "local", "Run the models here, or in vLLM with its own server and options"
+    )
+    host: str = option(
+        "127.0.0.1",
+        "Address to listen on; requests from other machines need a key",
+        metavar="ADDRESS",
+    )
+    port: int = option(8000, "Port to listen on; 0 picks a free one", at_least=0, at_most=65535)
+    api_key_file: Path | None = option(
+        None,
+        "Require a key: one of this file's lines. Without a file, the key in the environment variable "
+        f"{KEY_VARIABLE} is required, if it is set",
+        metavar="FILE",
+    )
+    no_key: bool = option(False, "Listen to other machines without requiring a key")
+    shutdown_timeout: int = option(
+        60,
+        "Time that running texts get to finish when the server is stopped",
+        at_least=0,
+        metavar="SECONDS",
+    )
+    speculative: bool = option(False, SPECULATIVE)
 
     @property
     def is_local(self) -> bool:
@@ -106,11 +100,7 @@ def serve(
     recipe: RecipeArgument,
     vllm_options: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="OPTIONS",
-            help="With --engine vllm, after --: further options of vLLM's server",
-            show_default=False,
-        ),
+        argument("OPTIONS", "With --engine vllm, after --: further options of vLLM's server"),
     ] = None,
     *,
     listen: ListenOptions,

@@ -6,10 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from proxytune.commands.console import (
-    stdout,
-    strengths_text,
-)
+from proxytune.commands.console import plain_table, stdout, strengths_text
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -101,7 +98,6 @@ def coloured(told: Sequence[Move]) -> Text:
 
 
 def _show_moved(told: Sequence[Move], trace: Trace, num_rows: int) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     from proxytune.explain.moves import label
@@ -113,13 +109,10 @@ def _show_moved(told: Sequence[Move], trace: Trace, num_rows: int) -> None:
     if not most:
         return
     names = list(trace.alphas) if len(trace.alphas) > 1 else []
-    table = Table(box=None, pad_edge=False, title="moved most", title_justify="left")
-    table.add_column("position", justify="right")
-    table.add_column("token")
-    table.add_column("base would say")
-    table.add_column("steered would say")
-    for heading in ("rank in base", "base", "steered", "shift", "KL", *names):
-        table.add_column(heading, justify="right")
+    words = ("position", "token", "base would say", "steered would say")
+    numbers = ("rank in base", "base", "steered", "shift", "KL", *names)
+    table = plain_table(*words, numbers=numbers, title="moved most")
+    table.columns[0].justify = "right"
     for move in sorted(most, key=lambda move: move.index):
         base_prob, steered_prob = probs(move)
         firsts = ["", ""]

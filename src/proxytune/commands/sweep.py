@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import file_text, json_line, progress, stdout
+from proxytune.commands.console import file_text, json_line, plain_table, progress, say, stdout
 from proxytune.commands.flags import Pick, number_of
 from proxytune.commands.options import (
     AS_JSON,
@@ -23,7 +23,7 @@ from proxytune.commands.options import (
 from proxytune.errors import InvalidRequest
 from proxytune.evaluate.plan import DATA_DIR
 from proxytune.request import SamplingParams, Steering
-from proxytune.settings import Option
+from proxytune.settings import Option, option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,29 +38,24 @@ if TYPE_CHECKING:
 
 METRIC_NAMES = "perplexity, exact_match, contains, last_number, chrf"
 DEFAULT_ALPHAS = "0.25,0.5,0.75,1,1.25,1.5"
-WINDOW = Option("Tokens per window of a text", default="512, or the smallest context")
+WINDOW = Option("Tokens per window of a text", none_means="512, or the smallest context")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
     """A text or rows that models are measured on."""
 
-    text_file: Annotated[
-        Path | None,
-        Option("Plain text: UTF-8, also as .gz; it is cut into windows", metavar="FILE"),
-    ] = None
-    data: Annotated[
-        str | None,
-        Option(
-            "Rows, as `proxytune tune` takes them: a file, a directory or a Hub id; texts, prompts with "
-            "completions, conversations",
-            metavar="SOURCE",
-        ),
-    ] = None
-    window: Annotated[int | None, WINDOW] = None
-    limit: Annotated[int | None, Option("Use only the first N windows or rows", default="all")] = (
-        None
+    text_file: Path | None = option(
+        None, "Plain text: UTF-8, also as .gz; it is cut into windows", metavar="FILE"
     )
+    data: str | None = option(
+        None,
+        "Rows, as `proxytune tune` takes them: a file, a directory or a Hub id; texts, prompts with "
+        "completions, conversations",
+        metavar="SOURCE",
+    )
+    window: int | None = option(None, WINDOW)
+    limit: int | None = option(None, "Use only the first N windows or rows", none_means="all")
 
     def passages(self, model: ProxyTuned, window: int) -> list[Passage]:
         """Return the passages of the text or of the rows."""
@@ -77,65 +72,53 @@ class DataOptions:
 class SweepOptions:
     """What is swept, and how it is judged."""
 
-    task: Annotated[
-        str | None,
-        Option(
-            "A benchmark of `proxytune eval`, with its own settings: gsm8k, triviaqa, truthfulqa_mc",
-            metavar="NAME",
-        ),
-    ] = None
-    data_dir: Annotated[Path | None, DATA_DIR] = None
-    test_data: Annotated[
-        str | None,
-        Option(
-            "The test part, of the same kind as the data",
-            metavar="SOURCE",
-            default="a share of the data",
-        ),
-    ] = None
-    test_share: Annotated[
-        float,
-        Option("Share of the data for the test part: a text's end, or rows drawn at random"),
-    ] = 0.5
-    metric: Annotated[
-        str,
-        Option(
-            f"{METRIC_NAMES}; all but the first generate text and compare it with the rows' completions",
-            metavar="NAME",
-        ),
-    ] = "perplexity"
-    alphas: Annotated[
-        tuple[str, ...],
-        Option(
-            "Strengths to try; with a name, for that expert: repeat to try every combination",
-            metavar="[NAME=]A,B,...",
-            default=DEFAULT_ALPHAS,
-        ),
-    ] = ()
-    experts: Annotated[
-        tuple[str, ...],
-        Option(
-            "Steer with this expert; repeat for several, all at one strength",
-            flag="--expert",
-            metavar="NAME",
-            default="those named in --alphas, or the recipe's",
-        ),
-    ] = ()
-    policy: Annotated[str | None, POLICY] = None
-    combine: Annotated[str | None, COMBINE] = None
-    max_new_tokens: Annotated[
-        int | None,
-        Option(
-            "Maximum number of new tokens in a generated text", default="64, or the benchmark's"
-        ),
-    ] = None
-    stop: Annotated[tuple[str, ...], Option("End a generated text before this string")] = ()
-    batch_size: Annotated[int, Option("Number of prompts that are answered together")] = 8
-    seed: Annotated[int, Option("Random seed of the split and the bootstrap")] = 0
-    picture: Annotated[
-        Path | None, replace(PICTURE, help=f"{PICTURE.help}; needs proxytune[tune]")
-    ] = None
-    as_json: Annotated[bool, AS_JSON] = False
+    task: str | None = option(
+        None,
+        "A benchmark of `proxytune eval`, with its own settings: gsm8k, triviaqa, truthfulqa_mc",
+        metavar="NAME",
+    )
+    data_dir: Path | None = option(None, DATA_DIR)
+    test_data: str | None = option(
+        None,
+        "The test part, of the same kind as the data",
+        metavar="SOURCE",
+        none_means="a share of the data",
+    )
+    test_share: float = option(
+        0.5, "Share of the data for the test part: a text's end, or rows drawn at random"
+    )
+    metric: str = option(
+        "perplexity",
+        f"{METRIC_NAMES}; all but the first generate text and compare it with the rows' completions",
+        metavar="NAME",
+    )
+    alphas: tuple[str, ...] = option(
+        (),
+        "Strengths to try; with a name, for that expert: repeat to try every combination",
+        metavar="[NAME=]A,B,...",
+        none_means=DEFAULT_ALPHAS,
+    )
+    experts: tuple[str, ...] = option(
+        (),
+        "Steer with this expert; repeat for several, all at one strength",
+        flag="--expert",
+        metavar="NAME",
+        none_means="those named in --alphas, or the recipe's",
+    )
+    policy: str | None = option(None, POLICY)
+    combine: str | None = option(None, COMBINE)
+    max_new_tokens: int | None = option(
+        None,
+        "Maximum number of new tokens in a generated text",
+        none_means="64, or the benchmark's",
+    )
+    stop: tuple[str, ...] = option((), "End a generated text before this string")
+    batch_size: int = option(8, "Number of prompts that are answered together")
+    seed: int = option(0, "Random seed of the split and the bootstrap")
+    picture: Path | None = option(
+        None, replace(PICTURE, help=f"{PICTURE.help}; needs proxytune[tune]")
+    )
+    as_json: bool = option(False, AS_JSON)
 
     def check(self, data: DataOptions) -> None:
         """Refuse options that contradict each other, before anything is read."""
@@ -233,7 +216,7 @@ def sweep(
             )
     if options.picture is not None:
         draw(report, grid, options.picture)
-        typer.echo(f"wrote {options.picture}", err=True)
+        say(f"wrote {options.picture}")
     if options.as_json:
         typer.echo(json_line(report.to_dict()))
     else:
@@ -335,15 +318,9 @@ def _rows(model: ProxyTuned, source: str) -> list[Row]:
 
 
 def _show(report: SweepReport) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
     names = list(report.points[0].alphas)
-    table.add_column("")
-    for name in names:
-        table.add_column("alpha" if len(names) == 1 else name, justify="right")
-    for heading in (report.metric, "95 % interval", "against base"):
-        table.add_column(heading, justify="right")
+    strengths = ["alpha"] if len(names) == 1 else names
+    table = plain_table("", numbers=(*strengths, report.metric, "95 % interval", "against base"))
 
     def add(label: str, point: Point) -> None:
         strengths = [f"{alpha:g}" for alpha in point.alphas.values()]
@@ -365,20 +342,18 @@ def _show(report: SweepReport) -> None:
     stdout().print(table)
     best = report.test["picked"]
     verdict = ", ".join(f"{name} at alpha {alpha:g}" for name, alpha in best.alphas.items())
-    typer.echo(
+    say(
         f"picked {verdict} on {report.num_valid:,} validation windows or rows, and measured it on "
-        f"{report.num_test:,}; intervals by bootstrap over them",
-        err=True,
+        f"{report.num_test:,}; intervals by bootstrap over them"
     )
     if report.num_read is not None:
         saved = 1 - report.num_read / max(1, report.num_tokens)
-        typer.echo(
+        say(
             f"{report.num_tokens:,} tokens in all texts, {report.num_read:,} of them read: shared beginnings "
-            f"saved {saved:.0%}",
-            err=True,
+            f"saved {saved:.0%}"
         )
     for note in report.notes:
-        typer.echo(f"note: {note}", err=True)
+        say(f"note: {note}")
 
 
 def between(interval: Interval | None, form: str) -> str:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import ProgressBars, json_line
+from proxytune.commands.console import ProgressBars, json_line, say
 from proxytune.commands.options import AS_JSON
 from proxytune.errors import MissingExtra
-from proxytune.settings import Option
+from proxytune.settings import option
 from proxytune.tune.settings import Display, Interrupted, TuneResult, TuneSettings
 
 
@@ -19,8 +18,8 @@ from proxytune.tune.settings import Display, Interrupted, TuneResult, TuneSettin
 class RunOptions:
     """How the run goes on, and how its result is printed."""
 
-    resume: Annotated[bool, Option("Continue the run in --output")] = False
-    as_json: Annotated[bool, AS_JSON] = False
+    resume: bool = option(False, "Continue the run in --output")
+    as_json: bool = option(False, AS_JSON)
 
 
 @command(
@@ -50,7 +49,7 @@ def tune(settings: TuneSettings, options: RunOptions) -> None:
         with ProgressBars(shows_ends=True) as bars:
             result = run(settings, resume=options.resume, display=_Stages(bars))
     except Interrupted as error:
-        typer.echo(str(error), err=True)
+        say(str(error))
         raise typer.Exit(130) from None
     if options.as_json:
         typer.echo(json_line(result.to_dict()))
@@ -59,9 +58,7 @@ def tune(settings: TuneSettings, options: RunOptions) -> None:
 
 
 def _show(result: TuneResult, settings: TuneSettings) -> None:
-    typer.echo(
-        f"wrote {settings.directory}: expert {result.expert!r}, alpha {result.alpha:g}", err=True
-    )
+    say(f"wrote {settings.directory}: expert {result.expert!r}, alpha {result.alpha:g}")
     for title, report in (("validation", result.valid), ("test", result.test)):
         if report is not None:
             best = next(
@@ -70,12 +67,11 @@ def _show(result: TuneResult, settings: TuneSettings) -> None:
                 if row["name"] == "steered" and row["alpha"] == result.alpha
             )
             base_row = report["rows"][0]
-            typer.echo(
+            say(
                 f"{title} perplexity: base {base_row['perplexity']:.2f}, steered at alpha "
-                f"{result.alpha:g} {best['perplexity']:.2f} ({best['change']:+.1%})",
-                err=True,
+                f"{result.alpha:g} {best['perplexity']:.2f} ({best['change']:+.1%})"
             )
-    typer.echo(f'next: proxytune generate {settings.output} "..."', err=True)
+    say(f'next: proxytune generate {settings.output} "..."')
 
 
 class _Stages(Display):
@@ -85,7 +81,7 @@ class _Stages(Display):
         self._bars = bars
 
     def say(self, text: str) -> None:
-        typer.echo(text, err=True)
+        say(text)
 
     def stage(self, name: str, done: float, total: float, **numbers: float | None) -> None:
         shown = ", ".join(

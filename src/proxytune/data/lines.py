@@ -7,15 +7,11 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from proxytune.errors import (
-    InputFileError,
-    UserError,
-    did_you_mean,
-)
+from proxytune.errors import InputFileError, UserError, did_you_mean
 from proxytune.request import SPECULATIVE, Experts, Request, SamplingParams, Steering
-from proxytune.settings import Option, check, options_of
+from proxytune.settings import check, option, options_of
 
 if TYPE_CHECKING:  # It brings torch, which a malformed file should not wait for.
     from proxytune.model import ProxyTuned
@@ -46,13 +42,9 @@ class BatchOptions:
     sampling: SamplingParams
     steering: Steering = field(default_factory=Steering)
     dtype: str | None = None
-    batch_size: Annotated[
-        int, Option("Number of lines that are generated together", at_least=1)
-    ] = 8
-    skip_bad_lines: Annotated[
-        bool, Option("Leave out lines that cannot be used, and report them")
-    ] = False
-    speculative: Annotated[bool, SPECULATIVE] = False
+    batch_size: int = option(8, "Number of lines that are generated together", at_least=1)
+    skip_bad_lines: bool = option(False, "Leave out lines that cannot be used, and report them")
+    speculative: bool = option(False, SPECULATIVE)
 
     def __post_init__(self) -> None:
         check(self)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from proxytune.errors import (
-    InvalidRequest,
-)
+from proxytune.errors import InvalidRequest
 from proxytune.request import SPECULATIVE, Alpha, SamplingParams
-from proxytune.settings import Option, check
+from proxytune.settings import Option, check, declared, option
 from proxytune.tasks.task import Item, Rule, Task
 
 if TYPE_CHECKING:  # It brings the client of an API, which the command line's help does not need.
@@ -21,13 +19,13 @@ if TYPE_CHECKING:  # It brings the client of an API, which the command line's he
 DATA_DIR = Option(
     "Directory with the benchmarks' files, a folder for each",
     metavar="DIR",
-    default="from the Hugging Face Hub",
+    none_means="from the Hugging Face Hub",
 )
 EXPERTS = Option(
     "Steer with this expert; repeat to add up several",
     flag="--expert",
     metavar="NAME",
-    default="the recipe's",
+    none_means="the recipe's",
 )
 RUN_CODE = Option(
     "Run the programs that models write, each in a process with limited time, memory, files and network; "
@@ -48,89 +46,71 @@ class EvalOptions:
         InvalidRequest: A value cannot be used, or two exclude each other.
     """
 
-    tasks: Annotated[
-        tuple[str, ...],
-        Option(
+    tasks: tuple[str, ...] = field(
+        metadata=declared(
             "Benchmarks: gsm8k, truthfulqa_mc, truthfulqa_open, toxigen, alpaca_eval, humaneval, ds1000, "
             "triviaqa, realtimeqa; or any task of lm-eval",
             separator=",",
             metavar="A,B,...",
-        ),
-    ]
-    data_dir: Annotated[Path | None, DATA_DIR] = None
-    limit: Annotated[
-        int | None, Option("Maximum number of items of each benchmark", at_least=1, default="all")
-    ] = None
-    alphas: Annotated[
-        tuple[Alpha, ...],
-        Option("Strengths of the steered base", separator=",", metavar="A,B,..."),
-    ] = (1.0,)
-    experts: Annotated[tuple[str, ...] | None, EXPERTS] = None
-    rule: Annotated[
-        Rule,
-        Option(
-            "Scoring rule: paper scores exactly as published, numeric by what is right; samples record both",
-            metavar="NAME",
-        ),
-    ] = "paper"
-    tuned: Annotated[
-        str | None,
-        Option("Compare with this directly tuned model, and show the gap closed", metavar="MODEL"),
-    ] = None
-    tuned_adapter: Annotated[
-        str | None,
-        Option("Compare with this LoRA adapter on the base", metavar="ADAPTER"),
-    ] = None
-    tuned_prompt: Annotated[
-        str | None,
-        Option(
-            "Prompt format of the tuned model: plain, chat, or a Jinja template",
-            metavar="FORMAT",
-            default="the expert's",
-        ),
-    ] = None
-    nudge_below: Annotated[
-        float | None,
-        Option(
-            "Compare with nudging: the expert chooses the token wherever the base's most likely token has "
-            "less than this probability; its authors used 0.4",
-            above=0,
-            at_most=1,
-            metavar="P",
-        ),
-    ] = None
-    batch_size: Annotated[
-        int, Option("Number of answers that are generated together", at_least=1)
-    ] = 8
-    num_samples: Annotated[
-        int | None,
-        Option(
-            "Number of answers to each item of a benchmark that samples several",
-            at_least=1,
-            default="as published",
-        ),
-    ] = None
-    max_new_tokens: Annotated[
-        int | None,
-        Option(
-            "Cut answers here where the published limit is higher; the report says so",
-            at_least=1,
-            default="as published",
-        ),
-    ] = None
-    seed: Annotated[int, Option("Random seed of sampled answers")] = 0
-    run_code: Annotated[bool, RUN_CODE] = False
+        )
+    )
+    data_dir: Path | None = option(None, DATA_DIR)
+    limit: int | None = option(
+        None, "Maximum number of items of each benchmark", at_least=1, none_means="all"
+    )
+    alphas: tuple[Alpha, ...] = option(
+        (1.0,), "Strengths of the steered base", separator=",", metavar="A,B,..."
+    )
+    experts: tuple[str, ...] | None = option(None, EXPERTS)
+    rule: Rule = option(
+        "paper",
+        "Scoring rule: paper scores exactly as published, numeric by what is right; samples record both",
+        metavar="NAME",
+    )
+    tuned: str | None = option(
+        None, "Compare with this directly tuned model, and show the gap closed", metavar="MODEL"
+    )
+    tuned_adapter: str | None = option(
+        None, "Compare with this LoRA adapter on the base", metavar="ADAPTER"
+    )
+    tuned_prompt: str | None = option(
+        None,
+        "Prompt format of the tuned model: plain, chat, or a Jinja template",
+        metavar="FORMAT",
+        none_means="the expert's",
+    )
+    nudge_below: float | None = option(
+        None,
+        "Compare with nudging: the expert chooses the token wherever the base's most likely token has "
+        "less than this probability; its authors used 0.4",
+        above=0,
+        at_most=1,
+        metavar="P",
+    )
+    batch_size: int = option(8, "Number of answers that are generated together", at_least=1)
+    num_samples: int | None = option(
+        None,
+        "Number of answers to each item of a benchmark that samples several",
+        at_least=1,
+        none_means="as published",
+    )
+    max_new_tokens: int | None = option(
+        None,
+        "Cut answers here where the published limit is higher; the report says so",
+        at_least=1,
+        none_means="as published",
+    )
+    seed: int = option(0, "Random seed of sampled answers")
+    run_code: bool = option(False, RUN_CODE)
     judge: JudgeSettings | None = None
-    toxicity_model: Annotated[
-        str | None,
-        Option(
-            "Classifier of toxic text, such as tomh/toxigen_roberta; without it, ToxiGen stays unscored",
-            metavar="MODEL",
-        ),
-    ] = None
+    toxicity_model: str | None = option(
+        None,
+        "Classifier of toxic text, such as tomh/toxigen_roberta; without it, ToxiGen stays unscored",
+        metavar="MODEL",
+    )
     dtype: str | None = None
     device: str | None = None
-    speculative: Annotated[bool, SPECULATIVE] = False
+    speculative: bool = option(False, SPECULATIVE)
 
     def __post_init__(self) -> None:
         check(self)

@@ -387,10 +387,7 @@ class Service:
 
     def usage_chunk(self, given: Answer) -> Json:
         """Return the last chunk of a stream that was asked for its usage."""
-        return self._chunk(given, None) | {
-            "choices": [],
-            "usage": given.usage,
-        }
+        return self._chunk(given, None) | {"choices": [], "usage": given.usage}
 
     def _chunk(self, given: Answer, choice: Json | None, finish_reason: str | None = None) -> Json:
         kind = "chat.completion.chunk" if given.is_chat else "text_completion"

@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from proxytune.errors import (
-    InvalidRequest,
-    ProxytuneError,
-)
-from proxytune.settings import Option, check
+from proxytune.errors import InvalidRequest, ProxytuneError
+from proxytune.settings import check, declared, option
 
 
 class Interrupted(ProxytuneError):
@@ -50,186 +47,144 @@ class TuneSettings:
         InvalidRequest: A setting cannot be used, or two contradict each other.
     """
 
-    data: Annotated[
-        str,
-        Option(
-            "Training rows: JSON lines, JSON or text, also as .gz; a data set saved by datasets; or a Hub id",
+    data: str = field(
+        metadata=declared(
+            "Training rows: JSON lines, JSON or text, also as .gz; a data set of datasets; a Hub id",
             metavar="FILE",
-        ),
-    ]
-    output: Annotated[str, Option("Directory to write the recipe to", metavar="DIR")]
-    anti_expert: Annotated[
-        str | None,
-        Option(
-            "The small model to start from; without it, the base itself is tuned", metavar="MODEL"
-        ),
-    ] = None
-    base: Annotated[
-        str | None,
-        Option(
-            "The large model that the expert is to steer; without it, the recipe holds the small model alone",
-            metavar="MODEL",
-        ),
-    ] = None
-    method: Annotated[
-        Method,
-        Option(
-            "sft trains the small model by itself, cpt through the frozen base and anti-expert, dpo on "
-            "preference pairs",
-            metavar="NAME",
-        ),
-    ] = "sft"
-    name: Annotated[
-        str | None,
-        Option(
-            "Name of the expert in requests", metavar="NAME", default="the last part of --output"
-        ),
-    ] = None
-    valid_data: Annotated[
-        str | None,
-        Option("Validation rows", metavar="FILE", default="--valid-share of the training rows"),
-    ] = None
-    valid_share: Annotated[
-        float,
-        Option(
-            "Share of the rows that is held out for validation, at most 500 of them; 0 for none",
-            at_least=0,
-            below=1,
-        ),
-    ] = 0.05
-    test_data: Annotated[
-        str | None,
-        Option(
-            "Rows to measure once, at the strength chosen on the validation rows", metavar="FILE"
-        ),
-    ] = None
-    split: Annotated[
-        str, Option("Split to train on, if the data set has several", metavar="NAME")
-    ] = "train"
-    prompt: Annotated[
-        str | None,
-        Option(
-            _PROMPT.format("expert"),
-            metavar="FORMAT",
-            default="chat for messages, otherwise plain",
-        ),
-    ] = None
-    base_prompt: Annotated[
-        str | None,
-        Option(_PROMPT.format("base"), metavar="FORMAT", default="the expert's"),
-    ] = None
-    full: Annotated[bool, Option("Train all weights instead of a LoRA adapter")] = False
-    lora_rank: Annotated[int, Option("Rank of the LoRA adapter", at_least=1, metavar="R")] = 32
-    lora_targets: Annotated[
-        tuple[str, ...],
-        Option(
-            "Names of the linear layers that get an adapter",
-            separator=",",
-            metavar="A,B,...",
-            default="all but the head",
-        ),
-    ] = ()
-    lora_dropout: Annotated[
-        float, Option("Dropout of the adapter during training", at_least=0, below=1)
-    ] = 0.05
-    learning_rate: Annotated[
-        float | None,
-        Option(
-            "Peak learning rate",
-            above=0,
-            default="2e-4 for wide models up to 2e-3 for narrow ones; a tenth of that with --full, and for "
-            "dpo",
-        ),
-    ] = None
-    epochs: Annotated[float, Option("Passes over the rows", above=0, metavar="N")] = 3.0
-    max_tokens: Annotated[
-        int | None,
-        Option(
-            "Maximum number of tokens to train on, in rows drawn by the seed",
-            at_least=1,
-            default="all",
-        ),
-    ] = None
-    max_valid_tokens: Annotated[
-        int,
-        Option("Maximum number of tokens to evaluate on, in rows drawn by the seed", at_least=1),
-    ] = 32_768
-    max_steps: Annotated[
-        int | None, Option("Number of optimizer steps, instead of --epochs", at_least=1)
-    ] = None
-    batch_size: Annotated[int, Option("Rows per forward pass", at_least=1)] = 8
-    accumulate: Annotated[int, Option("Forward passes per optimizer step", at_least=1)] = 1
-    max_length: Annotated[
-        int | None,
-        Option(
-            "Tokens per row: longer rows are cut, and text is packed to this length",
-            at_least=2,
-            default="1024, or the context if that is shorter",
-        ),
-    ] = None
-    eval_every: Annotated[
-        int | None,
-        Option(
-            "Steps between evaluations, each with a checkpoint",
-            at_least=1,
-            default="a tenth of the run, at most 100",
-        ),
-    ] = None
-    patience: Annotated[
-        int,
-        Option("Stop after this many evaluations without a lower loss; 0 never stops", at_least=0),
-    ] = 3
-    beta: Annotated[
-        float,
-        Option("For dpo: how strongly training is kept close to the untuned model", above=0),
-    ] = 0.1
-    alpha: Annotated[
-        float | None,
-        Option(
-            "Strength of the recipe, and the strength that cpt trains at",
-            above=0,
-            default="chosen on the validation rows; cpt trains at 1",
-        ),
-    ] = None
-    cpt_form: Annotated[
-        Form,
-        Option(
-            "For cpt at an alpha other than 1: steered is base + alpha * (expert - anti-expert), as in "
-            "decoding; paper is expert + alpha * (base - anti-expert)",
-            metavar="NAME",
-        ),
-    ] = "steered"
-    offsets_dir: Annotated[
-        str | None,
-        Option(
-            "For cpt: directory to keep the frozen models' outputs in, for other runs on the same rows",
-            metavar="DIR",
-        ),
-    ] = None
-    measure_tokens: Annotated[
-        int,
-        Option(
-            "Measure base, expert and steered base on about this many held-out tokens; 0 measures nothing "
-            "and chooses no strength",
-            at_least=0,
-        ),
-    ] = 15_000
-    gradient_checkpointing: Annotated[bool, Option("Use less memory and more time")] = False
-    seed: Annotated[int, Option("Random seed", at_least=0)] = 0
-    device: Annotated[
-        str | None,
-        Option(
-            "Device to train on: cpu, cuda, cuda:1", metavar="NAME", default="CUDA if available"
-        ),
-    ] = None
-    dtype: Annotated[
-        Literal["float32", "bfloat16"] | None,
-        Option(
-            "Dtype to train in: float32 or bfloat16",
-            metavar="NAME",
-            default="bfloat16 on a GPU, float32 on the CPU",
-        ),
-    ] = None
+        )
+    )
+    output: str = field(metadata=declared("Directory to write the recipe to", metavar="DIR"))
+    anti_expert: str | None = option(
+        None, "The small model to start from; without it, the base itself is tuned", metavar="MODEL"
+    )
+    base: str | None = option(
+        None,
+        "The large model that the expert is to steer; without it, the recipe holds the small model alone",
+        metavar="MODEL",
+    )
+    method: Method = option(
+        "sft",
+        "sft trains the small model by itself, cpt through the frozen base and anti-expert, dpo on "
+        "preference pairs",
+        metavar="NAME",
+    )
+    name: str | None = option(
+        None,
+        "Name of the expert in requests",
+        metavar="NAME",
+        none_means="the last part of --output",
+    )
+    valid_data: str | None = option(
+        None, "Validation rows", metavar="FILE", none_means="--valid-share of the training rows"
+    )
+    valid_share: float = option(
+        0.05,
+        "Share of the rows that is held out for validation, at most 500 of them; 0 for none",
+        at_least=0,
+        below=1,
+    )
+    test_data: str | None = option(
+        None, "Rows to measure once, at the strength chosen on the validation rows", metavar="FILE"
+    )
+    split: str = option("train", "Split to train on, if the data set has several", metavar="NAME")
+    prompt: str | None = option(
+        None,
+        _PROMPT.format("expert"),
+        metavar="FORMAT",
+        none_means="chat for messages, otherwise plain",
+    )
+    base_prompt: str | None = option(
+        None, _PROMPT.format("base"), metavar="FORMAT", none_means="the expert's"
+    )
+    full: bool = option(False, "Train all weights instead of a LoRA adapter")
+    lora_rank: int = option(32, "Rank of the LoRA adapter", at_least=1, metavar="R")
+    lora_targets: tuple[str, ...] = option(
+        (),
+        "Names of the linear layers that get an adapter",
+        separator=",",
+        metavar="A,B,...",
+        none_means="all but the head",
+    )
+    lora_dropout: float = option(
+        0.05, "Dropout of the adapter during training", at_least=0, below=1
+    )
+    learning_rate: float | None = option(
+        None,
+        "Peak learning rate",
+        above=0,
+        none_means="2e-4 for wide models up to 2e-3 for narrow ones; a tenth of that with --full, and for "
+        "dpo",
+    )
+    epochs: float = option(3.0, "Passes over the rows", above=0, metavar="N")
+    max_tokens: int | None = option(
+        None,
+        "Maximum number of tokens to train on, in rows drawn by the seed",
+        at_least=1,
+        none_means="all",
+    )
+    max_valid_tokens: int = option(
+        32_768, "Maximum number of tokens to evaluate on, in rows drawn by the seed", at_least=1
+    )
+    max_steps: int | None = option(
+        None, "Number of optimizer steps, instead of --epochs", at_least=1
+    )
+    batch_size: int = option(8, "Rows per forward pass", at_least=1)
+    accumulate: int = option(1, "Forward passes per optimizer step", at_least=1)
+    max_length: int | None = option(
+        None,
+        "Tokens per row: longer rows are cut, and text is packed to this length",
+        at_least=2,
+        none_means="1024, or the context if that is shorter",
+    )
+    eval_every: int | None = option(
+        None,
+        "Steps between evaluations, each with a checkpoint",
+        at_least=1,
+        none_means="a tenth of the run, at most 100",
+    )
+    patience: int = option(
+        3, "Stop after this many evaluations without a lower loss; 0 never stops", at_least=0
+    )
+    beta: float = option(
+        0.1, "For dpo: how strongly training is kept close to the untuned model", above=0
+    )
+    alpha: float | None = option(
+        None,
+        "Strength of the recipe, and the strength that cpt trains at",
+        above=0,
+        none_means="chosen on the validation rows; cpt trains at 1",
+    )
+    cpt_form: Form = option(
+        "steered",
+        "For cpt at an alpha other than 1: steered is base + alpha * (expert - anti-expert), as in "
+        "decoding; paper is expert + alpha * (base - anti-expert)",
+        metavar="NAME",
+    )
+    offsets_dir: str | None = option(
+        None,
+        "For cpt: directory to keep the frozen models' outputs in, for other runs on the same rows",
+        metavar="DIR",
+    )
+    measure_tokens: int = option(
+        15_000,
+        "Measure base, expert and steered base on about this many held-out tokens; 0 measures nothing "
+        "and chooses no strength",
+        at_least=0,
+    )
+    gradient_checkpointing: bool = option(False, "Use less memory and more time")
+    seed: int = option(0, "Random seed", at_least=0)
+    device: str | None = option(
+        None,
+        "Device to train on: cpu, cuda, cuda:1",
+        metavar="NAME",
+        none_means="CUDA if available",
+    )
+    dtype: Literal["float32", "bfloat16"] | None = option(
+        None,
+        "Dtype to train in: float32 or bfloat16",
+        metavar="NAME",
+        none_means="bfloat16 on a GPU, float32 on the CPU",
+    )
 
     def __post_init__(self) -> None:
         check(self)
