@@ -73,6 +73,8 @@ Alpha = Annotated[float, Option(at_least=-MAX_ALPHA, at_most=MAX_ALPHA)]
 TokenId = Annotated[int, Option(at_least=0)]
 Bias = Annotated[float, Option(at_least=-MAX_PENALTY, at_most=MAX_PENALTY)]
 StopString = Annotated[str, Option(at_least=1)]
+FILTERS = ("top_k", "top_p", "min_p")
+"""Options that leave some of the tokens to draw from; greedy decoding takes none of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +174,7 @@ class SamplingParams:
             bias = getattr(self, name)
             _require(len(dict(bias)) == len(bias), f"{name} names a token id twice")
         if self.temperature == 0:
-            for name in ("top_k", "top_p", "min_p"):
+            for name in FILTERS:
                 value, off = getattr(self, name), options_of(SamplingParams)[name].default
                 _require(
                     value == off,
@@ -184,7 +186,8 @@ class SamplingParams:
     @property
     def has_filters(self) -> bool:
         """Whether a draw is from some of the tokens only."""
-        return not self.is_greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+        off = options_of(SamplingParams)
+        return any(getattr(self, name) != off[name].default for name in FILTERS)
 
     @property
     def is_greedy(self) -> bool:

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from proxytune.request import MAX_ALPHA, MIN_TEMPERATURE, SamplingParams
+from proxytune.request import FILTERS, MAX_ALPHA, MIN_TEMPERATURE, SamplingParams
 from proxytune.settings import options_of
 
 MAX_CHOICES = 8
@@ -64,7 +64,6 @@ API_OPTIONS = frozenset(
     }
 )
 """Those whose name, limits or form in the API are others: `Generation` and the requests declare them."""
-FILTERS = ("top_k", "top_p", "min_p")
 
 
 def _option(name: str, **own: Any) -> Any:
