@@ -135,11 +135,11 @@ class SamplingParams:
         at_most=MAX_PENALTY,
     )
     logit_bias: tuple[tuple[TokenId, Bias], ...] = option(
-        (), "Add this bias to the logit of a token", metavar="TOKEN_ID=BIAS"
+        (), "Add this bias to a token's logit", metavar="TOKEN_ID=BIAS"
     )
     first_logit_bias: tuple[tuple[TokenId, Bias], ...] = option(
         (),
-        "The same for the first new token only; added to the other bias",
+        "Add this bias to a token's logit for the first new token only, on top of any other bias",
         metavar="TOKEN_ID=BIAS",
     )
     seed: int | None = option(
@@ -159,8 +159,8 @@ class SamplingParams:
     )
     require_certified: bool = option(
         False,
-        "End the text before a token that is not proved to be what the base's full logits would give; "
-        "only a base behind an API hides any",
+        "End the text before a token that is not proven to be what the base's full logits would give; "
+        "matters only for a base behind an API",
     )
 
     def __post_init__(self) -> None:

@@ -575,12 +575,12 @@ def test_the_strength_that_is_set_is_the_one_that_answers(recipe: Path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("/alhpa 1", "there is no /alhpa; there are"),
+        ("/alhpa 1", "/alhpa is not a command; the commands are"),
         ("/alpha x", "must be a number"),
         ("/alpha nan", "finite"),
         ("/alpha 1 2", "takes one number"),
         ("/expert third", "first, second"),
-        ("/reset now", "takes nothing"),
+        ("/reset now", "takes no arguments"),
         ("/help", "/quit"),
         ("é", "no token"),
         ("a" * 300, "/reset forgets"),

@@ -16,7 +16,7 @@ from proxytune import cli
 from proxytune.errors import InvalidRequest
 from proxytune.evaluate.plan import EvalOptions
 from proxytune.model import ProxyTuned
-from proxytune.request import Request, SamplingParams
+from proxytune.request import FILTERS, Request, SamplingParams
 from proxytune.server.schema import API_OPTIONS, ChatRequest, CompletionRequest
 from proxytune.server.settings import ServerSettings
 from proxytune.settings import Declared, options_of
@@ -120,7 +120,7 @@ def post(server: Served, options: dict[str, Any]) -> httpx.Response:
 
 def beside(name: str) -> dict[str, Any]:
     """Return the options without which this one would contradict another, and few tokens."""
-    needed = {"temperature": 1.0} if name in ("top_k", "top_p", "min_p", "seed") else {}
+    needed = {"temperature": 1.0} if name in (*FILTERS, "seed") else {}
     return needed if name == "max_new_tokens" else needed | {"max_new_tokens": 4}
 
 

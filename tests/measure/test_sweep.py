@@ -443,7 +443,7 @@ def test_a_benchmark_that_cannot_be_swept_is_refused(
         (["--text-file", "t", "--alphas", "frist=1"], "'first'"),
         (["--text-file", "t", "--alphas", "first=1", "--expert", "second"], "leave --expert out"),
         (["--text-file", "t", "--policy", "kl"], "must be one of constant"),
-        (["--text-file", "t", "--policy", "{"], "no JSON"),
+        (["--text-file", "t", "--policy", "{"], "not JSON"),
         (["--text-file", "t", "--combine", "sums"], "'sum'"),
     ],
 )

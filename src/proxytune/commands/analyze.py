@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from proxytune.model import ProxyTuned
     from proxytune.trace import Trace
 
-ANALYZED_TOKENS = 128
 NUM_TOP = 2
 """Of each model's likeliest tokens: what changed needs the first, and a reader the second."""
 NUM_SHOWN = 12
@@ -38,7 +37,7 @@ class AnalyzeOptions:
     """What is analyzed, and where the analysis goes."""
 
     prompts: Path | None = option(
-        None, "Generate from these prompts: JSON lines, as in proxytune generate", metavar="FILE"
+        None, "Generate from these prompts: JSON lines, as in proxytune generate"
     )
     task: str | None = option(
         None,
@@ -46,9 +45,7 @@ class AnalyzeOptions:
         metavar="NAME",
     )
     data_dir: Path | None = option(None, DATA_DIR)
-    traces: tuple[Path, ...] = option(
-        (), "Analyze the saved traces in this file, also as .gz", metavar="FILE"
-    )
+    traces: tuple[Path, ...] = option((), "Analyze the saved traces in this file, also as .gz")
     limit: int | None = option(None, "Use only the first N prompts", at_least=1, none_means="all")
     batch_size: int = option(8, "Number of texts that are generated together", at_least=1)
     min_count: int | None = option(
@@ -72,14 +69,13 @@ def analyze(
         SamplingParams,
         Pick(
             leave_out=("logprobs",),
-            defaults={"max_new_tokens": ANALYZED_TOKENS},
             help={"seed": "Random seed: each line gets its own, made from this one and its number"},
             none_means={"seed": "0"},
         ),
     ],
     models: Annotated[ModelOptions, Pick(leave_out=("cuda_graphs",))],
 ) -> None:
-    """Sum up what steering did over many texts.
+    """Summarise what steering did over many texts.
 
     Shows the share of changed first choices by position, the token types whose probability moved most, the
     two sides of equations, and, with several strengths, how much each changes. Traces are read one at a time,
@@ -146,7 +142,7 @@ def _refuse_contradictions(given: set[str]) -> None:
         }
         for name in sorted(given & (models | {"RECIPE"})):
             raise InvalidRequest(
-                f"--traces reads what is saved and runs no model, and {name} is given beside it.\n"
+                f"--traces reads saved traces and runs no model, so {name} cannot be given as well.\n"
                 "hint: leave one of them out"
             )
         return
@@ -223,9 +219,6 @@ def _counted(traces: Iterator[Trace]) -> Iterator[Trace]:
             if number % 50 == 0:
                 status.update(f"reading traces: {number:,}, {num_tokens:,} tokens")
             yield trace
-
-
-# The tables -----------------------------------------------------------------------------------------
 
 
 def _show(analysis: Analysis) -> None:

@@ -82,7 +82,7 @@ class _Chat:
         if is_terminal:
             with suppress(ImportError):
                 import readline  # noqa: F401  # gives input() a history and arrow keys
-        self._say(f"{self._recipe.base.model}, {self._steering()}. /help lists the commands.")
+        say(f"{self._recipe.base.model}, {self._steering()}. /help lists the commands.")
         for line in _typed_lines(is_terminal):
             line = line.strip()
             if line == "/quit":
@@ -91,7 +91,7 @@ class _Chat:
                 try:
                     self._command(*line.split())
                 except UserError as error:
-                    self._say(str(error))
+                    say(str(error))
             elif line:
                 self._answer(line)
 
@@ -105,9 +105,9 @@ class _Chat:
             typer.echo()
         except KeyboardInterrupt:
             typer.echo()
-            self._say("stopped")
+            say("stopped")
         except UserError as error:
-            self._say(f"{error}\nhint: /reset forgets the conversation so far")
+            say(f"{error}\nhint: /reset forgets the conversation so far")
         finally:
             if steps is not None:
                 steps.close()  # type: ignore[attr-defined]  # a generator: this ends the turn
@@ -118,14 +118,14 @@ class _Chat:
         elif name == "/expert":
             self._set_experts(values)
         elif name in ("/reset", "/help") and values:
-            self._say(f"{name} takes nothing after it")
+            say(f"{name} takes no arguments")
         elif name == "/reset":
             self._conversation.messages = list(self._first_messages)
-            self._say("forgotten")
+            say("conversation forgotten")
         elif name == "/help":
-            self._say(self.HELP)
+            say(self.HELP)
         else:
-            self._say(f"there is no {name}; there are\n{self.HELP}")
+            say(f"{name} is not a command; the commands are\n{self.HELP}")
 
     def _set_alpha(self, values: Sequence[str]) -> None:
         if len(values) > 1:
@@ -136,12 +136,12 @@ class _Chat:
             if isinstance(experts, Mapping):
                 experts = tuple(experts)
             self._steer(Steering(alpha, experts))
-        self._say(self._steering())
+        say(self._steering())
 
     def _set_experts(self, values: Sequence[str]) -> None:
         known = [e.name for e in self._recipe.experts]
         if not values:
-            self._say(f"experts: {', '.join(known)}; now {self._steering()}")
+            say(f"experts: {', '.join(known)}; now {self._steering()}")
             return
         if values == ("none",) and "none" not in known:
             self._steer(Steering(0.0))
@@ -153,7 +153,7 @@ class _Chat:
             if all("=" in value for value in values):
                 alpha = None
             self._steer(steering_of(self._recipe, values, alpha))
-        self._say(self._steering())
+        say(self._steering())
 
     def _steer(self, steering: Steering) -> None:
         self._conversation.alpha, self._conversation.experts = steering.alpha, steering.experts
@@ -161,9 +161,6 @@ class _Chat:
     def _steering(self) -> str:
         steering = Steering(self._conversation.alpha, self._conversation.experts)
         return strengths_text(self._recipe.strengths(steering))
-
-    def _say(self, text: str) -> None:
-        say(text)
 
 
 def _typed_lines(is_terminal: bool) -> Iterator[str]:

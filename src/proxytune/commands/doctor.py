@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def doctor(recipe: RecipeArgument, as_json: JsonOption = False) -> None:
     """Check a recipe without loading weights.
 
-    Shown are vocabularies, parameters, dtypes, prompt formats, and the memory needed and there. The exit
-    code is 2 where something keeps the recipe from running.
+    Shows vocabularies, parameters, dtypes, prompt formats, and the memory that is needed and available. The
+    exit code is 2 if something keeps the recipe from running.
     """
     from proxytune.recipe.recipe import Recipe
 
@@ -143,7 +143,7 @@ def _api_lines(traits: Mapping[str, Any] | None) -> Iterator[str]:
     if traits is None:
         return
     shown = f"{traits['top_logprobs']:,} logprobs at each position"
-    shown += "" if traits["is_limited"] else ", as many as were asked for"
+    shown += "" if traits["is_limited"] else ", as many as were requested"
     named = "token ids" if traits["takes_token_ids"] else "text"
     yield f"serves {traits['served_model']} at {traits['endpoint']}: shows {shown}, takes {named}"
     scoring = {
@@ -158,7 +158,7 @@ def _api_lines(traits: Mapping[str, Any] | None) -> Iterator[str]:
     yield f"{scoring}; {bias}"
     if traits["continues"] is not None:
         yield (
-            "continues an answer that was begun"
+            "continues a partial answer"
             if traits["continues"]
-            else "does not continue an answer that was begun, so only its first token can be steered"
+            else "does not continue a partial answer, so only its first token can be steered"
         )

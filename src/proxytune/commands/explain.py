@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from proxytune.recipe.recipe import Recipe
     from proxytune.trace import Trace
 
-EXPLAINED_TOKENS = 64
-"""The default number of new tokens: what fits a screen."""
 TRACE_FILE = Option(
     "Write the whole traces to this file, as JSON lines that --trace and proxytune analyze read",
     metavar="FILE",
@@ -92,12 +90,10 @@ class ExplainOptions:
         None, "Explain this text after the prompt, instead of generating one"
     )
     input_file: Path | None = option(
-        None,
-        "Prompts as JSON lines, as in proxytune generate; a line may have a continuation",
-        metavar="FILE",
+        None, "Prompts as JSON lines, as in proxytune generate; a line may have a continuation"
     )
     trace: Path | None = option(
-        None, "Explain the saved traces in this file, without running models", metavar="FILE"
+        None, "Explain the saved traces in this file, without running models"
     )
     what_if: tuple[str, ...] = option(
         (),
@@ -110,7 +106,6 @@ class ExplainOptions:
     html: Path | None = option(
         None,
         "Write a page that works offline: the text in colours, each token's distributions, curves",
-        metavar="FILE",
     )
     trace_file: Path | None = option(None, TRACE_FILE)
     rows: int = option(
@@ -132,7 +127,7 @@ def explain(
         SamplingParams,
         Pick(
             leave_out=("logprobs",),
-            defaults={"max_new_tokens": EXPLAINED_TOKENS},
+            defaults={"max_new_tokens": 64},  # what fits a screen
             help={"seed": "Random seed, shared by all continuations"},
         ),
     ],
@@ -203,9 +198,6 @@ def _show(reports: Iterable[Report], name: str, options: ExplainOptions) -> None
         say(f"{options.html}: open it in a browser; it works offline")
 
 
-# What is asked --------------------------------------------------------------------------------------
-
-
 def _refuse_contradictions(given: set[str]) -> None:
     if "--trace" in given:
         for name in (
@@ -218,7 +210,7 @@ def _refuse_contradictions(given: set[str]) -> None:
         ):
             if name in given:
                 raise InvalidRequest(
-                    f"--trace shows what is saved and runs no model, and {name} is given beside it.\n"
+                    f"--trace shows saved traces and runs no model, so {name} cannot be given as well.\n"
                     "hint: leave one of them out"
                 )
         return
@@ -270,7 +262,7 @@ def _read_questions(
         given = line.fields.get("continuation")
         if given is not None and not isinstance(given, str):
             raise InvalidRequest(
-                f'line {line.number} of {path}: "continuation" must be text.\nhint: mend the line'
+                f'line {line.number} of {path}: "continuation" must be text.\nhint: fix the line'
             )
         request = line.request
         own = strengths if request.alpha is None else (request.alpha,)

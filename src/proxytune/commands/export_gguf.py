@@ -28,7 +28,7 @@ class ExportOptions:
         metavar="NAME",
     )
     adapter: str | None = option(
-        None, "Write this LoRA adapter on the model, not the model itself", metavar="PATH"
+        None, "Write this LoRA adapter of the model instead of the model", metavar="PATH"
     )
     merge: bool = option(False, "Write the model with the adapter merged into its weights")
     pre: str | None = option(
@@ -37,7 +37,7 @@ class ExportOptions:
         metavar="NAME",
         none_means="found by comparing rules",
     )
-    force: bool = option(False, "Replace what is at OUTPUT, if its content differs")
+    force: bool = option(False, "Replace OUTPUT if it exists with different content")
 
 
 @command("proxytune export-gguf my-recipe my-recipe-gguf --dtype Q8_0", name="export-gguf")

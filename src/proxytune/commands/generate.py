@@ -52,27 +52,24 @@ class GenerateOptions:
 
     stream: bool | None = option(
         None,
-        "Print text while it is generated, or all at the end",
+        "Print text as it is generated, or all of it at the end",
         flag="--stream/--no-stream",
         none_means="--stream on a terminal",
     )
     speculative: bool = option(False, SPECULATIVE)
     choice: tuple[str, ...] = option(
         (),
-        "Answer with the most likely of these texts, told apart by their first tokens; repeat for each, "
-        "two or more",
+        "Answer with the most likely of these texts, told apart by their first tokens; repeat for each "
+        "of two or more",
     )
     as_json: bool = option(False, AS_JSON)
     input_file: Path | None = option(None, "Prompts as JSON lines")
     output_file: Path | None = option(
-        None,
-        "Where to write the answers; FILE.progress.json beside it holds the settings",
-        metavar="FILE",
+        None, "Where to write the answers; FILE.progress.json beside it holds the settings"
     )
     trace_file: Path | None = option(
         None,
         "Write what each model gave each token to this file, for proxytune explain --trace and analyze",
-        metavar="FILE",
     )
     batch_size: int | None = option(
         None, replace(_LINES["batch_size"].option, none_means=str(_LINES["batch_size"].default))
@@ -104,7 +101,7 @@ def generate(
 
     A file holds one JSON object per line, with prompt (text, messages or token ids) or messages, and
     optionally options for this line alone; the output file holds the same objects with output added. After an
-    interruption, the same command continues the run, and leaves the file that an uninterrupted run writes.
+    interruption, the same command continues the run, and the file becomes the same as without one.
     """
     _refuse_contradictions(given_flags(PROMPT=prompt, options=options, sampling=sampling))
     if options.input_file is not None and options.output_file is not None:
@@ -254,7 +251,7 @@ def _refuse_contradictions(given: set[str]) -> None:
     for name in single:
         if {"--choice", name} <= given:
             raise InvalidRequest(
-                f"--choice picks one of a few answers to one prompt, and {name} is given beside it.\n"
+                f"--choice picks one of a few answers to one prompt, so {name} cannot be given as well.\n"
                 f"hint: leave {name} out"
             )
     if "--input-file" in given:
@@ -265,7 +262,7 @@ def _refuse_contradictions(given: set[str]) -> None:
                 f"{name} belongs to --input-file, which is not given.\nhint: leave {name} out"
             )
     if "--logprobs" in given and "--json" not in given:
-        raise InvalidRequest("--logprobs has nowhere to go in plain text.\nhint: add --json")
+        raise InvalidRequest("plain text has no place for --logprobs.\nhint: add --json")
 
 
 def _answer_file(

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxytune.commands.console import waiting
+from proxytune.commands.console import file_text, waiting
 from proxytune.commands.flags import Flag, number_of
 from proxytune.errors import InvalidRequest, UserError
 from proxytune.request import Steering
 from proxytune.settings import Option, option
 
 if TYPE_CHECKING:
+    from proxytune.measure.score import Passage
     from proxytune.model import ProxyTuned
     from proxytune.recipe.recipe import Recipe
 
@@ -57,14 +58,14 @@ def _experts_to_complete(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 EXPERT = Flag(
-    "Steer with this expert, with =ALPHA at its own strength; repeat to add up several",
+    "Steer with this expert, with =ALPHA at a strength of its own; repeat to combine several",
     flag="--expert",
     metavar="NAME[=ALPHA]",
     none_means="the recipe's",
     complete=_experts_to_complete,
 )
 POLICY = Option(
-    "Steering policy: its name, or what a recipe's steering may hold, as JSON",
+    "Steering policy: a name, or JSON as in the steering of a recipe",
     metavar="NAME|JSON",
     none_means="the recipe's",
 )
@@ -190,6 +191,40 @@ class ModelOptions:
             )
 
 
+WINDOW = Option("Tokens per window of a text", none_means="512, or the smallest context")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """A text or rows that models are measured on."""
+
+    text_file: Path | None = option(None, "Plain text: UTF-8, also as .gz; it is cut into windows")
+    data: str | None = option(
+        None,
+        "Rows, as `proxytune tune` takes them: a file, a directory or a Hub id; texts, prompts with "
+        "completions, conversations",
+        metavar="SOURCE",
+    )
+    window: int | None = option(None, WINDOW)
+    limit: int | None = option(None, "Use only the first N windows or rows", none_means="all")
+
+    def passages(self, model: ProxyTuned, window: int) -> list[Passage]:
+        """Return the passages of the text or of the rows."""
+        from proxytune.data.passages import passages_of
+        from proxytune.data.rows import read_rows
+
+        if self.text_file is not None:
+            return model.text_passages(file_text(self.text_file), window=window)
+        assert self.data is not None
+        return passages_of(model, read_rows(self.data), window=window)
+
+    def of(self, source: str) -> DataOptions:
+        """Return other data of the same kind."""
+        if self.text_file is not None:
+            return DataOptions(text_file=Path(source))
+        return DataOptions(data=source)
+
+
 def steering_of(recipe: Recipe, names: Sequence[str] | None, alpha: float | None) -> Steering:
     """Return what `--alpha` and the values of `--expert` ask for.
 
@@ -228,7 +263,7 @@ def with_policy(recipe: Recipe, policy: str | None, combine: str | None) -> Reci
             try:
                 settings = json.loads(policy)
             except json.JSONDecodeError as error:
-                raise InvalidRequest(f"--policy is no JSON: {error}") from error
+                raise InvalidRequest(f"--policy is not JSON: {error}") from error
     assert isinstance(settings, dict)
     own = recipe.policy.combine if combine is None else combine
     return replace(recipe, policy=Policy.from_dict(settings, combine=own))

@@ -10,8 +10,8 @@ import typer
 from proxytune.commands.app import command
 from proxytune.commands.console import json_line, plain_table, progress, say, stdout
 from proxytune.commands.flags import Pick
-from proxytune.commands.options import AS_JSON, ModelOptions, RecipeArgument
-from proxytune.commands.sweep import DataOptions, between
+from proxytune.commands.options import AS_JSON, DataOptions, ModelOptions, RecipeArgument
+from proxytune.commands.sweep import between
 from proxytune.errors import InvalidRequest
 from proxytune.settings import option
 
@@ -48,7 +48,7 @@ def rank_experts(
     options: RankOptions,
     models: Annotated[ModelOptions, Pick(leave_out=("cuda_graphs", "max_calls", "max_cost"))],
 ) -> None:
-    """Rank experts by how much each alone would help with text of a kind, without generating.
+    """Rank experts by how much each alone would help with a kind of text, without generating.
 
     Each model reads a sample of that text once; a few thousand tokens are enough. Each expert is judged at
     strengths picked on the other half of the sample.

@@ -23,11 +23,11 @@ from proxytune.commands.options import (
     AS_JSON,
     COMBINE,
     POLICY,
+    WINDOW,
     ModelOptions,
     RecipeArgument,
     with_policy,
 )
-from proxytune.commands.sweep import WINDOW
 from proxytune.settings import declared, option
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class ScoreOptions:
     )
     experts: tuple[str, ...] = option(
         (),
-        "Score this expert; repeat to add up several",
+        "Score this expert; repeat to combine several",
         flag="--expert",
         metavar="NAME",
         none_means="the recipe's",

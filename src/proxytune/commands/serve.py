@@ -53,9 +53,8 @@ class ListenOptions:
         None,
         "Require a key: one of this file's lines. Without a file, the key in the environment variable "
         f"{KEY_VARIABLE} is required, if it is set",
-        metavar="FILE",
     )
-    no_key: bool = option(False, "Listen to other machines without requiring a key")
+    no_key: bool = option(False, "Accept requests from other machines without a key")
     shutdown_timeout: int = option(
         60,
         "Time that running texts get to finish when the server is stopped",
@@ -107,7 +106,7 @@ def serve(
     settings: Annotated[ServerSettings, Pick(defaults={"name": ""})],
     models: ModelOptions,
 ) -> None:
-    """Serve a recipe over HTTP, as the OpenAI API.
+    """Serve a recipe over HTTP, with the OpenAI API.
 
     Clients of that API work unchanged; each request may set its own strength and experts, and the playground
     is at the server's address. Requests are batched while they run. With --engine vllm, vLLM's server runs
@@ -225,7 +224,7 @@ def _refuse_given(ctx: typer.Context, honoured: frozenset[str]) -> None:
     for parameter in ctx.command.params:
         if parameter.name not in honoured and _is_given(ctx, parameter.name or ""):
             raise InvalidRequest(
-                f"{parameter.opts[0]} is for the server here, and --engine vllm starts vLLM's.\n"
+                f"{parameter.opts[0]} is an option of the server here, and --engine vllm starts vLLM's.\n"
                 "hint: vLLM's own options follow --, as in: -- --max-model-len 4096"
             )
 

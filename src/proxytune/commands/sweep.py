@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import file_text, json_line, plain_table, progress, say, stdout
+from proxytune.commands.console import json_line, plain_table, progress, say, stdout
 from proxytune.commands.flags import Pick, number_of
 from proxytune.commands.options import (
     AS_JSON,
     COMBINE,
     PICTURE,
     POLICY,
+    DataOptions,
     ModelOptions,
     RecipeArgument,
     with_policy,
@@ -23,49 +24,20 @@ from proxytune.commands.options import (
 from proxytune.errors import InvalidRequest
 from proxytune.evaluate.plan import DATA_DIR
 from proxytune.request import SamplingParams, Steering
-from proxytune.settings import Option, option
+from proxytune.settings import option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from proxytune.decode.ensemble import Ensemble
     from proxytune.measure.metrics import Metric
-    from proxytune.measure.score import Interval, Passage
+    from proxytune.measure.score import Interval
     from proxytune.measure.sweep import Grid, Point, Row, SweepReport
     from proxytune.model import ProxyTuned
     from proxytune.recipe.recipe import Recipe
     from proxytune.tasks.task import Task
 
-METRIC_NAMES = "perplexity, exact_match, contains, last_number, chrf"
 DEFAULT_ALPHAS = "0.25,0.5,0.75,1,1.25,1.5"
-WINDOW = Option("Tokens per window of a text", none_means="512, or the smallest context")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """A text or rows that models are measured on."""
-
-    text_file: Path | None = option(
-        None, "Plain text: UTF-8, also as .gz; it is cut into windows", metavar="FILE"
-    )
-    data: str | None = option(
-        None,
-        "Rows, as `proxytune tune` takes them: a file, a directory or a Hub id; texts, prompts with "
-        "completions, conversations",
-        metavar="SOURCE",
-    )
-    window: int | None = option(None, WINDOW)
-    limit: int | None = option(None, "Use only the first N windows or rows", none_means="all")
-
-    def passages(self, model: ProxyTuned, window: int) -> list[Passage]:
-        """Return the passages of the text or of the rows."""
-        from proxytune.data.passages import passages_of
-        from proxytune.data.rows import read_rows
-
-        if self.text_file is not None:
-            return model.text_passages(file_text(self.text_file), window=window)
-        assert self.data is not None
-        return passages_of(model, read_rows(self.data), window=window)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +61,8 @@ class SweepOptions:
     )
     metric: str = option(
         "perplexity",
-        f"{METRIC_NAMES}; all but the first generate text and compare it with the rows' completions",
+        "perplexity, exact_match, contains, last_number, chrf; all but the first generate text and compare "
+        "it with the rows' completions",
         metavar="NAME",
     )
     alphas: tuple[str, ...] = option(
@@ -254,7 +227,7 @@ def _sweep_likelihood(
         in_order = data.text_file is not None
         valid, test = split(passages, options.test_share, seed=options.seed, in_order=in_order)
     else:
-        valid, test = passages, _test_passages(model, data, options.test_data, window)
+        valid, test = passages, data.of(options.test_data).passages(model, window)
     with progress("sweeping", "tokens") as advance:
         return sweep_likelihood(
             ensemble,
@@ -301,13 +274,6 @@ def _strengths(given: Sequence[str] | None) -> tuple[list[float], dict[str, list
         )
     unique = {name: list(dict.fromkeys(numbers)) for name, numbers in own.items()}
     return list(dict.fromkeys(shared)), unique
-
-
-def _test_passages(model: ProxyTuned, data: DataOptions, source: str, window: int) -> list[Passage]:
-    """Return the passages of a test part, which is of the same kind as the data."""
-    if data.text_file is not None:
-        return DataOptions(text_file=Path(source)).passages(model, window)
-    return DataOptions(data=source).passages(model, window)
 
 
 def _rows(model: ProxyTuned, source: str) -> list[Row]:

@@ -257,7 +257,7 @@ class InputFile:
             hint = (
                 ""
                 if "hint:" in reason
-                else "\nhint: mend the line, or leave it out with --skip-bad-lines"
+                else "\nhint: fix the line, or leave it out with --skip-bad-lines"
             )
             raise InputFileError(reason + hint) from error
         self.bad_lines.add(number)

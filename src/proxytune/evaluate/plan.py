@@ -22,7 +22,7 @@ DATA_DIR = Option(
     none_means="from the Hugging Face Hub",
 )
 EXPERTS = Option(
-    "Steer with this expert; repeat to add up several",
+    "Steer with this expert; repeat to combine several",
     flag="--expert",
     metavar="NAME",
     none_means="the recipe's",

@@ -49,7 +49,8 @@ class TuneSettings:
 
     data: str = field(
         metadata=declared(
-            "Training rows: JSON lines, JSON or text, also as .gz; a data set of datasets; a Hub id",
+            "Training rows: JSON lines, JSON or text, also as .gz; a data set saved by `datasets`; "
+            "or a Hub id",
             metavar="FILE",
         )
     )
@@ -171,7 +172,9 @@ class TuneSettings:
         "and chooses no strength",
         at_least=0,
     )
-    gradient_checkpointing: bool = option(False, "Use less memory and more time")
+    gradient_checkpointing: bool = option(
+        False, "Save memory and spend time: recompute activations in the backward pass"
+    )
     seed: int = option(0, "Random seed", at_least=0)
     device: str | None = option(
         None,
