@@ -12,13 +12,9 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from proxytune.errors import InputFileError
-
-if TYPE_CHECKING:
-    import pandas
-    from matplotlib.axes import Axes
 
 FinishReason = Literal["stop", "length", "cancelled", "uncertified", "failed", "given"]
 """Why generation ended: an end-of-sequence token or stop string, the token limit, the caller, a token that
@@ -235,39 +231,6 @@ class Trace:
         }
         fields["special_ids"] = tuple(fields.get("special_ids", ()))
         return cls(steps=steps, **fields)
-
-    # How a trace shows itself. What is shown is the knowledge of modules that build on this one.
-
-    def to_pandas(self) -> pandas.DataFrame:
-        """Return one row per token: what each model gave it, and how far steering moved it.
-
-        Raises:
-            InvalidRequest: The trace is not explained.
-            MissingExtra: pandas is not installed.
-        """
-        from proxytune.explain.notebook import frame
-
-        return frame(self)
-
-    def plot(self, axes: Axes | None = None) -> Axes:
-        """Draw how far steering moved each token, against its position.
-
-        Args:
-            axes: Where to draw; None makes a new picture.
-
-        Raises:
-            InvalidRequest: The trace is not explained.
-            MissingExtra: matplotlib is not installed.
-        """
-        from proxytune.explain.pictures import draw_trace
-
-        return draw_trace(self, axes)
-
-    def _repr_html_(self) -> str | None:
-        """Return the text with each token coloured by what steering did to it, for notebooks."""
-        from proxytune.explain.notebook import fragment
-
-        return fragment(self)
 
 
 def read_traces(path: Path) -> Iterator[Trace]:

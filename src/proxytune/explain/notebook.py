@@ -1,19 +1,27 @@
-"""A trace as a table, a picture, coloured text."""
+"""A trace in a notebook: as a table, as a picture, as coloured text.
+
+from proxytune.explain.notebook import frame, plot, show
+
+show(trace)
+"""
 
 from __future__ import annotations
 
 import html
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from proxytune.errors import MissingExtra
 from proxytune.explain.moves import Move, label, moves
+from proxytune.explain.pictures import draw_trace
 from proxytune.explain.report import move_row
 from proxytune.explain.summary import summarise
 from proxytune.trace import Trace
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axes import Axes
 
 
 def frame(trace: Trace) -> pandas.DataFrame:
@@ -44,6 +52,42 @@ def frame(trace: Trace) -> pandas.DataFrame:
         rows.append(row)
     table = pandas.DataFrame(rows)
     return table.set_index("index") if rows else table
+
+
+def plot(trace: Trace, axes: Axes | None = None) -> Axes:
+    """Draw how far steering moved each token, against its position.
+
+    Args:
+        trace: An explained trace.
+        axes: Where to draw; None makes a new figure.
+
+    Raises:
+        InvalidRequest: The trace is not explained.
+        MissingExtra: matplotlib is not installed.
+    """
+    return draw_trace(trace, axes)
+
+
+@dataclass(frozen=True, slots=True)
+class ShownTrace:
+    """A trace that a notebook displays with each token coloured by what steering did to it."""
+
+    trace: Trace
+
+    def __repr__(self) -> str:
+        return self.trace.text
+
+    def _repr_html_(self) -> str | None:
+        return fragment(self.trace)
+
+
+def show(trace: Trace) -> ShownTrace:
+    """Return a trace for display as the last line of a notebook's cell.
+
+    Each token of an explained trace is coloured by what steering did to it; without explanation the
+    plain text is shown.
+    """
+    return ShownTrace(trace)
 
 
 FRAGMENT_COLOURS = {
