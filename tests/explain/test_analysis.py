@@ -255,7 +255,7 @@ def test_memory_does_not_grow_with_the_number_of_texts(tmp_path: Path):
     def peak_kb() -> int:
         code = (
             "import resource, sys; from pathlib import Path\n"
-            "from proxytune.analyze import analyze; from proxytune.trace import read_traces\n"
+            "from proxytune.explain.analysis import analyze; from proxytune.trace import read_traces\n"
             "analyze(read_traces(Path(sys.argv[1])))\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         )
