@@ -342,8 +342,8 @@ def _top(results: Mapping[str, Any], title: str, source: str) -> list[str]:
         "Speeds are ratios of medians over rounds, with the lowest and highest round in brackets. "
         "*Base* is the base alone in this engine, *library's base* transformers' own `generate` of it, "
         "*published* the procedure of the paper, and *floor* what running the three models one after another "
-        "can reach at best. *Accepted* is the share of draft tokens that were right, *tokens a block* how many "
-        "tokens one step gave, and *parted* how many texts with drafts differed from the plain ones.",
+        "can reach at best. *Accepted* is the share of draft tokens that were right, *tokens a block* how "
+        "many tokens one step gave, and *parted* how many texts with drafts differed from the plain ones.",
         "",
         "## SmolLM2-135M-Instruct with the smol experts",
         "",
@@ -388,8 +388,8 @@ def tables(results: Mapping[str, Any]) -> str:
     lines = _top(results, "Speed, measured", "speed.json")
     lines += _real_tables(results["real"])
     lines += ["", "## Memory, MB", "",
-              "Peak memory of the process beyond that of its imports, loading included. *Code* is library code",
-              "that was mapped after the imports; the last column leaves it out.", "",
+              "Peak memory of the process beyond that of its imports, loading included. *Code* is library",
+              "code that was mapped after the imports; the last column leaves it out.", "",
               "| decoding | imports | peak beyond | code | weights | caches | rest / (weights + caches) |",
               "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
     for name, part in results["memory"].items():
