@@ -40,6 +40,11 @@ LANGUAGES = {
 
 _LINK = re.compile(r"(\]\(\s*<?|(?:src|href)=\")([^)\s>\"]+)")
 _FENCE = re.compile(r"^\s*(`{3,}|~{3,})", re.MULTILINE)
+# Material's code blocks begin with an empty span before their <code>.
+_CODE_SPAN = re.compile(r"(?<!<span></span>)<code>([^<]+)</code>")
+_WORD = re.compile(r"\S*-\S*")
+LONGEST_WORD = 32
+"""Characters of a word of code that is kept on one line; a longer one would not fit a phone."""
 
 
 def site_path(path: Path) -> str | None:
@@ -102,6 +107,17 @@ def shown_source(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     head = "---\nsearch:\n  exclude: true\n---\n\n"
     return f'{head}# {name}\n\n``````{language} linenums="1"\n{text}\n``````\n'
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Keep words with hyphens in code spans, such as `--max-tokens`, on one line."""
+
+    def word(match: re.Match[str]) -> str:
+        return (
+            f'<span class="word">{match[0]}</span>' if len(match[0]) <= LONGEST_WORD else match[0]
+        )
+
+    return _CODE_SPAN.sub(lambda code: f"<code>{_WORD.sub(word, code[1])}</code>", html)
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:

@@ -275,11 +275,20 @@ def navigation() -> set[str]:
     return set(re.findall(r"^\s+- .*: (\S+\.md)$", text.partition("\nnav:\n")[2], re.MULTILINE))
 
 
-def test_the_navigation_leads_to_every_page():
+def test_every_page_is_in_the_navigation_or_linked_from_a_page_there():
     import docs_site
 
-    pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
-    assert navigation() == pages | set(docs_site.PAGES.values())
+    files = {path.relative_to(DOCS).as_posix(): path for path in DOCS.rglob("*.md")}
+    files |= {place: ROOT / name for name, place in docs_site.PAGES.items()}
+    shown = navigation()
+    assert shown <= files.keys()
+    linked = set()
+    for place in shown:
+        for match in docs_site.links(files[place].read_text(encoding="utf-8")):
+            target = docs_site.target_of(match[2], files[place])
+            if target is not None:
+                linked.add(docs_site.site_path(target))
+    assert files.keys() - shown - linked == set()
 
 
 def test_links_out_of_a_page_are_found_outside_code_only():
