@@ -1,8 +1,8 @@
-"""What the site is made of beside docs/: pages from elsewhere in the repository, and files they link to.
+"""Add to the site what is not in docs/: pages from elsewhere in the repository, and the files they link to.
 
-MkDocs calls these functions (`hooks` in mkdocs.yml). A page is written for the repository: its links are
-relative to its own place there, so that they work in an editor and on a forge. On the site a link to another
-page leads to that page, and a link to any other file to a page that shows the file.
+MkDocs calls these functions (`hooks` in mkdocs.yml). Pages are written for the repository: their links are
+relative to their own place, so that they work in an editor and on a forge. On the site, a link to another
+page leads to that page, and a link to any other file leads to a page that shows the file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PAGES = {
     "src/proxytune/smol/README.md": "smol.md",
     "zoo/README.md": "zoo.md",
 }
-"""Pages that stand elsewhere in the repository, and where they are on the site."""
+"""Pages from elsewhere in the repository, and their place on the site."""
 
 LANGUAGES = {
     ".py": "python",
@@ -48,7 +48,7 @@ LONGEST_WORD = 32
 
 
 def site_path(path: Path) -> str | None:
-    """Return where a file of the repository is on the site; None if it is no page and no file of docs/."""
+    """Return a file's place on the site; None if it is neither a page nor a file of docs/."""
     name = path.relative_to(ROOT).as_posix()
     if name in PAGES:
         return PAGES[name]
@@ -56,13 +56,13 @@ def site_path(path: Path) -> str | None:
 
 
 def source_page(path: Path) -> str:
-    """Return the name of the page that shows a file of the repository; a notebook is handed out as it is."""
+    """Return the name of the page that shows a file of the repository; a notebook is offered as a download."""
     name = f"source/{path.relative_to(ROOT).as_posix()}"
     return name if path.suffix == ".ipynb" else f"{name}.md"
 
 
 def links(text: str) -> Iterator[re.Match[str]]:
-    """Yield a page's links into the repository; those in code blocks and code spans are none."""
+    """Yield a page's links into the repository, leaving out code blocks and code spans."""
     is_code = False
     start = 0
     for line in text.splitlines(keepends=True):

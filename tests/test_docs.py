@@ -298,6 +298,16 @@ def test_links_out_of_a_page_are_found_outside_code_only():
     assert [match[2] for match in docs_site.links(text)] == ["b.md", "../l.py#m"]
 
 
+def test_a_word_with_a_hyphen_in_a_code_span_is_kept_on_one_line():
+    import docs_site
+
+    code = "<p><code>run --max-rows 8</code></p><pre><span></span><code>--max-rows</code></pre>"
+    kept = code.replace("run --max-rows", 'run <span class="word">--max-rows</span>', 1)
+    assert docs_site.on_page_content(code, None, None, None) == kept
+    too_long = f"<code>--{'x' * docs_site.LONGEST_WORD}</code>"
+    assert docs_site.on_page_content(too_long, None, None, None) == too_long
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     """The site, built as `make docs` builds it; a warning fails the build."""
