@@ -56,7 +56,7 @@ def site_path(path: Path) -> str | None:
 
 
 def source_page(path: Path) -> str:
-    """Return the name of the page that shows a file of the repository; a notebook is offered as a download."""
+    """Return the name of the page that shows a file of the repository, or a notebook's own file name."""
     name = f"source/{path.relative_to(ROOT).as_posix()}"
     return name if path.suffix == ".ipynb" else f"{name}.md"
 
