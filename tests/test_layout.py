@@ -68,6 +68,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "loading": ("doctor",),
     "measure": ("branch", "metrics", "score", "likelihood", "rank", "sweep", "curve"),
     "model": (),
+    "testing": (),
     "tasks": (
         "guarded",
         "rows",
