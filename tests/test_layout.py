@@ -66,7 +66,7 @@ ORDER = (
     "tasks.ds1000",
     "tasks.registry",
     "tasks.judges",
-    "page_policy",
+    "pages.policy",
     "report",
     "report_page",
     "analyze",

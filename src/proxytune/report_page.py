@@ -1,7 +1,7 @@
 """Reports as pages: one HTML file that needs no network, and a fragment for notebooks.
 
-The page's template, `report.html`, holds its style and script; here the numbers of `report.py` are put into
-it as JSON. A Content-Security-Policy allows exactly that style and that script, by their hashes.
+The template is in `pages/`, with its style and its script; here the numbers of `report.py` are put into it as
+JSON. A Content-Security-Policy allows exactly that style and that script, by their hashes.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import math
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
-from importlib.resources import files
 from typing import Any
 
-from proxytune.page_policy import page_policy
+from proxytune.pages.policy import assemble, page_policy
 from proxytune.report import Move, Report, Run, label, moves, parting, summarise, token_types
 from proxytune.trace import Trace, View
 
@@ -47,7 +46,7 @@ def page(reports: Sequence[Report], *, recipe: str) -> str:
     Raises:
         InvalidRequest: A trace is not explained.
     """
-    template = files("proxytune").joinpath("report.html").read_text("utf-8")
+    template = assemble("report")
     data = {
         "recipe": recipe,
         "made": f"Made by proxytune {version('proxytune')}. Probabilities are those before temperature, "
