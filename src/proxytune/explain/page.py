@@ -1,7 +1,7 @@
-"""Reports as pages: one HTML file that needs no network, and a fragment for notebooks.
+"""Reports as pages: one HTML file that needs no network.
 
-The page's template, `report.html`, holds its style and script; here the numbers of `explain/moves.py` are
-put into it as JSON. A Content-Security-Policy allows exactly that style and that script, by their hashes.
+The template is in `pages/`, with its style and its script; here the numbers of `explain/moves.py` are put
+into it as JSON. A Content-Security-Policy allows exactly that style and that script, by their hashes.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import json
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
-from importlib.resources import files
 from typing import Any
 
 from proxytune.explain.moves import label, moves
 from proxytune.explain.report import Report, Run
 from proxytune.explain.summary import parting, running_share, summarise, token_types
-from proxytune.pages.policy import page_policy
+from proxytune.pages.policy import assemble, page_policy
 from proxytune.trace import Trace, View
 
 MAX_TYPES = 15
@@ -36,7 +35,7 @@ def page(reports: Sequence[Report], *, recipe: str) -> str:
     Raises:
         InvalidRequest: A trace is not explained.
     """
-    template = files("proxytune").joinpath("report.html").read_text("utf-8")
+    template = assemble("report")
     data = {
         "recipe": recipe,
         "made": f"Made by proxytune {version('proxytune')}. Probabilities are those before temperature, "
