@@ -32,7 +32,7 @@ import torch
 sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmarks.checkout import commit  # noqa: E402
-from benchmarks.miniature.plan import BUILD_DIR, ROOT, write_whole  # noqa: E402
+from benchmarks.miniature.plan import BUILD_DIR, ROOT  # noqa: E402
 from benchmarks.miniature.run import tell  # noqa: E402
 from proxytune.decode.batch import Batch  # noqa: E402
 from proxytune.decode.ensemble import Ensemble, Job, Member, Pair  # noqa: E402
@@ -45,6 +45,7 @@ from proxytune.evaluate.speed import (  # noqa: E402
     measure,
     published_procedure,
 )
+from proxytune.files import write_whole  # noqa: E402
 from proxytune.model import ProxyTuned  # noqa: E402
 from proxytune.recipe.recipe import Recipe  # noqa: E402
 from proxytune.request import SamplingParams  # noqa: E402

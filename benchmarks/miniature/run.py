@@ -37,12 +37,12 @@ from benchmarks.miniature.plan import (
     Plan,
     Stale,
     parts_of,
-    write_whole,
 )
 from benchmarks.miniature.report import duration
 from benchmarks.miniature.summary import NUM_RESAMPLES, check_same_rows, summarise
 from benchmarks.miniature.train import train, training_settings
 from proxytune.checkpoints.references import resolve_package
+from proxytune.files import write_whole
 from proxytune.measure.score import BLOCK_TOKENS
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -44,7 +44,7 @@ class BatchOptions:
     """
 
     sampling: SamplingParams
-    steering: Steering = Steering()
+    steering: Steering = field(default_factory=Steering)
     dtype: str | None = None
     batch_size: int = 8
     skip_bad_lines: bool = False

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,12 +25,11 @@ from proxytune.checkpoints.references import HUB_ID, is_gguf, resolve_package
 from proxytune.errors import (
     InvalidRequest,
     ModelNotFound,
-    OutputFileError,
     RecipeError,
     UnknownExpert,
     did_you_mean,
 )
-from proxytune.files import copy_tree, replace_file
+from proxytune.files import building, unwritable, write_whole
 from proxytune.logits.policy import COMBINATIONS, Policy
 from proxytune.recipe.checks import (
     as_json,
@@ -401,7 +401,8 @@ class Recipe:
             target.mkdir(parents=True, exist_ok=True)
             for reference, adapter in inside.items():
                 if not (target / reference).exists():
-                    copy_tree(adapter, target / reference)
+                    with building(target / reference) as part:
+                        shutil.copytree(adapter, part, dirs_exist_ok=True)
             content = json.dumps(
                 {**moved.to_dict(), "auto_map": AUTO_MAP},
                 indent=2,
@@ -409,15 +410,12 @@ class Recipe:
                 allow_nan=False,
             )
             if _may_write_loader(target):
-                replace_file(target / LOADER_NAME, LOADER)
+                write_whole(target / LOADER_NAME, LOADER)
             if card is not None or _may_write_card(target):
-                replace_file(target / "README.md", card or moved.model_card())
-            replace_file(target / "config.json", content + "\n")
+                write_whole(target / "README.md", card or moved.model_card())
+            write_whole(target / "config.json", content + "\n")
         except OSError as error:
-            raise OutputFileError(
-                f"the recipe cannot be written to {target}: {error.strerror or error}.\n"
-                "hint: name a directory that can be written"
-            ) from error
+            raise unwritable(target, error) from error
         return replace(moved, directory=target)
 
     def reference_from(self, reference: str, target: Path) -> str:

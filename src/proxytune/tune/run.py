@@ -267,14 +267,7 @@ class _Run:
         }
         content = {"settings": asked, "data": {name: part["digest"] for name, part in data.items()}}
         if not resume:
-            try:
-                settings.training.mkdir(parents=True, exist_ok=True)
-                write_json(path, content)
-            except OSError as error:
-                raise OutputFileError(
-                    f"{settings.directory} cannot be written: {error.strerror}.\n"
-                    "hint: name a directory that can be written"
-                ) from error
+            write_json(path, content)
             return False
         there = json.loads(path.read_text("utf-8"))
         for key, value in asked.items():
