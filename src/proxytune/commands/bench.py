@@ -81,6 +81,7 @@ def bench(
     Everything alternates in every round; what is shown are medians of ratios within rounds.
     """
     from proxytune.evaluate import speed
+    from proxytune.machine import description
 
     if rounds < 1:
         raise InvalidRequest(f"--rounds is {rounds}, and must be at least 1")
@@ -121,7 +122,7 @@ def bench(
         answer = {
             "recipe": recipe,
             "rounds": rounds,
-            "machine": speed.machine(),
+            "machine": description(),
             "measured": [one.to_dict() for one in measured],
         }
         typer.echo(json_line(answer))
