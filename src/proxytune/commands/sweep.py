@@ -30,7 +30,7 @@ from proxytune.commands.options import (
 from proxytune.data.passages import window_of
 from proxytune.errors import InvalidRequest
 from proxytune.measure.score import SCORE_WINDOW
-from proxytune.request import SamplingParams
+from proxytune.request import SamplingParams, Steering
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -224,7 +224,7 @@ def sweep(
         raise InvalidRequest(
             "--alphas names experts and --expert is given too.\nhint: leave --expert out"
         )
-    chosen = tuple(found.choose(tuple(own or expert or ()) or None, None))
+    chosen = found.named(own or expert or None)
     usual_settings = SamplingParams(max_new_tokens=64) if benchmark is None else benchmark.sampling
     sampling = replace(
         usual_settings,
@@ -238,7 +238,7 @@ def sweep(
     )
     model = load_models(found, chosen, device=device, dtype=dtype)
     ensemble = model.steered_by(chosen)
-    strengths = found.choose(chosen, None)
+    strengths = found.strengths(Steering(experts=chosen))
     usual = [strengths[name] for name in grid.names]
     if metric == "perplexity" and benchmark is None:
         window = window_of(model, window)

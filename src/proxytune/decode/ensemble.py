@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +80,7 @@ class Job:
         explain: Record what each member gave.
         explain_top: How many of each one's likeliest tokens to record.
         cancelled: Asked once a step; True ends the row.
+        strengths: Strength of each expert that steers, by name, for the record; `alphas` is what is run.
     """
 
     sampling: SamplingParams
@@ -88,6 +89,7 @@ class Job:
     explain: bool = False
     explain_top: int = 5
     cancelled: Callable[[], bool] | None = None
+    strengths: Mapping[str, float] = field(default_factory=dict)
 
 
 def check_job(ensemble: Ensemble, job: Job) -> None:

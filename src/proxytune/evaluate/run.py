@@ -117,7 +117,7 @@ def evaluate(
         group = [p for p in predictors if (p.role == "tuned") == is_tuned]
         if not group:
             continue
-        chosen = None if is_tuned else tuple(recipe.choose(options.experts, None))
+        chosen = None if is_tuned else recipe.named(options.experts)
         source = tuned_recipe(recipe, options) if is_tuned else recipe
         lazy = LazyModel(partial(load, source, chosen))
         for work in works:

@@ -46,7 +46,7 @@ from proxytune.errors import (
     UserError,
 )
 from proxytune.files import write_json
-from proxytune.machine import peak_memory
+from proxytune.machine import peak_memory, versions
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.tune.encode import (
@@ -163,7 +163,11 @@ class _Run:
             expert=settings.expert_name,
             alpha=recipe.experts[0].alpha,
             data=data,
-            environment=_environment(),
+            environment={
+                "torch": torch.__version__,
+                "num_threads": torch.get_num_threads(),
+                **versions("proxytune", "transformers", "peft", "trl"),
+            },
             **outcome,
         )
         self._publish(recipe, result, prompt)
@@ -267,14 +271,7 @@ class _Run:
         }
         content = {"settings": asked, "data": {name: part["digest"] for name, part in data.items()}}
         if not resume:
-            try:
-                settings.training.mkdir(parents=True, exist_ok=True)
-                write_json(path, content)
-            except OSError as error:
-                raise OutputFileError(
-                    f"{settings.directory} cannot be written: {error.strerror}.\n"
-                    "hint: name a directory that can be written"
-                ) from error
+            write_json(path, content)
             return False
         there = json.loads(path.read_text("utf-8"))
         for key, value in asked.items():
@@ -748,16 +745,6 @@ def _shown_counts(part: Mapping[str, Any], max_length: int) -> str:
     if part["num_dropped"]:
         text += f"; {part['num_dropped']:,} left out, whose prompt alone is longer"
     return text
-
-
-def _environment() -> dict[str, Any]:
-    from importlib.metadata import version
-
-    return {
-        "torch": torch.__version__,
-        "num_threads": torch.get_num_threads(),
-        **{name: version(name) for name in ("proxytune", "transformers", "peft", "trl")},
-    }
 
 
 def _read_result(path: Path) -> TuneResult:
