@@ -706,14 +706,14 @@ class ProxyTuned:
         """
         alone = self.ensemble.members[member]
         ensemble = replace(self.ensemble, members=(alone,), pairs=())
-        if isinstance(alone.backend, RetokenisedBackend):
-            own = alone.backend.own
+        if (translation := alone.backend.translation) is not None:
+            own = translation.own
             ensemble = replace(
                 ensemble,
                 members=(
                     replace(
                         alone,
-                        backend=alone.backend.inner,
+                        backend=translation.inner,
                         alignment=align(own.vocabulary, own.vocabulary),
                     ),
                 ),

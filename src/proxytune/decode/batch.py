@@ -28,7 +28,6 @@ from torch import Tensor
 from proxytune.backends.base import (
     NO_TOKEN,
     Bounds,
-    PartialBackend,
     num_shared_tokens,
 )
 from proxytune.decode.drafting import AHEAD_TOKENS, Drafter
@@ -119,8 +118,7 @@ class Batch:
         can_rewind = all(group.backend.capabilities.can_rewind for group in self._groups)
         # Without rewinding a wrong draft could not be taken back.
         self._speculator = speculator if can_rewind else None
-        base = ensemble.members[0].backend
-        self._partial = base if isinstance(base, PartialBackend) else None
+        self._partial = ensemble.members[0].backend.partial
         self._can_draft = can_rewind
         self._rows = [self._row(index, job) for index, job in enumerate(jobs)]
         self._first: Block | None = Block([], {}, {})
@@ -133,11 +131,11 @@ class Batch:
             if logits is None:
                 prompts = [jobs[lane.row].prompts[lane.member] for lane in group.lanes]
                 adapters = [ensemble.members[lane.member].adapter for lane in group.lanes]
-                if isinstance(group.backend, PartialBackend):
-                    group.state, logits = group.backend.prefill(
+                if (partial := group.backend.partial) is not None:
+                    group.state, logits = partial.prefill(
                         prompts, num_new_tokens=[job.sampling.max_new_tokens for job in jobs]
                     )
-                    self._first.bounds = group.backend.bounds(group.state)
+                    self._first.bounds = partial.bounds(group.state)
                 else:
                     group.state, logits = group.backend.prefill(prompts, adapters=adapters)
             self._first.whole[group] = logits[:, None]
@@ -867,9 +865,9 @@ class Batch:
         earlier = next((g for g in kept.groups if g.backend is group.backend), None)
         if earlier is None or earlier.members != group.members:
             return None
-        capabilities = group.backend.capabilities
+        backend = group.backend
         # A server keeps what it has read by itself; other tokens than the prompt's do not compare.
-        if not capabilities.can_rewind or capabilities.is_partial or capabilities.is_retokenised:
+        if not backend.capabilities.can_rewind or backend.partial or backend.translation:
             return None
         prompts = [list(job.prompts[lane.member]) for lane in group.lanes]
         read = [kept.token_ids[lane.member] for lane in group.lanes]

@@ -8,10 +8,7 @@ from typing import Any
 
 import torch
 
-from proxytune.backends.base import (
-    Backend,
-    PartialBackend,
-)
+from proxytune.backends.base import Backend
 from proxytune.errors import InvalidRequest, PromptTooLong
 from proxytune.logits.policy import Policy
 from proxytune.request import SamplingParams
@@ -110,7 +107,7 @@ def check_job(ensemble: Ensemble, job: Job) -> None:
                     f"{name} holds {token_id}, and {ensemble.vocabulary.name} has "
                     f"{ensemble.vocabulary.width} token ids"
                 )
-    is_partial = isinstance(ensemble.members[0].backend, PartialBackend)
+    is_partial = ensemble.members[0].backend.partial is not None
     if is_partial and job.sampling.repetition_penalty != 1.0:
         raise InvalidRequest(
             "repetition_penalty depends on where logits have their zero, and a base behind an API shows "
