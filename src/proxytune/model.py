@@ -414,9 +414,7 @@ class ProxyTuned:
         started = time.perf_counter()
         text = TextStream(self.tokenizer, prompt_ids=job.prompts[0])
         passage = Passage(tuple(tuple(ids) for ids in job.prompts), tuple(given))
-        explained = explain_passage(
-            self.ensemble, passage, alphas=job.alphas, num_top=job.explain_top
-        )
+        explained = explain_passage(self.ensemble, passage, alphas=job.alphas, num_top=job.num_top)
         steps = [replace(step, text=text.push(step.token_id)) for step in explained]
         if sampling is None:
             trace = Trace(
@@ -448,7 +446,7 @@ class ProxyTuned:
 
     def _told(self, trace: Trace, job: Job) -> Trace:
         """Return a trace with what its tokens stand for, if it is explained."""
-        if not job.explain:
+        if not job.records_views:
             return trace
         named = {step.token_id for step in trace.steps}
         for step in trace.steps:
@@ -703,14 +701,14 @@ class ProxyTuned:
         """
         alone = self.ensemble.members[member]
         ensemble = replace(self.ensemble, members=(alone,), pairs=())
-        if isinstance(alone.backend, RetokenisedBackend):
-            own = alone.backend.own
+        if (translation := alone.backend.translation) is not None:
+            own = translation.own
             ensemble = replace(
                 ensemble,
                 members=(
                     replace(
                         alone,
-                        backend=alone.backend.inner,
+                        backend=translation.inner,
                         alignment=align(own.vocabulary, own.vocabulary),
                     ),
                 ),
