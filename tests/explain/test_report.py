@@ -20,7 +20,7 @@ from proxytune.explain.notebook import frame, plot, show
 from proxytune.explain.report import Report, Run
 from proxytune.explain.summary import (
     common_contexts,
-    parting,
+    first_difference,
     running_share,
     summarise,
     token_types,
@@ -202,7 +202,7 @@ def test_another_token_leads_to_another_text(model):
     forked = model.explain(
         PROMPT, [*whole.token_ids[:5], other], SamplingParams(max_new_tokens=18), top=4
     )
-    assert parting(forked, whole) == 5
+    assert first_difference(forked, whole) == 5
     assert forked.steps[5].token_id == other
 
 
@@ -364,9 +364,9 @@ def test_the_commonest_context_is_the_most_frequent_window_and_the_first_of_equa
 
 def test_texts_part_at_the_first_different_token_or_where_one_ends():
     one = told_trace(["a", "b", "c"])
-    assert parting(one, told_trace(["a", "b", "c"])) is None
-    assert parting(one, told_trace(["a", "a", "c"])) == 1
-    assert parting(one, told_trace(["a", "b"])) == 2
+    assert first_difference(one, told_trace(["a", "b", "c"])) is None
+    assert first_difference(one, told_trace(["a", "a", "c"])) == 1
+    assert first_difference(one, told_trace(["a", "b"])) == 2
 
 
 def test_the_running_share_is_that_of_the_tokens_around():
@@ -440,7 +440,7 @@ def test_the_numbers_for_programs_are_json_and_say_where_texts_part(model):
     report = Report((Run("steered", trace), Run("base", base, is_base=True)))
     content = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     first = content["runs"][0]
-    assert first["parts_from_base_at"] == parting(trace, base)
+    assert first["parts_from_base_at"] == first_difference(trace, base)
     assert [t["shift"] for t in first["tokens"]] == [m.shift for m in moves(trace)]
     assert first["tokens"][0]["views"]["base"]["top"][0]["token"] in TOKENS
     assert content["runs"][1]["parts_from_base_at"] is None
