@@ -274,6 +274,13 @@ def test_rows_of_every_kind_become_what_is_to_be_predicted():
     talk = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
     (row,) = rows_of(model, read_rows([{"messages": [*talk, {"role": "user", "content": "x"}]}]))
     assert row.reference == "cd"
+    turns = passages_of(
+        model,
+        read_rows([{"prompt": talk[:1], "completion": [talk[1], talk[0], talk[1]]}]),
+        window=4,
+    )
+    assert [len(p.token_ids) for p in turns] == [3, 3]  # both replies, an end after each
+    assert len(turns[1].prompts[0]) > len(turns[0].prompts[0])
     (liked,) = rows_of(model, read_rows([{"prompt": "a", "chosen": "b", "rejected": "c"}]))
     assert liked.reference == "b"
 
@@ -409,8 +416,8 @@ def test_a_benchmark_is_swept_in_its_own_settings(recipe, tmp_path, monkeypatch)
     ("arguments", "options", "message"),
     [
         (["--task", "lettres"], (), "letters"),
-        (["--task", "humaneval"], (), "more than their text"),
-        (["--task", "letters"], ("a", "b"), "by their likelihood"),
+        (["--task", "humaneval"], (), "by their text alone"),
+        (["--task", "letters"], ("a", "b"), "the likelihood of given answers"),
         (["--task", "letters", "--metric", "chrf"], (), "its own items and metric"),
         (["--text-file", "text.txt"], (), "--data-dir is for --task"),
         (["--task", "letters", "--max-new-tokens", "0"], (), "must be at least 1"),

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from proxytune.data.rows import Rows
+from proxytune.data.rows import Rows, answers_of
 from proxytune.errors import (
     InputFileError,
     InvalidRequest,
@@ -233,22 +233,17 @@ class _Encoder:
         return [Example(token_ids, [IGNORED, *token_ids[1:]])]
 
     def completion(self, index: int) -> list[Example]:
-        row = self._rows.rows[index]
-        prompt_ids = self._prompt(row["prompt"], index)
-        answer_ids = self._answer(row["completion"], index) + self._end
+        ((prompt, answer),) = answers_of(self._rows.rows[index])
+        prompt_ids = self._prompt(prompt, index)
+        answer_ids = self._answer(answer, index) + self._end
         return [Example(prompt_ids + answer_ids, [IGNORED] * len(prompt_ids) + answer_ids)]
 
     def conversation(self, index: int) -> list[Example]:
-        row = self._rows.rows[index]
-        lead = row.get("prompt", [])
-        messages = lead + (row["messages"] if "messages" in row else row["completion"])
         examples: list[Example] = []
-        # A turn before any message has no prompt that generation could feed.
-        for turn in range(max(1, len(lead)), len(messages)):
-            if messages[turn]["role"] != "assistant":
-                continue
-            prompt_ids = self._prompt(messages[:turn], index)
-            answer_ids = self._turn(messages, turn, index)
+        for prompt, answer in answers_of(self._rows.rows[index]):
+            assert not isinstance(prompt, str)
+            prompt_ids = self._prompt(prompt, index)
+            answer_ids = self._turn(prompt, answer, index)
             num_shared = len(examples[-1].token_ids) if examples else 0
             if not examples or prompt_ids[:num_shared] != examples[-1].token_ids:
                 examples.append(Example([], []))
@@ -266,9 +261,9 @@ class _Encoder:
             if isinstance(answer, str):
                 answers.append(self._answer(answer, index) + self._end)
                 continue
-            messages = row["prompt"] + answer
-            last = len(messages) - 1
-            token_ids = self._prompt(messages[:last], index) + self._turn(messages, last, index)
+            history = row["prompt"] + answer[:-1]
+            content = answer[-1]["content"]
+            token_ids = self._prompt(history, index) + self._turn(history, content, index)
             if token_ids[: len(prompt_ids)] != prompt_ids:
                 raise PromptFormatError(
                     "an answer of several messages changes how the format writes the prompt before it.\n"
@@ -320,11 +315,11 @@ class _Encoder:
             )
         return token_ids
 
-    def _turn(self, messages: Sequence[Message], turn: int, index: int) -> list[int]:
+    def _turn(self, history: Sequence[Any], content: str, index: int) -> list[int]:
         """Return the token ids of an assistant's turn with what ends it."""
-        content = messages[turn]["content"]
-        prompt = self._text(messages[:turn])
-        whole = self._text(messages[: turn + 1], add_generation_prompt=False)
+        prompt = self._text(history)
+        turn: Message = {"role": "assistant", "content": content}
+        whole = self._text([*history, turn], add_generation_prompt=False)
         text, is_ended = content, False
         if whole.startswith(prompt):
             text, is_ended = self._written(whole[len(prompt) :], content, prompt)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import itertools
 import json
 import math
 import random
@@ -33,8 +34,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from proxytune.checkpoints.references import local_reference
-from proxytune.data.passages import prompt_and_answer
-from proxytune.data.rows import Rows, read_rows, split_rows
+from proxytune.data.rows import Rows, answers_of, read_rows, split_rows
 from proxytune.errors import (
     AdapterMismatch,
     BackendError,
@@ -47,6 +47,7 @@ from proxytune.errors import (
 )
 from proxytune.files import write_json
 from proxytune.machine import peak_memory
+from proxytune.measure.score import scoring_window
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.tune.encode import (
@@ -79,7 +80,6 @@ MOST_VALID_ROWS = 500
 """A share of the rows becomes validation rows, but no more than so many: each evaluation reads them all."""
 CHARACTERS_PER_TOKEN = 4
 """Of English, about; how much text is measured need not be exact."""
-SCORE_WINDOW = 512
 
 
 def tune(
@@ -663,12 +663,11 @@ class _Run:
         num_characters = CHARACTERS_PER_TOKEN * self._settings.measure_tokens
         if rows.kind == "text":
             text = "\n\n".join(row["text"].strip() for row in rows.rows)[:num_characters]
-            contexts = [m.backend.capabilities.max_context for m in model.ensemble.members]
-            window = min([SCORE_WINDOW, *(c for c in contexts if c is not None)])
+            window = scoring_window(model.ensemble)
             return model.score(text, alphas, window=window, on_progress=advance)
         pairs: list[tuple[Prompt, str]] = []
         size = 0
-        for prompt, answer in map(prompt_and_answer, rows.rows):
+        for prompt, answer in itertools.chain.from_iterable(map(answers_of, rows.rows)):
             if size > num_characters:
                 break
             pairs.append((prompt, answer))
