@@ -509,7 +509,7 @@ def test_a_completion_without_tokens_is_refused_with_its_line():
     from tokenizers.normalizers import Replace
 
     tokenizer.backend_tokenizer.normalizer = Replace("\u200b", "")
-    with pytest.raises(InputFileError, match="row 2 of the given rows: its answer has no tokens"):
+    with pytest.raises(InputFileError, match="row 2 of the given rows: small/model has no tokens for its answer"):
         encoded([PAIRS[0], {"prompt": "a", "completion": "\u200b"}], tokenizer, form="plain")
 
 
