@@ -34,6 +34,7 @@ from proxytune.errors import (
 )
 from proxytune.machine import return_free_memory
 from proxytune.measure.score import (
+    SCORE_WINDOW,
     Passage,
     ScoreReport,
     explain_passage,
@@ -566,7 +567,7 @@ class ProxyTuned:
         alphas: Sequence[float] = (0.0, 0.5, 1.0),
         *,
         experts: str | tuple[str, ...] | None = None,
-        window: int = 512,
+        window: int = SCORE_WINDOW,
         seed: int = 0,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> ScoreReport:
@@ -609,7 +610,7 @@ class ProxyTuned:
         pairs = tuple(p for p in self.ensemble.pairs if p.name in names)
         return replace(self.ensemble, pairs=pairs)
 
-    def text_passages(self, text: str, *, window: int = 512) -> list[Passage]:
+    def text_passages(self, text: str, *, window: int = SCORE_WINDOW) -> list[Passage]:
         """Cut a plain text into windows, as `score` does.
 
         Raises:

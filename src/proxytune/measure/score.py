@@ -13,7 +13,7 @@ not independent (Efron and Tibshirani 1993, section 8.6); the change against the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from proxytune.backends.base import PartialBackend
-from proxytune.decode.ensemble import Ensemble
+from proxytune.decode.ensemble import Ensemble, Member
 from proxytune.errors import (
     InvalidRequest,
     PromptTooLong,
@@ -38,7 +38,7 @@ from proxytune.request import check_alpha
 from proxytune.trace import Step
 
 SCORE_WINDOW = 512
-
+"""Default number of tokens in a window of text."""
 CHUNK_TOKENS = 128
 """Positions whose logits are held at once: 128 x 152,064 float32 values are 78 MB per model."""
 SLICE_TOKENS = 8
@@ -186,7 +186,7 @@ def score_tokens(
     token_ids: Sequence[int],
     *,
     strengths: Sequence[tuple[float, tuple[float, ...]]],
-    window: int = 512,
+    window: int = SCORE_WINDOW,
     start_id: int | None = None,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
@@ -212,6 +212,19 @@ def score_tokens(
         ensemble, passages, strengths=strengths, seed=seed, on_progress=on_progress
     )
     return replace(report, window=window)
+
+
+def smallest_context(members: Iterable[Member]) -> int | None:
+    """Return the smallest context of some models, in tokens; None if no context is limited."""
+    contexts = (member.backend.capabilities.max_context for member in members)
+    return min((context for context in contexts if context is not None), default=None)
+
+
+def scoring_window(ensemble: Ensemble, window: int | None = None) -> int:
+    """Return the window to score with: the given one, or `SCORE_WINDOW` shortened to the smallest context."""
+    if window is not None:
+        return window
+    return min(SCORE_WINDOW, smallest_context(ensemble.members) or SCORE_WINDOW)
 
 
 def windows(
