@@ -188,9 +188,9 @@ class Batch:
         lanes, drafter = self._lanes, self._drafter
         rows = lanes.rows
         outlook = self._steering.outlook(block, position, alive)
-        guesses = drafter.guess(block, alive, drafted, outlook.logits)
+        guesses = drafter.guess(outlook, drafted)
         token_ids, logprobs = lanes.sampler.sample(outlook.steered, alive).as_lists()
-        recorder = Recorder(lanes, outlook, alive)
+        recorder = Recorder(lanes, outlook)
         events = []
         for at, place in enumerate(alive):
             row, token_id, logprob = rows[place], token_ids[at], logprobs[at]

@@ -78,7 +78,8 @@ class PartialSteering(Steering):
             for row, same in zip(rows, (chosen == highest).tolist(), strict=True)
         ]
         proofs = [Proof(*each) for each in zip(is_proved, lost.tolist(), strict=True)]
-        return Outlook(logits, base, contributions, steered, found.weights, bounds, proofs)
+        weights = found.weights
+        return Outlook(block, places, logits, base, contributions, steered, weights, bounds, proofs)
 
     def first_logits(self, block: Block, token_ids: Sequence[int]) -> tuple[Tensor, bool]:
         """Return the steered logits of certain tokens; those that were not shown are asked for."""

@@ -22,6 +22,8 @@ class Outlook:
     """What is known of the next token of some rows before it is chosen.
 
     Args:
+        block: What was read.
+        places: The rows.
         logits: Of every lane, in its member's vocabulary.
         base: The base's, `[rows, vocab]`.
         contributions: What steers it.
@@ -31,6 +33,8 @@ class Outlook:
         proofs: What follows for the tokens chosen from the others, by row.
     """
 
+    block: Block
+    places: Sequence[int]
     logits: Mapping[LaneGroup, Tensor]
     base: Tensor
     contributions: list[Contribution]
@@ -60,7 +64,7 @@ class Steering:
         contributions = lanes.contributions(logits, places)
         found = self._steer(base, contributions, places)
         steered = lanes.masked(found.logits)
-        return Outlook(logits, base, contributions, steered, found.weights)
+        return Outlook(block, places, logits, base, contributions, steered, found.weights)
 
     def first_logits(self, block: Block, token_ids: Sequence[int]) -> tuple[Tensor, bool]:
         """Return the steered logits of certain tokens; see `Batch.first_logits`."""
