@@ -431,9 +431,9 @@ class AdaptiveDrafter(FixedDrafter):
 class CallDrafter(FixedDrafter):
     """Drafts that save calls to a partial base, beside which the small models' time is nothing.
 
-    What the base is known to go on with is drafted first: it costs no call. Otherwise the next call either
-    brings the base's own continuation, which is good for as long as steering agrees with it, or the base's
-    view of what the expert would say. Whoever was right more often lately is followed.
+    If the base's continuation is known from an earlier answer, it is drafted: that costs no call. Otherwise
+    the next call returns either the base's own continuation, which serves for as long as steering agrees with
+    it, or the base's logprobs along a draft of the expert: whichever was right more often lately.
 
     Args:
         lanes: The rows.
@@ -463,12 +463,12 @@ class CallDrafter(FixedDrafter):
             super().draft(block)
 
     def _known_continuation(self) -> list[Tensor]:
-        """Return what the base is known to go on with, `[rows]` for each position; rows may have less."""
+        """Return the base's continuation as far as it is known, `[rows]` for each position."""
         limit = self._longest(AHEAD_TOKENS)
         rows = self._lanes.rows
         pending = [row.new_ids[-1] for row in rows]
         known = self._backend.lookahead(self._lanes.base.state, pending)
-        ahead = [ids[:limit] for ids in known] if limit > 0 else [[]]
+        ahead = [ids[:limit] for ids in known]
         longest = max(map(len, ahead))
         if not longest:
             return []
@@ -502,7 +502,7 @@ def drafting_of(lanes: Lanes, speculator: Speculator | None) -> tuple[Reader, Dr
     partial = lanes.base.backend.partial
     if partial is not None:
         reader = Reader(lanes)
-        # Plain decoding of a partial base drafts too, but only what is known to come.
+        # Plain decoding of a partial base also drafts, but only the base's known continuation.
         allowed = speculator or Speculator(Drafting(max_tokens=0))
         return reader, CallDrafter(lanes, reader, allowed, partial)
     if speculator is None:
