@@ -72,7 +72,7 @@ class PartialSteering(Steering):
             for (at, token_id), logprob in revealed.items():
                 base[at, token_id] = logprob
         lost = _lost_probs(rows, bounds, upper, is_seen, offsets)
-        # What filters keep depends on all tokens, and bounds do not tell it.
+        # What filters keep depends on the logits of all tokens, which bounds do not determine.
         is_proved = [
             same and not row.job.sampling.has_filters
             for row, same in zip(rows, (chosen == highest).tolist(), strict=True)

@@ -29,7 +29,7 @@ class Outlook:
         contributions: What steers it.
         steered: What tokens are chosen from, `[rows, vocab]` float32, padding ids at -inf.
         weights: What the policy multiplied the strengths with, `[contributions, rows]`.
-        bounds: What a partial base tells of the tokens it did not show, by row.
+        bounds: What is known of the tokens that a partial base did not show, by row.
         proofs: What follows for the tokens chosen from the others, by row.
     """
 

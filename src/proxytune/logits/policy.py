@@ -105,7 +105,7 @@ class Policy:
             )
         if self.name in ("kl_match", "nudge") and self.combine != "sum":
             raise InvalidRequest(
-                f"policy is {self.name} and combine is {self.combine}, but both decide which expert counts.\n"
+                f"policy is {self.name} and combine is {self.combine}, and both decide which expert counts.\n"
                 'hint: "combine": "sum"'
             )
         self._check_schedule()
