@@ -6,7 +6,7 @@ import html
 import math
 from typing import TYPE_CHECKING
 
-from proxytune.errors import MissingExtra
+from proxytune.errors import missing_extra
 from proxytune.explain.moves import Move, label, moves
 from proxytune.explain.report import move_row
 from proxytune.explain.summary import summarise
@@ -27,9 +27,8 @@ def frame(trace: Trace) -> pandas.DataFrame:
     try:
         import pandas
     except ImportError as error:
-        raise MissingExtra(
-            "a trace becomes a table of pandas, which is not installed.\n"
-            "hint: pip install 'proxytune[explain]'"
+        raise missing_extra(
+            "a trace becomes a table of pandas, which is not installed", "explain"
         ) from error
     rows = []
     for move, step in zip(told, trace.steps, strict=True):

@@ -22,10 +22,10 @@ from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from proxytune.checkpoints.placement import running_device, running_dtype
 from proxytune.errors import (
     BackendError,
-    MissingExtra,
     NotEnoughMemory,
     UserError,
     VocabularyMismatch,
+    missing_extra,
 )
 from proxytune.machine import device_memory
 from proxytune.recipe.recipe import Recipe
@@ -622,9 +622,8 @@ def _check_quantization(quantization: Mapping[str, Any]) -> None:
     if method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         method = "bitsandbytes"
     if method in ("bitsandbytes", "torchao") and importlib.util.find_spec(method) is None:
-        raise MissingExtra(
-            f"the quantisation {method} is asked for, and that package is not installed.\n"
-            "hint: pip install 'proxytune[quantize]'"
+        raise missing_extra(
+            f"the quantization {method} is asked for, and that package is not installed", "quantize"
         )
 
 
