@@ -65,7 +65,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "drafting",
         "batch",
     ),
-    "loading": ("doctor",),
+    "loading": ("members", "doctor", "load"),
     "measure": ("branch", "metrics", "score", "likelihood", "rank", "sweep", "curve"),
     "model": (),
     "tasks": (
