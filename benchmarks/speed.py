@@ -341,8 +341,11 @@ def _top(results: Mapping[str, Any], title: str, source: str) -> list[str]:
         f"`{results['command']}` on {about['accelerator'] or about['processor']}, "
         f"{about['num_cores']} cores, {about['num_threads']} threads; torch {about['torch']}, "
         f"transformers {about['transformers']}, float32; commit {results['commit']}.",
-        "Speeds as ratios of medians over rounds, in brackets the lowest and highest round. "
-        "*Library* is transformers' own `generate` of the base, *published* the procedure of the paper.",
+        "Speeds are ratios of medians over rounds, with the lowest and highest round in brackets. "
+        "*Base* is the base alone in this engine, *library's base* transformers' own `generate` of it, "
+        "*published* the procedure of the paper, and *floor* what running the three models one after another "
+        "can reach at best. *Accepted* is the share of draft tokens that were right, *tokens a block* how "
+        "many tokens one step gave, and *parted* how many texts with drafts differed from the plain ones.",
         "",
         "## SmolLM2-135M-Instruct with the smol experts",
         "",
@@ -387,8 +390,8 @@ def tables(results: Mapping[str, Any]) -> str:
     lines = _top(results, "Speed, measured", "speed.json")
     lines += _real_tables(results["real"])
     lines += ["", "## Memory, MB", "",
-              "The process's peak beyond its imports, loading included. *Code* is pages of libraries",
-              "that came in after the imports; the last column leaves them out.", "",
+              "Peak memory of the process beyond that of its imports, loading included. *Code* is library",
+              "code that was mapped after the imports; the last column leaves it out.", "",
               "| decoding | imports | peak beyond | code | weights | caches | rest / (weights + caches) |",
               "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
     for name, part in results["memory"].items():

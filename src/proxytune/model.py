@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from proxytune.backends.api.client import Budget
-from proxytune.backends.retokenised import RetokenisedBackend
 from proxytune.decode.batch import Batch, DraftCount, Event
 from proxytune.decode.ensemble import Ensemble, Job, check_job
 from proxytune.decode.lanes import Kept
@@ -31,6 +30,7 @@ from proxytune.errors import (
 )
 from proxytune.loading.load import load_ensemble
 from proxytune.measure.score import (
+    SCORE_WINDOW,
     Passage,
     ScoreReport,
     explain_passage,
@@ -306,9 +306,7 @@ class ProxyTuned:
         started = time.perf_counter()
         text = TextStream(self.tokenizer, prompt_ids=job.prompts[0])
         passage = Passage(tuple(tuple(ids) for ids in job.prompts), tuple(given))
-        explained = explain_passage(
-            self.ensemble, passage, alphas=job.alphas, num_top=job.explain_top
-        )
+        explained = explain_passage(self.ensemble, passage, alphas=job.alphas, num_top=job.num_top)
         steps = [replace(step, text=text.push(step.token_id)) for step in explained]
         if sampling is None:
             trace = Trace(
@@ -340,7 +338,7 @@ class ProxyTuned:
 
     def _told(self, trace: Trace, job: Job) -> Trace:
         """Return a trace with what its tokens stand for, if it is explained."""
-        if not job.explain:
+        if not job.records_views:
             return trace
         named = {step.token_id for step in trace.steps}
         for step in trace.steps:
@@ -460,7 +458,7 @@ class ProxyTuned:
         alphas: Sequence[float] = (0.0, 0.5, 1.0),
         *,
         experts: str | tuple[str, ...] | None = None,
-        window: int = 512,
+        window: int = SCORE_WINDOW,
         seed: int = 0,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> ScoreReport:
@@ -503,7 +501,7 @@ class ProxyTuned:
         pairs = tuple(p for p in self.ensemble.pairs if p.name in names)
         return replace(self.ensemble, pairs=pairs)
 
-    def text_passages(self, text: str, *, window: int = 512) -> list[Passage]:
+    def text_passages(self, text: str, *, window: int = SCORE_WINDOW) -> list[Passage]:
         """Cut a plain text into windows, as `score` does.
 
         Raises:
@@ -595,14 +593,14 @@ class ProxyTuned:
         """
         alone = self.ensemble.members[member]
         ensemble = replace(self.ensemble, members=(alone,), pairs=())
-        if isinstance(alone.backend, RetokenisedBackend):
-            own = alone.backend.own
+        if (translation := alone.backend.translation) is not None:
+            own = translation.own
             ensemble = replace(
                 ensemble,
                 members=(
                     replace(
                         alone,
-                        backend=alone.backend.inner,
+                        backend=translation.inner,
                         alignment=align(own.vocabulary, own.vocabulary),
                     ),
                 ),

@@ -788,7 +788,7 @@ def test_a_mistake_ends_the_process_with_2_and_a_bug_with_a_traceback(tmp_path: 
     result = process("", "generate", tmp_path / "missing", "ab")
     assert result.returncode == 2
     assert result.stderr.startswith(b"error: no recipe at") and b"Traceback" not in result.stderr
-    bug = "import proxytune.recipe\nproxytune.recipe.Recipe.read = None"
+    bug = "import proxytune.recipe.recipe\nproxytune.recipe.recipe.Recipe.read = None"
     result = process(bug, "generate", tmp_path / "missing", "ab")
     assert result.returncode == 1 and b"Traceback" in result.stderr
 

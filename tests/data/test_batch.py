@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxytune.data.batch import BatchReport, Progress, run_batch
+from proxytune.data.batch import BatchProgress, BatchReport, run_batch
 from proxytune.data.lines import BatchOptions, line_seed, parse_line
 from proxytune.data.resumable import number_list
 from proxytune.errors import (
@@ -307,7 +307,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
 def begin(source: Path, output: Path, *, num_tokens: int) -> None:
     """Run until so many tokens are generated, as if Ctrl-C was pressed then."""
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: BatchProgress) -> None:
         if progress.num_new_tokens >= num_tokens:
             raise KeyboardInterrupt
 
@@ -490,7 +490,7 @@ def test_a_full_disk_ends_with_a_message_and_the_run_continues_later(
 
 
 def test_progress_counts_lines_and_tokens(tmp_path: Path):
-    seen: list[Progress] = []
+    seen: list[BatchProgress] = []
     source = write_lines(tmp_path / "in.jsonl", prompts(6))
     report = run(source, tmp_path / "out.jsonl", on_progress=seen.append)
     assert seen[0] == (0, 6, 0)

@@ -40,7 +40,7 @@ from proxytune.errors import InvalidRequest
 from proxytune.request import Experts, Request, SamplingParams, Steering
 
 if TYPE_CHECKING:
-    from proxytune.explain.analysis import Analysis, Group
+    from proxytune.explain.analysis import Analysis, TraceGroup
     from proxytune.model import ProxyTuned
     from proxytune.trace import Trace
 
@@ -387,7 +387,7 @@ def _show_positions(analysis: Analysis) -> None:
     console.print(table)
 
 
-def _show_types(group: Group) -> None:
+def _show_types(group: TraceGroup) -> None:
     from rich.table import Table
     from rich.text import Text
 

@@ -429,8 +429,7 @@ def _generate_file(
         TimeRemainingColumn,
     )
 
-    from proxytune.data.batch import Progress as BatchProgress
-    from proxytune.data.batch import run_batch
+    from proxytune.data.batch import BatchProgress, run_batch
     from proxytune.data.lines import BatchOptions
     from proxytune.data.resumable import number_list
 

@@ -29,8 +29,8 @@ from proxytune.commands.sweep import (
     between,
     passages_from,
 )
-from proxytune.data.passages import window_of
 from proxytune.errors import InvalidRequest
+from proxytune.measure.score import scoring_window
 
 if TYPE_CHECKING:
     from proxytune.measure.rank import Ranking
@@ -80,7 +80,7 @@ def rank_experts(
     names = tuple(expert or (e.name for e in found.experts))
     chosen = found.named(names)
     model = load_models(found, chosen, device=device, dtype=dtype)
-    passages = passages_from(model, text_file, data, window_of(model, window))[:limit]
+    passages = passages_from(model, text_file, data, scoring_window(model.ensemble, window))[:limit]
     from proxytune.measure.rank import rank_experts as ranked
 
     with progress("reading", "tokens") as advance:

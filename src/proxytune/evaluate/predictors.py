@@ -14,7 +14,7 @@ from proxytune.evaluate.plan import EvalOptions
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import MAX_PENALTY, Request, SamplingParams
-from proxytune.tasks.task import Item
+from proxytune.tasks.task import Item, Task
 from proxytune.text.prompts import continuation_ids
 
 if TYPE_CHECKING:
@@ -152,6 +152,16 @@ class Speaker:
                 if len(token_ids) == 1:
                     found[token_ids[0]] = -MAX_PENALTY
         return tuple(sorted(found.items()))
+
+    def requests(
+        self, task: Task, samples: Sequence[tuple[Item, int, SamplingParams]]
+    ) -> list[Request]:
+        """Return a request for each sample, with the texts banned that the task bans."""
+        bias, first = self.bias(task.banned), self.bias(task.banned_first)
+        return [
+            self.request(item, replace(sampling, logit_bias=bias, first_logit_bias=first))
+            for item, _, sampling in samples
+        ]
 
     def check(self, requests: Sequence[Request]) -> None:
         """Check that every prompt fits the models.

@@ -8,7 +8,7 @@ benefit 0.
 
 Beside the benefit stand two cheaper guesses: *gain*, what tuning changed in the small model, which needs no
 base; and *slope*, what the first bit of strength saves. How well each predicts is measured by
-`benchmarks/rank_experts.py`, and told in `docs/guides/choose-alpha-and-expert.md`.
+`benchmarks/rank_experts.py`, and told in `docs/guides/choose-a-pair.md`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from importlib.resources import files
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
@@ -38,7 +37,7 @@ from proxytune.errors import (
     UserError,
 )
 from proxytune.model import ProxyTuned
-from proxytune.pages.policy import page_policy
+from proxytune.pages.policy import assemble, page_policy
 from proxytune.server import answer
 from proxytune.server.answer import Json
 from proxytune.server.schema import ChatRequest, CompletionRequest, Generation
@@ -503,5 +502,5 @@ def _host(scope: Scope) -> str:
 
 def _playground() -> tuple[str, str]:
     """Return the page, and the policy under which nothing but its own script and style run."""
-    page = (files("proxytune") / "playground.html").read_text(encoding="utf-8")
+    page = assemble("playground")
     return page, page_policy(page, "connect-src 'self'", "frame-ancestors 'none'")
