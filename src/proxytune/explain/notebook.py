@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from proxytune.errors import MissingExtra
+from proxytune.errors import missing_extra
 from proxytune.explain.moves import Move, label, moves
 from proxytune.explain.pictures import draw_trace
 from proxytune.explain.report import move_row
@@ -35,9 +35,8 @@ def frame(trace: Trace) -> pandas.DataFrame:
     try:
         import pandas
     except ImportError as error:
-        raise MissingExtra(
-            "tables of traces need pandas, which is not installed.\n"
-            "hint: pip install 'proxytune[explain]'"
+        raise missing_extra(
+            "tables of traces need pandas, which is not installed", "explain"
         ) from error
     rows = []
     for move, step in zip(token_moves, trace.steps, strict=True):

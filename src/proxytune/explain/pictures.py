@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from proxytune.errors import MissingExtra, OutputFileError
+from proxytune.errors import OutputFileError, missing_extra
 from proxytune.explain.moves import moves
 from proxytune.explain.summary import running_share
 from proxytune.trace import Trace
@@ -204,8 +204,7 @@ def _pyplot() -> ModuleType:
     try:
         from matplotlib import pyplot
     except ImportError as error:
-        raise MissingExtra(
-            "pictures need matplotlib, which is not installed.\n"
-            "hint: pip install 'proxytune[explain]'"
+        raise missing_extra(
+            "pictures need matplotlib, which is not installed", "explain"
         ) from error
     return pyplot

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from proxytune.data.lines import line_seed
-from proxytune.errors import InvalidRequest, MissingExtra
+from proxytune.errors import InvalidRequest, missing_extra
 from proxytune.measure.likelihood import likelihoods
 from proxytune.measure.score import Passage, smallest_context
 from proxytune.model import ProxyTuned
@@ -30,7 +30,7 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
 except ImportError as error:
-    raise MissingExtra("lm-eval is not installed.\nhint: pip install 'proxytune[eval]'") from error
+    raise missing_extra("lm-eval is not installed", "eval") from error
 
 CHAT_MARK = "\x02messages:"
 """Begins a context that is a conversation as JSON: the harness hands contexts on as text."""

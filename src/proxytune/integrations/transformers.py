@@ -672,8 +672,7 @@ def _load(recipe: Recipe, *, device: str | None, dtype: str | None) -> ProxyTune
 
 
 def _references(recipe: Recipe) -> list[str]:
-    specs = [recipe.base, *(s for e in recipe.experts for s in (e.expert, e.anti_expert))]
-    return [r for spec in specs for r in (spec.model, spec.adapter) if r is not None]
+    return [r for s in recipe.models.values() for r in (s.model, s.adapter) if r is not None]
 
 
 def _device_name(device_map: Any) -> str | None:

@@ -275,6 +275,15 @@ class Recipe:
         )
 
     @property
+    def models(self) -> dict[str, ModelSpec]:
+        """Its models by part: `base`, and `NAME.expert` and `NAME.anti_expert` of each expert."""
+        found = {"base": self.base}
+        for expert in self.experts:
+            found[f"{expert.name}.expert"] = expert.expert
+            found[f"{expert.name}.anti_expert"] = expert.anti_expert
+        return found
+
+    @property
     def base_tokenizer(self) -> ModelSpec:
         """The model whose tokenizer speaks for the base: the base, or another where it is behind an API."""
         if self.base.api is None:
@@ -304,7 +313,7 @@ class Recipe:
             is_elsewhere = spec.same_as or spec.llama_cpp or spec.api
             return spec if is_elsewhere else replace(spec, **changes)
 
-        return self._with_models(changed)
+        return self.with_models(changed)
 
     def with_llama_cpp(self, *, only_where_set: bool = False, **settings: int | None) -> Recipe:
         """Return the recipe with every `.gguf` file run by llama.cpp, with these settings.
@@ -317,8 +326,7 @@ class Recipe:
             RecipeError: The recipe names no `.gguf` file, or a setting cannot be used.
         """
         given: dict[str, Any] = {k: value for k, value in settings.items() if value is not None}
-        models = [self.base, *(m for e in self.experts for m in (e.expert, e.anti_expert))]
-        if not any(spec.model is not None and is_gguf(spec.model) for spec in models):
+        if not any(spec.model and is_gguf(spec.model) for spec in self.models.values()):
             raise RecipeError(
                 "the recipe names no .gguf file, so there is nothing that llama.cpp could run.\n"
                 "hint: `proxytune export-gguf` makes them"
@@ -340,9 +348,10 @@ class Recipe:
             )
             return replace(kept, llama_cpp=replace(own, **given))
 
-        return self._with_models(changed)
+        return self.with_models(changed)
 
-    def _with_models(self, changed: Callable[[ModelSpec], ModelSpec]) -> Recipe:
+    def with_models(self, changed: Callable[[ModelSpec], ModelSpec]) -> Recipe:
+        """Return the recipe with each of its models changed."""
         return replace(
             self,
             base=changed(self.base),

@@ -35,9 +35,9 @@ from proxytune.errors import (
     AdapterMismatch,
     InputFileError,
     InvalidRequest,
-    MissingExtra,
     OutputFileError,
     UserError,
+    missing_extra,
 )
 from proxytune.files import write_json
 from proxytune.machine import versions
@@ -88,9 +88,8 @@ def tune(
     display = display or Display()
     for library in ("trl", "datasets", "matplotlib"):
         if importlib.util.find_spec(library) is None:
-            raise MissingExtra(
-                f"tuning needs the library {library}, which is not installed.\n"
-                "hint: pip install 'proxytune[tune]'"
+            raise missing_extra(
+                f"tuning needs the library {library}, which is not installed", "tune"
             )
     from proxytune.backends.transformers.weights import quietly
 

@@ -20,12 +20,12 @@ from proxytune.checkpoints.placement import (
 from proxytune.errors import (
     AdapterMismatch,
     CorruptModel,
-    MissingExtra,
     ModelNotFound,
     NotEnoughMemory,
     ProxytuneError,
     UnsafeModel,
     UnsupportedModel,
+    missing_extra,
 )
 
 if TYPE_CHECKING:
@@ -95,10 +95,10 @@ def load_model(checkpoint: Checkpoint, spec: ModelSpec) -> Any:
             'hint: choose a smaller dtype, a quantization, or device "auto" to spread them'
         ) from error
     except ImportError as error:
-        raise MissingExtra(
-            f"{name} needs a package that is not installed: {error}\n"
-            "hint: pip install 'proxytune[quantize]' for quantization; leave attn_implementation out to use "
-            "the one that torch brings"
+        raise missing_extra(
+            f"{name} needs a package that is not installed: {error}",
+            "quantize",
+            "for quantization; leave attn_implementation out to use the one that torch brings",
         ) from error
     except (SafetensorError, json.JSONDecodeError, EOFError) as error:
         raise CorruptModel(f"the files of {name} cannot be read: {error}") from error
@@ -173,9 +173,9 @@ def _require(module: str, name: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise MissingExtra(
-            f"{name} is to be quantised with {package}, which cannot be imported: {error}\n"
-            "hint: pip install 'proxytune[quantize]'"
+        raise missing_extra(
+            f"{name} is to be quantized with {package}, which cannot be imported: {error}",
+            "quantize",
         ) from error
 
 
