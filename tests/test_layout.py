@@ -99,10 +99,10 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     ),
     "tune": (
         "encode",
+        "settings",
         "heads",
         "loss",
         "offsets",
-        "settings",
         "card",
         "trainer",
         "training",
