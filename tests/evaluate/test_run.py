@@ -226,7 +226,7 @@ def test_several_experts_are_alone_one_by_one_and_steer_together():
     recipe = toy_recipe({"one": 1.0, "two": 1.0})
     found = predictors_of(recipe, EvalOptions(("gsm8k",), alphas=(0.0, 1.0, 1.0)))
     assert [p.name for p in found] == ["base", "expert one", "expert two", "steered 1"]
-    with pytest.raises(InvalidRequest, match="2 steer"):
+    with pytest.raises(InvalidRequest, match="2 are chosen"):
         predictors_of(recipe, EvalOptions(("gsm8k",), nudge_below=0.4))
     with pytest.raises(UnknownExpert):
         predictors_of(recipe, EvalOptions(("gsm8k",), experts=("three",)))
