@@ -52,8 +52,8 @@ class RealTimeQa(Task):
         if data_dir is None:
             raise InputFileError(
                 "RealTimeQA has no data set on the Hub.\nhint: concatenate the weeks of "
-                "github.com/realtimeqa/realtimeqa_public into realtimeqa/past.jsonl, and give the folder that "
-                "contains realtimeqa/ with --data-dir"
+                "github.com/realtimeqa/realtimeqa_public into realtimeqa/past.jsonl, and give the folder "
+                "that contains realtimeqa/ with --data-dir"
             )
         items: dict[str, Item] = {}
         for place, row in enumerate(local_rows(data_dir, ("realtimeqa/past.jsonl",)), 1):
