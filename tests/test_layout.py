@@ -102,10 +102,10 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     ),
     "tune": (
         "encode",
+        "settings",
         "heads",
         "loss",
         "offsets",
-        "settings",
         "card",
         "trainer",
         "training",
