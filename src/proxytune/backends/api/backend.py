@@ -45,7 +45,7 @@ class ApiBackend(PartialBackend[ApiState]):
         client: How to reach it.
         settings: From the recipe.
         name: What errors call it.
-        tokenizer: The tokenizer that stands for the base's; its tokens are told apart by their text.
+        tokenizer: The local tokenizer that stands for the base's; tokens are matched by their text.
         vocabulary: The tokenizer's vocabulary.
         eos_token_ids: Tokens that end a text.
 
