@@ -36,6 +36,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "export": ("layout", "tokenizer", "write", "adapter", "model", "recipe"),
     "backends": (
         "base",
+        "checks",
         "llama_cpp",
         "retokenised",
         "toy",

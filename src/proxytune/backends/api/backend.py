@@ -27,6 +27,7 @@ from proxytune.backends.base import (
     PartialBackend,
     Prefilled,
 )
+from proxytune.backends.checks import check_prompts
 from proxytune.errors import InvalidRequest
 from proxytune.recipe.spec import ApiSettings
 from proxytune.text.prompts import Tokenizer
@@ -137,10 +138,7 @@ class ApiBackend(PartialBackend[ApiState]):
         """
         if any(adapters or ()):
             raise InvalidRequest(f"{self.name} is behind an API, which takes no adapters")
-        if not prompts or not all(prompts):
-            raise InvalidRequest(
-                f"{self.name} was given an empty prompt, so there is nothing to continue"
-            )
+        check_prompts(self.name, prompts)
         most: Sequence[int | None] = num_new_tokens or [None] * len(prompts)
         state = ApiState(
             [
