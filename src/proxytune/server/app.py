@@ -52,8 +52,9 @@ logger = logging.getLogger("proxytune.server")
 
 BEARER = HTTPBearer(auto_error=False)
 
-DRAINED = 16
-"""How many times what is allowed is read of a body that is too large: who still sends sees no answer."""
+DRAIN_FACTOR = 16
+"""Of a body that is too large, up to this many times the limit is read: clients that are still sending do not
+see an answer."""
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "A field cannot be honoured; the message names it"},
@@ -98,8 +99,10 @@ def make_app(model: ProxyTuned, settings: ServerSettings) -> FastAPI:
     _add_model_routes(app, service, key_check)
     _add_status_routes(app, service)
     _add_playground(app)
-    # The last one added is the first one asked.
-    app.add_middleware(_BodyLimit, most=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
+    # The middleware added last sees a request first.
+    app.add_middleware(
+        _BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
+    )
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -107,7 +110,7 @@ def make_app(model: ProxyTuned, settings: ServerSettings) -> FastAPI:
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
         )
-    app.add_middleware(_Books, settings=settings, on_answer=service.metrics.count_request)
+    app.add_middleware(_RequestLog, settings=settings, on_answer=service.metrics.count_request)
     return app
 
 
@@ -402,11 +405,15 @@ def _key_check(keys: tuple[str, ...]) -> Callable[..., Awaitable[None]]:
 
 
 class _BodyLimit:
-    """Refuses bodies that are too large, or that take too long to arrive."""
+    """Refuses bodies that are too large, or that take too long to arrive.
 
-    def __init__(self, app: ASGIApp, most: int, timeout_s: float) -> None:
+    starlette's `RequestBodyLimitMiddleware` has no time limit and does not read the rest of a body that is
+    too large: a client that is still sending would see a reset connection instead of the answer.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
         self._app = app
-        self._most = most
+        self._max_bytes = max_bytes
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -420,8 +427,8 @@ class _BodyLimit:
             return
         if body is None:
             return
-        if len(body) > self._most:
-            message = f"the body is larger than the {self._most:,} bytes that are allowed here"
+        if len(body) > self._max_bytes:
+            message = f"the body is larger than this server's limit of {self._max_bytes:,} bytes"
             await _close(413, message, scope, receive, send)
             return
         messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -435,13 +442,13 @@ class _BodyLimit:
         """Return the body, or its beginning if it is too large; None if the client has gone."""
         body = bytearray()
         num_bytes = 0
-        while num_bytes <= DRAINED * self._most:
+        while num_bytes <= DRAIN_FACTOR * self._max_bytes:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
             piece = message.get("body", b"")
             num_bytes += len(piece)
-            if len(body) <= self._most:
+            if len(body) <= self._max_bytes:
                 body += piece
             if not message.get("more_body"):
                 break
@@ -453,8 +460,12 @@ async def _close(status: int, message: str, scope: Scope, receive: Receive, send
     await response(scope, receive, send)
 
 
-class _Books:
-    """Counts and logs requests, and refuses those to a name that is not this server's."""
+class _RequestLog:
+    """Counts and logs requests, adds security headers, and refuses requests to an unknown host name.
+
+    starlette's `TrustedHostMiddleware` answers 400 in plain text and redirects to names with `www.`. Here the
+    answer is 421 with an error object, as in every other refusal.
+    """
 
     def __init__(
         self, app: ASGIApp, settings: ServerSettings, on_answer: Callable[[str, int], None]
@@ -470,7 +481,7 @@ class _Books:
         started = time.perf_counter()
         status = 0
 
-        async def note(message: Message) -> None:
+        async def record_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -483,21 +494,23 @@ class _Books:
 
         try:
             if self._hosts is not None and _host(scope) not in self._hosts:
-                # A page of another site may have had its name resolved to this machine.
-                await _close(421, "this server does not go by that name", scope, receive, note)
+                # A page of another site may resolve its own host name to this machine (DNS rebinding).
+                await _close(
+                    421, "this server does not serve that host name", scope, receive, record_status
+                )
             else:
-                await self._app(scope, receive, note)
+                await self._app(scope, receive, record_status)
         except Exception as error:
-            # Nobody foresaw it; it has the shape of an error all the same.
+            # An unforeseen error gets the same JSON body as any other.
             if status:
                 raise
-            await _refusal(error)(scope, receive, note)
+            await _refusal(error)(scope, receive, record_status)
         finally:
-            # Unknown paths would make as many counters as a scanner has ideas.
+            # One label for all unknown paths: otherwise a scanner could create any number of counters.
             path = getattr(scope.get("route"), "path", "other")
             self._on_answer(path, status)
-            spent = (time.perf_counter() - started) * 1000
-            logger.info("%s %s %d %.0f ms", scope["method"], path, status, spent)
+            latency_ms = (time.perf_counter() - started) * 1000
+            logger.info("%s %s %d %.0f ms", scope["method"], path, status, latency_ms)
 
 
 def _host(scope: Scope) -> str:
