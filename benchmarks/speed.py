@@ -32,7 +32,7 @@ import torch
 sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmarks.checkout import commit  # noqa: E402
-from benchmarks.miniature.plan import BUILD_DIR, ROOT, write_whole  # noqa: E402
+from benchmarks.miniature.plan import BUILD_DIR, ROOT  # noqa: E402
 from benchmarks.miniature.run import tell  # noqa: E402
 from proxytune.decode.batch import Batch  # noqa: E402
 from proxytune.decode.ensemble import Ensemble, Job, Member, Pair  # noqa: E402
@@ -41,10 +41,11 @@ from proxytune.evaluate.speed import (  # noqa: E402
     PlainModels,
     Shape,
     load_plain_models,
-    machine,
     measure,
     published_procedure,
 )
+from proxytune.files import write_whole  # noqa: E402
+from proxytune.machine import description  # noqa: E402
 from proxytune.model import ProxyTuned  # noqa: E402
 from proxytune.recipe.recipe import Recipe  # noqa: E402
 from proxytune.request import SamplingParams  # noqa: E402
@@ -489,7 +490,7 @@ def measure_paper(recipe: Recipe, only: Sequence[str]) -> int:
         )
     settings = [named[name] for name in only or named]
     rows = measure_real(recipe, ProxyTuned.load(recipe), settings)
-    found = {"shapes": [row["shape"] for row in rows], "commit": commit(), "machine": machine()}
+    found = {"shapes": [row["shape"] for row in rows], "commit": commit(), "machine": description()}
     old: dict[str, Any] = {"real": [], "runs": []}
     if only:
         old = json.loads((folder / "paper.json").read_text("utf-8"))
@@ -497,7 +498,7 @@ def measure_paper(recipe: Recipe, only: Sequence[str]) -> int:
     order = [asdict(one[1]) for one in PAPER]
     results = {
         "command": "python benchmarks/speed.py --paper",
-        "machine": machine(),
+        "machine": description(),
         "commit": ", ".join(dict.fromkeys([*(run["commit"] for run in old["runs"]), commit()])),
         "runs": [*old["runs"], found],
         "real": sorted([*kept, *rows], key=lambda row: order.index(row["shape"])),
@@ -570,7 +571,7 @@ def main() -> int:
     results = {
         "command": "python benchmarks/speed.py" + options,
         "commit": commit(),
-        "machine": machine(),
+        "machine": description(),
         "load_average": os.getloadavg(),
         "real": real,
         "memory": memory,

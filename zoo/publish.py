@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
+from proxytune.machine import summary
 from proxytune.measure.score import ScoreReport, ScoreRow
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
@@ -230,18 +230,6 @@ def write_card(measured: dict, training: list[list[dict]]) -> None:
     (SMOL / "README.md").write_text("\n".join(lines))
 
 
-def machine() -> str:
-    """Return the processor and number of cores."""
-    import os
-
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
-
-
 def main() -> None:
     """Copy, choose, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -254,7 +242,7 @@ def main() -> None:
     recipe({e.name: 1.0 for e in EXPERTS}).write(SMOL, overwrite=True)
     model = ProxyTuned.load(SMOL)
     measured: dict = {
-        "machine": machine(),
+        "machine": summary(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "experts": {},

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.miniature.data import AREAS
-from benchmarks.miniature.plan import TASK, write_whole
+from benchmarks.miniature.plan import TASK
 from benchmarks.miniature.summary import STEERED
+from proxytune.files import write_whole
 
 TITLES = {
     "tinyshakespeare": "plays of Shakespeare",

@@ -34,6 +34,7 @@ from proxytune.errors import (
 )
 from proxytune.machine import return_free_memory
 from proxytune.measure.score import (
+    SCORE_WINDOW,
     Passage,
     ScoreReport,
     explain_passage,
@@ -43,7 +44,7 @@ from proxytune.measure.score import (
 )
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ModelSpec
-from proxytune.request import Message, Prompt, Request, SamplingParams
+from proxytune.request import Experts, Message, Prompt, Request, SamplingParams, Steering
 from proxytune.text.detokenize import TextStream
 from proxytune.text.prompts import (
     PLAIN_USER_TURN,
@@ -131,12 +132,7 @@ class ProxyTuned:
         """
         recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
         recipe = recipe.with_settings(device=device, dtype=dtype, cuda_graphs=cuda_graphs or None)
-        if experts is not None:
-            recipe.choose(tuple(experts), None)
-            kept = tuple(e for e in recipe.experts if e.name in experts)
-            default = recipe.default_expert if recipe.default_expert in experts else None
-            recipe = replace(recipe, experts=kept, default_expert=default)
-        model = cls._load(recipe, budget)
+        model = cls._load(recipe.only(experts), budget)
         return_free_memory()  # of what was only read to check
         return model
 
@@ -250,7 +246,7 @@ class ProxyTuned:
             InvalidRequest: A prompt renders to nothing, or a token id does not exist.
             PromptTooLong: Prompt and new tokens exceed a model's context.
         """
-        chosen = self.recipe.choose(request.experts, request.alpha)
+        strengths = self.recipe.strengths(request.steering)
         if request.is_token_ids:
             token_ids = [i for i in request.prompt if isinstance(i, int)]
             self.ensemble.vocabulary.check_token_ids(token_ids)
@@ -274,9 +270,15 @@ class ProxyTuned:
             if self.recipe.base.api is not None:
                 rendered[0] = ChatPrompt.of(rendered[0], request.prompt)
             prompts = tuple(rendered)
-        alphas = tuple(chosen.get(pair.name) for pair in self.ensemble.pairs)
+        alphas = tuple(strengths.get(pair.name) for pair in self.ensemble.pairs)
         job = Job(
-            request.sampling, prompts, alphas, request.explain, request.explain_top, cancelled
+            request.sampling,
+            prompts,
+            alphas,
+            request.explain,
+            request.explain_top,
+            cancelled,
+            strengths,
         )
         check_job(self.ensemble, job)
         return job
@@ -287,7 +289,7 @@ class ProxyTuned:
         sampling: SamplingParams | None = None,
         *,
         alpha: float | None = None,
-        experts: str | tuple[str, ...] | Mapping[str, float] | None = None,
+        experts: Experts | None = None,
         explain: bool = False,
         cancelled: Callable[[], bool] | None = None,
         speculative: bool | Drafting = False,
@@ -308,7 +310,7 @@ class ProxyTuned:
             UserError: The request cannot be honoured; see `job`.
             BackendError: A model failed.
         """
-        request = as_request(prompt, sampling, alpha=alpha, experts=experts, explain=explain)
+        request = as_request(prompt, sampling, Steering(alpha, experts), explain=explain)
         return self.generate_batch([request], cancelled=cancelled, speculative=speculative)[0]
 
     def generate_batch(
@@ -341,10 +343,7 @@ class ProxyTuned:
         traces: list[Trace] = []
         for start in range(0, len(jobs), batch_size):
             block = jobs[start : start + batch_size]
-            collectors = [
-                _Collector(job, self.recipe.choose(request.experts, request.alpha))
-                for job, request in zip(block, requests[start:], strict=False)
-            ]
+            collectors = [_Collector(job) for job in block]
             try:
                 for event in self._run(block, collectors, self._speculator(speculative)):
                     collectors[event.row].add(event)
@@ -370,7 +369,7 @@ class ProxyTuned:
         sampling: SamplingParams | None = None,
         *,
         alpha: float | None = None,
-        experts: str | tuple[str, ...] | Mapping[str, float] | None = None,
+        experts: Experts | None = None,
         top: int = 5,
     ) -> Trace:
         """Say what each model gives each token of a given continuation, and perhaps go on from there.
@@ -416,18 +415,15 @@ class ProxyTuned:
         started = time.perf_counter()
         text = TextStream(self.tokenizer, prompt_ids=job.prompts[0])
         passage = Passage(tuple(tuple(ids) for ids in job.prompts), tuple(given))
-        explained = explain_passage(
-            self.ensemble, passage, alphas=job.alphas, num_top=job.explain_top
-        )
+        explained = explain_passage(self.ensemble, passage, alphas=job.alphas, num_top=job.num_top)
         steps = [replace(step, text=text.push(step.token_id)) for step in explained]
-        chosen = self.recipe.choose(experts, alpha)
         if sampling is None:
             trace = Trace(
                 "".join(step.text for step in steps) + text.finish(),
                 "given",
                 tuple(steps),
                 len(job.prompts[0]),
-                alphas=chosen,
+                alphas=job.strengths,
             )
         else:
             prompts = tuple(
@@ -435,7 +431,7 @@ class ProxyTuned:
                 for member, prompt_ids in zip(self.ensemble.members, job.prompts, strict=True)
             )
             further = replace(job, prompts=prompts, sampling=sampling)
-            collector = _Collector(further, chosen)
+            collector = _Collector(further)
             for event in self._run([further], [collector], None):
                 collector.add(event)
             trace = collector.trace()
@@ -451,7 +447,7 @@ class ProxyTuned:
 
     def _told(self, trace: Trace, job: Job) -> Trace:
         """Return a trace with what its tokens stand for, if it is explained."""
-        if not job.explain:
+        if not job.records_views:
             return trace
         named = {step.token_id for step in trace.steps}
         for step in trace.steps:
@@ -480,7 +476,7 @@ class ProxyTuned:
         options: Sequence[str],
         *,
         alpha: float | None = None,
-        experts: str | tuple[str, ...] | Mapping[str, float] | None = None,
+        experts: Experts | None = None,
     ) -> Choice:
         """Say which of a few answers the steered base would begin with.
 
@@ -521,7 +517,7 @@ class ProxyTuned:
             options[best],
             best,
             tuple(probs),
-            self.recipe.choose(experts, alpha),
+            job.strengths,
             None if has_all else is_certified,
             batch.usage(0),
         )
@@ -532,7 +528,7 @@ class ProxyTuned:
         sampling: SamplingParams | None = None,
         *,
         alpha: float | None = None,
-        experts: str | tuple[str, ...] | Mapping[str, float] | None = None,
+        experts: Experts | None = None,
         explain: bool = False,
         speculative: bool | Drafting = False,
     ) -> Iterator[Step]:
@@ -541,7 +537,7 @@ class ProxyTuned:
         The steps' texts joined are the text that `generate` gives. Arguments and errors are those of
         `generate`; they are checked before this returns.
         """
-        request = as_request(prompt, sampling, alpha=alpha, experts=experts, explain=explain)
+        request = as_request(prompt, sampling, Steering(alpha, experts), explain=explain)
         return self._steps(self.job(request), self._speculator(speculative), _Memory())
 
     def _steps(self, job: Job, speculator: Speculator | None, memory: _Memory) -> Iterator[Step]:
@@ -558,12 +554,12 @@ class ProxyTuned:
         *,
         system: str | None = None,
         alpha: float | None = None,
-        experts: str | tuple[str, ...] | Mapping[str, float] | None = None,
+        experts: Experts | None = None,
         speculative: bool | Drafting = False,
     ) -> Conversation:
         """Begin a conversation that remembers its turns; what the models have read is not read again."""
         sampling = sampling or SamplingParams()
-        return Conversation(self, sampling, system, alpha, experts, speculative)
+        return Conversation(self, sampling, system, Steering(alpha, experts), speculative)
 
     def score(
         self,
@@ -571,7 +567,7 @@ class ProxyTuned:
         alphas: Sequence[float] = (0.0, 0.5, 1.0),
         *,
         experts: str | tuple[str, ...] | None = None,
-        window: int = 512,
+        window: int = SCORE_WINDOW,
         seed: int = 0,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> ScoreReport:
@@ -610,11 +606,11 @@ class ProxyTuned:
         Raises:
             UnknownExpert: It names an expert the recipe does not have.
         """
-        chosen = self.recipe.choose(experts, None)
-        pairs = tuple(p for p in self.ensemble.pairs if p.name in chosen)
+        names = self.recipe.named(experts)
+        pairs = tuple(p for p in self.ensemble.pairs if p.name in names)
         return replace(self.ensemble, pairs=pairs)
 
-    def text_passages(self, text: str, *, window: int = 512) -> list[Passage]:
+    def text_passages(self, text: str, *, window: int = SCORE_WINDOW) -> list[Passage]:
         """Cut a plain text into windows, as `score` does.
 
         Raises:
@@ -706,14 +702,14 @@ class ProxyTuned:
         """
         alone = self.ensemble.members[member]
         ensemble = replace(self.ensemble, members=(alone,), pairs=())
-        if isinstance(alone.backend, RetokenisedBackend):
-            own = alone.backend.own
+        if (translation := alone.backend.translation) is not None:
+            own = translation.own
             ensemble = replace(
                 ensemble,
                 members=(
                     replace(
                         alone,
-                        backend=alone.backend.inner,
+                        backend=translation.inner,
                         alignment=align(own.vocabulary, own.vocabulary),
                     ),
                 ),
@@ -766,9 +762,8 @@ class _Memory:
 class _Collector:
     """Gathers the events of one row into a trace."""
 
-    def __init__(self, job: Job, chosen: Mapping[str, float]) -> None:
+    def __init__(self, job: Job) -> None:
         self._job = job
-        self._chosen = chosen
         self._started = self._ended = time.perf_counter()
         self._steps: list[Step] = []
         self._tail = ""
@@ -792,7 +787,7 @@ class _Collector:
             finish_reason=(self._event and self._event.finish_reason) or "failed",
             steps=tuple(self._steps),
             num_prompt_tokens=len(self._job.prompts[0]),
-            alphas=self._chosen,
+            alphas=self._job.strengths,
             seed=self.seed,
             latency_s=self._ended - self._started,
             num_drafted=self.num_drafted,
@@ -812,16 +807,14 @@ class Conversation:
         model: ProxyTuned,
         sampling: SamplingParams,
         system: str | None,
-        alpha: float | None,
-        experts: str | tuple[str, ...] | Mapping[str, float] | None,
+        steering: Steering,
         speculative: bool | Drafting = False,
     ) -> None:
         self._model = model
         self._speculative = speculative
         self._memory = _Memory()
         self.sampling = sampling
-        self.alpha = alpha
-        self.experts = experts
+        self.alpha, self.experts = steering.alpha, steering.experts
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
 
     def say(self, text: str) -> Iterator[Step]:
@@ -854,9 +847,8 @@ class Conversation:
 def as_request(
     prompt: Prompt | Request,
     sampling: SamplingParams | None,
+    steering: Steering,
     *,
-    alpha: float | None,
-    experts: str | tuple[str, ...] | Mapping[str, float] | None,
     explain: bool,
 ) -> Request:
     """Return the request that the arguments describe.
@@ -865,8 +857,10 @@ def as_request(
         InvalidRequest: A whole request and further settings were both given.
     """
     if not isinstance(prompt, Request):
-        return Request(prompt, sampling or SamplingParams(), alpha, experts, explain)
-    if sampling is not None or alpha is not None or experts is not None or explain:
+        return Request(
+            prompt, sampling or SamplingParams(), steering.alpha, steering.experts, explain
+        )
+    if sampling is not None or steering != Steering() or explain:
         raise InvalidRequest(
             "a whole Request was given and settings beside it, so it is unclear which of them hold.\n"
             "hint: put the settings into the Request"

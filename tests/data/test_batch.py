@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxytune.data.batch import BatchReport, Progress, run_batch
+from proxytune.data.batch import BatchProgress, BatchReport, run_batch
 from proxytune.data.lines import BatchOptions, line_seed, parse_line
 from proxytune.data.resumable import number_list
 from proxytune.errors import (
@@ -28,7 +28,7 @@ from proxytune.errors import (
     UserError,
 )
 from proxytune.model import ProxyTuned
-from proxytune.request import SamplingParams
+from proxytune.request import SamplingParams, Steering
 from tests.support.toys import toy_load, toy_recipe
 
 RECIPE = toy_recipe({"first": 1.0, "second": 0.5})
@@ -55,12 +55,13 @@ def run(
     input_file: Path, output_file: Path, *, sampling: SamplingParams = SAMPLING, **options: Any
 ) -> BatchReport:
     on_progress = options.pop("on_progress", None)
+    steering = Steering(options.pop("alpha", None), options.pop("experts", None))
     return run_batch(
         input_file,
         output_file,
         recipe=options.pop("recipe", RECIPE),
         load=options.pop("load", lambda names: toy_load(RECIPE, experts=names)),
-        options=BatchOptions(sampling, **{"batch_size": 4, **options}),
+        options=BatchOptions(sampling, steering, **{"batch_size": 4, **options}),
         on_progress=on_progress,
     )
 
@@ -306,7 +307,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
 def begin(source: Path, output: Path, *, num_tokens: int) -> None:
     """Run until so many tokens are generated, as if Ctrl-C was pressed then."""
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: BatchProgress) -> None:
         if progress.num_new_tokens >= num_tokens:
             raise KeyboardInterrupt
 
@@ -489,7 +490,7 @@ def test_a_full_disk_ends_with_a_message_and_the_run_continues_later(
 
 
 def test_progress_counts_lines_and_tokens(tmp_path: Path):
-    seen: list[Progress] = []
+    seen: list[BatchProgress] = []
     source = write_lines(tmp_path / "in.jsonl", prompts(6))
     report = run(source, tmp_path / "out.jsonl", on_progress=seen.append)
     assert seen[0] == (0, 6, 0)

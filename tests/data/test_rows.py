@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from proxytune.data.rows import Rows, read_rows, split_rows
+from proxytune.data.rows import Rows, answers_of, read_rows, split_rows
 from proxytune.errors import (
     InputFileError,
     InvalidRequest,
@@ -203,6 +203,7 @@ BAD_ROWS = [
     ({"prompt": 1, "completion": 2}, '"prompt" is a number'),
     ({"prompt": [HI], "completion": [MORE]}, '"completion" has no message of the assistant'),
     ({"prompt": [HI], "completion": [MORE, SURE]}, "does not go on from the prompt"),
+    ({"prompt": None, "completion": [HELLO]}, '"prompt" is null'),
     ({"prompt": [], "completion": [SURE]}, '"prompt" is an empty list'),
     ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
     ({"prompt": "a", "chosen": "b", "rejected": " "}, '"rejected" is empty'),
@@ -508,8 +509,47 @@ def test_a_completion_without_tokens_is_refused_with_its_line():
     from tokenizers.normalizers import Replace
 
     tokenizer.backend_tokenizer.normalizer = Replace("\u200b", "")
-    with pytest.raises(InputFileError, match="row 2 of the given rows: its answer has no tokens"):
+    with pytest.raises(
+        InputFileError, match="row 2 of the given rows: small/model has no tokens for its answer"
+    ):
         encoded([PAIRS[0], {"prompt": "a", "completion": "\u200b"}], tokenizer, form="plain")
+
+
+# Answers -------------------------------------------------------------------------------------------
+
+
+def test_the_answer_of_a_text_row_is_its_completion_or_its_chosen_text():
+    completion, preference = read_rows(PAIRS[:1]), read_rows(PREFERENCES)
+    assert answers_of(completion.rows[0]) == [("Q: 1+1\nA:", " 2")]
+    assert answers_of(preference.rows[0]) == [("Hi", " the")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [SYSTEM, HI, HELLO, MORE, SURE, MORE]},
+        {"prompt": [SYSTEM, HI], "completion": [HELLO, MORE, SURE]},
+        {"prompt": [SYSTEM, HI], "chosen": [HELLO, MORE, SURE], "rejected": [SURE]},
+    ],
+    ids=["messages", "completion", "preference"],
+)
+def test_each_reply_of_the_assistant_is_an_answer_to_all_messages_before_it(row):
+    """Scores used to take only the last reply, without those before it, or all joined into one text."""
+    (checked,) = read_rows([row]).rows
+    assert answers_of(checked) == [([SYSTEM, HI], "Hello."), ([SYSTEM, HI, HELLO, MORE], "Sure.")]
+
+
+def test_an_earlier_reply_in_the_prompt_is_no_answer():
+    (checked,) = read_rows([{"prompt": [HI, HELLO, MORE], "completion": [SURE]}]).rows
+    assert answers_of(checked) == [([HI, HELLO, MORE], "Sure.")]
+
+
+def test_answers_are_what_training_takes_its_loss_on():
+    messages = [HELLO, SYSTEM, HI, HELLO, MORE, SURE]
+    (checked,) = read_rows([{"messages": messages}]).rows
+    (example,) = encoded([{"messages": messages}]).examples
+    turns = [(prompt, answer + "<|im_end|>\n") for prompt, answer in answers_of(checked)]
+    assert_generation_sees_it(example, turns, "chat", TOKENIZER)
 
 
 # Encoding: conversations ---------------------------------------------------------------------------

@@ -58,6 +58,34 @@ def test_metrics_of_a_few_texts_by_hand():
     assert last_number("seven", "seven") == 0  # no number is not the right number
 
 
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        ("10-3", "3"),
+        ("between 3-5", "5"),
+        ("the years 1914\N{EN DASH}1918", "1918"),
+        ("x-7", "7"),
+        ("(20)-7", "7"),
+        ("it is -7", "-7"),
+        ("a loss of -$5", "-5"),
+        ("0.5", ".5"),
+        ("-.5", "-0.5"),
+        ("It costs $1,250.00.", "1250"),
+        ("12,500", "12,500"),
+        ("40%", "40"),
+        ("that is 1/2", "2"),
+    ],
+)
+def test_the_last_number_is_read_as_people_write_it(text, reference):
+    """A hyphen between numbers used to be a minus sign, and `.5` used to be 5."""
+    assert last_number(text, reference) == 1
+
+
+@pytest.mark.parametrize(("text", "reference"), [("-3", "3"), ("10-3", "-3"), (".5", "5")])
+def test_numbers_that_differ_in_sign_or_point_are_different(text, reference):
+    assert last_number(text, reference) == 0
+
+
 def test_chrf_of_two_texts_by_hand():
     """ "ab" against "ac": of single characters one of two is shared, F2 = 0.5; of pairs none."""
     assert chrf("ab", "ac") == pytest.approx((0.5 + 0) / 2)
@@ -274,6 +302,13 @@ def test_rows_of_every_kind_become_what_is_to_be_predicted():
     talk = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
     (row,) = rows_of(model, read_rows([{"messages": [*talk, {"role": "user", "content": "x"}]}]))
     assert row.reference == "cd"
+    turns = passages_of(
+        model,
+        read_rows([{"prompt": talk[:1], "completion": [talk[1], talk[0], talk[1]]}]),
+        window=4,
+    )
+    assert [len(p.token_ids) for p in turns] == [3, 3]  # both replies, an end after each
+    assert len(turns[1].prompts[0]) > len(turns[0].prompts[0])
     (liked,) = rows_of(model, read_rows([{"prompt": "a", "chosen": "b", "rejected": "c"}]))
     assert liked.reference == "b"
 
@@ -409,8 +444,8 @@ def test_a_benchmark_is_swept_in_its_own_settings(recipe, tmp_path, monkeypatch)
     ("arguments", "options", "message"),
     [
         (["--task", "lettres"], (), "letters"),
-        (["--task", "humaneval"], (), "more than their text"),
-        (["--task", "letters"], ("a", "b"), "by their likelihood"),
+        (["--task", "humaneval"], (), "by their text alone"),
+        (["--task", "letters"], ("a", "b"), "the likelihood of given answers"),
         (["--task", "letters", "--metric", "chrf"], (), "its own items and metric"),
         (["--text-file", "text.txt"], (), "--data-dir is for --task"),
         (["--task", "letters", "--max-new-tokens", "0"], (), "must be at least 1"),

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxytune.errors import InputFileError, InvalidRequest
+from proxytune.measure.metrics import number_value, published_number
 from proxytune.tasks.alpaca_eval import AlpacaEval
 from proxytune.tasks.ds1000 import Ds1000
-from proxytune.tasks.gsm8k import Gsm8k, is_same_text, last_number, number_value
+from proxytune.tasks.gsm8k import Gsm8k, is_same_text
 from proxytune.tasks.humaneval import HumanEval, clean_code
 from proxytune.tasks.realtimeqa import RealTimeQa
 from proxytune.tasks.registry import TASKS, find_task
@@ -85,7 +86,7 @@ def write(path: Path, *rows: object) -> Path:
     ],
 )
 def test_the_last_number_by_the_published_pattern_and_as_a_number(output, by_the_pattern, value):
-    assert last_number(output) == by_the_pattern
+    assert published_number(output) == by_the_pattern
     assert number_value(output) == value
 
 

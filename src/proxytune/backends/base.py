@@ -13,13 +13,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from typing_extensions import NamedTuple  # typing's own can be generic only from Python 3.11 on
 
 from proxytune.errors import UnsupportedModel
+from proxytune.text.prompts import Tokenizer
+from proxytune.text.vocab import TokenMap, Vocabulary
 from proxytune.trace import Usage
 
 State = TypeVar("State")
@@ -34,9 +36,8 @@ class Capabilities:
         can_rewind: Whether `rewind` works (state-space models, for one, cannot forget).
         adapters: Names that rows may be given.
         can_merge: Whether `merge` and `copy` work.
-        reuses_logits: Whether logits lie in memory that the next call on the same state overwrites, so that
-            who needs them longer has to copy them.
-        is_retokenised: Whether prompts come in other tokens than what follows them.
+        reuses_logits: Whether the next call on the same state overwrites the memory of the logits; callers
+            that keep them must clone them.
     """
 
     max_context: int | None
@@ -44,8 +45,6 @@ class Capabilities:
     can_merge: bool = False
     adapters: tuple[str, ...] = ()
     reuses_logits: bool = False
-    is_partial: bool = False
-    is_retokenised: bool = False
 
 
 class Prefilled(NamedTuple, Generic[State]):
@@ -53,6 +52,33 @@ class Prefilled(NamedTuple, Generic[State]):
 
     state: State
     logits: Tensor  # [batch, vocab], of the token after each prompt
+
+
+class Spelling(Protocol):
+    """How a model spells text; a `Checkpoint` knows it."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Its tokens."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What cuts text into them."""
+
+    @property
+    def eos_token_ids(self) -> Sequence[int]:
+        """The tokens that end a text."""
+
+
+class Translation(NamedTuple):
+    """How a small model of another tokenizer stands in for one that shares the base's tokens."""
+
+    inner: Backend[Any]
+    """The model itself, which reads and predicts its own tokens."""
+    own: Spelling
+    """How it spells text."""
+    token_map: TokenMap
+    """Which of the base's tokens it has too."""
 
 
 class Backend(ABC, Generic[State]):
@@ -70,8 +96,18 @@ class Backend(ABC, Generic[State]):
         """Say what this backend can do."""
 
     @property
+    def partial(self) -> PartialBackend[State] | None:
+        """This backend, if it shows only a part of its logits; None if it shows them all."""
+        return None
+
+    @property
+    def translation(self) -> Translation | None:
+        """How a model of another tokenizer speaks the base's tokens; None for a model that shares them."""
+        return None
+
+    @property
     def device(self) -> torch.device:
-        """Where `extend` wants token ids; elsewhere they have to be moved first."""
+        """Where `extend` expects token ids; callers move them there."""
         return torch.device("cpu")
 
     @property
@@ -175,6 +211,11 @@ class PartialBackend(Backend[State]):
     Its logits are logprobs, with -inf for tokens that were not shown. Asking is dear, so what an answer says
     about later positions is kept: `extend` costs nothing where that covers the tokens appended.
     """
+
+    @property
+    def partial(self) -> PartialBackend[State]:
+        """This backend."""
+        return self
 
     @property
     @abstractmethod

@@ -33,7 +33,7 @@ from proxytune.commands.options import (
 from proxytune.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from proxytune.evaluate.run import Progress
+    from proxytune.evaluate.run import EvalProgress
     from proxytune.model import ProxyTuned
     from proxytune.recipe.recipe import Recipe
 
@@ -311,7 +311,7 @@ class _Bar:
         self._tasks: dict[tuple[str, str], object] = {}
         self._bar.start()
 
-    def __call__(self, progress: Progress) -> None:
+    def __call__(self, progress: EvalProgress) -> None:
         key = (progress.task, progress.predictor)
         if key not in self._tasks:
             self._tasks[key] = self._bar.add_task(

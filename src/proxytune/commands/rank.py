@@ -29,8 +29,8 @@ from proxytune.commands.sweep import (
     between,
     passages_from,
 )
-from proxytune.data.passages import window_of
 from proxytune.errors import InvalidRequest
+from proxytune.measure.score import scoring_window
 
 if TYPE_CHECKING:
     from proxytune.measure.rank import Ranking
@@ -78,9 +78,9 @@ def rank_experts(
         recipe, llama_cpp, threads=threads, gpu_layers=gpu_layers, context_size=context_size
     )
     names = tuple(expert or (e.name for e in found.experts))
-    chosen = tuple(found.choose(names, None))
+    chosen = found.named(names)
     model = load_models(found, chosen, device=device, dtype=dtype)
-    passages = passages_from(model, text_file, data, window_of(model, window))[:limit]
+    passages = passages_from(model, text_file, data, scoring_window(model.ensemble, window))[:limit]
     from proxytune.measure.rank import rank_experts as ranked
 
     with progress("reading", "tokens") as advance:

@@ -33,7 +33,7 @@ from proxytune.commands.options import (
     read_recipe,
     with_policy,
 )
-from proxytune.measure.score import SCORE_WINDOW
+from proxytune.measure.score import SCORE_WINDOW, scoring_window
 
 if TYPE_CHECKING:
     from proxytune.measure.score import ScoreReport
@@ -96,15 +96,13 @@ def score(
     experts = tuple(expert) if expert else None
     model = load_models(
         found,
-        found.choose(experts, None),
+        found.named(experts),
         device=device,
         dtype=dtype,
         max_calls=max_calls,
         max_cost=max_cost,
     )
-    contexts = [m.backend.capabilities.max_context for m in model.ensemble.members]
-    if window is None:
-        window = min([SCORE_WINDOW, *(c for c in contexts if c is not None)])
+    window = scoring_window(model.ensemble, window)
     with progress("scoring", "tokens") as advance:
         report = model.score(
             text, strengths, experts=experts, window=window, seed=seed, on_progress=advance

@@ -27,16 +27,15 @@ from proxytune.commands.options import (
     read_recipe,
     with_policy,
 )
-from proxytune.data.passages import window_of
 from proxytune.errors import InvalidRequest
-from proxytune.measure.score import SCORE_WINDOW
-from proxytune.request import SamplingParams
+from proxytune.measure.score import SCORE_WINDOW, scoring_window
+from proxytune.request import SamplingParams, Steering
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from proxytune.measure.score import Interval, Passage
-    from proxytune.measure.sweep import Point, Row, SweepReport
+    from proxytune.measure.sweep import Point, PromptWithReference, SweepReport
     from proxytune.model import ProxyTuned
 
 METRIC_NAMES = "perplexity, exact_match, contains, last_number, chrf"
@@ -224,7 +223,7 @@ def sweep(
         raise InvalidRequest(
             "--alphas names experts and --expert is given too.\nhint: leave --expert out"
         )
-    chosen = tuple(found.choose(tuple(own or expert or ()) or None, None))
+    chosen = found.named(own or expert or None)
     usual_settings = SamplingParams(max_new_tokens=64) if benchmark is None else benchmark.sampling
     sampling = replace(
         usual_settings,
@@ -238,10 +237,10 @@ def sweep(
     )
     model = load_models(found, chosen, device=device, dtype=dtype)
     ensemble = model.steered_by(chosen)
-    strengths = found.choose(chosen, None)
+    strengths = found.strengths(Steering(experts=chosen))
     usual = [strengths[name] for name in grid.names]
     if metric == "perplexity" and benchmark is None:
-        window = window_of(model, window)
+        window = scoring_window(model.ensemble, window)
         passages = passages_from(model, text_file, data, window)[:limit]
         if test_data is None:
             valid, test = sweeping.split(
@@ -324,7 +323,7 @@ def _test_passages(
     return passages_from(model, None, test_data, window)
 
 
-def _rows(model: ProxyTuned, source: str) -> list[Row]:
+def _rows(model: ProxyTuned, source: str) -> list[PromptWithReference]:
     from proxytune.data.passages import rows_of
     from proxytune.data.rows import read_rows
 

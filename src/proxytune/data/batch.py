@@ -62,7 +62,7 @@ class BatchReport:
         return self.num_resumed == self.num_lines
 
 
-class Progress(NamedTuple):
+class BatchProgress(NamedTuple):
     """How far a run is."""
 
     num_done: int  # lines in the output, and rows of the running block that have ended
@@ -77,7 +77,7 @@ def run_batch(
     recipe: Recipe,
     load: Callable[[tuple[str, ...]], ProxyTuned],
     options: BatchOptions,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[BatchProgress], None] | None = None,
 ) -> BatchReport:
     """Answer every line of a file, continuing what an earlier run has written.
 
@@ -132,7 +132,7 @@ def _generate(
     output: ResumableOutput,
     num_resumed: int,
     options: BatchOptions,
-    on_progress: Callable[[Progress], None] | None,
+    on_progress: Callable[[BatchProgress], None] | None,
 ) -> int:
     """Generate and write the blocks after `num_resumed` lines, and return the number of new tokens."""
     from proxytune.decode.batch import Event
@@ -141,7 +141,7 @@ def _generate(
 
     def report() -> None:
         if on_progress is not None:
-            on_progress(Progress(num_done, source.num_lines, num_new_tokens))
+            on_progress(BatchProgress(num_done, source.num_lines, num_new_tokens))
 
     def count(_: int, event: Event) -> None:
         nonlocal num_new_tokens, num_done
@@ -177,8 +177,8 @@ def _settings(recipe: Recipe, options: BatchOptions, input_sha256: str) -> dict[
         "input_sha256": input_sha256,
         "recipe": recipe.to_dict(),
         "recipe_directory": str(recipe.directory.resolve()),
-        "alpha": options.alpha,
-        "expert": options.experts,
+        "alpha": options.steering.alpha,
+        "expert": options.steering.experts,
         "dtype": options.dtype,
         **asdict(options.sampling),
     }

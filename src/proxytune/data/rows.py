@@ -21,7 +21,7 @@ from proxytune.errors import (
     InvalidRequest,
     MissingExtra,
 )
-from proxytune.request import Message
+from proxytune.request import Message, Prompt
 
 Kind = Literal["text", "completion", "messages", "preference"]
 Unit = Literal["line", "row"]
@@ -426,6 +426,8 @@ def _conversation(item: Mapping[str, Any], answers: Sequence[str]) -> dict[str, 
             if messages[: len(prompt)] == prompt:
                 parts[key] = messages[len(prompt) :]
     else:
+        if len(parts) == 1:
+            raise _Refused('"prompt" is null, and must be a list of messages')
         prompt = _shared_lead(*parts.values())
         if not prompt:
             raise _Refused(
@@ -521,6 +523,32 @@ def _form_name(form: tuple[Kind, bool]) -> str:
 
 def _listed(keys: Iterable[Any]) -> str:
     return ", ".join(map(repr, keys)) or "none"
+
+
+# Answers -------------------------------------------------------------------------------------------
+
+
+def answers_of(row: Mapping[str, Any]) -> list[tuple[Prompt, str]]:
+    """Return the answers of a row, each with the prompt that it follows.
+
+    Training takes its loss on these answers, and scores measure the same ones: a completion that is text, or
+    each reply of the assistant with all messages before it as its prompt. Of a preference, the chosen side
+    counts.
+
+    Args:
+        row: A checked row of any format but `text`.
+    """
+    given = row.get("messages", row.get("completion", row.get("chosen")))
+    if isinstance(given, str):
+        return [(row["prompt"], given)]
+    lead = row.get("prompt", [])
+    messages = [*lead, *given]
+    # A greeting before any other message has no prompt that generation could read.
+    return [
+        (messages[:turn], messages[turn]["content"])
+        for turn in range(max(1, len(lead)), len(messages))
+        if messages[turn]["role"] == "assistant"
+    ]
 
 
 # Splitting -----------------------------------------------------------------------------------------

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from proxytune.backends.base import (
-    Backend,
-    PartialBackend,
-)
+from proxytune.backends.base import Backend
 from proxytune.errors import InvalidRequest, PromptTooLong
 from proxytune.logits.policy import Policy
 from proxytune.request import SamplingParams
@@ -77,17 +74,19 @@ class Job:
         sampling: How tokens are chosen and when to stop.
         prompts: Token ids for each member, in that member's own vocabulary.
         alphas: Strength of each of the ensemble's pairs; at 0 it is run only to be explained, at None never.
-        explain: Record what each member gave.
-        explain_top: How many of each one's likeliest tokens to record.
+        records_views: Whether to record what each member gave every token.
+        num_top: How many of each one's likeliest tokens to record.
         cancelled: Asked once a step; True ends the row.
+        strengths: Strength of each expert that steers, by name, for the record; `alphas` is what is run.
     """
 
     sampling: SamplingParams
     prompts: tuple[Sequence[int], ...]
     alphas: tuple[float | None, ...]
-    explain: bool = False
-    explain_top: int = 5
+    records_views: bool = False
+    num_top: int = 5
     cancelled: Callable[[], bool] | None = None
+    strengths: Mapping[str, float] = field(default_factory=dict)
 
 
 def check_job(ensemble: Ensemble, job: Job) -> None:
@@ -110,7 +109,7 @@ def check_job(ensemble: Ensemble, job: Job) -> None:
                     f"{name} holds {token_id}, and {ensemble.vocabulary.name} has "
                     f"{ensemble.vocabulary.width} token ids"
                 )
-    is_partial = isinstance(ensemble.members[0].backend, PartialBackend)
+    is_partial = ensemble.members[0].backend.partial is not None
     if is_partial and job.sampling.repetition_penalty != 1.0:
         raise InvalidRequest(
             "repetition_penalty depends on where logits have their zero, and a base behind an API shows "
@@ -141,16 +140,16 @@ def check_job(ensemble: Ensemble, job: Job) -> None:
             )
 
 
-def slots_of(job: Job) -> tuple[int, ...]:
+def pairs_of(job: Job) -> tuple[int, ...]:
     """List the pairs that a job runs."""
     return tuple(
         which
         for which, alpha in enumerate(job.alphas)
-        if alpha is not None and (alpha != 0 or job.explain)
+        if alpha is not None and (alpha != 0 or job.records_views)
     )
 
 
 def members_of(ensemble: Ensemble, job: Job) -> list[int]:
     """List the members that a job runs; a pair at strength 0 is run only to be explained."""
-    pairs = [ensemble.pairs[which] for which in slots_of(job)]
+    pairs = [ensemble.pairs[which] for which in pairs_of(job)]
     return sorted({0, *(pair.expert for pair in pairs), *(pair.anti_expert for pair in pairs)})

@@ -70,9 +70,9 @@ def decide(
     for predictor in predictors:
         rows = rows_of[predictor.name]
         path = output / "decided" / task.name / f"{file_name(predictor.name)}.jsonl"
-        journal = _Journal(path, judge.name)
+        kept = _Decisions(path, judge.name)
         keys = [_digest(row) for row in rows]
-        open_rows = [i for i, key in enumerate(keys) if key not in journal.decisions]
+        open_rows = [i for i, key in enumerate(keys) if key not in kept.by_row]
         # Equal answers to one item are decided once.
         first = list({keys[i]: i for i in reversed(open_rows)}.values())[::-1]
         try:
@@ -81,7 +81,7 @@ def decide(
                 decisions = judge.decide([items[i] for i in block], [rows[i] for i in block])
                 for i, decision in zip(block, decisions, strict=True):
                     if decision is not None:
-                        journal.append(keys[i], decision)
+                        kept.append(keys[i], decision)
         except BackendError as error:
             message = str(error).split("\n")[0]
             say(f"{task.name}, {predictor.name}: the judge failed: {message}")
@@ -89,7 +89,7 @@ def decide(
                 f"the judge failed on {predictor.name} ({message}); the same command goes on"
             )
         rows_of[predictor.name] = [
-            {**row, **journal.decisions.get(key, {})} for row, key in zip(rows, keys, strict=True)
+            {**row, **kept.by_row.get(key, {})} for row, key in zip(rows, keys, strict=True)
         ]
     return notes
 
@@ -98,12 +98,12 @@ def _digest(row: Row) -> str:
     return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:32]
 
 
-class _Journal:
+class _Decisions:
     """Decisions, appended one by one to a file; a line that was cut off by a kill is dropped."""
 
     def __init__(self, path: Path, judge: str) -> None:
         self._path, self._judge = path, judge
-        self.decisions: dict[str, Row] = {}
+        self.by_row: dict[str, Row] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
@@ -115,7 +115,7 @@ class _Journal:
             try:
                 entry = json.loads(line)
                 if entry["judge"] == judge:
-                    self.decisions[entry["row"]] = dict(entry["decision"])
+                    self.by_row[entry["row"]] = dict(entry["decision"])
             except (ValueError, KeyError, TypeError) as error:
                 raise InputFileError(
                     f"line {number} of {path} is no decision: {error}.\nhint: remove the file"
@@ -123,7 +123,7 @@ class _Journal:
 
     def append(self, key: str, decision: Row) -> None:
         """Keep a decision, and write it to the disk."""
-        self.decisions[key] = decision
+        self.by_row[key] = decision
         entry = {"row": key, "judge": self._judge, "decision": decision}
         with self._path.open("ab") as file:
             file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())

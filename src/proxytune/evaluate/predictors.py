@@ -14,7 +14,7 @@ from proxytune.evaluate.plan import EvalOptions
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import MAX_PENALTY, Request, SamplingParams
-from proxytune.tasks.task import Item
+from proxytune.tasks.task import Item, Task
 from proxytune.text.prompts import continuation_ids
 
 if TYPE_CHECKING:
@@ -55,10 +55,10 @@ def predictors_of(recipe: Recipe, options: EvalOptions) -> list[Predictor]:
         UnknownExpert: The recipe has no expert of a name.
         InvalidRequest: Nudging was asked for with several experts.
     """
-    chosen = list(recipe.choose(options.experts, None))
+    names = recipe.named(options.experts)
     found = [Predictor("base", "base", alpha=0.0)]
-    for name in chosen:
-        label = "expert" if len(chosen) == 1 else f"expert {name}"
+    for name in names:
+        label = "expert" if len(names) == 1 else f"expert {name}"
         found.append(Predictor(label, "expert", expert=name))
     for alpha in dict.fromkeys(options.alphas):
         if alpha != 0:
@@ -66,11 +66,11 @@ def predictors_of(recipe: Recipe, options: EvalOptions) -> list[Predictor]:
     if options.has_tuned:
         found.append(Predictor("tuned", "tuned"))
     if options.nudge_below is not None:
-        if len(chosen) > 1:
+        if len(names) > 1:
             raise InvalidRequest(
-                f"nudging is by one expert, and {len(chosen)} steer.\nhint: name one with --expert"
+                f"nudging is by one expert, and {len(names)} steer.\nhint: name one with --expert"
             )
-        found.append(Predictor(f"nudged {options.nudge_below:g}", "nudged", expert=chosen[0]))
+        found.append(Predictor(f"nudged {options.nudge_below:g}", "nudged", expert=names[0]))
     return found
 
 
@@ -152,6 +152,16 @@ class Speaker:
                 if len(token_ids) == 1:
                     found[token_ids[0]] = -MAX_PENALTY
         return tuple(sorted(found.items()))
+
+    def requests(
+        self, task: Task, samples: Sequence[tuple[Item, int, SamplingParams]]
+    ) -> list[Request]:
+        """Return a request for each sample, with the texts banned that the task bans."""
+        bias, first = self.bias(task.banned), self.bias(task.banned_first)
+        return [
+            self.request(item, replace(sampling, logit_bias=bias, first_logit_bias=first))
+            for item, _, sampling in samples
+        ]
 
     def check(self, requests: Sequence[Request]) -> None:
         """Check that every prompt fits the models.

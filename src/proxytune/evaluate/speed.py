@@ -12,13 +12,10 @@ C.1) and shares nothing with this project's loop but the formula.
 from __future__ import annotations
 
 import gc
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -289,59 +286,69 @@ def measure(
     alone = [Request(p, greedy, 0.0, expert) for p in prompts]
     jobs = [model.job(request) for request in steered]
     strength = jobs[0].alphas[[pair.name for pair in model.ensemble.pairs].index(expert)] or 0.0
-    token_ids = torch.tensor(prompts)
-    drafting = drafting or Drafting()
     plain: list[Trace] = []
     drafted: list[Trace] = []
 
-    def run(requests: Sequence[Request], speculative: bool | Drafting = False) -> list[Any]:
-        return model.generate_batch(requests, batch_size=shape.batch_size, speculative=speculative)
-
-    def run_plain() -> None:
-        plain[:] = run(steered)
-
-    def run_drafted() -> None:
-        drafted[:] = run(steered, drafting)
+    def run(
+        requests: Sequence[Request], traces: list[Trace], speculative: bool | Drafting = False
+    ) -> None:
+        traces[:] = model.generate_batch(
+            requests, batch_size=shape.batch_size, speculative=speculative
+        )
 
     work: dict[str, Callable[[], object]] = {
-        "base": lambda: run(alone),
-        "plain": run_plain,
-        "speculative": run_drafted,
+        "base": lambda: run(alone, []),
+        "plain": lambda: run(steered, plain),
+        "speculative": lambda: run(steered, drafted, drafting or Drafting()),
     }
     if plain_models is not None:
-        work["library"] = lambda: _library_generate(
-            plain_models.base, token_ids.to(plain_models.base.device), shape.num_new
-        )
-        work["published"] = lambda: published_procedure(
-            plain_models, token_ids.to(plain_models.base.device), shape.num_new, strength
-        )
-    seconds: dict[str, list[float]] = {name: [] for name in (*work, "pair")}
-    first, prefill = [], []
+        work |= _plain_work(plain_models, prompts, shape.num_new, strength)
+    seconds: dict[str, list[float]] = {}
     for round_ in range(rounds + 1):
         took = {name: _timed(what) for name, what in work.items()}
         took["pair"] = _pair_seconds(model, jobs, [list(trace.token_ids) for trace in plain])
-        one, other = _first_token(model, jobs)
+        took["first token"], took["prefill"] = _first_token(model, jobs)
         if round_:
             for name, value in took.items():
-                seconds[name].append(value)
-            first.append(one)
-            prefill.append(other)
+                seconds.setdefault(name, []).append(value)
         say(f"{shape}: round {round_} of {rounds}" + ("" if round_ else " (warm-up)"))
-    proposed = sum(trace.num_drafted for trace in drafted)
-    accepted = sum(trace.num_accepted for trace in drafted)
-    num_new = sum(trace.num_new_tokens for trace in drafted)
+    first_token, prefill = seconds.pop("first token"), seconds.pop("prefill")
+    acceptance_rate, tokens_per_step = _acceptance(drafted)
     return Measured(
         shape=shape,
         expert=expert,
         temperature=temperature,
         seconds={name: Spread.of(values) for name, values in seconds.items()},
         ratios=ratios_of(seconds),
-        acceptance_rate=accepted / proposed if proposed else None,
-        tokens_per_step=num_new / max(1, num_new - accepted),
+        acceptance_rate=acceptance_rate,
+        tokens_per_step=tokens_per_step,
         num_parted=sum(a.token_ids != b.token_ids for a, b in zip(plain, drafted, strict=True)),
-        first_token_s=Spread.of(first),
+        first_token_s=Spread.of(first_token),
         prefill_s=Spread.of(prefill),
     )
+
+
+def _acceptance(drafted: Sequence[Trace]) -> tuple[float | None, float]:
+    """Return the acceptance rate, None without drafts, and the new tokens per block and row."""
+    proposed = sum(trace.num_drafted for trace in drafted)
+    accepted = sum(trace.num_accepted for trace in drafted)
+    num_new = sum(trace.num_new_tokens for trace in drafted)
+    return accepted / proposed if proposed else None, num_new / max(1, num_new - accepted)
+
+
+def _plain_work(
+    models: PlainModels, prompts: Sequence[Sequence[int]], num_new: int, alpha: float
+) -> dict[str, Callable[[], object]]:
+    """Return what is timed of other code: transformers' own generation, and the published procedure."""
+    token_ids = torch.tensor(prompts)
+    return {
+        "library": lambda: _library_generate(
+            models.base, token_ids.to(models.base.device), num_new
+        ),
+        "published": lambda: published_procedure(
+            models, token_ids.to(models.base.device), num_new, alpha
+        ),
+    }
 
 
 def _timed(what: Callable[[], object]) -> float:
@@ -415,28 +422,3 @@ def _first_token(model: ProxyTuned, jobs: Sequence[Job]) -> tuple[float, float]:
         for took, what in reversed(turns) if len(first) % 2 else turns:
             took.append(_timed(what))
     return statistics.median(first), statistics.median(prompts)
-
-
-# The machine ----------------------------------------------------------------------------------------
-
-
-def machine() -> dict[str, Any]:
-    """Return what figures depend on beside the code: processor, cores, accelerator, versions."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.partition(":")[2].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        processor = names[0] if names else processor
-    return {
-        "processor": processor,
-        "num_cores": os.cpu_count(),
-        "num_threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }

@@ -20,9 +20,9 @@ from typing import Any
 from proxytune.data.lines import line_seed
 from proxytune.errors import InvalidRequest, MissingExtra
 from proxytune.measure.likelihood import likelihoods
-from proxytune.measure.score import Passage
+from proxytune.measure.score import Passage, smallest_context
 from proxytune.model import ProxyTuned
-from proxytune.request import Message, Prompt, Request, SamplingParams
+from proxytune.request import Message, Prompt, Request, SamplingParams, Steering
 from proxytune.text.prompts import continuation_ids, render
 
 try:
@@ -91,10 +91,10 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             self.model = ProxyTuned.load(recipe, device=device, dtype=dtype)
         self.batch_size = int(batch_size)
         self.tokenizer = self.model.tokenizer
-        self._alpha, self._experts, self._seed = alpha, names, seed
+        self._steering, self._seed = Steering(alpha, names), seed
         self._speculative = speculative
-        chosen = self.model.recipe.choose(names, alpha)
-        self._alphas = tuple(chosen.get(pair.name, 0.0) for pair in self.model.ensemble.pairs)
+        strengths = self.model.recipe.strengths(self._steering)
+        self._alphas = tuple(strengths.get(pair.name, 0.0) for pair in self.model.ensemble.pairs)
         self._max_length = max_length or self._smallest_context()
         self._number = 0
 
@@ -103,8 +103,7 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         used = {0}
         for pair, alpha in zip(ensemble.pairs, self._alphas, strict=True):
             used |= {pair.expert, pair.anti_expert} if alpha else set()
-        limits = [ensemble.members[i].backend.capabilities.max_context for i in used]
-        return min([n for n in limits if n is not None], default=DEFAULT_LENGTH)
+        return smallest_context(ensemble.members[i] for i in used) or DEFAULT_LENGTH
 
     # What the harness asks about the model ---------------------------------------------------------------
 
@@ -319,7 +318,7 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             if 0 < room < len(ids):
                 ids = ids[-room:]
             prompt = ids
-        return Request(prompt, sampling, self._alpha, self._experts)
+        return Request(prompt, sampling, self._steering.alpha, self._steering.experts)
 
     @staticmethod
     def _prompt(context: str) -> Prompt:

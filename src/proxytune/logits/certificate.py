@@ -10,8 +10,17 @@ Pure functions of tensors. Unseen tokens stand at -inf in the base's logits.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Proof(NamedTuple):
+    """What is known of a token chosen from a part of the base's logits; see `trace.Step`."""
+
+    is_certified: bool
+    max_lost_prob: float
 
 
 def upper_logits(base_logprobs: Tensor, offsets: Tensor, *, ceilings: Tensor) -> Tensor:

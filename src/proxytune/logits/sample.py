@@ -137,11 +137,15 @@ def argmax(logits: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
-class Choice(NamedTuple):
-    """One step's tokens."""
+class Sampled(NamedTuple):
+    """The tokens chosen in one step."""
 
     token_ids: Tensor  # [batch] int64
     logprobs: Tensor  # [batch] float32: steered logprob before penalties and filters, nats
+
+    def as_lists(self) -> tuple[list[int], list[float]]:
+        """Return both as numbers; on an accelerator this waits for the device."""
+        return self.token_ids.tolist(), self.logprobs.tolist()
 
 
 class _Noise:
@@ -300,7 +304,7 @@ class BatchSampler:
         one_hot = torch.zeros_like(warped).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
         return torch.where(self._is_greedy[:, None], one_hot, warped)
 
-    def choose(self, steered_logits: Tensor, rows: Sequence[int] | None = None) -> Choice:
+    def sample(self, steered_logits: Tensor, rows: Sequence[int] | None = None) -> Sampled:
         """Choose one token per row and remember it.
 
         A row's tokens depend on its settings, its seed, its history and these logits alone: not on how the
@@ -322,10 +326,10 @@ class BatchSampler:
             noise = self._noise[row]
             if noise is not None:
                 noise.advance()
-        return Choice(token_ids, logprobs)
+        return Sampled(token_ids, logprobs)
 
     def peek(self, steered_logits: Tensor, rows: Sequence[int] | None = None) -> Tensor:
-        """Return the token ids, `[rows]`, that `choose` would choose; nothing is remembered."""
+        """Return the token ids, `[rows]`, that `sample` would choose; nothing is remembered."""
         rows, index = self._index(rows)
         logits = self.adjusted(steered_logits, rows)
         if self._any_sampled:
@@ -335,7 +339,7 @@ class BatchSampler:
     def propose(self, logits: Tensor, *, ahead: int, rows: Sequence[int] | None = None) -> Tensor:
         """Guess what each row will choose, from the logits of one model alone; nothing is remembered.
 
-        With the noise that `choose` will use, and without filters and penalties, which cost more than they
+        With the noise that `sample` will use, and without filters and penalties, which cost more than they
         would bring in a guess.
 
         Args:

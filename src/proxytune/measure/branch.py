@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from proxytune.backends.base import Backend, PartialBackend
+from proxytune.backends.base import Backend
 from proxytune.decode.ensemble import Ensemble, Job, check_job
 from proxytune.errors import InvalidRequest
 from proxytune.logits.rules import apply_policy
@@ -48,7 +48,7 @@ class _Branch:
 
 
 @dataclass(slots=True)
-class _Group:
+class _Reader:
     """One backend: its members read all branches, member by member."""
 
     backend: Backend[Any]
@@ -98,7 +98,7 @@ def branch(
 
 
 def _check(ensemble: Ensemble, sampling: SamplingParams) -> None:
-    if isinstance(ensemble.members[0].backend, PartialBackend):
+    if ensemble.members[0].backend.partial is not None:
         raise InvalidRequest(
             "texts at several strengths share what the models have read, and a base behind an API keeps "
             "that to itself.\nhint: generate at each strength by itself"
@@ -136,14 +136,14 @@ class _Tree:
         needed = sorted(
             {0} | {m for pair in ensemble.pairs for m in (pair.expert, pair.anti_expert)}
         )
-        self._groups: list[_Group] = []
+        self._readers: list[_Reader] = []
         for member in needed:
             backend = ensemble.members[member].backend
-            group = next((g for g in self._groups if g.backend is backend), None)
-            if group is None:
-                self._groups.append(_Group(backend, [member]))
+            reader = next((r for r in self._readers if r.backend is backend), None)
+            if reader is None:
+                self._readers.append(_Reader(backend, [member]))
             else:
-                group.members.append(member)
+                reader.members.append(member)
         self._texts = [[""] * len(points) for _ in prompts]
         self._token_ids: list[list[tuple[int, ...]]] = [[()] * len(points) for _ in prompts]
         self._num_read = 0
@@ -152,7 +152,7 @@ class _Tree:
         """Write all texts."""
         logits = self._prefill()
         while True:
-            kept = self._choose(logits)
+            kept = self._part(logits)
             if not self._branches:
                 break
             logits = self._read(kept)
@@ -166,15 +166,15 @@ class _Tree:
 
     def _prefill(self) -> dict[int, Tensor]:
         logits: dict[int, Tensor] = {}
-        for group in self._groups:
-            prompts = [prompt[member] for member in group.members for prompt in self._prompts]
+        for reader in self._readers:
+            prompts = [prompt[member] for member in reader.members for prompt in self._prompts]
             adapters = [
                 self._ensemble.members[member].adapter
-                for member in group.members
+                for member in reader.members
                 for _ in self._prompts
             ]
-            group.state, answer = group.backend.prefill(prompts, adapters=adapters)
-            self._enter(group, answer, logits)
+            reader.state, answer = reader.backend.prefill(prompts, adapters=adapters)
+            self._enter(reader, answer, logits)
         return logits
 
     def _read(self, kept: Sequence[int]) -> dict[int, Tensor]:
@@ -182,22 +182,22 @@ class _Tree:
         last = torch.tensor([branch.token_ids[-1] for branch in self._branches])
         self._num_read += len(last)
         logits: dict[int, Tensor] = {}
-        for group in self._groups:
+        for reader in self._readers:
             old = self._num_before
-            lanes = [place * old + row for place in range(len(group.members)) for row in kept]
-            group.state = group.backend.select(group.state, lanes)
+            lanes = [place * old + row for place in range(len(reader.members)) for row in kept]
+            reader.state = reader.backend.select(reader.state, lanes)
             tokens = torch.cat(
-                [self._ensemble.members[m].alignment.ids_to_small(last) for m in group.members]
+                [self._ensemble.members[m].alignment.ids_to_small(last) for m in reader.members]
             )
-            answer = group.backend.extend(group.state, tokens[:, None])[:, 0]
-            self._enter(group, answer, logits)
+            answer = reader.backend.extend(reader.state, tokens[:, None])[:, 0]
+            self._enter(reader, answer, logits)
         return logits
 
-    def _enter(self, group: _Group, answer: Tensor, logits: dict[int, Tensor]) -> None:
-        for member, part in zip(group.members, answer.chunk(len(group.members)), strict=True):
+    def _enter(self, reader: _Reader, answer: Tensor, logits: dict[int, Tensor]) -> None:
+        for member, part in zip(reader.members, answer.chunk(len(reader.members)), strict=True):
             logits[member] = self._ensemble.members[member].alignment.logits_to_base(part)
 
-    def _choose(self, logits: dict[int, Tensor]) -> list[int]:
+    def _part(self, logits: dict[int, Tensor]) -> list[int]:
         """Part the branches by what their points choose; return where each new one comes from."""
         chosen: list[dict[int, list[int]]] = [{} for _ in self._branches]
         for point in range(len(self._points)):

@@ -21,14 +21,38 @@ def contains(text: str, reference: str) -> float:
 
 
 def last_number(text: str, reference: str) -> float:
-    """Return 1 if the last number of a text equals the last one of the reference, as numbers."""
-    found, wanted = (_numbers(each) for each in (text, reference))
-    return float(bool(found) and bool(wanted) and found[-1] == wanted[-1])
+    """Return 1 if the last number of a text equals the last one of the reference; see `number_value`."""
+    found, wanted = number_value(text), number_value(reference)
+    return float(found is not None and found == wanted)
 
 
-def _numbers(text: str) -> list[float]:
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return [float(number.replace(",", "")) for number in found]
+def number_value(text: str) -> float | None:
+    """Return the last number of a text; None if it has none.
+
+    A minus sign counts unless it subtracts or joins: after a digit, a letter or a closing bracket it is none
+    (`10-3` ends with 3, `pages 3-5` with 5). A comma counts where three digits follow it (`1,000` is 1000). A
+    decimal may begin with its point (`.5`).
+    """
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.replace("\N{MINUS SIGN}", "-"))
+    found = re.findall(r"(?:(?<![\w)\].%])-\$?)?(?:\d+(?:\.\d+)?|\.\d+)", text)
+    return float(found[-1].replace("$", "")) if found else None
+
+
+def published_number(text: str) -> str:
+    """Return the last number of a text as the paper's GSM8K runs extract it; the text itself if it has none.
+
+    A string: `18.00` stays as it is, and a whole number loses its minus sign.
+
+    Source: Liu et al. 2024, arXiv:2401.08565; `eval/gsm` of its repository.
+    """
+    text = without_commas(text)
+    found = re.findall(r"[-+]?\d*\.\d+|\d+", text)
+    return str(found[-1]) if found else text
+
+
+def without_commas(text: str) -> str:
+    """Return a text without commas between digits, of which the published pattern sees every other one."""
+    return re.sub(r"(\d),(\d)", r"\1\2", text)
 
 
 def chrf(text: str, reference: str) -> float:

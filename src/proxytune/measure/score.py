@@ -13,7 +13,7 @@ not independent (Efron and Tibshirani 1993, section 8.6); the change against the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from proxytune.backends.base import PartialBackend
-from proxytune.backends.retokenised import RetokenisedBackend
-from proxytune.decode.ensemble import Ensemble
+from proxytune.decode.ensemble import Ensemble, Member
 from proxytune.errors import (
     InvalidRequest,
     PromptTooLong,
@@ -39,7 +38,7 @@ from proxytune.request import check_alpha
 from proxytune.trace import Step
 
 SCORE_WINDOW = 512
-
+"""Default number of tokens in a window of text."""
 CHUNK_TOKENS = 128
 """Positions whose logits are held at once: 128 x 152,064 float32 values are 78 MB per model."""
 SLICE_TOKENS = 8
@@ -187,7 +186,7 @@ def score_tokens(
     token_ids: Sequence[int],
     *,
     strengths: Sequence[tuple[float, tuple[float, ...]]],
-    window: int = 512,
+    window: int = SCORE_WINDOW,
     start_id: int | None = None,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
@@ -213,6 +212,19 @@ def score_tokens(
         ensemble, passages, strengths=strengths, seed=seed, on_progress=on_progress
     )
     return replace(report, window=window)
+
+
+def smallest_context(members: Iterable[Member]) -> int | None:
+    """Return the smallest context of some models, in tokens; None if no context is limited."""
+    contexts = (member.backend.capabilities.max_context for member in members)
+    return min((context for context in contexts if context is not None), default=None)
+
+
+def scoring_window(ensemble: Ensemble, window: int | None = None) -> int:
+    """Return the window to score with: the given one, or `SCORE_WINDOW` shortened to the smallest context."""
+    if window is not None:
+        return window
+    return min(SCORE_WINDOW, smallest_context(ensemble.members) or SCORE_WINDOW)
 
 
 def windows(
@@ -286,8 +298,7 @@ def score_passages(
         for name, label, column in zip(
             [*names, *["steered"] * len(strengths)], labels, losses, strict=True
         )
-        if name == "steered"
-        or not isinstance(ensemble.members[names[name]].backend, RetokenisedBackend)
+        if name == "steered" or ensemble.members[names[name]].backend.translation is None
     ]
     longest = max(len(p.prompts[0]) + len(p.token_ids) for p in passages)
     return ScoreReport(
@@ -306,9 +317,9 @@ def mapped_mass(ensemble: Ensemble, passages: Sequence[Passage]) -> tuple[Mapped
     """
     used = sorted({i for pair in ensemble.pairs for i in (pair.expert, pair.anti_expert)})
     mapped = {
-        index: backend
+        index: translation.token_map
         for index in used
-        if isinstance(backend := ensemble.members[index].backend, RetokenisedBackend)
+        if (translation := ensemble.members[index].backend.translation) is not None
     }
     if not mapped:
         return ()
@@ -318,10 +329,10 @@ def mapped_mass(ensemble: Ensemble, passages: Sequence[Passage]) -> tuple[Mapped
         for _, logits in passage_logits(ensemble, passage, [0, *mapped]):
             padding_ids = ensemble.vocabulary.padding_ids.to(logits[0].device)
             base = logits[0].float().index_fill(-1, padding_ids, -torch.inf).softmax(-1)
-            for index, backend in mapped.items():
+            for index, token_map in mapped.items():
                 of_base, of_small = sums[index]
-                of_base += float(base[:, backend.token_map.small_ids >= 0].sum())
-                of_small += float(logits[index][:, backend.token_map.distinct].exp().sum())
+                of_base += float(base[:, token_map.small_ids >= 0].sum())
+                of_small += float(logits[index][:, token_map.distinct].exp().sum())
                 sums[index] = of_base, of_small
             count += len(base)
         if count >= MASS_TOKENS:
@@ -329,10 +340,10 @@ def mapped_mass(ensemble: Ensemble, passages: Sequence[Passage]) -> tuple[Mapped
     return tuple(
         MappedMass(
             ensemble.members[index].name,
-            backend.token_map.share,
+            token_map.share,
             *(total / count for total in sums[index]),
         )
-        for index, backend in mapped.items()
+        for index, token_map in mapped.items()
     )
 
 
@@ -518,14 +529,14 @@ def passage_logits(
     for key, indices in groups.items():
         backend = ensemble.members[indices[0]].backend
         prompts = [passage.prompts[i] for i in indices]
-        if isinstance(backend, PartialBackend):
-            if not backend.can_score:
+        if (partial := backend.partial) is not None:
+            if not partial.can_score:
                 raise UnsupportedModel(
                     f"{ensemble.members[0].name} does not score a given text, and asking for every token of "
                     "it would cost a call each.\nhint: vLLM and llama-cpp-python's server do"
                 )
-            states[key], logits = backend.prefill(prompts, num_new_tokens=[1], is_scored=True)
-            logits = _with_first_token(backend, states[key], logits, passage.token_ids[0])
+            states[key], logits = partial.prefill(prompts, num_new_tokens=[1], is_scored=True)
+            logits = _with_first_token(partial, states[key], logits, passage.token_ids[0])
         else:
             states[key], logits = backend.prefill(
                 prompts, adapters=[ensemble.members[i].adapter for i in indices]
@@ -548,8 +559,8 @@ def passage_logits(
 def _whole(ensemble: Ensemble, index: int, state: Any, logits: Tensor) -> Tensor:
     """Return a member's logits `[chunk, vocab]` in the base's vocabulary, without holes."""
     member = ensemble.members[index]
-    if isinstance(member.backend, PartialBackend):
-        (bounds,) = member.backend.bounds(state)
+    if (partial := member.backend.partial) is not None:
+        (bounds,) = partial.bounds(state)
         rests = torch.tensor([each.rest for each in bounds])
         return spread_rest(logits, rests, ensemble.vocabulary.padding_ids)
     return member.alignment.logits_to_base(logits)

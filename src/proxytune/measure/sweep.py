@@ -128,8 +128,8 @@ class Grid:
         return [i for i in range(len(self.names)) if len({point[i] for point in self.points}) > 1]
 
 
-class Row(NamedTuple):
-    """A prompt, what should follow it, and what each member sees."""
+class PromptWithReference(NamedTuple):
+    """A prompt in the token ids of each member, and the answer that generated ones are compared with."""
 
     prompts: Prompts
     reference: str
@@ -262,8 +262,8 @@ def sweep_generations(
     grid: Grid,
     metric: Metric,
     *,
-    valid: Sequence[Row],
-    test: Sequence[Row],
+    valid: Sequence[PromptWithReference],
+    test: Sequence[PromptWithReference],
     own: Sequence[float],
     sampling: SamplingParams,
     batch_size: int = 8,
@@ -294,7 +294,7 @@ def sweep_generations(
     counts = [0, 0]
 
     def measure(
-        part: Sequence[Row], points: Sequence[tuple[float, ...]], before: int
+        part: Sequence[PromptWithReference], points: Sequence[tuple[float, ...]], before: int
     ) -> NDArray[np.float64]:
         """Return scores by unit, `[points, units, 2]`: scores, and ones."""
 

@@ -21,7 +21,7 @@ from proxytune.decode.ensemble import Job
 from proxytune.decode.speculative import Drafting
 from proxytune.errors import InvalidRequest, PromptTooLong, ShuttingDown
 from proxytune.model import ProxyTuned
-from proxytune.request import MIN_TEMPERATURE, Request, SamplingParams
+from proxytune.request import MIN_TEMPERATURE, Request, SamplingParams, Steering
 from proxytune.server.answer import (
     Json,
     Tokens,
@@ -38,13 +38,10 @@ from proxytune.server.schema import (
     ChatRequest,
     CompletionRequest,
     Generation,
-    Steering,
 )
 from proxytune.text.prompts import PLAIN_USER_TURN
 from proxytune.text.vocab import token_bytes
 from proxytune.trace import Step
-
-Experts = str | dict[str, float] | None
 
 
 class UnknownModel(InvalidRequest):
@@ -100,7 +97,6 @@ class AnswerText:
 
     index: int
     ticket: Ticket
-    alphas: dict[str, float]
     num_steps: int = 0
     num_chars: int = 0
     finish_reason: str | None = None
@@ -211,7 +207,7 @@ class Service:
             else (base.model or "").rsplit("/", 1)[-1],
             # A base without a chat format reads conversations as plain text, and few such models answer well.
             "has_chat": base.prompt != "plain",
-            "default_experts": list(recipe.choose(None, None)),
+            "default_experts": list(recipe.named()),
             "experts": [{"name": e.name, "alpha": e.alpha} for e in recipe.experts],
             "limits": {
                 "max_tokens": self.settings.max_tokens,
@@ -225,15 +221,15 @@ class Service:
 
     # Requests -------------------------------------------------------------------------------------------
 
-    def jobs(self, wanted: Generation) -> list[tuple[Job, dict[str, float]]]:
-        """Return a job for each text that a request asks for, with its strengths by expert.
+    def jobs(self, wanted: Generation) -> list[Job]:
+        """Return a job for each text that a request asks for.
 
         This tokenises the prompts, so it should not run in the event loop.
 
         Raises:
             UserError: A field cannot be honoured.
         """
-        experts, alpha = self._steering(wanted)
+        steering = self._steering(wanted)
         prompts: list[Any]
         if isinstance(wanted, ChatRequest):
             prompts = [[message.as_message() for message in wanted.messages]]
@@ -251,14 +247,17 @@ class Service:
             raise InvalidRequest(
                 f"the request asks for {num_texts} texts at once, and this server allows {max_texts}"
             )
-        steering = wanted.proxytune or Steering()
-        alphas = dict(self.model.recipe.choose(experts, alpha))
         jobs = []
         for prompt in prompts:
             # Without a limit, a chat answer may be as long as the models and the server allow.
             sampling = self._sampling(wanted, 1 if asked is None else asked)
             request = Request(
-                prompt, sampling, alpha, experts, steering.explain, steering.explain_top
+                prompt,
+                sampling,
+                steering.alpha,
+                steering.experts,
+                wanted.steering.explain,
+                wanted.steering.explain_top,
             )
             with self._rendering:
                 job = self.model.job(request)
@@ -271,12 +270,10 @@ class Service:
             if asked is None:
                 job = replace(job, sampling=replace(sampling, max_new_tokens=self._room(job)))
             for number in range(wanted.n):
-                jobs.append((replace(job, sampling=_seeded(job.sampling, number)), alphas))
+                jobs.append(replace(job, sampling=_seeded(job.sampling, number)))
         return jobs
 
-    def begin(
-        self, wanted: Generation, jobs: Sequence[tuple[Job, dict[str, float]]], client: str
-    ) -> Answer:
+    def begin(self, wanted: Generation, jobs: Sequence[Job], client: str) -> Answer:
         """Queue a request's jobs and return its answer. Call it in the event loop that reads the answer.
 
         Raises:
@@ -286,10 +283,10 @@ class Service:
         events: asyncio.Queue[tuple[AnswerText, Event | Exception]] = asyncio.Queue()
         deadline = time.monotonic() + self.settings.request_timeout_s
         texts: list[AnswerText] = []
-        for index, (job, alphas) in enumerate(jobs):
+        for index, job in enumerate(jobs):
             ticket = Ticket(job, lambda event: None, client, deadline)
             ticket.job = replace(job, cancelled=ticket.is_unwanted)
-            text = AnswerText(index, ticket, alphas)
+            text = AnswerText(index, ticket)
 
             def forward(event: Event | Exception, text: AnswerText = text) -> None:
                 # Counted here, because nobody reads the parts once the client has gone.
@@ -310,26 +307,26 @@ class Service:
     def _prompt_text(self, prompt: str | list[int]) -> str:
         return prompt if isinstance(prompt, str) else self.model.tokenizer.decode(prompt)
 
-    def _steering(self, wanted: Generation) -> tuple[Experts, float | None]:
+    def _steering(self, wanted: Generation) -> Steering:
         names = self.model_names
         if wanted.model not in names:
             raise UnknownModel(
                 f"there is no model {wanted.model!r} here; the models are: {', '.join(names)}"
             )
-        steering, named = wanted.proxytune or Steering(), names[wanted.model]
-        if steering.experts is not None:
+        asked, named = wanted.steering, names[wanted.model]
+        if asked.experts is not None:
             if named is not None:
                 raise InvalidRequest(
                     f"the model {wanted.model!r} names an expert, and proxytune.experts names others.\n"
                     f"hint: use the model {self.settings.name!r}"
                 )
-            return dict(steering.experts), None
-        if named is not None and steering.expert not in (None, named):
+            return Steering(experts=asked.experts)
+        if named is not None and asked.expert not in (None, named):
             raise InvalidRequest(
                 f"the model {wanted.model!r} names an expert, and proxytune.expert names another.\n"
                 f"hint: use the model {self.settings.name!r}"
             )
-        return steering.expert or named, steering.alpha
+        return Steering(asked.alpha, asked.expert or named)
 
     def _sampling(self, wanted: Generation, max_new_tokens: int) -> SamplingParams:
         """Return the library's settings for the API's fields; its defaults are the API's."""
@@ -420,7 +417,7 @@ class Service:
             choice["logprobs"] = self._logprobs(answer.wanted, steps, 0)
             if answer.wanted.proxytune is not None:
                 choice["proxytune"] = {
-                    "alphas": text.alphas,
+                    "alphas": dict(text.ticket.job.strengths),
                     "seed": text.ticket.job.sampling.seed,
                     "tokens": self._explained(answer, steps),
                 }

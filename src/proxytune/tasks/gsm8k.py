@@ -8,7 +8,6 @@ lost.
 
 from __future__ import annotations
 
-import re
 import string
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing_extensions import override
 
 from proxytune.errors import InputFileError
+from proxytune.measure.metrics import number_value, published_number, without_commas
 from proxytune.request import SamplingParams
 from proxytune.tasks.rows import Row, field, hub_rows, local_rows
 from proxytune.tasks.task import Item, Rule, Task, asked
@@ -27,32 +27,10 @@ ENDS = ("Answer the following question", "Question:", "Comment:")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def without_commas(text: str) -> str:
-    """Return a text without commas between digits, of which the published pattern sees every other one."""
-    return re.sub(r"(\d),(\d)", r"\1\2", text)
-
-
-def last_number(text: str) -> str:
-    """Return the last number of an output by the published pattern; without one, the output."""
-    text = without_commas(text)
-    found = re.findall(r"[-+]?\d*\.\d+|\d+", text)
-    return str(found[-1]) if found else text
-
-
 def is_same_text(prediction: str, target: str) -> bool:
     """Whether two texts are equal without case and punctuation."""
     one, other = (text.lower().translate(_NO_PUNCTUATION) for text in (prediction, target))
     return one == other
-
-
-def number_value(text: str) -> float | None:
-    """Return the last number of a text as a number, its sign kept unless it subtracts; None without one.
-
-    A minus sign belongs to the number where it does not stand after a digit, a letter or a closing bracket.
-    """
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.replace("\N{MINUS SIGN}", "-"))
-    found = re.findall(r"(?:(?<![\w)\].%])-\$?)?(?:\d+(?:\.\d+)?|\.\d+)", text)
-    return float(found[-1].replace("$", "")) if found else None
 
 
 class Gsm8k(Task):
@@ -93,7 +71,7 @@ class Gsm8k(Task):
     def row(self, item: Item, output: str) -> Row:
         for end in ENDS:
             output = output.split(end)[0]
-        return {**item.fields, "model_output": output, "prediction": last_number(output)}
+        return {**item.fields, "model_output": output, "prediction": published_number(output)}
 
     @override
     def key(self, row: Row, place: int) -> str:
@@ -105,7 +83,7 @@ class Gsm8k(Task):
         if rule == "paper":
             prediction = row.get("prediction")
             if not isinstance(prediction, str):
-                prediction = last_number(field(row, place, "model_output"))
+                prediction = published_number(field(row, place, "model_output"))
             return float(is_same_text(prediction, target))
         value = number_value(field(row, place, "model_output", "prediction"))
         wanted = number_value(target)
@@ -118,7 +96,7 @@ class Gsm8k(Task):
         others = sum(
             "model_output" in row
             and isinstance(row.get("prediction"), str)
-            and last_number(str(row["model_output"])) != row["prediction"]
+            and published_number(str(row["model_output"])) != row["prediction"]
             for row in rows
         )
         if not others:

@@ -132,12 +132,12 @@ def _shown(value: Any) -> str:
 
 
 def loss_plot(
-    journal: Sequence[Mapping[str, Any]], path: Path, first_valid_loss: float | None
+    losses: Sequence[Mapping[str, Any]], path: Path, first_valid_loss: float | None
 ) -> None:
     """Draw training and validation loss over the steps, as a PNG.
 
     Args:
-        journal: Rows with `step`, and `loss` or `valid_loss`.
+        losses: Rows with `step`, and `loss` or `valid_loss`.
         path: Where the picture goes.
         first_valid_loss: Drawn as a line; None for none.
     """
@@ -147,7 +147,7 @@ def loss_plot(
     from matplotlib import pyplot
 
     def points(key: str) -> tuple[list[float], list[float]]:
-        rows = [row for row in journal if row.get(key) is not None]
+        rows = [row for row in losses if row.get(key) is not None]
         return [row["step"] for row in rows], [row[key] for row in rows]
 
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)

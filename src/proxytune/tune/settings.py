@@ -13,6 +13,9 @@ from proxytune.errors import (
     ProxytuneError,
 )
 
+LOSS_LOG = "log.jsonl"
+"""The name of the file with a run's losses, in `TuneSettings.training`."""
+
 
 class Interrupted(ProxytuneError):
     """The run was asked to stop; its state is in the last checkpoint."""

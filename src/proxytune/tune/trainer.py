@@ -28,6 +28,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
 from proxytune.errors import BackendError, OutputFileError
+from proxytune.files import write_whole
 from proxytune.tune.encode import IGNORED, Example, PreferenceExample
 from proxytune.tune.heads import FrozenHeads, head_of, run_body
 from proxytune.tune.loss import cross_entropy
@@ -337,7 +338,7 @@ class LastEvaluation(TrainerCallback):
             control.should_save = True
 
 
-class Journal(TrainerCallback):
+class LossLog(TrainerCallback):
     """Writes each log row as a JSON line and hands it to a display.
 
     After a resume, rows of steps that will be trained again are dropped first.
@@ -364,11 +365,11 @@ class Journal(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Go on where the journal of the resumed step ends."""
-        rows = [row for row in read_journal(self._path) if row["step"] <= state.global_step]
+        rows = [row for row in read_losses(self._path) if row["step"] <= state.global_step]
         if not state.global_step:
             rows = []
         self._before_s = max((row["elapsed_s"] for row in rows), default=0.0)
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        write_whole(self._path, "".join(json.dumps(row) + "\n" for row in rows))
         self._started = time.perf_counter()
         self._on_step(state.global_step, state.max_steps)
 
@@ -409,7 +410,7 @@ class Journal(TrainerCallback):
         self._on_row(row)
 
 
-def read_journal(path: Path) -> list[dict[str, Any]]:
+def read_losses(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a journal; a line cut by a crash ends it."""
     rows = []
     with suppress(FileNotFoundError, ValueError):

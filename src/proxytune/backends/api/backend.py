@@ -161,7 +161,7 @@ class ApiBackend(PartialBackend[ApiState]):
     @property
     def capabilities(self) -> Capabilities:
         """Say what this backend can do; how long its context is, a server keeps to itself."""
-        return Capabilities(max_context=None, is_partial=True)
+        return Capabilities(max_context=None)
 
     @cached_property
     def traits(self) -> ApiTraits:

@@ -12,9 +12,12 @@ copied. docs/design/0005-shared-keys.md has the measurements.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -94,3 +97,43 @@ def _attend(
 
 
 AttentionInterface.register("sdpa", _attend)
+
+
+class _WithoutCudnn:
+    """Turns cuDNN's attention off while at least one thread is inside.
+
+    PyTorch has one switch for the whole process. Threads are counted, so that the first to enter turns it off
+    and the last to leave puts it back; saving and restoring it in each thread could leave it off for good.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self._was_on = True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._num_inside:
+                self._was_on = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+                torch.backends.cuda.enable_cudnn_sdp(False)
+            self._num_inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if not self._num_inside:
+                torch.backends.cuda.enable_cudnn_sdp(self._was_on)
+
+
+_WITHOUT_CUDNN = _WithoutCudnn()
+_AS_IT_IS = contextlib.nullcontext()
+
+
+def eager_attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which a forward that is not recorded as a graph runs.
+
+    On CUDA it turns cuDNN's attention off. cuDNN plans its kernels anew for each number of keys, which grows
+    with every token: 25 ms and more of CPU time per model and step on an H200. Without it, eager steps were
+    1.07 to 1.5 times faster. Graphs have few sizes and plan once, and were 1.03 times faster with it.
+    """
+    return _WITHOUT_CUDNN if device.type == "cuda" else _AS_IT_IS

@@ -22,7 +22,7 @@ import transformers
 from torch import Tensor, nn
 
 from proxytune.backends.base import Backend, Capabilities, Prefilled
-from proxytune.backends.transformers.attention import share_keys
+from proxytune.backends.transformers.attention import eager_attention, share_keys
 from proxytune.backends.transformers.cuda_graphs import (
     CudaRecorder,
     GraphRunner,
@@ -273,7 +273,8 @@ class TransformersBackend(Backend[TransformersState]):
         if self._has_lora:
             rows = RowAdapters(self._rows(adapters, token_ids.shape[0]), token_ids.device)
         try:
-            logits = self._forward(token_ids, cache, options, rows)
+            with eager_attention(token_ids.device):
+                logits = self._forward(token_ids, cache, options, rows)
         except torch.OutOfMemoryError as error:
             raise BackendError(
                 f"{self.name} ran out of memory on {token_ids.shape[0]} rows of {token_ids.shape[1]} tokens\n"

@@ -16,6 +16,7 @@ The words of `transformers.py` (slots, gaps) are used here too. How a forward is
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -57,7 +58,7 @@ class Slots(Protocol):
 
 
 class CudaRecorder:
-    """Records forwards of one model on one device; their temporary tensors share memory.
+    """Records forwards of one model on one device; graphs that live at the same time share temporary memory.
 
     Args:
         device: A CUDA device.
@@ -65,7 +66,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool: Any = torch.cuda.graph_pool_handle()
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def __call__(self, forward: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
         """Record a forward; see `Recorder`.
@@ -81,9 +82,15 @@ class CudaRecorder:
                 forward()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
+            # PyTorch fails an internal assertion (use_count > 0) when it records into a memory pool whose
+            # graphs have all been destroyed. So share the pool of a living graph, and hold on to that graph
+            # while recording: garbage collection may be about to destroy it. Without one, make a new pool.
+            shared = next(iter(self._graphs), None)
+            pool = None if shared is None else shared.pool()
             # Other threads may go on working with other models meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 logits = forward()
+            self._graphs.add(graph)
         return graph.replay, logits
 
 
@@ -251,8 +258,10 @@ class GraphRunner:
         self._home: _Home | None = None
         self._tenant: weakref.ref[RoomyCache] | None = None
         self._graphs: dict[tuple[int, int, int, tuple[str, ...]], _Graph] = {}
+        self._too_many_places = math.inf
+        """This many rows times slots did not fit into memory."""
         self.failure: str | None = None
-        """Why this model's forwards are launched kernel by kernel after all."""
+        """Why no forward of this model runs as a graph any more; None while they do."""
 
     def run(self, state: Slots, token_ids: Tensor, names: Sequence[str]) -> Tensor | None:
         """Append tokens to a state's cache and return logits; the state's own books are left to the caller.
@@ -269,6 +278,9 @@ class GraphRunner:
         if self.failure is not None or num_new > MAX_WIDTH or not num_rows:
             return None
         rows, width = padded_rows(num_rows), 1 << (num_new - 1).bit_length()
+        num_places = rows * _padded_slots(state.num_slots + width)
+        if num_places >= self._too_many_places:
+            return None
         try:
             slots = self._settle(state.cache, rows, num_rows, state.num_slots + width)
             padded = (*names, *[PLAIN] * (rows - num_rows))
@@ -280,9 +292,18 @@ class GraphRunner:
             logits = graph.run(self._record)
         except ProxytuneError:
             raise
+        except torch.OutOfMemoryError as error:
+            # Smaller batches may still fit, so only batches of this size and above go on without graphs.
+            self._too_many_places = num_places
+            self._drop(f"{rows} rows of {num_places // rows} slots and more", error)
+            return None
         except Exception as error:
-            # The forward that follows, kernel by kernel, says what is wrong where it is not the graphs.
-            self._give_up(error)
+            # For good: what cannot be recorded at one shape (waiting for the device, a data-dependent branch)
+            # cannot be recorded at the next one either, and after a broken recording PyTorch's allocator may
+            # hold on to memory, a bit more each time. If the graphs were not at fault, the kernel-by-kernel
+            # forward that follows raises the real error.
+            self.failure = f"{type(error).__name__}: {error}"
+            self._drop("this model", error)
             return None
         for layer in state.cache.filled():
             layer.grow(num_new)
@@ -307,7 +328,7 @@ class GraphRunner:
             if slots is not None and slots >= num_slots:
                 return slots
         self._move_out()
-        slots = max(MIN_SLOTS, 1 << (num_slots - 1).bit_length())
+        slots = _padded_slots(num_slots)
         if self._home is None or self._home.num_places < rows * slots:
             # Before the new memory is asked for: the graphs hold the old one.
             self._graphs.clear()
@@ -343,15 +364,24 @@ class GraphRunner:
         for layer in tenant.filled():
             layer.leave()
 
-    def _give_up(self, error: Exception) -> None:
-        self.failure = f"{type(error).__name__}: {error}"
-        self._move_out()
+    def _drop(self, what: str, error: Exception) -> None:
+        """Forget the graphs and the home, and warn that `what` runs without graphs from now on.
+
+        A state that is at home stays where it is: the memory is now its own, and moving out could need more
+        than there is.
+        """
         self._graphs.clear()
-        self._home = None
+        self._home = self._tenant = None
         warnings.warn(
-            f"{self._name} cannot run as CUDA graphs and goes on without them: {self.failure}",
-            stacklevel=2,
+            f"{self._name}: from now on {what} runs without CUDA graphs, which is slower: "
+            f"{type(error).__name__}: {error}",
+            stacklevel=3,
         )
+
+
+def _padded_slots(num_slots: int) -> int:
+    """Return how many slots a graph for at least `num_slots` has: a power of two."""
+    return max(MIN_SLOTS, 1 << (num_slots - 1).bit_length())
 
 
 def padded_rows(num_rows: int) -> int:

@@ -231,7 +231,7 @@ class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
         """The recipe with the experts that are served."""
         name = str(getattr(self, "name_or_path", "") or "")
         directory = Path(name) if os.path.isdir(name) else Recipe.read(name).directory
-        return with_experts(self.recipe(directory.absolute()), self.__dict__.get("_served"))
+        return self.recipe(directory.absolute()).only(self.__dict__.get("_served"))
 
     @property
     def menu(self) -> Menu:
@@ -296,20 +296,6 @@ class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
             "_is_fixed" in state
         ):  # checked in another process: requests of this one are checked like there
             set_menu(self.menu)
-
-
-def with_experts(recipe: Recipe, names: Any) -> Recipe:
-    """Return the recipe with these experts alone; None keeps all.
-
-    Raises:
-        UnknownExpert: It has no expert of a name.
-    """
-    if names is None:
-        return recipe
-    recipe.choose(tuple(names))
-    kept = tuple(expert for expert in recipe.experts if expert.name in names)
-    default = recipe.default_expert if recipe.default_expert in names else None
-    return replace(recipe, experts=kept, default_expert=default)
 
 
 def _specs(recipe: Recipe) -> list[ModelSpec]:
