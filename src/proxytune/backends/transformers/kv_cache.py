@@ -126,7 +126,7 @@ class RoomyLayer(DynamicLayer):
         return copied
 
     def merge(self, other: RoomyLayer, rows: Sequence[int]) -> None:
-        """Add another layer's rows; the last slots of both become the last, with zeros before the fewer slots.
+        """Add the rows of another layer, the last slots of both aligned, and zeros before the fewer slots.
 
         Args:
             other: A layer of the same model, with keys.
