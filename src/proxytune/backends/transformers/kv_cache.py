@@ -126,7 +126,7 @@ class RoomyLayer(DynamicLayer):
         return copied
 
     def merge(self, other: RoomyLayer, rows: Sequence[int]) -> None:
-        """Add another layer's rows; the last slots of both become the last, with zeros before the fewer slots.
+        """Add another layer's rows; those with fewer slots get zeros in front.
 
         Args:
             other: A layer of the same model, with keys.
