@@ -172,11 +172,11 @@ def test_the_adapters_product_by_hand():
 
 
 def test_a_layer_that_sees_other_rows_than_the_batchs_is_refused():
-    """Experts of a mixture are given tokens of all rows in one list, where no row can be told."""
+    """The experts of a mixture get the tokens of all rows in one list, which does not say whose they are."""
     layer = RowLora(_Layer(nn.Linear(4, 4), 2))
     token = ROW_ADAPTERS.set(RowAdapters([PLAIN, "a"]))
     try:
-        with pytest.raises(UnsupportedModel, match="6 rows where the batch has 2"):
+        with pytest.raises(UnsupportedModel, match="6 rows while the batch has 2"):
             layer(torch.ones(6, 4))
     finally:
         ROW_ADAPTERS.reset(token)
