@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from proxytune.model import ProxyTuned
     from proxytune.recipe.recipe import Recipe
 
+__all__ = ["ProxyTunedCache", "ProxyTunedForCausalLM", "register_model"]
+
 _NO_EFFECT = (
     "low_cpu_mem_usage",
     "use_safetensors",
@@ -454,8 +456,8 @@ def _load(recipe: Recipe, *, device: str | None, dtype: str | None) -> ProxyTune
 
     if recipe.policy.has_positions:
         raise UnsupportedModel(
-            "the recipe's steering has a schedule, but transformers' generate does not show a model where its "
-            "prompt ended.\nhint: leave schedule out, or use proxytune.ProxyTuned or `proxytune generate`"
+            "the recipe's steering has a schedule, but transformers' generate does not show a model where "
+            "its prompt ended.\nhint: leave schedule out, or use proxytune.ProxyTuned or `proxytune generate`"
         )
     check_one_prompt(
         recipe,
