@@ -116,6 +116,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "integrations": (
         "auto",
         "lm_eval",
+        "ensemble_cache",
         "transformers",
         "vllm.request",
         "vllm.config",
