@@ -490,7 +490,7 @@ def test_an_interrupted_file_is_continued_by_the_same_command(
     result = run(*arguments)
     assert result.exit_code == 0
     assert "5 lines (2 of them by an earlier run); 15 tokens" in result.stderr
-    refused(run(*arguments, "--alpha", "0.5"), "begun with other settings", "alpha")
+    refused(run(*arguments, "--alpha", "0.5"), "started with other settings", "alpha")
 
 
 def test_a_malformed_line_is_named_or_left_out(recipe: Path, input_file: Path, tmp_path: Path):

@@ -251,7 +251,7 @@ def test_bad_lines_are_left_out_when_asked_and_the_rest_goes_on(tmp_path: Path):
 def test_a_file_without_a_usable_line_is_refused(tmp_path: Path):
     for content in ("", "\n\n", "nonsense\n"):
         (tmp_path / "in.jsonl").write_text(content)
-        with pytest.raises(InputFileError, match="no line that can be used"):
+        with pytest.raises(InputFileError, match="no usable line"):
             run(tmp_path / "in.jsonl", tmp_path / "out.jsonl", skip_bad_lines=True)
 
 
@@ -395,7 +395,7 @@ def test_an_input_that_has_changed_is_refused(tmp_path: Path):
     source = write_lines(tmp_path / "in.jsonl", prompts(12))
     begin(source, tmp_path / "out.jsonl", num_tokens=100)
     write_lines(source, [*prompts(11), {"id": 11, "prompt": "zz"}])
-    with pytest.raises(OutputFileError, match="input file's content has changed"):
+    with pytest.raises(OutputFileError, match="content of the input file has changed"):
         run(source, tmp_path / "out.jsonl")
 
 
@@ -418,7 +418,7 @@ def test_an_output_that_something_else_wrote_to_is_refused(
     output = tmp_path / "out.jsonl"
     begin(source, output, num_tokens=100)
     output.write_bytes(expected.replace(b'"id": 3', b'"id": 9'))
-    with pytest.raises(OutputFileError, match=r"line 4 of .* is no answer to line 4"):
+    with pytest.raises(OutputFileError, match=r"line 4 of .* does not answer line 4"):
         run(source, output, skip_bad_lines=True)
     output.write_bytes(expected)
     run(source, output, skip_bad_lines=True)

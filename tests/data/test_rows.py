@@ -190,8 +190,8 @@ def test_messages_keep_role_and_content_only():
 
 
 BAD_ROWS = [
-    ({"question": "a", "answer": "b"}, r"its keys \('question', 'answer'\) make none"),
-    ({"prompt": "a"}, "make none of the known formats"),
+    ({"question": "a", "answer": "b"}, r"its keys \('question', 'answer'\) fit none"),
+    ({"prompt": "a"}, "fit none of the known formats"),
     ({"text": "a", "prompt": "b", "completion": "c"}, "the formats text and completion"),
     ({"text": ""}, '"text" is empty'),
     ({"text": None}, '"text" is null, and must be text'),
@@ -202,24 +202,24 @@ BAD_ROWS = [
     ({"prompt": [HI], "completion": "b"}, '"prompt" is a list and "completion" is text'),
     ({"prompt": 1, "completion": 2}, '"prompt" is a number'),
     ({"prompt": [HI], "completion": [MORE]}, '"completion" has no message of the assistant'),
-    ({"prompt": [HI], "completion": [MORE, SURE]}, "does not go on from the prompt"),
+    ({"prompt": [HI], "completion": [MORE, SURE]}, "does not continue the prompt"),
     ({"prompt": None, "completion": [HELLO]}, '"prompt" is null'),
     ({"prompt": [], "completion": [SURE]}, '"prompt" is an empty list'),
-    ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
+    ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are equal"),
     ({"prompt": "a", "chosen": "b", "rejected": " "}, '"rejected" is empty'),
     ({"chosen": "b", "rejected": "c"}, '"prompt" is missing'),
     ({"chosen": [HI, HELLO], "rejected": [MORE, HELLO]}, "do not begin with the same messages"),
-    ({"chosen": [HI, HELLO, MORE], "rejected": [HI, HELLO]}, "are the same"),
+    ({"chosen": [HI, HELLO, MORE], "rejected": [HI, HELLO]}, "are equal"),
     ({"messages": "Hi"}, '"messages" is text'),
     ({"messages": []}, '"messages" is an empty list'),
     ({"messages": [HI]}, "no message of the assistant"),
     ({"messages": [HELLO, HI]}, "no message of the assistant that answers another"),
     ({"messages": [{"from": "human", "value": "x"}]}, r"has the keys 'from', 'value'"),
-    ({"messages": [{"role": "human", "content": "x"}]}, "has the role 'human', which is not system"),
+    ({"messages": [{"role": "human", "content": "x"}]}, "has the role 'human', which is not one of system"),
     ({"messages": [{"role": ["user"], "content": "x"}]}, "has the role"),
     ({"messages": [HI, {"role": "assistant", "content": None}]}, "message 2 .* null, and must be"),
     ({"messages": [HI, {"role": "assistant", "content": [{"type": "text"}]}]}, "is a list, and must"),
-    ({"messages": [HI, {"role": "assistant", "content": ""}]}, "of the assistant and empty"),
+    ({"messages": [HI, {"role": "assistant", "content": ""}]}, "is empty and of the assistant"),
     ({"messages": [HI, HELLO | {"tool_calls": [{"id": 1}]}]}, "tool calls"),
     ([1], "a list, and must be an object"),
 ]  # fmt: skip
@@ -246,21 +246,21 @@ def test_rows_of_different_formats_are_refused():
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
-        ("a.jsonl", b"", r"a\.jsonl holds no rows"),
-        ("a.txt", b" \n", r"a\.txt holds no rows"),
-        ("a.json", b"[]", r"a\.json holds no rows"),
-        ("a.json", b"", r"a\.json holds no rows"),
-        ("a.csv", b"text\n", r"a\.csv holds no rows"),
+        ("a.jsonl", b"", r"a\.jsonl has no rows"),
+        ("a.txt", b" \n", r"a\.txt has no rows"),
+        ("a.json", b"[]", r"a\.json has no rows"),
+        ("a.json", b"", r"a\.json has no rows"),
+        ("a.csv", b"text\n", r"a\.csv has no rows"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"', r"^line 3 of a\.jsonl: not valid JSON"),
         ("a.json", b'{"text": "a"}\n{"text": \n', r"^line 2 of a\.json: not valid JSON"),
         ("a.json", b'[{"text": "a"},\n {"text" "b"}]', r"^line 2 of a\.json: not valid JSON"),
         ("a.jsonl", b"[" * 100_000, r"^line 1 of a\.jsonl: not valid JSON"),
-        ("a.jsonl", b"just text", r"plain text is named \.txt"),
-        ("a.json", b'[{"text": "a"}, 3]', r"^row 2 of a\.json: a number, and must be an object"),
+        ("a.jsonl", b"just text", r"name a file of plain text \.txt"),
+        ("a.json", b'[{"text": "a"}, 3]', r"^row 2 of a\.json: it is a number, and must be an object"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"^line 2 of a\.jsonl: not UTF-8"),
         ("a.txt", "text".encode("utf-16"), r"^line 1 of a\.txt: not UTF-8"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9)[:-12], "damaged as a gzip file"),
-        ("a.jsonl.gz", b'{"text": "a"}\n', "damaged as a gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9)[:-12], "damaged gzip file"),
+        ("a.jsonl.gz", b'{"text": "a"}\n', "damaged gzip file"),
         ("a.parquet", b"PAR1 not", "cannot be read as Parquet"),
         ("a.arrow", b"nothing", "cannot be read as Parquet or Arrow"),
     ],
@@ -328,7 +328,7 @@ def test_without_the_library_the_install_line_is_given(tmp_path, monkeypatch):
 def test_a_directory_needs_a_data_set_with_the_split(tmp_path):
     import datasets
 
-    with pytest.raises(InputFileError, match="without a data set"):
+    with pytest.raises(InputFileError, match="not one that `save_to_disk` of datasets wrote"):
         read_rows(tmp_path)
     parts = {
         "train": datasets.Dataset.from_list(TEXTS),
@@ -338,7 +338,7 @@ def test_a_directory_needs_a_data_set_with_the_split(tmp_path):
     assert len(read_rows(tmp_path / "data", split="dev")) == 1
     with pytest.raises(InputFileError, match="has no split 'test'; it has 'train', 'dev'"):
         read_rows(tmp_path / "data", split="test")
-    with pytest.raises(InputFileError, match=r"hint: of a data set with several splits"):
+    with pytest.raises(InputFileError, match=r"hint: if it is a data set with several splits"):
         read_rows(datasets.DatasetDict(parts))
     (tmp_path / "data" / "train" / "data-00000-of-00001.arrow").write_bytes(b"torn")
     with pytest.raises(InputFileError, match="data cannot be read: "):
@@ -403,7 +403,7 @@ def test_a_blank_line_that_would_take_too_much_is_passed_over_for_a_line_end():
 @pytest.mark.parametrize("rows", [[{"text": "one line"}], [{"text": "\n\na"}], PAIRS[:1]])
 def test_one_row_that_cannot_be_cut_is_refused(rows):
     with pytest.raises(
-        InputFileError, match=r"has one row.*\nhint: --valid-share 0 .*--valid-data"
+        InputFileError, match=r"has only one row.*\nhint: --valid-share 0 .*--valid-data"
     ):
         split_rows(read_rows(rows), 0.5, seed=0)
 
@@ -509,9 +509,8 @@ def test_a_completion_without_tokens_is_refused_with_its_line():
     from tokenizers.normalizers import Replace
 
     tokenizer.backend_tokenizer.normalizer = Replace("\u200b", "")
-    with pytest.raises(
-        InputFileError, match="row 2 of the given rows: small/model has no tokens for its answer"
-    ):
+    why = "row 2 of the given rows: small/model has no tokens for its answer"
+    with pytest.raises(InputFileError, match=why):
         encoded([PAIRS[0], {"prompt": "a", "completion": "\u200b"}], tokenizer, form="plain")
 
 

@@ -386,7 +386,7 @@ def test_equal_seeds_repeat_and_other_seeds_differ():
     assert len({tuple(sampled(seed)) for seed in range(40)}) > 1
 
 
-def test_the_seed_that_was_drawn_is_told():
+def test_the_seed_that_was_drawn_is_reported():
     models = ensemble((EXPERT, ANTI))
     batch = Batch(models, [job(models, "a", temperature=1.0), job(models, "a")])
     assert isinstance(batch.seeds[0], int)

@@ -114,7 +114,7 @@ def test_a_grid_without_points_or_for_other_experts_is_refused():
         Grid.of(("a",), [])
     with pytest.raises(InvalidRequest, match=r"1,600 points"):
         Grid.of(("a", "b"), {"a": range(40), "b": range(40)})
-    with pytest.raises(InvalidRequest, match=r"given for a and the experts are a, b"):
+    with pytest.raises(InvalidRequest, match=r"given for a, and the experts are a, b"):
         Grid.of(("a", "b"), {"a": [1.0]})
     with pytest.raises(InvalidRequest, match="nan"):
         Grid.of(("a",), [math.nan])

@@ -296,7 +296,7 @@ def test_a_problem_with_a_sample_that_was_not_run_is_unscored_not_wrong():
 
 def test_problems_with_different_numbers_of_samples_are_refused():
     rows = [code_row(name, True) for name in "aabbc"]
-    with pytest.raises(InputFileError, match="'c' has 1 rows where most items have 2"):
+    with pytest.raises(InputFileError, match="'c' has 1 rows and most items have 2"):
         HumanEval().grade(rows)
 
 
@@ -399,9 +399,9 @@ def test_rows_come_from_lines_or_an_array_packed_or_not(tmp_path):
     ("content", "message"),
     [
         (b'{"a": 1}\n{"a": \n', "line 2 of .* is not valid JSON"),
-        (b'{"a": 1}\n[1]\n', "line 2 of .* is no JSON object"),
+        (b'{"a": 1}\n[1]\n', "line 2 of .* is not a JSON object"),
         (b"[1]", "item 0 of the array"),
-        (b'[{"a": 1}', "begins as a JSON array"),
+        (b'[{"a": 1}', "begins like a JSON array"),
         (b"", "has no rows"),
         (b"\xff", "not UTF-8"),
         (gzip.compress(b'{"a": 1}')[:-6], "cannot be read"),
@@ -420,7 +420,7 @@ def test_a_row_without_what_is_scored_is_refused_by_its_number():
 
 def test_an_item_that_is_there_twice_is_refused():
     row = {"question": "a", "answer": "1", "prediction": "1"}
-    with pytest.raises(InputFileError, match="rows 1, 2 are about one item"):
+    with pytest.raises(InputFileError, match="rows 1, 2 are about the same item"):
         Gsm8k().grade([row, row])
 
 

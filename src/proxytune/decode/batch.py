@@ -84,7 +84,8 @@ class Batch:
             check_job(ensemble, job)
         groups = grouped(ensemble, jobs)
         prompts, num_reused = prefill(ensemble, jobs, groups, kept)
-        self._prompts: Block | None = prompts
+        self._first: Block | None = prompts
+        """The block of the prompts, until tokens were chosen after it."""
         self.num_reused = num_reused
         """How many tokens of the base's prompt were not read again."""
         rows = [Row.begin(ensemble, index, job) for index, job in enumerate(jobs)]
@@ -132,8 +133,8 @@ class Batch:
         events = self.drop_cancelled()
         if self.is_done:
             return events
-        block = self._prompts or self._read()
-        self._prompts = None
+        block = self._first or self._read()
+        self._first = None
         rows = self._lanes.rows
         num_kept = [0] * len(rows)  # drafted tokens that stay
         alive = list(range(len(rows)))  # the rows whose draft was right so far
@@ -188,9 +189,9 @@ class Batch:
         lanes, drafter = self._lanes, self._drafter
         rows = lanes.rows
         outlook = self._steering.outlook(block, position, alive)
-        guesses = drafter.guess(block, alive, drafted, outlook.logits)
+        guesses = drafter.guess(outlook, drafted)
         token_ids, logprobs = lanes.sampler.sample(outlook.steered, alive).as_lists()
-        recorder = Recorder(lanes, outlook, alive)
+        recorder = Recorder(lanes, outlook)
         events = []
         for at, place in enumerate(alive):
             row, token_id, logprob = rows[place], token_ids[at], logprobs[at]
@@ -237,7 +238,7 @@ class Batch:
             What is added to the numbers that the other's rows had.
         """
         assert self._lanes.ensemble is other._lanes.ensemble and self.can_join and other.can_join
-        assert self._prompts is None and other._prompts is None
+        assert self._first is None and other._first is None
         offset = self._num_begun
         self._num_begun += other._num_begun
         if not other.is_done:
@@ -254,7 +255,7 @@ class Batch:
             else:
                 live.append(place)
         if events:
-            self._lanes.select(live, self._prompts)
+            self._lanes.select(live, self._first)
         return events
 
     def forget(self, row: int) -> None:
@@ -289,5 +290,5 @@ class Batch:
         Returns:
             `[num token_ids]` float32, and whether no unknown one of them can be higher than the highest.
         """
-        assert self._prompts is not None and self.num_rows == 1
-        return self._steering.first_logits(self._prompts, token_ids)
+        assert self._first is not None and self.num_rows == 1
+        return self._steering.first_logits(self._first, token_ids)

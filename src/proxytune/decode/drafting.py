@@ -29,6 +29,7 @@ from proxytune.decode.speculative import (
     is_time_to_look,
     is_worth_drafting,
 )
+from proxytune.decode.steering import Outlook
 
 AHEAD_TOKENS = 16
 """How many tokens of a partial base's known continuation the small models read at once, at most."""
@@ -74,20 +75,12 @@ class Drafter:
     def draft(self, block: Block) -> None:
         """Fill in a block's draft, and what the drafting models have read for it."""
 
-    def guess(
-        self,
-        block: Block,
-        places: Sequence[int],
-        drafted: Sequence[int] | None,
-        logits: Mapping[LaneGroup, Tensor],
-    ) -> Guesses:
+    def guess(self, outlook: Outlook, drafted: Sequence[int] | None) -> Guesses:
         """Return what is guessed for the tokens about to be chosen.
 
         Args:
-            block: What was read.
-            places: The rows whose draft was right so far.
+            outlook: What they are chosen from.
             drafted: Every row's drafted token; None after the draft's end.
-            logits: Of the lanes.
         """
         return NO_GUESSES
 
@@ -119,6 +112,8 @@ class FixedDrafter(Drafter):
         self._reader = reader
         self._speculator = speculator
         self._drafting = speculator.drafting
+        self._is_learning = False
+        """Whether rates of acceptance matter, so that sources are asked what they would guess."""
         self._guessers: dict[Source, Guesser | None] = {}
         self._num_arranged = 0
 
@@ -146,17 +141,12 @@ class FixedDrafter(Drafter):
         else:
             self._run_ahead(block, plan)
 
-    def guess(
-        self,
-        block: Block,
-        places: Sequence[int],
-        drafted: Sequence[int] | None,
-        logits: Mapping[LaneGroup, Tensor],
-    ) -> Guesses:
-        """Return the draft's tokens; no other guess is asked for."""
-        if drafted is None:
-            return NO_GUESSES
-        return Guesses([drafted[place] for place in places], {})
+    def guess(self, outlook: Outlook, drafted: Sequence[int] | None) -> Guesses:
+        """Return the draft's tokens, and what every source would guess if that is to be learned."""
+        return Guesses(
+            () if drafted is None else [drafted[place] for place in outlook.places],
+            self._guess_all(outlook, drafted) if self._is_learning else {},
+        )
 
     def observe(self, row: Row, token_id: int, at: int, guesses: Guesses) -> None:
         """Count what was drafted and accepted, and keep acceptance rates current."""
@@ -174,20 +164,16 @@ class FixedDrafter(Drafter):
         self._speculator.end_rates(row.experts, row.rates)
 
     def _guess_all(
-        self,
-        block: Block,
-        places: Sequence[int],
-        drafted: Sequence[int] | None,
-        logits: Mapping[LaneGroup, Tensor],
+        self, outlook: Outlook, drafted: Sequence[int] | None
     ) -> dict[Source, Sequence[int | None]]:
-        """Return what each allowed source would guess for the rows at `places`."""
-        rows = self._lanes.rows
+        """Return what each allowed source would guess for the outlook's rows."""
+        lanes, block, places = self._lanes, outlook.block, outlook.places
         guesses: dict[Source, Sequence[int | None]] = {}
         for source in SOURCES:
             if not self._drafting.allows(source):
                 continue
             if source == "lookup":
-                lookups = [rows[place].lookup for place in places]
+                lookups = [lanes.rows[place].lookup for place in places]
                 proposed = [lookup.propose(1) if lookup else [] for lookup in lookups]
                 guesses[source] = [ids[0] if ids else None for ids in proposed]
             elif source == block.source and (drafted is not None or block.unused is not None):
@@ -201,8 +187,8 @@ class FixedDrafter(Drafter):
             elif (guesser := self._guesser(source)) is not None:
                 refs = {p: ref for p in places if (ref := guesser.refs[p]) is not None}
                 if refs:
-                    guessing = self._lanes.masked(self._lanes.pick(logits, list(refs.values())))
-                    found = self._lanes.sampler.propose(guessing, ahead=0, rows=list(refs))
+                    guessing = lanes.masked(lanes.pick(outlook.logits, list(refs.values())))
+                    found = lanes.sampler.propose(guessing, ahead=0, rows=list(refs))
                     ids = dict(zip(refs, found.tolist(), strict=True))
                     guesses[source] = [ids.get(place) for place in places]
         return guesses
@@ -270,44 +256,54 @@ class FixedDrafter(Drafter):
         assert plan.source is not None and block.pending is not None
         guesser = self._guesser(plan.source)
         assert guesser is not None
-        lanes, group = self._lanes, guesser.group
-        refs, covered = guesser.covered_refs, guesser.covered
+        lanes, group, covered = self._lanes, guesser.group, guesser.covered
         is_overwritten = group.backend.capabilities.reuses_logits
-        prospect = self._prospect(plan, guesser)
         steps = block.stepwise[group] = []
         token_ids = block.pending
+        chances = [0.0 if ref is None else 1.0 for ref in guesser.refs]
         while True:
             logits = self._reader.run(group, token_ids)
             if is_overwritten:
                 logits = logits.clone()  # needed until the whole draft is verified
             steps.append(logits)
-            guessing = lanes.masked(lanes.pick({group: logits}, refs))
-            guessed = lanes.sampler.propose(guessing, ahead=len(block.draft), rows=covered)
+            logits = lanes.masked(lanes.pick({group: logits}, guesser.covered_refs))
+            guessed = lanes.sampler.propose(logits, ahead=len(block.draft), rows=covered)
             token_ids = guessed
             if len(covered) < len(lanes.rows):
                 token_ids = torch.full_like(block.pending, NO_TOKEN)
                 token_ids[covered] = guessed
-            if not prospect.admits(guessing, guessed):
+            longer = self._chances_with(plan, guesser, chances, logits, guessed)
+            if not self._is_worth(plan, group, len(block.draft), chances, longer):
                 block.unused = token_ids
                 return
+            chances = longer
             block.draft.append(token_ids)
-            # What follows the last guess is asked for only if that was right.
-            if len(block.draft) >= plan.length or not prospect.goes_on():
+            if len(block.draft) >= plan.length:
+                return  # what follows the last guess is asked for only if that was right
+            another = self._chances_with(plan, guesser, chances)
+            if not self._is_worth(plan, group, len(block.draft), chances, another):
                 return
 
-    def _prospect(self, plan: Plan, guesser: Guesser) -> Prospect:
-        return Prospect()
+    def _chances_with(
+        self,
+        plan: Plan,
+        guesser: Guesser,
+        chances: list[float],
+        logits: Tensor | None = None,
+        guessed: Tensor | None = None,
+    ) -> list[float]:
+        """Return each row's chance that the draft is right, the next guess included."""
+        return chances
 
-
-class Prospect:
-    """Whether a draft should go on: always, up to its planned length."""
-
-    def admits(self, logits: Tensor, token_ids: Tensor) -> bool:
-        """Whether to draft guesses; see `MeasuredProspect`."""
-        return True
-
-    def goes_on(self) -> bool:
-        """Whether to run the drafting model for another guess."""
+    def _is_worth(
+        self,
+        plan: Plan,
+        group: LaneGroup,
+        length: int,
+        chances: Sequence[float],
+        longer: Sequence[float],
+    ) -> bool:
+        """Whether to draft one token more than `length`: always, up to the planned length."""
         return True
 
 
@@ -324,29 +320,16 @@ class AdaptiveDrafter(FixedDrafter):
         super().__init__(lanes, reader, speculator)
         self._clock = reader
         self._num_undrafted = 0
-        self._is_looking = True
+        self._is_learning = True
         self._confidences: dict[Source, float] = {}
         """How probable each source lately found its own guesses."""
 
     def draft(self, block: Block) -> None:
         """Draft if it pays; without recent drafts, find out less often whether it does."""
-        self._is_looking = is_time_to_look(self._num_undrafted, len(self._lanes.rows))
-        if self._is_looking:
+        self._is_learning = is_time_to_look(self._num_undrafted, len(self._lanes.rows))
+        if self._is_learning:
             super().draft(block)
         self._num_undrafted = 0 if block.draft else self._num_undrafted + 1
-
-    def guess(
-        self,
-        block: Block,
-        places: Sequence[int],
-        drafted: Sequence[int] | None,
-        logits: Mapping[LaneGroup, Tensor],
-    ) -> Guesses:
-        """Return the draft's tokens, and what every source would guess."""
-        found = super().guess(block, places, drafted, logits)
-        if not self._is_looking:
-            return found
-        return found._replace(by_source=self._guess_all(block, places, drafted, logits))
 
     def _plan(self) -> Plan | None:
         limit = self._longest(self._drafting.max_tokens)
@@ -387,104 +370,70 @@ class AdaptiveDrafter(FixedDrafter):
             total += seconds * (length + whole_chance) if is_drafting else seconds
         return total
 
-    def _prospect(self, plan: Plan, guesser: Guesser) -> Prospect:
-        return MeasuredProspect(self._lanes, self._clock, self._confidences, plan, guesser)
-
-
-class MeasuredProspect(Prospect):
-    """Whether another token of one draft is expected to save more time than it costs.
-
-    Args:
-        lanes: The rows.
-        clock: Knows what forwards cost.
-        confidences: The running mean of what each source finds its own guesses' probability to be.
-        plan: Who drafts.
-        guesser: With which lanes.
-    """
-
-    def __init__(
+    def _chances_with(
         self,
-        lanes: Lanes,
-        clock: TimedReader,
-        confidences: dict[Source, float],
         plan: Plan,
         guesser: Guesser,
-    ) -> None:
-        assert plan.source is not None
-        self._lanes = lanes
-        self._clock = clock
-        self._confidences = confidences
-        self._plan = plan
-        self._source = plan.source
-        self._group, self._covered = guesser.group, guesser.covered
-        self._rates = [row.rates[plan.source].value for row in lanes.rows]
-        self._length = 0
-        self._chances = [0.0 if ref is None else 1.0 for ref in guesser.refs]
-        """By row, that the draft is right so far."""
+        chances: list[float],
+        logits: Tensor | None = None,
+        guessed: Tensor | None = None,
+    ) -> list[float]:
+        """Return each row's chance that the draft is right, the next guess included.
 
-    def admits(self, logits: Tensor, token_ids: Tensor) -> bool:
-        """Whether guesses are likely enough to be drafted.
-
-        Args:
-            logits: The drafting model's, `[covered rows, vocab]`.
-            token_ids: The guesses, `[covered rows]`.
+        A source's rate is right on average. Once it has guessed, guesses that it is surer of than usual count
+        as right more often.
         """
-        chosen = logits.gather(1, token_ids[:, None])[:, 0]
-        probs: list[float] = (chosen - logits.logsumexp(-1)).float().exp().tolist()
-        mean = self._mean_confidence(probs)
-        chances = [0.0] * len(self._chances)
-        for place, prob in zip(self._covered, probs, strict=True):
-            # The rate is right on average; guesses that the model is surer of are right more often.
-            own = min(1.0, self._rates[place] * prob / max(mean, 1e-3))
-            chances[place] = self._chances[place] * own
-        if not self._is_worth(chances):
-            return False
-        self._chances = chances
-        self._length += 1
-        return True
+        assert plan.source is not None
+        rates = [row.rates[plan.source].value for row in self._lanes.rows]
+        if logits is not None and guessed is not None:
+            chosen = logits.gather(1, guessed[:, None])[:, 0]
+            probs: list[float] = (chosen - logits.logsumexp(-1)).float().exp().tolist()
+            mean = max(self._mean_confidence(plan.source, probs), 1e-3)
+            for place, prob in zip(guesser.covered, probs, strict=True):
+                rates[place] = min(1.0, rates[place] * prob / mean)
+        return [chance * rate for chance, rate in zip(chances, rates, strict=True)]
 
-    def goes_on(self) -> bool:
-        """Whether another guess is likely enough for the drafting model to run once more."""
-        return self._is_worth(
-            [chance * rate for chance, rate in zip(self._chances, self._rates, strict=True)]
-        )
+    def _mean_confidence(self, source: Source, probs: Sequence[float]) -> float:
+        """Return the running mean of the probability that a source gives its guesses."""
+        for prob in probs:
+            mean = self._confidences.get(source, prob)
+            self._confidences[source] = mean + (prob - mean) / RATE_MEMORY
+        return self._confidences[source]
 
-    def _is_worth(self, chances: Sequence[float]) -> bool:
-        """Whether to draft one token more, which is right with these chances by row."""
-        length, num_rows = self._length, len(chances)
-        step = self._clock.forward_seconds(self._group, 1)
+    def _is_worth(
+        self,
+        plan: Plan,
+        group: LaneGroup,
+        length: int,
+        chances: Sequence[float],
+        longer: Sequence[float],
+    ) -> bool:
+        """Whether to draft one token more than `length`; see `is_worth_drafting`."""
+        clock, num_rows = self._clock, len(chances)
+        step = clock.forward_seconds(group, 1)
         if step is None:
             return False
-        widening = self._clock.rest_seconds(length + 2) - self._clock.rest_seconds(length + 1)
-        for group in self._lanes.groups:
-            if group is not self._group:
-                now, then = (self._clock.forward_seconds(group, length + n) for n in (1, 2))
+        widening = clock.rest_seconds(length + 2) - clock.rest_seconds(length + 1)
+        for other in self._lanes.groups:
+            if other is not group:
+                now, then = (clock.forward_seconds(other, length + n) for n in (1, 2))
                 widening += max(0.0, (then or 0.0) - (now or 0.0))
         # A forward of the drafting model is needed anyway if its guess proves right.
-        in_vain = max(chances)
-        if length:
-            in_vain = 1 - sum(self._chances) / num_rows + sum(chances) / num_rows
+        in_vain = 1 - sum(chances) / num_rows + sum(longer) / num_rows if length else max(longer)
         return is_worth_drafting(
-            chances,
-            seconds_per_token=self._plan.seconds_per_token,
+            longer,
+            seconds_per_token=plan.seconds_per_token,
             draft_seconds=step * in_vain,
             widening_seconds=widening,
         )
-
-    def _mean_confidence(self, probs: Sequence[float]) -> float:
-        """Return the running mean of the source's confidence."""
-        for prob in probs:
-            mean = self._confidences.get(self._source, prob)
-            self._confidences[self._source] = mean + (prob - mean) / RATE_MEMORY
-        return self._confidences[self._source]
 
 
 class CallDrafter(FixedDrafter):
     """Drafts that save calls to a partial base, beside which the small models' time is nothing.
 
-    What the base is known to go on with is drafted first: it costs no call. Otherwise the next call either
-    brings the base's own continuation, which is good for as long as steering agrees with it, or the base's
-    view of what the expert would say. Whoever was right more often lately is followed.
+    If the base's continuation is known from an earlier answer, it is drafted: that costs no call. Otherwise
+    the next call returns either the base's own continuation, which serves for as long as steering agrees with
+    it, or the base's logprobs along a draft of the expert: whichever was right more often lately.
 
     Args:
         lanes: The rows.
@@ -501,6 +450,7 @@ class CallDrafter(FixedDrafter):
         backend: PartialBackend[Any],
     ) -> None:
         super().__init__(lanes, reader, speculator)
+        self._is_learning = self._drafting.is_adaptive
         self._backend = backend
 
     def draft(self, block: Block) -> None:
@@ -512,26 +462,13 @@ class CallDrafter(FixedDrafter):
         else:
             super().draft(block)
 
-    def guess(
-        self,
-        block: Block,
-        places: Sequence[int],
-        drafted: Sequence[int] | None,
-        logits: Mapping[LaneGroup, Tensor],
-    ) -> Guesses:
-        """Return the draft's tokens, and what every source would guess if rates count."""
-        found = super().guess(block, places, drafted, logits)
-        if not self._drafting.is_adaptive:
-            return found
-        return found._replace(by_source=self._guess_all(block, places, drafted, logits))
-
     def _known_continuation(self) -> list[Tensor]:
-        """Return what the base is known to go on with, `[rows]` for each position; rows may have less."""
+        """Return the base's continuation as far as it is known, `[rows]` for each position."""
         limit = self._longest(AHEAD_TOKENS)
         rows = self._lanes.rows
         pending = [row.new_ids[-1] for row in rows]
         known = self._backend.lookahead(self._lanes.base.state, pending)
-        ahead = [ids[:limit] for ids in known] if limit > 0 else [[]]
+        ahead = [ids[:limit] for ids in known]
         longest = max(map(len, ahead))
         if not longest:
             return []
@@ -565,7 +502,7 @@ def drafting_of(lanes: Lanes, speculator: Speculator | None) -> tuple[Reader, Dr
     partial = lanes.base.backend.partial
     if partial is not None:
         reader = Reader(lanes)
-        # Plain decoding of a partial base drafts too, but only what is known to come.
+        # Plain decoding of a partial base also drafts, but only the base's known continuation.
         allowed = speculator or Speculator(Drafting(max_tokens=0))
         return reader, CallDrafter(lanes, reader, allowed, partial)
     if speculator is None:

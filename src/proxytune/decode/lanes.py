@@ -36,8 +36,8 @@ class LaneGroup:
     state: Any = None
     places: list[int] = field(default_factory=list)
     """For each lane, the place of its row among the live ones."""
-    is_in_order: bool = False
-    """Whether the lanes are the live rows, one each, in their order."""
+    order: Tensor | None = None
+    """The same on the batch's device; None if the lanes are the live rows, one each, in their order."""
     alignment: Alignment | None = None
     """The alignment that all lanes share; None if they have several."""
 
@@ -403,7 +403,8 @@ class Lanes:
         self._refs: dict[Lane, LaneRef] = {}
         for group in self.groups:
             group.places = [places[lane.row] for lane in group.lanes]
-            group.is_in_order = group.places == list(range(len(self.rows)))
+            is_in_order = group.places == list(range(len(self.rows)))
+            group.order = None if is_in_order else torch.tensor(group.places, device=self.device)
             alignments = [self.ensemble.members[member].alignment for member in group.members]
             is_shared = all(alignment is alignments[0] for alignment in alignments)
             group.alignment = alignments[0] if is_shared else None

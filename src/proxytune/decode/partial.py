@@ -72,13 +72,14 @@ class PartialSteering(Steering):
             for (at, token_id), logprob in revealed.items():
                 base[at, token_id] = logprob
         lost = _lost_probs(rows, bounds, upper, is_seen, offsets)
-        # What filters keep depends on all tokens, and bounds do not tell it.
+        # What filters keep depends on the logits of all tokens, which bounds do not determine.
         is_proved = [
             same and not row.job.sampling.has_filters
             for row, same in zip(rows, (chosen == highest).tolist(), strict=True)
         ]
         proofs = [Proof(*each) for each in zip(is_proved, lost.tolist(), strict=True)]
-        return Outlook(logits, base, contributions, steered, found.weights, bounds, proofs)
+        weights = found.weights
+        return Outlook(block, places, logits, base, contributions, steered, weights, bounds, proofs)
 
     def first_logits(self, block: Block, token_ids: Sequence[int]) -> tuple[Tensor, bool]:
         """Return the steered logits of certain tokens; those that were not shown are asked for."""

@@ -154,8 +154,8 @@ class Reader:
 
     def _inputs(self, group: LaneGroup, token_ids: Tensor) -> Tensor:
         """Return `[rows, num_tokens]` of the base's token ids as `[lanes, num_tokens]` of a group's own."""
-        if not group.is_in_order:
-            token_ids = token_ids[group.places]
+        if group.order is not None:
+            token_ids = token_ids[group.order]
         if group.alignment is not None:
             token_ids = group.alignment.ids_to_small(token_ids)
         else:

@@ -19,13 +19,12 @@ class Recorder:
     Args:
         lanes: The rows' lanes.
         outlook: What the tokens are chosen from.
-        places: The rows.
     """
 
     __slots__ = ("_conflicts", "_lanes", "_outlook", "_tops")
 
-    def __init__(self, lanes: Lanes, outlook: Outlook, places: Sequence[int]) -> None:
-        jobs = [lanes.rows[place].job for place in places]
+    def __init__(self, lanes: Lanes, outlook: Outlook) -> None:
+        jobs = [lanes.rows[place].job for place in outlook.places]
         self._lanes = lanes
         self._outlook = outlook
         self._tops = _tops(outlook.steered, [job.sampling.logprobs or 0 for job in jobs])

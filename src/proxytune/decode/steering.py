@@ -22,15 +22,19 @@ class Outlook:
     """What is known of the next token of some rows before it is chosen.
 
     Args:
+        block: What was read.
+        places: The rows.
         logits: Of every lane, in its member's vocabulary.
         base: The base's, `[rows, vocab]`.
         contributions: What steers it.
         steered: What tokens are chosen from, `[rows, vocab]` float32, padding ids at -inf.
         weights: What the policy multiplied the strengths with, `[contributions, rows]`.
-        bounds: What a partial base tells of the tokens it did not show, by row.
+        bounds: What is known of the tokens that a partial base did not show, by row.
         proofs: What follows for the tokens chosen from the others, by row.
     """
 
+    block: Block
+    places: Sequence[int]
     logits: Mapping[LaneGroup, Tensor]
     base: Tensor
     contributions: list[Contribution]
@@ -60,7 +64,7 @@ class Steering:
         contributions = lanes.contributions(logits, places)
         found = self._steer(base, contributions, places)
         steered = lanes.masked(found.logits)
-        return Outlook(logits, base, contributions, steered, found.weights)
+        return Outlook(block, places, logits, base, contributions, steered, found.weights)
 
     def first_logits(self, block: Block, token_ids: Sequence[int]) -> tuple[Tensor, bool]:
         """Return the steered logits of certain tokens; see `Batch.first_logits`."""

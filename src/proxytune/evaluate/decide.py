@@ -1,4 +1,4 @@
-"""What judges have decided, kept."""
+"""Judges asked about answers, and their decisions kept on disk."""
 
 from __future__ import annotations
 
@@ -24,14 +24,11 @@ from proxytune.tasks.humaneval import CodeTask
 from proxytune.tasks.rows import Row
 
 DECIDED_AT_ONCE = 16
-"""Samples that a judge decides on before what it said is written down."""
-
-
-# Deciding --------------------------------------------------------------------------------------------------
+"""Number of samples that a judge decides on before its decisions are written to disk."""
 
 
 def _judge(work: Work, options: EvalOptions) -> Judge | None:
-    """Return who decides about a benchmark's rows; None for nobody."""
+    """Return the judge of a benchmark's rows; None if there is none."""
     task = work.task
     if task.decider == "code" and options.run_code:
         assert isinstance(task, CodeTask)
@@ -44,9 +41,9 @@ def _judge(work: Work, options: EvalOptions) -> Judge | None:
 
 
 _WAYS = {
-    "code": "generated code is run only with --run-code",
-    "toxicity": "a classifier is named with --toxicity-model",
-    "judge": "a judge is named with --judge-url and --judge-model",
+    "code": "generated code runs only with --run-code",
+    "toxicity": "--toxicity-model names a classifier",
+    "judge": "--judge-url and --judge-model name a judge",
 }
 
 
@@ -58,7 +55,19 @@ def decide(
     options: EvalOptions,
     say: Callable[[str], None],
 ) -> list[str]:
-    """Complete rows with what a judge decides, and return what the report must say about it."""
+    """Add a judge's decisions to rows, and return notes about them for the report.
+
+    Args:
+        output: The evaluation's folder, where decisions are kept.
+        work: The benchmark.
+        predictors: All of them.
+        rows_of: Rows by predictor; replaced by rows with decisions.
+        options: The run's options, which name the judge.
+        say: Called with notes for the user, one sentence each.
+
+    Raises:
+        InputFileError: A kept decision cannot be read.
+    """
     task = work.task
     if task.decider == "rule":
         return []
@@ -73,7 +82,7 @@ def decide(
         kept = _Decisions(path, judge.name)
         keys = [_digest(row) for row in rows]
         open_rows = [i for i, key in enumerate(keys) if key not in kept.by_row]
-        # Equal answers to one item are decided once.
+        # Equal answers to an item are decided once.
         first = list({keys[i]: i for i in reversed(open_rows)}.values())[::-1]
         try:
             for start in range(0, len(first), DECIDED_AT_ONCE):
@@ -86,7 +95,7 @@ def decide(
             message = str(error).split("\n")[0]
             say(f"{task.name}, {predictor.name}: the judge failed: {message}")
             notes.append(
-                f"the judge failed on {predictor.name} ({message}); the same command goes on"
+                f"the judge failed on {predictor.name} ({message}); the same command continues"
             )
         rows_of[predictor.name] = [
             {**row, **kept.by_row.get(key, {})} for row, key in zip(rows, keys, strict=True)
@@ -99,7 +108,7 @@ def _digest(row: Row) -> str:
 
 
 class _Decisions:
-    """Decisions, appended one by one to a file; a line that was cut off by a kill is dropped."""
+    """A judge's decisions, appended one by one to a file; a line that a kill cut off is dropped."""
 
     def __init__(self, path: Path, judge: str) -> None:
         self._path, self._judge = path, judge
@@ -118,11 +127,11 @@ class _Decisions:
                     self.by_row[entry["row"]] = dict(entry["decision"])
             except (ValueError, KeyError, TypeError) as error:
                 raise InputFileError(
-                    f"line {number} of {path} is no decision: {error}.\nhint: remove the file"
+                    f"line {number} of {path} is not a decision: {error}.\nhint: remove the file"
                 ) from error
 
     def append(self, key: str, decision: Row) -> None:
-        """Keep a decision, and write it to the disk."""
+        """Keep a decision, and write it to disk."""
         self.by_row[key] = decision
         entry = {"row": key, "judge": self._judge, "decision": decision}
         with self._path.open("ab") as file:

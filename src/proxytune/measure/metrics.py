@@ -1,4 +1,4 @@
-"""Metrics of written texts."""
+"""Metrics that compare a generated text with a reference."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# Metrics ------------------------------------------------------------------------------------------------
-
 
 def exact_match(text: str, reference: str) -> float:
-    """Return 1 if a text is the reference, white space at both ends aside."""
+    """Return 1 if a text is the reference, ignoring white space at both ends."""
     return float(text.strip() == reference.strip())
 
 
 def contains(text: str, reference: str) -> float:
-    """Return 1 if the reference stands somewhere in the text, letter case aside."""
+    """Return 1 if the reference occurs in the text, ignoring letter case."""
     return float(reference.strip().casefold() in text.casefold())
 
 
@@ -56,10 +54,10 @@ def without_commas(text: str) -> str:
 
 
 def chrf(text: str, reference: str) -> float:
-    """Return how alike two texts are by their characters: chrF, from 0 to 1.
+    """Return how similar two texts are by their characters: chrF, from 0 to 1.
 
-    F-score (recall twice as important) of character n-grams up to 6, white space left out, averaged over
-    the lengths that both texts have.
+    The F-score of character n-grams without white space, with recall twice as important as precision,
+    averaged over lengths from 1 to 6 that the reference has.
 
     Source: Popović 2015, "chrF: character n-gram F-score for automatic MT evaluation".
     """
@@ -82,13 +80,13 @@ def chrf(text: str, reference: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What a point is judged by.
+    """A measure of how good a strength is.
 
     Args:
-        name: As it is asked for.
-        title: As a picture calls it.
-        is_lower_better: Whether less is better.
-        score: Of a generated text and its reference, from 0 to 1; None for a likelihood.
+        name: Name on the command line.
+        title: Name in pictures.
+        is_lower_better: Whether lower values are better.
+        score: Scores a generated text against its reference, from 0 to 1. None for a likelihood.
     """
 
     name: str
@@ -107,4 +105,4 @@ METRICS = {
         Metric("chrf", "chrF", False, chrf),
     )
 }
-"""By name. Beside these, `sweep` takes any `Metric`."""
+"""Metrics by name; `measure/sweep.py` takes any other `Metric` too."""

@@ -1,9 +1,9 @@
 """GSM8K: grade-school mathematics, answered with a number.
 
-The prompt, the clean-up and the rule are those of the paper's runs (`eval/gsm` of its repository). By the
-paper's rule the last number in the text and the target are compared as strings from which punctuation is
-deleted, so that `18.00` is wrong for `18` and `7.2` right for `72`; a minus sign before a whole number is
-lost.
+The prompt, the clean-up and the rule are those of the paper's runs (`eval/gsm` of its repository). The
+paper's rule compares the last number of the text with the target as strings without punctuation. So `18.00`
+is wrong for `18` and `7.2` is right for `72`, and a whole number loses its minus sign. The numeric rule
+compares numbers. `measure/metrics.py` has both ways to find the last number.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from proxytune.tasks.task import Item, Rule, Task, asked
 
 INSTRUCTION = "Answer the following question."
 ENDS = ("Answer the following question", "Question:", "Comment:")
-"""Where a model has begun something else; the text is cut before them."""
+"""Where a model starts something else; the text is cut before these."""
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def is_same_text(prediction: str, target: str) -> bool:
-    """Whether two texts are equal without case and punctuation."""
+    """Whether two texts are equal, ignoring case and punctuation."""
     one, other = (text.lower().translate(_NO_PUNCTUATION) for text in (prediction, target))
     return one == other
 
@@ -41,7 +41,7 @@ class Gsm8k(Task):
     source = "Cobbe et al. 2021, arXiv:2110.14168"
     metric = "exact_match"
     num_items = 1319
-    # Cutting while a text is generated leaves what cutting it afterwards would.
+    # Cutting a text while it is generated leaves the same as cutting it afterwards.
     sampling = SamplingParams(max_new_tokens=512, stop=ENDS)
 
     @override
@@ -58,7 +58,7 @@ class Gsm8k(Task):
         _, mark, target = field(row, place, "answer").rpartition("####")
         if not mark:
             raise InputFileError(
-                f"row {place}: the answer has no ####, after which its number stands"
+                f"row {place}: the answer has no ####, which should precede its number"
             )
         body = f"{INSTRUCTION}\n\nQuestion: {question.strip()}"
         return Item(
@@ -88,7 +88,7 @@ class Gsm8k(Task):
         value = number_value(field(row, place, "model_output", "prediction"))
         wanted = number_value(target)
         if wanted is None:
-            raise InputFileError(f"row {place}: the answer {target!r} is no number")
+            raise InputFileError(f"row {place}: the answer {target!r} is not a number")
         return float(value == wanted)
 
     @override

@@ -1,4 +1,4 @@
-"""Which benchmarks there are, by name."""
+"""The benchmarks by name."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def find_task(name: str, *, also: Sequence[str] = ()) -> Task:
     """Return a benchmark by its name.
 
     Args:
-        name: As typed.
-        also: Further names that may have been meant.
+        name: The name as typed.
+        also: More names that may have been meant.
 
     Raises:
-        InvalidRequest: There is none of this name; names that are like it are listed.
+        InvalidRequest: There is no benchmark of this name; lists similar names.
     """
     if name in TASKS:
         return TASKS[name]
