@@ -68,9 +68,10 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "partial",
         "record",
         "batch",
+        "collect",
     ),
     "loading": ("members", "doctor", "load"),
-    "measure": ("branch", "metrics", "score", "likelihood", "rank", "sweep", "curve"),
+    "measure": ("branch", "metrics", "score", "given", "likelihood", "rank", "sweep", "curve"),
     "model": (),
     "testing": (),
     "tasks": (

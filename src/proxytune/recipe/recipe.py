@@ -559,12 +559,15 @@ class Recipe:
             name: own[name] if steering.alpha is None else float(steering.alpha) for name in names
         }
 
-    def mixed(self, own: Mapping[str, float | None], alpha: float | None) -> Steering:
+    def mixed(
+        self, own: Mapping[str, float | None], alpha: float | None, *, name: str = "alpha"
+    ) -> Steering:
         """Return the steering by experts of which some bring a strength and the others, with None, do not.
 
         Args:
             own: The strength that each expert brings.
             alpha: Strength of the others; None for the recipe's.
+            name: How errors call `alpha`.
 
         Raises:
             UnknownExpert: The recipe has no expert of that name.
@@ -575,8 +578,8 @@ class Recipe:
             return Steering(alpha, tuple(own))
         if alpha is not None and None not in own.values():
             raise InvalidRequest(
-                "alpha is given, and every expert brings its own strength, so alpha would do nothing.\n"
-                "hint: leave alpha out, or give an expert without a strength"
+                f"{name} is given, and every expert brings its own strength, so {name} would do nothing.\n"
+                f"hint: leave {name} out, or give an expert without a strength"
             )
         return Steering(
             experts={n: chosen[n] if alone is None else alone for n, alone in own.items()}

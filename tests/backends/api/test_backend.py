@@ -87,7 +87,7 @@ def behind(
         stack.callback(backend.close)
         members = (replace(base, backend=backend), *local.ensemble.members[1:])
         recipe = replace(local.recipe, base=ModelSpec(model=url, api=settings))
-        formats = local._formats
+        formats = local.formats
         yield ProxyTuned(replace(local.ensemble, members=members), formats, recipe), server, backend
         assert not server.failures
 
@@ -191,7 +191,7 @@ def test_the_expert_drafts_and_one_call_verifies():
     local = in_process()
     expert = local.ensemble.members[2].backend
     members = (replace(local.ensemble.members[0], backend=expert), *local.ensemble.members[1:])
-    local = ProxyTuned(replace(local.ensemble, members=members), local._formats, local.recipe)
+    local = ProxyTuned(replace(local.ensemble, members=members), local.formats, local.recipe)
     drafting = Drafting(7, "expert", is_adaptive=False)
     with behind(local, ALL, ApiSettings(lookahead=1)) as (remote, server, backend):
         assert backend.can_score
@@ -571,9 +571,7 @@ def test_a_draft_keeps_to_the_small_models_context():
     small = ToyBackend(toy_table(1, eos_logit=-100.0), name="small", memory=0.5, max_context=42)
     members = list(local.ensemble.members)
     members[1] = replace(members[1], backend=small)
-    local = ProxyTuned(
-        replace(local.ensemble, members=tuple(members)), local._formats, local.recipe
-    )
+    local = ProxyTuned(replace(local.ensemble, members=tuple(members)), local.formats, local.recipe)
     requests = [
         local_request("a" * 30, greedy(12)),
         local_request("abc", greedy(39)),
