@@ -232,9 +232,9 @@ class RetokenisedBackend(Backend[_State]):
             for own, num_kept in zip(tokens, kept, strict=True):
                 if num_kept + len(own) > limit:
                     raise PromptTooLong(
-                        f"the text has reached {num_kept + len(own)} tokens of {self.name}, which has a
-                        context of " f"{limit}.\nhint: ask for fewer new tokens; for the same text, this
-                        model's " "tokenizer may need more of them than the base's"
+                        f"the text has reached {num_kept + len(own)} tokens of {self.name}, which has a "
+                        f"context of {limit}.\nhint: ask for fewer new tokens; for the same text, this "
+                        "model's tokenizer may need more of them than the base's"
                     )
             width = min(width, limit - max(kept))  # padding must not exceed it either
         surplus = [len(row.read) - num_kept for row, num_kept in zip(rows, kept, strict=True)]
