@@ -14,21 +14,9 @@ from proxytune.data.passages import passages_of, rows_of, task_rows
 from proxytune.data.rows import read_rows
 from proxytune.errors import InvalidRequest, OutputFileError
 from proxytune.measure.curve import draw
-from proxytune.measure.metrics import (
-    METRICS,
-    Metric,
-    chrf,
-    contains,
-    exact_match,
-    last_number,
-)
+from proxytune.measure.metrics import METRICS, Metric, chrf, contains, exact_match, last_number
 from proxytune.measure.score import passage_of
-from proxytune.measure.sweep import (
-    Grid,
-    split,
-    sweep_generations,
-    sweep_likelihood,
-)
+from proxytune.measure.sweep import Grid, split, sweep_generations, sweep_likelihood
 from proxytune.model import ProxyTuned
 from proxytune.request import SamplingParams
 from proxytune.tasks.gsm8k import Gsm8k

@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxytune.commands.console import stderr
-from proxytune.errors import (
-    InvalidRequest,
-    UserError,
-)
+from proxytune.errors import InvalidRequest, UserError
 from proxytune.request import SamplingParams, Steering, check_alpha
 
 if TYPE_CHECKING:

@@ -24,11 +24,7 @@ from torch import Tensor
 
 from proxytune.backends.base import PartialBackend
 from proxytune.decode.ensemble import Ensemble, Member
-from proxytune.errors import (
-    InvalidRequest,
-    PromptTooLong,
-    UnsupportedModel,
-)
+from proxytune.errors import InvalidRequest, PromptTooLong, UnsupportedModel
 from proxytune.logits.certificate import spread_rest
 from proxytune.logits.rules import apply_policy, has_conflict
 from proxytune.logits.steer import Contribution

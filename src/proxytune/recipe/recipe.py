@@ -22,13 +22,7 @@ from typing import Any
 
 from proxytune.checkpoints.hub import hub_recipe
 from proxytune.checkpoints.references import HUB_ID, is_gguf, resolve_package
-from proxytune.errors import (
-    InvalidRequest,
-    ModelNotFound,
-    RecipeError,
-    UnknownExpert,
-    did_you_mean,
-)
+from proxytune.errors import InvalidRequest, ModelNotFound, RecipeError, UnknownExpert, did_you_mean
 from proxytune.files import building, unwritable, write_whole
 from proxytune.logits.policy import COMBINATIONS, Policy
 from proxytune.recipe.checks import (
@@ -41,13 +35,7 @@ from proxytune.recipe.checks import (
     object_without_doubles,
     refuse_constant,
 )
-from proxytune.recipe.spec import (
-    ExpertSpec,
-    LlamaCppSettings,
-    ModelSpec,
-    expert_spec,
-    model_spec,
-)
+from proxytune.recipe.spec import ExpertSpec, LlamaCppSettings, ModelSpec, expert_spec, model_spec
 from proxytune.request import Steering
 
 VOCABULARIES = ("same", "map")

@@ -18,13 +18,7 @@ from proxytune.backends.api.backend import ApiBackend
 from proxytune.backends.api.client import ApiClient, Budget
 from proxytune.backends.api.positions import Position, position_of
 from proxytune.decode.speculative import Drafting
-from proxytune.errors import (
-    ApiError,
-    BackendError,
-    BudgetSpent,
-    InvalidRequest,
-    UnsupportedModel,
-)
+from proxytune.errors import ApiError, BackendError, BudgetSpent, InvalidRequest, UnsupportedModel
 from proxytune.model import ProxyTuned
 from proxytune.recipe.spec import ApiSettings, ModelSpec
 from proxytune.request import SamplingParams
