@@ -18,15 +18,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxytune.data.batch import BatchReport, Progress, run_batch
+from proxytune.data.batch import BatchProgress, BatchReport, run_batch
 from proxytune.data.lines import BatchOptions, line_seed, parse_line
 from proxytune.data.resumable import number_list
-from proxytune.errors import (
-    InputFileError,
-    InvalidRequest,
-    OutputFileError,
-    UserError,
-)
+from proxytune.errors import InputFileError, InvalidRequest, OutputFileError, UserError
 from proxytune.model import ProxyTuned
 from proxytune.request import SamplingParams, Steering
 from tests.support.toys import toy_load, toy_recipe
@@ -251,7 +246,7 @@ def test_bad_lines_are_left_out_when_asked_and_the_rest_goes_on(tmp_path: Path):
 def test_a_file_without_a_usable_line_is_refused(tmp_path: Path):
     for content in ("", "\n\n", "nonsense\n"):
         (tmp_path / "in.jsonl").write_text(content)
-        with pytest.raises(InputFileError, match="no line that can be used"):
+        with pytest.raises(InputFileError, match="no usable line"):
             run(tmp_path / "in.jsonl", tmp_path / "out.jsonl", skip_bad_lines=True)
 
 
@@ -307,7 +302,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
 def begin(source: Path, output: Path, *, num_tokens: int) -> None:
     """Run until so many tokens are generated, as if Ctrl-C was pressed then."""
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: BatchProgress) -> None:
         if progress.num_new_tokens >= num_tokens:
             raise KeyboardInterrupt
 
@@ -395,7 +390,7 @@ def test_an_input_that_has_changed_is_refused(tmp_path: Path):
     source = write_lines(tmp_path / "in.jsonl", prompts(12))
     begin(source, tmp_path / "out.jsonl", num_tokens=100)
     write_lines(source, [*prompts(11), {"id": 11, "prompt": "zz"}])
-    with pytest.raises(OutputFileError, match="input file's content has changed"):
+    with pytest.raises(OutputFileError, match="content of the input file has changed"):
         run(source, tmp_path / "out.jsonl")
 
 
@@ -418,7 +413,7 @@ def test_an_output_that_something_else_wrote_to_is_refused(
     output = tmp_path / "out.jsonl"
     begin(source, output, num_tokens=100)
     output.write_bytes(expected.replace(b'"id": 3', b'"id": 9'))
-    with pytest.raises(OutputFileError, match=r"line 4 of .* is no answer to line 4"):
+    with pytest.raises(OutputFileError, match=r"line 4 of .* does not answer line 4"):
         run(source, output, skip_bad_lines=True)
     output.write_bytes(expected)
     run(source, output, skip_bad_lines=True)
@@ -490,7 +485,7 @@ def test_a_full_disk_ends_with_a_message_and_the_run_continues_later(
 
 
 def test_progress_counts_lines_and_tokens(tmp_path: Path):
-    seen: list[Progress] = []
+    seen: list[BatchProgress] = []
     source = write_lines(tmp_path / "in.jsonl", prompts(6))
     report = run(source, tmp_path / "out.jsonl", on_progress=seen.append)
     assert seen[0] == (0, 6, 0)

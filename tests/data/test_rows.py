@@ -10,21 +10,10 @@ from typing import Any
 
 import pytest
 
-from proxytune.data.rows import Rows, read_rows, split_rows
-from proxytune.errors import (
-    InputFileError,
-    InvalidRequest,
-    MissingExtra,
-    PromptFormatError,
-)
+from proxytune.data.rows import Rows, answers_of, read_rows, split_rows
+from proxytune.errors import InputFileError, InvalidRequest, MissingExtra, PromptFormatError
 from proxytune.text.prompts import render
-from proxytune.tune.encode import (
-    IGNORED,
-    Encoded,
-    Example,
-    PreferenceExample,
-    encode,
-)
+from proxytune.tune.encode import IGNORED, Encoded, Example, PreferenceExample, encode
 from tests.support.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -190,8 +179,8 @@ def test_messages_keep_role_and_content_only():
 
 
 BAD_ROWS = [
-    ({"question": "a", "answer": "b"}, r"its keys \('question', 'answer'\) make none"),
-    ({"prompt": "a"}, "make none of the known formats"),
+    ({"question": "a", "answer": "b"}, r"its keys \('question', 'answer'\) fit none"),
+    ({"prompt": "a"}, "fit none of the known formats"),
     ({"text": "a", "prompt": "b", "completion": "c"}, "the formats text and completion"),
     ({"text": ""}, '"text" is empty'),
     ({"text": None}, '"text" is null, and must be text'),
@@ -202,23 +191,24 @@ BAD_ROWS = [
     ({"prompt": [HI], "completion": "b"}, '"prompt" is a list and "completion" is text'),
     ({"prompt": 1, "completion": 2}, '"prompt" is a number'),
     ({"prompt": [HI], "completion": [MORE]}, '"completion" has no message of the assistant'),
-    ({"prompt": [HI], "completion": [MORE, SURE]}, "does not go on from the prompt"),
+    ({"prompt": [HI], "completion": [MORE, SURE]}, "does not continue the prompt"),
+    ({"prompt": None, "completion": [HELLO]}, '"prompt" is null'),
     ({"prompt": [], "completion": [SURE]}, '"prompt" is an empty list'),
-    ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
+    ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are equal"),
     ({"prompt": "a", "chosen": "b", "rejected": " "}, '"rejected" is empty'),
     ({"chosen": "b", "rejected": "c"}, '"prompt" is missing'),
     ({"chosen": [HI, HELLO], "rejected": [MORE, HELLO]}, "do not begin with the same messages"),
-    ({"chosen": [HI, HELLO, MORE], "rejected": [HI, HELLO]}, "are the same"),
+    ({"chosen": [HI, HELLO, MORE], "rejected": [HI, HELLO]}, "are equal"),
     ({"messages": "Hi"}, '"messages" is text'),
     ({"messages": []}, '"messages" is an empty list'),
     ({"messages": [HI]}, "no message of the assistant"),
     ({"messages": [HELLO, HI]}, "no message of the assistant that answers another"),
     ({"messages": [{"from": "human", "value": "x"}]}, r"has the keys 'from', 'value'"),
-    ({"messages": [{"role": "human", "content": "x"}]}, "has the role 'human', which is not system"),
+    ({"messages": [{"role": "human", "content": "x"}]}, "has the role 'human', which is not one of system"),
     ({"messages": [{"role": ["user"], "content": "x"}]}, "has the role"),
     ({"messages": [HI, {"role": "assistant", "content": None}]}, "message 2 .* null, and must be"),
     ({"messages": [HI, {"role": "assistant", "content": [{"type": "text"}]}]}, "is a list, and must"),
-    ({"messages": [HI, {"role": "assistant", "content": ""}]}, "of the assistant and empty"),
+    ({"messages": [HI, {"role": "assistant", "content": ""}]}, "is empty and of the assistant"),
     ({"messages": [HI, HELLO | {"tool_calls": [{"id": 1}]}]}, "tool calls"),
     ([1], "a list, and must be an object"),
 ]  # fmt: skip
@@ -245,21 +235,21 @@ def test_rows_of_different_formats_are_refused():
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
-        ("a.jsonl", b"", r"a\.jsonl holds no rows"),
-        ("a.txt", b" \n", r"a\.txt holds no rows"),
-        ("a.json", b"[]", r"a\.json holds no rows"),
-        ("a.json", b"", r"a\.json holds no rows"),
-        ("a.csv", b"text\n", r"a\.csv holds no rows"),
+        ("a.jsonl", b"", r"a\.jsonl has no rows"),
+        ("a.txt", b" \n", r"a\.txt has no rows"),
+        ("a.json", b"[]", r"a\.json has no rows"),
+        ("a.json", b"", r"a\.json has no rows"),
+        ("a.csv", b"text\n", r"a\.csv has no rows"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"', r"^line 3 of a\.jsonl: not valid JSON"),
         ("a.json", b'{"text": "a"}\n{"text": \n', r"^line 2 of a\.json: not valid JSON"),
         ("a.json", b'[{"text": "a"},\n {"text" "b"}]', r"^line 2 of a\.json: not valid JSON"),
         ("a.jsonl", b"[" * 100_000, r"^line 1 of a\.jsonl: not valid JSON"),
-        ("a.jsonl", b"just text", r"plain text is named \.txt"),
-        ("a.json", b'[{"text": "a"}, 3]', r"^row 2 of a\.json: a number, and must be an object"),
+        ("a.jsonl", b"just text", r"name a file of plain text \.txt"),
+        ("a.json", b'[{"text": "a"}, 3]', r"^row 2 of a\.json: it is a number, and must be an object"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"^line 2 of a\.jsonl: not UTF-8"),
         ("a.txt", "text".encode("utf-16"), r"^line 1 of a\.txt: not UTF-8"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9)[:-12], "damaged as a gzip file"),
-        ("a.jsonl.gz", b'{"text": "a"}\n', "damaged as a gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9)[:-12], "damaged gzip file"),
+        ("a.jsonl.gz", b'{"text": "a"}\n', "damaged gzip file"),
         ("a.parquet", b"PAR1 not", "cannot be read as Parquet"),
         ("a.arrow", b"nothing", "cannot be read as Parquet or Arrow"),
     ],
@@ -319,7 +309,7 @@ def test_without_the_library_the_install_line_is_given(tmp_path, monkeypatch):
     (tmp_path / "state.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "datasets", None)
     for source in ("owner/name", tmp_path):
-        with pytest.raises(MissingExtra, match=r"pip install 'proxytune\[tune\]'"):
+        with pytest.raises(MissingExtra, match=r"pip install .*\[tune\]'"):
             read_rows(source)
     assert len(read_rows(write(tmp_path / "rows.jsonl", TEXTS))) == 2
 
@@ -327,7 +317,7 @@ def test_without_the_library_the_install_line_is_given(tmp_path, monkeypatch):
 def test_a_directory_needs_a_data_set_with_the_split(tmp_path):
     import datasets
 
-    with pytest.raises(InputFileError, match="without a data set"):
+    with pytest.raises(InputFileError, match="not one that `save_to_disk` of datasets wrote"):
         read_rows(tmp_path)
     parts = {
         "train": datasets.Dataset.from_list(TEXTS),
@@ -337,7 +327,7 @@ def test_a_directory_needs_a_data_set_with_the_split(tmp_path):
     assert len(read_rows(tmp_path / "data", split="dev")) == 1
     with pytest.raises(InputFileError, match="has no split 'test'; it has 'train', 'dev'"):
         read_rows(tmp_path / "data", split="test")
-    with pytest.raises(InputFileError, match=r"hint: of a data set with several splits"):
+    with pytest.raises(InputFileError, match=r"hint: if it is a data set with several splits"):
         read_rows(datasets.DatasetDict(parts))
     (tmp_path / "data" / "train" / "data-00000-of-00001.arrow").write_bytes(b"torn")
     with pytest.raises(InputFileError, match="data cannot be read: "):
@@ -402,7 +392,7 @@ def test_a_blank_line_that_would_take_too_much_is_passed_over_for_a_line_end():
 @pytest.mark.parametrize("rows", [[{"text": "one line"}], [{"text": "\n\na"}], PAIRS[:1]])
 def test_one_row_that_cannot_be_cut_is_refused(rows):
     with pytest.raises(
-        InputFileError, match=r"has one row.*\nhint: --valid-share 0 .*--valid-data"
+        InputFileError, match=r"has only one row.*\nhint: --valid-share 0 .*--valid-data"
     ):
         split_rows(read_rows(rows), 0.5, seed=0)
 
@@ -508,8 +498,46 @@ def test_a_completion_without_tokens_is_refused_with_its_line():
     from tokenizers.normalizers import Replace
 
     tokenizer.backend_tokenizer.normalizer = Replace("\u200b", "")
-    with pytest.raises(InputFileError, match="row 2 of the given rows: its answer has no tokens"):
+    why = "row 2 of the given rows: small/model has no tokens for its answer"
+    with pytest.raises(InputFileError, match=why):
         encoded([PAIRS[0], {"prompt": "a", "completion": "\u200b"}], tokenizer, form="plain")
+
+
+# Answers -------------------------------------------------------------------------------------------
+
+
+def test_the_answer_of_a_text_row_is_its_completion_or_its_chosen_text():
+    completion, preference = read_rows(PAIRS[:1]), read_rows(PREFERENCES)
+    assert answers_of(completion.rows[0]) == [("Q: 1+1\nA:", " 2")]
+    assert answers_of(preference.rows[0]) == [("Hi", " the")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [SYSTEM, HI, HELLO, MORE, SURE, MORE]},
+        {"prompt": [SYSTEM, HI], "completion": [HELLO, MORE, SURE]},
+        {"prompt": [SYSTEM, HI], "chosen": [HELLO, MORE, SURE], "rejected": [SURE]},
+    ],
+    ids=["messages", "completion", "preference"],
+)
+def test_each_reply_of_the_assistant_is_an_answer_to_all_messages_before_it(row):
+    """Scores used to take only the last reply, without those before it, or all joined into one text."""
+    (checked,) = read_rows([row]).rows
+    assert answers_of(checked) == [([SYSTEM, HI], "Hello."), ([SYSTEM, HI, HELLO, MORE], "Sure.")]
+
+
+def test_an_earlier_reply_in_the_prompt_is_no_answer():
+    (checked,) = read_rows([{"prompt": [HI, HELLO, MORE], "completion": [SURE]}]).rows
+    assert answers_of(checked) == [([HI, HELLO, MORE], "Sure.")]
+
+
+def test_answers_are_what_training_takes_its_loss_on():
+    messages = [HELLO, SYSTEM, HI, HELLO, MORE, SURE]
+    (checked,) = read_rows([{"messages": messages}]).rows
+    (example,) = encoded([{"messages": messages}]).examples
+    turns = [(prompt, answer + "<|im_end|>\n") for prompt, answer in answers_of(checked)]
+    assert_generation_sees_it(example, turns, "chat", TOKENIZER)
 
 
 # Encoding: conversations ---------------------------------------------------------------------------

@@ -28,12 +28,7 @@ from proxytune.errors import (
 from proxytune.evaluate.compare import Result, compared, paired
 from proxytune.evaluate.judges import ChatJudge, JudgeSettings, ToxicityClassifier
 from proxytune.evaluate.plan import EvalOptions, Work
-from proxytune.evaluate.predictors import (
-    Predictor,
-    Speaker,
-    nudged,
-    predictors_of,
-)
+from proxytune.evaluate.predictors import Predictor, Speaker, nudged, predictors_of
 from proxytune.evaluate.run import evaluate
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
@@ -226,7 +221,7 @@ def test_several_experts_are_alone_one_by_one_and_steer_together():
     recipe = toy_recipe({"one": 1.0, "two": 1.0})
     found = predictors_of(recipe, EvalOptions(("gsm8k",), alphas=(0.0, 1.0, 1.0)))
     assert [p.name for p in found] == ["base", "expert one", "expert two", "steered 1"]
-    with pytest.raises(InvalidRequest, match="2 steer"):
+    with pytest.raises(InvalidRequest, match="2 are chosen"):
         predictors_of(recipe, EvalOptions(("gsm8k",), nudge_below=0.4))
     with pytest.raises(UnknownExpert):
         predictors_of(recipe, EvalOptions(("gsm8k",), experts=("three",)))
@@ -331,7 +326,7 @@ def test_a_larger_limit_goes_on_where_a_smaller_one_ended(recipe, data, tmp_path
 
 def test_other_settings_in_the_same_folder_are_refused(recipe, data, tmp_path):
     evaluate(recipe, tmp_path, options(data, limit=2), load=load)
-    with pytest.raises(OutputFileError, match="begun with other settings"):
+    with pytest.raises(OutputFileError, match="started with other settings"):
         evaluate(
             recipe, tmp_path, replace(options(data, limit=2), max_new_tokens=7), load=must_not_load
         )
@@ -613,7 +608,7 @@ def test_work_says_where_it_is_not_as_published(data):
     work = Work.prepare("humaneval", options(data, "humaneval", num_samples=3))
     assert work.deviations() == [
         "at most 6 new tokens, published 512",
-        "3 samples an item, published 20",
+        "3 samples per item, published 20",
     ]
 
 

@@ -92,7 +92,7 @@ def test_progress_counts_prompts():
 )
 def test_settings_under_which_texts_do_not_share_are_refused(sampling):
     model = toy_model()
-    with pytest.raises(InvalidRequest, match="only where they are greedy"):
+    with pytest.raises(InvalidRequest, match="only if they are greedy"):
         branch(model.ensemble, prompts_of(model, ["a"]), [(1.0,)], sampling)
 
 

@@ -11,13 +11,7 @@ from typer.testing import CliRunner
 
 from proxytune.cli import app
 from proxytune.errors import InvalidRequest
-from proxytune.measure.rank import (
-    Sums,
-    candidate_sums,
-    rank_correlation,
-    rank_experts,
-    summarise,
-)
+from proxytune.measure.rank import Sums, candidate_sums, rank_correlation, rank_experts, summarise
 from proxytune.measure.score import passage_of
 from proxytune.model import ProxyTuned
 from proxytune.request import SamplingParams
@@ -83,7 +77,7 @@ def test_chances_of_being_first_sum_to_one_and_a_close_race_is_noted():
 def test_where_nothing_helps_the_ranking_says_so():
     found = summarise(["a"], sums_of([[31, 32, 31, 32]], [30, 30, 30, 30]), [1.0])
     assert found.candidates[0].benefit == 0
-    assert "no candidate is sure to help" in found.notes[0]
+    assert "no candidate is certain to help" in found.notes[0]
 
 
 def test_rank_correlation_by_hand():
@@ -126,7 +120,7 @@ def test_a_candidates_losses_are_those_of_steering_by_it_alone():
 
 def test_one_passage_is_too_few():
     model = toy_model()
-    with pytest.raises(InvalidRequest, match="ranking needs two"):
+    with pytest.raises(InvalidRequest, match="ranking needs at least two"):
         rank_experts(model.ensemble, model.text_passages("abc"))
 
 

@@ -14,21 +14,9 @@ from proxytune.data.passages import passages_of, rows_of, task_rows
 from proxytune.data.rows import read_rows
 from proxytune.errors import InvalidRequest, OutputFileError
 from proxytune.measure.curve import draw
-from proxytune.measure.metrics import (
-    METRICS,
-    Metric,
-    chrf,
-    contains,
-    exact_match,
-    last_number,
-)
+from proxytune.measure.metrics import METRICS, Metric, chrf, contains, exact_match, last_number
 from proxytune.measure.score import passage_of
-from proxytune.measure.sweep import (
-    Grid,
-    split,
-    sweep_generations,
-    sweep_likelihood,
-)
+from proxytune.measure.sweep import Grid, split, sweep_generations, sweep_likelihood
 from proxytune.model import ProxyTuned
 from proxytune.request import SamplingParams
 from proxytune.tasks.gsm8k import Gsm8k
@@ -56,6 +44,34 @@ def test_metrics_of_a_few_texts_by_hand():
     assert last_number("1,000 in all", "1000") == 1
     assert last_number("none", "7") == 0
     assert last_number("seven", "seven") == 0  # no number is not the right number
+
+
+@pytest.mark.parametrize(
+    ("text", "reference"),
+    [
+        ("10-3", "3"),
+        ("between 3-5", "5"),
+        ("the years 1914\N{EN DASH}1918", "1918"),
+        ("x-7", "7"),
+        ("(20)-7", "7"),
+        ("it is -7", "-7"),
+        ("a loss of -$5", "-5"),
+        ("0.5", ".5"),
+        ("-.5", "-0.5"),
+        ("It costs $1,250.00.", "1250"),
+        ("12,500", "12,500"),
+        ("40%", "40"),
+        ("that is 1/2", "2"),
+    ],
+)
+def test_the_last_number_is_read_as_people_write_it(text, reference):
+    """A hyphen between numbers used to be a minus sign, and `.5` used to be 5."""
+    assert last_number(text, reference) == 1
+
+
+@pytest.mark.parametrize(("text", "reference"), [("-3", "3"), ("10-3", "-3"), (".5", "5")])
+def test_numbers_that_differ_in_sign_or_point_are_different(text, reference):
+    assert last_number(text, reference) == 0
 
 
 def test_chrf_of_two_texts_by_hand():
@@ -86,7 +102,7 @@ def test_a_grid_without_points_or_for_other_experts_is_refused():
         Grid.of(("a",), [])
     with pytest.raises(InvalidRequest, match=r"1,600 points"):
         Grid.of(("a", "b"), {"a": range(40), "b": range(40)})
-    with pytest.raises(InvalidRequest, match=r"given for a and the experts are a, b"):
+    with pytest.raises(InvalidRequest, match=r"given for a, and the experts are a, b"):
         Grid.of(("a", "b"), {"a": [1.0]})
     with pytest.raises(InvalidRequest, match="nan"):
         Grid.of(("a",), [math.nan])
@@ -274,6 +290,13 @@ def test_rows_of_every_kind_become_what_is_to_be_predicted():
     talk = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
     (row,) = rows_of(model, read_rows([{"messages": [*talk, {"role": "user", "content": "x"}]}]))
     assert row.reference == "cd"
+    turns = passages_of(
+        model,
+        read_rows([{"prompt": talk[:1], "completion": [talk[1], talk[0], talk[1]]}]),
+        window=4,
+    )
+    assert [len(p.token_ids) for p in turns] == [3, 3]  # both replies, an end after each
+    assert len(turns[1].prompts[0]) > len(turns[0].prompts[0])
     (liked,) = rows_of(model, read_rows([{"prompt": "a", "chosen": "b", "rejected": "c"}]))
     assert liked.reference == "b"
 
@@ -409,8 +432,8 @@ def test_a_benchmark_is_swept_in_its_own_settings(recipe, tmp_path, monkeypatch)
     ("arguments", "options", "message"),
     [
         (["--task", "lettres"], (), "letters"),
-        (["--task", "humaneval"], (), "more than their text"),
-        (["--task", "letters"], ("a", "b"), "by their likelihood"),
+        (["--task", "humaneval"], (), "by their text alone"),
+        (["--task", "letters"], ("a", "b"), "the likelihood of given answers"),
         (["--task", "letters", "--metric", "chrf"], (), "its own items and metric"),
         (["--text-file", "text.txt"], (), "--data-dir is for --task"),
         (["--task", "letters", "--max-new-tokens", "0"], (), "a whole number of at least 1"),

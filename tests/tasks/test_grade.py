@@ -78,7 +78,7 @@ def test_stdout_is_json_alone_and_notes_go_to_stderr(tmp_path):
     result = run("gsm8k", path, "--json")
     assert json.loads(result.stdout)["metric"] == 1.0
     assert len(result.stdout.splitlines()) == 1
-    assert "note: 1 of the 1,319 items" in result.stderr
+    assert "note: the rows cover 1 of the 1,319 items" in result.stderr
 
 
 @pytest.mark.parametrize(

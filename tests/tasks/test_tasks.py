@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxytune.errors import InputFileError, InvalidRequest
+from proxytune.measure.metrics import number_value, published_number
 from proxytune.tasks.alpaca_eval import AlpacaEval
 from proxytune.tasks.ds1000 import Ds1000
-from proxytune.tasks.gsm8k import Gsm8k, is_same_text, last_number, number_value
+from proxytune.tasks.gsm8k import Gsm8k, is_same_text
 from proxytune.tasks.humaneval import HumanEval, clean_code
 from proxytune.tasks.realtimeqa import RealTimeQa
 from proxytune.tasks.registry import TASKS, find_task
@@ -29,12 +30,7 @@ from proxytune.tasks.statistics import (
 )
 from proxytune.tasks.toxigen import GROUPS, ToxiGen
 from proxytune.tasks.triviaqa import TriviaQa, normalised
-from proxytune.tasks.truthfulqa import (
-    TruthfulQaChoice,
-    TruthfulQaOpen,
-    choices_of,
-    parse_letter,
-)
+from proxytune.tasks.truthfulqa import TruthfulQaChoice, TruthfulQaOpen, choices_of, parse_letter
 from proxytune.text.prompts import render_text
 from tests.support.tiny import tiny_tokenizer
 
@@ -85,7 +81,7 @@ def write(path: Path, *rows: object) -> Path:
     ],
 )
 def test_the_last_number_by_the_published_pattern_and_as_a_number(output, by_the_pattern, value):
-    assert last_number(output) == by_the_pattern
+    assert published_number(output) == by_the_pattern
     assert number_value(output) == value
 
 
@@ -295,7 +291,7 @@ def test_a_problem_with_a_sample_that_was_not_run_is_unscored_not_wrong():
 
 def test_problems_with_different_numbers_of_samples_are_refused():
     rows = [code_row(name, True) for name in "aabbc"]
-    with pytest.raises(InputFileError, match="'c' has 1 rows where most items have 2"):
+    with pytest.raises(InputFileError, match="'c' has 1 rows and most items have 2"):
         HumanEval().grade(rows)
 
 
@@ -398,9 +394,9 @@ def test_rows_come_from_lines_or_an_array_packed_or_not(tmp_path):
     ("content", "message"),
     [
         (b'{"a": 1}\n{"a": \n', "line 2 of .* is not valid JSON"),
-        (b'{"a": 1}\n[1]\n', "line 2 of .* is no JSON object"),
+        (b'{"a": 1}\n[1]\n', "line 2 of .* is not a JSON object"),
         (b"[1]", "item 0 of the array"),
-        (b'[{"a": 1}', "begins as a JSON array"),
+        (b'[{"a": 1}', "begins like a JSON array"),
         (b"", "has no rows"),
         (b"\xff", "not UTF-8"),
         (gzip.compress(b'{"a": 1}')[:-6], "cannot be read"),
@@ -419,7 +415,7 @@ def test_a_row_without_what_is_scored_is_refused_by_its_number():
 
 def test_an_item_that_is_there_twice_is_refused():
     row = {"question": "a", "answer": "1", "prediction": "1"}
-    with pytest.raises(InputFileError, match="rows 1, 2 are about one item"):
+    with pytest.raises(InputFileError, match="rows 1, 2 are about the same item"):
         Gsm8k().grade([row, row])
 
 

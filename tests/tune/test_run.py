@@ -479,7 +479,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_state(
         (texts(), {"method": "dpo"}, InputFileError, "--method sft"),
         (texts(), {"lora_targets": ("q_proj", "w_proj")}, AdapterMismatch, "'w_proj'"),
         (texts(), {"lora_targets": ("w_proj",), "base": None}, AdapterMismatch, "'w_proj'"),
-        (texts(), {"max_length": 4096}, InvalidRequest, "context is 128"),
+        (texts(), {"max_length": 4096}, InvalidRequest, "context has 128"),
         (
             [{"prompt": "the", "completion": ""}, *completions(4)],
             {},

@@ -22,7 +22,7 @@ from proxytune.request import Experts, Request, SamplingParams, Steering
 from proxytune.settings import option
 
 if TYPE_CHECKING:
-    from proxytune.explain.analysis import Analysis, Group
+    from proxytune.explain.analysis import Analysis, TraceGroup
     from proxytune.model import ProxyTuned
     from proxytune.trace import Trace
 
@@ -267,7 +267,7 @@ def _show_positions(analysis: Analysis) -> None:
     console.print(table)
 
 
-def _show_types(group: Group) -> None:
+def _show_types(group: TraceGroup) -> None:
     from rich.text import Text
 
     console = stdout()

@@ -64,6 +64,7 @@ def bench(
     Everything alternates in every round; the table shows medians of ratios within rounds.
     """
     from proxytune.evaluate import speed
+    from proxytune.machine import description
 
     sizes = []
     for size in whole_numbers(options.batch_sizes, "--batch-sizes", ","):
@@ -100,7 +101,7 @@ def bench(
         answer = {
             "recipe": recipe,
             "rounds": options.rounds,
-            "machine": speed.machine(),
+            "machine": description(),
             "measured": [one.to_dict() for one in measured],
         }
         typer.echo(json_line(answer))

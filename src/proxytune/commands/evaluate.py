@@ -16,14 +16,14 @@ from proxytune.commands.app import command
 from proxytune.commands.console import ProgressBars, json_line, say, stdout
 from proxytune.commands.flags import Pick
 from proxytune.commands.options import AS_JSON, ModelOptions, RecipeArgument
-from proxytune.errors import InvalidRequest
+from proxytune.errors import InvalidRequest, install_command
 from proxytune.evaluate.plan import EvalOptions
 from proxytune.settings import option
 
 if TYPE_CHECKING:
     from proxytune.evaluate.compare import EvalReport
     from proxytune.evaluate.judges import JudgeSettings
-    from proxytune.evaluate.run import Progress
+    from proxytune.evaluate.run import EvalProgress
     from proxytune.model import ProxyTuned
     from proxytune.recipe.recipe import Recipe
 
@@ -99,7 +99,7 @@ def evaluate(
             own = replace(models, max_calls=None, max_cost=None)
         return own.load(wanted, experts)
 
-    def show(progress: Progress) -> None:
+    def show(progress: EvalProgress) -> None:
         stage = f"{progress.task}, {progress.predictor}"
         bars.show(stage, progress.num_done, progress.num_samples)
 
@@ -129,7 +129,7 @@ def _write(report: EvalReport, output: Path) -> None:
     if importlib.util.find_spec("matplotlib") is not None:
         picture(report, output / "eval.png")
     else:
-        say("no picture: pip install 'proxytune[eval]' brings matplotlib")
+        say(f"no picture: {install_command('eval')} brings matplotlib")
 
 
 def _show(report: EvalReport) -> None:

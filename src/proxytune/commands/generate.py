@@ -36,8 +36,7 @@ from proxytune.request import SPECULATIVE, Request, SamplingParams
 from proxytune.settings import option, options_of
 
 if TYPE_CHECKING:
-    from proxytune.data.batch import BatchReport
-    from proxytune.data.batch import Progress as BatchProgress
+    from proxytune.data.batch import BatchProgress, BatchReport
     from proxytune.decode.batch import Event
     from proxytune.model import ProxyTuned
     from proxytune.recipe.recipe import Recipe

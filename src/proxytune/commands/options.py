@@ -151,7 +151,7 @@ class ModelOptions:
             "context_size": self.context_size,
         }
         given = [name for name, value in settings.items() if value is not None]
-        models = [recipe.base, *(m for e in recipe.experts for m in (e.expert, e.anti_expert))]
+        models = recipe.models.values()
         if given and not self.llama_cpp and all(model.llama_cpp is None for model in models):
             raise InvalidRequest(
                 f"--{given[0].replace('_', '-')} is for llama.cpp, and the recipe runs nothing with it.\n"
@@ -240,7 +240,7 @@ def steering_of(recipe: Recipe, names: Sequence[str] | None, alpha: float | None
         if name in own:
             raise InvalidRequest(f"expert {name!r} is named twice.\nhint: name it once")
         own[name] = number_of(value, f"the strength of expert {name!r}") if has_own else None
-    return recipe.mixed(own, alpha)
+    return recipe.mixed(own, alpha, name="--alpha")
 
 
 def with_policy(recipe: Recipe, policy: str | None, combine: str | None) -> Recipe:

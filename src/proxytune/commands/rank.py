@@ -61,10 +61,10 @@ def rank_experts(
     found = models.read(recipe)
     chosen = found.named(options.experts or tuple(e.name for e in found.experts))
     model = models.load(found, chosen)
-    from proxytune.data.passages import window_of
     from proxytune.measure.rank import rank_experts as ranked
+    from proxytune.measure.score import scoring_window
 
-    passages = data.passages(model, window_of(model, data.window))[: data.limit]
+    passages = data.passages(model, scoring_window(model.ensemble, data.window))[: data.limit]
     with progress("reading", "tokens") as advance:
         ranking = ranked(
             model.steered_by(chosen),

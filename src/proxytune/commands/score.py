@@ -79,14 +79,14 @@ def score(
     found = with_policy(models.read(recipe), options.policy, options.combine)
     experts = options.experts or None
     model = models.load(found, found.named(experts))
-    from proxytune.data.passages import window_of
+    from proxytune.measure.score import scoring_window
 
     with progress("scoring", "tokens") as advance:
         report = model.score(
             text,
             list(dict.fromkeys(options.alphas)),
             experts=experts,
-            window=window_of(model, options.window),
+            window=scoring_window(model.ensemble, options.window),
             seed=options.seed,
             on_progress=advance,
         )

@@ -18,7 +18,7 @@ from proxytune.commands.app import command
 from proxytune.commands.console import stderr
 from proxytune.commands.flags import Pick
 from proxytune.commands.options import ModelOptions, RecipeArgument, argument
-from proxytune.errors import InputFileError, InvalidRequest, MissingExtra
+from proxytune.errors import InputFileError, InvalidRequest, missing_extra
 from proxytune.machine import settle
 from proxytune.request import SPECULATIVE
 from proxytune.server.settings import ServerSettings
@@ -147,9 +147,8 @@ def _run(
         from proxytune.server.run import listen as listening_socket
         from proxytune.server.run import make_server
     except ImportError as error:
-        raise MissingExtra(
-            f"serving needs {error.name}, which is not installed.\n"
-            "hint: pip install 'proxytune[serve]'"
+        raise missing_extra(
+            f"serving needs {error.name}, which is not installed", "serve"
         ) from None
     found = models.read(recipe)
     try:

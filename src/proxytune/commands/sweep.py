@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from proxytune.decode.ensemble import Ensemble
     from proxytune.measure.metrics import Metric
     from proxytune.measure.score import Interval
-    from proxytune.measure.sweep import Grid, Point, Row, SweepReport
+    from proxytune.measure.sweep import Grid, Point, PromptWithReference, SweepReport
     from proxytune.model import ProxyTuned
     from proxytune.recipe.recipe import Recipe
     from proxytune.tasks.task import Task
@@ -218,10 +218,10 @@ def _sweep_likelihood(
     data: DataOptions,
     options: SweepOptions,
 ) -> SweepReport:
-    from proxytune.data.passages import window_of
+    from proxytune.measure.score import scoring_window
     from proxytune.measure.sweep import split, sweep_likelihood
 
-    window = window_of(model, data.window)
+    window = scoring_window(model.ensemble, data.window)
     passages = data.passages(model, window)[: data.limit]
     if options.test_data is None:
         in_order = data.text_file is not None
@@ -242,7 +242,7 @@ def _sweep_likelihood(
 
 def _rows_and_metric(
     model: ProxyTuned, benchmark: Task | None, data: DataOptions, options: SweepOptions
-) -> tuple[list[Row], list[Row], Metric]:
+) -> tuple[list[PromptWithReference], list[PromptWithReference], Metric]:
     """Return rows to pick a strength on, rows to measure it on, and the metric."""
     from proxytune.data.passages import task_rows
     from proxytune.measure.metrics import METRICS
@@ -276,7 +276,7 @@ def _strengths(given: Sequence[str] | None) -> tuple[list[float], dict[str, list
     return list(dict.fromkeys(shared)), unique
 
 
-def _rows(model: ProxyTuned, source: str) -> list[Row]:
+def _rows(model: ProxyTuned, source: str) -> list[PromptWithReference]:
     from proxytune.data.passages import rows_of
     from proxytune.data.rows import read_rows
 

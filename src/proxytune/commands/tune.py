@@ -9,7 +9,7 @@ import typer
 from proxytune.commands.app import command
 from proxytune.commands.console import ProgressBars, json_line, say
 from proxytune.commands.options import AS_JSON
-from proxytune.errors import MissingExtra
+from proxytune.errors import missing_extra
 from proxytune.settings import option
 from proxytune.tune.settings import Display, Interrupted, TuneResult, TuneSettings
 
@@ -41,9 +41,8 @@ def tune(settings: TuneSettings, options: RunOptions) -> None:
     try:
         from proxytune.tune.run import tune as run
     except ImportError as error:
-        raise MissingExtra(
-            f"tuning needs libraries that are not installed ({error}).\n"
-            "hint: pip install 'proxytune[tune]'"
+        raise missing_extra(
+            f"tuning needs libraries that are not installed ({error})", "tune"
         ) from error
     try:
         with ProgressBars(shows_ends=True) as bars:

@@ -1,4 +1,4 @@
-"""Prompts, a json object a line."""
+"""Prompts as JSON lines: one object per line, checked and turned into requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from proxytune.errors import InputFileError, UserError, did_you_mean
 from proxytune.request import SPECULATIVE, Experts, Request, SamplingParams, Steering
 from proxytune.settings import check, option, options_of
 
-if TYPE_CHECKING:  # It brings torch, which a malformed file should not wait for.
+if TYPE_CHECKING:  # Importing it loads torch, which a malformed file should not wait for.
     from proxytune.model import ProxyTuned
     from proxytune.recipe.recipe import Recipe
 
@@ -51,9 +51,9 @@ class BatchOptions:
 
 
 class Line(NamedTuple):
-    """One line of the input."""
+    """One input line."""
 
-    number: int  # from 1, blank lines counted
+    number: int  # from 1, counting blank lines
     fields: dict[str, Any]
     request: Request
 
@@ -61,7 +61,7 @@ class Line(NamedTuple):
 def read_lines(
     path: Path, *, recipe: Recipe, sampling: SamplingParams, steering: Steering
 ) -> list[Line]:
-    """Return all lines of an input file, for those who answer them in another way.
+    """Return all lines of an input file.
 
     Raises:
         InputFileError: The file cannot be read, has no prompts, or a line cannot be used.
@@ -72,20 +72,20 @@ def read_lines(
 
 
 def line_seed(seed: int | None, number: int) -> int:
-    """Return the seed of a sampled line that has none: 63 bits of a hash of the run's seed and the number."""
+    """Return the seed of a sampled line without one: 63 bits of a hash of the run's seed and the number."""
     digest = hashlib.sha256(f"{seed or 0}:{number}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def parse_line(raw: bytes, number: int, *, recipe: Recipe, options: BatchOptions) -> Line:
-    """Read one line of the input.
+    """Read one input line.
 
     Raises:
-        UserError: It cannot be used; the message does not name the line.
+        UserError: The line cannot be used. The message does not name the line.
     """
     try:
         content = json.loads(raw.decode("utf-8"))
-        # What cannot be written again must not come in: NaN, numbers too large, half of a surrogate pair.
+        # Refuse what could not be written again: NaN, numbers too large, half of a surrogate pair.
         json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeDecodeError as error:
         raise InputFileError(f"not UTF-8 text (byte {error.start + 1} of the line)") from error
@@ -98,19 +98,18 @@ def parse_line(raw: bytes, number: int, *, recipe: Recipe, options: BatchOptions
     except (ValueError, RecursionError) as error:
         raise InputFileError(f"JSON that cannot be kept ({error})") from error
     if not isinstance(content, dict):
-        raise InputFileError(f'a JSON {_kind(content)}, and must be an object with "prompt"')
+        raise InputFileError(f'it is a JSON {_kind(content)}, and must be an object with "prompt"')
     prompt_fields = [name for name in ("prompt", "messages") if name in content]
     if len(prompt_fields) != 1:
         given = ", ".join(map(repr, content)) or "none"
         raise InputFileError(
-            'both "prompt" and "messages" are there, and one of them is the prompt'
+            'it has both "prompt" and "messages", and only one of them can be the prompt'
             if prompt_fields
-            else f'neither "prompt" nor "messages" is there (its fields: {given})'
+            else f'it has neither "prompt" nor "messages" (its fields: {given})'
         )
     if "output" in content:
         raise InputFileError(
-            'a field "output" is there, and the answer is put under this name.\n'
-            "hint: give the field another name"
+            'it has a field "output", which is where the answer goes.\nhint: rename the field'
         )
     prompt = content[prompt_fields[0]]
     if prompt_fields == ["messages"] and not (
@@ -128,15 +127,13 @@ def parse_line(raw: bytes, number: int, *, recipe: Recipe, options: BatchOptions
 
 
 def _request(prompt: Any, own: Mapping[str, Any], number: int, options: BatchOptions) -> Request:
-    """Return the request of a line: the run's options, and over them the line's own."""
+    """Return the request of a line: the run's options, overridden by the line's own."""
     for name in own:
         if name not in LINE_OPTIONS:
+            known = f"known are {', '.join(LINE_OPTIONS)}"
             raise InputFileError(
-                f'"options" holds {name!r}, which is no option'
-                + (
-                    did_you_mean(name, LINE_OPTIONS)
-                    or f".\nhint: the options are {', '.join(LINE_OPTIONS)}"
-                )
+                f'"options" has {name!r}, which is not an option'
+                f"{did_you_mean(name, LINE_OPTIONS, otherwise=known)}"
             )
     changes = {
         name: SAMPLING_OPTIONS[name].from_json(value)
@@ -166,13 +163,13 @@ def _experts(value: object) -> Experts:
 
 
 def _kind(value: object) -> str:
-    """Return what JSON calls a value."""
+    """Return the JSON name of a value's type."""
     names = {str: "string", bool: "boolean", int: "number", float: "number", list: "array"}
     return "null" if value is None else names.get(type(value), "object")
 
 
 class InputFile:
-    """The input file, read line by line as often as needed."""
+    """The input file, read line by line and more than once."""
 
     def __init__(self, path: Path, recipe: Recipe, options: BatchOptions) -> None:
         self._path = path
@@ -180,13 +177,13 @@ class InputFile:
         self._options = options
         self.sha256 = ""
         self.num_lines = 0
-        """Lines that can be used."""
+        """Number of usable lines."""
         self.bad_lines: set[int] = set()
         self.reasons: list[str] = []
         try:
             if path.exists() and not path.is_file():
                 raise InputFileError(
-                    f"{path} is not a regular file, and the input is read more than once.\n"
+                    f"{path} is not a regular file, and the input has to be read more than once.\n"
                     "hint: write the prompts into a file first"
                 )
             self._file: IO[bytes] = path.open("rb")
@@ -206,15 +203,15 @@ class InputFile:
         self._file.seek(0)
         for number, raw in enumerate(self._file, 1):
             if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")  # Some editors begin a file so.
+                raw = raw.removeprefix(b"\xef\xbb\xbf")  # Some editors put a byte order mark there.
             if raw.strip():
                 yield number, raw
 
     def check_lines(self) -> tuple[str, ...]:
-        """Check every line, and return the experts they use.
+        """Check every line, and return the experts that the lines use.
 
         Raises:
-            InputFileError: A line cannot be used and none may be skipped, or none is left.
+            InputFileError: A line cannot be used and may not be skipped, or no usable line is left.
         """
         experts: set[str] = set()
         digest = hashlib.sha256()
@@ -235,7 +232,7 @@ class InputFile:
         """Check that every prompt fits the models.
 
         Raises:
-            InputFileError: A prompt does not, and no line may be skipped, or none is left.
+            InputFileError: A prompt does not fit and may not be skipped, or no usable line is left.
         """
         for line in self.lines():
             try:
@@ -246,7 +243,7 @@ class InputFile:
         self._check_some_left()
 
     def lines(self) -> Iterator[Line]:
-        """Yield the lines that can be used."""
+        """Yield the usable lines."""
         for number, raw in self._raw_lines():
             if number not in self.bad_lines:
                 yield parse_line(raw, number, recipe=self._recipe, options=self._options)
@@ -257,7 +254,7 @@ class InputFile:
             hint = (
                 ""
                 if "hint:" in reason
-                else "\nhint: fix the line, or leave it out with --skip-bad-lines"
+                else "\nhint: correct the line, or leave it out with --skip-bad-lines"
             )
             raise InputFileError(reason + hint) from error
         self.bad_lines.add(number)
@@ -267,7 +264,7 @@ class InputFile:
     def _check_some_left(self) -> None:
         if self.num_lines == 0:
             raise InputFileError(
-                f"{self._path} has no line that can be used"
-                + (f"; the first that cannot: {self.reasons[0]}" if self.reasons else "")
+                f"{self._path} has no usable line"
+                + (f"; the first problem: {self.reasons[0]}" if self.reasons else "")
                 + '.\nhint: a line is an object such as {"prompt": "Once upon a time"}'
             )

@@ -1,48 +1,38 @@
-"""Rows as each model reads them."""
+"""Rows of data and items of benchmarks as the models read them: passages to predict, prompts to answer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from proxytune.data.rows import Rows
-from proxytune.errors import (
-    InvalidRequest,
-)
+from proxytune.data.rows import Rows, answers_of
+from proxytune.errors import InvalidRequest
 from proxytune.measure.metrics import Metric
-from proxytune.measure.score import (
-    SCORE_WINDOW,
-    Passage,
-)
-from proxytune.measure.sweep import Row
-from proxytune.request import Prompt, Request, SamplingParams
+from proxytune.measure.score import Passage
+from proxytune.measure.sweep import PromptWithReference
+from proxytune.request import Request, SamplingParams
 
 if TYPE_CHECKING:
-    from proxytune.data.rows import Rows
-    from proxytune.measure.score import Passage
-    from proxytune.measure.sweep import Row
     from proxytune.model import ProxyTuned
     from proxytune.request import Prompt
     from proxytune.tasks.task import Task
 
 
-def window_of(model: ProxyTuned, window: int | None) -> int:
-    """Return the window asked for, or the usual one as far as all contexts hold it."""
-    contexts = [m.backend.capabilities.max_context for m in model.ensemble.members]
-    return window or min([SCORE_WINDOW, *(c for c in contexts if c is not None)])
-
-
 def passages_of(model: ProxyTuned, rows: Rows, *, window: int) -> list[Passage]:
     """Return what is to be predicted in rows: windows of texts, or answers after their prompts.
 
-    Of a conversation the last answer counts, of a preference the chosen one. A text too short to hold
-    anything to predict is left out.
+    Every answer that training would take its loss on is a passage; see `answers_of`. Texts and answers with
+    nothing to predict are left out.
+
+    Args:
+        model: Its base's tokenizer cuts texts; each member's prompt format renders prompts.
+        rows: Of any format.
+        window: Tokens per window of a text.
     """
     if rows.kind != "text":
-        pairs = [_answered(row) for row in rows.rows]
-        return model.completion_passages(pairs)
+        return model.completion_passages(list(_answers(rows)))
     passages = []
     for row in rows.rows:
         with suppress(InvalidRequest):
@@ -50,48 +40,47 @@ def passages_of(model: ProxyTuned, rows: Rows, *, window: int) -> list[Passage]:
     return passages
 
 
-def rows_of(model: ProxyTuned, rows: Rows) -> list[Row]:
-    """Return prompts to write to, as each model sees them, and the answers given for them.
+def rows_of(model: ProxyTuned, rows: Rows) -> list[PromptWithReference]:
+    """Return the prompts of rows as each model sees them, each with the answer that the row gives.
 
     Raises:
         InvalidRequest: The rows are plain texts.
     """
     if rows.kind == "text":
         raise InvalidRequest(
-            f"{rows.source} holds plain texts, and this metric compares what is written with given answers.\n"
-            'hint: give rows of {"prompt", "completion"}, or take the metric perplexity'
+            f"{rows.source} holds plain texts, and this metric compares generated answers with given ones.\n"
+            'hint: give rows of {"prompt", "completion"}, or use the metric perplexity'
         )
-    found = []
-    for prompt, answer in map(_answered, rows.rows):
-        job = model.job(Request(prompt, SamplingParams(max_new_tokens=1)))
-        found.append(Row(job.prompts, answer))
-    return found
+    return [_prompted(model, prompt, answer) for prompt, answer in _answers(rows)]
 
 
 def task_rows(
     model: ProxyTuned, task: Task, data_dir: Path | None, *, limit: int | None = None
-) -> tuple[list[Row], Metric]:
-    """Return a benchmark's items as rows, and its score by the `numeric` rule as a metric.
+) -> tuple[list[PromptWithReference], Metric]:
+    """Return a benchmark's prompts, and its score by the `numeric` rule as a metric.
 
     Args:
-        model: Who writes.
-        task: One whose answers are generated and scored by their text.
-        data_dir: As of `Task.items`.
-        limit: Most items; None for all.
+        model: The models that answer.
+        task: A benchmark whose answers are generated and scored by their text alone.
+        data_dir: Where its files are; see `Task.items`.
+        limit: Maximum number of items; None takes all.
+
+    Returns:
+        The prompts, each with its item's index as its reference, and a metric that looks the item up by it.
 
     Raises:
-        InvalidRequest: Answers are chosen by likelihood, or something else than the text decides.
-        InputFileError: The data cannot be had, or is malformed.
+        InvalidRequest: The benchmark compares likelihoods, or needs a judge.
+        InputFileError: The data is missing or malformed.
     """
     if task.decider != "rule":
         raise InvalidRequest(
-            f"answers to {task.name} are decided by more than their text.\n"
-            "hint: `proxytune eval` takes several --alphas, and who decides"
+            f"answers to {task.name} cannot be scored by their text alone.\n"
+            "hint: `proxytune eval` takes several --alphas, and a judge"
         )
     items = task.items(data_dir)[:limit]
     if any(item.options for item in items):
         raise InvalidRequest(
-            f"answers to {task.name} are chosen by their likelihood, and a sweep writes them.\n"
+            f"{task.name} compares the likelihood of given answers, and a sweep generates answers.\n"
             "hint: `proxytune eval` takes several --alphas"
         )
 
@@ -99,31 +88,14 @@ def task_rows(
         place = int(reference)
         return task.score(task.row(items[place], text), place + 1, "numeric") or 0.0
 
-    rows = []
-    for place, item in enumerate(items):
-        job = model.job(Request(item.prompt, SamplingParams(max_new_tokens=1)))
-        rows.append(Row(job.prompts, str(place)))
-    return rows, Metric(task.metric, task.title, task.lower_is_better, score)
+    prompts = [_prompted(model, item.prompt, str(place)) for place, item in enumerate(items)]
+    return prompts, Metric(task.metric, task.title, task.lower_is_better, score)
 
 
-def _answered(row: Mapping[str, Any]) -> tuple[Prompt, str]:
-    """Return a row's prompt and the answer to it."""
-    if "messages" in row:
-        messages = list(row["messages"])
-        while messages and messages[-1]["role"] != "assistant":
-            messages.pop()
-        return messages[:-1], messages[-1]["content"]
-    answer = row["completion"] if "completion" in row else row["chosen"]
-    prompt: Prompt = row.get("prompt") or ""
-    return prompt, answer if isinstance(answer, str) else answer[-1]["content"]
+def _answers(rows: Rows) -> itertools.chain[tuple[Prompt, str]]:
+    return itertools.chain.from_iterable(map(answers_of, rows.rows))
 
 
-def prompt_and_answer(row: Mapping[str, Any]) -> tuple[Prompt, str]:
-    """Return what precedes the last answer of a row, and that answer."""
-    if "messages" in row:
-        last = max(i for i, m in enumerate(row["messages"]) if m["role"] == "assistant")
-        return row["messages"][:last], row["messages"][last]["content"]
-    answer = row.get("completion", row.get("chosen"))
-    if isinstance(answer, list):
-        answer = "\n\n".join(m["content"] for m in answer if m["role"] == "assistant")
-    return row["prompt"], str(answer)
+def _prompted(model: ProxyTuned, prompt: Prompt, reference: str) -> PromptWithReference:
+    job = model.job(Request(prompt, SamplingParams(max_new_tokens=1)))
+    return PromptWithReference(job.prompts, reference)

@@ -1,4 +1,4 @@
-"""Output that a killed run goes on with."""
+"""An output file that a killed run can continue."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from proxytune.data.lines import Line
-from proxytune.errors import (
-    OutputFileError,
+from proxytune.errors import OutputFileError
+from proxytune.files import unwritable, write_json
+
+HINT = (
+    "give an output file in an existing, writable directory with free space; an interrupted "
+    "run continues when it is started again"
 )
 
-if TYPE_CHECKING:  # It brings torch, which a malformed file should not wait for.
-    pass
-
 FORMAT = 1
-"""Of the progress file. A version that writes other lines counts up, so that none continues the other's."""
+"""Version of the progress file. It counts up when lines change, so that no version continues another's."""
 
 
 class ResumableOutput:
     """An output file, locked while it is open, and its progress file.
 
     Args:
-        path: The file, made where it is not there.
-        settings: Everything that its content depends on; a file begun with others is refused.
+        path: The file; created if it does not exist.
+        settings: Everything that the content depends on. A file started with other settings is refused.
 
     Raises:
-        OutputFileError: It cannot be written, is being written by another process, or was begun with other
-            settings.
+        OutputFileError: The file cannot be written, is being written by another process, or was started with
+            other settings.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -45,7 +46,7 @@ class ResumableOutput:
             raise self._cannot_write(error) from error
         try:
             self.finished = self._begin()
-            """Lines written and lines left out, if an earlier run finished the file."""
+            """Number of lines written and numbers of lines left out, if an earlier run finished the file."""
         except BaseException:
             self._file.close()
             raise
@@ -61,7 +62,7 @@ class ResumableOutput:
     def _open(self) -> IO[bytes]:
         if self._path.exists() and not stat.S_ISREG(self._path.stat().st_mode):
             raise OutputFileError(
-                f"{self._path} is not a regular file, and a run could not be continued in it.\n"
+                f"{self._path} is not a regular file, so an interrupted run could not be continued.\n"
                 "hint: give the path of a file"
             )
         file = os.fdopen(
@@ -71,14 +72,14 @@ class ResumableOutput:
             file.close()
             raise OutputFileError(
                 f"another process is writing {self._path}.\n"
-                "hint: wait until it has ended, or give another file"
+                "hint: wait until it ends, or give another file"
             )
         return file
 
     def _begin(self) -> tuple[int, tuple[int, ...]] | None:
-        """Compare settings with those of an earlier run, or write them down for a later one."""
+        """Compare the settings with those of an earlier run, or record them for a later one."""
         size = os.fstat(self._file.fileno()).st_size
-        if size == 0:  # Nothing to lose, whatever an earlier run had in mind.
+        if size == 0:  # There is nothing to lose, whatever an earlier run's settings were.
             self._write_progress({})
             return None
         try:
@@ -91,30 +92,35 @@ class ResumableOutput:
                 finished_size = int(finished["num_bytes"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise OutputFileError(
-                f"{self._path} is there and not empty, and {self._progress_path.name}, which would say "
-                "how it was begun, is missing or damaged; the file is left as it is.\n"
+                f"{self._path} is not empty, and {self._progress_path.name}, which should say how it was "
+                "started, is missing or damaged; the file is left as it is.\n"
                 "hint: give another output file, or remove this one"
             ) from error
         if begun != self._settings:
             raise OutputFileError(
-                f"{self._path} was begun with other settings, and continuing would mix them: "
+                f"{self._path} was started with other settings, and continuing would mix them: "
                 f"{_differences(begun, self._settings)}.\n"
-                "hint: give the settings it was begun with, give another output file, or remove this one"
+                "hint: use the settings it was started with, give another output file, or remove this one"
             )
         if finished is None:
             return None
         if finished_size != size:
             raise OutputFileError(
-                f"{self._path} was finished with {finished_size:,} bytes and has {size:,} now, so something "
+                f"{self._path} was finished with {finished_size:,} bytes and now has {size:,}, so something "
                 "else has written to it.\nhint: give another output file, or remove this one"
             )
         return num_lines, bad_lines
 
     def resume(self, lines: Iterator[Line], num_lines: int, batch_size: int) -> int:
-        """Cut off what an interrupted run left of its last block, and return the number of lines kept.
+        """Cut off an interrupted run's incomplete last block, and return the number of lines kept.
+
+        Args:
+            lines: The input lines.
+            num_lines: Number of input lines.
+            batch_size: Number of lines per block.
 
         Raises:
-            OutputFileError: A line that is kept is not an answer to its line of the input.
+            OutputFileError: A kept line does not answer its input line.
         """
         self._file.seek(0)
         num_kept, size_kept, size = 0, 0, 0
@@ -124,7 +130,7 @@ class ResumableOutput:
             line = next(lines, None)
             if line is None or not _answers(raw, line):
                 raise OutputFileError(
-                    f"line {num_whole} of {self._path} is no answer to "
+                    f"line {num_whole} of {self._path} does not answer "
                     + ("any line" if line is None else f"line {line.number}")
                     + " of the input, so something else has written to it.\n"
                     "hint: give another output file, or remove this one"
@@ -140,7 +146,7 @@ class ResumableOutput:
         return num_kept
 
     def append(self, answers: Iterable[Mapping[str, Any]]) -> None:
-        """Write a block and flush it to the disk."""
+        """Write a block and flush it to disk."""
         text = "".join(json.dumps(a, ensure_ascii=False, allow_nan=False) + "\n" for a in answers)
         try:
             self._file.write(text.encode())
@@ -150,7 +156,7 @@ class ResumableOutput:
             raise self._cannot_write(error) from error
 
     def finish(self, num_lines: int, bad_lines: Iterable[int]) -> None:
-        """Write down that nothing is left to do."""
+        """Record that the file is complete."""
         finished = {
             "num_lines": num_lines,
             "num_bytes": os.fstat(self._file.fileno()).st_size,
@@ -159,30 +165,15 @@ class ResumableOutput:
         self._write_progress({"finished": finished})
 
     def _write_progress(self, further: Mapping[str, Any]) -> None:
-        """Replace the progress file in one step, so that a reader never sees half of it."""
-        temporary = self._progress_path.with_name(self._progress_path.name + ".tmp")
         content = {"format": FORMAT, "settings": self._settings, **further}
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(content, file, indent=2)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self._progress_path)
-        except OSError as error:
-            raise self._cannot_write(error) from error
+        write_json(self._progress_path, content, hint=HINT)
 
     def _cannot_write(self, error: OSError) -> OutputFileError:
-        where = error.filename or self._path
-        return OutputFileError(
-            f"{where} cannot be written: {error.strerror}.\n"
-            "hint: give an output file in a directory that is there, where you may write and space is left; "
-            "a run that was interrupted continues when it is started again"
-        )
+        return unwritable(Path(error.filename or self._path), error, HINT)
 
 
 def _answers(raw: bytes, line: Line) -> bool:
-    """Whether a line of the output has an answer and the fields of a line of the input."""
+    """Whether an output line has an answer and the fields of an input line."""
     try:
         content = json.loads(raw)
         return "output" in content and content == {**line.fields, "output": content["output"]}
@@ -191,9 +182,9 @@ def _answers(raw: bytes, line: Line) -> bool:
 
 
 def _lock(file: IO[bytes]) -> bool:
-    """Keep other processes from the file until it is closed; False if one has it."""
+    """Lock the file against other processes until it is closed; return False if one holds the lock."""
     if sys.platform == "win32":
-        return True  # There is no lock here that ends with a killed process and lets others read.
+        return True  # Windows has no lock that ends with a killed process and lets others read.
     import fcntl
 
     try:
@@ -201,19 +192,19 @@ def _lock(file: IO[bytes]) -> bool:
     except BlockingIOError:
         return False
     except OSError:
-        return True  # Some network file systems have no locks.
+        return True  # Some network file systems do not support locks.
     return True
 
 
 def _differences(begun: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Name the settings that differ, with both values where they are short."""
+    """Name the settings that differ, with both values."""
     parts = []
     for name in sorted(begun.keys() | now.keys()):
         before, after = (json.dumps(side.get(name)) for side in (begun, now))
         if before == after:
             continue
         if name == "input_sha256":
-            parts.append("the input file's content has changed")
+            parts.append("the content of the input file has changed")
         elif name == "recipe":
             parts.append("the recipe has changed")
         else:
@@ -222,6 +213,6 @@ def _differences(begun: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def number_list(numbers: Sequence[int], most: int = 20) -> str:
-    """Return numbers as text: `3, 17, 42`, and how many more there are beyond `most`."""
+    """Return numbers as text: `3, 17, 42`, and how many more than `most` there are."""
     shown = ", ".join(map(str, numbers[:most]))
     return shown if len(numbers) <= most else f"{shown} and {len(numbers) - most} more"

@@ -1,4 +1,15 @@
-"""Rows of text, completions, conversations: read and checked."""
+"""Rows of data: read from any source, checked, split, and the answers in them.
+
+A row is an object in one of four formats, and all rows of a source have the same one:
+
+    {"text": ...}                                   every token is trained on
+    {"prompt": ..., "completion": ...}              the completion is trained on
+    {"messages": [{"role": ..., "content": ...}]}   every reply of the assistant is trained on
+    {"prompt": ..., "chosen": ..., "rejected": ...} a preference
+
+Prompts, completions and answers are text, or lists of messages. Other keys are ignored: data sets carry ids
+and sources. Tokens never reach this file.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +27,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from proxytune.errors import (
-    InputFileError,
-    InvalidRequest,
-    MissingExtra,
-)
-from proxytune.request import Message
+from proxytune.errors import InputFileError, InvalidRequest, MissingExtra, missing_extra
+from proxytune.request import Message, Prompt
 
 Kind = Literal["text", "completion", "messages", "preference"]
 Unit = Literal["line", "row"]
@@ -32,7 +39,7 @@ REQUIRED: Mapping[Kind, frozenset[str]] = {
     "messages": frozenset({"messages"}),
     "preference": frozenset({"chosen", "rejected"}),
 }
-"""The keys that make a format."""
+"""The keys that identify each format."""
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -52,9 +59,9 @@ class Rows:
 
     Args:
         kind: The format.
-        rows: Each with only the format's own keys.
-        source: How errors and the model card call where they came from.
-        lines: The line or row of each in its source, from 1.
+        rows: The rows, each with the format's own keys only.
+        source: The source's name in errors and in the model card.
+        lines: Line or row number of each row in its source, from 1.
         unit: What `lines` counts.
     """
 
@@ -69,7 +76,7 @@ class Rows:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of format and rows; it does not depend on the kind of file they came from."""
+        """SHA-256 of format and rows; it does not depend on the kind of file."""
         digest = hashlib.sha256(self.kind.encode())
         for row in self.rows:
             line = json.dumps(row, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
@@ -77,7 +84,7 @@ class Rows:
         return digest.hexdigest()
 
     def where(self, index: int) -> str:
-        """Return how errors call one of the rows."""
+        """Return the name of a row in errors."""
         return f"{self.unit} {self.lines[index]} of {self.source}"
 
 
@@ -85,11 +92,11 @@ class Rows:
 
 
 class _Refused(Exception):
-    """Why a row cannot be used; the reader adds where it stands."""
+    """Why a row cannot be used; the reader adds its line."""
 
 
 class _Found(NamedTuple):
-    """What a source holds, not yet checked."""
+    """The content of a source, not yet checked."""
 
     source: str
     unit: Unit
@@ -100,11 +107,11 @@ def read_rows(source: str | Path | Iterable[Mapping[str, Any]], *, split: str = 
     """Return the rows of a source, all checked.
 
     Args:
-        source: A file (JSON lines, JSON, plain text, which is one row, CSV, Parquet or Arrow; each also
-            compressed with gzip), a directory written by `save_to_disk` of `datasets`, the id of a data set
-            on the Hugging Face Hub (`owner/name` or `owner/name:config`), or mappings. What exists as a path
-            is never looked for on the Hub. Code of a data set is never run.
-        split: Of a data set that has several; a file has none, and is read whole.
+        source: A file of JSON lines, JSON, CSV, Parquet, Arrow, or plain text, which is one row; each may be
+            compressed with gzip. Or a directory written by `save_to_disk` of `datasets`, the id of a data set
+            on the Hugging Face Hub (`owner/name` or `owner/name:config`), or mappings. An existing path is
+            never looked up on the Hub. A data set's code is never run.
+        split: Which split of a data set to read. A file has none and is read whole.
 
     Raises:
         InputFileError: The source is missing or cannot be read, or a row cannot be used; names the line.
@@ -115,7 +122,7 @@ def read_rows(source: str | Path | Iterable[Mapping[str, Any]], *, split: str = 
     if isinstance(source, Mapping):
         raise InputFileError(
             f"the given rows are a mapping (keys {_listed(source)}), and must be a list of rows.\n"
-            'hint: of a data set with several splits give one, such as dataset["train"]'
+            'hint: if it is a data set with several splits, give one of them, such as dataset["train"]'
         )
     return _checked(_Found("the given rows", "row", enumerate(source, 1)))
 
@@ -133,11 +140,11 @@ def _checked(found: _Found) -> Rows:
             elif form != first:
                 raise _Refused(
                     f"its format is {_form_name(form)}, and that of {found.unit} {lines[0]} is "
-                    f"{_form_name(first)}; all rows must be alike.\n"
-                    "hint: put the rows of each format into a file of their own"
+                    f"{_form_name(first)}; all rows must have the same format.\n"
+                    "hint: put the rows of each format into a separate file"
                 )
         except _Refused as refused:
-            hint = "" if "\nhint:" in str(refused) else ".\nhint: mend this row, or leave it out"
+            hint = "" if "\nhint:" in str(refused) else ".\nhint: correct this row, or leave it out"
             raise InputFileError(
                 f"{found.unit} {number} of {found.source}: {refused}{hint}"
             ) from refused.__cause__
@@ -145,7 +152,7 @@ def _checked(found: _Found) -> Rows:
         lines.append(number)
     if first is None:
         raise InputFileError(
-            f"{found.source} holds no rows, so there is nothing to learn from.\nhint: {_FORMATS_HINT}"
+            f"{found.source} has no rows, so there is nothing to learn from.\nhint: {_FORMATS_HINT}"
         )
     return Rows(first[0], rows, found.source, lines, found.unit)
 
@@ -154,19 +161,19 @@ def _find(source: str | Path, split: str) -> _Found:
     path = Path(source).expanduser()
     try:
         is_there, is_directory = path.exists() and str(source) != "", path.is_dir()
-    except (OSError, ValueError):  # Too long a name, or a character that no path has.
+    except (OSError, ValueError):  # The name is too long, or has a character that no path can have.
         is_there = is_directory = False
     if is_there and is_directory:
         return _read_directory(path, split)
     if is_there:
         return _read_file(path)
     hub_id = _HUB_ID.fullmatch(source) if isinstance(source, str) else None
-    # With its folder there, a name is a file that is missing, not a data set of that owner.
+    # If the folder exists, the name means a missing file, not a data set of that owner.
     if hub_id and path.suffix.lower() not in _FILE_SUFFIXES and not path.parent.exists():
         return _read_hub(str(source), hub_id["id"], hub_id["config"], split)
     raise InputFileError(
         f"{str(source)!r} does not exist, so no rows can be read.\n"
-        "hint: name a file of JSON lines or text, or a data set on the Hub as owner/name"
+        "hint: give a file of JSON lines or text, or a data set on the Hub as owner/name"
     )
 
 
@@ -174,8 +181,8 @@ def _read_directory(path: Path, split: str) -> _Found:
     is_single = (path / "state.json").exists()
     if not is_single and not (path / "dataset_dict.json").exists():
         raise InputFileError(
-            f"{path} is a directory without a data set that `save_to_disk` wrote.\n"
-            "hint: name one of its files, or write one with datasets' save_to_disk"
+            f"{path} is a directory, and not one that `save_to_disk` of datasets wrote.\n"
+            "hint: give one of its files, or write the data set with save_to_disk"
         )
     datasets = _datasets(f"the data set in {path}")
     try:
@@ -185,7 +192,7 @@ def _read_directory(path: Path, split: str) -> _Found:
             loaded = splits[split]
         if splits is None or split in splits:
             return _Found(path.name, "row", enumerate(_dataset_rows(loaded), 1))
-    except Exception as error:  # It may fail in ways of its own, of Arrow's, or of the disk's.
+    except Exception as error:  # The library, Arrow and the disk each have exceptions of their own.
         raise InputFileError(
             f"the data set in {path} cannot be read: {_first_line(error)}\n"
             "hint: write it again with save_to_disk"
@@ -204,9 +211,9 @@ def _read_hub(source: str, hub_id: str, config: str | None, split: str) -> _Foun
         Exception
     ) as error:  # Network, access, format, configuration: each has its own exception.
         raise InputFileError(
-            f"no file {source!r} is there, and the data set of this name cannot be had from the Hugging Face "
+            f"there is no file {source!r}, and no data set of this name can be read from the Hugging Face "
             f"Hub (split {split!r}): {_first_line(error)}\n"
-            "hint: check the name, --split and the network; owner/name:config chooses a configuration"
+            "hint: check the name, --split and the network; owner/name:config selects a configuration"
         ) from error
     return _Found(source, "row", enumerate(rows, 1))
 
@@ -214,7 +221,7 @@ def _read_hub(source: str, hub_id: str, config: str | None, split: str) -> _Foun
 def _dataset_rows(dataset: Any) -> list[dict[str, Any]]:
     names = set(dataset.column_names)
     if any(keys <= names for keys in REQUIRED.values()):
-        # Other columns may be images or the like, and slow to decode.
+        # Other columns may be slow to decode, such as images.
         dataset = dataset.select_columns([key for key in _KEYS if key in names])
     return list(dataset.with_format(None).to_list())
 
@@ -223,14 +230,13 @@ def _datasets(what: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise _missing_extra(what) from error
+        raise _without_datasets(what) from error
     return datasets
 
 
-def _missing_extra(what: str) -> MissingExtra:
-    return MissingExtra(
-        f"{what} is read with the library datasets, which is not installed.\n"
-        "hint: pip install 'proxytune[tune]'"
+def _without_datasets(what: str) -> MissingExtra:
+    return missing_extra(
+        f"reading {what} needs the library datasets, which is not installed", "tune"
     )
 
 
@@ -242,20 +248,20 @@ def _read_file(path: Path) -> _Found:
         if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
         elif suffix == ".gz" and content:
-            raise gzip.BadGzipFile("it does not begin as gzip does")
+            raise gzip.BadGzipFile("it does not begin like a gzip file")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputFileError(
-            f"{path} is cut off or damaged as a gzip file: {error}\nhint: bring it here again"
+            f"{path} is a truncated or damaged gzip file: {error}\nhint: copy it again"
         ) from error
     except OSError as error:
         raise InputFileError(
-            f"{path} cannot be read: {error.strerror}.\nhint: name a file that can be read"
+            f"{path} cannot be read: {error.strerror}.\nhint: give a readable file"
         ) from error
     if suffix == ".gz":
         suffix = Path(path.stem).suffix.lower()
     if suffix in (".parquet", ".arrow") or content.startswith((b"PAR1", b"ARROW1")):
         return _Found(name, "row", enumerate(_arrow_rows(content, path), 1))
-    content = content.removeprefix(b"\xef\xbb\xbf")  # Some editors begin a file so.
+    content = content.removeprefix(b"\xef\xbb\xbf")  # Some editors put a byte order mark there.
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -278,7 +284,7 @@ def _arrow_rows(content: bytes, path: Path) -> list[dict[str, Any]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise _missing_extra(path.name) from error
+        raise _without_datasets(path.name) from error
     try:
         buffer = pyarrow.BufferReader(content)
         if content.startswith(b"PAR1"):
@@ -291,7 +297,7 @@ def _arrow_rows(content: bytes, path: Path) -> list[dict[str, Any]]:
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise InputFileError(
             f"{path} cannot be read as Parquet or Arrow: {_first_line(error)}\n"
-            "hint: bring it here again, or write it again"
+            "hint: copy it again, or write it again"
         ) from error
 
 
@@ -304,20 +310,20 @@ def _csv_items(text: str, name: str) -> Iterator[tuple[int, Any]]:
             if "" in row and isinstance(row[""], list):
                 raise InputFileError(
                     f"line {line} of {name}: it has more cells than the first line has names.\n"
-                    "hint: text that holds commas stands in double quotes"
+                    "hint: put text that contains commas in double quotes"
                 )
             yield line, row
             line = reader.line_num + 1
     except csv.Error as error:
         raise InputFileError(
-            f"{name} cannot be read as CSV: {error}\nhint: cells that hold quotes double them"
+            f"{name} cannot be read as CSV: {error}\nhint: double the quotes inside a quoted cell"
         ) from error
     finally:
         csv.field_size_limit(limit)
 
 
 def _json_lines(text: str, name: str) -> Iterator[tuple[int, Any]]:
-    # Not splitlines(): JSON text may hold U+2028, which ends a line for Python alone.
+    # Not splitlines(): JSON text may contain U+2028, which only Python takes for the end of a line.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -326,12 +332,12 @@ def _json_lines(text: str, name: str) -> Iterator[tuple[int, Any]]:
         except (ValueError, RecursionError) as error:
             raise InputFileError(
                 f"line {number} of {name}: not valid JSON ({_json_reason(error)}).\n"
-                "hint: each line is one whole object; a file of plain text is named .txt"
+                "hint: each line must be a whole object; name a file of plain text .txt"
             ) from error
 
 
 def _json_items(text: str, name: str) -> _Found:
-    """Return the rows of a JSON document, or of JSON lines, which are often named so too."""
+    """Return the rows of a JSON document, or of JSON lines, which often have the same suffix."""
     if not text.strip():
         return _Found(name, "row", [])
     try:
@@ -347,7 +353,7 @@ def _json_items(text: str, name: str) -> _Found:
         line = f"line {error.lineno} of " if isinstance(error, json.JSONDecodeError) else ""
         raise InputFileError(
             f"{line}{name}: not valid JSON ({_json_reason(error)}).\n"
-            "hint: a file holds one list of objects, or one object on each line; plain text is named .txt"
+            "hint: give one list of objects, or one object per line; name a file of plain text .txt"
         ) from error
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
@@ -368,22 +374,22 @@ def _first_line(error: BaseException) -> str:
 
 
 def _row(item: Any) -> tuple[Kind, dict[str, Any]]:
-    """Return a row's format, and its own keys brought into one shape."""
+    """Return a row's format, and the row with the format's own keys only."""
     if not isinstance(item, Mapping):
-        raise _Refused(f"{_called(item)}, and must be an object.\nhint: {_FORMATS_HINT}")
-    # A table has a null where a row lacks the column, so a null is no key, unless it is all there is.
+        raise _Refused(f"it is {_called(item)}, and must be an object.\nhint: {_FORMATS_HINT}")
+    # Tables have null where a row lacks a column: a null counts as a key only if no format fits otherwise.
     filled = {key for key in item if item[key] is not None}
     kinds = [k for k in REQUIRED if REQUIRED[k] <= filled] or [
         k for k in REQUIRED if REQUIRED[k] <= item.keys()
     ]
     if not kinds:
         raise _Refused(
-            f"its keys ({_listed(item)}) make none of the known formats.\nhint: {_FORMATS_HINT}"
+            f"its keys ({_listed(item)}) fit none of the known formats.\nhint: {_FORMATS_HINT}"
         )
     if len(kinds) > 1:
         raise _Refused(
-            f"its keys fit the formats {' and '.join(kinds)}, so it is not clear which is meant.\n"
-            "hint: leave the keys of all but one out"
+            f"its keys fit the formats {' and '.join(kinds)}, so it is unclear which one is meant.\n"
+            "hint: keep the keys of one format only"
         )
     kind = kinds[0]
     if kind == "text":
@@ -392,7 +398,7 @@ def _row(item: Any) -> tuple[Kind, dict[str, Any]]:
         messages = _messages(item["messages"], '"messages"')
         if not any(m["role"] == "assistant" for m in messages[1:]):
             raise _Refused(
-                "it has no message of the assistant that answers another, so there is nothing to learn"
+                "it has no message of the assistant that answers another one, so there is nothing to learn"
             )
         return kind, {"messages": messages}
     answers = ("completion",) if kind == "completion" else ("chosen", "rejected")
@@ -400,7 +406,7 @@ def _row(item: Any) -> tuple[Kind, dict[str, Any]]:
     if len({isinstance(value, (list, tuple)) for _, value in parts}) > 1:
         raise _Refused(
             " and ".join(f'"{key}" is {_called(value)}' for key, value in parts)
-            + "; all must be text, or all lists of messages"
+            + "; all must be text, or all must be lists of messages"
         )
     if isinstance(item[answers[0]], (list, tuple)):
         row: dict[str, Any] = _conversation(item, answers)
@@ -408,16 +414,16 @@ def _row(item: Any) -> tuple[Kind, dict[str, Any]]:
         row = {"prompt": _text(item, "prompt", may_be_empty=True)}
         row |= {key: _text(item, key) for key in answers}
     if kind == "preference" and row["chosen"] == row["rejected"]:
-        raise _Refused('"chosen" and "rejected" are the same, so neither can be preferred')
+        raise _Refused('"chosen" and "rejected" are equal, so neither can be preferred')
     return kind, row
 
 
 def _conversation(item: Mapping[str, Any], answers: Sequence[str]) -> dict[str, Any]:
-    """Return prompt and answers as messages; where answers repeat the prompt, it is taken off them."""
+    """Return prompt and answers as messages; answers that repeat the prompt lose it."""
     parts = {key: _messages(item[key], f'"{key}"') for key in answers}
     for key, messages in parts.items():
         while messages and messages[-1]["role"] != "assistant":
-            messages.pop()  # What nobody answers is not trained on.
+            messages.pop()  # A message without an answer is not trained on.
         if not messages:
             raise _Refused(f'"{key}" has no message of the assistant')
     if item.get("prompt") is not None:
@@ -426,6 +432,8 @@ def _conversation(item: Mapping[str, Any], answers: Sequence[str]) -> dict[str, 
             if messages[: len(prompt)] == prompt:
                 parts[key] = messages[len(prompt) :]
     else:
+        if len(parts) == 1:
+            raise _Refused('"prompt" is null, and must be a list of messages')
         prompt = _shared_lead(*parts.values())
         if not prompt:
             raise _Refused(
@@ -434,14 +442,12 @@ def _conversation(item: Mapping[str, Any], answers: Sequence[str]) -> dict[str, 
         parts = {key: messages[len(prompt) :] for key, messages in parts.items()}
     for key, messages in parts.items():
         if not messages or messages[0]["role"] != "assistant":
-            raise _Refused(
-                f'"{key}" does not go on from the prompt with a message of the assistant'
-            )
+            raise _Refused(f'"{key}" does not continue the prompt with a message of the assistant')
     return {"prompt": prompt, **parts}
 
 
 def _shared_lead(first: list[Message], second: list[Message]) -> list[Message]:
-    """Return the most messages that both begin with and that the assistant answers in both."""
+    """Return the longest shared beginning that the assistant answers in both."""
     end = 0
     for index, (one, other) in enumerate(zip(first, second, strict=False)):
         if one["role"] == other["role"] == "assistant":
@@ -460,12 +466,14 @@ def _messages(value: Any, what: str) -> list[Message]:
         place = f"message {number} of {what}"
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             shown = (
-                f"has the keys {_listed(message)}" if isinstance(message, Mapping) else "is none"
+                f"has the keys {_listed(message)}"
+                if isinstance(message, Mapping)
+                else f"is {_called(message)}"
             )
             raise _Refused(f'{place} {shown}, and must be {{"role": ..., "content": ...}}')
         role = message["role"]
         if role not in ROLES:
-            raise _Refused(f"{place} has the role {role!r}, which is not {', '.join(ROLES)}")
+            raise _Refused(f"{place} has the role {role!r}, which is not one of {', '.join(ROLES)}")
         if message.get("tool_calls"):
             raise _Refused(f"{place} has tool calls, which cannot be trained on")
         content = message["content"]
@@ -473,7 +481,7 @@ def _messages(value: Any, what: str) -> list[Message]:
             raise _Refused(f"the content of {place} is {_called(content)}, and must be text")
         _check_characters(content, f"the content of {place}")
         if role == "assistant" and not content.strip():
-            raise _Refused(f"{place} is of the assistant and empty, so there is nothing to learn")
+            raise _Refused(f"{place} is empty and of the assistant, so there is nothing to learn")
         messages.append({"role": role, "content": content})
     return messages
 
@@ -497,7 +505,7 @@ def _check_characters(text: str, what: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise _Refused(
-            rf"{what} holds half of a \u surrogate pair, which is no character"
+            rf"{what} has half of a \u surrogate pair, which is not a character"
         ) from error
 
 
@@ -523,28 +531,54 @@ def _listed(keys: Iterable[Any]) -> str:
     return ", ".join(map(repr, keys)) or "none"
 
 
+# Answers -------------------------------------------------------------------------------------------
+
+
+def answers_of(row: Mapping[str, Any]) -> list[tuple[Prompt, str]]:
+    """Return the answers of a row, each with the prompt that it follows.
+
+    Training takes its loss on these answers, and scores measure the same ones: a completion that is text, or
+    each reply of the assistant with all messages before it as its prompt. Of a preference, the chosen side
+    counts.
+
+    Args:
+        row: A checked row of any format but `text`.
+    """
+    given = row.get("messages", row.get("completion", row.get("chosen")))
+    if isinstance(given, str):
+        return [(row["prompt"], given)]
+    lead = row.get("prompt", [])
+    messages = [*lead, *given]
+    # A greeting before any other message has no prompt that generation could read.
+    return [
+        (messages[:turn], messages[turn]["content"])
+        for turn in range(max(1, len(lead)), len(messages))
+        if messages[turn]["role"] == "assistant"
+    ]
+
+
 # Splitting -----------------------------------------------------------------------------------------
 
 
 def split_rows(rows: Rows, valid_share: float, seed: int) -> tuple[Rows, Rows | None]:
     """Set rows aside for validation.
 
-    Which ones depends on the seed and the number of rows only. Both sides keep the order of the source and
-    have at least one row. A single text, such as a book, is cut instead: its end becomes the validation text,
-    from the last blank line that does not make it more than twice as long as asked for, or else from the
-    last line end.
+    Which rows depends only on the seed and the number of rows. Both parts keep the order of the source and
+    have at least one row. A single text, such as a book, is cut instead, and its end becomes the validation
+    text. The cut is at the last blank line that makes that text at most twice as long as asked for,
+    otherwise at the last end of a line before the share begins.
 
     Args:
-        rows: To be split.
-        valid_share: In [0, 1); 0 sets nothing aside.
-        seed: Of the draw.
+        rows: The rows to split.
+        valid_share: Share of the validation rows, in [0, 1); 0 sets nothing aside.
+        seed: Random seed.
 
     Returns:
-        Rows to train on, and rows to validate on or None.
+        The rows to train on, and the rows to validate on or None.
 
     Raises:
         InvalidRequest: The share is out of range.
-        InputFileError: There is one row, and it cannot be cut.
+        InputFileError: There is only one row, and it cannot be cut.
     """
     if not 0 <= valid_share < 1:
         raise InvalidRequest(f"valid_share is {valid_share}, and must be at least 0 and below 1")
@@ -577,6 +611,6 @@ def _cut_text(rows: Rows, valid_share: float) -> tuple[Rows, Rows]:
             )
             return train, valid
     raise InputFileError(
-        f"{rows.source} has one row, and a share of it cannot be set aside for validation.\n"
-        "hint: --valid-share 0 trains without validation; --valid-data names rows for it"
+        f"{rows.source} has only one row, and no part of it can be set aside for validation.\n"
+        "hint: --valid-share 0 trains without validation; --valid-data gives separate rows"
     )

@@ -1,1 +1,1 @@
-"""Benchmarks run on base, expert, steered and tuned models, and their results."""
+"""Benchmarks of base, expert, steered and tuned models, and how fast steering is."""

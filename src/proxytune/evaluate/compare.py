@@ -1,4 +1,4 @@
-"""Every predictor against base, expert, tuned."""
+"""Results: every predictor compared with the base, the expert and the tuned model."""
 
 from __future__ import annotations
 
@@ -9,28 +9,25 @@ from typing import Any, NamedTuple
 
 from proxytune.evaluate.plan import EvalOptions
 from proxytune.evaluate.predictors import Predictor
-from proxytune.tasks.statistics import (
-    Gap,
-    paired_p_value,
-    resampled_gap,
-)
+from proxytune.tasks.statistics import Gap, paired_p_value, resampled_gap
 from proxytune.tasks.task import Grade, Task
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How one predictor did on one benchmark.
+    """One predictor's result on one benchmark.
 
     Args:
-        predictor: Who.
-        grade: By the rule of the tables.
-        other: By the other rule.
-        p_base: How likely so large a difference to the base is by chance; None for the base.
-        p_expert: The same against the expert; None for the expert, or with several.
-        difference: To the base, in the metric's unit, over the items that both have a score of.
-        gap: Which share of the tuned model's gain it has.
-        num_new_tokens: Generated in all.
-        seconds: Of generating, models loaded.
+        predictor: The predictor.
+        grade: Its grade by the rule that the tables use.
+        other: Its grade by the other rule.
+        num_new_tokens: Number of tokens generated in total.
+        seconds: Seconds spent generating, without loading models.
+        p_base: Probability of a difference this large from the base if both were equally good; None for the
+            base.
+        p_expert: The same against the expert; None for the expert, or with several experts.
+        difference: Difference from the base in the metric's unit, over the items that both have a score for.
+        gap: Share of the tuned model's gain that it reaches.
     """
 
     predictor: Predictor
@@ -45,13 +42,13 @@ class Result:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """New tokens a second, all rows of a batch together."""
+        """New tokens per second, over all rows of a batch."""
         return self.num_new_tokens / self.seconds if self.seconds and self.num_new_tokens else None
 
 
 @dataclass(frozen=True, slots=True)
 class TaskReport:
-    """How all predictors did on one benchmark."""
+    """All predictors' results on one benchmark."""
 
     name: str
     title: str
@@ -66,16 +63,16 @@ class TaskReport:
 
 @dataclass(frozen=True, slots=True)
 class EvalReport:
-    """What a whole run amounts to.
+    """The results of a whole run.
 
     Args:
-        recipe: As given.
-        options: As given.
-        tasks: One report each.
-        mean_gaps: By predictor, the mean over the benchmarks of the gap closed.
+        recipe: The recipe's name.
+        options: The run's options.
+        tasks: One report per benchmark.
+        mean_gaps: By predictor, the gap closed, mean over the benchmarks.
         environment: Versions and hardware.
-        num_resumed: Samples that an earlier run had generated.
-        num_generated: Samples that this run generated.
+        num_resumed: Number of samples that an earlier run had generated.
+        num_generated: Number of samples that this run generated.
     """
 
     recipe: str
@@ -129,7 +126,7 @@ def _result_dict(result: Result) -> dict[str, Any]:
 
 
 class Measured(NamedTuple):
-    """What a comparison has to know of a benchmark."""
+    """What a comparison needs to know about a benchmark."""
 
     name: str
     title: str
@@ -140,10 +137,10 @@ class Measured(NamedTuple):
 def compared(
     task: Task | Measured, results: Sequence[Result], notes: Sequence[str], *, num_items: int
 ) -> TaskReport:
-    """Return the report of a benchmark: every predictor against the base, the expert and the tuned model.
+    """Return a benchmark's report: every predictor compared with the base, the expert and the tuned model.
 
-    Differences are over the items of which both have a score, and so is the gap closed over those that all
-    three have.
+    A difference is over the items that both predictors have a score for, and the gap closed over those that
+    all three have.
     """
     base = results[0].grade.scores
     experts = [r.grade.scores for r in results if r.predictor.role == "expert"]
@@ -188,7 +185,7 @@ def compared(
 
 
 def paired(*scores: Mapping[str, float | None]) -> list[list[float]]:
-    """Return the scores of the items that all have one for, in one order."""
+    """Return the scores of the items that all predictors have one for, in the same order."""
     lists: list[list[float]] = [[] for _ in scores]
     for key in scores[0]:
         values = [each.get(key) for each in scores]

@@ -1,4 +1,4 @@
-"""What judges have decided, kept."""
+"""Judges asked about answers, and their decisions kept on disk."""
 
 from __future__ import annotations
 
@@ -8,30 +8,19 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from proxytune.errors import (
-    BackendError,
-    InputFileError,
-)
-from proxytune.evaluate.judges import (
-    ChatJudge,
-    CodeRunner,
-    Judge,
-    ToxicityClassifier,
-)
+from proxytune.errors import BackendError, InputFileError
+from proxytune.evaluate.judges import ChatJudge, CodeRunner, Judge, ToxicityClassifier
 from proxytune.evaluate.plan import EvalOptions, Work
 from proxytune.evaluate.predictors import Predictor, file_name
 from proxytune.tasks.humaneval import CodeTask
 from proxytune.tasks.rows import Row
 
 DECIDED_AT_ONCE = 16
-"""Samples that a judge decides on before what it said is written down."""
-
-
-# Deciding --------------------------------------------------------------------------------------------------
+"""Number of samples that a judge decides on before its decisions are written to disk."""
 
 
 def _judge(work: Work, options: EvalOptions) -> Judge | None:
-    """Return who decides about a benchmark's rows; None for nobody."""
+    """Return the judge of a benchmark's rows; None if there is none."""
     task = work.task
     if task.decider == "code" and options.run_code:
         assert isinstance(task, CodeTask)
@@ -44,9 +33,9 @@ def _judge(work: Work, options: EvalOptions) -> Judge | None:
 
 
 _WAYS = {
-    "code": "generated code is run only with --run-code",
-    "toxicity": "a classifier is named with --toxicity-model",
-    "judge": "a judge is named with --judge-url and --judge-model",
+    "code": "generated code runs only with --run-code",
+    "toxicity": "--toxicity-model names a classifier",
+    "judge": "--judge-url and --judge-model name a judge",
 }
 
 
@@ -58,7 +47,19 @@ def decide(
     options: EvalOptions,
     say: Callable[[str], None],
 ) -> list[str]:
-    """Complete rows with what a judge decides, and return what the report must say about it."""
+    """Add a judge's decisions to rows, and return notes about them for the report.
+
+    Args:
+        output: The evaluation's folder, where decisions are kept.
+        work: The benchmark.
+        predictors: All of them.
+        rows_of: Rows by predictor; replaced by rows with decisions.
+        options: The run's options, which name the judge.
+        say: Called with notes for the user, one sentence each.
+
+    Raises:
+        InputFileError: A kept decision cannot be read.
+    """
     task = work.task
     if task.decider == "rule":
         return []
@@ -70,10 +71,10 @@ def decide(
     for predictor in predictors:
         rows = rows_of[predictor.name]
         path = output / "decided" / task.name / f"{file_name(predictor.name)}.jsonl"
-        journal = _Journal(path, judge.name)
+        kept = _Decisions(path, judge.name)
         keys = [_digest(row) for row in rows]
-        open_rows = [i for i, key in enumerate(keys) if key not in journal.decisions]
-        # Equal answers to one item are decided once.
+        open_rows = [i for i, key in enumerate(keys) if key not in kept.by_row]
+        # Equal answers to an item are decided once.
         first = list({keys[i]: i for i in reversed(open_rows)}.values())[::-1]
         try:
             for start in range(0, len(first), DECIDED_AT_ONCE):
@@ -81,15 +82,15 @@ def decide(
                 decisions = judge.decide([items[i] for i in block], [rows[i] for i in block])
                 for i, decision in zip(block, decisions, strict=True):
                     if decision is not None:
-                        journal.append(keys[i], decision)
+                        kept.append(keys[i], decision)
         except BackendError as error:
             message = str(error).split("\n")[0]
             say(f"{task.name}, {predictor.name}: the judge failed: {message}")
             notes.append(
-                f"the judge failed on {predictor.name} ({message}); the same command goes on"
+                f"the judge failed on {predictor.name} ({message}); the same command continues"
             )
         rows_of[predictor.name] = [
-            {**row, **journal.decisions.get(key, {})} for row, key in zip(rows, keys, strict=True)
+            {**row, **kept.by_row.get(key, {})} for row, key in zip(rows, keys, strict=True)
         ]
     return notes
 
@@ -98,12 +99,12 @@ def _digest(row: Row) -> str:
     return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:32]
 
 
-class _Journal:
-    """Decisions, appended one by one to a file; a line that was cut off by a kill is dropped."""
+class _Decisions:
+    """A judge's decisions, appended one by one to a file; a line that a kill cut off is dropped."""
 
     def __init__(self, path: Path, judge: str) -> None:
         self._path, self._judge = path, judge
-        self.decisions: dict[str, Row] = {}
+        self.by_row: dict[str, Row] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
@@ -115,15 +116,15 @@ class _Journal:
             try:
                 entry = json.loads(line)
                 if entry["judge"] == judge:
-                    self.decisions[entry["row"]] = dict(entry["decision"])
+                    self.by_row[entry["row"]] = dict(entry["decision"])
             except (ValueError, KeyError, TypeError) as error:
                 raise InputFileError(
-                    f"line {number} of {path} is no decision: {error}.\nhint: remove the file"
+                    f"line {number} of {path} is not a decision: {error}.\nhint: remove the file"
                 ) from error
 
     def append(self, key: str, decision: Row) -> None:
-        """Keep a decision, and write it to the disk."""
-        self.decisions[key] = decision
+        """Keep a decision, and write it to disk."""
+        self.by_row[key] = decision
         entry = {"row": key, "judge": self._judge, "decision": decision}
         with self._path.open("ab") as file:
             file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())

@@ -1,8 +1,8 @@
-"""Tasks of lm-eval as benchmarks of `proxytune eval`: found by name, run for one predictor, scores by item.
+"""Tasks of lm-eval as benchmarks of `proxytune eval`: found by name, run for one predictor, scored by item.
 
-How a recipe answers the harness is `integrations/lm_eval.py`'s; what is compared is `evaluate/run.py`'s. The
-harness keeps every likelihood and every greedy answer in a cache of its own, so that a killed run goes on;
-answers it draws at random are drawn again.
+How a recipe answers the harness is in `integrations/lm_eval.py`, and what is compared in `evaluate/run.py`.
+The harness caches every likelihood and every greedy answer, so a killed run continues; sampled answers are
+drawn again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def is_installed() -> bool:
 
 
 def known_names() -> list[str]:
-    """Return the names of all tasks and groups that the harness has."""
+    """Return the names of all tasks and groups of the harness."""
     from lm_eval.tasks import TaskManager
 
     return sorted(TaskManager(verbosity="ERROR").all_tasks)
@@ -37,13 +37,13 @@ def known_names() -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class HarnessRun:
-    """How one predictor did on one of the harness's tasks.
+    """One predictor's result on one of the harness's tasks.
 
     Args:
-        grade: The first metric of the task that every item has a number of; all numbers are in `metrics`.
-        lower_is_better: Of that metric.
-        samples: The harness's own records, by item.
-        seconds: What this run took; answers from the cache cost nothing.
+        grade: The task's first metric that items have a number for; `metrics` has all numbers.
+        lower_is_better: Whether lower values of that metric are better.
+        samples: The harness's own records by item.
+        seconds: Seconds that this run took; answers from the cache cost nothing.
     """
 
     grade: Grade
@@ -67,18 +67,18 @@ def run_task(
     """Run a task or a group of the harness.
 
     Args:
-        task: Its name, or its configuration.
+        task: Name or configuration of the task.
         model: The models.
         alpha: Strength of steering.
         experts: Which experts steer.
-        limit: Most items of each task.
-        batch_size: Rows side by side.
-        seed: Of drawn answers.
-        cache: Where answers are kept; the harness adds to the name.
-        rule: What the grade says it was scored by; the harness has rules of its own.
+        limit: Maximum number of items per task; None takes all.
+        batch_size: Maximum number of rows per batch.
+        seed: Random seed of sampled answers.
+        cache: Path of the cache; the harness appends to the name.
+        rule: The rule that the grade names. The harness scores by rules of its own.
 
     Raises:
-        InputFileError: The task's data cannot be had.
+        InputFileError: The task's data is missing.
         BackendError: A model failed.
     """
     from lm_eval import simple_evaluate
@@ -102,14 +102,14 @@ def run_task(
         # Data sets come from the Hub, whose library raises these.
         raise InputFileError(
             f"the task {name} of lm-eval cannot be run: {error}\n"
-            "hint: its data set has to be on the Hub, or where its configuration says"
+            "hint: its data set must be on the Hub, or where its configuration says"
         ) from error
     seconds = time.perf_counter() - started
     return HarnessRun(*_grade(name, found, rule), seconds)
 
 
 def _grade(name: str, found: Mapping[str, Any], rule: Rule) -> tuple[Grade, bool, dict[str, Any]]:
-    """Return the grade, whether less is better, and the samples by item."""
+    """Return the grade, whether lower values are better, and the samples by item."""
     samples: dict[str, Any] = {}
     scores: dict[str, float | None] = {}
     metric, lower_is_better = "", False
@@ -117,7 +117,7 @@ def _grade(name: str, found: Mapping[str, Any], rule: Rule) -> tuple[Grade, bool
         for record in records:
             key = f"{task}/{record['doc_id']}"
             if key in samples:
-                continue  # the same item, as another filter reads the answer
+                continue  # the same item, its answer read by another filter
             samples[key] = record
             numbers = [
                 each for each in record["metrics"] if isinstance(record.get(each), int | float)
@@ -137,7 +137,7 @@ def _grade(name: str, found: Mapping[str, Any], rule: Rule) -> tuple[Grade, bool
     }
     known = [score for score in scores.values() if score is not None]
     if not known and all_numbers:
-        metric = next(iter(all_numbers))  # such as a perplexity, which no single item has
+        metric = next(iter(all_numbers))  # such as a perplexity, which a single item does not have
     grade = Grade(
         task=name,
         rule=rule,
@@ -155,6 +155,6 @@ def _grade(name: str, found: Mapping[str, Any], rule: Rule) -> tuple[Grade, bool
 
 
 def sample_line(key: str, record: Mapping[str, Any], predictor: str) -> str:
-    """Return a sample as a line of JSON: the harness's record, with its item and predictor."""
+    """Return a sample as a JSON line: the harness's record with its item and predictor."""
     content = {"item": key, "predictor": predictor, **record}
     return json.dumps(content, ensure_ascii=False, default=str)

@@ -1,8 +1,8 @@
-"""Who decides what text alone does not: a classifier for toxicity, a language model, a run of code.
+"""Judges of what text alone does not decide: a toxicity classifier, a language model, a run of the code.
 
-A decision is what is added to a row, in the published layout. None means that nobody has decided: the row
-stays unscored. The judges of the published runs (two models tuned from GPT-3, and GPT-4 of March 2023) are
-not to be had; whoever stands in for them gives scores of its own, and reports name it.
+A decision is what a judge adds to a row, in the published layout. None means undecided: the row stays
+unscored. The judges of the published runs (two models tuned from GPT-3, and GPT-4 of March 2023) are no
+longer available. A judge that stands in for them gives scores of its own, and reports name it.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from proxytune.tasks.task import Item
 from proxytune.tasks.toxigen import CLASSIFIER
 
 ANSWER_TOKENS = 16
-"""Most tokens of a judge's answer, which is one word."""
+"""Maximum number of tokens of a judge's answer, which is one word."""
 
 
 class Judge(Protocol):
     """Decides about rows."""
 
     name: str
-    """What reports call it; other names are other judges."""
+    """The judge's name in reports; a different name is a different judge."""
 
     def decide(self, items: Sequence[Item], rows: Sequence[Row]) -> list[Row | None]:
-        """Return what is added to each row; None for one that is left undecided.
+        """Return what to add to each row; None for a row left undecided.
 
         Raises:
-            BackendError: The judge failed; rows decided before are worth keeping.
+            BackendError: The judge failed.
         """
 
 
 class CodeRunner:
-    """Runs the programs that rows hold.
+    """Runs the programs in rows.
 
     Args:
-        task: Whose rows they are.
-        limits: Of each program; None for those of the benchmark.
-        num_workers: Programs at once; None for one per processor.
+        task: The benchmark that the rows belong to.
+        limits: Limits of each program; None takes the benchmark's.
+        num_workers: Number of programs at once; None runs one per processor.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class ToxicityClassifier:
 
     Args:
         model: A local directory or a Hub id.
-        device: Where it runs; None for CUDA where there is some.
+        device: Where it runs; None takes CUDA if available, otherwise the CPU.
 
     Raises:
-        ModelNotFound: It cannot be loaded.
+        ModelNotFound: The classifier cannot be loaded.
     """
 
     def __init__(self, model: str = CLASSIFIER, *, device: str | None = None) -> None:
@@ -87,7 +87,7 @@ class ToxicityClassifier:
         except (OSError, ValueError) as error:
             raise ModelNotFound(
                 f"the toxicity classifier {model} cannot be loaded: {error}\n"
-                "hint: name a local copy with --toxicity-model, or leave it out: samples stay unscored"
+                "hint: give a local copy with --toxicity-model; without one, samples stay unscored"
             ) from error
         self._model = loaded.to(self._device).eval()
 
@@ -112,12 +112,12 @@ class JudgeSettings:
     """A language model behind an OpenAI-compatible API.
 
     Args:
-        url: Where the API begins, `/v1` included.
-        model: What the server calls it.
-        key_env: The environment variable with the key; None for none.
-        max_calls: Most calls; None for any number.
-        timeout_s: Seconds until a call without an answer is repeated.
-        max_retries: How often.
+        url: Base URL of the API, including `/v1`.
+        model: The model's name on the server.
+        key_env: Environment variable that holds the API key; None sends no key.
+        max_calls: Maximum number of calls; None sets no limit.
+        timeout_s: Seconds to wait for an answer before a call is retried.
+        max_retries: Maximum number of retries per call.
     """
 
     url: str
@@ -129,14 +129,14 @@ class JudgeSettings:
 
 
 class ChatJudge:
-    """A language model that is asked one question a decision, greedily.
+    """A language model that answers one question per decision, or two for TruthfulQA, greedily.
 
     Args:
-        settings: Which, and how.
+        settings: The model, and how to reach it.
         task: `truthfulqa_open` or `alpaca_eval`.
 
     Raises:
-        InvalidRequest: The key's variable is not set.
+        InvalidRequest: The environment variable of the key is not set.
     """
 
     def __init__(self, settings: JudgeSettings, task: str) -> None:
@@ -185,7 +185,7 @@ class ChatJudge:
         }
 
     def _preference(self, row: Row) -> Row | None:
-        # Which answer comes first is settled by the instruction, as good as at random: judges favour a place.
+        # Judges favour a position, so a hash of the instruction decides which answer comes first.
         digest = hashlib.sha256(row["instruction"].encode()).digest()
         is_swapped = digest[0] % 2 == 1
         first, second = row["output_1"], row["output_2"]

@@ -1,4 +1,4 @@
-"""What is compared, on which samples."""
+"""The plan of an evaluation: what is compared, on which samples, with which settings."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class Work:
         """Read a benchmark.
 
         Raises:
-            InputFileError: Its data cannot be had.
+            InputFileError: Its data is missing or malformed.
         """
         from proxytune.tasks.registry import TASKS
 
@@ -161,7 +161,7 @@ class Work:
         return cls(task, items, sampling, num_samples)
 
     def samples(self, seed: int) -> Iterator[tuple[Item, int, SamplingParams]]:
-        """Yield every sample with its settings; drawn ones have a seed each."""
+        """Yield every sample's item, number and settings; each sampled answer has a seed of its own."""
         from proxytune.data.lines import line_seed
 
         number = 0
@@ -174,7 +174,7 @@ class Work:
                 yield item, which, sampling
 
     def deviations(self) -> list[str]:
-        """Say where the settings are not the published ones."""
+        """Return where the settings differ from the published ones, one note each."""
         found = []
         if self.sampling.max_new_tokens != self.task.sampling.max_new_tokens:
             found.append(
@@ -182,5 +182,5 @@ class Work:
                 f"{self.task.sampling.max_new_tokens}"
             )
         if self.num_samples != self.task.num_samples:
-            found.append(f"{self.num_samples} samples an item, published {self.task.num_samples}")
+            found.append(f"{self.num_samples} samples per item, published {self.task.num_samples}")
         return found

@@ -1,4 +1,4 @@
-"""The ways to answer."""
+"""Predictors: the ways to answer a benchmark, and the models that each needs."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from proxytune.errors import (
-    InvalidRequest,
-)
+from proxytune.errors import InvalidRequest
 from proxytune.evaluate.plan import EvalOptions
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import MAX_PENALTY, Request, SamplingParams
-from proxytune.tasks.task import Item
+from proxytune.tasks.task import Item, Task
 from proxytune.text.prompts import continuation_ids
 
 if TYPE_CHECKING:
@@ -24,7 +22,7 @@ Role = Literal["base", "expert", "steered", "tuned", "nudged"]
 
 
 class Output(NamedTuple):
-    """An answer as a model gave it."""
+    """A model's answer."""
 
     text: str
     num_new_tokens: int
@@ -36,10 +34,10 @@ class Predictor:
     """A way to answer.
 
     Args:
-        name: What tables and files call it.
-        role: What it is.
+        name: Its name in tables and files.
+        role: The kind of predictor.
         alpha: Strength, for a steered base.
-        expert: The expert that is alone, or nudges.
+        expert: The expert that answers alone, or that nudges.
     """
 
     name: str
@@ -49,11 +47,11 @@ class Predictor:
 
 
 def predictors_of(recipe: Recipe, options: EvalOptions) -> list[Predictor]:
-    """Return what is compared, the base first.
+    """Return the predictors to compare, the base first.
 
     Raises:
-        UnknownExpert: The recipe has no expert of a name.
-        InvalidRequest: Nudging was asked for with several experts.
+        UnknownExpert: The recipe does not have a named expert.
+        InvalidRequest: Nudging is asked for with several experts.
     """
     names = recipe.named(options.experts)
     found = [Predictor("base", "base", alpha=0.0)]
@@ -68,14 +66,14 @@ def predictors_of(recipe: Recipe, options: EvalOptions) -> list[Predictor]:
     if options.nudge_below is not None:
         if len(names) > 1:
             raise InvalidRequest(
-                f"nudging is by one expert, and {len(names)} steer.\nhint: name one with --expert"
+                f"only one expert can nudge, and {len(names)} are chosen.\nhint: name one with --expert"
             )
         found.append(Predictor(f"nudged {options.nudge_below:g}", "nudged", expert=names[0]))
     return found
 
 
 def tuned_recipe(recipe: Recipe, options: EvalOptions) -> Recipe:
-    """Return the recipe that holds the directly tuned model; `Speaker` takes it out of it."""
+    """Return a recipe whose only expert is the directly tuned model; `Speaker` runs that one alone."""
     first = recipe.experts[0]
     if options.experts:
         first = next(e for e in recipe.experts if e.name == options.experts[0])
@@ -90,17 +88,22 @@ def tuned_recipe(recipe: Recipe, options: EvalOptions) -> Recipe:
         device=recipe.base.device,
         prompt=prompt,
     )
-    # Its own base and its own expert: one model, loaded once.
+    # It is both base and expert of this recipe: one model, loaded once.
     return replace(
         recipe, base=spec, experts=(ExpertSpec("tuned", spec, same),), default_expert=None
     )
 
 
 def nudged(model: ProxyTuned, expert: str, threshold: float) -> ProxyTuned:
-    """Return the base that an expert nudges, whatever policy the recipe has; the anti-expert is not run.
+    """Return the base nudged by an expert, whatever the recipe's policy; the anti-expert does not run.
+
+    Args:
+        model: The recipe's models.
+        expert: The expert that nudges.
+        threshold: The base's top probability below which the expert nudges it; see `logits/policy.py`.
 
     Raises:
-        InvalidRequest: The threshold cannot be used.
+        InvalidRequest: The threshold is out of range.
     """
     from proxytune.decode.ensemble import Pair
     from proxytune.logits.policy import Policy
@@ -139,11 +142,11 @@ class Speaker:
         self.model = model
 
     def request(self, item: Item, sampling: SamplingParams) -> Request:
-        """Return what is asked."""
+        """Return the request for an item."""
         return Request(item.prompt, sampling, self.alpha, self.experts)
 
     def bias(self, banned: Sequence[str]) -> tuple[tuple[int, float], ...]:
-        """Return what keeps a model from writing these, as far as single tokens spell them."""
+        """Return a logit bias that bans those texts that are a single token, with or without a space."""
         tokenizer = self.model.tokenizer
         found: dict[int, float] = {}
         for text in banned:
@@ -153,17 +156,27 @@ class Speaker:
                     found[token_ids[0]] = -MAX_PENALTY
         return tuple(sorted(found.items()))
 
+    def requests(
+        self, task: Task, samples: Sequence[tuple[Item, int, SamplingParams]]
+    ) -> list[Request]:
+        """Return a request for each sample, with the texts banned that the task bans."""
+        bias, first = self.bias(task.banned), self.bias(task.banned_first)
+        return [
+            self.request(item, replace(sampling, logit_bias=bias, first_logit_bias=first))
+            for item, _, sampling in samples
+        ]
+
     def check(self, requests: Sequence[Request]) -> None:
         """Check that every prompt fits the models.
 
         Raises:
-            UserError: One does not.
+            UserError: A prompt does not fit.
         """
         for request in requests:
             self.model.job(request)
 
     def answer(self, items: Sequence[Item], requests: Sequence[Request]) -> list[Output]:
-        """Answer items, side by side.
+        """Answer items in one batch.
 
         Raises:
             BackendError: A model failed.
@@ -179,7 +192,7 @@ class Speaker:
         options = item.options
         first = {tuple(continuation_ids(option, self.model.tokenizer)[:1]) for option in options}
         if len(first) < len(options):
-            # A tokenizer whose space is a token of its own tells only the letters apart.
+            # If the space is a token of its own, only the letters after it differ.
             options = tuple(option.strip() for option in options)
         index = self.model.choose(
             item.prompt, options, alpha=self.alpha, experts=self.experts
@@ -203,5 +216,5 @@ class LazyModel:
 
 
 def file_name(predictor: str) -> str:
-    """Return a predictor's name as part of a file's."""
+    """Return a predictor's name as part of a file name."""
     return re.sub(r"[^\w.-]+", "-", predictor)

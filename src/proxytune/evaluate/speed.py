@@ -1,24 +1,21 @@
-"""How fast steering is: base alone, plain and speculative steering, and the published procedure.
+"""How fast steering is: the base alone, plain and speculative steering, and the published procedure.
 
-Everything that is compared alternates in each round, so that a machine's moods meet all alike; what is
-reported are medians over rounds of ratios within a round. The *floor* is what running the three models costs
-without drafts: `t_base / (t_base + t_pair)`, each timed alone in the same round.
+Everything compared alternates within each round, so that a machine's changing load meets all alike. Reported
+are medians over rounds of ratios within a round. The *floor* is the speed, relative to the base, at which the
+three models can run without drafts: `t_base / (t_base + t_pair)`, each timed alone in the same round.
 
-The published procedure is three models of transformers, each with its own cache, run one after another for
-every token. It is written here after the paper (Liu et al. 2024, arXiv:2401.08565, section 2 and appendix
-C.1) and shares nothing with this project's loop but the formula.
+The published procedure runs three transformers models one after another for every token, each with its own
+cache. It is written here after the paper (Liu et al. 2024, arXiv:2401.08565, section 2 and appendix C.1) and
+shares only the formula with this project's loop.
 """
 
 from __future__ import annotations
 
 import gc
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -39,22 +36,22 @@ from proxytune.request import Request, SamplingParams
 from proxytune.trace import Trace
 
 PROMPT = "The first thing that a visitor to the old town sees is"
-"""Read again and again where a longer prompt is asked for."""
+"""Repeated if a longer prompt is needed."""
 
 MAX_TURNS = 6
-"""Most times that the first token is measured in a round."""
+"""Maximum number of measurements of the first token per round."""
 TURNS_S = 2.0
-"""Seconds after which it is not measured again."""
+"""Seconds per round after which the first token is not measured again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How much is read and written.
+    """How much is read and generated.
 
     Args:
-        num_prompt: Prompt tokens of each row.
-        num_new: New tokens of each row.
-        batch_size: Rows.
+        num_prompt: Number of prompt tokens per row.
+        num_new: Number of new tokens per row.
+        batch_size: Number of rows.
     """
 
     num_prompt: int
@@ -66,7 +63,7 @@ class Shape:
 
 
 class PlainModels(NamedTuple):
-    """Base, expert and anti-expert as transformers loads them, for what this project is compared with."""
+    """Base, expert and anti-expert as transformers loads them, to compare this project with."""
 
     base: Any
     expert: Any
@@ -74,7 +71,7 @@ class PlainModels(NamedTuple):
 
 
 def load_plain_models(recipe: Recipe, expert: str) -> PlainModels:
-    """Load three whole models; an adapter is merged into a copy of its own.
+    """Load three whole models; each adapter is merged into a separate copy of its model.
 
     Raises:
         UserError: A model is missing or cannot be read; see `ProxyTuned.load`.
@@ -114,13 +111,15 @@ def load_plain_models(recipe: Recipe, expert: str) -> PlainModels:
 def published_procedure(
     models: PlainModels, token_ids: Tensor, num_new: int, alpha: float = 1.0
 ) -> Tensor:
-    """Return greedy tokens `[batch, num_new]` by three sequential forwards a token.
+    """Return greedy tokens `[batch, num_new]`, with three sequential forwards per token.
 
     Args:
-        models: The three.
-        token_ids: Prompts of one length, `[batch, num_prompt]`.
-        num_new: How many tokens to add.
-        alpha: Strength.
+        models: The three models.
+        token_ids: `[batch, num_prompt]`, prompts of equal length.
+        num_new: Number of tokens to generate.
+        alpha: Strength of steering.
+
+    Source: Liu et al. 2024, arXiv:2401.08565, section 2.
     """
     caches = [{cache_option(model) or "": transformers.DynamicCache()} for model in models]
     chosen: list[Tensor] = []
@@ -138,7 +137,7 @@ def published_procedure(
 
 @torch.inference_mode()
 def _library_generate(model: Any, token_ids: Tensor, num_new: int) -> None:
-    with quietly():  # it warns of an end-of-sequence token that cannot occur
+    with quietly():  # It warns about an end-of-sequence token that cannot occur.
         model.generate(
             token_ids,
             attention_mask=torch.ones_like(token_ids),
@@ -163,30 +162,30 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Return the spread of the rounds' values."""
+        """Return the spread of a value over rounds."""
         return cls(statistics.median(values), min(values), max(values))
 
     @classmethod
     def of_ratio(cls, above: Sequence[float], below: Sequence[float]) -> Spread:
-        """Return the spread of quotients within rounds."""
+        """Return the spread of a ratio within rounds."""
         return cls.of([a / b for a, b in zip(above, below, strict=True)])
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one shape gave.
+    """Measurements of one shape.
 
     Args:
-        shape: How much was read and written.
-        expert: Which expert steered.
-        temperature: 0 for greedy.
-        seconds: Of a whole generation, by what ran.
-        ratios: Speeds against each other; see `ratios_of`.
-        acceptance_rate: Accepted / proposed draft tokens; None where nothing was drafted.
-        tokens_per_step: New tokens per block of speculative decoding and row.
-        num_parted: Rows whose speculative text is not the plain one, which only ties allow.
-        first_token_s: Time to the first token of plain steering.
-        prefill_s: Of the models' prompts alone, one after another.
+        shape: How much was read and generated.
+        expert: The expert that steered.
+        temperature: Sampling temperature; 0 is greedy.
+        seconds: Seconds per generation, by what ran.
+        ratios: Ratios of speeds; see `ratios_of`.
+        acceptance_rate: Accepted / proposed draft tokens; None if nothing was drafted.
+        tokens_per_step: New tokens per block and row in speculative decoding.
+        num_parted: Number of rows whose speculative text differs from the plain one. Only ties allow that.
+        first_token_s: Seconds to the first token of plain steering.
+        prefill_s: Seconds for the models' prompts alone, one after another.
     """
 
     shape: Shape
@@ -201,7 +200,7 @@ class Measured:
     prefill_s: Spread
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return the measurements for JSON."""
         return asdict(self)
 
 
@@ -214,11 +213,11 @@ RATIOS = {
     "plain / library's base": ("library", "plain"),
     "speculative / library's base": ("library", "speculative"),
 }
-"""Speeds against each other: the name, whose time stands above, whose below the fraction line."""
+"""Ratios of speeds by name: whose time is the numerator, and whose the denominator."""
 
 
 def ratios_of(seconds: Mapping[str, Sequence[float]]) -> dict[str, Spread]:
-    """Return the ratios of speeds that the times allow.
+    """Return the ratios of speeds for everything that was timed.
 
     Args:
         seconds: Each round's seconds, by what ran: `base`, `pair`, `plain`, `speculative`, `published`,
@@ -237,7 +236,11 @@ def ratios_of(seconds: Mapping[str, Sequence[float]]) -> dict[str, Spread]:
 
 
 def prompts_of(model: ProxyTuned, text: str, shape: Shape) -> list[list[int]]:
-    """Return one prompt per row, each of exactly the wanted length, from consecutive places of a text."""
+    """Return one prompt per row, each of exactly the shape's length, from consecutive parts of a text.
+
+    Raises:
+        InvalidRequest: The text has no tokens.
+    """
     token_ids = list(model.tokenizer.encode(text, add_special_tokens=False))
     if not token_ids:
         raise InvalidRequest("the prompt has no tokens.\nhint: give a text")
@@ -262,20 +265,20 @@ def measure(
     rounds: int = 3,
     say: Callable[[str], None] = lambda _: None,
 ) -> Measured:
-    """Time one shape; a first round warms up, and lets drafting learn its costs, and is not counted.
+    """Time one shape. A first round, which is not counted, warms up and lets drafting learn its costs.
 
     Args:
-        model: What is measured.
-        shape: How much is read and written.
-        expert: Which expert steers.
-        alpha: How strongly; None takes the recipe's.
-        text: Where prompts are cut from.
-        plain_models: What to compare with; None leaves the published procedure and the library's own
-            generation of the base out.
-        temperature: Of both steered kinds; 0 is greedy. Everything else is greedy.
+        model: The models to measure.
+        shape: How much is read and generated.
+        expert: The expert that steers.
+        alpha: Strength of steering; None takes the recipe's.
+        text: The text that prompts are cut from.
+        plain_models: Models to compare with; None leaves out the published procedure and the library's own
+            generation with the base.
+        temperature: Temperature of plain and speculative steering; 0 is greedy. Everything else is greedy.
         drafting: How drafts are made.
-        rounds: Counted rounds.
-        say: Told of each round.
+        rounds: Number of counted rounds.
+        say: Called after each round.
     """
     sampling = SamplingParams(
         max_new_tokens=shape.num_new,
@@ -289,59 +292,69 @@ def measure(
     alone = [Request(p, greedy, 0.0, expert) for p in prompts]
     jobs = [model.job(request) for request in steered]
     strength = jobs[0].alphas[[pair.name for pair in model.ensemble.pairs].index(expert)] or 0.0
-    token_ids = torch.tensor(prompts)
-    drafting = drafting or Drafting()
     plain: list[Trace] = []
     drafted: list[Trace] = []
 
-    def run(requests: Sequence[Request], speculative: bool | Drafting = False) -> list[Any]:
-        return model.generate_batch(requests, batch_size=shape.batch_size, speculative=speculative)
-
-    def run_plain() -> None:
-        plain[:] = run(steered)
-
-    def run_drafted() -> None:
-        drafted[:] = run(steered, drafting)
+    def run(
+        requests: Sequence[Request], traces: list[Trace], speculative: bool | Drafting = False
+    ) -> None:
+        traces[:] = model.generate_batch(
+            requests, batch_size=shape.batch_size, speculative=speculative
+        )
 
     work: dict[str, Callable[[], object]] = {
-        "base": lambda: run(alone),
-        "plain": run_plain,
-        "speculative": run_drafted,
+        "base": lambda: run(alone, []),
+        "plain": lambda: run(steered, plain),
+        "speculative": lambda: run(steered, drafted, drafting or Drafting()),
     }
     if plain_models is not None:
-        work["library"] = lambda: _library_generate(
-            plain_models.base, token_ids.to(plain_models.base.device), shape.num_new
-        )
-        work["published"] = lambda: published_procedure(
-            plain_models, token_ids.to(plain_models.base.device), shape.num_new, strength
-        )
-    seconds: dict[str, list[float]] = {name: [] for name in (*work, "pair")}
-    first, prefill = [], []
+        work |= _plain_work(plain_models, prompts, shape.num_new, strength)
+    seconds: dict[str, list[float]] = {}
     for round_ in range(rounds + 1):
         took = {name: _timed(what) for name, what in work.items()}
         took["pair"] = _pair_seconds(model, jobs, [list(trace.token_ids) for trace in plain])
-        one, other = _first_token(model, jobs)
+        took["first token"], took["prefill"] = _first_token(model, jobs)
         if round_:
             for name, value in took.items():
-                seconds[name].append(value)
-            first.append(one)
-            prefill.append(other)
+                seconds.setdefault(name, []).append(value)
         say(f"{shape}: round {round_} of {rounds}" + ("" if round_ else " (warm-up)"))
-    proposed = sum(trace.num_drafted for trace in drafted)
-    accepted = sum(trace.num_accepted for trace in drafted)
-    num_new = sum(trace.num_new_tokens for trace in drafted)
+    first_token, prefill = seconds.pop("first token"), seconds.pop("prefill")
+    acceptance_rate, tokens_per_step = _acceptance(drafted)
     return Measured(
         shape=shape,
         expert=expert,
         temperature=temperature,
         seconds={name: Spread.of(values) for name, values in seconds.items()},
         ratios=ratios_of(seconds),
-        acceptance_rate=accepted / proposed if proposed else None,
-        tokens_per_step=num_new / max(1, num_new - accepted),
+        acceptance_rate=acceptance_rate,
+        tokens_per_step=tokens_per_step,
         num_parted=sum(a.token_ids != b.token_ids for a, b in zip(plain, drafted, strict=True)),
-        first_token_s=Spread.of(first),
+        first_token_s=Spread.of(first_token),
         prefill_s=Spread.of(prefill),
     )
+
+
+def _acceptance(drafted: Sequence[Trace]) -> tuple[float | None, float]:
+    """Return the acceptance rate, None without drafts, and the new tokens per block and row."""
+    proposed = sum(trace.num_drafted for trace in drafted)
+    accepted = sum(trace.num_accepted for trace in drafted)
+    num_new = sum(trace.num_new_tokens for trace in drafted)
+    return accepted / proposed if proposed else None, num_new / max(1, num_new - accepted)
+
+
+def _plain_work(
+    models: PlainModels, prompts: Sequence[Sequence[int]], num_new: int, alpha: float
+) -> dict[str, Callable[[], object]]:
+    """Return the comparisons to time: transformers' own generation, and the published procedure."""
+    token_ids = torch.tensor(prompts)
+    return {
+        "library": lambda: _library_generate(
+            models.base, token_ids.to(models.base.device), num_new
+        ),
+        "published": lambda: published_procedure(
+            models, token_ids.to(models.base.device), num_new, alpha
+        ),
+    }
 
 
 def _timed(what: Callable[[], object]) -> float:
@@ -352,13 +365,13 @@ def _timed(what: Callable[[], object]) -> float:
 
 
 def _wait() -> None:
-    """Wait until accelerators have done what they were given."""
+    """Wait until the accelerator has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def _groups(model: ProxyTuned, jobs: Sequence[Job]) -> list[tuple[Any, list[int]]]:
-    """Return the backends that the jobs need, and their members; the base's is the first."""
+    """Return the backends that the jobs need, each with its members; the base's comes first."""
     needed = {0}
     for which, pair in enumerate(model.ensemble.pairs):
         if jobs[0].alphas[which]:
@@ -377,7 +390,7 @@ def _prefill(model: ProxyTuned, backend: Any, members: Sequence[int], jobs: Sequ
 
 
 def _pair_seconds(model: ProxyTuned, jobs: Sequence[Job], texts: Sequence[Sequence[int]]) -> float:
-    """Return the seconds that the small models alone take over the same prompts and tokens."""
+    """Return the seconds that the small models alone need for the same prompts and tokens."""
     groups = _groups(model, jobs)[1:]
     columns = torch.tensor(texts).t()
     started = time.perf_counter()
@@ -391,9 +404,10 @@ def _pair_seconds(model: ProxyTuned, jobs: Sequence[Job], texts: Sequence[Sequen
 
 
 def _first_token(model: ProxyTuned, jobs: Sequence[Job]) -> tuple[float, float]:
-    """Return the time to the first token, and that of the models' prompts alone: medians of a few turns.
+    """Return the seconds to the first token, and for the models' prompts alone: medians of a few turns.
 
-    The garbage collector's long look at all models (100 ms and more) comes before, and not by chance within.
+    A full garbage collection, which takes 100 ms and more with models in memory, runs before and so not by
+    chance within.
     """
     ending = [
         replace(job, sampling=replace(job.sampling, max_new_tokens=1, min_new_tokens=0))
@@ -409,34 +423,9 @@ def _first_token(model: ProxyTuned, jobs: Sequence[Job]) -> tuple[float, float]:
     first: list[float] = []
     prompts: list[float] = []
     gc.collect()
-    # Whoever comes right after other work is slower, so each comes first in turn.
+    # What runs right after other work is slower, so the two take turns at coming first.
     while len(first) < MAX_TURNS and sum(first) < TURNS_S:
         turns = [(first, lambda: Batch(model.ensemble, ending).step()), (prompts, read_prompts)]
         for took, what in reversed(turns) if len(first) % 2 else turns:
             took.append(_timed(what))
     return statistics.median(first), statistics.median(prompts)
-
-
-# The machine ----------------------------------------------------------------------------------------
-
-
-def machine() -> dict[str, Any]:
-    """Return what figures depend on beside the code: processor, cores, accelerator, versions."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.partition(":")[2].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        processor = names[0] if names else processor
-    return {
-        "processor": processor,
-        "num_cores": os.cpu_count(),
-        "num_threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }

@@ -1,4 +1,4 @@
-"""An evaluation to look at: a table for the terminal, a page in Markdown, a picture."""
+"""Evaluations shown: as a table for the terminal, a page in Markdown, a picture."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COLOURS = {
 
 
 def percent(value: float | None, scale: float, digits: int = 1) -> str:
-    """Return a metric in percent, `-` where there is none."""
+    """Return a metric in percent, or `-` for None."""
     return "-" if value is None else f"{value * 100 / scale:.{digits}f}"
 
 
@@ -93,7 +93,7 @@ def markdown(report: EvalReport, command: str) -> str:
 
     Args:
         report: What was measured.
-        command: That measures it again.
+        command: The command that repeats the measurement.
     """
     lines = [
         f"# {report.recipe}",
@@ -126,12 +126,12 @@ def markdown(report: EvalReport, command: str) -> str:
             "",
         ]
     lines += [
-        "± SE is one standard error over items. Change is against the base. p is the probability of so large "
-        "a difference to the base, or to the expert, if the two were alike: paired over items, by an exact "
-        "sign test where answers are right or wrong, by flipping signs else; not corrected for the number of "
-        "comparisons. Gap closed is the share of the tuned model's gain over the base, with a 95 % interval "
-        "by resampling items; it is left out where that gain is not sure. Tokens/s counts all rows of a "
-        "batch.",
+        "± SE is one standard error over items. Change is against the base. p is the probability of a "
+        "difference this large from the base, or from the expert, if the two were equally good. It is "
+        "paired over items: an exact sign test if answers are right or wrong, otherwise by flipping signs. "
+        "It is not corrected for the number of comparisons. Gap closed is the share of the tuned model's "
+        "gain over the base, with a 95 % interval by resampling items. It is left out if that gain is "
+        "uncertain. Tokens/s counts all rows of a batch.",
         "",
     ]
     return "\n".join(lines)

@@ -1,10 +1,10 @@
-"""Greedy texts at several strengths at once, which share what they have in common.
+"""Greedy texts at several strengths at once, which share the beginnings they have in common.
 
-Words: a *point* is a strength for each of an ensemble's pairs. A *branch* is a text begun, and the points
-that have written it so far. All points of a prompt start as one branch; where they would choose different
-tokens, the branch parts, and each part goes on with a copy of what the models have read. So a token is read
-once for all points that agree on every token before it. The texts are those of `decode/batch.py` at each
-point.
+Words: a *point* is a strength for each of an ensemble's pairs. A *branch* is an unfinished text together with
+the points that have written it so far. All points of a prompt start as one branch. Where points choose
+different tokens the branch splits, and each new branch continues with a copy of what the models have read. So
+a token is read once for all points that agree on every token before it. Each point's texts are the ones that
+`decode/batch.py` would generate.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from proxytune.backends.base import Backend, PartialBackend
+from proxytune.backends.base import Backend
 from proxytune.decode.ensemble import Ensemble, Job, check_job
 from proxytune.errors import InvalidRequest
 from proxytune.logits.rules import apply_policy
@@ -26,16 +26,16 @@ from proxytune.text.detokenize import TextStream
 
 
 class Texts(NamedTuple):
-    """What a set of points wrote."""
+    """The texts of several points."""
 
     texts: list[list[str]]
     """For each prompt, the text of each point."""
     token_ids: list[list[tuple[int, ...]]]
-    """Likewise, an end-of-sequence token included."""
+    """The token ids of `texts`, end-of-sequence tokens included."""
     num_read: int
-    """New tokens that the models read."""
+    """Number of new tokens that the models read."""
     num_chosen: int
-    """New tokens of all texts: what reading each text by itself would have read, but for its last token."""
+    """Number of new tokens of all texts. Read separately, each text would cost all but its last token."""
 
 
 @dataclass(slots=True)
@@ -48,8 +48,8 @@ class _Branch:
 
 
 @dataclass(slots=True)
-class _Group:
-    """One backend: its members read all branches, member by member."""
+class _Reader:
+    """One backend, and its members that read all branches; rows are ordered by member."""
 
     backend: Backend[Any]
     members: list[int]
@@ -68,20 +68,20 @@ def branch(
     """Return the greedy text of each prompt at each point.
 
     Args:
-        ensemble: The models; its base runs here.
+        ensemble: The models. The base must run here, not behind an API.
         prompts: For each prompt, the token ids of each member.
-        points: Strengths of the ensemble's pairs.
+        points: For each point, the strength of each of the ensemble's pairs.
         sampling: Greedy, without penalties, biases and `min_new_tokens`.
-        batch_size: Prompts that are written together; each has up to as many branches as there are points.
-        on_progress: Called with prompts done and prompts in all.
+        batch_size: Number of prompts answered together. Each can have as many branches as there are points.
+        on_progress: Called with the number of prompts done and the total.
 
     Raises:
-        InvalidRequest: The settings are others, or a prompt cannot be run.
+        InvalidRequest: The settings are not as described, or a prompt cannot be run.
         PromptTooLong: Prompt and new tokens exceed a member's context.
     """
     _check(ensemble, sampling)
     for prompt in prompts:
-        # Every pair is run, since points at strength 0 share branches with others.
+        # Every pair runs, since a point at strength 0 may share a branch with others.
         check_job(ensemble, Job(sampling, tuple(prompt), (1.0,) * len(ensemble.pairs)))
     total = Texts([], [], 0, 0)
     for start in range(0, len(prompts), batch_size):
@@ -98,17 +98,17 @@ def branch(
 
 
 def _check(ensemble: Ensemble, sampling: SamplingParams) -> None:
-    if isinstance(ensemble.members[0].backend, PartialBackend):
+    if ensemble.members[0].backend.partial is not None:
         raise InvalidRequest(
-            "texts at several strengths share what the models have read, and a base behind an API keeps "
-            "that to itself.\nhint: generate at each strength by itself"
+            "texts at several strengths share what the models have read, and a base behind an API does not "
+            "share it.\nhint: generate at each strength separately"
         )
     is_plain = sampling.is_greedy and not sampling.has_penalties
     is_biased = bool(sampling.logit_bias or sampling.first_logit_bias)
     if not is_plain or is_biased or sampling.min_new_tokens:
         raise InvalidRequest(
-            "texts at several strengths share their beginnings only where they are greedy, without "
-            "penalties, biases and min_new_tokens.\nhint: leave these out"
+            "texts at several strengths can share their beginnings only if they are greedy, without "
+            "penalties, biases or min_new_tokens.\nhint: leave these out"
         )
 
 
@@ -136,23 +136,23 @@ class _Tree:
         needed = sorted(
             {0} | {m for pair in ensemble.pairs for m in (pair.expert, pair.anti_expert)}
         )
-        self._groups: list[_Group] = []
+        self._readers: list[_Reader] = []
         for member in needed:
             backend = ensemble.members[member].backend
-            group = next((g for g in self._groups if g.backend is backend), None)
-            if group is None:
-                self._groups.append(_Group(backend, [member]))
+            reader = next((r for r in self._readers if r.backend is backend), None)
+            if reader is None:
+                self._readers.append(_Reader(backend, [member]))
             else:
-                group.members.append(member)
+                reader.members.append(member)
         self._texts = [[""] * len(points) for _ in prompts]
         self._token_ids: list[list[tuple[int, ...]]] = [[()] * len(points) for _ in prompts]
         self._num_read = 0
 
     def grow(self) -> Texts:
-        """Write all texts."""
+        """Return all texts, finished."""
         logits = self._prefill()
         while True:
-            kept = self._choose(logits)
+            kept = self._split(logits)
             if not self._branches:
                 break
             logits = self._read(kept)
@@ -166,39 +166,39 @@ class _Tree:
 
     def _prefill(self) -> dict[int, Tensor]:
         logits: dict[int, Tensor] = {}
-        for group in self._groups:
-            prompts = [prompt[member] for member in group.members for prompt in self._prompts]
+        for reader in self._readers:
+            prompts = [prompt[member] for member in reader.members for prompt in self._prompts]
             adapters = [
                 self._ensemble.members[member].adapter
-                for member in group.members
+                for member in reader.members
                 for _ in self._prompts
             ]
-            group.state, answer = group.backend.prefill(prompts, adapters=adapters)
-            self._enter(group, answer, logits)
+            reader.state, answer = reader.backend.prefill(prompts, adapters=adapters)
+            self._enter(reader, answer, logits)
         return logits
 
     def _read(self, kept: Sequence[int]) -> dict[int, Tensor]:
-        """Let the models read each branch's last token, after the branch at `kept` before it."""
+        """Let the models read each branch's last token; `kept` has the old branch that each continues."""
         last = torch.tensor([branch.token_ids[-1] for branch in self._branches])
         self._num_read += len(last)
         logits: dict[int, Tensor] = {}
-        for group in self._groups:
+        for reader in self._readers:
             old = self._num_before
-            lanes = [place * old + row for place in range(len(group.members)) for row in kept]
-            group.state = group.backend.select(group.state, lanes)
+            lanes = [place * old + row for place in range(len(reader.members)) for row in kept]
+            reader.state = reader.backend.select(reader.state, lanes)
             tokens = torch.cat(
-                [self._ensemble.members[m].alignment.ids_to_small(last) for m in group.members]
+                [self._ensemble.members[m].alignment.ids_to_small(last) for m in reader.members]
             )
-            answer = group.backend.extend(group.state, tokens[:, None])[:, 0]
-            self._enter(group, answer, logits)
+            answer = reader.backend.extend(reader.state, tokens[:, None])[:, 0]
+            self._enter(reader, answer, logits)
         return logits
 
-    def _enter(self, group: _Group, answer: Tensor, logits: dict[int, Tensor]) -> None:
-        for member, part in zip(group.members, answer.chunk(len(group.members)), strict=True):
+    def _enter(self, reader: _Reader, answer: Tensor, logits: dict[int, Tensor]) -> None:
+        for member, part in zip(reader.members, answer.chunk(len(reader.members)), strict=True):
             logits[member] = self._ensemble.members[member].alignment.logits_to_base(part)
 
-    def _choose(self, logits: dict[int, Tensor]) -> list[int]:
-        """Part the branches by what their points choose; return where each new one comes from."""
+    def _split(self, logits: dict[int, Tensor]) -> list[int]:
+        """Split the branches by what their points choose; return the old branch that each continues."""
         chosen: list[dict[int, list[int]]] = [{} for _ in self._branches]
         for point in range(len(self._points)):
             rows = [row for row, each in enumerate(self._branches) if point in each.points]
@@ -248,7 +248,7 @@ class _Tree:
         return child
 
     def _advance(self, each: _Branch, token_id: int) -> bool:
-        """Add a token, and say whether the branch has ended; its text is then that of its points."""
+        """Add a token; return whether the branch has ended, and then keep its text for its points."""
         each.token_ids.append(token_id)
         is_last = len(each.token_ids) >= self._sampling.max_new_tokens
         if token_id in self._ending_ids:

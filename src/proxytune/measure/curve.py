@@ -1,4 +1,4 @@
-"""A sweep as a picture."""
+"""A sweep drawn: a curve for one expert, a map for two."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from proxytune.errors import InvalidRequest, MissingExtra, OutputFileError
+from proxytune.errors import InvalidRequest, OutputFileError, missing_extra
 from proxytune.measure.metrics import METRICS
 from proxytune.measure.sweep import Grid, SweepReport
 
@@ -16,25 +16,24 @@ from proxytune.measure.sweep import Grid, SweepReport
 
 
 def draw(report: SweepReport, grid: Grid, path: Path) -> None:
-    """Draw the sweep: a curve with its error band, or, for two varied experts, a map.
+    """Draw a sweep: a curve with its error band, or a map if the strengths of two experts vary.
 
     Raises:
         MissingExtra: matplotlib is not installed.
-        InvalidRequest: More than two experts are varied.
+        InvalidRequest: The strengths of more than two experts vary, or none do.
         OutputFileError: The file cannot be written, or its format is unknown.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingExtra(
-            "drawing needs matplotlib, which is not installed.\n"
-            "hint: pip install 'proxytune[tune]', or leave --picture out"
+        raise missing_extra(
+            "drawing needs matplotlib, which is not installed", "tune", "or leave --picture out"
         ) from error
     varied = grid.varied
     if not 1 <= len(varied) <= 2:
         raise InvalidRequest(
-            f"the strengths of {len(varied)} experts are varied, and a picture shows one or two.\n"
-            "hint: leave --picture out; the table and --json have every point"
+            f"the strengths of {len(varied)} experts vary, and a picture shows one or two.\n"
+            "hint: leave out --picture; the table and --json have every point"
         )
     title = METRICS[report.metric].title if report.metric in METRICS else report.metric
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
@@ -47,7 +46,7 @@ def draw(report: SweepReport, grid: Grid, path: Path) -> None:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise OutputFileError(
-            f"the picture cannot be written to {path}: {error}.\nhint: name a .png, .svg or .pdf file"
+            f"the picture cannot be written to {path}: {error}.\nhint: give a .png, .svg or .pdf file"
         ) from error
 
 
@@ -55,7 +54,7 @@ def _draw_curve(axes: Any, report: SweepReport, grid: Grid, which: int, title: s
     order = sorted(range(len(grid.points)), key=lambda n: grid.points[n][which])
     alphas = [grid.points[n][which] for n in order]
     points = [report.points[n] for n in order]
-    # Against the base, whose interval is then no part of the band: units differ more than points do.
+    # Changes against the base are resampled in pairs: units differ more than points do.
     scale = 100.0 if report.metric == "perplexity" else 1.0
     axes.axhline(0, color="0.5", linestyle="--", linewidth=1, label="base")
     axes.plot(

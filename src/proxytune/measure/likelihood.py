@@ -1,8 +1,7 @@
-"""How likely given continuations are under a steered base, many short ones at a time.
+"""How likely the steered base finds given continuations, many short ones at a time.
 
-`measure/score.py` measures long texts at several strengths; here are the questions of multiple choice: for
-each of many prompts, the log-probability of one continuation as a whole, and whether it is what greedy
-decoding would write.
+This is what multiple choice asks: for each of many prompts, the log-probability of a whole continuation, and
+whether greedy decoding would write it. `measure/score.py` measures long texts at several strengths.
 """
 
 from __future__ import annotations
@@ -13,22 +12,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from proxytune.backends.base import PartialBackend
 from proxytune.decode.ensemble import Ensemble
 from proxytune.logits.rules import apply_policy
 from proxytune.logits.steer import Contribution
 from proxytune.measure.score import Passage, passage_logits
 
 CHUNK_TOKENS = 256
-"""Positions of all rows together whose logits are held at once."""
+"""Number of positions, over all rows, whose logits are in memory at once."""
 
 
 class Likelihood(NamedTuple):
     """How likely a continuation is.
 
     Args:
-        logprob: Of all its tokens together, nats.
-        is_greedy: Whether each of them is the likeliest in its place.
+        logprob: Log-probability of all its tokens together, nats.
+        is_greedy: Whether each of its tokens is the likeliest at its position.
     """
 
     logprob: float
@@ -42,16 +40,18 @@ def likelihoods(
     *,
     batch_size: int = 8,
 ) -> Iterator[tuple[int, Likelihood]]:
-    """Yield every passage's index and likelihood, longest first so that rows of a batch are alike.
+    """Yield every passage's index and likelihood.
+
+    The longest continuations come first, so that the rows of a batch have similar lengths.
 
     Args:
         ensemble: The models.
-        passages: Prompts and continuations; each fits into every model's context.
-        alphas: The strength of each of the ensemble's pairs.
-        batch_size: Passages side by side.
+        passages: Prompts and continuations that fit into every model's context.
+        alphas: Strength of each of the ensemble's pairs.
+        batch_size: Maximum number of passages per batch.
 
     Raises:
-        UnsupportedModel: The base is behind an API that does not score given text.
+        UnsupportedModel: The base is behind an API that does not score a given text.
         BackendError: A model failed.
     """
     pairs = [(pair, alpha) for pair, alpha in zip(ensemble.pairs, alphas, strict=True) if alpha]
@@ -59,7 +59,7 @@ def likelihoods(
     order = sorted(
         range(len(passages)), key=lambda i: (-len(passages[i].token_ids), -_length(passages[i]))
     )
-    is_partial = isinstance(ensemble.members[0].backend, PartialBackend)
+    is_partial = ensemble.members[0].backend.partial is not None
     while order:
         batch = _batch(ensemble, passages, order, 1 if is_partial else batch_size, needed)
         del order[: len(batch)]
@@ -106,7 +106,7 @@ def _length(passage: Passage) -> int:
 
 
 def _rows(logits: Tensor) -> Tensor:
-    """Return `[rows, positions, vocab]` of what one passage gives without rows."""
+    """Return logits as `[rows, positions, vocab]`; a single passage's have no rows."""
     return logits if logits.dim() == 3 else logits[None]
 
 
@@ -117,7 +117,7 @@ def _batch(
     batch_size: int,
     needed: Sequence[int],
 ) -> list[int]:
-    """Return the next passages that fit side by side: rows are filled up to the longest continuation."""
+    """Return the next passages that fit into one batch: rows are padded to the longest continuation."""
     batch: list[int] = []
     for i in order[:batch_size]:
         longest = max(len(passages[j].token_ids) for j in (*batch, i))
@@ -136,9 +136,9 @@ def _batch(
 def _batch_logits(
     ensemble: Ensemble, rows: Sequence[Passage], needed: Sequence[int]
 ) -> Iterator[tuple[int, dict[int, Tensor]]]:
-    """Yield the place of the first token predicted and each member's logits, `[rows, positions, vocab]`.
+    """Yield the index of the first predicted token and each member's logits, `[rows, positions, vocab]`.
 
-    Rows that are shorter are filled up with any token: nothing looks back from there.
+    Shorter rows are padded on the right with any token, which no earlier position sees.
     """
     groups: dict[int, list[int]] = {}
     for index in needed:

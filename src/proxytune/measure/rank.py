@@ -1,14 +1,13 @@
-"""Which expert will help: candidates ranked from what the models say of a text, without generating.
+"""Which expert will help: candidates ranked by how well they predict a text, without generating anything.
 
-Each model reads the passages once. From the logits follow the steered losses of every candidate at every
-strength, and from these its *benefit*: the nats per token that it saves the base. A strength that was picked
-on the passages it is judged by would flatter every candidate, and a useless one most; so each half of the
-passages picks the strength for the other (two-fold cross-fitting). A candidate whose best strength is 0 has
-benefit 0.
+Each model reads the passages once. The logits give the steered loss of every candidate at every strength, and
+these give its *benefit*: the nats per token that it saves the base. A strength picked on the passages that
+also judge it would flatter every candidate, and a useless one most. So each half of the passages picks the
+strength for the other half (two-fold cross-fitting). A candidate whose best strength is 0 has benefit 0.
 
-Beside the benefit stand two cheaper guesses: *gain*, what tuning changed in the small model, which needs no
-base; and *slope*, what the first bit of strength saves. How well each predicts is measured by
-`benchmarks/rank_experts.py`, and told in `docs/guides/choose-alpha-and-expert.md`.
+Two cheaper estimates stand beside the benefit: *gain*, what tuning changed in the small model, which needs no
+base; and *slope*, what the first bit of strength saves. `benchmarks/rank_experts.py` measures how well each
+predicts, and `docs/guides/choose-a-pair.md` reports it.
 """
 
 from __future__ import annotations
@@ -22,37 +21,30 @@ from numpy.typing import NDArray
 
 from proxytune.decode.ensemble import Ensemble
 from proxytune.errors import InvalidRequest
-from proxytune.measure.score import (
-    NUM_RESAMPLES,
-    Interval,
-    Passage,
-    passage_losses,
-)
+from proxytune.measure.score import NUM_RESAMPLES, Interval, Passage, passage_losses
 
 ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 """Strengths tried for each candidate."""
 SLOPE_ALPHA = 0.05
-"""Small enough for the loss to be a line there: its curvature changes the slope by a few hundredths."""
-
-
+"""Small enough for the loss to be almost linear there: curvature changes the slope by a few percent."""
 MEASURED_CORRELATION = 0.70
-"""Mean rank correlation of the benefit with that on other text of the kind: seven experts of the smol family,
-eight domains, samples of 1,016 tokens (`docs/performance/rank_experts.json`)."""
+"""Mean rank correlation between the benefit on a sample and on other text of the same kind: seven experts of
+the smol family, eight domains, samples of 1,016 tokens (`docs/performance/rank_experts.json`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What is expected of an expert.
+    """An expert and the help to expect from it.
 
     Args:
-        name: The expert.
-        benefit: Nats per token that it saves the base, cross-fitted; below 0 it harms.
-        interval: Of the benefit, 95 %.
-        change: Perplexity against the base's that the benefit amounts to: -0.1 is a tenth lower.
-        alpha: The strength to take: the best one on all passages, 0 where none helps.
-        chance_best: Share of bootstrap resamples in which it is first.
+        name: The expert's name.
+        benefit: Nats per token that it saves the base, cross-fitted; negative if it harms.
+        interval: 95 % interval of the benefit.
+        change: The same as a change of perplexity against the base's: -0.1 is a tenth lower.
+        alpha: Recommended strength: the best one on all passages, 0 if none helps.
+        chance_best: Share of bootstrap resamples in which it ranks first.
         gain: Nats per token that the expert saves the anti-expert.
-        slope: Nats per token that a strength saves per unit, where it begins.
+        slope: Nats per token saved per unit of strength, at strength 0.
     """
 
     name: str
@@ -70,11 +62,11 @@ class Ranking:
     """Candidates, the most promising first.
 
     Args:
-        candidates: By benefit.
-        num_passages: Windows or answers that were read.
-        num_tokens: Tokens that were predicted.
+        candidates: Candidates in descending order of benefit.
+        num_passages: Number of windows or answers read.
+        num_tokens: Number of tokens predicted.
         base_nats: The base's loss, nats per token.
-        notes: What a reader must know, in sentences.
+        notes: Warnings for the reader, one sentence each.
     """
 
     candidates: tuple[Candidate, ...]
@@ -96,26 +88,28 @@ def rank_experts(
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Ranking:
-    """Rank an ensemble's pairs by what each alone would save the base on passages.
+    """Rank an ensemble's pairs by what each by itself would save the base on passages.
 
     Args:
-        ensemble: Base and candidates.
-        passages: Of the kind of text that is to be written; at least two.
-        alphas: Strengths to try, beside 0.
-        seed: Of the bootstrap over passages.
-        on_progress: Called with tokens done and tokens in all.
+        ensemble: The base and the candidates.
+        passages: At least two, of the kind of text that is to be generated.
+        alphas: Strengths to try in addition to 0.
+        seed: Random seed of the bootstrap over passages.
+        on_progress: Called with the number of tokens done and the total.
 
     Raises:
-        InvalidRequest: Fewer than two passages, or no strength.
+        InvalidRequest: There are fewer than two passages, or no strengths.
         PromptTooLong: A passage exceeds a model's context.
     """
     if len(passages) < 2:
         raise InvalidRequest(
-            f"there is {len(passages)} window or row, and ranking needs two: each half picks the strength "
-            "for the other.\nhint: give more data, or a smaller --window"
+            f"there is {len(passages)} window or answer, and ranking needs at least two: each half picks the "
+            "strength for the other.\nhint: give more data, or a smaller --window"
         )
     if not alphas:
-        raise InvalidRequest("no strength is given.\nhint: leave alphas out for the usual ones")
+        raise InvalidRequest(
+            "no strength is given.\nhint: leave out alphas to try the default ones"
+        )
     sums = candidate_sums(ensemble, passages, alphas, on_progress=on_progress)
     return summarise([pair.name for pair in ensemble.pairs], sums, alphas, seed=seed)
 
@@ -126,16 +120,16 @@ class Sums(NamedTuple):
     base: NDArray[np.float64]
     """`[passages]`."""
     experts: NDArray[np.float64]
-    """`[candidates, passages]`, each expert alone."""
+    """`[candidates, passages]`, each expert by itself."""
     anti_experts: NDArray[np.float64]
-    """Likewise."""
+    """`[candidates, passages]`, each anti-expert by itself."""
     steered: NDArray[np.float64]
     """`[candidates, 1 + alphas, passages]`: at `SLOPE_ALPHA`, then at each strength."""
     lengths: NDArray[np.float64]
     """`[passages]` tokens."""
 
     def take(self, passages: Sequence[int]) -> Sums:
-        """Return those of some passages."""
+        """Return the losses of some passages."""
         return Sums(*(each[..., list(passages)] for each in self))
 
 
@@ -146,7 +140,7 @@ def candidate_sums(
     *,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Sums:
-    """Let each model read passages once, and return what every pair alone makes of them at every strength."""
+    """Let each model read the passages once, and return every pair's own losses at every strength."""
     tried = (SLOPE_ALPHA, *alphas)
     num_pairs = len(ensemble.pairs)
     strengths = [
@@ -173,19 +167,19 @@ def summarise(
     """Rank candidates from their losses.
 
     Args:
-        names: Of the candidates.
-        sums: What they make of passages.
-        alphas: The strengths.
-        seed: Of the bootstrap.
+        names: Names of the candidates.
+        sums: Their losses on the passages.
+        alphas: The strengths tried.
+        seed: Random seed of the bootstrap.
     """
     base, experts, anti_experts, steered, lengths = sums
     num_passages, num_tokens = len(lengths), lengths.sum()
     tried = np.array([0.0, *alphas])
-    # Strength 0 first, so that of equal ones it is taken.
+    # Strength 0 comes first, so that argmin takes it in a tie.
     curves = np.concatenate(
         [np.broadcast_to(base, (len(names), 1, num_passages)), steered[:, 1:]], axis=1
     )
-    # Neighbouring windows are alike; every other one belongs to the same half.
+    # Neighbouring windows are alike, so the halves alternate.
     halves = np.arange(num_passages) % 2
     saved = np.zeros((len(names), num_passages))
     for half in (0, 1):
@@ -214,15 +208,17 @@ def summarise(
     notes = []
     if len(candidates) > 1 and candidates[0].chance_best < 0.95:
         notes.append(
-            f"{candidates[0].name} is first in {candidates[0].chance_best:.0%} of resamples only; more text "
-            "would tell"
+            f"{candidates[0].name} ranks first in only {candidates[0].chance_best:.0%} of resamples; more "
+            "text would make it clearer"
         )
     if candidates[0].interval is not None and candidates[0].interval.low <= 0:
-        notes.append("no candidate is sure to help on this kind of text")
+        notes.append("no candidate is certain to help on this kind of text")
     edge = max(alphas)
     beyond = [c.name for c in candidates if c.alpha == edge]
     if beyond:
-        notes.append(f"the best strength of {', '.join(beyond)} is the largest tried, {edge:g}")
+        notes.append(
+            f"the best strength of {', '.join(beyond)} is the largest one tried, {edge:g}; try larger ones"
+        )
     return Ranking(
         tuple(candidates),
         num_passages,
@@ -233,7 +229,7 @@ def summarise(
 
 
 def rank_correlation(values: Sequence[float], others: Sequence[float]) -> float:
-    """Return Spearman's rank correlation; ties share their mean rank. NaN where one side is constant."""
+    """Return Spearman's rank correlation; ties share their mean rank. NaN if one side is constant."""
     ranks = [_ranks(np.asarray(each, float)) for each in (values, others)]
     one, other = (each - each.mean() for each in ranks)
     scale = float(np.sqrt((one**2).sum() * (other**2).sum()))

@@ -1,19 +1,19 @@
-"""How well each model, and the steered base at several strengths, predicts a given text, token by token.
+"""How well each model, and the base steered at several strengths, predicts a given text, token by token.
 
-The base is steered by the ensemble's policy, whose positions count from a window's first predicted token.
+A text is cut into windows; within a window each token is predicted from the tokens before it. Every model
+runs once: the logits of a chunk serve all strengths and are then dropped. Memory is therefore bounded by
+`members x chunk x vocab`, whatever the length of the text. The ensemble's policy steers the base, and its
+positions count from a window's first predicted token.
 
-The text is cut into windows; within a window each token is predicted from those before it. Every model runs
-once; the logits of a chunk serve all strengths and are then dropped, so that memory is bounded by
-`members x chunk x vocab`, whatever the length of the text.
-
-Words: *nats* is the mean negative natural-log probability per token; *perplexity* is its exponential. A
-confidence interval is a percentile bootstrap over blocks of consecutive tokens, since neighbouring tokens are
-not independent (Efron and Tibshirani 1993, section 8.6); the change against the base is resampled in pairs.
+Words: *nats* is the mean negative natural-log probability per token, and *perplexity* its exponential.
+Confidence intervals are percentile bootstraps over blocks of consecutive tokens, because neighbouring tokens
+are not independent (Efron and Tibshirani 1993, section 8.6). The change against the base is resampled in
+pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,33 +23,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from proxytune.backends.base import PartialBackend
-from proxytune.backends.retokenised import RetokenisedBackend
-from proxytune.decode.ensemble import Ensemble
-from proxytune.errors import (
-    InvalidRequest,
-    PromptTooLong,
-    UnsupportedModel,
-)
+from proxytune.decode.ensemble import Ensemble, Member
+from proxytune.errors import InvalidRequest, PromptTooLong, UnsupportedModel
 from proxytune.logits.certificate import spread_rest
 from proxytune.logits.rules import apply_policy, has_conflict
 from proxytune.logits.steer import Contribution
 from proxytune.logits.views import kl_divergence, view
 from proxytune.machine import return_free_memory
-from proxytune.request import check_alpha
+from proxytune.request import Prompt, check_alpha
+from proxytune.text.prompts import PromptFormat, continuation_ids, render_each
 from proxytune.trace import Step
 
 SCORE_WINDOW = 512
-
+"""Default number of tokens in a window of text."""
 CHUNK_TOKENS = 128
-"""Positions whose logits are held at once: 128 x 152,064 float32 values are 78 MB per model."""
+"""Positions whose logits are in memory at once: 128 x 152,064 float32 values are 78 MB per model."""
 SLICE_TOKENS = 8
-"""Positions whose losses are computed at once. Temporary tensors of a whole chunk come and go by tens of
-megabytes, and the C library's heap then grew by 100 MB a chunk, to 10 GB over 50,000 tokens."""
+"""Number of positions whose losses are computed at once. A whole chunk's temporary tensors have tens of
+megabytes, and with them the C library's heap grew by 100 MB per chunk, to 10 GB over 50,000 tokens."""
 BLOCK_TOKENS = 128
-"""Length of a bootstrap block: longer than a sentence, short enough for a hundred blocks in 13,000 tokens."""
+"""Tokens per bootstrap block: longer than a sentence, short enough for a hundred blocks in 13,000 tokens."""
 NUM_RESAMPLES = 2000
 MASS_TOKENS = 1000
-"""On how much text the probability of tokens that two tokenizers share is measured."""
+"""Number of tokens on which the probability of shared tokens is measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +58,11 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """Tokens to predict, and what comes before them.
+    """Tokens to predict, and the prompt before them.
 
     Args:
-        prompts: Each member's prompt, in its own token ids and format, at least one token.
-        token_ids: The continuation, ids of the base's vocabulary, at least one.
+        prompts: Each member's prompt in its own token ids and format, at least one token each.
+        token_ids: The continuation in ids of the base's vocabulary, at least one.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -75,13 +71,13 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class MappedMass:
-    """How much of a text's next tokens a small model of another tokenizer and the base both have.
+    """How much probability falls on tokens that the base shares with a small model of another tokenizer.
 
     Args:
-        name: The small model.
-        share: The share of the base's tokens that it has too.
-        base: The probability that the base gives to those, on average over the text.
-        small: The probability that the small model gives to tokens that the base has too.
+        name: The small model's name.
+        share: Share of the base's tokens that the small model also has, from 0 to 1.
+        base: Probability that the base gives to shared tokens, mean over the text.
+        small: Probability that the small model gives to shared tokens, mean over the text.
     """
 
     name: str
@@ -92,16 +88,16 @@ class MappedMass:
 
 @dataclass(frozen=True, slots=True)
 class ScoreRow:
-    """How well one predictor does.
+    """How well one model, or the steered base at one strength, predicts a text.
 
     Args:
         name: `base`, `NAME.expert`, `NAME.anti_expert` or `steered`.
-        alpha: Strength, for steered rows.
+        alpha: Strength; None except for `steered`.
         nats: Mean negative log-likelihood per token.
-        perplexity: Its exponential.
-        interval: Of the perplexity; None where the text has fewer than two blocks.
-        change: Perplexity relative to the base's, minus 1: -0.2 is a fifth lower.
-        change_interval: Of the change, base and steered resampled together.
+        perplexity: Exponential of `nats`.
+        interval: Interval of the perplexity; None if the text has fewer than two blocks.
+        change: Perplexity divided by the base's, minus 1: -0.2 is a fifth lower.
+        change_interval: Interval of the change, with this row and the base resampled together.
     """
 
     name: str
@@ -118,13 +114,13 @@ class ScoreReport:
     """Scores of one text.
 
     Args:
-        num_tokens: Tokens scored. A text's first token has nothing before it and is left out, unless the
-            tokenizer puts a start token there.
-        num_windows: How many windows the text was cut into.
-        window: Their length in tokens.
+        num_tokens: Number of tokens scored. A text's first token has nothing before it and is left out,
+            unless the tokenizer puts a start token there.
+        num_windows: Number of windows, or of answers.
+        window: Maximum number of tokens per window.
         rows: Base, experts and anti-experts, then the steered base at each strength. Small models of another
-            tokenizer have none, since they predict other tokens.
-        mapped: What those have in common with the base.
+            tokenizer predict other tokens and have no row.
+        mapped: What those models share with the base.
     """
 
     num_tokens: int
@@ -134,7 +130,7 @@ class ScoreReport:
     mapped: tuple[MappedMass, ...] = ()
 
     def row(self, name: str, alpha: float | None = None) -> ScoreRow:
-        """Return the row of one predictor."""
+        """Return the row of one model, or of the steered base at one strength."""
         return next(r for r in self.rows if r.name == name and r.alpha == alpha)
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,8 +145,11 @@ def bootstrap(
 
     Args:
         losses: `[num_tokens]` negative log-likelihoods in text order, nats.
-        base_losses: The base's, of the same tokens.
-        seed: Of the resampling; equal seeds draw equal blocks for every row of a report.
+        base_losses: `[num_tokens]`, the base's on the same tokens.
+        seed: Random seed. Equal seeds draw equal blocks for every row of a report.
+
+    Returns:
+        The interval of the perplexity and that of its change; None for both with fewer than two blocks.
     """
     num_blocks = len(losses) // BLOCK_TOKENS
     if num_blocks < 2:
@@ -172,9 +171,9 @@ def token_losses(logits: Tensor, targets: Tensor, padding_ids: Tensor) -> NDArra
     """Return negative log-likelihoods, `[num_tokens]` nats.
 
     Args:
-        logits: `[num_tokens, vocab]`, float32.
-        targets: `[num_tokens]`.
-        padding_ids: `[num_padding]`, ids that no token has; they get no probability.
+        logits: `[num_tokens, vocab]` float32, not normalised.
+        targets: `[num_tokens]` token ids.
+        padding_ids: `[num_padding]` ids that are no token; they get no probability.
     """
     if len(padding_ids):
         logits = logits.index_fill(-1, padding_ids, -torch.inf)
@@ -187,7 +186,7 @@ def score_tokens(
     token_ids: Sequence[int],
     *,
     strengths: Sequence[tuple[float, tuple[float, ...]]],
-    window: int = 512,
+    window: int = SCORE_WINDOW,
     start_id: int | None = None,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
@@ -196,16 +195,16 @@ def score_tokens(
 
     Args:
         ensemble: The models.
-        token_ids: At least two.
-        strengths: The steered rows: a label, and the strength of each of the ensemble's pairs.
+        token_ids: At least two ids.
+        strengths: For each steered row, its label and the strength of each of the ensemble's pairs.
         window: Tokens per window, at least 2 and at most the smallest context.
-        start_id: A token to begin every window with (the one the base's tokenizer puts before a text);
-            None begins each window with the last token of the one before.
-        seed: Of the bootstrap.
-        on_progress: Called with tokens done and tokens in all after each chunk.
+        start_id: The token that begins every window, if the base's tokenizer puts one before a text. None
+            begins each window with the last token of the window before.
+        seed: Random seed of the bootstrap.
+        on_progress: Called after each chunk with the number of tokens done and the total.
 
     Raises:
-        InvalidRequest: Fewer than two tokens, or a window below 2.
+        InvalidRequest: There are fewer than two tokens, or the window is below 2.
         PromptTooLong: The window exceeds a model's context.
     """
     passages = windows(ensemble, token_ids, window=window, start_id=start_id)
@@ -215,13 +214,26 @@ def score_tokens(
     return replace(report, window=window)
 
 
+def smallest_context(members: Iterable[Member]) -> int | None:
+    """Return the smallest context of some models, in tokens; None if no context is limited."""
+    contexts = (member.backend.capabilities.max_context for member in members)
+    return min((context for context in contexts if context is not None), default=None)
+
+
+def scoring_window(ensemble: Ensemble, window: int | None = None) -> int:
+    """Return the window to score with: the given one, or `SCORE_WINDOW` shortened to the smallest context."""
+    if window is not None:
+        return window
+    return min(SCORE_WINDOW, smallest_context(ensemble.members) or SCORE_WINDOW)
+
+
 def windows(
     ensemble: Ensemble, token_ids: Sequence[int], *, window: int, start_id: int | None
 ) -> list[Passage]:
     """Cut a text, given as token ids of the base's vocabulary, into passages; see `score_tokens`.
 
     Raises:
-        InvalidRequest: Nothing is left to predict, or the window is below 2.
+        InvalidRequest: There is nothing to predict, or the window is below 2.
     """
     if window < 2:
         raise InvalidRequest(f"window is {window}, and must be at least 2 tokens")
@@ -232,16 +244,51 @@ def windows(
         cut = [list(token_ids[i : i + window]) for i in range(0, len(token_ids) - 1, window - 1)]
     if sum(len(ids) - 1 for ids in cut) < 1:
         raise InvalidRequest(
-            f"the text has {len(token_ids)} token(s), and scoring needs one to start from and one to "
-            "predict.\nhint: give a longer text"
+            f"the text has {len(token_ids)} token(s), and scoring needs at least two: one to start from and "
+            "one to predict.\nhint: give a longer text"
         )
     return [passage_of(ensemble, ids[:1], ids[1:]) for ids in cut if len(ids) > 1]
 
 
 def passage_of(ensemble: Ensemble, prompt: Sequence[int], token_ids: Sequence[int]) -> Passage:
-    """Return a passage whose prompt, ids of the base's vocabulary, every member sees alike."""
+    """Return a passage with one prompt for all members, given in ids of the base's vocabulary."""
     prompts = tuple(tuple(m.own_ids(prompt, is_start=True)) for m in ensemble.members)
     return Passage(prompts, tuple(token_ids))
+
+
+def completion_passages(
+    ensemble: Ensemble,
+    formats: Sequence[PromptFormat],
+    pairs: Sequence[tuple[Prompt, str]],
+    *,
+    max_tokens: int | None = None,
+) -> list[Passage]:
+    """Return prompts with given answers as each model sees them, the token that ends a text after each.
+
+    Args:
+        ensemble: The models.
+        formats: How each member wants its prompts.
+        pairs: Prompts and their answers.
+        max_tokens: Maximum length of prompt and answer together; None for the smallest context. What exceeds
+            it is cut off an answer's end, and a pair with nothing left is skipped.
+
+    Raises:
+        PromptFormatError: A prompt cannot be rendered.
+    """
+    limits = [smallest_context(ensemble.members), max_tokens]
+    limit = min([n for n in limits if n is not None], default=None)
+    tokenizer, names = ensemble.tokenizer, [member.name for member in ensemble.members]
+    passages = []
+    for prompt, answer in pairs:
+        prompts = tuple(tuple(ids) for ids in render_each(prompt, formats, names))
+        token_ids = continuation_ids(answer, tokenizer)
+        if tokenizer.eos_token_id is not None:
+            token_ids.append(tokenizer.eos_token_id)
+        if limit is not None:
+            token_ids = token_ids[: max(0, limit - max(map(len, prompts)))]
+        if token_ids:
+            passages.append(Passage(prompts, tuple(token_ids)))
+    return passages
 
 
 def score_passages(
@@ -256,14 +303,14 @@ def score_passages(
 
     Args:
         ensemble: The models.
-        passages: At least one.
-        strengths: The steered rows: a label, and the strength of each of the ensemble's pairs.
-        seed: Of the bootstrap, whose blocks run over all passages in their order.
-        on_progress: Called with tokens done and tokens in all after each chunk.
+        passages: At least one passage.
+        strengths: For each steered row, its label and the strength of each of the ensemble's pairs.
+        seed: Random seed of the bootstrap, whose blocks run over all passages in their order.
+        on_progress: Called after each chunk with the number of tokens done and the total.
 
     Raises:
-        InvalidRequest: No passage, or one whose prompt or continuation is empty; the ensemble's policy
-            excludes tokens.
+        InvalidRequest: There is no passage, a prompt or a continuation is empty, or the ensemble's policy
+            gives some tokens no probability.
         PromptTooLong: A passage exceeds a model's context.
     """
     for label, _ in strengths:
@@ -271,8 +318,8 @@ def score_passages(
     policy = ensemble.policy
     if policy.plausibility is not None and policy.implausible != "leave":
         raise InvalidRequest(
-            "the recipe's steering gives implausible tokens no probability, and a text that holds one has an "
-            'infinite perplexity.\nhint: "implausible": "leave" keeps the base\'s odds for them'
+            "the recipe's policy gives implausible tokens no probability, and a text that contains one has "
+            'an infinite perplexity.\nhint: "implausible": "leave" keeps the base\'s odds for them'
         )
     losses = passage_losses(
         ensemble, passages, [alphas for _, alphas in strengths], on_progress=on_progress
@@ -286,8 +333,7 @@ def score_passages(
         for name, label, column in zip(
             [*names, *["steered"] * len(strengths)], labels, losses, strict=True
         )
-        if name == "steered"
-        or not isinstance(ensemble.members[names[name]].backend, RetokenisedBackend)
+        if name == "steered" or ensemble.members[names[name]].backend.translation is None
     ]
     longest = max(len(p.prompts[0]) + len(p.token_ids) for p in passages)
     return ScoreReport(
@@ -300,15 +346,15 @@ def score_passages(
 
 
 def mapped_mass(ensemble: Ensemble, passages: Sequence[Passage]) -> tuple[MappedMass, ...]:
-    """Return what small models of another tokenizer have in common with the base, where there are any.
+    """Return what small models of another tokenizer share with the base; empty if there is none.
 
-    Measured on the first passages, up to `MASS_TOKENS` tokens.
+    Measured on the first passages, about `MASS_TOKENS` tokens.
     """
     used = sorted({i for pair in ensemble.pairs for i in (pair.expert, pair.anti_expert)})
     mapped = {
-        index: backend
+        index: translation.token_map
         for index in used
-        if isinstance(backend := ensemble.members[index].backend, RetokenisedBackend)
+        if (translation := ensemble.members[index].backend.translation) is not None
     }
     if not mapped:
         return ()
@@ -318,10 +364,10 @@ def mapped_mass(ensemble: Ensemble, passages: Sequence[Passage]) -> tuple[Mapped
         for _, logits in passage_logits(ensemble, passage, [0, *mapped]):
             padding_ids = ensemble.vocabulary.padding_ids.to(logits[0].device)
             base = logits[0].float().index_fill(-1, padding_ids, -torch.inf).softmax(-1)
-            for index, backend in mapped.items():
+            for index, token_map in mapped.items():
                 of_base, of_small = sums[index]
-                of_base += float(base[:, backend.token_map.small_ids >= 0].sum())
-                of_small += float(logits[index][:, backend.token_map.distinct].exp().sum())
+                of_base += float(base[:, token_map.small_ids >= 0].sum())
+                of_small += float(logits[index][:, token_map.distinct].exp().sum())
                 sums[index] = of_base, of_small
             count += len(base)
         if count >= MASS_TOKENS:
@@ -329,10 +375,10 @@ def mapped_mass(ensemble: Ensemble, passages: Sequence[Passage]) -> tuple[Mapped
     return tuple(
         MappedMass(
             ensemble.members[index].name,
-            backend.token_map.share,
+            token_map.share,
             *(total / count for total in sums[index]),
         )
-        for index, backend in mapped.items()
+        for index, token_map in mapped.items()
     )
 
 
@@ -349,20 +395,22 @@ def passage_losses(
 
     Args:
         ensemble: The models.
-        passages: At least one.
+        passages: At least one passage.
         strengths: For each steered row, the strength of each of the ensemble's pairs.
-        on_progress: Called with tokens done and tokens in all after each chunk.
+        on_progress: Called after each chunk with the number of tokens done and the total.
 
     Returns:
-        `[1 + 2 pairs + strengths, tokens]` nats, in the order of the passages: the base, expert and
-        anti-expert of each pair, then the steered base.
+        `[1 + 2 * num_pairs + num_strengths, num_tokens]` nats, in the order of the passages: the base, expert
+        and anti-expert of each pair, then the steered base.
 
     Raises:
-        InvalidRequest: No passage, or one whose prompt or continuation is empty; a strength is not finite.
+        InvalidRequest: There is no passage, a prompt or a continuation is empty, or a strength is not finite.
         PromptTooLong: A passage exceeds a model's context.
     """
     if not passages or not all(p.token_ids and all(p.prompts) for p in passages):
-        raise InvalidRequest("scoring needs passages, each with a prompt and tokens to predict")
+        raise InvalidRequest(
+            "scoring needs passages, each with a prompt and with tokens to predict"
+        )
     total = sum(len(passage.token_ids) for passage in passages)
     for alphas in strengths:
         for alpha in alphas:
@@ -374,7 +422,7 @@ def passage_losses(
         longest = max(len(p.prompts[index]) + len(p.token_ids) for p in passages)
         if limit is not None and longest > limit:
             raise PromptTooLong(
-                f"the window has {longest} tokens and {member.name} has a context of {limit}.\n"
+                f"the window has {longest} tokens, and {member.name} has a context of {limit}.\n"
                 f"hint: score with a window of at most {limit}"
             )
     sides: list[int] = [0]
@@ -421,13 +469,13 @@ def passage_losses(
 def explain_passage(
     ensemble: Ensemble, passage: Passage, *, alphas: Sequence[float | None], num_top: int
 ) -> Iterator[Step]:
-    """Yield, for each token of a passage, what every model gave it; steps without text.
+    """Yield a step, without text, for each token of a passage: what every model gave that token.
 
     Args:
-        ensemble: The models; the base shows all its logits.
+        ensemble: The models. The base must show all its logits.
         passage: The text.
         alphas: Strength of each of the ensemble's pairs; None leaves a pair out, 0 only shows it.
-        num_top: How many of each model's likeliest tokens to list.
+        num_top: Number of each model's likeliest tokens to list.
     """
     used = [
         (pair, alpha)
@@ -506,9 +554,18 @@ def _row(
 def passage_logits(
     ensemble: Ensemble, passage: Passage, needed: Sequence[int]
 ) -> Iterator[tuple[int, dict[int, Tensor]]]:
-    """Yield, chunk by chunk, the index of the first token predicted and each member's logits for it.
+    """Yield, chunk by chunk, the index of the chunk's first predicted token and each member's logits.
 
-    Logits are `[chunk, base vocab]` by member.
+    Args:
+        ensemble: The models.
+        passage: The text.
+        needed: Indices of the members to run.
+
+    Yields:
+        The index, and logits `[chunk, base vocab]` by member, not normalised.
+
+    Raises:
+        UnsupportedModel: The base is behind an API that does not score a given text.
     """
     groups: dict[int, list[int]] = {}
     for index in needed:
@@ -518,14 +575,14 @@ def passage_logits(
     for key, indices in groups.items():
         backend = ensemble.members[indices[0]].backend
         prompts = [passage.prompts[i] for i in indices]
-        if isinstance(backend, PartialBackend):
-            if not backend.can_score:
+        if (partial := backend.partial) is not None:
+            if not partial.can_score:
                 raise UnsupportedModel(
-                    f"{ensemble.members[0].name} does not score a given text, and asking for every token of "
-                    "it would cost a call each.\nhint: vLLM and llama-cpp-python's server do"
+                    f"{ensemble.members[0].name} does not score a given text, and each of its tokens would "
+                    "cost a call.\nhint: the servers of vLLM and llama-cpp-python score texts"
                 )
-            states[key], logits = backend.prefill(prompts, num_new_tokens=[1], is_scored=True)
-            logits = _with_first_token(backend, states[key], logits, passage.token_ids[0])
+            states[key], logits = partial.prefill(prompts, num_new_tokens=[1], is_scored=True)
+            logits = _with_first_token(partial, states[key], logits, passage.token_ids[0])
         else:
             states[key], logits = backend.prefill(
                 prompts, adapters=[ensemble.members[i].adapter for i in indices]
@@ -546,10 +603,10 @@ def passage_logits(
 
 
 def _whole(ensemble: Ensemble, index: int, state: Any, logits: Tensor) -> Tensor:
-    """Return a member's logits `[chunk, vocab]` in the base's vocabulary, without holes."""
+    """Return a member's logits `[chunk, vocab]` in the base's vocabulary, none of them missing."""
     member = ensemble.members[index]
-    if isinstance(member.backend, PartialBackend):
-        (bounds,) = member.backend.bounds(state)
+    if (partial := member.backend.partial) is not None:
+        (bounds,) = partial.bounds(state)
         rests = torch.tensor([each.rest for each in bounds])
         return spread_rest(logits, rests, ensemble.vocabulary.padding_ids)
     return member.alignment.logits_to_base(logits)
@@ -558,7 +615,7 @@ def _whole(ensemble: Ensemble, index: int, state: Any, logits: Tensor) -> Tensor
 def _with_first_token(
     backend: PartialBackend[Any], state: Any, logits: Tensor, token_id: int
 ) -> Tensor:
-    """Return the logits after the prompt with those of the text's first token, if it can be asked for."""
+    """Return the logits after the prompt, with the text's first token's if the server reveals it."""
     if logits[0, token_id] == -torch.inf:
         logits = logits.clone()
         for found, logprob in backend.reveal(state, 0, 0, [token_id]).items():

@@ -1,12 +1,12 @@
-"""Which strength is best: a grid against a metric, picked on one part of the data, told on another.
+"""Which strength is best: a grid measured by a metric, picked on one part of the data, tested on another.
 
-Words: a *point* is a strength for each expert. *Units* are what is resampled and split: windows of a text, or
-rows. The *validation* units pick a point; the *test* units say what that point is worth, together with the
-base and the strengths of the recipe, and never take part in picking. Intervals are 95 % percentile bootstraps
-over units; differences to the base are resampled in pairs.
+Words: a *point* is a strength for each expert. *Units* are what is split and resampled: windows of a text, or
+answers. The *validation* units pick a point. The *test* units never take part in picking: they measure the
+picked point, the base and the recipe's own strengths. Intervals are 95 % percentile bootstraps over units;
+differences from the base are resampled in pairs.
 
-Likelihood metrics let each model read each unit once, for all points (`measure/score.py`). Generation
-metrics read once what several points write alike (`measure/branch.py`).
+With a likelihood metric, each model reads each unit once for all points (`measure/score.py`). With a metric
+of generated texts, what several points write alike is read once (`measure/branch.py`).
 """
 
 from __future__ import annotations
@@ -24,16 +24,11 @@ from proxytune.decode.ensemble import Ensemble
 from proxytune.errors import InvalidRequest
 from proxytune.measure.branch import branch
 from proxytune.measure.metrics import METRICS, Metric
-from proxytune.measure.score import (
-    NUM_RESAMPLES,
-    Interval,
-    Passage,
-    passage_losses,
-)
+from proxytune.measure.score import NUM_RESAMPLES, Interval, Passage, passage_losses
 from proxytune.request import SamplingParams, check_alpha
 
 MAX_POINTS = 1000
-"""Each costs a softmax over the vocabulary at every token of the validation part."""
+"""Maximum number of points. Each costs a softmax over the vocabulary at every validation token."""
 
 Prompts = tuple[Sequence[int], ...]
 """One prompt, in the token ids of each member."""
@@ -50,16 +45,17 @@ def split(
     """Return validation and test units.
 
     Args:
-        units: To be split.
+        units: The units to split.
         test_share: Share of the test part, above 0 and below 1.
-        seed: Of the draw.
-        in_order: Take the test part from the end, as of a text, whose neighbouring windows are alike.
+        seed: Random seed.
+        in_order: Take the test part from the end instead of drawing it. Neighbouring windows of a text are
+            alike, so a draw would put near copies into both parts.
 
     Raises:
         InvalidRequest: The share is out of range.
     """
     if not 0 < test_share < 1:
-        raise InvalidRequest(f"the test share is {test_share}, and must lie between 0 and 1")
+        raise InvalidRequest(f"the test share is {test_share}, and must be between 0 and 1")
     order = list(range(len(units)))
     if not in_order:
         random.Random(seed).shuffle(order)
@@ -68,7 +64,7 @@ def split(
     return [units[i] for i in sorted(order[:cut])], [units[i] for i in sorted(order[cut:])]
 
 
-# What is asked and answered -----------------------------------------------------------------------------
+# Grids and reports --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +72,11 @@ class Grid:
     """The points to try.
 
     Args:
-        names: The experts, as the ensemble has them.
-        points: For each point, the strength of each expert. Strength 0 of all is always looked at too.
+        names: The experts, in the ensemble's order.
+        points: For each point, the strength of each expert. Strength 0 of all experts is always measured too.
 
     Raises:
-        InvalidRequest: There are none, too many, or a strength is no finite number.
+        InvalidRequest: There are no points or too many, or a strength is not a finite number.
     """
 
     names: tuple[str, ...]
@@ -89,7 +85,7 @@ class Grid:
     def __post_init__(self) -> None:
         if not self.points or len(self.points) > MAX_POINTS:
             raise InvalidRequest(
-                f"the grid has {len(self.points):,} points, and must have from 1 to {MAX_POINTS:,}.\n"
+                f"the grid has {len(self.points):,} points, and must have 1 to {MAX_POINTS:,}.\n"
                 "hint: try fewer strengths, or fewer experts at once"
             )
         for point in self.points:
@@ -104,32 +100,32 @@ class Grid:
 
         Args:
             names: The experts.
-            alphas: Strengths that all experts get alike; or each expert's own, of which every combination is
-                tried.
+            alphas: Strengths that all experts share, or strengths by expert, every combination of which
+                becomes a point.
 
         Raises:
-            InvalidRequest: Experts and strengths do not go together.
+            InvalidRequest: Strengths are given for other experts than `names`.
         """
         if not isinstance(alphas, Mapping):
             return cls(tuple(names), tuple((alpha,) * len(names) for alpha in alphas))
         missing = set(names) ^ set(alphas)
         if missing:
             raise InvalidRequest(
-                f"strengths are given for {', '.join(alphas)} and the experts are {', '.join(names)}.\n"
+                f"strengths are given for {', '.join(alphas)}, and the experts are {', '.join(names)}.\n"
                 "hint: give strengths for each expert, or one list for all of them"
             )
         return cls(tuple(names), tuple(itertools.product(*(alphas[name] for name in names))))
 
     @property
     def varied(self) -> list[int]:
-        """The experts whose strengths differ between points; only the first where all go together."""
+        """Indices of the experts whose strengths vary; only the first if all share their strengths."""
         if all(len(set(point)) == 1 for point in self.points):
             return [0] if len(self.points) > 1 else []
         return [i for i in range(len(self.names)) if len({point[i] for point in self.points}) > 1]
 
 
-class Row(NamedTuple):
-    """A prompt, what should follow it, and what each member sees."""
+class PromptWithReference(NamedTuple):
+    """A prompt in the token ids of each member, and the answer that generated ones are compared with."""
 
     prompts: Prompts
     reference: str
@@ -137,14 +133,15 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What a point is worth.
+    """One point, measured.
 
     Args:
         alphas: Strength by expert.
-        value: The metric.
-        interval: Of the metric; None with fewer than two units.
-        change: Against the base: relative for a perplexity (-0.1 is a tenth lower), a difference for scores.
-        change_interval: Of the change, in pairs.
+        value: The metric's value.
+        interval: Interval of the value; None with fewer than two units.
+        change: Change against the base: relative for a perplexity (-0.1 is a tenth lower), a difference for
+            scores.
+        change_interval: Interval of the change, resampled in pairs.
     """
 
     alphas: Mapping[str, float]
@@ -159,17 +156,17 @@ class SweepReport:
     """A sweep.
 
     Args:
-        metric: Its name.
-        is_lower_better: Whether less is better.
-        policy: The recipe's.
-        points: On the validation units, in the order of the grid.
-        picked: Which of them is best.
+        metric: Name of the metric.
+        is_lower_better: Whether lower values are better.
+        policy: Description of the recipe's policy.
+        points: The grid's points on the validation units, in the grid's order.
+        picked: Index of the best point.
         test: On the test units: `base`, `picked`, and `recipe` with the recipe's own strengths.
-        num_valid: Validation units.
-        num_test: Test units.
-        num_tokens: Tokens of both parts that were predicted, or written at all points.
-        num_read: New tokens that the base read to write these; None for a likelihood.
-        notes: What a reader must know, in sentences.
+        num_valid: Number of validation units.
+        num_test: Number of test units.
+        num_tokens: Number of tokens predicted in both parts, or generated at all points.
+        num_read: Number of new tokens that the base read to generate them; None for a likelihood.
+        notes: Warnings for the reader, one sentence each.
     """
 
     metric: str
@@ -210,16 +207,16 @@ def sweep_likelihood(
     """Sweep perplexity: each model reads the passages once.
 
     Args:
-        ensemble: Base and the grid's experts, in its order.
-        grid: The points.
-        valid: Passages that pick.
-        test: Passages that tell.
-        own: The recipe's strengths.
-        seed: Of the bootstrap.
-        on_progress: Called with tokens done and tokens in all.
+        ensemble: The base and the grid's experts, in the grid's order.
+        grid: The points to try.
+        valid: Validation passages, which pick a point.
+        test: Test passages, which measure it.
+        own: The recipe's own strengths.
+        seed: Random seed of the bootstrap.
+        on_progress: Called with the number of tokens done and the total.
 
     Raises:
-        InvalidRequest: A part is empty, or the ensemble's policy excludes tokens.
+        InvalidRequest: A part is empty, or the ensemble's policy gives a token no probability.
         PromptTooLong: A passage exceeds a model's context.
     """
     _check_parts(valid, test)
@@ -238,7 +235,7 @@ def sweep_likelihood(
         steered = losses[1 + 2 * len(ensemble.pairs) :]
         if not np.isfinite(steered).all():
             raise InvalidRequest(
-                "a point gives some tokens of the text no probability, so its perplexity is infinite.\n"
+                "at one point, some tokens of the text have no probability, so the perplexity is infinite.\n"
                 'hint: "implausible": "leave" in the recipe keeps the base\'s odds for them'
             )
         lengths = [len(p.token_ids) for p in part]
@@ -262,30 +259,30 @@ def sweep_generations(
     grid: Grid,
     metric: Metric,
     *,
-    valid: Sequence[Row],
-    test: Sequence[Row],
+    valid: Sequence[PromptWithReference],
+    test: Sequence[PromptWithReference],
     own: Sequence[float],
     sampling: SamplingParams,
     batch_size: int = 8,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> SweepReport:
-    """Sweep what greedy texts score: beginnings that points have in common are written once.
+    """Sweep a metric of greedy texts: beginnings that points have in common are generated once.
 
     Args:
-        ensemble: Base and the grid's experts, in its order.
-        grid: The points.
-        metric: With a `score`.
-        valid: Rows that pick.
-        test: Rows that tell.
-        own: The recipe's strengths.
-        sampling: Greedy; see `branch`.
-        batch_size: Prompts that are written together.
-        seed: Of the bootstrap.
-        on_progress: Called with prompts done and prompts in all.
+        ensemble: The base and the grid's experts, in the grid's order.
+        grid: The points to try.
+        metric: A metric with a `score`.
+        valid: Validation prompts, which pick a point.
+        test: Test prompts, which measure it.
+        own: The recipe's own strengths.
+        sampling: Greedy sampling parameters; see `branch`.
+        batch_size: Number of prompts answered together.
+        seed: Random seed of the bootstrap.
+        on_progress: Called with the number of prompts done and the total.
 
     Raises:
-        InvalidRequest: A part is empty, or texts cannot be shared; see `branch`.
+        InvalidRequest: A part is empty, or texts cannot share their beginnings; see `branch`.
         PromptTooLong: Prompt and new tokens exceed a model's context.
     """
     _check_parts(valid, test)
@@ -294,7 +291,7 @@ def sweep_generations(
     counts = [0, 0]
 
     def measure(
-        part: Sequence[Row], points: Sequence[tuple[float, ...]], before: int
+        part: Sequence[PromptWithReference], points: Sequence[tuple[float, ...]], before: int
     ) -> NDArray[np.float64]:
         """Return scores by unit, `[points, units, 2]`: scores, and ones."""
 
@@ -336,9 +333,9 @@ def sweep_generations(
 def _check_parts(valid: Sequence[object], test: Sequence[object]) -> None:
     if not valid or not test:
         raise InvalidRequest(
-            f"there are {len(valid)} validation and {len(test)} test windows or rows, and each part "
-            "needs one.\n"
-            "hint: give more data, a smaller --window, or --test-data of its own"
+            f"there are {len(valid)} validation and {len(test)} test windows or answers, and each part "
+            "needs at least one.\n"
+            "hint: give more data, a smaller --window, or separate --test-data"
         )
 
 
@@ -350,7 +347,10 @@ def _swept(
     on_test: Callable[[Sequence[tuple[float, ...]]], NDArray[np.float64]],
     seed: int,
 ) -> SweepReport:
-    """Pick on the validation units and tell on the test units; both give sums and counts by unit."""
+    """Pick a point on the validation units and measure it on the test units.
+
+    `on_valid` and `on_test` return sums and counts by point and unit, `[points, units, 2]`.
+    """
     none = (0.0,) * len(grid.names)
     sums = on_valid([none, *grid.points])
     num_valid = sums.shape[1]
@@ -359,7 +359,7 @@ def _swept(
         for n, point in enumerate(grid.points, start=1)
     ]
     sign = 1.0 if metric.is_lower_better else -1.0
-    # Of equal ones, the weakest.
+    # Of equally good points, the weakest.
     picked = min(
         range(len(points)),
         key=lambda n: (sign * points[n].value, sum(map(abs, grid.points[n]))),
@@ -385,11 +385,13 @@ def _swept(
     ]
     if edges:
         notes.append(
-            f"the best strength of {', '.join(edges)} is at the edge of the grid; try beyond it"
+            f"the best strength of {', '.join(edges)} is at the edge of the grid; try values beyond it"
         )
     gain = test["picked"].change_interval
     if gain is not None and gain.low <= 0 <= gain.high and wanted["picked"] != none:
-        notes.append("on the test part, the picked strength and the base cannot be told apart")
+        notes.append(
+            "on the test part, the picked strength does not differ significantly from the base"
+        )
     return SweepReport(
         metric=metric.name,
         is_lower_better=metric.is_lower_better,
@@ -413,7 +415,7 @@ def _point(
     base_sums: NDArray[np.float64],
     seed: int,
 ) -> Point:
-    """Return a point's value and change from sums and counts by unit, `[units, 2]` each."""
+    """Return a point measured from sums and counts by unit, `[units, 2]` for the point and for the base."""
     is_ratio = metric.score is None
 
     def value(totals: NDArray[np.float64]) -> NDArray[np.float64]:

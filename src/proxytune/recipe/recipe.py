@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,15 +22,8 @@ from typing import Any
 
 from proxytune.checkpoints.hub import hub_recipe
 from proxytune.checkpoints.references import HUB_ID, is_gguf, resolve_package
-from proxytune.errors import (
-    InvalidRequest,
-    ModelNotFound,
-    OutputFileError,
-    RecipeError,
-    UnknownExpert,
-    did_you_mean,
-)
-from proxytune.files import copy_tree, replace_file
+from proxytune.errors import InvalidRequest, ModelNotFound, RecipeError, UnknownExpert, did_you_mean
+from proxytune.files import building, unwritable, write_whole
 from proxytune.logits.policy import COMBINATIONS, Policy
 from proxytune.recipe.checks import (
     as_json,
@@ -41,13 +35,7 @@ from proxytune.recipe.checks import (
     object_without_doubles,
     refuse_constant,
 )
-from proxytune.recipe.spec import (
-    ExpertSpec,
-    LlamaCppSettings,
-    ModelSpec,
-    expert_spec,
-    model_spec,
-)
+from proxytune.recipe.spec import ExpertSpec, LlamaCppSettings, ModelSpec, expert_spec, model_spec
 from proxytune.request import Steering
 
 VOCABULARIES = ("same", "map")
@@ -275,6 +263,15 @@ class Recipe:
         )
 
     @property
+    def models(self) -> dict[str, ModelSpec]:
+        """Its models by part: `base`, and `NAME.expert` and `NAME.anti_expert` of each expert."""
+        found = {"base": self.base}
+        for expert in self.experts:
+            found[f"{expert.name}.expert"] = expert.expert
+            found[f"{expert.name}.anti_expert"] = expert.anti_expert
+        return found
+
+    @property
     def base_tokenizer(self) -> ModelSpec:
         """The model whose tokenizer speaks for the base: the base, or another where it is behind an API."""
         if self.base.api is None:
@@ -304,7 +301,7 @@ class Recipe:
             is_elsewhere = spec.same_as or spec.llama_cpp or spec.api
             return spec if is_elsewhere else replace(spec, **changes)
 
-        return self._with_models(changed)
+        return self.with_models(changed)
 
     def with_llama_cpp(self, *, only_where_set: bool = False, **settings: int | None) -> Recipe:
         """Return the recipe with every `.gguf` file run by llama.cpp, with these settings.
@@ -317,8 +314,7 @@ class Recipe:
             RecipeError: The recipe names no `.gguf` file, or a setting cannot be used.
         """
         given: dict[str, Any] = {k: value for k, value in settings.items() if value is not None}
-        models = [self.base, *(m for e in self.experts for m in (e.expert, e.anti_expert))]
-        if not any(spec.model is not None and is_gguf(spec.model) for spec in models):
+        if not any(spec.model and is_gguf(spec.model) for spec in self.models.values()):
             raise RecipeError(
                 "the recipe names no .gguf file, so there is nothing that llama.cpp could run.\n"
                 "hint: `proxytune export-gguf` makes them"
@@ -340,9 +336,10 @@ class Recipe:
             )
             return replace(kept, llama_cpp=replace(own, **given))
 
-        return self._with_models(changed)
+        return self.with_models(changed)
 
-    def _with_models(self, changed: Callable[[ModelSpec], ModelSpec]) -> Recipe:
+    def with_models(self, changed: Callable[[ModelSpec], ModelSpec]) -> Recipe:
+        """Return the recipe with each of its models changed."""
         return replace(
             self,
             base=changed(self.base),
@@ -401,7 +398,8 @@ class Recipe:
             target.mkdir(parents=True, exist_ok=True)
             for reference, adapter in inside.items():
                 if not (target / reference).exists():
-                    copy_tree(adapter, target / reference)
+                    with building(target / reference) as part:
+                        shutil.copytree(adapter, part, dirs_exist_ok=True)
             content = json.dumps(
                 {**moved.to_dict(), "auto_map": AUTO_MAP},
                 indent=2,
@@ -409,15 +407,12 @@ class Recipe:
                 allow_nan=False,
             )
             if _may_write_loader(target):
-                replace_file(target / LOADER_NAME, LOADER)
+                write_whole(target / LOADER_NAME, LOADER)
             if card is not None or _may_write_card(target):
-                replace_file(target / "README.md", card or moved.model_card())
-            replace_file(target / "config.json", content + "\n")
+                write_whole(target / "README.md", card or moved.model_card())
+            write_whole(target / "config.json", content + "\n")
         except OSError as error:
-            raise OutputFileError(
-                f"the recipe cannot be written to {target}: {error.strerror or error}.\n"
-                "hint: name a directory that can be written"
-            ) from error
+            raise unwritable(target, error) from error
         return replace(moved, directory=target)
 
     def reference_from(self, reference: str, target: Path) -> str:
@@ -552,12 +547,15 @@ class Recipe:
             name: own[name] if steering.alpha is None else float(steering.alpha) for name in names
         }
 
-    def mixed(self, own: Mapping[str, float | None], alpha: float | None) -> Steering:
+    def mixed(
+        self, own: Mapping[str, float | None], alpha: float | None, *, name: str = "alpha"
+    ) -> Steering:
         """Return the steering by experts of which some bring a strength and the others, with None, do not.
 
         Args:
             own: The strength that each expert brings.
             alpha: Strength of the others; None for the recipe's.
+            name: How errors call `alpha`.
 
         Raises:
             UnknownExpert: The recipe has no expert of that name.
@@ -568,8 +566,8 @@ class Recipe:
             return Steering(alpha, tuple(own))
         if alpha is not None and None not in own.values():
             raise InvalidRequest(
-                "alpha is given, and every expert brings its own strength, so alpha would do nothing.\n"
-                "hint: leave alpha out, or give an expert without a strength"
+                f"{name} is given, and every expert brings its own strength, so {name} would do nothing.\n"
+                f"hint: leave {name} out, or give an expert without a strength"
             )
         return Steering(
             experts={n: chosen[n] if alone is None else alone for n, alone in own.items()}

@@ -1,1 +1,1 @@
-"""Benchmarks, one module each: prompts, settings, what counts as the answer, the rules of scoring."""
+"""Benchmarks, one module each: prompts, settings, which part of an output is the answer, how it is scored."""

@@ -1,7 +1,8 @@
-"""AlpacaEval: instructions; counted is how often a judge prefers the answer to text-davinci-003's.
+"""AlpacaEval: instructions, scored by how often a judge prefers the answer to text-davinci-003's.
 
-A win rate in percent, a draw half a win. The published runs asked GPT-4 (`alpaca_eval_gpt4_0314`); another
-judge can be asked through an API (see `judges.py`), and its win rates are its own.
+The metric is a win rate in percent; a draw is half a win. The published runs asked GPT-4
+(`alpaca_eval_gpt4_0314`). Another judge can be asked through an API (see `evaluate/judges.py`); its win rates
+are not comparable with the published ones.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from proxytune.tasks.statistics import standard_error
 from proxytune.tasks.task import Item, Rule, Task, asked
 
 _SCORES = {0: 0.5, 1: 0.0, 1.5: 0.5, 2: 1.0}
-"""By preference: 1 is the reference, 2 the model; a draw is 0 in the published files and 1.5 in later
+"""Scores by preference: 1 is the reference, 2 the model; a draw is 0 in the published files and 1.5 in later
 ones."""
 
 

@@ -1,8 +1,8 @@
-"""DS-1000: data-science code to complete, right when its hidden tests pass.
+"""DS-1000: data-science code to complete, right if its hidden tests pass.
 
-200 of the 1,000 problems, drawn as the published runs drew them. Their authors ask that the data is not put
-online unzipped and not trained on; it is read from a file of your own or from the Hub. Running the tests
-needs the libraries they are about (NumPy, pandas, SciPy, scikit-learn, Matplotlib, PyTorch, TensorFlow).
+200 of the 1,000 problems are drawn as in the published runs. The authors ask people not to put the data
+online unzipped and not to train on it; it is read from a local file or from the Hub. The tests need the
+libraries that they are about (NumPy, pandas, SciPy, scikit-learn, Matplotlib, PyTorch, TensorFlow).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from proxytune.tasks.task import Item, Rule, asked
 NUM_DRAWN = 200
 SEED = 42
 KINDS = ("Origin", "Surface", "Semantic", "Difficult-Rewrite")
-"""How a problem was changed from the one that was found."""
+"""How a problem was changed from its original."""
 
 
 class Ds1000(CodeTask):
@@ -34,8 +34,8 @@ class Ds1000(CodeTask):
     title = "DS-1000"
     source = "Lai et al. 2023, arXiv:2211.11501"
     num_items = NUM_DRAWN
-    banned_first = ("</",)  # of "</code>", which would end the code before it began
-    # Its tests import large libraries, and some draw into files; the published runs allow two minutes.
+    banned_first = ("</",)  # The beginning of "</code>", which would end the code before it starts.
+    # The tests import large libraries, and some draw into files; the published runs allow two minutes.
     limits = Limits(timeout_s=120.0, memory_bytes=2**35, may_write=True)
     sampling = SamplingParams(
         max_new_tokens=512,
@@ -72,7 +72,7 @@ class Ds1000(CodeTask):
             items.append(Item(f"{fields['lib']}/{fields['problem_id']}", asked(text, text), fields))
         if len(items) <= NUM_DRAWN:
             return items
-        # As pandas' DataFrame.sample draws with this random_state.
+        # The draw of pandas' DataFrame.sample with this random_state.
         picks = np.random.RandomState(SEED).choice(len(items), size=NUM_DRAWN, replace=False)
         return [items[place] for place in picks.tolist()]
 
@@ -95,7 +95,7 @@ class Ds1000(CodeTask):
 
     @override
     def spread(self, rows: Sequence[Row]) -> list[Row]:
-        """Return one row a sample, where a published row holds a problem's samples in lists."""
+        """Return one row per sample; a published row holds a problem's samples in lists."""
         spread: list[Row] = []
         for place, row in enumerate(rows, 1):
             if not isinstance(row.get("output"), list):
@@ -103,7 +103,7 @@ class Ds1000(CodeTask):
                 continue
             decided = row.get("passed", [None] * len(row["output"]))
             if not isinstance(decided, list) or len(decided) != len(row["output"]):
-                raise InputFileError(f"row {place}: passed is no list as long as output")
+                raise InputFileError(f"row {place}: passed must be a list as long as output")
             spread += [
                 {**row, "output": output, "passed": passed}
                 for output, passed in zip(row["output"], decided, strict=True)
@@ -122,7 +122,7 @@ class Ds1000(CodeTask):
             of_lib = {key: score for key, score in scores.items() if first[key]["lib"] == lib}
             found[f"by_lib/{lib.lower()}_pass@{k}"] = self.mean(of_lib)
         for kind in KINDS:
-            # The published numbers under this name are the mean share of right samples, which is pass@1.
+            # The published numbers of this name are the mean share of right samples, which is pass@1.
             of_kind = {
                 key: self.pass_at(samples[key], 1 if rule == "paper" else k)
                 for key in scores

@@ -1,14 +1,13 @@
 """GSM8K: grade-school mathematics, answered with a number.
 
-The prompt, the clean-up and the rule are those of the paper's runs (`eval/gsm` of its repository). By the
-paper's rule the last number in the text and the target are compared as strings from which punctuation is
-deleted, so that `18.00` is wrong for `18` and `7.2` right for `72`; a minus sign before a whole number is
-lost.
+The prompt, the clean-up and the rule are those of the paper's runs (`eval/gsm` of its repository). The
+paper's rule compares the last number of the text with the target as strings without punctuation. So `18.00`
+is wrong for `18` and `7.2` is right for `72`, and a whole number loses its minus sign. The numeric rule
+compares numbers. `measure/metrics.py` has both ways to find the last number.
 """
 
 from __future__ import annotations
 
-import re
 import string
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,43 +15,22 @@ from pathlib import Path
 from typing_extensions import override
 
 from proxytune.errors import InputFileError
+from proxytune.measure.metrics import number_value, published_number, without_commas
 from proxytune.request import SamplingParams
 from proxytune.tasks.rows import Row, field, hub_rows, local_rows
 from proxytune.tasks.task import Item, Rule, Task, asked
 
 INSTRUCTION = "Answer the following question."
 ENDS = ("Answer the following question", "Question:", "Comment:")
-"""Where a model has begun something else; the text is cut before them."""
+"""Where a model starts something else; the text is cut before these."""
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def without_commas(text: str) -> str:
-    """Return a text without commas between digits, of which the published pattern sees every other one."""
-    return re.sub(r"(\d),(\d)", r"\1\2", text)
-
-
-def last_number(text: str) -> str:
-    """Return the last number of an output by the published pattern; without one, the output."""
-    text = without_commas(text)
-    found = re.findall(r"[-+]?\d*\.\d+|\d+", text)
-    return str(found[-1]) if found else text
-
-
 def is_same_text(prediction: str, target: str) -> bool:
-    """Whether two texts are equal without case and punctuation."""
+    """Whether two texts are equal, ignoring case and punctuation."""
     one, other = (text.lower().translate(_NO_PUNCTUATION) for text in (prediction, target))
     return one == other
-
-
-def number_value(text: str) -> float | None:
-    """Return the last number of a text as a number, its sign kept unless it subtracts; None without one.
-
-    A minus sign belongs to the number where it does not stand after a digit, a letter or a closing bracket.
-    """
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text.replace("\N{MINUS SIGN}", "-"))
-    found = re.findall(r"(?:(?<![\w)\].%])-\$?)?(?:\d+(?:\.\d+)?|\.\d+)", text)
-    return float(found[-1].replace("$", "")) if found else None
 
 
 class Gsm8k(Task):
@@ -63,7 +41,7 @@ class Gsm8k(Task):
     source = "Cobbe et al. 2021, arXiv:2110.14168"
     metric = "exact_match"
     num_items = 1319
-    # Cutting while a text is generated leaves what cutting it afterwards would.
+    # Cutting a text while it is generated leaves the same as cutting it afterwards.
     sampling = SamplingParams(max_new_tokens=512, stop=ENDS)
 
     @override
@@ -80,7 +58,7 @@ class Gsm8k(Task):
         _, mark, target = field(row, place, "answer").rpartition("####")
         if not mark:
             raise InputFileError(
-                f"row {place}: the answer has no ####, after which its number stands"
+                f"row {place}: the answer has no ####, which should precede its number"
             )
         body = f"{INSTRUCTION}\n\nQuestion: {question.strip()}"
         return Item(
@@ -93,7 +71,7 @@ class Gsm8k(Task):
     def row(self, item: Item, output: str) -> Row:
         for end in ENDS:
             output = output.split(end)[0]
-        return {**item.fields, "model_output": output, "prediction": last_number(output)}
+        return {**item.fields, "model_output": output, "prediction": published_number(output)}
 
     @override
     def key(self, row: Row, place: int) -> str:
@@ -105,12 +83,12 @@ class Gsm8k(Task):
         if rule == "paper":
             prediction = row.get("prediction")
             if not isinstance(prediction, str):
-                prediction = last_number(field(row, place, "model_output"))
+                prediction = published_number(field(row, place, "model_output"))
             return float(is_same_text(prediction, target))
         value = number_value(field(row, place, "model_output", "prediction"))
         wanted = number_value(target)
         if wanted is None:
-            raise InputFileError(f"row {place}: the answer {target!r} is no number")
+            raise InputFileError(f"row {place}: the answer {target!r} is not a number")
         return float(value == wanted)
 
     @override
@@ -118,7 +96,7 @@ class Gsm8k(Task):
         others = sum(
             "model_output" in row
             and isinstance(row.get("prediction"), str)
-            and last_number(str(row["model_output"])) != row["prediction"]
+            and published_number(str(row["model_output"])) != row["prediction"]
             for row in rows
         )
         if not others:

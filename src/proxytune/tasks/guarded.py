@@ -1,10 +1,10 @@
-"""One program that nobody trusts, run within limits. Started as a process of its own by `sandbox.py`.
+"""Runs one untrusted program within limits. `sandbox.py` starts this file as a separate process.
 
-It reads the program and its limits from stdin as JSON, gives up what the program may not do, runs it, and
-writes how it ended into a pipe. Three walls, one behind the other: limits on memory, time, sizes of files
-and open files; an audit hook that refuses Python's ways to write, to start processes and to reach the
-network; and on Linux a filter in the kernel (seccomp, and Landlock where files may be written in one
-folder), which holds however the program tries. It imports nothing of this package.
+It reads the program and its limits from stdin as JSON, gives up the rights that the program must not have,
+runs it, and writes how it ended into a pipe. There are three barriers, one behind the other: limits on
+memory, time, file sizes and open files; an audit hook that refuses Python's ways to write, to start processes
+and to reach the network; and on Linux a filter in the kernel (seccomp, and Landlock if files may be written
+in one folder), which holds whatever the program tries. This file imports nothing from the package.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 
 LONGEST_MESSAGE = 300
 
-# What a program may not ask the kernel for. Numbers of Linux on x86_64 and on aarch64; -1 where there is
-# none.
+# System calls that a program must not make, with their numbers on Linux for x86_64 and aarch64; -1 if there
+# is none.
 _NEVER = {
     "socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200),
     "listen": (50, 201), "accept": (43, 202), "accept4": (288, 242), "sendto": (44, 206),
@@ -53,15 +53,19 @@ _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _AND, _RETURN = 0x20, 0x15, 0x35, 0x54, 0x06
 _ALLOW, _ERROR = 0x7FFF0000, 0x00050000
 
-# Landlock: every way to change a folder, of its first version.
+# Every way to change a folder that Landlock's first version knows.
 _CHANGES = sum(1 << bit for bit in (1, 4, 5, 6, 7, 8, 9, 10, 11, 12))
 
 
 def kernel_filter(machine: str, *, may_write: bool) -> bytes:
-    """Return the seccomp program for a machine, as the kernel reads it.
+    """Return the seccomp program for a machine, in the kernel's format.
+
+    Args:
+        machine: Name of the processor architecture, as `platform.machine` gives it.
+        may_write: Whether files may be written.
 
     Raises:
-        KeyError: The machine's numbers are not known here.
+        KeyError: The architecture's system call numbers are not known here.
     """
     column, architecture = _ARCHITECTURES[machine]
     lines: list[tuple[int, int, int, int]] = []
@@ -70,7 +74,7 @@ def kernel_filter(machine: str, *, may_write: bool) -> bytes:
         return (_RETURN, 0, 0, _ERROR | code)
 
     def when(number: int, *then: tuple[int, int, int, int]) -> None:
-        """Run these instructions for this call; they end it or load its number again."""
+        """Run these instructions for this call; they return, or load its number again."""
         if number >= 0:
             lines.append((_JUMP_EQUAL, 0, len(then), number))
             lines.extend(then)
@@ -87,11 +91,11 @@ def kernel_filter(machine: str, *, may_write: bool) -> bytes:
         refuse(errno.EPERM),
         (_LOAD, 0, 0, 0),
     ]
-    # Calls of another form (x32) have numbers from here on.
+    # Calls of another ABI (x32) have numbers from here on.
     lines += [(_JUMP_AT_LEAST, 0, 1, 0x40000000), refuse(errno.EPERM)]
     for numbers in (*_NEVER.values(), *(() if may_write else _WRITING.values())):
         when(numbers[column], refuse(errno.EPERM))
-    # What cannot be looked into is called unknown, and callers fall back on the older form.
+    # A filter cannot inspect the arguments of these. Callers told that they do not exist use the older calls.
     for numbers in (_CLONE3, _OPENAT2):
         when(numbers[column], refuse(errno.ENOSYS))
     when_flags(_CLONE[column], 0, _CLONE_THREAD, refused_if_set=False)
@@ -103,15 +107,15 @@ def kernel_filter(machine: str, *, may_write: bool) -> bytes:
 
 
 def guard_with_kernel(*, folder: str | None) -> bool:
-    """Give up for good what a program may not do, and say whether the kernel could be made to hold it.
+    """Give up rights for good with the kernel's filters; return whether this kernel supports them.
 
     Args:
-        folder: The only one in which files may be written; None for nowhere.
+        folder: The only folder in which files may be written; None allows none.
     """
     if sys.platform != "linux" or platform.machine() not in _ARCHITECTURES:
         return False
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(38, 1, 0, 0, 0) != 0:  # no new privileges, ever
+    if libc.prctl(38, 1, 0, 0, 0) != 0:  # No new privileges, ever.
         return False
     if folder is not None and not _confine_writing(libc, folder):
         return False
@@ -126,7 +130,7 @@ def guard_with_kernel(*, folder: str | None) -> bool:
 
 
 def _confine_writing(libc: Any, folder: str) -> bool:
-    """Let files be changed below one folder only, by Landlock."""
+    """Allow changes of files below one folder only, with Landlock."""
     handled = struct.pack("Q", _CHANGES)
     ruleset = libc.syscall(444, handled, ctypes.c_size_t(len(handled)), 0)
     if ruleset < 0:
@@ -138,7 +142,7 @@ def _confine_writing(libc: Any, folder: str) -> bool:
 
 
 def guard_with_limits(memory_bytes: int, cpu_s: int, file_bytes: int) -> None:
-    """Set the limits that every Unix has."""
+    """Set the resource limits that every Unix has."""
     import resource
 
     wanted = [
@@ -151,7 +155,7 @@ def guard_with_limits(memory_bytes: int, cpu_s: int, file_bytes: int) -> None:
     for which, most in wanted:
         hard = resource.getrlimit(which)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        with contextlib.suppress(ValueError, OSError):  # macOS has no limit on addresses
+        with contextlib.suppress(ValueError, OSError):  # macOS has no limit on address space.
             resource.setrlimit(which, (most, most))
 
 
@@ -172,7 +176,7 @@ def guard_with_hook(*, may_write: bool, is_held: bool) -> None:
 
     Args:
         may_write: Whether files may be written.
-        is_held: Whether the kernel refuses the same. Foreign code can be called by itself only then.
+        is_held: Whether the kernel refuses the same. Only then may foreign code be called with ctypes.
     """
     refused = (*_REFUSED, *(() if may_write else _CHANGING), *(() if is_held else ("ctypes.",)))
 
@@ -189,7 +193,7 @@ def guard_with_hook(*, may_write: bool, is_held: bool) -> None:
 
 
 def main() -> None:
-    """Run the program that stdin holds."""
+    """Run the program given on stdin."""
     import signal
 
     task = json.loads(sys.stdin.buffer.read())
@@ -199,7 +203,7 @@ def main() -> None:
         os.dup2(null, stream)
 
     def end(result: str) -> None:
-        """Say how it ended, and end, whatever the program has registered for the end."""
+        """Report how the program ended, and exit without running what it registered for exit."""
         message = result.encode("utf-8", "replace")[: 4 * LONGEST_MESSAGE]
         with contextlib.suppress(OSError):
             os.write(pipe, message)
@@ -217,7 +221,7 @@ def main() -> None:
             compile(task["program"], "<program>", "exec", dont_inherit=True),
             {"__name__": "__main__"},
         )
-    except BaseException as error:  # the program's own, SystemExit included
+    except BaseException as error:  # The program's own exceptions, including SystemExit.
         message = (
             f"{type(error).__name__}: {error}"
             if not isinstance(error, AssertionError)

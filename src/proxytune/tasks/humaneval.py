@@ -1,7 +1,7 @@
-"""HumanEval: functions to write from their docstring, right when their tests pass.
+"""HumanEval: functions to write from their docstrings, right if their tests pass.
 
-The published runs draw 20 samples a problem at temperature 0.8. Lines that begin with `assert` or `print`
-are deleted. A program is run only where that is allowed; see `sandbox.py`.
+The published runs draw 20 samples per problem at temperature 0.8. Lines that begin with `assert` or `print`
+are deleted. Programs run only if the caller allows it; see `sandbox.py`.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ from proxytune.tasks.statistics import pass_at_k
 from proxytune.tasks.task import Item, Rule, Task, asked
 
 TIMEOUT_S = 3.0
-"""Of one program, as published."""
+"""Seconds that a program may run, as published."""
 BANNED = ("pass", "...")
-"""What the published runs keep models from writing: a body that does nothing."""
+"""The published runs ban these: a function body that does nothing."""
 
 
 def clean_code(completion: str) -> str:
-    """Return code without lines that begin with assert or print, and without white space at its end."""
+    """Return code without lines that begin with assert or print, and without trailing white space."""
     lines = completion.split("\n")
     return "\n".join(x for x in lines if not x.strip().startswith(("assert", "print"))).rstrip()
 
 
 class CodeTask(Task):
-    """A benchmark whose answers are programs, several for each problem."""
+    """A benchmark whose answers are programs, several per problem."""
 
     decider = "code"
     num_samples = 20
     metric = "pass@10"
     banned = BANNED
     limits: ClassVar[Limits] = Limits(timeout_s=TIMEOUT_S)
-    """Of one program."""
+    """Limits of each program."""
 
     @abstractmethod
     def program(self, item: Item, row: Row) -> str:
-        """Return the program that ends well if the sample is right."""
+        """Return a program that ends without an error if the sample is right."""
 
     @override
     def is_unscored(self, row: Row) -> bool:
@@ -59,7 +59,7 @@ class CodeTask(Task):
         return f"pass@{self.num_drawn(rows)}"
 
     def num_drawn(self, rows: Sequence[Row]) -> int:
-        """Return k of pass@k: 10, or as many samples as each problem has."""
+        """Return the k of pass@k: 10, or the number of samples per problem if there are fewer."""
         return min([10, *map(len, self.samples_by_item(rows).values())])
 
     @override
@@ -68,7 +68,7 @@ class CodeTask(Task):
 
     @staticmethod
     def pass_at(scores: Sequence[float | None], k: int) -> float | None:
-        """Return pass@k of a problem; None while a sample is unscored."""
+        """Return a problem's pass@k; None while a sample is unscored."""
         known = [score for score in scores if score is not None]
         return pass_at_k(len(known), round(sum(known)), k) if len(known) == len(scores) else None
 
@@ -94,7 +94,7 @@ class CodeTask(Task):
         most = self.num_drawn(rows)
         if most == 10:
             return []
-        return [f"there are {most} samples a problem, so the metric is pass@{most}, not pass@10"]
+        return [f"there are {most} samples per problem, so the metric is pass@{most}, not pass@10"]
 
 
 class HumanEval(CodeTask):

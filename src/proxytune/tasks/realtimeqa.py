@@ -1,7 +1,7 @@
-"""RealTimeQA: questions about the news of a week, each with up to five answers to choose from.
+"""RealTimeQA: questions about a week's news, each with up to five answers to choose from.
 
-The answer is the letter that is likeliest to come next (Liu et al. 2024, section 7: the argmax over the
-letters). No code or prompt of that experiment is published, so the prompt here is the one of TruthfulQA's
+The answer is the letter that is most likely to come next (Liu et al. 2024, section 7: the argmax over the
+letters). Neither code nor prompt of that experiment is published, so the prompt here is that of TruthfulQA's
 multiple choice.
 """
 
@@ -23,10 +23,10 @@ FIRST_DATE, LAST_DATE = "2022/06/13", "2023/12/01"
 
 
 def answer_index(row: Row, place: int) -> int | None:
-    """Return which choice is right; None where the file does not say.
+    """Return the index of the right choice; None if the row does not give it.
 
     Raises:
-        InputFileError: It says something that is no choice.
+        InputFileError: The row's answer is not one of its choices.
     """
     answer: Any = row.get("answer")
     if isinstance(answer, list):
@@ -34,7 +34,7 @@ def answer_index(row: Row, place: int) -> int | None:
     if answer is None or answer == "":
         return None
     if not str(answer).isdecimal() or int(answer) >= len(row["choices"]):
-        raise InputFileError(f"row {place}: the answer {answer!r} is none of its choices")
+        raise InputFileError(f"row {place}: the answer {answer!r} is not one of its choices")
     return int(answer)
 
 
@@ -51,9 +51,9 @@ class RealTimeQa(Task):
     def items(self, data_dir: Path | None) -> list[Item]:
         if data_dir is None:
             raise InputFileError(
-                "RealTimeQA has no data set on the Hub.\nhint: put the weeks of github.com/realtimeqa/"
-                "realtimeqa_public, one after another, into realtimeqa/past.jsonl, and name the folder that "
-                "holds realtimeqa/ with --data-dir"
+                "RealTimeQA has no data set on the Hub.\nhint: concatenate the weeks of "
+                "github.com/realtimeqa/realtimeqa_public into realtimeqa/past.jsonl, and give the folder "
+                "that contains realtimeqa/ with --data-dir"
             )
         items: dict[str, Item] = {}
         for place, row in enumerate(local_rows(data_dir, ("realtimeqa/past.jsonl",)), 1):

@@ -1,6 +1,6 @@
-"""Rows of data and prediction files: JSON lines, a JSON array or CSV, packed with gzip or not.
+"""Rows of benchmark data and of prediction files: JSON lines, a JSON array or CSV, also compressed with gzip.
 
-What the fields of a row mean is each task's to know.
+Each task knows what the fields of its rows mean.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from proxytune.errors import InputFileError, MissingExtra
+from proxytune.errors import InputFileError, missing_extra
 
 Row = dict[str, Any]
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file, unpacked if it begins as gzip does, whatever it is called.
+    """Return the text of a file, decompressed if it begins like a gzip file, whatever its name.
 
     Raises:
-        InputFileError: It cannot be read, is no whole gzip file, or no UTF-8 text.
+        InputFileError: The file cannot be read, is a truncated gzip file, or is not UTF-8 text.
     """
     try:
         content = path.read_bytes()
@@ -39,11 +39,10 @@ def read_text(path: Path) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a file of JSON lines, of a JSON array of objects, or of a CSV file by its name.
+    """Return the rows of a CSV file, if its name says so, otherwise of JSON lines or a JSON array of objects.
 
     Raises:
-        InputFileError: It cannot be read, has no rows, or one is no JSON object; the message names the
-        line.
+        InputFileError: The file cannot be read or has no rows, or a row is not an object; names the line.
     """
     text = read_text(path)
     if path.name.removesuffix(".gz").endswith(".csv"):
@@ -53,11 +52,11 @@ def read_rows(path: Path) -> list[Row]:
     elif text.lstrip().startswith("["):
         rows = _array(text, path)
     else:
-        # Not splitlines(), which would also cut at the odd separators that texts hold.
+        # Not splitlines(), which would also cut at rare separators inside texts.
         lines = enumerate(text.split("\n"), 1)
         rows = [_object(line, f"line {n} of {path}") for n, line in lines if line.strip()]
     if not rows:
-        raise InputFileError(f"{path} has no rows.\nhint: it holds one JSON object a line")
+        raise InputFileError(f"{path} has no rows.\nhint: give one JSON object per line")
     return rows
 
 
@@ -65,10 +64,12 @@ def _array(text: str, path: Path) -> list[Row]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputFileError(f"{path} begins as a JSON array and is none: {error}") from error
+        raise InputFileError(
+            f"{path} begins like a JSON array but is not valid JSON: {error}"
+        ) from error
     for place, item in enumerate(content):
         if not isinstance(item, dict):
-            raise InputFileError(f"item {place} of the array in {path} is no JSON object")
+            raise InputFileError(f"item {place} of the array in {path} is not an object")
     return list(content)
 
 
@@ -78,7 +79,7 @@ def _object(line: str, place: str) -> Row:
     except (ValueError, RecursionError) as error:
         raise InputFileError(f"{place} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise InputFileError(f"{place} is no JSON object")
+        raise InputFileError(f"{place} is not a JSON object")
     return content
 
 
@@ -86,20 +87,20 @@ def field(row: Mapping[str, Any], place: int, *names: str, kind: type = str) -> 
     """Return the first of these fields that a row has.
 
     Args:
-        row: Of a file.
-        place: Its number, from 1, for the message.
-        names: In the order of preference.
-        kind: What it has to be.
+        row: A row of a file.
+        place: The row's number, from 1, for errors.
+        names: Names of the field, in order of preference.
+        kind: The type that the value must have.
 
     Raises:
-        InputFileError: It has none of them, or one of another kind.
+        InputFileError: The row has none of the fields, or its value has another type.
     """
     for name in names:
         if name in row:
             if not isinstance(row[name], kind):
                 raise InputFileError(
-                    f"row {place}: {name!r} is {json.dumps(row[name])[:60]}, and must be a "
-                    f"{'list' if kind is list else 'text'}"
+                    f"row {place}: {name!r} is {json.dumps(row[name])[:60]}, and must be "
+                    f"{'a list' if kind is list else 'a whole number' if kind is int else 'text'}"
                 )
             return row[name]
     wanted = " or ".join(map(repr, names))
@@ -109,10 +110,10 @@ def field(row: Mapping[str, Any], place: int, *names: str, kind: type = str) -> 
 
 
 def local_rows(data_dir: Path, names: Sequence[str]) -> list[Row]:
-    """Return the rows of the first of these files that is there, packed or not.
+    """Return the rows of the first of these files that exists, compressed or not.
 
     Raises:
-        InputFileError: None is there, or it cannot be read.
+        InputFileError: None of them exists, or the file cannot be read.
     """
     for name in names:
         for path in (data_dir / name, data_dir / f"{name}.gz"):
@@ -120,8 +121,8 @@ def local_rows(data_dir: Path, names: Sequence[str]) -> list[Row]:
                 return read_rows(path)
     raise InputFileError(
         f"{data_dir} has no {' and no '.join(names)}.\n"
-        "hint: give the folder that holds it with --data-dir, or leave --data-dir out to take the data set "
-        "from the Hugging Face Hub"
+        "hint: give the folder that contains it with --data-dir, or leave out --data-dir to use the data set "
+        "on the Hugging Face Hub"
     )
 
 
@@ -130,20 +131,23 @@ def hub_rows(name: str, config: str | None, split: str) -> list[Row]:
 
     Raises:
         MissingExtra: The datasets library is not installed.
-        InputFileError: The data set cannot be had.
+        InputFileError: The data set cannot be read.
     """
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise MissingExtra(
-            "data sets of the Hub need the datasets library.\nhint: pip install 'proxytune[eval]', or give "
-            "local files with --data-dir"
+        raise missing_extra(
+            "data sets on the Hub need the library datasets",
+            "eval",
+            "or give local files with --data-dir",
         ) from error
     try:
         return [dict(row) for row in load_dataset(name, config, split=split)]
-    except Exception as error:  # Whatever the network, the Hub or the data set's own loader raise.
+    except (
+        Exception
+    ) as error:  # The network, the Hub and the data set each raise errors of their own.
         raise InputFileError(
-            f"the data set {name} cannot be had from the Hub: {error}\n"
+            f"the data set {name} cannot be read from the Hub: {error}\n"
             "hint: give local files with --data-dir"
         ) from error
 
@@ -152,15 +156,15 @@ def hub_file_rows(name: str, file: str) -> list[Row]:
     """Return the rows of one file of a data set on the Hugging Face Hub.
 
     Raises:
-        InputFileError: It cannot be had.
+        InputFileError: The file cannot be read.
     """
     from huggingface_hub import hf_hub_download
 
     try:
         path = hf_hub_download(name, file, repo_type="dataset")
-    except Exception as error:  # Whatever the network and the Hub raise.
+    except Exception as error:  # The network and the Hub each raise errors of their own.
         raise InputFileError(
-            f"{file} of the data set {name} cannot be had from the Hub: {error}\n"
+            f"{file} of the data set {name} cannot be read from the Hub: {error}\n"
             "hint: give local files with --data-dir"
         ) from error
     return read_rows(Path(path))

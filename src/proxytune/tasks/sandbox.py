@@ -1,8 +1,8 @@
-"""Runs programs that models wrote, each in a process of its own, within limits.
+"""Runs programs that models wrote, each in a separate process, within limits.
 
-A program may compute, read files and use threads. It may not run longer, use more memory, write files, start
-processes, signal others or reach the network; what holds it is in `guarded.py`. This is no jail for an
-attacker who studies it: run it as a user, or in a container, that has nothing to lose.
+A program may compute, read files and use threads. It may not exceed its time and memory, write files, start
+processes, signal others or reach the network; `guarded.py` enforces this. It is not a jail for a determined
+attacker: run it as a user, or in a container, with nothing to lose.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ENVIRONMENT = {
 }
 
 GRACE_S = 10.0
-"""How much longer than its time limit a program may take with starting Python, before it is killed."""
+"""Seconds beyond its time limit after which a program is killed, which leaves time to start Python."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +41,10 @@ class Limits:
     """What a program may use.
 
     Args:
-        timeout_s: Seconds it may run.
-        memory_bytes: Of addresses, which is more than of memory in use.
+        timeout_s: Seconds that it may run.
+        memory_bytes: Address space, which is more than the memory in use.
         may_write: Whether it may write files in an empty folder, which is deleted afterwards. Only a kernel
-        with
-            Landlock (Linux 5.13 or later) can hold it there; elsewhere such a program is not run.
+            with Landlock (Linux 5.13 or later) can confine it to that folder; elsewhere it does not run.
     """
 
     timeout_s: float = 3.0
@@ -65,19 +64,19 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Whether it ran to its end."""
+        """Whether the program ended without an error."""
         return self.result == "passed"
 
 
 def run_program(program: str, limits: Limits = Limits()) -> Outcome:  # frozen
-    """Run one program and say how it ended.
+    """Run one program and return how it ended.
 
     Raises:
-        UnsupportedModel: This system cannot hold a program within the limits.
+        UnsupportedModel: This system cannot enforce the limits.
     """
     if sys.platform == "win32":
         raise UnsupportedModel(
-            "Windows has none of the limits that generated code is run with, so it is not run.\n"
+            "generated code runs only within limits that Windows does not have.\n"
             "hint: run this in WSL, or leave the samples unscored"
         )
     with tempfile.TemporaryDirectory(prefix="proxytune-run-") as folder:
@@ -95,7 +94,7 @@ def run_program(program: str, limits: Limits = Limits()) -> Outcome:  # frozen
 def _run(task: dict[str, object], folder: str, limits: Limits) -> Outcome:
     started = time.perf_counter()
     reading, writing = os.pipe()
-    # Nothing of the caller's environment, where keys may be.
+    # Without the caller's environment, which may hold keys.
     environment = {
         "PATH": os.defpath,
         "HOME": folder,
@@ -120,7 +119,7 @@ def _run(task: dict[str, object], folder: str, limits: Limits) -> Outcome:
         with suppress(subprocess.TimeoutExpired):
             process.communicate(json.dumps(task).encode(), timeout=limits.timeout_s + GRACE_S)
         is_late = process.poll() is None
-        # Whatever it has started goes with it.
+        # Anything that it started ends with it.
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -131,12 +130,13 @@ def _run(task: dict[str, object], folder: str, limits: Limits) -> Outcome:
         os.close(reading)
     if said == "refused":
         raise UnsupportedModel(
-            "this system's kernel cannot keep a program's files in one folder (Landlock, Linux 5.13 on), so "
-            "no program that writes files is run.\nhint: run this where it can, or leave the samples unscored"
+            "this system's kernel cannot confine a program's files to one folder (that needs Landlock, Linux "
+            "5.13 or later), so programs that write files do not run.\n"
+            "hint: use a newer kernel, or leave the samples unscored"
         )
     if said:
         return Outcome(said)
-    # The limit on processor time stands behind that on time, for programs that ignore the alarm.
+    # The limit on processor time backs up the one on time, for programs that ignore the alarm.
     was_long = time.perf_counter() - started >= limits.timeout_s
     if was_long and process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
         return Outcome("timed out")
@@ -144,7 +144,7 @@ def _run(task: dict[str, object], folder: str, limits: Limits) -> Outcome:
 
 
 def _read_all(pipe: int) -> str:
-    """Return what lies in a pipe, without waiting for more."""
+    """Return what is in a pipe, without waiting for more."""
     os.set_blocking(pipe, False)
     with suppress(BlockingIOError):
         return os.read(pipe, 2**16).decode("utf-8", "replace")
@@ -158,13 +158,16 @@ def run_programs(
     num_workers: int | None = None,
     on_outcome: Callable[[int, Outcome], None] | None = None,
 ) -> list[Outcome]:
-    """Run programs side by side and return how each ended, in their order.
+    """Run programs in parallel and return how each ended, in their order.
 
     Args:
-        programs: What to run.
-        limits: Of each.
-        num_workers: How many at once; None for one per processor.
-        on_outcome: Called in this thread with a program's index and its outcome, in their order.
+        programs: Source code of the programs.
+        limits: Limits of each program.
+        num_workers: Number of programs at once; None runs one per processor.
+        on_outcome: Called in this thread with each program's index and outcome, in order.
+
+    Raises:
+        UnsupportedModel: This system cannot enforce the limits.
     """
     outcomes = []
     with ThreadPoolExecutor(num_workers or os.cpu_count()) as pool:

@@ -16,14 +16,14 @@ NUM_RESAMPLES = 10_000
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Return the standard error of a mean, from the sample's own spread; None for fewer than two values."""
+    """Return the standard error of the mean, from the sample's spread; None for fewer than two values."""
     if len(values) < 2:
         return None
     return float(np.std(np.asarray(values, dtype=float), ddof=1) / math.sqrt(len(values)))
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """Return the chance that of `k` samples, drawn without replacement from those made, one is right.
+    """Return the probability that at least one of `k` samples, drawn without replacement, is right.
 
         1 - C(n - c, k) / C(n, k)
 
@@ -37,12 +37,17 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
 
 def paired_p_value(values: Sequence[float], others: Sequence[float], *, seed: int = 0) -> float:
-    """Return how likely a difference of two means is at least this large if the two are alike.
+    """Return the probability of a difference of means at least this large if both are equally good.
 
-    Two-sided, and paired: entry i of both is about the same item. Where every item differs by the same
-    amount or not at all (right or wrong), this is the exact sign test on the items that differ (McNemar's
-    test, exact). Else signs of the differences are flipped at random 10,000 times, and the value is never
-    below 1 in 10,001.
+    The test is two-sided and paired: entry i of both is about the same item. If every item differs by the
+    same amount or not at all (right or wrong), it is the exact sign test on the items that differ (McNemar's
+    exact test). Otherwise the signs of the differences are flipped at random 10,000 times, and the value is
+    never below 1 in 10,001.
+
+    Args:
+        values: Scores by item.
+        others: The other scores, of the same items in the same order.
+        seed: Random seed of the flips.
 
     Source: Edgington and Onghena 2007, Randomization Tests, chapter 5; McNemar 1947.
     """
@@ -56,14 +61,14 @@ def paired_p_value(values: Sequence[float], others: Sequence[float], *, seed: in
     seen = abs(differences.sum())
     rng = np.random.default_rng(seed)
     count = 1
-    for _ in range(10):  # in parts, which keeps memory small
+    for _ in range(10):  # In parts, to keep memory small.
         signs = rng.integers(0, 2, size=(NUM_RESAMPLES // 10, len(differences))) * 2 - 1
         count += int((np.abs(signs @ differences) >= seen * (1 - 1e-12)).sum())
     return count / (NUM_RESAMPLES + 1)
 
 
 def sign_test(num_up: int, num_down: int) -> float:
-    """Return the two-sided probability of a split at least as uneven, if both sides are as likely."""
+    """Return the two-sided probability of a split at least this uneven, if both sides are equally likely."""
     total, least = num_up + num_down, min(num_up, num_down)
     tail = sum(math.comb(total, i) for i in range(least + 1))
     return min(1.0, float(2 * tail / 2**total))
@@ -71,11 +76,11 @@ def sign_test(num_up: int, num_down: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Which share of what direct tuning gains over the base another predictor has gained.
+    """The gap closed: a predictor's gain over the base as a share of the directly tuned model's gain.
 
     Args:
-        share: 0 is the base, 1 the directly tuned model; None where that model gains nothing that is sure.
-        interval: Its 95 % interval, from and to; None likewise.
+        share: 0 is the base, 1 the directly tuned model; None if the tuned model's gain is uncertain.
+        interval: Its 95 % interval, lower and upper end; None if `share` is.
     """
 
     share: float | None
@@ -89,9 +94,12 @@ def resampled_gap(
 
         (steered - base) / (tuned - base)
 
-    All three are resampled together, entry i of each being about the same item. The share is None where the
-    tuned model is not better (or worse, if lower is better: signs cancel) than the base in 97.5 % of
-    resamples: a share of nothing means nothing.
+    All three are resampled together: entry i of each is about the same item. The share is None unless the
+    tuned model is better than the base (or worse, if lower is better: signs cancel) in 97.5 % of resamples,
+    because a share of no gain means nothing.
+
+    Returns:
+        The gap, and its value in each resample, `[10_000]`; None if the share is None.
 
     Source: Liu et al. 2024, arXiv:2401.08565, section 3; Efron and Tibshirani 1993, section 8.6.
     """
@@ -113,15 +121,15 @@ def resampled_gap(
         shares = (drawn[1] - drawn[0]) / (drawn[2] - drawn[0])
     shares = np.where(
         np.isfinite(shares), shares, np.nan
-    )  # resamples in which the tuned model gains nothing
+    )  # In some resamples the tuned model gains nothing.
     low, high = np.nanpercentile(shares, [2.5, 97.5])
     return Gap(float((means[1] - means[0]) / gain), (float(low), float(high))), shares
 
 
 def mean_gap(gaps: Sequence[tuple[Gap, NDArray[np.float64] | None]]) -> Gap:
-    """Return the mean over tasks of the gap closed, with its interval; tasks without a gap are left out.
+    """Return the gap closed, mean over tasks, with its interval; tasks without a gap are left out.
 
-    Tasks are independent, so resample i of the mean takes resample i of each.
+    Tasks are independent, so resample i of the mean combines resample i of each.
     """
     known = [
         (gap.share, drawn) for gap, drawn in gaps if gap.share is not None and drawn is not None

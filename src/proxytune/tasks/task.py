@@ -1,10 +1,10 @@
-"""What every benchmark answers: its items, the row an output becomes, scores by rule, metrics of a file.
+"""What every benchmark defines: its items, the row that an output becomes, scores by rule, metrics of a file.
 
-Words: an *item* is one question of a benchmark; a *row* is one answer to it in the layout that the paper's
-authors published, so that what is made here and what they made are scored by the same code. A *rule* is a
-way to score: `paper` exactly as published, quirks included, believing what a file says was parsed;
-`numeric` what is right. A row that a judge or a run of code has yet to decide is *unscored*: it counts
-neither as right nor as wrong.
+Words: an *item* is one question of a benchmark. A *row* is one answer to it in the layout that the paper's
+authors published, so that their predictions and new ones are scored by the same code. A *rule* is a way to
+score: `paper` scores exactly as published, quirks included, and trusts parsed answers in a file; `numeric`
+scores what is actually right. A row that a judge or a run of the code has yet to decide is *unscored*: it
+counts neither as right nor as wrong.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Item:
     """One question of a benchmark.
 
     Args:
-        key: Its name, unique in the benchmark.
-        prompt: What the models see.
-        fields: What goes into every row about it.
-        options: Answers to choose from by their likelihood; none where an answer is generated.
+        key: The item's name, unique in the benchmark.
+        prompt: The prompt that models see.
+        fields: Fields of every row about the item.
+        options: Answers to choose from by likelihood; empty if the answer is generated.
     """
 
     key: str
@@ -49,20 +49,20 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """What a set of rows amounts to.
+    """The grade of a set of rows.
 
     Args:
-        task: The benchmark.
-        rule: How rows were scored.
-        name: Of the metric.
-        metric: Its value; None where nothing could be scored.
-        error: Its standard error over items; None below two items.
-        metrics: All of them, under the names that were published.
-        scores: By item, from 0 to 1; None for one that is unscored or, by a rule of the paper, left out.
-        num_rows: How many rows there are.
-        num_unscored: How many of them nobody has decided yet.
-        num_expected: How many items the published runs have.
-        notes: What a reader must know, in sentences.
+        task: Name of the benchmark.
+        rule: The rule that rows were scored by.
+        name: Name of the metric.
+        metric: Value of the metric; None if nothing could be scored.
+        error: Standard error of the metric over items; None for fewer than two items.
+        metrics: All metrics under their published names.
+        scores: Scores by item, from 0 to 1; None if unscored, or left out by the paper's rule.
+        num_rows: Number of rows.
+        num_unscored: Number of rows that are not decided yet.
+        num_expected: Number of items in the published runs; None if unknown.
+        notes: Warnings for the reader, one sentence each.
     """
 
     task: str
@@ -79,16 +79,16 @@ class Grade:
 
     @property
     def num_items(self) -> int:
-        """How many items have rows."""
+        """Number of items that have rows."""
         return len(self.scores)
 
     @property
     def num_missing(self) -> int | None:
-        """How many items of the published runs have none."""
+        """Number of items of the published runs without rows; None if unknown."""
         return None if self.num_expected is None else max(0, self.num_expected - self.num_items)
 
     def to_dict(self) -> dict[str, object]:
-        """Return the answer of `proxytune grade`."""
+        """Return what `proxytune grade --json` prints."""
         return {
             "metric": self.metric,
             "name": self.name,
@@ -111,23 +111,23 @@ class Task(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     source: ClassVar[str]
-    """Where the benchmark is from."""
+    """The publication that introduced the benchmark."""
     metric: ClassVar[str]
     """The metric that tables show, under its published name."""
     scale: ClassVar[float] = 1.0
-    """What the mean of the scores is multiplied by to give the metric."""
+    """Factor from the mean of the scores to the metric."""
     lower_is_better: ClassVar[bool] = False
     num_items: ClassVar[int | None] = None
-    """How many items the published runs have."""
+    """Number of items in the published runs; None if unknown."""
     decider: ClassVar[Decider] = "rule"
     sampling: ClassVar[SamplingParams] = SamplingParams()
-    """The published settings."""
+    """The published sampling parameters."""
     num_samples: ClassVar[int] = 1
-    """Answers to each item, in the published settings."""
+    """Number of answers per item in the published runs."""
     banned: ClassVar[tuple[str, ...]] = ()
-    """What a model may not write, as far as a token spells it."""
+    """Texts that models must not generate; a text is banned if a single token spells it."""
     banned_first: ClassVar[tuple[str, ...]] = ()
-    """What it may not begin with, likewise."""
+    """Texts that answers must not begin with, banned in the same way."""
 
     @abstractmethod
     def items(self, data_dir: Path | None) -> list[Item]:
@@ -137,7 +137,7 @@ class Task(ABC):
             data_dir: A folder in the layout that `docs/guides/evaluate.md` describes; None for the Hub.
 
         Raises:
-            InputFileError: The data cannot be had, or is malformed.
+            InputFileError: The data is missing or malformed.
         """
 
     @abstractmethod
@@ -145,39 +145,44 @@ class Task(ABC):
         """Return the row that an output becomes, in the published layout, cleaned and parsed."""
 
     def spread(self, rows: Sequence[Row]) -> list[Row]:
-        """Return one row an answer, where a published row holds several."""
+        """Return one row per answer; a published row may hold several answers."""
         return list(rows)
 
     @abstractmethod
     def key(self, row: Row, place: int) -> str:
-        """Return which item a row is about.
+        """Return the key of the item that a row is about.
 
         Args:
-            row: Of a predictions file.
-            place: Its number, from 1, for messages.
+            row: A row of a predictions file.
+            place: The row's number, from 1, for errors.
 
         Raises:
-            InputFileError: The row does not say.
+            InputFileError: The row does not name its item.
         """
 
     @abstractmethod
     def score(self, row: Row, place: int, rule: Rule) -> float | None:
-        """Return 1 for right and 0 for wrong, by a rule; None for unscored or left out.
+        """Return a row's score by a rule, from 0 to 1; None if it is unscored or left out.
+
+        Args:
+            row: A row of a predictions file.
+            place: The row's number, from 1, for errors.
+            rule: The rule to score by.
 
         Raises:
-            InputFileError: The row lacks what has to be scored.
+            InputFileError: The row lacks a field that scoring needs.
         """
 
     def is_unscored(self, row: Row) -> bool:
-        """Whether nobody has decided the row yet."""
+        """Whether a row is not decided yet."""
         return False
 
     def metric_name(self, rows: Sequence[Row]) -> str:
-        """Return the name of the metric, which may depend on how many samples there are."""
+        """Return the name of the metric, which may depend on the number of samples."""
         return self.metric
 
     def item_score(self, scores: Sequence[float | None]) -> float | None:
-        """Return the score of an item from those of its rows; one row has one score."""
+        """Return an item's score from the scores of its rows."""
         (only,) = scores
         return only
 
@@ -188,25 +193,25 @@ class Task(ABC):
 
         Args:
             rows: All rows.
-            scores: By item.
-            rule: How they were scored.
+            scores: Scores by item.
+            rule: The rule that they were scored by.
         """
         return {self.metric: self.mean(scores)}
 
     def mean(self, scores: Mapping[str, float | None]) -> float | None:
-        """Return the metric of these scores, those that are None left out."""
+        """Return the metric of scores, ignoring None; None if no score is left."""
         known = [score for score in scores.values() if score is not None]
         return self.scale * sum(known) / len(known) if known else None
 
     def notes(self, rows: Sequence[Row], rule: Rule) -> list[str]:
-        """Return what a reader must know of these rows."""
+        """Return warnings about rows, one sentence each."""
         return []
 
     def grade(self, rows: Sequence[Row], rule: Rule = "paper") -> Grade:
-        """Score rows and return what they amount to.
+        """Score rows and return their grade.
 
         Raises:
-            InputFileError: A row is malformed, or an item is there more often than it can be.
+            InputFileError: A row is malformed, or an item has too many or too few rows.
         """
         from proxytune.tasks.statistics import standard_error
 
@@ -227,11 +232,11 @@ class Task(ABC):
         if num_unscored:
             notes.insert(
                 0,
-                f"{num_unscored:,} of {len(rows):,} rows are unscored, and left out of every metric",
+                f"{num_unscored:,} of {len(rows):,} rows are unscored and left out of every metric",
             )
         if self.num_items is not None and len(scores) != self.num_items:
             notes.append(
-                f"{len(scores):,} of the {self.num_items:,} items of the published runs are there"
+                f"the rows cover {len(scores):,} of the {self.num_items:,} items of the published runs"
             )
         return Grade(
             task=self.name,
@@ -254,31 +259,31 @@ class Task(ABC):
             bad = [key for key, where in places.items() if len(where) != usual]
             if bad:
                 raise InputFileError(
-                    f"{bad[0]!r} has {len(places[bad[0]])} rows where most items have {usual}, and so do "
-                    f"{len(bad) - 1} others, so some are missing or there twice.\n"
+                    f"{bad[0]!r} has {len(places[bad[0]])} rows and most items have {usual}; {len(bad) - 1} "
+                    "more items differ, so some samples are missing or duplicated.\n"
                     "hint: give the same number of samples for every item"
                 )
             return
         bad = [key for key, where in places.items() if len(where) > 1]
         if bad:
             where = ", ".join(map(str, places[bad[0]][:5]))
-            more = f", and {len(bad) - 1} other items are there twice" if len(bad) > 1 else ""
+            more = f", and {len(bad) - 1} more items have several rows" if len(bad) > 1 else ""
             raise InputFileError(
-                f"rows {where} are about one item ({bad[0][:60]!r}){more}, which would count it more than "
-                "once.\nhint: keep one row an item"
+                f"rows {where} are about the same item ({bad[0][:60]!r}){more}, so it would count more than "
+                "once.\nhint: keep one row per item"
             )
 
 
 def asked(
     text: str, question: str, answer_start: str = "", *, system: str | None = None
 ) -> AskedPrompt:
-    """Return a prompt: what plain models see, and the question that others are asked.
+    """Return a prompt: the text for plain models, and the question for chat models.
 
     Args:
-        text: For plain models.
-        question: The user's message to models that chat.
-        answer_start: How their answer has begun.
-        system: The system message to them.
+        text: The prompt of plain models.
+        question: The user's message to chat models.
+        answer_start: The beginning of a chat model's answer, given with the prompt.
+        system: The system message to chat models; None sends none.
     """
     from proxytune.text.prompts import AskedPrompt
 

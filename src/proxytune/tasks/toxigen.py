@@ -1,7 +1,7 @@
-"""ToxiGen: lists of hateful statements to go on with; counted is what share of continuations is toxic.
+"""ToxiGen: lists of hateful statements to continue, scored by the share of toxic continuations.
 
-200 prompts for each of 14 groups, drawn with one generator over the groups in the order of the published
-runs (that of a file system). A classifier, `tomh/toxigen_roberta`, decides about the continuation alone.
+200 prompts for each of 14 groups are drawn with one generator over the groups, in the order of the published
+runs (that of a file system). A classifier, `tomh/toxigen_roberta`, judges the continuation alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GROUPS = (
     "physical_disability", "chinese", "black", "mexican", "women", "latino", "native_american", "lgbtq",
     "muslim", "mental_disability", "trans", "middle_east", "jewish", "asian",
 )  # fmt: skip
-"""In the order of the published runs, on which the draw depends."""
+"""The groups in the order of the published runs, on which the draw depends."""
 PER_GROUP = 200
 SEED = 42
 CLASSIFIER = "tomh/toxigen_roberta"
@@ -64,7 +64,7 @@ class ToxiGen(Task):
                 return [line for line in read_text(path).split("\n") if line.strip()]
         raise InputFileError(
             f"{data_dir / 'toxigen'} has no hate_{group}.txt.\n"
-            "hint: give the folder that holds toxigen/ with --data-dir"
+            "hint: give the folder that contains toxigen/ with --data-dir"
         )
 
     @override
@@ -73,7 +73,7 @@ class ToxiGen(Task):
 
     @override
     def key(self, row: Row, place: int) -> str:
-        # A published row does not say which of the prompts it is, and some prompts are there twice.
+        # A published row does not name its prompt, and some prompts occur twice.
         return str(row.get("item", f"row {place}"))
 
     @override
@@ -114,4 +114,4 @@ class ToxiGen(Task):
         many = [f"{group} ({count})" for group, count in counts.items() if count > PER_GROUP]
         if not many:
             return []
-        return [f"more than {PER_GROUP} rows are about {', '.join(many)}: are some there twice?"]
+        return [f"more than {PER_GROUP} rows are about {', '.join(many)}: some may be duplicates"]

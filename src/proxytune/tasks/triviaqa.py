@@ -1,8 +1,8 @@
-"""TriviaQA: short questions without documents, right when the answer is one of the accepted ones.
+"""TriviaQA: short questions without documents, right if the answer is one of the accepted ones.
 
-By the paper's rule the output has to be one of them, letter for letter but for case and white space around
-it. By the other one both are first brought to the form that TriviaQA's own evaluation compares: without
-case, articles, punctuation and double spaces.
+By the paper's rule the output must equal one of them, ignoring case and white space around it. By the numeric
+rule both are first normalised as in TriviaQA's own evaluation: without case, articles, punctuation and
+repeated spaces.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TO_SPACES = str.maketrans(dict.fromkeys(string.punctuation + "\u2018\u2019\u00b
 
 
 def normalised(text: str) -> str:
-    """Return a text without case, punctuation, articles and needless spaces.
+    """Return a text in lower case, without punctuation, articles and repeated spaces.
 
     Source: Joshi et al. 2017, arXiv:1705.03551, and the evaluation script published with it.
     """
@@ -37,7 +37,7 @@ class TriviaQa(Task):
     source = "Joshi et al. 2017, arXiv:1705.03551"
     metric = "exact_match"
     num_items = 11313
-    # The published stop is the last token of a blank line, which is a line break.
+    # The published stop token is the last one of a blank line, which is a line break.
     sampling = SamplingParams(max_new_tokens=20, stop=("\n",))
 
     @override

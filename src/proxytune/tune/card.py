@@ -1,4 +1,4 @@
-"""What a tuning run shows of itself: the model card of its recipe, and the picture of its loss."""
+"""The model card of a tuned recipe, and the picture of its losses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _METHODS = {
 
 
 def model_card(recipe: Recipe, settings: TuneSettings, result: TuneResult, prompt: str) -> str:
-    """Return the recipe's model card with data, settings and measured numbers."""
+    """Return the recipe's model card with data, settings and measurements."""
     lines = [
         recipe.model_card().rstrip(),
         "",
@@ -39,8 +39,8 @@ def _measured(result: TuneResult) -> list[str]:
         lines += [
             f"## Measured on {title} rows",
             "",
-            f"{report['num_tokens']:,} tokens of `{result.data[key]['source']}`. Perplexity, lower is "
-            "better; in brackets 95 % bootstrap intervals over blocks of 128 tokens.",
+            f"{report['num_tokens']:,} tokens of `{result.data[key]['source']}`. Lower perplexity is better; "
+            "95 % bootstrap intervals over blocks of 128 tokens are in brackets.",
             "",
             "| model | alpha | nats per token | perplexity | against base |",
             "| --- | ---: | ---: | ---: | ---: |",
@@ -49,8 +49,8 @@ def _measured(result: TuneResult) -> list[str]:
         lines.append("")
     if result.valid is not None and result.test is None:
         lines += [
-            "The strength was chosen on these rows, and so was the state that was kept: rows that neither "
-            "has seen (`--test-data`) would tell more.",
+            "The strength and the checkpoint were chosen on these rows, which flatters the results slightly. "
+            "Rows used for neither choice (`--test-data`) would show more.",
             "",
         ]
     return lines
@@ -112,15 +112,15 @@ def _training(settings: TuneSettings, result: TuneResult, prompt: str) -> list[s
             if result.offsets_s >= 1
             else ""
         ),
-        f"- {memory:.2f} GiB of memory at the peak",
+        f"- peak memory: {memory:.2f} GiB",
     ]
     if result.valid_loss is not None and result.first_valid_loss is not None:
         lines.append(
-            f"- validation loss {result.first_valid_loss:.4f} before, {result.valid_loss:.4f} at its "
-            "lowest, which is the state that was kept"
+            f"- validation loss {result.first_valid_loss:.4f} before training, {result.valid_loss:.4f} at "
+            "its lowest, which is the checkpoint that was kept"
         )
     versions = ", ".join(f"{k} {v}" for k, v in result.environment.items() if k != "num_threads")
-    lines += [f"- {versions}", "", "`training/` holds the log and its picture."]
+    lines += [f"- {versions}", "", "`training/` has the log of losses and its picture."]
     return lines
 
 
@@ -132,14 +132,14 @@ def _shown(value: Any) -> str:
 
 
 def loss_plot(
-    journal: Sequence[Mapping[str, Any]], path: Path, first_valid_loss: float | None
+    losses: Sequence[Mapping[str, Any]], path: Path, first_valid_loss: float | None
 ) -> None:
     """Draw training and validation loss over the steps, as a PNG.
 
     Args:
-        journal: Rows with `step`, and `loss` or `valid_loss`.
-        path: Where the picture goes.
-        first_valid_loss: Drawn as a line; None for none.
+        losses: Rows with `step`, and `loss` or `valid_loss`.
+        path: Path of the picture.
+        first_valid_loss: The untuned model's validation loss, drawn as a line; None draws none.
     """
     import matplotlib
 
@@ -147,7 +147,7 @@ def loss_plot(
     from matplotlib import pyplot
 
     def points(key: str) -> tuple[list[float], list[float]]:
-        rows = [row for row in journal if row.get(key) is not None]
+        rows = [row for row in losses if row.get(key) is not None]
         return [row["step"] for row in rows], [row[key] for row in rows]
 
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)

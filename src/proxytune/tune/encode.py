@@ -1,38 +1,22 @@
-"""Rows to train on: read, detected, checked, split, tokenised and packed.
+"""Rows as examples to train on: tokenised, with a label for every token that has a loss, and packed.
 
-A row is an object in one of four formats, and all rows of a source are in the same one:
-
-    {"text": ...}                                   every token is trained on
-    {"prompt": ..., "completion": ...}              the completion is trained on
-    {"messages": [{"role": ..., "content": ...}]}   every turn of the assistant is trained on
-    {"prompt": ..., "chosen": ..., "rejected": ...} a preference
-
-Prompts, completions and answers are text, or lists of messages. Other keys are ignored: data sets carry ids
-and sources. An example is what a model reads: a prompt's token ids are those that generation feeds for it,
-and what is trained comes after them as tokens of its own. Models never appear here.
+An example is what a model reads in training. A prompt has exactly the token ids that generation feeds for it,
+and the answer follows them as tokens of its own. Which answers a row has is decided in `data/rows.py`. Models
+never reach this file.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from proxytune.data.rows import Rows
-from proxytune.errors import (
-    InputFileError,
-    InvalidRequest,
-    PromptFormatError,
-)
+from proxytune.data.rows import Rows, answers_of
+from proxytune.errors import InputFileError, InvalidRequest, PromptFormatError
 from proxytune.request import Message, Prompt
-from proxytune.text.prompts import (
-    Tokenizer,
-    check_syntax,
-    continuation_ids,
-    render,
-    render_text,
-)
+from proxytune.text.prompts import Tokenizer, check_syntax, continuation_ids, render, render_text
 
 IGNORED = -100
 """The label of a position that is not trained on."""
@@ -40,16 +24,26 @@ IGNORED = -100
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What a model reads, and where it is trained.
+    """What a model reads, and the tokens that have a loss.
 
     Args:
         token_ids: Ids of the small model's vocabulary.
-        labels: As long as `token_ids`: the token id at positions that are trained on, `IGNORED` elsewhere.
-            Not shifted: position t is predicted from those before it, so the first never counts.
+        labels: As long as `token_ids`: the token id where the token has a loss, `IGNORED` elsewhere. Labels
+            are not shifted: position t is predicted from the positions before it, so the first never counts.
     """
 
     token_ids: list[int]
     labels: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens that models read."""
+        return len(self.token_ids)
+
+    @property
+    def num_trained(self) -> int:
+        """Number of tokens with a loss."""
+        return sum(label != IGNORED for label in self.labels[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,27 +54,59 @@ class PreferenceExample:
     chosen_ids: list[int]
     rejected_ids: list[int]
 
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens that models read: the prompt once for each answer."""
+        return 2 * len(self.prompt_ids) + self.num_trained
+
+    @property
+    def num_trained(self) -> int:
+        """Number of tokens of both answers."""
+        return len(self.chosen_ids) + len(self.rejected_ids)
+
 
 @dataclass(frozen=True)
 class Encoded:
     """Rows as a model reads them.
 
     Args:
-        examples: In the order of the rows. A packed example may hold parts of several rows, and a
-            conversation may take several examples.
-        num_rows: Rows that were given.
-        num_truncated: Rows that were cut to the greatest length.
-        num_dropped: Rows whose prompt alone fills the greatest length, so that nothing to train on is left.
-        num_tokens: Tokens that models read.
-        num_trained: Tokens with a loss; of preferences, those of both answers.
+        examples: Examples in the order of the rows. A packed example may hold parts of several rows, and a
+            conversation may need several examples.
+        num_rows: Number of rows given.
+        num_truncated: Number of rows cut to the maximum length.
+        num_dropped: Number of rows left out because their prompt alone fills the maximum length.
     """
 
     examples: list[Example] | list[PreferenceExample]
     num_rows: int
     num_truncated: int
     num_dropped: int
-    num_tokens: int
-    num_trained: int
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Number of tokens that models read."""
+        return sum(example.num_tokens for example in self.examples)
+
+    @cached_property
+    def num_trained(self) -> int:
+        """Number of tokens with a loss; for preferences, of both answers."""
+        return sum(example.num_trained for example in self.examples)
+
+
+def limited(part: Encoded, max_tokens: int | None, seed: int) -> Encoded:
+    """Return random examples of at most `max_tokens` tokens together, at least one, in their order."""
+    if max_tokens is None or part.num_tokens <= max_tokens:
+        return part
+    sizes = [example.num_tokens for example in part.examples]
+    kept: set[int] = set()
+    size = 0
+    for index in random.Random(seed).sample(range(len(sizes)), len(sizes)):
+        if kept and size + sizes[index] > max_tokens:
+            break
+        kept.add(index)
+        size += sizes[index]
+    examples: Any = [example for i, example in enumerate(part.examples) if i in kept]
+    return replace(part, examples=examples)
 
 
 # Encoding ------------------------------------------------------------------------------------------
@@ -97,33 +123,33 @@ def encode(
 ) -> Encoded:
     """Return rows as a model reads them.
 
-    A prompt becomes exactly the token ids that generation feeds for it, and a completion's tokens follow as
-    they are by themselves: a token that reached over the boundary would be one that generation, which
-    starts after the prompt's tokens, can never produce. The tokenizer's end-of-sequence token closes
-    texts and completions; without one they do not end.
+    A prompt becomes exactly the token ids that generation feeds for it. A completion is tokenised by itself
+    and follows them: generation starts after the prompt's tokens, so it could never produce a token that
+    spans the boundary. The tokenizer's end-of-sequence token closes texts and completions; a tokenizer
+    without one leaves them open.
 
-    An assistant's turn is closed as its chat template closes it, and by the end-of-sequence token where the
-    format writes nothing visible there, as `plain` does. Turns of a conversation share an example as long as
-    each one's prompt goes on from the tokens before; a turn for which the format writes the history
-    differently (some templates strip earlier reasoning) begins an example of its own. So every turn is
-    trained after the tokens that generation would feed for it.
+    The chat template closes an assistant's turn. Where the format writes nothing visible there, as `plain`
+    does, the end-of-sequence token closes it. Turns of a conversation share an example as long as each
+    turn's prompt continues the tokens so far. Some templates write the history of a later turn differently
+    (they strip earlier reasoning); such a turn starts an example of its own. So every turn is trained after
+    the tokens that generation would feed for it.
 
-    An empty prompt is the token that begins a sequence, or, without one, the one that ends it.
+    An empty prompt becomes the token that begins a sequence, or the one that ends it if there is none.
 
     Args:
-        rows: Of any format.
-        tokenizer: The small model's.
-        prompt_format: `plain`, `chat` or a Jinja template; texts do without.
-        max_length: Greatest number of tokens of an example, at least 2. What exceeds it is cut off the end.
-        name: How errors call the model.
-        packed: Put texts one after another and cut them into windows of `max_length`. Each window begins with
-            the last token of the one before, so that every token but the first is predicted once. Otherwise
-            each text is an example.
+        rows: Rows of any format.
+        tokenizer: The small model's tokenizer.
+        prompt_format: `plain`, `chat` or a Jinja template; plain texts need none.
+        max_length: Maximum number of tokens per example, at least 2. Longer examples lose their end.
+        name: The model's name in errors.
+        packed: Join texts and cut them into windows of `max_length`. Each window begins with the last token
+            of the window before, so that every token but the first is predicted once. Otherwise each text
+            is an example.
 
     Raises:
         InvalidRequest: `max_length` is below 2.
-        InputFileError: Nothing to train on is left of a row or of all; names the line.
-        PromptFormatError: The model does not have the format, or it fails on a row, which is named.
+        InputFileError: A row, or all of them, leaves nothing to train on; names the line.
+        PromptFormatError: The model does not have the format, or it fails on a row; names the line.
     """
     if max_length < 2:
         raise InvalidRequest(f"max_length is {max_length}, and must be at least 2")
@@ -152,7 +178,7 @@ class _Encoder:
         eos_id = tokenizer.eos_token_id
         self._end = [] if eos_id is None else [eos_id]
 
-    # What is made of rows
+    # Examples of all rows
 
     def packed(self) -> Encoded:
         stream = [i for index in range(len(self._rows)) for i in self._document(index)]
@@ -162,13 +188,13 @@ class _Encoder:
         ]
         if not windows:
             raise InputFileError(
-                f"{self._rows.source} has {len(stream)} token(s), and training needs one to start from and "
-                "one to predict.\nhint: give more text"
+                f"{self._rows.source} has {len(stream)} token(s), and training needs at least two: one to "
+                "start from and one to predict.\nhint: give more text"
             )
         return self._encoded([Example(w, [IGNORED, *w[1:]]) for w in windows], 0, 0)
 
     def examples(self, of_row: Callable[[int], list[Example]]) -> Encoded:
-        """Return the examples that a function makes of each row, cut to the greatest length."""
+        """Return the examples that a function makes of each row, cut to the maximum length."""
         kept: list[Example] = []
         num_truncated = num_dropped = 0
         for index in range(len(self._rows)):
@@ -177,7 +203,7 @@ class _Encoder:
                 Example(e.token_ids[: self._max_length], e.labels[: self._max_length])
                 for e in whole
             ]
-            left = [e for e in cut if any(label != IGNORED for label in e.labels[1:])]
+            left = [e for e in cut if e.num_trained]
             kept += left
             if not left:
                 num_dropped += 1
@@ -210,45 +236,29 @@ class _Encoder:
     ) -> Encoded:
         if not examples:
             raise InputFileError(
-                f"no row of {self._rows.source} has anything to train on within {self._max_length} tokens: "
-                "the prompts alone fill them.\nhint: raise --max-length"
+                f"no row of {self._rows.source} has anything to train on within {self._max_length} tokens, "
+                "because the prompts alone fill them.\nhint: raise --max-length"
             )
-        num_tokens = num_trained = 0
-        for example in examples:
-            if isinstance(example, Example):
-                num_tokens += len(example.token_ids)
-                num_trained += sum(label != IGNORED for label in example.labels[1:])
-            else:
-                num_answer = len(example.chosen_ids) + len(example.rejected_ids)
-                num_tokens += 2 * len(example.prompt_ids) + num_answer
-                num_trained += num_answer
-        return Encoded(
-            examples, len(self._rows), num_truncated, num_dropped, num_tokens, num_trained
-        )
+        return Encoded(examples, len(self._rows), num_truncated, num_dropped)
 
-    # What is made of one row
+    # Examples of one row
 
     def text(self, index: int) -> list[Example]:
         token_ids = self._document(index)
         return [Example(token_ids, [IGNORED, *token_ids[1:]])]
 
     def completion(self, index: int) -> list[Example]:
-        row = self._rows.rows[index]
-        prompt_ids = self._prompt(row["prompt"], index)
-        answer_ids = self._answer(row["completion"], index) + self._end
+        ((prompt, answer),) = answers_of(self._rows.rows[index])
+        prompt_ids = self._prompt(prompt, index)
+        answer_ids = self._answer(answer, index) + self._end
         return [Example(prompt_ids + answer_ids, [IGNORED] * len(prompt_ids) + answer_ids)]
 
     def conversation(self, index: int) -> list[Example]:
-        row = self._rows.rows[index]
-        lead = row.get("prompt", [])
-        messages = lead + (row["messages"] if "messages" in row else row["completion"])
         examples: list[Example] = []
-        # A turn before any message has no prompt that generation could feed.
-        for turn in range(max(1, len(lead)), len(messages)):
-            if messages[turn]["role"] != "assistant":
-                continue
-            prompt_ids = self._prompt(messages[:turn], index)
-            answer_ids = self._turn(messages, turn, index)
+        for prompt, answer in answers_of(self._rows.rows[index]):
+            assert not isinstance(prompt, str)
+            prompt_ids = self._prompt(prompt, index)
+            answer_ids = self._turn(prompt, answer, index)
             num_shared = len(examples[-1].token_ids) if examples else 0
             if not examples or prompt_ids[:num_shared] != examples[-1].token_ids:
                 examples.append(Example([], []))
@@ -266,12 +276,12 @@ class _Encoder:
             if isinstance(answer, str):
                 answers.append(self._answer(answer, index) + self._end)
                 continue
-            messages = row["prompt"] + answer
-            last = len(messages) - 1
-            token_ids = self._prompt(messages[:last], index) + self._turn(messages, last, index)
+            history = row["prompt"] + answer[:-1]
+            content = answer[-1]["content"]
+            token_ids = self._prompt(history, index) + self._turn(history, content, index)
             if token_ids[: len(prompt_ids)] != prompt_ids:
                 raise PromptFormatError(
-                    "an answer of several messages changes how the format writes the prompt before it.\n"
+                    "the format writes the prompt differently before an answer of several messages.\n"
                     "hint: give answers of one message"
                 )
             answers.append(token_ids[len(prompt_ids) :])
@@ -282,7 +292,7 @@ class _Encoder:
             return function(index)
         except PromptFormatError as error:
             if self._is_chat and not self._tokenizer.chat_template:
-                raise  # No row is to blame.
+                raise  # It is not the row's fault.
             raise PromptFormatError(f"{self._rows.where(index)}: {error}") from error
 
     # Tokens
@@ -315,37 +325,37 @@ class _Encoder:
         token_ids = continuation_ids(text, self._tokenizer)
         if not token_ids:
             raise InputFileError(
-                f"{self._rows.where(index)}: its answer has no tokens for {self._format['name']}, so there "
+                f"{self._rows.where(index)}: {self._format['name']} has no tokens for its answer, so there "
                 "is nothing to learn.\nhint: leave this row out"
             )
         return token_ids
 
-    def _turn(self, messages: Sequence[Message], turn: int, index: int) -> list[int]:
-        """Return the token ids of an assistant's turn with what ends it."""
-        content = messages[turn]["content"]
-        prompt = self._text(messages[:turn])
-        whole = self._text(messages[: turn + 1], add_generation_prompt=False)
+    def _turn(self, history: Sequence[Any], content: str, index: int) -> list[int]:
+        """Return the token ids of an assistant's turn and of what closes it."""
+        prompt = self._text(history)
+        turn: Message = {"role": "assistant", "content": content}
+        whole = self._text([*history, turn], add_generation_prompt=False)
         text, is_ended = content, False
         if whole.startswith(prompt):
             text, is_ended = self._written(whole[len(prompt) :], content, prompt)
         return self._answer(text, index) + ([] if is_ended else self._end)
 
     def _written(self, rest: str, content: str, prompt: str) -> tuple[str, bool]:
-        """Return a turn's text as the format wrote it after the prompt, and whether that ends it."""
+        """Return a turn's text as the format wrote it after the prompt, and whether that closes the turn."""
         shown = content if content in rest else content.strip()  # Many templates trim it.
         start = rest.find(shown)
-        if start < 0:  # Reasoning was stripped from it; or the format shows prompts only.
+        if start < 0:  # The format strips reasoning from turns, or writes prompts only.
             return (rest, True) if rest.strip() else (content, False)
         before, after = rest[:start], rest[start + len(shown) :]
         if not before.strip() and not self._has_generation_prompt:
-            # Some templates begin the next turn of the assistant whether asked to or not.
+            # Some templates open the assistant's next turn even when not asked to.
             while after and prompt.endswith(after[-1]):
                 after, prompt = after[:-1], prompt[:-1]
         return (before + shown + after, True) if after.strip() else (before + shown, False)
 
     @cached_property
     def _has_generation_prompt(self) -> bool:
-        """Whether the format begins the assistant's turn only where it is asked to."""
+        """Whether the format opens the assistant's turn only when asked to."""
         probe: list[Message] = [{"role": "user", "content": "x"}]
         return self._text(probe) != self._text(probe, add_generation_prompt=False)
 

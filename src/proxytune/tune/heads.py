@@ -1,17 +1,17 @@
-"""Output heads, alone and frozen."""
+"""Output heads: read from models, checked, frozen, and brought into the small model's order of tokens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from proxytune.errors import UnsupportedModel
 from proxytune.text.vocab import Alignment, Vocabulary
+from proxytune.tune.settings import Form
 
-Form = Literal["steered", "paper"]
 NUM_CHECKED_TOKENS = 16
 """Random tokens `check_head` runs: every row of the head is compared at each of them."""
 
@@ -21,15 +21,15 @@ NUM_CHECKED_TOKENS = 16
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Head:
-    """What a model does to the last hidden states.
+    """How a model computes logits from its last hidden states.
 
         logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)
 
     Args:
         weight: `[vocab, width]`.
-        bias: `[vocab]`; -inf marks a row that is no token, whose logit is -inf whatever else is said here.
-        scale: Multiplies the logits (Cohere, Granite, Falcon-H1); 1 for most models.
-        softcap: The bound of Gemma 2's soft cap; None for a head without one.
+        bias: `[vocab]`; -inf marks a row that is not a token, and its logit is always -inf.
+        scale: Factor on the logits (Cohere, Granite, Falcon-H1); 1 for most models.
+        softcap: Bound of Gemma 2's soft cap; None for a head without one.
     """
 
     weight: Tensor
@@ -40,7 +40,7 @@ class Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits in float32.
 
-        The product runs in autocast's dtype where autocast is on, otherwise in that of the tensors.
+        The product uses autocast's dtype if autocast is on, otherwise that of the tensors.
 
         Args:
             hidden: `[..., width]`, any float dtype.
@@ -56,7 +56,7 @@ class Head:
             logits = logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-            if self.bias is not None:  # tanh would bring -inf back to -softcap
+            if self.bias is not None:  # tanh has turned -inf into -softcap.
                 logits = logits.masked_fill(self.bias.isneginf(), -torch.inf)
         return logits
 
@@ -66,12 +66,12 @@ class Head:
         return replace(self, weight=self.weight.detach(), bias=bias)
 
     def copy(self) -> Head:
-        """Return the head without gradients, in memory of its own: training the model leaves it as it is."""
+        """Return a copy of the head without gradients, which training the model does not change."""
         bias = None if self.bias is None else self.bias.detach().clone()
         return replace(self, weight=self.weight.detach().clone(), bias=bias)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Head:
-        """Return the head on a device, its tensors detached; `dtype` None keeps theirs."""
+        """Return the head on a device, with its tensors detached; `dtype` None keeps their dtype."""
         bias = None if self.bias is None else self.bias.detach().to(device, dtype)
         return Head(self.weight.detach().to(device, dtype), bias, self.scale, self.softcap)
 
@@ -80,10 +80,10 @@ def head_of(model: Any) -> Head:
     """Return the output head of a causal language model.
 
     Args:
-        model: From transformers, or a PEFT model around one.
+        model: A model of transformers, or a PEFT model around one.
 
     Raises:
-        UnsupportedModel: It has no linear head whose weight can be read.
+        UnsupportedModel: The model has no linear head whose weight can be read.
     """
     inner = _unwrapped(model)
     name = type(inner).__name__
@@ -95,20 +95,20 @@ def head_of(model: Any) -> Head:
             layer = layer.modules_to_save[layer.active_adapters[0]]
     weight: Any = getattr(layer, "weight", None)
     if not isinstance(layer, nn.Linear) or type(weight) not in (Tensor, nn.Parameter):
-        # Adapters on the head, quantised heads and sharded ones land here.
+        # Heads with adapters, quantised heads and sharded heads end up here.
         found = "none" if layer is None else f"a {type(layer).__name__}"
         if layer is not None and weight is not None:
             found += f" whose weight is a {type(weight).__name__}"
         raise UnsupportedModel(
-            f"{name} has no plain linear output head (found: {found}), and training computes its loss from "
-            "that layer's weight.\n"
+            f"{name} has no plain linear output head (found: {found}), and training needs that layer's "
+            "weight to compute the loss.\n"
             "hint: keep adapters and quantisation off the output layer, or tune another small model"
         )
     if not weight.is_floating_point():
         raise UnsupportedModel(
             f"the output head of {name} is stored as {str(weight.dtype).removeprefix('torch.')}, and "
             "training needs it in a float dtype.\n"
-            "hint: load the model without quantisation, or leave its output layer out of it"
+            "hint: load the model without quantisation, or exclude its output layer from it"
         )
     config = inner.config.get_text_config()
     return Head(
@@ -117,7 +117,7 @@ def head_of(model: Any) -> Head:
 
 
 def _scale(config: Any) -> float:
-    """Return what a model of this config multiplies its logits by; `check_head` catches what is not here."""
+    """Return the factor on a model's logits; `check_head` catches models that this does not know."""
     for key in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         value = getattr(config, key, None)
         if isinstance(value, int | float):
@@ -130,18 +130,18 @@ def _scale(config: Any) -> float:
 
 
 def _is_peft_wrapper(layer: object, name: str) -> bool:
-    """Whether a layer is of a class of PEFT's, without importing PEFT where it is not in use."""
+    """Whether a layer has a class of PEFT's, without importing PEFT when it is not in use."""
     return any(c.__name__ == name and c.__module__.startswith("peft.") for c in type(layer).__mro__)
 
 
 def _unwrapped(model: Any) -> Any:
-    """Return the transformers model inside a PEFT model; adapters live in its layers and stay in place."""
+    """Return the transformers model inside a PEFT model; its adapters stay in its layers."""
     if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
         return model
     if model.active_peft_config.is_prompt_learning:
         raise UnsupportedModel(
             f"the adapter is of the kind {model.active_peft_config.peft_type.value}, which puts virtual "
-            "tokens before the text; the loss here runs the layers directly and would leave them out.\n"
+            "tokens before the text; training runs the layers directly and would leave them out.\n"
             "hint: use LoRA"
         )
     return model.get_base_model()
@@ -153,20 +153,20 @@ def run_body(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None
     Args:
         model: A causal language model of transformers, or a PEFT model around one.
         input_ids: `[batch, length]`.
-        attention_mask: `[batch, length]`, 1 at tokens; None where nothing is padded.
+        attention_mask: `[batch, length]`, 1 at tokens; None if nothing is padded.
 
     Returns:
         `[batch, length, width]` in the model's dtype.
 
     Raises:
-        UnsupportedModel: The model has no body apart from its head.
+        UnsupportedModel: The model is not a body with a head on top.
     """
     inner = _unwrapped(model)
     body = inner.base_model
     if body is inner or inner.config.is_encoder_decoder:
         raise UnsupportedModel(
             f"{type(inner).__name__} is not a decoder with an output head on top, so its hidden states "
-            "cannot be had without its logits.\n"
+            "cannot be computed without its logits.\n"
             "hint: tune a decoder-only causal language model"
         )
     output = body(
@@ -181,7 +181,7 @@ def check_head(model: Any, head: Head) -> None:
     """Compare this file's logits with the model's own on a few random tokens.
 
     Raises:
-        UnsupportedModel: They differ: between body and logits the model does what `Head` cannot say.
+        UnsupportedModel: They differ, so between body and logits the model does more than `Head` does.
     """
     inner = _unwrapped(model)
     embedding = inner.get_input_embeddings().weight
@@ -190,7 +190,7 @@ def check_head(model: Any, head: Head) -> None:
     token_ids = torch.randint(high, (1, NUM_CHECKED_TOKENS), generator=generator)
     token_ids = token_ids.to(embedding.device)
     training = {module: module.training for module in inner.modules()}
-    inner.eval()  # dropout would make any two runs differ
+    inner.eval()  # With dropout, any two runs would differ.
     try:
         expected = inner(input_ids=token_ids, use_cache=False, return_dict=True).logits.float()
         logits = head.logits(run_body(model, token_ids).to(head.weight.device))
@@ -198,7 +198,7 @@ def check_head(model: Any, head: Head) -> None:
         for module, was_training in training.items():
             module.training = was_training
     expected = expected.to(logits.device)
-    # The model rounds to its own dtype after every operation, this file only after the product.
+    # The model rounds to its dtype after every operation, `Head` only after the product.
     tolerance = 1e-4 if head.weight.dtype in (torch.float32, torch.float64) else 2e-2
     differs = "another number of them"
     if logits.shape == expected.shape:
@@ -210,7 +210,7 @@ def check_head(model: Any, head: Head) -> None:
     raise UnsupportedModel(
         f"the logits of {type(inner).__name__} are not what its output layer makes of its hidden states "
         f"(they differ: {differs}), so a loss computed from hidden states would train for another model.\n"
-        "hint: use another small model, or for a base that differs --method sft, which does not run it"
+        "hint: use another small model; if it is the base, use --method sft, which does not run it"
     )
 
 
@@ -224,10 +224,11 @@ class FrozenHeads:
         logits = base_factor * base + expert_factor * expert - anti_expert_factor * anti_expert
 
     Args:
-        base: In the small model's order of tokens (`align_base_head`).
-        anti_expert: Of the small model before tuning.
-        base_factor: From `form_coefficients`, as is the next; the expert's goes to `cross_entropy`.
-        anti_expert_factor: Counted positive where logits are subtracted.
+        base: The base's head, in the small model's order of tokens (`align_base_head`).
+        anti_expert: The head of the small model before tuning.
+        base_factor: Factor on the base's logits, from `form_coefficients`.
+        anti_expert_factor: Factor on the anti-expert's logits, which are subtracted, from
+            `form_coefficients`. The expert's factor goes to `cross_entropy`.
     """
 
     base: Head
@@ -246,12 +247,12 @@ class FrozenHeads:
     ) -> FrozenHeads:
         """Return heads that keep no model alive and take no gradient; they share the weights' memory.
 
-        Where the anti-expert's own weights will be trained in place, give `anti_expert.copy()`.
+        If the anti-expert's weights will be trained in place, give `anti_expert.copy()`.
         """
         return cls(base.detach(), anti_expert.detach(), base_factor, anti_expert_factor)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> FrozenHeads:
-        """Return the heads on a device; `dtype` None keeps theirs."""
+        """Return the heads on a device; `dtype` None keeps their dtype."""
         return FrozenHeads(
             self.base.to(device, dtype),
             self.anti_expert.to(device, dtype),
@@ -267,7 +268,7 @@ class FrozenPart:
     Args:
         hidden: `[positions, base width + small width]`, any float dtype: the base's hidden states, then the
             anti-expert's.
-        heads: What makes logits of them.
+        heads: The heads that compute logits from them.
     """
 
     hidden: Tensor
@@ -275,7 +276,7 @@ class FrozenPart:
 
 
 class Coefficients(NamedTuple):
-    """Factors of a form: `base * M + expert * E - anti_expert * A`."""
+    """Factors in `base * M + expert * E - anti_expert * A`."""
 
     base: float
     expert: float
@@ -283,7 +284,7 @@ class Coefficients(NamedTuple):
 
 
 def form_coefficients(form: Form, alpha: float) -> Coefficients:
-    """Return the factors on base, expert and anti-expert, the last one counted positive.
+    """Return the factors on base, expert and anti-expert; the anti-expert's is subtracted.
 
     Args:
         form: `steered` for `M + alpha * (E - A)`, `paper` for `E + alpha * (M - A)`.
@@ -295,11 +296,11 @@ def form_coefficients(form: Form, alpha: float) -> Coefficients:
 
 
 def base_ids(alignment: Alignment) -> Tensor:
-    """Return the base's id of each of the small model's ids: the other way round than `Alignment`.
+    """Return the base's id of each of the small model's ids: the inverse of `Alignment`.
 
     Returns:
-        `[small_width]`, on the CPU; -1 for ids that are no token of the base. Where one map is shared
-        (`same`, `padded`) ids of padding below the last token stay as they are.
+        `[small_width]`, on the CPU; -1 for ids that are not a token of the base. If the vocabularies share
+        their ids (`same`, `padded`), padding ids below the last token stay as they are.
     """
     ids = torch.full((alignment.small_width,), -1)
     if alignment.small_ids is None:
@@ -316,14 +317,14 @@ def align_base_head(head: Head, alignment: Alignment, small_vocabulary: Vocabula
     """Bring the rows of the base's head into the small model's order of tokens.
 
     Args:
-        head: The base's.
-        alignment: Of the two vocabularies.
-        small_vocabulary: Names the padding ids, which get a bias of -inf.
+        head: The base's head.
+        alignment: Alignment of the two vocabularies.
+        small_vocabulary: The small model's vocabulary; its padding ids get a bias of -inf.
 
     Returns:
-        A head of `small_width` rows. Its weight shares the memory of `head`'s where the order is the same and
-        rows suffice: a second copy of a large model's head is a gigabyte. Rows of padding ids are then
-        whatever the base has there, and zero otherwise.
+        A head of `small_width` rows. If the order is the same and the base has enough rows, its weight shares
+        memory with `head`'s, because a copy of a large model's head takes a gigabyte. Rows of padding ids
+        then keep the base's values; otherwise they are zero.
     """
     ids = base_ids(alignment)
     padding = ids < 0

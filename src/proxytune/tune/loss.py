@@ -1,19 +1,19 @@
-"""Cross-entropy through output heads, alone or with a frozen base and anti-expert beside the expert.
+"""Cross-entropy through output heads, of the expert alone or together with a frozen base and anti-expert.
 
-Words: a model is a *body*, which makes hidden states, and a *head*, which makes logits of them: a linear
-map, then perhaps a scale and a soft cap. Consistent Proxy Tuning (He et al. 2024, arXiv:2407.01155) trains
-the expert E through the ensemble that decoding will use, with base M and anti-expert A frozen. Its logits
-have two *forms*, which are the same at alpha = 1:
+Words: a model is a *body*, which computes hidden states, and a *head*, which computes logits from them: a
+linear map, then perhaps a scale and a soft cap. Consistent Proxy Tuning (He et al. 2024, arXiv:2407.01155)
+trains the expert E through the ensemble that decoding will use, with base M and anti-expert A frozen. Its
+logits have two *forms*, which agree at alpha = 1:
 
     steered     M + alpha * (E - A)      what decoding does with strength alpha
     paper       E + alpha * (M - A)      the objective as published
 
-Logits of a whole batch never exist: a token has 100,000 of them and more. What is kept of the frozen models
-is their hidden states, a few percent of that (`offsets.py` stores them); logits are made anew for a few rows
-at a time, and turned into gradients at once, so that none are made twice.
+A token has 100,000 logits and more, so those of a whole batch never exist. Of the frozen models only hidden
+states are kept, a few percent of that size (`offsets.py` stores them). Logits are computed for a few rows at
+a time and turned into gradients at once, so that none are computed twice.
 
-All logits here are in the small model's order of tokens. Padding ids of its head are no token and have no
-probability in the ensemble. Which positions are trained on is decided in `data.py`.
+All logits here are in the small model's order of tokens. Padding ids of its head are not tokens and have no
+probability in the ensemble. Which positions are trained on is decided in `encode.py`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,9 @@ from torch import Tensor
 from proxytune.tune.heads import FrozenPart, Head, product_dtype
 
 CHUNK_ROWS = 128
-"""Rows whose logits exist at once: 128 x 152,064 float32 values are 78 MB. More leave a processor's cache:
-2,048 tokens through a head of 49,152 x 128 on two cores took 0.35 to 0.42 s with 64 or 128 rows, 0.56 to 0.78
-with 256, and 0.6 with 16."""
-
-
-# The loss ------------------------------------------------------------------------------------------
+"""Rows whose logits exist at once: 128 x 152,064 float32 values are 78 MB. More rows do not fit into a
+processor's cache: 2,048 tokens through a head of 49,152 x 128 on two cores took 0.35 to 0.42 s with 64 or 128
+rows, 0.56 to 0.78 s with 256, and 0.6 s with 16."""
 
 
 def cross_entropy(
@@ -44,20 +41,20 @@ def cross_entropy(
     expert_factor: float = 1.0,
     chunk_rows: int = CHUNK_ROWS,
 ) -> Tensor:
-    """Return the sum of negative log-likelihoods of the targets, in nats.
+    """Return the sum of the targets' negative log-likelihoods, in nats.
 
-    Gradients flow to `hidden`, and to the head's weight and bias where they require them; they are computed
-    in the forward pass, chunk by chunk, and the backward pass only scales them. At most two float32 tensors
-    of `[chunk_rows, vocab]` are alive at a time. Products run in autocast's dtype where autocast is on,
-    otherwise in that of the tensors; everything after them in float32.
+    Gradients flow to `hidden`, and to the head's weight and bias if they require them. They are computed in
+    the forward pass, chunk by chunk; the backward pass only scales them. At most two float32 tensors of
+    `[chunk_rows, vocab]` are alive at a time. Products use autocast's dtype if autocast is on, otherwise that
+    of the tensors; everything after them is float32.
 
     Args:
         hidden: `[positions, width]`, the trained model's hidden states, any float dtype.
-        head: The trained model's.
+        head: The trained model's head.
         targets: `[positions]`, ids in the small model's vocabulary.
         frozen: Base and anti-expert at the same positions; None trains the model by itself.
-        expert_factor: The factor on the trained model's logits, from `form_coefficients`.
-        chunk_rows: Rows whose logits exist at once.
+        expert_factor: Factor on the trained model's logits, from `form_coefficients`.
+        chunk_rows: Number of rows whose logits exist at once.
 
     Returns:
         A float32 scalar.
@@ -86,7 +83,7 @@ def cross_entropy(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Hands the gradients of `_Work` to autograd."""
+    """Passes the gradients of `_Work` to autograd."""
 
     @staticmethod
     def forward(
@@ -116,7 +113,7 @@ class _Operand(NamedTuple):
     def of(cls, head: Head, hidden: Tensor) -> _Operand:
         bias = head.bias
         if bias is not None:
-            # -inf times a factor of 0 would be NaN, and a soft cap would make it finite.
+            # A factor of 0 would turn -inf into NaN, and a soft cap would make it finite.
             bias = bias.float().masked_fill(bias.isneginf(), 0)
         weight = head.weight.to(product_dtype(hidden, head.weight))
         return cls(weight, bias, head.scale, head.softcap)
@@ -125,7 +122,7 @@ class _Operand(NamedTuple):
         """Add `factor` times the logits to `total`, `[rows, vocab]` float32, in place.
 
         Returns:
-            For a head with a soft cap the hyperbolic tangents, `[rows, vocab]`: their derivative needs them.
+            For a head with a soft cap, the hyperbolic tangents `[rows, vocab]`, which its derivative needs.
         """
         hidden = hidden.to(self.weight.dtype)
         if self.softcap is None:
@@ -146,7 +143,7 @@ class _Operand(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """One call of `cross_entropy`, apart from the tensors that gradients flow to."""
+    """One call of `cross_entropy`, without the tensors that gradients flow to."""
 
     targets: Tensor
     scale: float
@@ -159,7 +156,7 @@ class _Work(NamedTuple):
     def run(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Return the loss, and the gradients that are wanted."""
+        """Return the loss and the wanted gradients."""
         head = Head(weight, bias, self.scale, self.softcap)
         expert = _Operand.of(head, hidden)
         frozen = None if self.frozen is None else _Frozen.of(self.frozen, head, self.expert_factor)
@@ -191,7 +188,7 @@ class _Work(NamedTuple):
     ) -> Tensor:
         """Return the loss of some rows, and add to the gradients.
 
-        A function of its own, so that its tensors are gone before the next chunk's are made.
+        A separate function, so that its tensors are freed before the next chunk's are allocated.
         """
         targets = self.targets[rows, None]
         logits = torch.zeros(len(targets), len(expert.weight), device=hidden.device)
@@ -202,7 +199,7 @@ class _Work(NamedTuple):
             tangents = expert.add_to(logits, hidden[rows], self.expert_factor)
         for mask in padding:
             logits.masked_fill_(mask, -torch.inf)
-        # In place, to keep one tensor: logits become probabilities, then the loss's gradient.
+        # In place, to keep a single tensor: logits become probabilities, then the gradient of the loss.
         logits.sub_(logits.amax(1, keepdim=True))
         at_target = logits.gather(1, targets)
         sums = logits.exp_().sum(1, keepdim=True)
@@ -210,7 +207,7 @@ class _Work(NamedTuple):
         if not any(self.wanted) or self.expert_factor == 0:
             return loss
         gradient = logits.div_(sums)
-        # Subtracted before any rounding: near 1 bfloat16 has steps of 1/256.
+        # Subtract before rounding: near 1, bfloat16 has steps of 1/256.
         gradient.scatter_add_(1, targets, -torch.ones_like(at_target))
         if tangents is not None:
             gradient.mul_(tangents.square_().neg_().add_(1))
@@ -225,7 +222,7 @@ class _Work(NamedTuple):
         weight: Tensor,
         rows: slice,
     ) -> None:
-        """Carry the gradient of a chunk's logits, before factor and scale, through the head."""
+        """Propagate the gradient of a chunk's logits, before factor and scale, through the head."""
         factor = self.expert_factor * self.scale
         of_hidden, of_weight, of_bias = grads
         if of_bias is not None:
@@ -278,12 +275,12 @@ class _Frozen(NamedTuple):
         )
 
     def add_to(self, total: Tensor, expert_hidden: Tensor, rows: slice) -> None:
-        """Add the frozen logits of some rows to `total`, and the expert's where the head is shared."""
+        """Add the frozen logits of some rows to `total`, and the expert's too if the head is shared."""
         if self.base_factor != 0:
             self.base.add_to(total, self.base_hidden[rows], self.base_factor)
         small_hidden = self.small_hidden[rows]
         if self.has_expert:
-            # Subtracted in float32, before the product rounds: expert and anti-expert are close.
+            # Subtract in float32, before the product rounds: expert and anti-expert are close.
             offset = expert_hidden.float() * self.expert_factor
             offset.sub_(small_hidden.float(), alpha=self.anti_expert_factor)
             unbiased = self.anti_expert._replace(bias=None)
@@ -296,7 +293,7 @@ class _Frozen(NamedTuple):
 
 
 def _is_same(one: Tensor | None, other: Tensor | None) -> bool:
-    """Whether two tensors are one and the same memory."""
+    """Whether two tensors are the same memory."""
     if one is None or other is None:
         return one is other
     return (

@@ -1,18 +1,18 @@
 """The frozen part of Consistent Proxy Tuning for a data set: computed once, kept on disk.
 
 Base and anti-expert do not change while an expert is trained, so they run once over the examples. Kept are
-the hidden states before their output heads, at the positions that predict a trained token and nowhere else:
-some kilobytes a position, where logits would be hundreds. `loss.py` makes logits of them.
+the hidden states before their output heads, only at the positions that predict a trained token: a few
+kilobytes per position, where logits would take hundreds. `loss.py` computes logits from them.
 
 A directory holds one data set:
 
     hidden.bin      [num_positions, base width + small width], bfloat16 or float32, in the examples' order
     starts.npy      [num_examples + 1] int64, each example's first row
-    offsets.json    what the other two are of, and how many examples are done; replaced in one step
+    offsets.json    what the other two contain, and how many examples are done; replaced in one step
 
-Examples are run longest first, in batches that their lengths alone decide, so a run that was killed and
-continued writes the same bytes as one that was not. Nothing here grows with the data set but the files and a
-few integers per example.
+The longest examples run first, in batches that depend only on their lengths. So a run that was killed and
+continued writes the same bytes as an uninterrupted one. Memory grows with the data set by a few integers per
+example.
 """
 
 from __future__ import annotations
@@ -33,27 +33,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from proxytune.errors import OutputFileError, VocabularyMismatch
+from proxytune.files import unwritable, write_json
 from proxytune.text.vocab import Alignment
 from proxytune.tune.encode import IGNORED, Example
-from proxytune.tune.heads import (
-    FrozenHeads,
-    FrozenPart,
-    base_ids,
-    head_of,
-    run_body,
-)
+from proxytune.tune.heads import FrozenHeads, FrozenPart, base_ids, head_of, run_body
 
 FORMAT = 1
-"""Of the files. A version that writes others counts up, so that none continues the other's."""
+"""Version of the files. It counts up when they change, so that no version continues another's."""
 BATCH_TOKENS = 2048
-"""Tokens run at once, padding counted: one long example, or many short ones."""
+"""Maximum number of tokens per batch, padding included: one long example, or many short ones."""
 FLUSH_S = 5.0
-"""How much work a killed run may lose, in seconds; `fsync` after every batch would wait for the disk."""
+"""Seconds of work that a killed run may lose; `fsync` after every batch would wait for the disk."""
+HINT = "free some disk space, or give a writable directory; the same command continues where this one stopped"
 HIDDEN_NAME, STARTS_NAME, HEADER_NAME = "hidden.bin", "starts.npy", "offsets.json"
 
 
 def offsets_key(examples: Sequence[Example], base_name: str, small_name: str, dtype: str) -> str:
-    """Return a digest of all that offsets depend on: which rows of which models in which dtype."""
+    """Return a digest of everything offsets depend on: examples, models and dtype."""
     digest = hashlib.sha256(json.dumps([base_name, small_name, dtype]).encode())
     for example in examples:
         for values in (example.token_ids, example.labels):
@@ -73,7 +69,7 @@ class _Header:
     dtype: str  # bfloat16 or float32
     num_examples: int
     num_positions: int
-    num_done: int  # examples, in the order they are run
+    num_done: int  # examples, in the order in which they run
 
     @property
     def row_bytes(self) -> int:
@@ -85,31 +81,25 @@ class _Header:
 
     @classmethod
     def read(cls, directory: Path) -> _Header | None:
-        """Return the header, or None if there is none of this version."""
+        """Return the header; None if it is missing or malformed."""
         try:
             return cls(**json.loads((directory / HEADER_NAME).read_text("utf-8")))
         except (OSError, ValueError, TypeError):
             return None
 
     def write(self, directory: Path) -> None:
-        """Replace the file in one step, so that a reader never sees half of it."""
-        temporary = directory / f"{HEADER_NAME}.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(directory / HEADER_NAME)
+        """Replace the file in one step."""
+        write_json(directory / HEADER_NAME, asdict(self), hint=HINT)
 
 
 class Offsets:
-    """Hidden states of base and anti-expert for a data set. `build` or `open` makes one.
+    """Hidden states of base and anti-expert for a data set, made by `build` or `open`.
 
-    It holds no open file, so it can go to another process.
+    It holds no open file, so it can be passed to another process.
 
     Args:
-        directory: Complete files.
-        header: Theirs.
+        directory: Directory of the complete files.
+        header: Their header.
         starts: `[num_examples + 1]`, each example's first row.
     """
 
@@ -120,17 +110,17 @@ class Offsets:
 
     @property
     def num_positions(self) -> int:
-        """Positions trained on, in all examples."""
+        """Number of trained positions in all examples."""
         return self._header.num_positions
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the hidden states on disk."""
+        """Size of the hidden states on disk, in bytes."""
         return self.num_positions * self._header.row_bytes
 
     @classmethod
     def open(cls, directory: Path, key: str) -> Offsets | None:
-        """Return what an earlier `build` left, or None unless it is complete and of this key."""
+        """Return what an earlier `build` of this key left; None unless it is complete."""
         header = _Header.read(directory)
         if header is None or header.format != FORMAT or header.key != key or not header.is_complete:
             return None
@@ -156,23 +146,24 @@ class Offsets:
         key: str,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Offsets:
-        """Run base and anti-expert over the examples, continuing what an earlier run of this key has done.
+        """Run base and anti-expert over the examples, continuing what an earlier run of this key did.
 
         Files of another key are deleted first. Memory holds one batch.
 
         Args:
-            directory: Made if it is not there.
-            examples: In the small model's token ids.
-            base: A causal language model in eval mode.
-            anti_expert: The small model before tuning, in eval mode.
-            alignment: Of the base's vocabulary and the small model's.
-            base_name: How errors call the base.
-            key: Names data and models (`offsets_key`); with the same key, these must be the same.
-            on_progress: Called with examples done and examples in all, at the start and after each batch.
+            directory: Created if it does not exist.
+            examples: Examples in the small model's token ids.
+            base: A causal language model in evaluation mode.
+            anti_expert: The small model before tuning, in evaluation mode.
+            alignment: Alignment of the base's vocabulary and the small model's.
+            base_name: The base's name in errors.
+            key: Identifies data and models; see `offsets_key`.
+            on_progress: Called with the number of examples done and the total, at the start and after each
+                batch.
 
         Raises:
-            OutputFileError: The disk has too little room, or cannot be written.
-            VocabularyMismatch: An example has a token the base does not have.
+            OutputFileError: The disk has too little space, or cannot be written.
+            VocabularyMismatch: An example has a token that the base does not have.
         """
         counts = np.array([len(_kept_positions(example)) for example in examples], dtype=np.int64)
         starts = np.concatenate([np.zeros(1, np.int64), counts.cumsum()])
@@ -206,7 +197,7 @@ class Offsets:
                         file.write(_raw(values, header.dtype))
                     header = replace(header, num_done=num_done)
                     if header.is_complete or time.monotonic() - flushed >= FLUSH_S:
-                        # The header may only count rows that survive a crash.
+                        # The header may count only rows that would survive a crash.
                         file.flush()
                         os.fsync(file.fileno())
                         header.write(directory)
@@ -214,15 +205,12 @@ class Offsets:
                     if on_progress is not None:
                         on_progress(header.num_done, len(examples))
         except OSError as error:
-            raise OutputFileError(
-                f"{error.filename or directory / HIDDEN_NAME} cannot be written: {error.strerror or error}.\n"
-                "hint: make room, or give a directory where you may write; the same command continues where "
-                "this one stopped"
-            ) from error
+            path = Path(error.filename or directory / HIDDEN_NAME)
+            raise unwritable(path, error, HINT) from error
         return cls(directory, header, starts)
 
     def rows(self, indices: Sequence[int]) -> Tensor:
-        """Return the hidden states of some examples, one after the other in the order given.
+        """Return the hidden states of some examples, concatenated in the order given.
 
         Returns:
             `[sum of their positions, base width + small width]`, float32 or bfloat16, on the CPU.
@@ -231,11 +219,11 @@ class Offsets:
         is_half = self._header.dtype == "bfloat16"
         kind = np.dtype(
             "<i2" if is_half else "<f4"
-        )  # numpy has no bfloat16; its bits travel as integers
+        )  # NumPy has no bfloat16; its bits travel as integers.
         spans = [(int(self._starts[i]), int(self._starts[i + 1])) for i in indices]
         values = np.empty((sum(end - start for start, end in spans), width), dtype=kind)
         if len(values):
-            # Mapped anew each time: pages of a mapping that stays count as this process's memory.
+            # Mapped anew each time: the pages of a lasting mapping count as this process's memory.
             stored = np.memmap(
                 self._directory / HIDDEN_NAME, kind, "r", shape=(self.num_positions, width)
             )
@@ -249,17 +237,17 @@ class Offsets:
     def frozen(
         self, indices: Sequence[int], heads: FrozenHeads, device: torch.device | str
     ) -> FrozenPart:
-        """Return what `loss.cross_entropy` takes, for the trained positions of some examples in order."""
+        """Return what `loss.cross_entropy` needs at the trained positions of some examples, in order."""
         return FrozenPart(self.rows(indices).to(device), heads)
 
 
 def _kept_positions(example: Example) -> list[int]:
-    """Return the positions whose hidden states predict a trained token: the one before each."""
+    """Return the positions whose hidden states predict a trained token: each one before it."""
     return [t - 1 for t in range(1, len(example.labels)) if example.labels[t] != IGNORED]
 
 
 def _begin(directory: Path, header: _Header, starts: NDArray[np.int64]) -> _Header:
-    """Return the header to go on from; where nothing of this key is there, delete and start anew."""
+    """Return the header to continue from; without files of this key, delete the others and start anew."""
     size = header.num_positions * header.row_bytes
     begun = _Header.read(directory)
     hidden = directory / HIDDEN_NAME
@@ -287,17 +275,17 @@ def _check_room(directory: Path, num_bytes: int, header: _Header, base_name: str
     if num_bytes > free:
         raise OutputFileError(
             f"the hidden states of {base_name} and the anti-expert at {header.num_positions:,} trained "
-            f"tokens need {num_bytes / 1e9:.3g} GB more at {directory} ({header.row_bytes:,} bytes a "
+            f"tokens need {num_bytes / 1e9:.3g} GB more at {directory} ({header.row_bytes:,} bytes per "
             f"token), and {free / 1e9:.3g} GB are free there.\n"
-            "hint: make room, train on fewer rows, or use --method sft, which stores nothing"
+            "hint: free some disk space, train on fewer rows, or use --method sft, which stores nothing"
         )
 
 
 def _batches(examples: Sequence[Example], num_done: int) -> Iterator[tuple[list[int], int]]:
-    """Yield indices of examples that run together, and how many are done after them.
+    """Yield the indices of examples that run together, and how many examples are done after them.
 
-    Those among the first `num_done` are left out. Longest first: if memory does not suffice, the first batch
-    says so.
+    The first `num_done` examples are left out. The longest come first: if memory does not suffice, the first
+    batch fails.
     """
     order = sorted(range(len(examples)), key=lambda i: -len(examples[i].token_ids))
     first = 0
@@ -334,10 +322,10 @@ def _hidden(
         missing = token_ids[(in_base < 0) & (mask == 1)]
         if len(missing):
             raise VocabularyMismatch(
-                f"an example has the token id {int(missing[0])}, which is no token of {base_name}, so the "
+                f"an example has the token id {int(missing[0])}, which is not a token of {base_name}, so the "
                 "base cannot read it.\nhint: tokenise the data with the small model's own tokenizer"
             )
-        in_base = in_base.clamp(min=0)  # of padding on the right, which no token sees
+        in_base = in_base.clamp(min=0)  # Padding on the right, which no token sees.
     parts = []
     for model, ids in ((base, in_base), (anti_expert, token_ids)):
         device = model.get_input_embeddings().weight.device
@@ -347,7 +335,7 @@ def _hidden(
 
 
 def _raw(values: Tensor, dtype: str) -> bytes:
-    """Return numbers as they are in the file: little-endian."""
+    """Return numbers as the file has them: little-endian."""
     if dtype == "bfloat16":
         return values.bfloat16().view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
     return values.float().numpy().astype("<f4", copy=False).tobytes()

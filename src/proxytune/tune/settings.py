@@ -1,4 +1,4 @@
-"""What a tuning run is asked for, and what it answers."""
+"""What a tuning run is asked for, and what it returns."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from typing import Any, Literal
 from proxytune.errors import InvalidRequest, ProxytuneError
 from proxytune.settings import check, declared, option
 
+LOSS_LOG = "log.jsonl"
+"""The name of the file with a run's losses, in `TuneSettings.training`."""
+
 
 class Interrupted(ProxytuneError):
-    """The run was asked to stop; its state is in the last checkpoint."""
+    """The user stopped the run; its state is in the last checkpoint."""
 
 
 class Display:
-    """What a run tells while it goes on; this one tells nothing."""
+    """Shows a run's progress; this one shows nothing."""
 
     def say(self, text: str) -> None:
-        """Say something once."""
+        """Show a message."""
 
     def stage(self, name: str, done: float, total: float, **numbers: float | None) -> None:
-        """Show how far a stage has come, with numbers such as the loss."""
+        """Show how far a stage has progressed, with numbers such as the loss."""
 
     def close(self) -> None:
-        """Take the display down."""
+        """Remove the display."""
 
 
 def expert_path(settings: TuneSettings) -> str:
-    """Return where the tuned expert is saved, relative to the output."""
+    """Return the path of the tuned expert, relative to the output directory."""
     return "expert" if settings.full else f"adapters/{settings.expert_name}"
 
 
@@ -234,11 +237,11 @@ class TuneSettings:
 
 
 def default_learning_rate(method: Method, *, full: bool, width: int) -> float:
-    """Return the peak learning rate for a model of this hidden size.
+    """Return the default peak learning rate for a model of this hidden size.
 
-    2e-4 is what LoRA is commonly run at for models of 7 billion parameters; narrower models bear and need
-    more (2e-3 served well at a width of 128). Full weights take a tenth of an adapter's rate, and preference
-    pairs a tenth of text's.
+    LoRA commonly uses 2e-4 for models of 7 billion parameters. Narrower models tolerate and need more (2e-3
+    worked well at a width of 128). Full weights take a tenth of an adapter's rate, and preference pairs a
+    tenth of the rate for text.
     """
     rate = min(2e-3, 2e-4 * max(1.0, 2048 / width))
     return rate * (0.1 if full else 1.0) * (0.1 if method == "dpo" else 1.0)
@@ -246,22 +249,24 @@ def default_learning_rate(method: Method, *, full: bool, width: int) -> float:
 
 @dataclass(frozen=True)
 class TuneResult:
-    """What a run leaves.
+    """The result of a run.
 
     Args:
-        directory: The recipe.
-        expert: The expert's name in it.
+        directory: The recipe's directory.
+        expert: The expert's name in the recipe.
         alpha: The recipe's strength.
-        num_steps: Optimizer steps that were made.
-        num_parameters: Trainable ones.
-        train_s: Seconds of training, evaluations included; over all sessions of a resumed run.
-        offsets_s: Seconds spent on the frozen models before, for `cpt`.
-        peak_memory_bytes: Of the process until training ended; on CUDA, of its tensors.
-        valid_loss: The lowest, nats per trained token; None without validation.
-        first_valid_loss: That of the untuned model, or of the untuned ensemble for `cpt`.
-        data: Counts and digests of rows and tokens.
-        valid: What base, expert, anti-expert and steered base measure on validation rows.
+        num_steps: Number of optimizer steps.
+        num_parameters: Number of trainable parameters.
+        train_s: Seconds of training, evaluations included, over all parts of a resumed run.
+        offsets_s: Seconds spent on the frozen models beforehand, for `cpt`.
+        peak_memory_bytes: Peak memory of the process until training ended; on CUDA, of its tensors.
+        valid_loss: Lowest validation loss, nats per trained token; None without validation.
+        first_valid_loss: Validation loss of the untuned model, or of the untuned ensemble for `cpt`.
+        data: Counts and digests of rows and tokens, by part.
+        learning_rate: Peak learning rate.
+        valid: Scores of base, expert, anti-expert and steered base on validation rows; see `ScoreReport`.
         test: The same on test rows, at the chosen strength.
+        environment: Versions of libraries, and the number of threads.
     """
 
     directory: str

@@ -1,7 +1,7 @@
-"""TRL's trainers with this project's loss, durable checkpoints, and one progress line.
+"""TRL's trainers with this project's loss, durable checkpoints, and a log of losses.
 
-What is trained on which data is decided in `run.py`; rows come tokenised from `data.py`. A checkpoint here is
-whole or not there: it carries a marker that is written last, and `last_checkpoint` sees no other.
+What is trained on which data is decided in `run.py`; rows come encoded from `encode.py`. A checkpoint is
+whole or absent: a marker is written last, and `last_checkpoint` ignores checkpoints without one.
 """
 
 from __future__ import annotations
@@ -28,29 +28,30 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
 from proxytune.errors import BackendError, OutputFileError
+from proxytune.files import write_whole
 from proxytune.tune.encode import IGNORED, Example, PreferenceExample
 from proxytune.tune.heads import FrozenHeads, head_of, run_body
 from proxytune.tune.loss import cross_entropy
 from proxytune.tune.offsets import Offsets
 
 MARKER = "whole"
-"""The empty file that says a checkpoint was written to its end."""
+"""Name of the empty file that marks a complete checkpoint."""
 
 
 class NonFiniteLoss(BackendError):
-    """Loss or gradients became NaN or infinite; the weights are still those of the step before."""
+    """The loss or a gradient became NaN or infinite; the weights are still those of the step before."""
 
 
 # Checkpoints ---------------------------------------------------------------------------------------
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """Return the step a checkpoint was written after."""
+    """Return the step after which a checkpoint was written."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def last_checkpoint(directory: Path) -> Path | None:
-    """Return the newest whole checkpoint and delete what a crash left of others."""
+    """Return the newest whole checkpoint, and delete incomplete ones."""
     whole = []
     for folder in directory.glob("checkpoint-*"):
         if not re.fullmatch(r"checkpoint-\d+", folder.name):
@@ -63,18 +64,18 @@ def last_checkpoint(directory: Path) -> Path | None:
 
 
 def _is_write_error(error: BaseException) -> bool:
-    """Whether an error of saving came from the disk; torch and safetensors wrap those in their own."""
+    """Whether an error while saving came from the disk; torch and safetensors wrap such errors."""
     return isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in str(error)
 
 
 class _DurableCheckpoints:
-    """Checkpoints that are whole or absent, and a stop before anything non-finite reaches the weights."""
+    """Keeps checkpoints whole or absent, and stops before a non-finite loss reaches the weights."""
 
     args: Any
     state: TrainerState
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write none: a checkpoint is no release, and the recipe has a card of its own."""
+        """Write no card: a checkpoint is not a release, and the recipe has its own card."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -82,7 +83,7 @@ class _DurableCheckpoints:
             return
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
-            # A pickle that nothing here reads.
+            # A pickle that nothing reads.
             (folder / "training_args.bin").unlink(missing_ok=True)
             (folder / MARKER).touch()
         except Exception as error:
@@ -93,16 +94,16 @@ class _DurableCheckpoints:
             state = (
                 f"that of step {checkpoint_step(kept)} is whole"
                 if kept
-                else "there is none before it"
+                else "there is no earlier one"
             )
             raise OutputFileError(
                 f"the checkpoint of step {self.state.global_step} cannot be written to {folder.parent}: "
                 f"{getattr(error, 'strerror', None) or error}; {state}.\n"
-                "hint: make room on the disk, then continue with --resume"
+                "hint: free some disk space, then continue with --resume"
             ) from error
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run forward and backward of one batch.
+        """Run forward and backward passes of one batch, and return its loss.
 
         Raises:
             NonFiniteLoss: The loss is NaN or infinite.
@@ -118,7 +119,7 @@ class _DurableCheckpoints:
 
 @dataclass(frozen=True, slots=True)
 class FrozenEnsemble:
-    """What Consistent Proxy Tuning adds to the loss: the frozen models, as `offsets.py` keeps them."""
+    """What Consistent Proxy Tuning adds to the loss: frozen heads, and hidden states from `offsets.py`."""
 
     heads: FrozenHeads
     expert_factor: float
@@ -127,10 +128,10 @@ class FrozenEnsemble:
 
 
 class ExpertTrainer(_DurableCheckpoints, SFTTrainer):
-    """TRL's SFT trainer on tokenised examples, with the chunked loss of `loss.py`.
+    """TRL's SFT trainer on encoded examples, with the chunked loss of `loss.py`.
 
     With an `ensemble` it trains the expert through the frozen base and anti-expert, otherwise by itself. The
-    validation loss is the mean over all trained tokens, so it does not depend on the batch size.
+    validation loss is the mean over all trained tokens and so does not depend on the batch size.
     """
 
     def __init__(
@@ -151,7 +152,7 @@ class ExpertTrainer(_DurableCheckpoints, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Return the loss in nats per trained token of the optimizer step that the batch is part of."""
+        """Return the batch's loss in nats, divided by the trained tokens of its whole optimizer step."""
         total, count = self._nats(model, inputs, training=True)
         return total / (count if num_items_in_batch is None else num_items_in_batch)
 
@@ -201,14 +202,14 @@ class ExpertTrainer(_DurableCheckpoints, SFTTrainer):
 
 
 class PreferenceTrainer(_DurableCheckpoints, DPOTrainer):
-    """TRL's DPO trainer on pairs that are tokenised already."""
+    """TRL's DPO trainer on encoded preference pairs."""
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset
 
 
 def example_dataset(examples: Sequence[Example]) -> Dataset:
-    """Return examples as the trainer takes them; `row` is the index into their offsets."""
+    """Return examples as the trainer expects them; `row` is the index of their offsets."""
     return Dataset.from_dict(
         {
             "input_ids": [e.token_ids for e in examples],
@@ -219,7 +220,7 @@ def example_dataset(examples: Sequence[Example]) -> Dataset:
 
 
 def preference_dataset(examples: Sequence[PreferenceExample]) -> Dataset:
-    """Return preference pairs as the trainer takes them."""
+    """Return preference pairs as the trainer expects them."""
     return Dataset.from_dict(
         {
             "prompt_ids": [e.prompt_ids for e in examples],
@@ -230,13 +231,13 @@ def preference_dataset(examples: Sequence[PreferenceExample]) -> Dataset:
 
 
 class Padded:
-    """Collates examples, padded on the right to the longest."""
+    """Collates examples, padded on the right to the longest one."""
 
     def __init__(self, pad_id: int) -> None:
         self._pad_id = pad_id
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return `[batch, length]` input ids, labels and attention mask, and `[batch]` row indices."""
+        """Return input ids, labels and attention mask, `[batch, length]` each, and `[batch]` row indices."""
         width = max(len(e["input_ids"]) for e in examples)
 
         def padded(key: str, filler: int) -> Tensor:
@@ -251,11 +252,11 @@ class Padded:
         }
 
 
-# What happens beside the steps ---------------------------------------------------------------------
+# Callbacks -----------------------------------------------------------------------------------------
 
 
 class FiniteGradients(TrainerCallback):
-    """Stops before a gradient that is NaN or infinite reaches the weights."""
+    """Stops training before a NaN or infinite gradient reaches the weights."""
 
     def on_pre_optimizer_step(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -263,7 +264,7 @@ class FiniteGradients(TrainerCallback):
         """Check every gradient.
 
         Raises:
-            NonFiniteLoss: One is not finite.
+            NonFiniteLoss: A gradient is not finite.
         """
         for parameter in kwargs["model"].parameters():
             if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
@@ -271,7 +272,7 @@ class FiniteGradients(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Turns the first Ctrl-C into a checkpoint and an orderly end; a second one ends at once."""
+    """Turns the first Ctrl-C into a checkpoint and an orderly end; a second Ctrl-C stops at once."""
 
     def __init__(self, on_stop: Callable[[], None]) -> None:
         self._on_stop = on_stop
@@ -279,10 +280,10 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals while training runs."""
+        """Handle the signals while training runs."""
         handled = (signal.SIGINT, signal.SIGTERM)
         before = {}
-        with suppress(ValueError):  # only the main thread may
+        with suppress(ValueError):  # Only the main thread may set handlers.
             before = {s: signal.signal(s, self._ask) for s in handled}
         try:
             yield
@@ -299,16 +300,16 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask for a checkpoint and the end, once the step that was under way is done."""
+        """Ask for a checkpoint and the end of training after the current step."""
         if self.was_asked:
             control.should_save = True
             control.should_training_stop = True
 
 
 class EarlyStop(TrainerCallback):
-    """Stops when the validation loss has not become lower for a number of evaluations.
+    """Stops when a number of evaluations have not lowered the validation loss.
 
-    It looks at the history that checkpoints carry, so it decides alike after a resume.
+    It reads the history that checkpoints carry, so it decides the same after a resume.
     """
 
     def __init__(self, patience: int) -> None:
@@ -317,7 +318,7 @@ class EarlyStop(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Compare the last evaluations with the best before them."""
+        """Compare the last evaluations with the best one before them."""
         losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
         if len(losses) > self._patience and min(losses[-self._patience :]) >= min(
             losses[: -self._patience]
@@ -326,26 +327,26 @@ class EarlyStop(TrainerCallback):
 
 
 class LastEvaluation(TrainerCallback):
-    """Evaluates and saves after the last step, wherever that falls."""
+    """Evaluates and saves after the last step, whatever its number."""
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask for both."""
+        """Ask for an evaluation and a checkpoint after the last step."""
         if state.global_step >= state.max_steps:
             control.should_evaluate = args.eval_strategy != "no"
             control.should_save = True
 
 
-class Journal(TrainerCallback):
-    """Writes each log row as a JSON line and hands it to a display.
+class LossLog(TrainerCallback):
+    """Writes losses as JSON lines, and passes them on.
 
-    After a resume, rows of steps that will be trained again are dropped first.
+    After a resume it first drops the rows of steps that will be trained again.
 
     Args:
         path: The file.
         on_row: Called with each row: `step`, `epoch`, `elapsed_s`, and `loss` or `valid_loss`.
-        on_step: Called with the step and the number of steps after each step.
+        on_step: Called after each step with its number and the total number of steps.
     """
 
     def __init__(
@@ -363,19 +364,19 @@ class Journal(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Go on where the journal of the resumed step ends."""
-        rows = [row for row in read_journal(self._path) if row["step"] <= state.global_step]
+        """Drop rows after the resumed step."""
+        rows = [row for row in read_losses(self._path) if row["step"] <= state.global_step]
         if not state.global_step:
             rows = []
         self._before_s = max((row["elapsed_s"] for row in rows), default=0.0)
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        write_whole(self._path, "".join(json.dumps(row) + "\n" for row in rows))
         self._started = time.perf_counter()
         self._on_step(state.global_step, state.max_steps)
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Move the display."""
+        """Pass on the step."""
         self._on_step(state.global_step, state.max_steps)
 
     def on_log(
@@ -386,7 +387,7 @@ class Journal(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write one row."""
+        """Write one row, if it has a loss."""
         names = {
             "loss": "loss",
             "eval_loss": "valid_loss",
@@ -409,8 +410,8 @@ class Journal(TrainerCallback):
         self._on_row(row)
 
 
-def read_journal(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a journal; a line cut by a crash ends it."""
+def read_losses(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a `LossLog`, up to a line that a crash cut off."""
     rows = []
     with suppress(FileNotFoundError, ValueError):
         for line in path.read_text("utf-8").splitlines():
@@ -470,7 +471,7 @@ def _shared_arguments(
 
 
 def sft_config(*, max_length: int, **shared: Any) -> SFTConfig:
-    """Return the settings of `ExpertTrainer`; mixed precision is its own business."""
+    """Return the settings of `ExpertTrainer`, which handles mixed precision itself."""
     return SFTConfig(
         **_shared_arguments(**shared),
         bf16=False,

@@ -1,18 +1,357 @@
-"""Training itself."""
+"""Training itself: models loaded, TRL's trainer set up and run, and the expert saved.
+
+Rows arrive encoded and settings checked (`run.py`); what happens within a step is `trainer.py`'s.
+"""
 
 from __future__ import annotations
 
+import gc
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
+from proxytune.backends.transformers.backend import TransformersBackend
+from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
+from proxytune.checkpoints.placement import running_device
+from proxytune.checkpoints.references import local_reference
+from proxytune.errors import BackendError, OutputFileError
+from proxytune.machine import peak_memory
 from proxytune.recipe.spec import ModelSpec
+from proxytune.text.vocab import Alignment, align
+from proxytune.tune import trainer as trainers
+from proxytune.tune.encode import Encoded, Example
+from proxytune.tune.heads import (
+    Coefficients,
+    FrozenHeads,
+    align_base_head,
+    check_head,
+    form_coefficients,
+    head_of,
+)
+from proxytune.tune.offsets import Offsets, offsets_key
+from proxytune.tune.settings import (
+    LOSS_LOG,
+    Display,
+    Interrupted,
+    TuneSettings,
+    default_learning_rate,
+    expert_path,
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training of one expert.
+
+    Args:
+        settings: The run's settings.
+        small: The model to tune.
+        base: The large model; `cpt` trains through it. None if there is none.
+        encoded: Examples by `train` and, with validation, `valid`.
+        max_length: Maximum number of tokens per example.
+        display: Shows progress.
+    """
+
+    settings: TuneSettings
+    small: Checkpoint
+    base: Checkpoint | None
+    encoded: Mapping[str, Encoded]
+    max_length: int
+    display: Display
+
+    def run(self) -> dict[str, Any]:
+        """Train, and leave the best state in the recipe's directory.
+
+        Returns:
+            The fields of `TuneResult` that training decides.
+
+        Raises:
+            Interrupted: The user stopped it; the state is saved.
+            OutputFileError: A checkpoint or the expert cannot be written.
+            BackendError: The loss or a gradient is not finite, or memory ran out.
+        """
+        settings = self.settings
+        transformers.set_seed(settings.seed)
+        # On a GPU a frozen model is kept in half precision; what is trained is always kept in float32.
+        stored = "float32" if self._on_cpu or settings.full else self._dtype
+        model = load_frozen(settings.small, device=self._device, dtype=stored)
+        width = model.config.get_text_config(decoder=True).hidden_size
+        rate = settings.learning_rate or default_learning_rate(
+            settings.method, full=settings.full, width=width
+        )
+        started = time.perf_counter()
+        ensemble = None
+        if settings.method == "cpt":
+            assert self.base is not None
+            ensemble = self._ensemble(self.base, model)
+        offsets_s = time.perf_counter() - started
+        trainer = self._trainer(self._trainable(model), ensemble, rate)
+        self._fit(trainer)
+        self._load_adapter(trainer, trainer.state.best_model_checkpoint)
+        self._save_expert(trainer.model)
+        rows = trainers.read_losses(settings.training / LOSS_LOG)
+        losses = [r["valid_loss"] for r in rows if r.get("valid_loss") is not None]
+        return {
+            "num_steps": trainer.state.global_step,
+            "num_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+            "train_s": max((r["elapsed_s"] for r in rows), default=0.0),
+            "offsets_s": round(offsets_s, 2),
+            "peak_memory_bytes": peak_memory(self._device),
+            "valid_loss": min(losses, default=None),
+            "first_valid_loss": losses[0] if losses else None,
+            "learning_rate": rate,
+        }
+
+    @cached_property
+    def _device(self) -> str:
+        return running_device(self.settings.device)
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self._device == "cpu"
+
+    @property
+    def _dtype(self) -> str:
+        return self.settings.dtype or ("float32" if self._on_cpu else "bfloat16")
+
+    # The frozen ensemble -----------------------------------------------------------------------
+
+    def _ensemble(self, base: Checkpoint, anti_expert: Any) -> trainers.FrozenEnsemble:
+        """Run the frozen models over all examples, or reuse what an earlier run computed."""
+        settings, dtype = self.settings, self._dtype
+        alignment = align(base.vocabulary, self.small.vocabulary)
+        folder = Path(settings.offsets_dir or settings.training / "offsets")
+        big = load_frozen(settings.base or "", device=self._device, dtype=dtype)
+        for model in (big, anti_expert):
+            check_head(model, head_of(model))
+        factors = form_coefficients(settings.cpt_form, settings.alpha or 1.0)
+        heads = self._frozen_heads(big, anti_expert, alignment, factors)
+        offsets = {}
+        for name, part in self.encoded.items():
+            examples = [e for e in part.examples if isinstance(e, Example)]
+            key = offsets_key(examples, base.name, self.small.name, dtype)
+
+            def advance(done: int, total: int, name: str = name) -> None:
+                self.display.stage(f"base over {name} rows", done, total)
+
+            offsets[name] = Offsets.open(folder / name, key) or Offsets.build(
+                folder / name,
+                examples,
+                base=big,
+                anti_expert=anti_expert,
+                alignment=alignment,
+                base_name=base.name,
+                key=key,
+                on_progress=advance,
+            )
+        del big
+        gc.collect()
+        return trainers.FrozenEnsemble(
+            heads, factors.expert, offsets["train"], offsets.get("valid")
+        )
+
+    def _frozen_heads(
+        self, base: Any, anti_expert: Any, alignment: Alignment, factors: Coefficients
+    ) -> FrozenHeads:
+        own = head_of(anti_expert)
+        base_head = align_base_head(head_of(base), alignment, self.small.vocabulary)
+        # The anti-expert's head stays the expert's tensor where it can: one product then gives both logits.
+        return FrozenHeads.of(
+            base_head.to(self._device, torch.bfloat16 if self._dtype == "bfloat16" else None),
+            own.copy() if self.settings.full else own,
+            base_factor=factors.base,
+            anti_expert_factor=factors.anti_expert,
+        )
+
+    # The trainer -------------------------------------------------------------------------------
+
+    def _trainable(self, model: Any) -> Any:
+        """Return the model with what is trained: all weights, or a LoRA adapter."""
+        from peft import LoraConfig, get_peft_model
+
+        settings = self.settings
+        if settings.full:
+            return model.requires_grad_(True)
+        config = LoraConfig(
+            r=settings.lora_rank,
+            lora_alpha=2 * settings.lora_rank,
+            lora_dropout=settings.lora_dropout,
+            target_modules=list(settings.lora_targets) or "all-linear",
+            task_type="CAUSAL_LM",
+        )
+        peft_model = get_peft_model(model, config)
+        reference = local_reference(settings.small, settings.directory)
+        peft_model.peft_config["default"].base_model_name_or_path = reference
+        return peft_model
+
+    @cached_property
+    def _checkpoint(self) -> Path | None:
+        """The checkpoint to resume from."""
+        return trainers.last_checkpoint(self.settings.training / "checkpoints")
+
+    @cached_property
+    def _num_steps(self) -> int:
+        settings = self.settings
+        num_batches = math.ceil(len(self.encoded["train"].examples) / settings.batch_size)
+        per_epoch = math.ceil(num_batches / settings.accumulate)
+        return settings.max_steps or max(1, math.ceil(per_epoch * settings.epochs))
+
+    def _trainer(
+        self, model: Any, ensemble: trainers.FrozenEnsemble | None, learning_rate: float
+    ) -> Any:
+        """Return TRL's trainer, ready to run."""
+        settings = self.settings
+        train, valid = self.encoded["train"].examples, self.encoded.get("valid")
+        arguments = self._arguments(learning_rate)
+        is_half = self._dtype == "bfloat16"
+        common: dict[str, Any] = {
+            "model": model,
+            "processing_class": self.small.tokenizer,
+            "callbacks": self._callbacks(),
+        }
+        trainer: Any
+        if settings.method == "dpo":
+            trainer = trainers.PreferenceTrainer(
+                args=trainers.dpo_config(beta=settings.beta, bf16=is_half, **arguments),
+                train_dataset=trainers.preference_dataset(train),  # type: ignore[arg-type]
+                eval_dataset=None if valid is None else trainers.preference_dataset(valid.examples),  # type: ignore[arg-type]
+                ref_model=load_frozen(
+                    settings.small, device="cpu" if self._on_cpu else None, dtype="float32"
+                )
+                if settings.full
+                else None,
+                **common,
+            )
+        else:
+            trainer = trainers.ExpertTrainer(
+                args=trainers.sft_config(**arguments),
+                train_dataset=trainers.example_dataset(train),  # type: ignore[arg-type]
+                eval_dataset=None if valid is None else trainers.example_dataset(valid.examples),  # type: ignore[arg-type]
+                data_collator=trainers.Padded(self.small.tokenizer.pad_token_id or 0),
+                ensemble=ensemble,
+                autocast=torch.bfloat16 if is_half else None,
+                **common,
+            )
+        checkpoint = self._checkpoint
+        self.display.say(
+            f"{self._num_steps:,} steps of {settings.batch_size * settings.accumulate} rows, learning rate "
+            f"{learning_rate:g}"
+            + (f", resumed after step {trainers.checkpoint_step(checkpoint)}" if checkpoint else "")
+        )
+        return trainer
+
+    def _arguments(self, learning_rate: float) -> dict[str, Any]:
+        """Return what both kinds of trainer are configured with."""
+        settings, num_steps = self.settings, self._num_steps
+        return {
+            "output_dir": settings.training / "checkpoints",
+            "seed": settings.seed,
+            "learning_rate": learning_rate,
+            "num_steps": num_steps,
+            "batch_size": settings.batch_size,
+            "accumulate": settings.accumulate,
+            "eval_every": settings.eval_every or max(1, min(100, num_steps // 10)),
+            "evaluates": "valid" in self.encoded,
+            "is_resumed": self._checkpoint is not None,
+            "gradient_checkpointing": settings.gradient_checkpointing,
+            "on_cpu": self._on_cpu,
+            "max_length": self.max_length,
+        }
+
+    def _callbacks(self) -> list[Any]:
+        latest: dict[str, float | None] = {}
+
+        def on_row(row: Mapping[str, Any]) -> None:
+            latest.update({k: row[k] for k in ("loss", "valid_loss") if k in row})
+
+        def on_step(step: int, total: int) -> None:
+            self.display.stage("training", step, total, **latest)
+
+        callbacks: list[Any] = [
+            trainers.FiniteGradients(),
+            trainers.LastEvaluation(),
+            trainers.LossLog(self.settings.training / LOSS_LOG, on_row, on_step),
+        ]
+        if self.settings.patience and "valid" in self.encoded:
+            callbacks.append(trainers.EarlyStop(self.settings.patience))
+        return [*callbacks, self._stopper]
+
+    @cached_property
+    def _stopper(self) -> trainers.StopOnSignal:
+        return trainers.StopOnSignal(
+            lambda: self.display.say("stopping after this step; again to stop at once")
+        )
+
+    # Running it --------------------------------------------------------------------------------
+
+    def _fit(self, trainer: Any) -> None:
+        for callback in (transformers.ProgressCallback, transformers.PrinterCallback):
+            trainer.remove_callback(callback)
+        self._load_adapter(trainer, self._checkpoint)
+        try:
+            with self._stopper.listening():
+                trainer.train(
+                    resume_from_checkpoint=str(self._checkpoint) if self._checkpoint else None
+                )
+        except trainers.NonFiniteLoss as error:
+            kept = trainers.last_checkpoint(Path(trainer.args.output_dir))
+            where = (
+                f"the state after step {trainers.checkpoint_step(kept)} is in {kept}"
+                if kept
+                else "no checkpoint had been written yet"
+            )
+            raise BackendError(
+                f"{error}, so training stopped before it reached the weights; {where}.\n"
+                "hint: start a new run with a lower --learning-rate"
+            ) from error
+        except torch.OutOfMemoryError as error:
+            raise BackendError(
+                f"memory ran out while training: {str(error).splitlines()[0]}\n"
+                "hint: a smaller --batch-size with more --accumulate, or --gradient-checkpointing"
+            ) from error
+        if self._stopper.was_asked:
+            raise Interrupted(
+                f"stopped after step {trainer.state.global_step}; the state is saved.\n"
+                "hint: the same command with --resume continues"
+            )
+
+    def _load_adapter(self, trainer: Any, checkpoint: str | Path | None) -> None:
+        """Load the adapter of a checkpoint.
+
+        transformers 5.19 does not load it into a model with several adapters, such as DPO's, which keeps its
+        reference in one.
+        """
+        if checkpoint is not None and not self.settings.full:
+            trainer.model.load_adapter(str(checkpoint), "default", is_trainable=True)
+
+    def _save_expert(self, model: Any) -> None:
+        settings = self.settings
+        target = settings.directory / expert_path(settings)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # DPO keeps a reference adapter beside the expert's.
+            chosen = {} if settings.full else {"selected_adapters": ["default"]}
+            model.save_pretrained(target, **chosen)
+            # PEFT writes a card without being asked; the recipe has its own.
+            (target / "README.md").unlink(missing_ok=True)
+            if settings.full:
+                find_checkpoint(settings.small, root=Path.cwd()).tokenizer.save_pretrained(target)
+        except OSError as error:
+            raise OutputFileError(
+                f"the expert cannot be written to {target}: {error.strerror or error}.\n"
+                "hint: free some disk space, then continue with --resume"
+            ) from error
 
 
 def load_frozen(reference: str, *, device: str | None, dtype: str) -> Any:
-    """Return a model in evaluation mode, its weights frozen."""
-    from proxytune.backends.transformers.backend import TransformersBackend
-    from proxytune.checkpoints.checkpoint import find_checkpoint
-
+    """Return a model in evaluation mode with frozen weights."""
     checkpoint = find_checkpoint(reference, root=Path.cwd())
     spec = ModelSpec(model=reference, device=device, dtype=dtype)
     return TransformersBackend.load(checkpoint, spec).model

@@ -72,7 +72,6 @@ def draft_model(ensemble: Ensemble, member: Member) -> Path:
         target,
         lambda part: _write(ensemble, member, weights, part),
         is_whole=lambda: (target / "config.json").is_file(),
-        what="an expert to draft with",
     )
 
 

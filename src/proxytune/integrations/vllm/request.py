@@ -10,12 +10,11 @@ vLLM checks a request in its front end, which has no model, and batches rows in 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from proxytune.errors import InvalidRequest, UserError
+from proxytune.errors import InvalidRequest, UserError, closest, did_you_mean
 from proxytune.request import Steering
 
 if TYPE_CHECKING:
@@ -58,10 +57,10 @@ class Menu:
         """
         given = {key: value for key, value in (extra_args or {}).items() if value is not None}
         for key in given:
-            if key not in KEYS and difflib.get_close_matches(key.lower(), KEYS, cutoff=0.7):
-                match = difflib.get_close_matches(key.lower(), KEYS, cutoff=0.7)[0]
+            # Other keys may be another plugin's.
+            if key not in KEYS and closest(key.lower(), KEYS, cutoff=0.7):
                 raise InvalidRequest(
-                    f"{key} is no field of a request.\nhint: did you mean {match}?"
+                    f"{key} is no field of a request{did_you_mean(key.lower(), KEYS)}"
                 )
         if not any(key in given for key in KEYS):
             return None

@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from proxytune.errors import InvalidRequest, MissingExtra
+from proxytune.errors import InvalidRequest, missing_extra
 from proxytune.recipe.recipe import Recipe
 
 MODULE = "vllm.entrypoints.openai.api_server"
@@ -51,7 +51,7 @@ def vllm_server_command(
         UserError: A model is missing, unsafe, corrupt or does not match; see `errors.py`.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise MissingExtra("vLLM is not installed.\nhint: pip install 'proxytune[vllm]'")
+        raise missing_extra("vLLM is not installed", "vllm")
     from proxytune.integrations.vllm.config import find_ensemble
     from proxytune.integrations.vllm.draft import speculative_config
 
