@@ -73,6 +73,11 @@ class Declared:
     default: Any
     option: Option
 
+    @property
+    def values(self) -> str:
+        """The values it can hold, apart from None, in words that follow "must be"."""
+        return _expected(self.type, self.option)
+
     def check(self, value: object, name: str | None = None) -> None:
         """Check one value.
 
@@ -86,10 +91,11 @@ class Declared:
         if value is self.default or (value is None and self.is_optional):
             return
         if not _holds(self.type, self.option, value):
-            # None is no value of a flag, which is left out for it.
-            expected = _expected(self.type, self.option)
-            expected += ", or None" if self.is_optional and name is None else ""
-            raise InvalidRequest(f"{name or self.name} is {value!r}, and must be {expected}")
+            # A flag has no value None; it is left out.
+            or_none = ", or None" if self.is_optional and name is None else ""
+            raise InvalidRequest(
+                f"{name or self.name} is {value!r}, and must be {self.values}{or_none}"
+            )
 
     def from_json(self, value: Any) -> Any:
         """Return a JSON value as the field holds it: its lists and objects as tuples."""
@@ -209,8 +215,10 @@ def _expected(kind: Any, option: Option) -> str:
         return f"{', '.join(first)} or {last}"
     if kind is bool:
         return "true or false"
-    if kind is str:
+    if kind is str and option.at_least is not None:
         return "text that is not empty"
+    if kind not in (int, float):
+        return "text"
     zero = "0, or " if option.or_zero else ""
     noun = "a whole number" if kind is int else "a finite number"
     low, high = option.at_least, option.at_most
