@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from typing import Any
 
 from proxytune.checkpoints.checkpoint import find_checkpoint
 from proxytune.decode.speculative import Drafting
+from proxytune.machine import summary
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ApiSettings, ModelSpec
@@ -146,7 +146,7 @@ def main() -> int:
     report = {
         "command": "python benchmarks/api_calls.py",
         "commit": git.stdout.strip(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": summary(),
         "prompts": len(requests),
         "new_tokens": options.tokens,
         "in_process_seconds_per_token": in_process_s / sum(t.num_new_tokens for t in wanted),

@@ -40,9 +40,10 @@ from typing import Any
 sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmarks.checkout import commit  # noqa: E402
-from benchmarks.miniature.plan import BUILD_DIR, ROOT, write_whole  # noqa: E402
+from benchmarks.miniature.plan import BUILD_DIR, ROOT  # noqa: E402
 from benchmarks.miniature.run import tell  # noqa: E402
-from proxytune.evaluate.speed import machine  # noqa: E402
+from proxytune.files import write_whole  # noqa: E402
+from proxytune.machine import description  # noqa: E402
 from proxytune.model import ProxyTuned  # noqa: E402
 from proxytune.recipe.recipe import Recipe  # noqa: E402
 from proxytune.request import Request, SamplingParams  # noqa: E402
@@ -621,7 +622,7 @@ def main() -> int:
             if arguments.part in (None, part):
                 origin = {
                     "commit": commit(),
-                    "machine": machine(),
+                    "machine": description(),
                     "load_average": os.getloadavg(),
                 }
                 parts[part] = origin | {"found": measured()}

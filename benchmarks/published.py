@@ -138,7 +138,7 @@ def score_runs(results: Path) -> Iterator[dict[str, Any]]:
                 "notes": [],
             }
             if predictions is None:
-                run["notes"] = ["the predictions could not be had (over 4 MiB)"]
+                run["notes"] = ["the predictions were not available (over 4 MiB)"]
             else:
                 rows = read_rows(predictions)
                 for rule in RULES:
@@ -180,8 +180,8 @@ def page_part(runs: list[dict[str, Any]]) -> str:
     lines = [
         BEGIN,
         "",
-        f"Of {len(runs)} published metrics files, {len(graded)} have predictions that can be scored; in "
-        f"{len(same)} of these every metric comes out as published, to nine digits.",
+        f"{len(graded)} of the {len(runs)} published metrics files have predictions that can be scored. For "
+        f"{len(same)} of these, every metric comes out as published, to nine digits.",
         "",
     ]
     for run in graded:
@@ -209,9 +209,10 @@ def page_part(runs: list[dict[str, Any]]) -> str:
         )
     lines += [
         "",
-        "Percent; ± is one standard error over items, by the paper's rule.",
+        "All in percent. *Paper* is the printed table and *released* the published metrics file; ± is one "
+        "standard error over items, by the paper's rule.",
         "",
-        "### Printed otherwise than released",
+        "### Where the printed tables differ from the released files",
         "",
         "| table | benchmark | run | printed | released |",
         "| --- | --- | --- | ---: | ---: |",
@@ -239,9 +240,9 @@ def gap_lines(by_name: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]
         "70B": ("llama2-70B", "dexperts-70B", "llama2-chat-70B", 88.1),
     }
     lines = [
-        "### The gap closed, mean of the five tasks of Table 2",
+        "### The gap closed, averaged over the five tasks of Table 2",
         "",
-        "| size | as the text says | from the printed table | from the released metrics | `--rule numeric` |",
+        "| size | the paper's text | its printed table | its released metrics | `--rule numeric` |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for size, (*models, said) in sides.items():

@@ -8,12 +8,12 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import platform
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.checkout import commit
+from proxytune.machine import summary
 from proxytune.measure.score import Passage, passage_of
 from proxytune.model import ProxyTuned
 
@@ -75,7 +75,7 @@ def write(path: Path, command: str, content: dict[str, Any]) -> None:
     origin = {
         "command": command,
         "commit": commit(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": summary(),
     }
     path.write_text(json.dumps(origin | content, indent=1, allow_nan=False) + "\n")
     print(f"wrote {path}", file=sys.stderr)

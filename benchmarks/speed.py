@@ -32,7 +32,7 @@ import torch
 sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmarks.checkout import commit  # noqa: E402
-from benchmarks.miniature.plan import BUILD_DIR, ROOT, write_whole  # noqa: E402
+from benchmarks.miniature.plan import BUILD_DIR, ROOT  # noqa: E402
 from benchmarks.miniature.run import tell  # noqa: E402
 from proxytune.decode.batch import Batch  # noqa: E402
 from proxytune.decode.ensemble import Ensemble, Job, Member, Pair  # noqa: E402
@@ -41,10 +41,11 @@ from proxytune.evaluate.speed import (  # noqa: E402
     PlainModels,
     Shape,
     load_plain_models,
-    machine,
     measure,
     published_procedure,
 )
+from proxytune.files import write_whole  # noqa: E402
+from proxytune.machine import description  # noqa: E402
 from proxytune.model import ProxyTuned  # noqa: E402
 from proxytune.recipe.recipe import Recipe  # noqa: E402
 from proxytune.request import SamplingParams  # noqa: E402
@@ -340,8 +341,11 @@ def _top(results: Mapping[str, Any], title: str, source: str) -> list[str]:
         f"`{results['command']}` on {about['accelerator'] or about['processor']}, "
         f"{about['num_cores']} cores, {about['num_threads']} threads; torch {about['torch']}, "
         f"transformers {about['transformers']}, float32; commit {results['commit']}.",
-        "Speeds as ratios of medians over rounds, in brackets the lowest and highest round. "
-        "*Library* is transformers' own `generate` of the base, *published* the procedure of the paper.",
+        "Speeds are ratios of medians over rounds, with the lowest and highest round in brackets. "
+        "*Base* is the base alone in this engine, *library's base* transformers' own `generate` of it, "
+        "*published* the procedure of the paper, and *floor* what running the three models one after another "
+        "can reach at best. *Accepted* is the share of draft tokens that were right, *tokens a block* how "
+        "many tokens one step gave, and *parted* how many texts with drafts differed from the plain ones.",
         "",
         "## SmolLM2-135M-Instruct with the smol experts",
         "",
@@ -386,8 +390,8 @@ def tables(results: Mapping[str, Any]) -> str:
     lines = _top(results, "Speed, measured", "speed.json")
     lines += _real_tables(results["real"])
     lines += ["", "## Memory, MB", "",
-              "The process's peak beyond its imports, loading included. *Code* is pages of libraries",
-              "that came in after the imports; the last column leaves them out.", "",
+              "Peak memory of the process beyond that of its imports, loading included. *Code* is library",
+              "code that was mapped after the imports; the last column leaves it out.", "",
               "| decoding | imports | peak beyond | code | weights | caches | rest / (weights + caches) |",
               "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
     for name, part in results["memory"].items():
@@ -486,7 +490,7 @@ def measure_paper(recipe: Recipe, only: Sequence[str]) -> int:
         )
     settings = [named[name] for name in only or named]
     rows = measure_real(recipe, ProxyTuned.load(recipe), settings)
-    found = {"shapes": [row["shape"] for row in rows], "commit": commit(), "machine": machine()}
+    found = {"shapes": [row["shape"] for row in rows], "commit": commit(), "machine": description()}
     old: dict[str, Any] = {"real": [], "runs": []}
     if only:
         old = json.loads((folder / "paper.json").read_text("utf-8"))
@@ -494,7 +498,7 @@ def measure_paper(recipe: Recipe, only: Sequence[str]) -> int:
     order = [asdict(one[1]) for one in PAPER]
     results = {
         "command": "python benchmarks/speed.py --paper",
-        "machine": machine(),
+        "machine": description(),
         "commit": ", ".join(dict.fromkeys([*(run["commit"] for run in old["runs"]), commit()])),
         "runs": [*old["runs"], found],
         "real": sorted([*kept, *rows], key=lambda row: order.index(row["shape"])),
@@ -567,7 +571,7 @@ def main() -> int:
     results = {
         "command": "python benchmarks/speed.py" + options,
         "commit": commit(),
-        "machine": machine(),
+        "machine": description(),
         "load_average": os.getloadavg(),
         "real": real,
         "memory": memory,

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from proxytune.checkpoints.checkpoint import find_checkpoint
+from proxytune.machine import summary
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 
@@ -235,7 +235,7 @@ def main() -> None:
         "command": "python benchmarks/speed_vllm.py" + (" --smoke" if options.smoke else ""),
         "commit": commit,
         "vllm": vllm.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} processors",
+        "machine": summary(),
         "new_tokens": NEW_TOKENS,
         "expert": EXPERT,
         "results": results,

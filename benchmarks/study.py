@@ -22,9 +22,10 @@ from typing import Any
 sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmarks.checkout import commit  # noqa: E402
-from benchmarks.miniature.plan import ANTI_EXPERT, BUILD_DIR, FULL, ROOT, write_whole  # noqa: E402
+from benchmarks.miniature.plan import ANTI_EXPERT, BUILD_DIR, FULL, ROOT  # noqa: E402
 from benchmarks.miniature.run import tell  # noqa: E402
 from benchmarks.miniature.train import Quarters, training_settings  # noqa: E402
+from proxytune.files import write_whole  # noqa: E402
 from proxytune.tune import TuneSettings, tune  # noqa: E402
 
 BUILD = BUILD_DIR / "study"

@@ -35,6 +35,7 @@ sys.path[0] = str(Path(__file__).parents[1])
 from benchmarks.miniature.plan import ANTI_EXPERT, BASE, RATES  # noqa: E402
 from benchmarks.smol_texts import ROOT, corpus, passages, write  # noqa: E402
 from proxytune.checkpoints.checkpoint import find_checkpoint  # noqa: E402
+from proxytune.files import building  # noqa: E402
 from proxytune.measure.score import score_passages  # noqa: E402
 from proxytune.model import ProxyTuned  # noqa: E402
 from proxytune.recipe.recipe import Recipe  # noqa: E402
@@ -131,10 +132,9 @@ def moved_anti_expert(place: Path) -> None:
         if step % 50 == 49:
             speed = (step + 1) * rows * length / (time.time() - started)
             tell(f"  step {step + 1} of {num_steps}, loss {loss:.3f}, {speed:.0f} tokens/s")
-    partial = place.with_suffix(".partial")
-    model.to(torch.bfloat16).save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(place)
+    with building(place) as part:
+        model.to(torch.bfloat16).save_pretrained(part)
+        tokenizer.save_pretrained(part)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Steer a base that is behind an API: its weights are never seen, only some of its log-probabilities.
 
-    pip install 'proxytune[serve]'
+    pip install '.[serve]'
     python examples/black_box.py
 
 The black box is this package's own server, with a recipe whose strength is 0, which is its base alone. Any

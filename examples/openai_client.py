@@ -1,6 +1,6 @@
 """Serve a recipe, and ask it with the official OpenAI client.
 
-    pip install 'proxytune[serve]' openai
+    pip install '.[serve]' openai
     python examples/openai_client.py
 
 With a server that runs already (`proxytune serve my-recipe`), put its address where `serving` is called.

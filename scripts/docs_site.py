@@ -1,8 +1,8 @@
-"""What the site is made of beside docs/: pages from elsewhere in the repository, and files they link to.
+"""Add to the site what is not in docs/: pages from elsewhere in the repository, and the files they link to.
 
-MkDocs calls these functions (`hooks` in mkdocs.yml). A page is written for the repository: its links are
-relative to its own place there, so that they work in an editor and on a forge. On the site a link to another
-page leads to that page, and a link to any other file to a page that shows the file.
+MkDocs calls these functions (`hooks` in mkdocs.yml). Pages are written for the repository: their links are
+relative to their own place, so that they work in an editor and on a forge. On the site, a link to another
+page leads to that page, and a link to any other file leads to a page that shows the file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PAGES = {
     "src/proxytune/smol/README.md": "smol.md",
     "zoo/README.md": "zoo.md",
 }
-"""Pages that stand elsewhere in the repository, and where they are on the site."""
+"""Pages from elsewhere in the repository, and their place on the site."""
 
 LANGUAGES = {
     ".py": "python",
@@ -40,10 +40,15 @@ LANGUAGES = {
 
 _LINK = re.compile(r"(\]\(\s*<?|(?:src|href)=\")([^)\s>\"]+)")
 _FENCE = re.compile(r"^\s*(`{3,}|~{3,})", re.MULTILINE)
+# Material's code blocks begin with an empty span before their <code>.
+_CODE_SPAN = re.compile(r"(?<!<span></span>)<code>([^<]+)</code>")
+_WORD = re.compile(r"\S*-\S*")
+LONGEST_WORD = 32
+"""Characters of a word of code that is kept on one line; a longer one would not fit a phone."""
 
 
 def site_path(path: Path) -> str | None:
-    """Return where a file of the repository is on the site; None if it is no page and no file of docs/."""
+    """Return a file's place on the site; None if it is neither a page nor a file of docs/."""
     name = path.relative_to(ROOT).as_posix()
     if name in PAGES:
         return PAGES[name]
@@ -51,13 +56,13 @@ def site_path(path: Path) -> str | None:
 
 
 def source_page(path: Path) -> str:
-    """Return the name of the page that shows a file of the repository; a notebook is handed out as it is."""
+    """Return the name of the page that shows a file of the repository, or a notebook's own file name."""
     name = f"source/{path.relative_to(ROOT).as_posix()}"
     return name if path.suffix == ".ipynb" else f"{name}.md"
 
 
 def links(text: str) -> Iterator[re.Match[str]]:
-    """Yield a page's links into the repository; those in code blocks and code spans are none."""
+    """Yield a page's links into the repository, leaving out code blocks and code spans."""
     is_code = False
     start = 0
     for line in text.splitlines(keepends=True):
@@ -102,6 +107,17 @@ def shown_source(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     head = "---\nsearch:\n  exclude: true\n---\n\n"
     return f'{head}# {name}\n\n``````{language} linenums="1"\n{text}\n``````\n'
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Keep words with hyphens in code spans, such as `--max-tokens`, on one line."""
+
+    def word(match: re.Match[str]) -> str:
+        return (
+            f'<span class="word">{match[0]}</span>' if len(match[0]) <= LONGEST_WORD else match[0]
+        )
+
+    return _CODE_SPAN.sub(lambda code: f"<code>{_WORD.sub(word, code[1])}</code>", html)
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:

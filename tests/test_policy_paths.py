@@ -193,9 +193,9 @@ def test_a_recipe_with_the_published_method_says_nothing_of_steering():
 @pytest.mark.parametrize(
     ("steering", "message"),
     [
-        ({"polici": "constant"}, "steering: 'polici' is no setting"),
+        ({"polici": "constant"}, "steering: 'polici' is not a setting"),
         ({"policy": "kl_mtch"}, "steering: policy is 'kl_mtch'"),
-        ({"policy": "gate_sure", "max_alpha": 1}, "steering: max_alpha is given"),
+        ({"policy": "gate_sure", "max_alpha": 1}, "steering: max_alpha has no effect"),
         ("kl_match", "steering is .*must be an object"),
         ([1], "steering is .*must be an object"),
     ],

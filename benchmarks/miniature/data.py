@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.miniature.plan import ROOT, SEED, TASK, Plan, write_whole
+from benchmarks.miniature.plan import ROOT, SEED, TASK, Plan
 from proxytune.errors import InputFileError
+from proxytune.files import write_whole
 
 DATA_DIR = Path(os.environ.get("PROXYTUNE_DATA", ROOT.parent / "shared" / "data"))
 PIECE_CHARACTERS = 4_000

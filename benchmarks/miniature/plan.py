@@ -136,11 +136,3 @@ def parts_of(stage: str) -> tuple[str, str, float | None]:
     """Return a stage's data set, its kind or `measure`, and the learning rate if it is one of the search."""
     name, kind, *rate = stage.split(".", 2)
     return (SEARCH_DOMAIN, kind, float(rate[0])) if rate else (name, kind, None)
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Write a file so that it is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".partial")
-    part.write_bytes(content.encode())
-    part.replace(path)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.miniature.data import AREAS
-from benchmarks.miniature.plan import TASK, write_whole
+from benchmarks.miniature.plan import TASK
 from benchmarks.miniature.summary import STEERED
+from proxytune.files import write_whole
 
 TITLES = {
     "tinyshakespeare": "plays of Shakespeare",
@@ -101,8 +102,12 @@ def meaning(results: Mapping[str, Any]) -> list[str]:
     sets, cost = results["data_sets"], results["cost"]
     said = _gap_sentences(results)
     for predictor, text in (
-        ("steered_1", "At alpha 1, the published method, the steered base was worse than the base"),
-        ("cpt", "With the expert trained through the ensemble it was worse than the base"),
+        (
+            "steered_1",
+            "At alpha 1, the published strength, with the expert that was tuned by itself, the steered "
+            "base was worse than the base",
+        ),
+        ("cpt", "Steered by the expert trained through the ensemble, it was worse than the base"),
     ):
         worse = [name for name, part in sets.items() if _is_better(part, "base", predictor)]
         if worse:
@@ -112,17 +117,18 @@ def meaning(results: Mapping[str, Any]) -> list[str]:
         for part in sets.values()
     )
     said.append(
-        f"On {num_above} of {len(sets)} data sets the base that the ensemble's expert steers was "
-        "better than both the base and the expert that was tuned by itself."
+        f"On {num_above} of {len(sets)} data sets the base steered by the expert trained through the "
+        "ensemble was better than both the base and the expert that was tuned by itself."
     )
     time = {kind: part["train_s"] + part["offsets_s"] for kind, part in cost.items()}
     memory = {kind: part["peak_memory_bytes"] for kind, part in cost.items()}
     said.append(
-        f"Tuning the experts took {_percent(time['sft'] / time['direct'])} of the time of tuning the base "
-        f"directly, and {_percent(time['cpt'] / time['direct'])} through the ensemble, the frozen models' "
-        f"part included; peak memory was {_percent(memory['sft'] / memory['direct'])} and "
-        f"{_percent(memory['cpt'] / memory['direct'])} of it. The ensemble's expert needs the base's "
-        "weights while it is trained; the one tuned by itself never sees the base."
+        f"Tuning the experts by themselves took {_percent(time['sft'] / time['direct'])} of the time of "
+        f"tuning the base directly, and {_percent(memory['sft'] / memory['direct'])} of its peak memory. "
+        "Through the ensemble it took "
+        f"{_percent(time['cpt'] / time['direct'])} and {_percent(memory['cpt'] / memory['direct'])}, "
+        "including the forwards of the frozen models. Training through the ensemble needs the base's "
+        "weights; an expert tuned by itself never sees the base."
     )
     return said
 
@@ -130,26 +136,28 @@ def meaning(results: Mapping[str, Any]) -> list[str]:
 def _gap_sentences(results: Mapping[str, Any]) -> list[str]:
     names = results["mean_gap"]["data_sets"]
     if not names:
-        return ["Direct tuning was nowhere better than the base, so there is no gap to close."]
+        return [
+            "Direct tuning was better than the base on no data set, so there is no gap to close."
+        ]
     mean = {name: _percent(row["gap"]) for name, row in results["mean_gap"]["gaps"].items()}
     said = [
-        f"Over {len(names)} data sets, steering with an expert that was tuned by itself closed "
-        f"{mean['steered']} of the gap between the base and the directly tuned base, with alpha chosen on "
-        f"validation, and {mean['steered_1']} at alpha 1. An expert trained through the ensemble closed "
-        f"{mean['cpt']}. For Llama 2 with a 7B expert the paper reports {PAPER}."
+        f"Averaged over {len(names)} data sets, an expert trained through the ensemble closed {mean['cpt']} "
+        "of the gap between the base and the directly tuned base. An expert tuned by itself closed "
+        f"{mean['steered']} with alpha chosen on validation rows, and {mean['steered_1']} at alpha 1. For "
+        f"Llama 2 with a 7B expert the paper reports {PAPER}."
     ]
     gaps = {name: results["data_sets"][name]["rows"]["cpt"]["gap"] for name in names}
     if len(gaps) > 1:
         low, *_, high = sorted(gaps, key=lambda name: gaps[name])
         said.append(
-            f"Steering with the ensemble's expert went furthest on {TITLES[high]} ({_percent(gaps[high])}) "
-            f"and least far on {TITLES[low]} ({_percent(gaps[low])})."
+            "Steering with the expert trained through the ensemble closed the most of the gap on "
+            f"{TITLES[high]} ({_percent(gaps[high])}) and the least on {TITLES[low]} ({_percent(gaps[low])})."
         )
     without = [name for name in results["data_sets"] if name not in names]
     if without:
         said.append(
-            f"On {_listed(without)} direct tuning was not better than the base beyond chance, so no gap is "
-            "given."
+            f"On {_listed(without)} direct tuning was not significantly better than the base, so there is no "
+            "gap to report."
         )
     return said
 
@@ -159,29 +167,29 @@ def _method(results: Mapping[str, Any]) -> list[str]:
     rates = ", ".join(f"{rate:g} ({KIND_TITLES[kind]})" for kind, rate in about["rates"].items())
     guessed = {name: shown(value, "accuracy") for name, value in about["guesses"].items()}
     said = [
-        "**Training.** Every training of a data set reads the same rows, at most "
-        f"{about['max_tokens']:,} tokens and {about['epochs']:g} epochs, and ends after "
-        f"{about['patience']} evaluations without a lower validation loss; the best state is kept. LoRA of "
-        f"rank {about['lora_rank']}, {about['dtype']}, learning rates {rates}; one seed, so the intervals "
-        "say nothing about chance in training.",
-        "**Before.** The anti-expert's own training included the training splits of "
-        f"{_listed(READ_BY_ANTI_EXPERT)}, so less is left there for an expert to learn. For the task this "
-        "includes rows about some of the test items' diseases: MedQuAD's training split has them, and only "
-        "the task's own training rows leave them out. What the base read in its training is not known. No "
-        "model was trained on test rows here.",
-        "**Choice.** Alpha is chosen on validation rows, for texts by likelihood and for the task by "
-        "accuracy. Test rows are read once.",
-        f"**Texts.** Windows of {about['window']} tokens, evenly spaced over the test split; a window's "
-        "first token is not scored.",
-        "**The task.** A question of MedQuAD is to be given the area of the institute that answers it, one "
-        f"of {', '.join(label.strip() for label in AREAS.values())}. The prediction is the option whose "
-        f"first token has the highest logit. {part['num_measured']:,} test items "
-        f"({part['details']['num_questions']:,} different questions about {part['num_blocks']:,} diseases, "
-        "none of them named in a training row, though a related one may be). Always saying the test's most "
-        f"frequent area is right in {guessed['majority']}; going by the question's wording without the "
-        f"disease, in {guessed['wording']}.",
+        "**Training.** All trainings on a data set read the same rows, at most "
+        f"{about['max_tokens']:,} tokens and {about['epochs']:g} epochs. A training ends after "
+        f"{about['patience']} evaluations without a lower validation loss, and the best state is kept. LoRA "
+        f"of rank {about['lora_rank']}, {about['dtype']}, learning rates {rates}. There was one seed, so the "
+        "intervals do not cover chance in training.",
+        "**What the models had read.** The anti-expert's own training included the training splits of "
+        f"{_listed(READ_BY_ANTI_EXPERT)}, so an expert has less to learn there. For the task this includes "
+        "rows about some of the test items' diseases: MedQuAD's training split has them, and only the task's "
+        "own training rows leave them out. What the base had read is not known. No model was trained on test "
+        "rows here.",
+        "**Choice of alpha.** On validation rows, by likelihood for texts and by accuracy for the task. Test "
+        "rows are read once.",
+        f"**Texts.** Windows of {about['window']} tokens, evenly spaced over the test split; the first token "
+        "of a window is not scored.",
+        "**The task.** Given a question of MedQuAD, name the area of the institute that answers it: one of "
+        f"{', '.join(label.strip() for label in AREAS.values())}. The prediction is the option whose first "
+        f"token has the highest logit. There are {part['num_measured']:,} test items: "
+        f"{part['details']['num_questions']:,} different questions about {part['num_blocks']:,} diseases. "
+        "None of these diseases is named in a training row, though a related one may be. Always answering "
+        f"with the test set's most frequent area is right in {guessed['majority']} of the test items; "
+        f"judging by the question's wording without the disease, in {guessed['wording']}.",
         f"**Intervals.** Percentiles of {about['num_resamples']:,} bootstrap resamples of blocks of "
-        f"{about['block_tokens']} tokens, or of diseases; base, steered and direct are resampled together.",
+        f"{about['block_tokens']} tokens, or of diseases. Base, steered and direct are resampled together.",
     ]
     if search:
         tried = "; ".join(
@@ -190,8 +198,9 @@ def _method(results: Mapping[str, Any]) -> list[str]:
             for kind, losses in search["losses"].items()
         )
         said.append(
-            f"**Learning rates.** Lowest validation losses on {TITLES[search['domain']]} with "
-            f"{search['max_tokens']:,} training tokens, in nats: {tried}."
+            "**Choice of the learning rates.** Lowest validation losses on "
+            f"{TITLES[search['domain']]} with {search['max_tokens']:,} training tokens, in nats per token: "
+            f"{tried}."
         )
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     said.append(
@@ -241,7 +250,7 @@ def _cost_table(cost: Mapping[str, Any]) -> str:
 
 
 QUICK_NOTE = """
-**A quick run: a few steps on a few rows. It shows that the script runs, and measures nothing.**
+**This was a quick run: a few steps on a few rows. It shows that the script runs and measures nothing.**
 """
 
 
@@ -253,8 +262,8 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 <!-- Written by benchmarks/miniature from miniature.json; edit its report.py instead. -->
 
-How much of what direct tuning would bring does steering bring? The question of
-[Liu et al. 2024](https://arxiv.org/abs/2401.08565), asked of models that two processor cores can train:
+How much of the gain of direct tuning does steering reach? [Liu et al. 2024](https://arxiv.org/abs/2401.08565)
+asked this of Llama 2. This page asks it of models that two processor cores can train:
 `{about["base"].rpartition("/")[2]}` is the base, and an expert is a LoRA adapter on
 `{about["anti_expert"]}`, a model of {about["num_anti_expert_parameters"] / 1e6:.1f} million parameters with
 the same vocabulary.
@@ -267,20 +276,22 @@ the same vocabulary.
 
 ## Results
 
-Perplexity per token of the base's vocabulary (lower is better), and accuracy (higher is better), on test
-rows; 95 % intervals in brackets. Alpha is 1 where none is given.
+Perplexity per token of the base's vocabulary (lower is better) or accuracy (higher is better), on test rows,
+with 95 % intervals in brackets. Alpha is 1 where none is given. The expert was tuned by itself, but for the
+column *CPT*, where it was trained through the ensemble (Consistent Proxy Tuning).
 
 {_value_table(results["data_sets"])}
 
 The gap closed is (base - steered) / (base - direct), in nats per token or in accuracy: 0 % is the base, 100 %
-the directly tuned base. A dash stands where direct tuning did not help beyond chance.
+the directly tuned base, and below 0 % steering did harm. There is a dash where direct tuning did not help
+significantly.
 
 {_gap_table(results)}
 
 ## What tuning costs
 
-Totals over the data sets; the peak is the highest of any. Seconds include evaluations; for the ensemble's
-expert, what the frozen models computed before stands beside them.
+Totals over the data sets; peak memory is the highest of any. Seconds include evaluations. For training
+through the ensemble, the frozen models' forwards, which are computed beforehand, have a column of their own.
 
 {_cost_table(results["cost"])}
 

@@ -9,14 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
-import re
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +35,13 @@ from benchmarks.miniature.plan import (
     Plan,
     Stale,
     parts_of,
-    write_whole,
 )
 from benchmarks.miniature.report import duration
 from benchmarks.miniature.summary import NUM_RESAMPLES, check_same_rows, summarise
 from benchmarks.miniature.train import train, training_settings
 from proxytune.checkpoints.references import resolve_package
+from proxytune.files import write_whole
+from proxytune.machine import summary
 from proxytune.measure.score import BLOCK_TOKENS
 
 
@@ -224,7 +222,7 @@ def collect(plan: Plan, prepared: Mapping[str, Any]) -> dict[str, Any]:
         "guesses": prepared[TASK]["guesses"],
         "data": prepared,
         "search": read_search(),
-        "machine": f"{_processor()}, {os.cpu_count()} cores, {num_threads} threads",
+        "machine": f"{summary()}, {num_threads} threads",
         "versions": {"python": platform.python_version(), **versions},
         "commits": sorted({part["commit"] for part in stages.values()}),
         "total_s": sum(part["seconds"] for part in stages.values()),
@@ -238,11 +236,3 @@ def _num_parameters() -> int:
     with safe_open(_anti_expert_weights(), "np") as weights:
         shapes = (weights.get_slice(key).get_shape() for key in weights.keys())  # noqa: SIM118
         return sum(math.prod(shape) for shape in shapes)
-
-
-def _processor() -> str:
-    with suppress(OSError):
-        found = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-        if found:
-            return found[1]
-    return platform.processor() or platform.machine()

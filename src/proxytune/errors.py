@@ -30,7 +30,8 @@ A message says what happened, with the values; why it cannot go on; and, after "
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -135,7 +136,65 @@ class BudgetSpent(BackendError):
     """One more call would exceed the calls or the cost that are allowed."""
 
 
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """Return a hint that names the known word closest to a misspelt one, or nothing."""
-    matches = difflib.get_close_matches(word[:80], known, n=1)
-    return f".\nhint: did you mean {matches[0]!r}?" if matches else ""
+# Hints -----------------------------------------------------------------------------------------------
+
+
+def closest(word: str, known: Iterable[str], *, num: int = 1, cutoff: float = 0.6) -> list[str]:
+    """Return up to `num` known words that resemble a misspelt one, the closest first.
+
+    Args:
+        word: As typed.
+        known: What it may have been meant to be.
+        num: Maximum number of words.
+        cutoff: How much they must resemble it, from 0 to 1 (`difflib`'s ratio).
+    """
+    return difflib.get_close_matches(word[:80], list(known), n=num, cutoff=cutoff)
+
+
+def did_you_mean(word: str, known: Iterable[str], *, otherwise: str = "") -> str:
+    """Return the end of a message: a hint with the known word closest to a misspelt one.
+
+    Args:
+        word: As typed.
+        known: What it may have been meant to be.
+        otherwise: The hint if none resembles it; empty for no hint.
+    """
+    matches = closest(word, known)
+    hint = f"did you mean {matches[0]!r}?" if matches else otherwise
+    return f".\nhint: {hint}" if hint else ""
+
+
+def install_command(extra: str) -> str:
+    """Return the command that adds an extra to this installation, from where pip took the package.
+
+    pip records a checkout, a wheel or a repository it was given (PEP 610), and nothing for an index.
+    """
+    from importlib.metadata import PackageNotFoundError, distribution
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
+
+    try:
+        origin = json.loads(distribution("proxytune").read_text("direct_url.json") or "{}")
+    except (PackageNotFoundError, ValueError):
+        origin = {}
+    url, name = origin.get("url", ""), f"proxytune[{extra}]"
+    if url.startswith("file://"):
+        path = url2pathname(urlsplit(url).path)
+        editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
+        return f"pip install {editable}'{path}[{extra}]'"
+    if "vcs_info" in origin:
+        return f"pip install '{name} @ {origin['vcs_info'].get('vcs', 'git')}+{url}'"
+    return f"pip install '{name} @ {url}'" if url else f"pip install '{name}'"
+
+
+def missing_extra(what: str, extra: str, otherwise: str = "") -> MissingExtra:
+    """Return the error for an optional dependency that is not installed.
+
+    Args:
+        what: What needs it, as a clause without a full stop.
+        extra: The extra that brings it.
+        otherwise: What else can be done, such as "or leave --picture out".
+    """
+    return MissingExtra(
+        f"{what}.\nhint: {', '.join(filter(None, (install_command(extra), otherwise)))}"
+    )

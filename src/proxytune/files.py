@@ -1,4 +1,9 @@
-"""Files that are there whole or not at all: one way to write them."""
+"""Files and directories that are there whole or not at all: the one way to write them.
+
+New content is written beside its place, flushed to the disk and renamed. A reader, and whoever looks after a
+crash, finds the old content or the new, never a part of it. Files that grow line by line (answers, decisions)
+are not written here.
+"""
 
 from __future__ import annotations
 
@@ -11,94 +16,100 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from proxytune.errors import (
-    OutputFileError,
-)
+from proxytune.errors import OutputFileError
 
-
-def write_whole(path: Path, content: str) -> None:
-    """Write a file that is never there in part.
-
-    Raises:
-        OutputFileError: It cannot be written.
-    """
-    part = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content.encode())
-        part.replace(path)
-    except OSError as error:
-        raise OutputFileError(
-            f"{path} cannot be written: {error.strerror}.\nhint: name a folder that can be written"
-        ) from error
+HINT = "make room there, or name another place"
 
 
 @contextlib.contextmanager
-def replacing(output: Path) -> Iterator[Path]:
-    """Give a file to write beside the output, which takes its place once it is whole.
+def replacing(path: Path, *, hint: str = HINT) -> Iterator[Path]:
+    """Yield an empty file beside `path`, which takes its place once the block has written it.
+
+    Args:
+        path: Its directory is made if it is missing.
+        hint: What the error advises.
 
     Raises:
         OutputFileError: It cannot be written.
     """
     part: Path | None = None
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{output.name}.", dir=output.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(descriptor)
         part = Path(name)
         yield part
         with part.open("rb+") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o666 & ~umask)
-        part.replace(output)
+        part.chmod(0o666 & ~_umask())
+        part.replace(path)
     except OSError as error:
-        raise OutputFileError(
-            f"{output} cannot be written: {error.strerror or error}.\n"
-            "hint: make room there, or name another place"
-        ) from error
+        raise unwritable(path, error, hint) from error
     finally:
         if part is not None:
             part.unlink(missing_ok=True)
 
 
-def replace_file(path: Path, content: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, whole."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    part = Path(name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.chmod(0o666 & ~_umask())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+def write_whole(path: Path, content: str, *, hint: str = HINT) -> None:
+    """Write a text in UTF-8, line ends as they are; see `replacing`.
+
+    Raises:
+        OutputFileError: It cannot be written.
+    """
+    with replacing(path, hint=hint) as part:
+        part.write_bytes(content.encode())
 
 
-def copy_tree(source: Path, target: Path) -> None:
-    """Copy a directory so that the copy is there whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+def write_json(path: Path, content: Any, *, hint: str = HINT) -> None:
+    """Write a JSON file; see `replacing`.
+
+    Raises:
+        OutputFileError: It cannot be written.
+    """
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n", hint=hint)
+
+
+@contextlib.contextmanager
+def building(target: Path, *, hint: str = HINT) -> Iterator[Path]:
+    """Yield an empty directory beside `target`, which gets that name once the block has filled it.
+
+    Args:
+        target: Not there yet. Its parent is made if it is missing.
+        hint: What the error advises.
+
+    Raises:
+        OutputFileError: It cannot be written.
+    """
+    part: Path | None = None
     try:
-        shutil.copytree(source, part, dirs_exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=_part_prefix(target), dir=target.parent))
+        yield part
+        part.chmod(0o777 & ~_umask())
         part.rename(target)
-    except BaseException:
+    except OSError as error:
+        raise unwritable(target, error, hint) from error
+    finally:
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def remove_unfinished(target: Path) -> None:
+    """Remove what killed processes began for `target` with `building`; nobody else may be building it."""
+    for part in target.parent.glob(f"{_part_prefix(target)}*"):
         shutil.rmtree(part, ignore_errors=True)
-        raise
+
+
+def _part_prefix(target: Path) -> str:
+    return f"{target.name}.part-"
+
+
+def unwritable(path: Path, error: OSError, hint: str = HINT) -> OutputFileError:
+    """Return the error for a file or directory that the system does not let us write."""
+    return OutputFileError(f"{path} cannot be written: {error.strerror or error}.\nhint: {hint}")
 
 
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file that is there whole or not at all."""
-    part = path.with_suffix(".partial")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    part.replace(path)

@@ -1,19 +1,22 @@
-"""Memory that is kept: by the C library's heap without need, by Python's garbage collector for good."""
+"""What this machine is: its memory, devices and versions; and what this process keeps of its memory."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import os
+import platform
 import sys
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 # Memory --------------------------------------------------------------------------------------------
 
 
 def device_memory(device: str) -> tuple[str, int | None]:
-    """Return what a device is, and its free bytes, None where that cannot be found out.
+    """Return what a device is and its free bytes, None where they are not known.
 
     `auto` counts all CUDA devices and the CPU together, since it fills one after another.
     """
@@ -31,7 +34,7 @@ def device_memory(device: str) -> tuple[str, int | None]:
 
 
 def _free_main_memory() -> int | None:
-    """Return free bytes of main memory: what the system has, or what a container's limit leaves."""
+    """Return free bytes of main memory: what the system has free, or what a container's limit leaves."""
     bounds = [
         bound for bound in (_free_system_memory(), _free_container_memory()) if bound is not None
     ]
@@ -58,7 +61,7 @@ def _free_system_memory() -> int | None:
 
 
 def _free_container_memory(group: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return what a control group's limit leaves, with file pages that it can drop counted as free."""
+    """Return what a control group's limit leaves, counting file pages that can be dropped as free."""
     try:
         limit = int((group / "memory.max").read_text())  # "max", no number, where there is no limit
         current = int((group / "memory.current").read_text())
@@ -68,47 +71,8 @@ def _free_container_memory(group: Path = Path("/sys/fs/cgroup")) -> int | None:
         return None
 
 
-def environment() -> dict[str, str]:
-    """Return versions and hardware, as far as they can be found out."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
-
-    found = {"python": platform.python_version()}
-    for package in ("proxytune", "torch", "transformers"):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    found["threads"] = str(torch.get_num_threads())
-    found["machine"] = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    )
-    return found
-
-
-def return_free_memory() -> None:
-    """Give what the heap holds free back to the system, where that can be asked for.
-
-    What is in use between free pieces keeps glibc's heap from shrinking. Scoring 60,000 tokens of a
-    vocabulary of 49,152 in windows of 128 grew a process by 5 GB (logits below 32 MiB come from the heap),
-    and reading two vocabularies of that size leaves 27 MB.
-    """
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def settle() -> None:
-    """Let the garbage collector pass over all there is, in a process that keeps it until it ends.
-
-    A loaded recipe is hundreds of thousands of objects, vocabularies above all. Looking through them took
-    200 ms with the smol family, in the middle of some answer.
-    """
-    gc.collect()
-    gc.freeze()
-
-
 def peak_memory(device: str) -> int:
-    """Return the most memory used so far, in bytes: of the CUDA device, or of this process."""
+    """Return the peak memory so far, in bytes: of the CUDA device, or of this process."""
     import torch
 
     if device.startswith("cuda"):
@@ -121,3 +85,83 @@ def peak_memory(device: str) -> int:
         return int(psutil.Process().memory_info().peak_wset)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def return_free_memory() -> None:
+    """Return free heap memory to the system, where the C library offers that.
+
+    Blocks in use between free ones keep glibc's heap from shrinking. Scoring 60,000 tokens of a
+    vocabulary of 49,152 in windows of 128 grew a process by 5 GB (logits below 32 MiB come from the heap),
+    and reading two vocabularies of that size leaves 27 MB.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def settle() -> None:
+    """Take all current objects out of garbage collection, in a process that keeps them until it ends.
+
+    A loaded recipe has hundreds of thousands of objects, most of them in vocabularies. Scanning them took
+    200 ms with the smol family, in the middle of an answer.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+# What figures depend on ----------------------------------------------------------------------------
+
+
+def processor() -> str:
+    """Return the processor's name, or its architecture where the system does not name it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def summary() -> str:
+    """Return processor and number of cores in a line."""
+    return f"{processor()}, {os.cpu_count()} cores"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def accelerator() -> str | None:
+    """Return the name of the CUDA device that is used unless another is named; None if there is none."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def description() -> dict[str, Any]:
+    """Return what measured speeds depend on besides the code: processor, cores, accelerator, versions."""
+    import torch
+
+    return {
+        "processor": processor(),
+        "num_cores": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "accelerator": accelerator(),
+        "python": platform.python_version(),
+        **versions("torch", "transformers"),
+    }
+
+
+def environment() -> dict[str, str]:
+    """Return what generated texts and scores depend on besides the code: versions, threads, device."""
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        **versions("proxytune", "torch", "transformers"),
+        "threads": str(torch.get_num_threads()),
+        "machine": accelerator() or platform.machine(),
+    }

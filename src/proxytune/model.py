@@ -14,15 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from proxytune.backends.api.client import Budget
-from proxytune.backends.base import Backend
-from proxytune.backends.retokenised import RetokenisedBackend
 from proxytune.decode.batch import Batch, DraftCount, Event
-from proxytune.decode.ensemble import Ensemble, Job, Member, Pair, check_job
+from proxytune.decode.ensemble import Ensemble, Job, check_job
 from proxytune.decode.lanes import Kept
 from proxytune.decode.speculative import Drafting, Speculator
 from proxytune.errors import (
@@ -30,9 +27,8 @@ from proxytune.errors import (
     InvalidRequest,
     ProxytuneError,
     UnsupportedModel,
-    VocabularyMismatch,
 )
-from proxytune.machine import return_free_memory
+from proxytune.loading.load import load_ensemble
 from proxytune.measure.score import (
     SCORE_WINDOW,
     Passage,
@@ -43,15 +39,13 @@ from proxytune.measure.score import (
     windows,
 )
 from proxytune.recipe.recipe import Recipe
-from proxytune.recipe.spec import ModelSpec
-from proxytune.request import Message, Prompt, Request, SamplingParams
+from proxytune.request import Experts, Message, Prompt, Request, SamplingParams, Steering
 from proxytune.text.detokenize import TextStream
 from proxytune.text.prompts import (
     PLAIN_USER_TURN,
     ChatPrompt,
     PromptFormat,
     Tokenizer,
-    behave_alike,
     continuation_ids,
     render,
 )
@@ -132,116 +126,8 @@ class ProxyTuned:
         """
         recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
         recipe = recipe.with_settings(device=device, dtype=dtype, cuda_graphs=cuda_graphs or None)
-        if experts is not None:
-            recipe.choose(tuple(experts), None)
-            kept = tuple(e for e in recipe.experts if e.name in experts)
-            default = recipe.default_expert if recipe.default_expert in experts else None
-            recipe = replace(recipe, experts=kept, default_expert=default)
-        model = cls._load(recipe, budget)
-        return_free_memory()  # of what was only read to check
-        return model
-
-    @classmethod
-    def _load(cls, recipe: Recipe, budget: Budget | None) -> ProxyTuned:
-        from proxytune.backends.api.backend import ApiBackend
-        from proxytune.backends.llama_cpp import LlamaCppBackend
-        from proxytune.backends.transformers.backend import TransformersBackend
-        from proxytune.checkpoints.adapter import AdapterFiles, find_adapter
-        from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
-        from proxytune.loading.doctor import examine
-
-        examine(recipe).raise_first()
-
-        checkpoints: dict[ModelSpec, Checkpoint] = {}
-        adapters: dict[ModelSpec, dict[str, AdapterFiles]] = {}
-        slots: list[tuple[str, ModelSpec, str | None, str]] = []
-
-        def slot(name: str, spec: ModelSpec) -> int:
-            """Return the index of the member that runs `spec`, a new one unless an equal one is there."""
-            if spec.same_as is not None:
-                return 0
-            weights = spec.weights
-            if weights not in checkpoints:
-                # Of a base behind an API nothing is here but a tokenizer that speaks for it.
-                local = weights if spec.api is None else recipe.base_tokenizer
-                checkpoints[weights] = find_checkpoint(
-                    local.model or "",
-                    root=recipe.directory,
-                    revision=local.revision,
-                    trust_remote_code=local.trust_remote_code,
-                    allow_pickle=local.allow_pickle,
-                )
-                adapters[weights] = {}
-            adapter: str | None = None
-            if spec.adapter is not None:
-                files = find_adapter(
-                    spec.adapter, root=recipe.directory, allow_pickle=spec.allow_pickle
-                )
-                known = adapters[weights]
-                adapter = next((k for k, v in known.items() if v.path == files.path), None)
-                if adapter is None:
-                    # The number keeps experts "a.b" and "a_b" apart: adapters' names hold no dots.
-                    adapter = f"{name.replace('.', '_')}_{len(known)}"
-                    known[adapter] = files
-            for index, (_, other, other_adapter, prompt) in enumerate(slots):
-                if (other, other_adapter, prompt) == (weights, adapter, spec.prompt):
-                    return index
-            slots.append((name, weights, adapter, spec.prompt))
-            return len(slots) - 1
-
-        slot("base", recipe.base)
-        pairs = tuple(
-            Pair(
-                e.name,
-                slot(f"{e.name}.expert", e.expert),
-                slot(f"{e.name}.anti_expert", e.anti_expert),
-            )
-            for e in recipe.experts
-        )
-        backends: dict[ModelSpec, Backend[Any]] = {}
-        for spec, checkpoint in checkpoints.items():
-            if spec.api is not None:
-                backends[spec] = ApiBackend.load(spec, checkpoint, budget=budget)
-                continue
-            kind = TransformersBackend if spec.llama_cpp is None else LlamaCppBackend
-            backends[spec] = kind.load(checkpoint, spec, adapters[spec])
-        base = checkpoints[slots[0][1]]
-        # One for each model: lanes whose members share it are translated at once (`decode/batch.py`).
-        alignments = {}
-        for spec, checkpoint in checkpoints.items():
-            try:
-                alignments[spec] = align(base.vocabulary, checkpoint.vocabulary)
-            except VocabularyMismatch:
-                if recipe.vocabulary != "map":
-                    raise
-                alignments[spec] = align(base.vocabulary, base.vocabulary)
-                backends[spec] = RetokenisedBackend(backends[spec], checkpoint, base)
-        members, formats = [], []
-        # A prompt is cut once for all who cut it alike, and a tokenizer of 50,000 tokens takes 15 MB.
-        tokenizers: dict[ModelSpec, Tokenizer] = {}
-        for spec, checkpoint in checkpoints.items():
-            own = checkpoint.tokenizer
-            tokenizers[spec] = next((t for t in tokenizers.values() if behave_alike(t, own)), own)
-        for name, weights, adapter, prompt in slots:
-            checkpoint = checkpoints[weights]
-            members.append(
-                Member(
-                    name if weights.model == name else f"{name} ({weights.model})",
-                    backends[weights],
-                    alignments[weights],
-                    adapter,
-                )
-            )
-            formats.append(PromptFormat(prompt, tokenizers[weights]))
-        ensemble = Ensemble(
-            tuple(members),
-            pairs,
-            base.vocabulary,
-            tuple(base.eos_token_ids),
-            base.tokenizer,
-            recipe.policy,
-        )
-        return cls(ensemble, formats, recipe)
+        recipe = recipe.only(experts)
+        return cls(*load_ensemble(recipe, budget), recipe)
 
     def job(self, request: Request, cancelled: Callable[[], bool] | None = None) -> Job:
         """Render a request for every model.
@@ -251,7 +137,7 @@ class ProxyTuned:
             InvalidRequest: A prompt renders to nothing, or a token id does not exist.
             PromptTooLong: Prompt and new tokens exceed a model's context.
         """
-        chosen = self.recipe.choose(request.experts, request.alpha)
+        strengths = self.recipe.strengths(request.steering)
         if request.is_token_ids:
             token_ids = [i for i in request.prompt if isinstance(i, int)]
             self.ensemble.vocabulary.check_token_ids(token_ids)
@@ -275,9 +161,15 @@ class ProxyTuned:
             if self.recipe.base.api is not None:
                 rendered[0] = ChatPrompt.of(rendered[0], request.prompt)
             prompts = tuple(rendered)
-        alphas = tuple(chosen.get(pair.name) for pair in self.ensemble.pairs)
+        alphas = tuple(strengths.get(pair.name) for pair in self.ensemble.pairs)
         job = Job(
-            request.sampling, prompts, alphas, request.explain, request.explain_top, cancelled
+            request.sampling,
+            prompts,
+            alphas,
+            request.explain,
+            request.explain_top,
+            cancelled,
+            strengths,
         )
         check_job(self.ensemble, job)
         return job
@@ -288,7 +180,7 @@ class ProxyTuned:
         sampling: SamplingParams | None = None,
         *,
         alpha: float | None = None,
-        experts: str | tuple[str, ...] | Mapping[str, float] | None = None,
+        experts: Experts | None = None,
         explain: bool = False,
         cancelled: Callable[[], bool] | None = None,
         speculative: bool | Drafting = False,
@@ -309,7 +201,7 @@ class ProxyTuned:
             UserError: The request cannot be honoured; see `job`.
             BackendError: A model failed.
         """
-        request = as_request(prompt, sampling, alpha=alpha, experts=experts, explain=explain)
+        request = as_request(prompt, sampling, Steering(alpha, experts), explain=explain)
         return self.generate_batch([request], cancelled=cancelled, speculative=speculative)[0]
 
     def generate_batch(
@@ -342,10 +234,7 @@ class ProxyTuned:
         traces: list[Trace] = []
         for start in range(0, len(jobs), batch_size):
             block = jobs[start : start + batch_size]
-            collectors = [
-                _Collector(job, self.recipe.choose(request.experts, request.alpha))
-                for job, request in zip(block, requests[start:], strict=False)
-            ]
+            collectors = [_Collector(job) for job in block]
             try:
                 for event in self._run(block, collectors, self._speculator(speculative)):
                     collectors[event.row].add(event)
@@ -371,7 +260,7 @@ class ProxyTuned:
         sampling: SamplingParams | None = None,
         *,
         alpha: float | None = None,
-        experts: str | tuple[str, ...] | Mapping[str, float] | None = None,
+        experts: Experts | None = None,
         top: int = 5,
     ) -> Trace:
         """Say what each model gives each token of a given continuation, and perhaps go on from there.
@@ -417,18 +306,15 @@ class ProxyTuned:
         started = time.perf_counter()
         text = TextStream(self.tokenizer, prompt_ids=job.prompts[0])
         passage = Passage(tuple(tuple(ids) for ids in job.prompts), tuple(given))
-        explained = explain_passage(
-            self.ensemble, passage, alphas=job.alphas, num_top=job.explain_top
-        )
+        explained = explain_passage(self.ensemble, passage, alphas=job.alphas, num_top=job.num_top)
         steps = [replace(step, text=text.push(step.token_id)) for step in explained]
-        chosen = self.recipe.choose(experts, alpha)
         if sampling is None:
             trace = Trace(
                 "".join(step.text for step in steps) + text.finish(),
                 "given",
                 tuple(steps),
                 len(job.prompts[0]),
-                alphas=chosen,
+                alphas=job.strengths,
             )
         else:
             prompts = tuple(
@@ -436,7 +322,7 @@ class ProxyTuned:
                 for member, prompt_ids in zip(self.ensemble.members, job.prompts, strict=True)
             )
             further = replace(job, prompts=prompts, sampling=sampling)
-            collector = _Collector(further, chosen)
+            collector = _Collector(further)
             for event in self._run([further], [collector], None):
                 collector.add(event)
             trace = collector.trace()
@@ -452,7 +338,7 @@ class ProxyTuned:
 
     def _told(self, trace: Trace, job: Job) -> Trace:
         """Return a trace with what its tokens stand for, if it is explained."""
-        if not job.explain:
+        if not job.records_views:
             return trace
         named = {step.token_id for step in trace.steps}
         for step in trace.steps:
@@ -481,7 +367,7 @@ class ProxyTuned:
         options: Sequence[str],
         *,
         alpha: float | None = None,
-        experts: str | tuple[str, ...] | Mapping[str, float] | None = None,
+        experts: Experts | None = None,
     ) -> Choice:
         """Say which of a few answers the steered base would begin with.
 
@@ -522,7 +408,7 @@ class ProxyTuned:
             options[best],
             best,
             tuple(probs),
-            self.recipe.choose(experts, alpha),
+            job.strengths,
             None if has_all else is_certified,
             batch.usage(0),
         )
@@ -533,7 +419,7 @@ class ProxyTuned:
         sampling: SamplingParams | None = None,
         *,
         alpha: float | None = None,
-        experts: str | tuple[str, ...] | Mapping[str, float] | None = None,
+        experts: Experts | None = None,
         explain: bool = False,
         speculative: bool | Drafting = False,
     ) -> Iterator[Step]:
@@ -542,7 +428,7 @@ class ProxyTuned:
         The steps' texts joined are the text that `generate` gives. Arguments and errors are those of
         `generate`; they are checked before this returns.
         """
-        request = as_request(prompt, sampling, alpha=alpha, experts=experts, explain=explain)
+        request = as_request(prompt, sampling, Steering(alpha, experts), explain=explain)
         return self._steps(self.job(request), self._speculator(speculative), _Memory())
 
     def _steps(self, job: Job, speculator: Speculator | None, memory: _Memory) -> Iterator[Step]:
@@ -559,12 +445,12 @@ class ProxyTuned:
         *,
         system: str | None = None,
         alpha: float | None = None,
-        experts: str | tuple[str, ...] | Mapping[str, float] | None = None,
+        experts: Experts | None = None,
         speculative: bool | Drafting = False,
     ) -> Conversation:
         """Begin a conversation that remembers its turns; what the models have read is not read again."""
         sampling = sampling or SamplingParams()
-        return Conversation(self, sampling, system, alpha, experts, speculative)
+        return Conversation(self, sampling, system, Steering(alpha, experts), speculative)
 
     def score(
         self,
@@ -611,8 +497,8 @@ class ProxyTuned:
         Raises:
             UnknownExpert: It names an expert the recipe does not have.
         """
-        chosen = self.recipe.choose(experts, None)
-        pairs = tuple(p for p in self.ensemble.pairs if p.name in chosen)
+        names = self.recipe.named(experts)
+        pairs = tuple(p for p in self.ensemble.pairs if p.name in names)
         return replace(self.ensemble, pairs=pairs)
 
     def text_passages(self, text: str, *, window: int = SCORE_WINDOW) -> list[Passage]:
@@ -707,14 +593,14 @@ class ProxyTuned:
         """
         alone = self.ensemble.members[member]
         ensemble = replace(self.ensemble, members=(alone,), pairs=())
-        if isinstance(alone.backend, RetokenisedBackend):
-            own = alone.backend.own
+        if (translation := alone.backend.translation) is not None:
+            own = translation.own
             ensemble = replace(
                 ensemble,
                 members=(
                     replace(
                         alone,
-                        backend=alone.backend.inner,
+                        backend=translation.inner,
                         alignment=align(own.vocabulary, own.vocabulary),
                     ),
                 ),
@@ -767,9 +653,8 @@ class _Memory:
 class _Collector:
     """Gathers the events of one row into a trace."""
 
-    def __init__(self, job: Job, chosen: Mapping[str, float]) -> None:
+    def __init__(self, job: Job) -> None:
         self._job = job
-        self._chosen = chosen
         self._started = self._ended = time.perf_counter()
         self._steps: list[Step] = []
         self._tail = ""
@@ -793,7 +678,7 @@ class _Collector:
             finish_reason=(self._event and self._event.finish_reason) or "failed",
             steps=tuple(self._steps),
             num_prompt_tokens=len(self._job.prompts[0]),
-            alphas=self._chosen,
+            alphas=self._job.strengths,
             seed=self.seed,
             latency_s=self._ended - self._started,
             num_drafted=self.num_drafted,
@@ -813,16 +698,14 @@ class Conversation:
         model: ProxyTuned,
         sampling: SamplingParams,
         system: str | None,
-        alpha: float | None,
-        experts: str | tuple[str, ...] | Mapping[str, float] | None,
+        steering: Steering,
         speculative: bool | Drafting = False,
     ) -> None:
         self._model = model
         self._speculative = speculative
         self._memory = _Memory()
         self.sampling = sampling
-        self.alpha = alpha
-        self.experts = experts
+        self.alpha, self.experts = steering.alpha, steering.experts
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
 
     def say(self, text: str) -> Iterator[Step]:
@@ -855,9 +738,8 @@ class Conversation:
 def as_request(
     prompt: Prompt | Request,
     sampling: SamplingParams | None,
+    steering: Steering,
     *,
-    alpha: float | None,
-    experts: str | tuple[str, ...] | Mapping[str, float] | None,
     explain: bool,
 ) -> Request:
     """Return the request that the arguments describe.
@@ -866,8 +748,10 @@ def as_request(
         InvalidRequest: A whole request and further settings were both given.
     """
     if not isinstance(prompt, Request):
-        return Request(prompt, sampling or SamplingParams(), alpha, experts, explain)
-    if sampling is not None or alpha is not None or experts is not None or explain:
+        return Request(
+            prompt, sampling or SamplingParams(), steering.alpha, steering.experts, explain
+        )
+    if sampling is not None or steering != Steering() or explain:
         raise InvalidRequest(
             "a whole Request was given and settings beside it, so it is unclear which of them hold.\n"
             "hint: put the settings into the Request"

@@ -1,7 +1,7 @@
-"""What a caller asks for: `Request` and `SamplingParams`, frozen and checked when built.
+"""What a caller asks for: `Request`, `Steering` and `SamplingParams`, frozen and checked when built.
 
 A request says what to generate and how, never on which device or in which batch. Whether the recipe has
-the expert that is named is checked by `model.py`, which knows the recipe.
+the experts it names is checked where a recipe resolves them (`Recipe.strengths`).
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
 
-from proxytune.errors import (
-    InvalidRequest,
-)
+from proxytune.errors import InvalidRequest
 
-Experts = str | tuple[str, ...] | Mapping[str, float] | None
+Experts = str | tuple[str, ...] | Mapping[str, float]
+"""Which experts steer: one name, several, or names with a strength for each."""
 
 
 class Message(TypedDict):
@@ -235,6 +234,63 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Steering:
+    """Which experts steer and how strongly, as a caller asks for it. `Recipe.strengths` resolves it.
+
+    Args:
+        alpha: Strength of every expert; None takes each expert's own from the recipe.
+        experts: A name, names, or names with strengths; None takes the recipe's default.
+
+    Raises:
+        InvalidRequest: A strength is not a finite number or is given twice, or `experts` is empty or
+            names an expert twice.
+    """
+
+    alpha: float | None = None
+    experts: Experts | None = None
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None:
+            check_alpha(self.alpha)
+        if isinstance(self.experts, Mapping):
+            for name, alpha in self.experts.items():
+                check_alpha(alpha, f"alpha of expert {name!r}")
+            _require(
+                bool(self.experts),
+                "experts is an empty mapping; leave it out for the recipe's default",
+            )
+            _require(
+                self.alpha is None,
+                "alpha and experts with their own alphas were both given, so the strength is given twice.\n"
+                "hint: leave alpha out, or name the experts without alphas",
+            )
+        elif isinstance(self.experts, tuple):
+            _require(
+                bool(self.experts),
+                "experts is an empty tuple; leave it out for the recipe's default",
+            )
+            _require(
+                len(set(self.experts)) == len(self.experts),
+                f"experts names one expert twice: {', '.join(self.experts)}",
+            )
+
+    def over(self, default: Steering) -> Steering:
+        """Return this steering, with what it leaves open taken from `default`.
+
+        Strengths of experts that `self` names replace the default's alpha, and an alpha of `self` replaces
+        the strengths of experts that only `default` names.
+        """
+        alpha, experts = self.alpha, self.experts
+        if experts is None:
+            experts = default.experts
+            if alpha is not None and isinstance(experts, Mapping):
+                experts = tuple(experts)
+        if alpha is None and not isinstance(experts, Mapping):
+            alpha = default.alpha
+        return Steering(alpha, experts)
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One prompt with everything that decides its result.
 
@@ -255,38 +311,16 @@ class Request:
     prompt: Prompt
     sampling: SamplingParams = field(default_factory=SamplingParams)
     alpha: float | None = None
-    experts: str | tuple[str, ...] | Mapping[str, float] | None = None
+    experts: Experts | None = None
     explain: bool = False
     explain_top: int = 5
 
     def __post_init__(self) -> None:
-        if self.alpha is not None:
-            check_alpha(self.alpha)
+        Steering(self.alpha, self.experts)  # checks them
         _require(
             _is_count(self.explain_top) and 0 <= self.explain_top <= MAX_EXPLAIN_TOP,
             f"explain_top is {self.explain_top!r}, and must be a whole number from 0 to {MAX_EXPLAIN_TOP}",
         )
-        if isinstance(self.experts, Mapping):
-            for name, alpha in self.experts.items():
-                check_alpha(alpha, f"alpha of expert {name!r}")
-            _require(
-                bool(self.experts),
-                "experts is an empty mapping; leave it out for the recipe's default",
-            )
-            _require(
-                self.alpha is None,
-                "alpha and experts with their own alphas were both given, so the strength is said twice.\n"
-                "hint: leave alpha out, or name the experts without alphas",
-            )
-        elif isinstance(self.experts, tuple):
-            _require(
-                bool(self.experts),
-                "experts is an empty tuple; leave it out for the recipe's default",
-            )
-            _require(
-                len(set(self.experts)) == len(self.experts),
-                f"experts names one expert twice: {', '.join(self.experts)}",
-            )
         _require(
             isinstance(self.prompt, Sequence) and not isinstance(self.prompt, bytes),
             f"prompt is {type(self.prompt).__name__}, and must be text, a list of messages, or token ids",
@@ -314,6 +348,11 @@ class Request:
             any(isinstance(m, Mapping) and m["content"] for m in self.prompt),
             "every message of the prompt is empty, so there is nothing to answer",
         )
+
+    @property
+    def steering(self) -> Steering:
+        """Which experts steer, and how strongly."""
+        return Steering(self.alpha, self.experts)
 
     @property
     def is_token_ids(self) -> bool:

@@ -1,7 +1,7 @@
-"""What generation leaves behind: one `Step` per token, gathered in a `Trace`, written as JSON lines.
+"""The record of a generation: one `Step` per token, gathered in a `Trace`, written as JSON lines.
 
-Every front end (terminal, batch files, later HTTP and reports) consumes the same steps. How a token was
-chosen is decided in `logits/sample.py`; here it is only recorded.
+Every front end (terminal, batch files, HTTP, reports) reads the same steps. `logits/sample.py` chooses each
+token; here the choice is only recorded.
 """
 
 from __future__ import annotations
@@ -12,33 +12,29 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from proxytune.errors import InputFileError
 
-if TYPE_CHECKING:
-    import pandas
-    from matplotlib.axes import Axes
-
 FinishReason = Literal["stop", "length", "cancelled", "uncertified", "failed", "given"]
-"""Why generation ended: an end-of-sequence token or stop string, the token limit, the caller, a token that
-was not certified though that was required, or a model that failed. A text that was given is not generated."""
+"""Why generation ended: an end-of-sequence token or a stop string; the token limit; the caller cancelled it;
+a token could not be certified although that was required; a model failed. `given` marks a given text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What calls to a base behind an API have cost.
+    """What the calls to a base behind an API have cost.
 
     Args:
-        num_calls: Answered ones.
-        num_retries: Tries that failed and were repeated.
-        num_prompt_tokens: As the server counts them.
-        num_completion_tokens: As the server counts them.
-        cost: By the prices that the recipe gives, in their currency.
-        num_recut: Calls whose text the server cut into another number of tokens than the small models read,
-            so that what it said is of other tokens with the same text.
-        num_positions: Places of which the server said what may stand there.
-        unmatched_prob: Probability of tokens that it showed and the local vocabulary lacks, summed over them.
+        num_calls: Calls that were answered.
+        num_retries: Failed calls that were repeated.
+        num_prompt_tokens: Prompt tokens, as the server counts them.
+        num_completion_tokens: Generated tokens, as the server counts them.
+        cost: Cost at the prices given in the recipe, in their currency.
+        num_recut: Calls whose text the server split into a different number of tokens than the small models
+            read, so that its logprobs are those of other tokens with the same text.
+        num_positions: Positions for which the server gave logprobs.
+        unmatched_prob: Total probability of tokens that it showed and the local vocabulary lacks.
     """
 
     num_calls: int = 0
@@ -65,15 +61,15 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What one model gave at one position, before temperature, filters and penalties.
+    """What one model predicted at one position, before temperature, filters and penalties.
 
-    A base behind an API shows a part of its distribution: what is then not known is None.
+    A base behind an API shows only part of its distribution; what that leaves unknown is None.
 
     Args:
-        logprob: Of the chosen token, nats.
-        rank: The chosen token's place among all, 1 for the likeliest.
-        entropy: Of the distribution, nats.
-        top: The likeliest tokens and their logprobs, best first.
+        logprob: Log-probability of the chosen token, nats.
+        rank: Rank of the chosen token in the vocabulary, 1 for the most likely.
+        entropy: Entropy of the distribution, nats.
+        top: The most likely tokens and their logprobs, best first.
     """
 
     logprob: float | None
@@ -88,21 +84,23 @@ class Step:
 
     Args:
         index: Position among the new tokens, from 0.
-        token_id: In the base's vocabulary.
-        text: What this step adds to the text. May be empty (half a character, or held back because it could
-            begin a stop string) and may belong to earlier tokens.
+        token_id: Token id in the base's vocabulary.
+        text: What this step adds to the text. It may be empty (an incomplete character, or text held back
+            because it could begin a stop string), and it may include text of earlier tokens.
         logprob: Steered log-probability of the token, nats, before temperature, filters and penalties.
-        top: The most likely tokens and their steered logprobs, best first, if asked for.
-        views: What `base`, `steered` and, per expert, `NAME.expert` and `NAME.anti_expert` gave, if asked
-            for.
-        kl: KL(steered || base), nats, if asked for and known.
-        weights: What the recipe's policy multiplied each expert's strength with, if asked for; None of the
+        top: The most likely tokens and their steered logprobs, best first, if requested.
+        views: What `base`, `steered` and, per expert, `NAME.expert` and `NAME.anti_expert` predicted, if
+            requested.
+        kl: KL(steered || base), nats, if requested and known.
+        weights: The factor that the recipe's policy put on each expert's strength, if requested; None for the
             published method.
-        has_conflict: Whether the experts, each alone, would have chosen different tokens, if asked for and if
+        has_conflict: Whether the experts, each alone, would have chosen different tokens, if requested and if
             there are several.
         finish_reason: Set on the last step only.
-        is_certified: Whether the base's full logits are proved to give this token; None where they were seen.
-        max_lost_prob: Most steered probability that tokens have that the base did not show; None likewise.
+        is_certified: Whether this token is proved to be the one that the base's full logits give; None where
+            the full logits were seen.
+        max_lost_prob: Upper bound on the steered probability of all tokens that the base did not show; None
+            where it showed all.
     """
 
     index: int
@@ -124,21 +122,21 @@ class Trace:
     """A whole generation.
 
     Args:
-        text: The new text, without the prompt, without special tokens, cut before a stop string.
-        finish_reason: Why it ended.
+        text: The new text, without the prompt and without special tokens, cut before a stop string.
+        finish_reason: Why generation ended.
         steps: One per new token.
-        num_prompt_tokens: Length of the base's prompt.
+        num_prompt_tokens: Length of the base's prompt, in tokens.
         alphas: Strength of steering by expert, as used.
         seed: The seed of a sampled generation, drawn if none was given; None when greedy.
-        latency_s: From the start of the batch to this row's last token, seconds.
-        num_drafted: Tokens that speculative decoding guessed for this text, as far as they were looked at.
-        num_accepted: How many of them were what was chosen; their share is the acceptance rate.
-        usage: What calls to a base behind an API have cost; None for a base that runs here.
+        latency_s: Seconds from the start of the batch to this row's last token.
+        num_drafted: Draft tokens of speculative decoding that were checked.
+        num_accepted: How many of them were chosen; `num_accepted / num_drafted` is the acceptance rate.
+        usage: What the calls to a base behind an API have cost; None for a base that runs here.
         prompt: What the base read before the new text, if the trace is explained.
-        tokens: What each token that an explained trace names stands for: text, or bytes where they are no
-            whole characters.
-        special_ids: Those of them that control, such as the end of a text, and are no part of it.
-        num_given: How many of the steps were given rather than chosen, from the first one on.
+        tokens: The text of each token id in an explained trace; bytes where it is not whole characters.
+        special_ids: The ids among `tokens` that are control tokens, such as the end of a text, and no part of
+            the text.
+        num_given: How many steps, counted from the first, were given rather than chosen.
     """
 
     text: str
@@ -158,13 +156,13 @@ class Trace:
 
     @property
     def num_certified(self) -> int | None:
-        """How many tokens the base's full logits are proved to give; None where they were seen."""
+        """How many tokens are proved to be those of the base's full logits; None where these were seen."""
         proofs = [step.is_certified for step in self.steps]
         return None if None in proofs else sum(map(bool, proofs))
 
     @property
     def conflict_rate(self) -> float | None:
-        """Share of tokens on which several experts disagreed; None where it was not asked for."""
+        """Share of tokens on which several experts disagreed; None if not requested."""
         found = [step.has_conflict for step in self.steps if step.has_conflict is not None]
         return sum(found) / len(found) if found else None
 
@@ -179,10 +177,10 @@ class Trace:
         return len(self.steps)
 
     def summary(self, *, logprobs: bool = False) -> dict[str, Any]:
-        """Return the answer of `proxytune generate --json` as a dictionary.
+        """Return what `proxytune generate --json` prints, as a dictionary.
 
         Args:
-            logprobs: Add the logprob of each token, and the most likely ones if they were asked for.
+            logprobs: Add each token's logprob, and the most likely tokens if they were requested.
         """
         names = list(self.alphas)
         summary: dict[str, Any] = {
@@ -202,7 +200,7 @@ class Trace:
                 {
                     "token_id": step.token_id,
                     "logprob": step.logprob,
-                    # Padding ids stand at -inf, which JSON does not have.
+                    # Padding ids have -inf, which JSON cannot represent.
                     "top": [[i, logprob] for i, logprob in step.top if logprob > float("-inf")],
                 }
                 for step in self.steps
@@ -212,7 +210,7 @@ class Trace:
     def to_json(self) -> str:
         """Return the whole trace as one JSON line; `from_json` reads it back."""
         fields = asdict(self)
-        # JSON has no bytes: they become a list of numbers.
+        # JSON has no bytes, so they are written as lists of numbers.
         fields["tokens"] = {
             token_id: list(token) if isinstance(token, bytes) else token
             for token_id, token in self.tokens.items()
@@ -236,59 +234,28 @@ class Trace:
         fields["special_ids"] = tuple(fields.get("special_ids", ()))
         return cls(steps=steps, **fields)
 
-    # How a trace shows itself. What is shown is the knowledge of modules that build on this one.
-
-    def to_pandas(self) -> pandas.DataFrame:
-        """Return one row per token: what each model gave it, and how far steering moved it.
-
-        Raises:
-            InvalidRequest: The trace is not explained.
-            MissingExtra: pandas is not installed.
-        """
-        from proxytune.explain.notebook import frame
-
-        return frame(self)
-
-    def plot(self, axes: Axes | None = None) -> Axes:
-        """Draw how far steering moved each token, against its position.
-
-        Args:
-            axes: Where to draw; None makes a new picture.
-
-        Raises:
-            InvalidRequest: The trace is not explained.
-            MissingExtra: matplotlib is not installed.
-        """
-        from proxytune.explain.pictures import draw_trace
-
-        return draw_trace(self, axes)
-
-    def _repr_html_(self) -> str | None:
-        """Return the text with each token coloured by what steering did to it, for notebooks."""
-        from proxytune.explain.notebook import fragment
-
-        return fragment(self)
-
 
 def read_traces(path: Path) -> Iterator[Trace]:
-    """Yield the traces of a file of JSON lines, one at a time; `.gz` is unpacked on the way.
+    """Yield the traces in a file of JSON lines, one at a time; `.gz` files are decompressed on the fly.
 
     Raises:
-        InputFileError: The file cannot be read, or a line is no trace.
+        InputFileError: The file cannot be read, or a line is not a trace.
     """
-    hint = "hint: proxytune explain --trace-file writes such files, and so does generate"
-    number = 0
+    hint = "hint: `proxytune explain --trace-file` and `proxytune generate --trace-file` write such files"
+    line_number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             for line in file:
-                number += 1
+                line_number += 1
                 if line.strip():
                     yield Trace.from_json(line)
     except (OSError, EOFError, zlib.error) as error:
-        why = getattr(error, "strerror", None) or error
-        raise InputFileError(f"{path} cannot be read: {why}.\n{hint}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputFileError(f"{path} cannot be read: {reason}.\n{hint}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputFileError(f"line {number} of {path} is no trace ({error}).\n{hint}") from error
+        raise InputFileError(
+            f"line {line_number} of {path} is not a trace ({error}).\n{hint}"
+        ) from error
 
 
 def _top(pairs: Sequence[Sequence[float]]) -> tuple[tuple[int, float], ...]:

@@ -109,7 +109,7 @@ def test_doctor_says_that_nothing_answers(models, tmp_path):
     text, _ = run("doctor", target, code=2)
     assert "ApiError" in text and "gave no answer in 1 tries" in text
     _, error = run("generate", target, "hello", code=1)
-    assert "look whether the server runs" in error
+    assert "check that the server runs" in error
 
 
 def test_generate_gives_the_text_of_a_base_that_runs_here(recipe, models):

@@ -378,7 +378,7 @@ def test_only_the_chosen_experts_are_loaded(recipe: Path, monkeypatch: pytest.Mo
         (["ab", "--expert", "first=x"], ["'x'", "number"]),
         (["ab", "--expert", "frist"], ["no expert 'frist'", "first, second"]),
         (["ab", "--expert", "first", "--expert", "first=1"], ["named twice"]),
-        (["ab", "--expert", "first=1", "--alpha", "1"], ["--alpha would do nothing"]),
+        (["ab", "--expert", "first=1", "--alpha", "1"], ["so alpha would do nothing"]),
         (["ab", "--temperature", "-1"], ["temperature"]),
         (["ab", "--top-k", "5"], ["top_k", "temperature is 0"]),
         (["ab", "--temperature", "1", "--top-p", "0"], ["top_p"]),
@@ -788,7 +788,7 @@ def test_a_mistake_ends_the_process_with_2_and_a_bug_with_a_traceback(tmp_path: 
     result = process("", "generate", tmp_path / "missing", "ab")
     assert result.returncode == 2
     assert result.stderr.startswith(b"error: no recipe at") and b"Traceback" not in result.stderr
-    bug = "import proxytune.recipe\nproxytune.recipe.Recipe.read = None"
+    bug = "import proxytune.recipe.recipe\nproxytune.recipe.recipe.Recipe.read = None"
     result = process(bug, "generate", tmp_path / "missing", "ab")
     assert result.returncode == 1 and b"Traceback" in result.stderr
 

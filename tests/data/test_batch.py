@@ -28,7 +28,7 @@ from proxytune.errors import (
     UserError,
 )
 from proxytune.model import ProxyTuned
-from proxytune.request import SamplingParams
+from proxytune.request import SamplingParams, Steering
 from tests.support.toys import toy_load, toy_recipe
 
 RECIPE = toy_recipe({"first": 1.0, "second": 0.5})
@@ -55,12 +55,13 @@ def run(
     input_file: Path, output_file: Path, *, sampling: SamplingParams = SAMPLING, **options: Any
 ) -> BatchReport:
     on_progress = options.pop("on_progress", None)
+    steering = Steering(options.pop("alpha", None), options.pop("experts", None))
     return run_batch(
         input_file,
         output_file,
         recipe=options.pop("recipe", RECIPE),
         load=options.pop("load", lambda names: toy_load(RECIPE, experts=names)),
-        options=BatchOptions(sampling, **{"batch_size": 4, **options}),
+        options=BatchOptions(sampling, steering, **{"batch_size": 4, **options}),
         on_progress=on_progress,
     )
 

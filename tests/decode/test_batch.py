@@ -56,7 +56,7 @@ def ensemble(
 def job(
     models: Ensemble, prompt: str = "a", alphas: tuple[float, ...] | None = None, **options
 ) -> Job:
-    extras = {k: options.pop(k) for k in ("explain", "explain_top", "cancelled") if k in options}
+    extras = {k: options.pop(k) for k in ("records_views", "num_top", "cancelled") if k in options}
     ids = models.tokenizer.encode(prompt)
     prompts = tuple(ids for _ in models.members)
     given_alphas = (1.0,) * len(models.pairs) if alphas is None else alphas
@@ -293,7 +293,7 @@ def test_logprobs_list_the_most_likely_tokens_of_the_steered_distribution():
 
 def test_explained_steps_hold_what_each_model_gave_the_token():
     models = ensemble((EXPERT, ANTI))
-    step = run(models, job(models, "a", (0.0,), max_new_tokens=1, explain=True))[0][0]
+    step = run(models, job(models, "a", (0.0,), max_new_tokens=1, records_views=True))[0][0]
     for name, matrix in (("base", BASE), ("e0.expert", EXPERT), ("e0.anti_expert", ANTI)):
         logprobs = (matrix[0] * (1 + MEMORY)).log_softmax(0)
         seen = step.views[name]
@@ -305,9 +305,9 @@ def test_explained_steps_hold_what_each_model_gave_the_token():
 
 def test_explained_steps_tell_how_far_the_steered_distribution_is_from_the_base():
     models = ensemble((EXPERT, ANTI))
-    step = run(models, job(models, "a", (0.5,), max_new_tokens=1, explain=True, explain_top=2))[0][
+    step = run(models, job(models, "a", (0.5,), max_new_tokens=1, records_views=True, num_top=2))[
         0
-    ]
+    ][0]
     p = ((BASE + 0.5 * (EXPERT - ANTI))[0] * (1 + MEMORY)).softmax(0)
     q = (BASE[0] * (1 + MEMORY)).softmax(0)
     assert step.kl == pytest.approx(float((p * (p / q).log()).sum()), abs=1e-5)
@@ -386,7 +386,7 @@ def test_equal_seeds_repeat_and_other_seeds_differ():
     assert len({tuple(sampled(seed)) for seed in range(40)}) > 1
 
 
-def test_the_seed_that_was_drawn_is_told():
+def test_the_seed_that_was_drawn_is_reported():
     models = ensemble((EXPERT, ANTI))
     batch = Batch(models, [job(models, "a", temperature=1.0), job(models, "a")])
     assert isinstance(batch.seeds[0], int)

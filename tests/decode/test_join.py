@@ -77,9 +77,9 @@ def alone(models: Ensemble, job: Job) -> list[int]:
 
 
 def toy_job(
-    prompt: list[int], alphas: tuple[float | None, ...], explain: bool = False, **sampling
+    prompt: list[int], alphas: tuple[float | None, ...], records_views: bool = False, **sampling
 ) -> Job:
-    return Job(SamplingParams(**sampling), (prompt,) * 7, alphas, explain)
+    return Job(SamplingParams(**sampling), (prompt,) * 7, alphas, records_views)
 
 
 @st.composite
@@ -93,7 +93,7 @@ def arrivals(draw) -> list[Arrival]:
                 toy_job(
                     draw(st.lists(st.integers(0, 4), min_size=1, max_size=5)),
                     alphas,
-                    explain=draw(st.booleans()),
+                    records_views=draw(st.booleans()),
                     max_new_tokens=draw(st.integers(1, 12)),
                     temperature=0.8 if is_sampled else 0.0,
                     seed=number if is_sampled else None,

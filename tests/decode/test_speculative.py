@@ -146,9 +146,11 @@ def test_the_end_of_a_text_may_fall_on_any_place_of_a_block(place, drafting):
 @pytest.mark.parametrize("drafting", DRAFTINGS, ids=lambda d: f"{d.source}-{d.max_tokens}")
 def test_what_models_gave_each_token_is_that_of_plain_decoding(drafting):
     models = ensemble((EXPERT, ANTI))
-    jobs = [job(models, "ab", max_new_tokens=9, explain=True, logprobs=3, temperature=1.0, seed=1)]
+    jobs = [
+        job(models, "ab", max_new_tokens=9, records_views=True, logprobs=3, temperature=1.0, seed=1)
+    ]
 
-    def told(drafting: Drafting | None) -> list[Any]:
+    def recorded(drafting: Drafting | None) -> list[Any]:
         steps = [event.step for event in events_of(ensemble((EXPERT, ANTI)), jobs, drafting)]
         return [
             (
@@ -161,7 +163,7 @@ def test_what_models_gave_each_token_is_that_of_plain_decoding(drafting):
             if step and step.views
         ]
 
-    assert len(told(drafting)) == 9 and told(drafting) == told(None)
+    assert len(recorded(drafting)) == 9 and recorded(drafting) == recorded(None)
 
 
 def test_sampled_drafts_keep_the_steered_distribution():

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from proxytune import cli
 from proxytune.errors import InputFileError, InvalidRequest
 from proxytune.explain.analysis import analyze
-from proxytune.explain.equations import equation_spans
+from proxytune.explain.equations import equation_sides
 from proxytune.explain.moves import moves
 from proxytune.explain.welch import Moments, welch
 from proxytune.model import ProxyTuned
@@ -49,7 +49,7 @@ def moments(*values: float) -> Moments:
 
 
 def sides(text: str) -> list[tuple[str, str]]:
-    found = list(equation_spans(text))
+    found = list(equation_sides(text))
     texts = [text[span.start : span.end].strip() for span in found]
     assert [span.is_left for span in found] == [True, False] * (len(found) // 2)
     return list(zip(texts[::2], texts[1::2], strict=True))
@@ -87,10 +87,10 @@ def test_equations_are_arithmetic_with_an_equals_sign_on_one_line(text, expected
 
 def test_a_long_line_of_digits_is_read_in_no_time():
     """A pattern that tries every way to split it took minutes."""
-    assert list(equation_spans("1 + " * 50_000 + "=")) == []
-    assert len(list(equation_spans("1 + " * 50_000 + "1 = 5" + "=" * 50_000))) == 2
-    assert list(equation_spans("1" + "+" * 100_000 + " = 3")) == []
-    assert list(equation_spans("1" * 200_000 + " = x")) == []
+    assert list(equation_sides("1 + " * 50_000 + "=")) == []
+    assert len(list(equation_sides("1 + " * 50_000 + "1 = 5" + "=" * 50_000))) == 2
+    assert list(equation_sides("1" + "+" * 100_000 + " = 3")) == []
+    assert list(equation_sides("1" * 200_000 + " = x")) == []
 
 
 def test_tokens_of_equations_are_counted_on_their_side_and_the_equals_sign_on_none():
@@ -255,7 +255,7 @@ def test_memory_does_not_grow_with_the_number_of_texts(tmp_path: Path):
     def peak_kb() -> int:
         code = (
             "import resource, sys; from pathlib import Path\n"
-            "from proxytune.analyze import analyze; from proxytune.trace import read_traces\n"
+            "from proxytune.explain.analysis import analyze; from proxytune.trace import read_traces\n"
             "analyze(read_traces(Path(sys.argv[1])))\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         )

@@ -16,11 +16,11 @@ from proxytune.errors import (
     UnknownExpert,
 )
 from proxytune.explain.moves import label, moves, pieces
-from proxytune.explain.notebook import fragment
+from proxytune.explain.notebook import frame, plot, show
 from proxytune.explain.report import Report, Run
 from proxytune.explain.summary import (
     common_contexts,
-    parting,
+    first_difference,
     running_share,
     summarise,
     token_types,
@@ -202,7 +202,7 @@ def test_another_token_leads_to_another_text(model):
     forked = model.explain(
         PROMPT, [*whole.token_ids[:5], other], SamplingParams(max_new_tokens=18), top=4
     )
-    assert parting(forked, whole) == 5
+    assert first_difference(forked, whole) == 5
     assert forked.steps[5].token_id == other
 
 
@@ -364,9 +364,9 @@ def test_the_commonest_context_is_the_most_frequent_window_and_the_first_of_equa
 
 def test_texts_part_at_the_first_different_token_or_where_one_ends():
     one = told_trace(["a", "b", "c"])
-    assert parting(one, told_trace(["a", "b", "c"])) is None
-    assert parting(one, told_trace(["a", "a", "c"])) == 1
-    assert parting(one, told_trace(["a", "b"])) == 2
+    assert first_difference(one, told_trace(["a", "b", "c"])) is None
+    assert first_difference(one, told_trace(["a", "a", "c"])) == 1
+    assert first_difference(one, told_trace(["a", "b"])) == 2
 
 
 def test_the_running_share_is_that_of_the_tokens_around():
@@ -377,13 +377,13 @@ def test_the_running_share_is_that_of_the_tokens_around():
     assert shares[6] == 0.0
 
 
-# How a trace shows itself -----------------------------------------------------------------------------
+# Notebooks -------------------------------------------------------------------------------------------
 
 
 def test_a_table_of_pandas_has_a_row_per_token_and_every_models_numbers(model):
     pytest.importorskip("pandas")
     trace = explained(model)
-    table = trace.to_pandas()
+    table = frame(trace)
     told = moves(trace)
     assert list(table.index) == list(range(24))
     assert list(table["token"]) == [m.label for m in told]
@@ -398,9 +398,9 @@ def test_a_missing_library_is_named_with_its_install_line(model, monkeypatch):
     trace = explained(model)
     for name in ("pandas", "matplotlib", "matplotlib.pyplot"):
         monkeypatch.setitem(__import__("sys").modules, name, None)
-    for show in (trace.to_pandas, trace.plot):
-        with pytest.raises(MissingExtra, match=r"pip install 'proxytune\[explain\]'"):
-            show()
+    for view in (frame, plot):
+        with pytest.raises(MissingExtra, match=r"pip install .*\[explain\]'"):
+            view(trace)
 
 
 def test_the_picture_has_a_bar_per_token_as_high_as_its_shift(model):
@@ -408,7 +408,7 @@ def test_the_picture_has_a_bar_per_token_as_high_as_its_shift(model):
     from matplotlib import pyplot
 
     trace = explained(model)
-    axes = trace.plot()
+    axes = plot(trace)
     heights = [bar.get_height() for bar in axes.patches]
     assert heights == pytest.approx([m.shift for m in moves(trace)])
     pyplot.close(axes.figure)
@@ -418,16 +418,18 @@ def test_a_notebook_shows_the_text_with_colours_and_hostile_text_as_text():
     trace = told_trace(
         ["<script>alert(1)</script>", ' "x"', "&"], changed=[True, False, False], prompt="<b>"
     )
-    shown = trace._repr_html_()
+    shown = show(trace)._repr_html_()
+    assert shown is not None
     assert "<script" not in shown and "<b>" not in shown
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in shown and "&lt;b&gt;" in shown
     assert "33% of first choices changed" in shown
     assert shown.count("text-decoration:underline") == 1
 
 
-def test_a_trace_that_is_not_explained_shows_itself_as_before(model):
+def test_a_trace_that_is_not_explained_is_shown_as_its_text(model):
     trace = model.generate(PROMPT)
-    assert fragment(trace) is None
+    assert show(trace)._repr_html_() is None
+    assert repr(show(trace)) == trace.text
 
 
 def test_the_numbers_for_programs_are_json_and_say_where_texts_part(model):
@@ -438,7 +440,7 @@ def test_the_numbers_for_programs_are_json_and_say_where_texts_part(model):
     report = Report((Run("steered", trace), Run("base", base, is_base=True)))
     content = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     first = content["runs"][0]
-    assert first["parts_from_base_at"] == parting(trace, base)
+    assert first["parts_from_base_at"] == first_difference(trace, base)
     assert [t["shift"] for t in first["tokens"]] == [m.shift for m in moves(trace)]
     assert first["tokens"][0]["views"]["base"]["top"][0]["token"] in TOKENS
     assert content["runs"][1]["parts_from_base_at"] is None

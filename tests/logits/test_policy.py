@@ -429,10 +429,10 @@ def test_what_a_recipe_writes_reads_back(policy):
     ("settings", "message"),
     [
         ({"policy": "kl_mach"}, r"must be one of constant, kl_match.*\n.*mean 'kl_match'"),
-        ({"polic": "kl_match"}, r"'polic' is no setting.*policy, max_alpha"),
-        ({"name": "kl_match"}, r"'name' is no setting"),
+        ({"polic": "kl_match"}, r"'polic' is not a setting.*policy, max_alpha"),
+        ({"name": "kl_match"}, r"'name' is not a setting"),
         ({"policy": 3}, "policy is 3"),
-        ({"max_alpha": 2}, r"max_alpha is given and policy is constant.*kl_match"),
+        ({"max_alpha": 2}, r"max_alpha has no effect with policy constant.*kl_match"),
         ({"policy": "kl_match", "max_alpha": 0}, "max_alpha is 0"),
         ({"policy": "kl_match", "max_alpha": True}, "max_alpha is True"),
         ({"policy": "gate_agree", "threshold": 0.5}, r"threshold.*gate_sure and nudge"),

@@ -191,14 +191,14 @@ def test_two_distributions_with_the_same_noise_agree_as_often_as_promised():
 
 
 def test_greedy_takes_the_most_likely_token_and_its_logprob():
-    choice = sampler([SamplingParams()]).choose(HALVES)
+    choice = sampler([SamplingParams()]).sample(HALVES)
     assert choice.token_ids.tolist() == [0]
     assert choice.logprobs.item() == pytest.approx(math.log(0.5))
 
 
 def test_the_logprob_is_that_of_the_steered_distribution_before_filters():
     params = SamplingParams(temperature=0.01, top_k=1, seed=0)
-    assert sampler([params]).choose(HALVES).logprobs.item() == pytest.approx(math.log(0.5))
+    assert sampler([params]).sample(HALVES).logprobs.item() == pytest.approx(math.log(0.5))
 
 
 @settings(deadline=None)
@@ -214,8 +214,8 @@ def test_a_seeded_row_does_not_depend_on_its_neighbours(seed, num_rows, where):
     others[where] = mine
     together = sampler(others, 6)
     for step in logits:
-        expected = alone.choose(step).token_ids.item()
-        assert together.choose(step.expand(num_rows, 6)).token_ids[where].item() == expected
+        expected = alone.sample(step).token_ids.item()
+        assert together.sample(step.expand(num_rows, 6)).token_ids[where].item() == expected
 
 
 def test_a_row_goes_on_unchanged_when_others_leave():
@@ -223,17 +223,17 @@ def test_a_row_goes_on_unchanged_when_others_leave():
     params = [SamplingParams(temperature=1.0, seed=s, presence_penalty=0.4) for s in range(3)]
     whole, shrinking = sampler(params, 8), sampler(params, 8)
     for number, step in enumerate(logits):
-        expected = whole.choose(step.expand(3, 8)).token_ids[2].item()
+        expected = whole.sample(step.expand(3, 8)).token_ids[2].item()
         if number == 2:
             shrinking.select([2])
         width = 3 if number < 2 else 1
-        assert shrinking.choose(step.expand(width, 8)).token_ids[-1].item() == expected
+        assert shrinking.sample(step.expand(width, 8)).token_ids[-1].item() == expected
 
 
 def test_a_seed_is_drawn_and_kept_where_none_is_given():
     first = sampler([SamplingParams(temperature=1.0)])
     again = sampler([SamplingParams(temperature=1.0, seed=first.seeds[0])])
-    tokens = [[s.choose(HALVES).token_ids.item() for _ in range(20)] for s in (first, again)]
+    tokens = [[s.sample(HALVES).token_ids.item() for _ in range(20)] for s in (first, again)]
     assert tokens[0] == tokens[1]
     assert sampler([SamplingParams()]).seeds == [None]
 
@@ -241,7 +241,7 @@ def test_a_seed_is_drawn_and_kept_where_none_is_given():
 def test_an_ending_token_is_not_chosen_before_the_minimum():
     logits = torch.tensor([[5.0, 1.0, 0.0, 0.0]])
     rows = sampler([SamplingParams(min_new_tokens=2)], ending=[[0]])
-    assert [rows.choose(logits).token_ids.item() for _ in range(3)] == [1, 1, 0]
+    assert [rows.sample(logits).token_ids.item() for _ in range(3)] == [1, 1, 0]
     assert logits[0, 0] == 5.0
 
 
@@ -261,9 +261,9 @@ def test_rows_chosen_apart_are_those_chosen_together():
     ]
     together, apart = (sampler(params, 8, ending=[[], [1], []]) for _ in range(2))
     for step in logits:
-        expected = together.choose(step).token_ids.tolist()
-        first = apart.choose(step[[0, 2]], [0, 2]).token_ids.tolist()
-        assert [first[0], *apart.choose(step[[1]], [1]).token_ids.tolist(), first[1]] == expected
+        expected = together.sample(step).token_ids.tolist()
+        first = apart.sample(step[[0, 2]], [0, 2]).token_ids.tolist()
+        assert [first[0], *apart.sample(step[[1]], [1]).token_ids.tolist(), first[1]] == expected
 
 
 @given(st.integers(0, 2**63 - 1), st.integers(0, 4))
@@ -272,14 +272,14 @@ def test_a_guess_from_the_logits_that_will_be_chosen_from_is_right(seed, ahead):
     logits = torch.randn(1, 8, generator=torch.Generator().manual_seed(8))
     rows = sampler([SamplingParams(temperature=1.3, seed=seed)], 8)
     guess = rows.propose(logits, ahead=ahead).item()
-    tokens = [rows.choose(logits).token_ids.item() for _ in range(ahead + 1)]
+    tokens = [rows.sample(logits).token_ids.item() for _ in range(ahead + 1)]
     assert tokens[ahead] == guess
 
 
 def test_a_bias_is_added_to_the_logits_of_its_own_row_only():
     params = [SamplingParams(logit_bias=((3, 9.0), (0, -9.0))), SamplingParams()]
     steered = torch.tensor([[2.0, 1.0, 0.5, 0.0]] * 2)
-    choice = sampler(params).choose(steered)
+    choice = sampler(params).sample(steered)
     assert choice.token_ids.tolist() == [3, 0]
     # The logprob is that of the steered distribution, as for filters and penalties.
     assert choice.logprobs.tolist() == pytest.approx(
@@ -295,4 +295,4 @@ def test_the_first_token_may_have_a_bias_of_its_own():
     ]
     steered = torch.tensor([[1.2, 1.0, 0.5, 0.0]] * 2)
     rows = sampler(params)
-    assert [rows.choose(steered).token_ids.tolist() for _ in range(3)] == [[2, 0], [3, 0], [3, 0]]
+    assert [rows.sample(steered).token_ids.tolist() for _ in range(3)] == [[2, 0], [3, 0], [3, 0]]

@@ -15,15 +15,15 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from proxytune.pages.policy import assemble
 from tests.support.browser import open_browser, open_page
 from tests.support.loopback import LoopbackServer, QuietHandler
 
-PAGE = (Path(__file__).parents[2] / "src" / "proxytune" / "playground.html").read_text("utf-8")
+PAGE = assemble("playground")
 
 # How far steering moved the tokens of an answer, one after the other: every colour comes up.
 MOVES = tuple(sign * math.log(f) for f in (1, 1.5, 4, 20) for sign in (1, -1))

@@ -20,6 +20,7 @@ from proxytune.errors import (
 )
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
+from proxytune.request import Steering
 
 SUPPORT = {
     "model_type": "proxytune",
@@ -406,7 +407,7 @@ def test_a_write_that_fails_leaves_the_old_recipe_and_no_rests(tmp_path, monkeyp
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OutputFileError, match="cannot be written to"):
+    with pytest.raises(OutputFileError, match=r"one cannot be written: (?s:.*)hint: "):
         Recipe.from_dict(SUPPORT).write(tmp_path / "file" / "one")
 
 
@@ -444,32 +445,52 @@ def test_adapters_of_the_recipe_travel_with_it(tmp_path):
 
 
 def test_all_experts_steer_with_their_own_strength_where_there_is_no_default():
-    assert two_experts().choose() == {"law": 0.5, "verse": 1.0}
+    assert two_experts().strengths() == {"law": 0.5, "verse": 1.0}
 
 
 def test_the_default_expert_steers_alone():
-    assert two_experts(default_expert="verse").choose() == {"verse": 1.0}
-    assert two_experts(default_expert="verse").choose(None, 0.2) == {"verse": 0.2}
+    assert two_experts(default_expert="verse").strengths() == {"verse": 1.0}
+    assert two_experts(default_expert="verse").strengths(Steering(0.2)) == {"verse": 0.2}
 
 
 def test_experts_are_chosen_by_name_with_one_strength_or_their_own():
-    assert two_experts().choose("law") == {"law": 0.5}
-    assert two_experts().choose(("verse", "law"), 2) == {"verse": 2.0, "law": 2.0}
-    assert two_experts().choose({"verse": 0, "law": -1}) == {"verse": 0.0, "law": -1.0}
+    assert two_experts().strengths(Steering(experts="law")) == {"law": 0.5}
+    assert two_experts().strengths(Steering(2, ("verse", "law"))) == {"verse": 2.0, "law": 2.0}
+    assert two_experts().strengths(Steering(experts={"verse": 0, "law": -1})) == {
+        "verse": 0.0,
+        "law": -1.0,
+    }
+
+
+def test_experts_may_bring_strengths_beside_others_that_take_alpha_or_the_recipes():
+    mixed = two_experts().mixed
+    assert mixed({"verse": 2.0, "law": None}, None) == Steering(experts={"verse": 2.0, "law": 0.5})
+    assert mixed({"verse": 2.0, "law": None}, 0.1) == Steering(experts={"verse": 2.0, "law": 0.1})
+    assert mixed({"law": None}, 0.1) == Steering(0.1, ("law",))
+    with pytest.raises(InvalidRequest, match="so alpha would do nothing"):
+        mixed({"verse": 2.0}, 0.1)
+
+
+def test_a_recipe_with_some_of_its_experts_keeps_a_default_that_is_left():
+    recipe = two_experts(default_expert="verse")
+    assert recipe.only(None) == recipe
+    assert recipe.only(["verse"]).default_expert == "verse"
+    assert recipe.only(["law"]).default_expert is None
+    assert [expert.name for expert in recipe.only(["law"]).experts] == ["law"]
 
 
 def test_an_unknown_expert_is_answered_with_the_known_ones():
     with pytest.raises(UnknownExpert, match=r"has law, verse(?s:.*)did you mean 'verse'"):
-        two_experts().choose("versed")
+        two_experts().strengths(Steering(experts="versed"))
 
 
 def test_a_strength_that_is_not_finite_is_refused():
     with pytest.raises(InvalidRequest, match="alpha is nan"):
-        two_experts().choose("law", float("nan"))
+        two_experts().strengths(Steering(float("nan"), "law"))
     with pytest.raises(InvalidRequest, match="alpha of expert 'law'"):
-        two_experts().choose({"law": float("inf")})
+        two_experts().strengths(Steering(experts={"law": float("inf")}))
     with pytest.raises(InvalidRequest, match="no expert is named"):
-        two_experts().choose(())
+        two_experts().named(())
 
 
 def test_a_spec_with_quantisation_can_be_a_key():

@@ -275,11 +275,20 @@ def navigation() -> set[str]:
     return set(re.findall(r"^\s+- .*: (\S+\.md)$", text.partition("\nnav:\n")[2], re.MULTILINE))
 
 
-def test_the_navigation_leads_to_every_page():
+def test_every_page_is_in_the_navigation_or_linked_from_a_page_there():
     import docs_site
 
-    pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
-    assert navigation() == pages | set(docs_site.PAGES.values())
+    files = {path.relative_to(DOCS).as_posix(): path for path in DOCS.rglob("*.md")}
+    files |= {place: ROOT / name for name, place in docs_site.PAGES.items()}
+    shown = navigation()
+    assert shown <= files.keys()
+    linked = set()
+    for place in shown:
+        for match in docs_site.links(files[place].read_text(encoding="utf-8")):
+            target = docs_site.target_of(match[2], files[place])
+            if target is not None:
+                linked.add(docs_site.site_path(target))
+    assert files.keys() - shown - linked == set()
 
 
 def test_links_out_of_a_page_are_found_outside_code_only():
@@ -287,6 +296,16 @@ def test_links_out_of_a_page_are_found_outside_code_only():
 
     text = "[a](b.md) `[c](d.md)` [e](https://f)\n```\n[g](h.md)\n```\n[i](#j) [k](../l.py#m)\n"
     assert [match[2] for match in docs_site.links(text)] == ["b.md", "../l.py#m"]
+
+
+def test_a_word_with_a_hyphen_in_a_code_span_is_kept_on_one_line():
+    import docs_site
+
+    code = "<p><code>run --max-rows 8</code></p><pre><span></span><code>--max-rows</code></pre>"
+    kept = code.replace("run --max-rows", 'run <span class="word">--max-rows</span>', 1)
+    assert docs_site.on_page_content(code, None, None, None) == kept
+    too_long = f"<code>--{'x' * docs_site.LONGEST_WORD}</code>"
+    assert docs_site.on_page_content(too_long, None, None, None) == too_long
 
 
 @pytest.fixture(scope="module")

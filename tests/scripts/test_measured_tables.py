@@ -26,7 +26,7 @@ def test_the_table_of_policies_is_that_of_the_measurement(group):
 def test_the_table_of_rankings_is_that_of_the_measurement():
     from benchmarks.rank_experts import table
 
-    page = (ROOT / "docs" / "guides" / "choose-alpha-and-expert.md").read_text()
+    page = (ROOT / "docs" / "guides" / "choose-a-pair.md").read_text()
     assert table(json.loads(RANKS.read_text())) in page
 
 

@@ -12,7 +12,7 @@ import httpx2 as httpx
 import openai
 import pytest
 
-from proxytune.request import Request, SamplingParams
+from proxytune.request import Request, SamplingParams, Steering
 from proxytune.server.schema import ChatRequest, CompletionRequest
 from tests.support.served import Served, served
 from tests.support.toys import toy_model
@@ -214,7 +214,7 @@ def test_each_request_has_its_own_strength_and_experts(client, model, steering, 
     )
     assert answer.choices[0].text == text_of("ab", 12, alpha=alpha, experts=experts)
     told = answer.choices[0].model_extra["proxytune"]["alphas"]
-    assert told == fresh().recipe.choose(experts, alpha)
+    assert told == fresh().recipe.strengths(Steering(alpha, experts))
 
 
 def test_requests_with_other_strengths_and_experts_run_at_once_and_keep_apart(server, client):

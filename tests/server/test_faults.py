@@ -273,7 +273,7 @@ def test_one_connection_too_many_is_told_so_after_its_body():
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(run._too_many({"type": "http"}, receive, send))
+    asyncio.run(run._answer_too_many({"type": "http"}, receive, send))
     assert not pieces and sent[0]["status"] == 503
 
 
@@ -563,7 +563,7 @@ def test_a_bug_in_the_books_of_steps_harms_no_text(monkeypatch):
         raise ValueError("no such counter")
 
     with served(fresh()) as running:
-        monkeypatch.setattr(running.service.metrics, "stepped", fail)
+        monkeypatch.setattr(running.service.metrics, "count_step", fail)
         assert_it_works(running)
 
 

@@ -83,15 +83,15 @@ class Latencies:
     found: list[int] = field(default_factory=list)
 
     def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        cancel, tell, turn = Ticket.cancel, Ticket.tell, Engine._turn
+        cancel, notify, turn = Ticket.cancel, Ticket.notify, Engine._turn
 
         def watched_cancel(ticket: Ticket) -> None:
             if ticket.ended is None and not ticket.is_cancelled:
                 self.cancelled_at[id(ticket)] = self.num_turns
             cancel(ticket)
 
-        def watched_tell(ticket: Ticket, event: Any) -> None:
-            tell(ticket, event)
+        def watched_notify(ticket: Ticket, event: Any) -> None:
+            notify(ticket, event)
             at = self.cancelled_at.pop(id(ticket), None) if ticket.ended is not None else None
             if at is not None and getattr(event, "finish_reason", None) == "cancelled":
                 self.found.append(self.num_turns - at)
@@ -101,7 +101,7 @@ class Latencies:
             turn(engine)
 
         monkeypatch.setattr(Ticket, "cancel", watched_cancel)
-        monkeypatch.setattr(Ticket, "tell", watched_tell)
+        monkeypatch.setattr(Ticket, "notify", watched_notify)
         monkeypatch.setattr(Engine, "_turn", watched_turn)
 
 

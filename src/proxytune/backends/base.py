@@ -1,10 +1,10 @@
-"""What every backend answers: prefill, extend, rewind, select, and what it can do.
+"""What every backend offers: prefill, extend, rewind, select, and its capabilities.
 
 A backend holds one model's weights and runs token ids through it. It hides devices, KV caches, padding and
 adapters. Text, sampling and other models never reach it.
 
 Words: a *row* is one sequence in a batch. A *state* is what a backend remembers of a batch (its KV caches);
-callers hold it and hand it back. A row may run with an *adapter*, so that an expert and its anti-expert on
+callers keep it and pass it back. A row may run with an *adapter*, so that an expert and its anti-expert on
 one small model are two rows of one forward.
 """
 
@@ -13,13 +13,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from typing_extensions import NamedTuple  # typing's own can be generic only from Python 3.11 on
 
 from proxytune.errors import UnsupportedModel
+from proxytune.text.prompts import Tokenizer
+from proxytune.text.vocab import TokenMap, Vocabulary
 from proxytune.trace import Usage
 
 State = TypeVar("State")
@@ -30,13 +32,12 @@ class Capabilities:
     """What a backend can do.
 
     Args:
-        max_context: Most tokens, prompt and new ones together, that a row can hold; None for no limit.
+        max_context: Maximum number of tokens in a row, prompt and new ones together; None for no limit.
         can_rewind: Whether `rewind` works (state-space models, for one, cannot forget).
         adapters: Names that rows may be given.
         can_merge: Whether `merge` and `copy` work.
-        reuses_logits: Whether logits lie in memory that the next call on the same state overwrites, so that
-            who needs them longer has to copy them.
-        is_retokenised: Whether prompts come in other tokens than what follows them.
+        reuses_logits: Whether the next call on the same state overwrites the memory of the logits; callers
+            that keep them must clone them.
     """
 
     max_context: int | None
@@ -44,22 +45,47 @@ class Capabilities:
     can_merge: bool = False
     adapters: tuple[str, ...] = ()
     reuses_logits: bool = False
-    is_partial: bool = False
-    is_retokenised: bool = False
 
 
 class Prefilled(NamedTuple, Generic[State]):
-    """What `prefill` gives back."""
+    """What `prefill` returns."""
 
     state: State
     logits: Tensor  # [batch, vocab], of the token after each prompt
+
+
+class Spelling(Protocol):
+    """How a model spells text; a `Checkpoint` knows it."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Its tokens."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What cuts text into them."""
+
+    @property
+    def eos_token_ids(self) -> Sequence[int]:
+        """The tokens that end a text."""
+
+
+class Translation(NamedTuple):
+    """How a small model of another tokenizer stands in for one that shares the base's tokens."""
+
+    inner: Backend[Any]
+    """The model itself, which reads and predicts its own tokens."""
+    own: Spelling
+    """How it spells text."""
+    token_map: TokenMap
+    """Which of the base's tokens it has too."""
 
 
 class Backend(ABC, Generic[State]):
     """One model's weights and the ways to run them."""
 
     name: str
-    """How errors and reports call the model."""
+    """The model's name in errors and reports."""
 
     vocab_size: int
     """Width of the logits, padding ids included."""
@@ -67,24 +93,34 @@ class Backend(ABC, Generic[State]):
     @property
     @abstractmethod
     def capabilities(self) -> Capabilities:
-        """Say what this backend can do."""
+        """What this backend can do."""
+
+    @property
+    def partial(self) -> PartialBackend[State] | None:
+        """This backend, if it shows only a part of its logits; None if it shows them all."""
+        return None
+
+    @property
+    def translation(self) -> Translation | None:
+        """How a model of another tokenizer speaks the base's tokens; None for a model that shares them."""
+        return None
 
     @property
     def device(self) -> torch.device:
-        """Where `extend` wants token ids; elsewhere they have to be moved first."""
+        """Where `extend` expects token ids; callers move them there."""
         return torch.device("cpu")
 
     @property
     def num_prompt_ids(self) -> int:
-        """How many ids prompts are made of, from 0 on."""
+        """The number of token ids that prompts may use, counted from 0."""
         return self.vocab_size
 
     def own_ids(self, token_ids: Sequence[int], *, is_start: bool = False) -> list[int]:
         """Return a text in the tokens that prompts are made of.
 
         Args:
-            token_ids: In the tokens that `extend` takes.
-            is_start: Whether the text begins here.
+            token_ids: The text in the tokens that `extend` takes.
+            is_start: Whether the text stands at the beginning rather than after a prompt.
         """
         return list(token_ids)
 
@@ -95,8 +131,9 @@ class Backend(ABC, Generic[State]):
         """Run whole prompts and return the state and the logits after each.
 
         Args:
-            prompts: Token ids of this model, one sequence a row, of any lengths from 1.
-            adapters: The adapter of each row, None for the plain weights; None for all rows plain.
+            prompts: Token ids of this model, one sequence per row, each at least one token long.
+            adapters: The adapter of each row, or None for the plain weights. None instead of a sequence means
+                plain weights for all rows.
 
         Raises:
             PromptTooLong: A prompt exceeds `capabilities.max_context`.
@@ -128,10 +165,10 @@ class Backend(ABC, Generic[State]):
 
     @abstractmethod
     def select(self, state: State, rows: Sequence[int]) -> State:
-        """Return a state of the given rows in the given order; the old state must not be used after."""
+        """Return a state of the given rows in the given order; the old state must not be used any more."""
 
     def copy(self, state: State, rows: Sequence[int]) -> State:
-        """Return a state of its own of the given rows; the old one stays as it is.
+        """Return an independent state of the given rows; the old one stays as it is.
 
         Raises:
             UnsupportedModel: The backend cannot copy (`capabilities.can_merge`).
@@ -139,17 +176,17 @@ class Backend(ABC, Generic[State]):
         raise UnsupportedModel(f"{self.name} cannot copy the rows of a batch")
 
     def merge(self, state: State, other: State, rows: Sequence[int]) -> State:
-        """Return a state of the rows of two, in the given order; neither must be used after.
+        """Return a state of rows from two states, in the given order; neither must be used any more.
 
         Args:
-            state: Its rows are counted first.
-            other: Its rows are counted on from there.
-            rows: Which rows, and in which order.
+            state: Its rows come first in the numbering.
+            other: Its rows are numbered on from there.
+            rows: Which rows, in which order.
 
         Raises:
             UnsupportedModel: The backend cannot merge (`capabilities.can_merge`).
         """
-        raise UnsupportedModel(f"{self.name} cannot bring the rows of two batches together")
+        raise UnsupportedModel(f"{self.name} cannot merge the rows of two batches")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +194,8 @@ class Bounds:
     """What is known of the tokens that a partial backend did not show at a position.
 
     Args:
-        ceiling: No token that was left out has a higher logprob; -inf where none was left out.
-        rest: What all of them together have at most, as a probability.
+        ceiling: Upper bound of these tokens' logprobs; -inf if all tokens were shown.
+        rest: Upper bound of the probability of all of them together.
     """
 
     ceiling: float
@@ -166,20 +203,25 @@ class Bounds:
 
 
 NO_TOKEN = -1
-"""What a row shorter than others is filled up with, where a partial backend appends drafts."""
+"""Fills up rows whose draft is shorter than others'."""
 
 
 class PartialBackend(Backend[State]):
     """A model that shows the logprobs of a few tokens at each position: a base behind an API.
 
-    Its logits are logprobs, with -inf for tokens that were not shown. Asking is dear, so what an answer says
-    about later positions is kept: `extend` costs nothing where that covers the tokens appended.
+    Its logits are logprobs, with -inf for tokens that were not shown. Calls are expensive, so what an answer
+    says about later positions is kept: `extend` costs nothing if that covers the appended tokens.
     """
+
+    @property
+    def partial(self) -> PartialBackend[State]:
+        """This backend."""
+        return self
 
     @property
     @abstractmethod
     def can_score(self) -> bool:
-        """Whether one call tells the logits of several tokens appended at once; if not, each costs one."""
+        """Whether one call returns the logits of several appended tokens; otherwise each costs a call."""
 
     @abstractmethod
     def prefill(
@@ -193,10 +235,10 @@ class PartialBackend(Backend[State]):
         """Run whole prompts; see `Backend.prefill`.
 
         Args:
-            prompts: Token ids, one sequence a row.
+            prompts: Token ids, one sequence per row.
             adapters: None, or None for every row.
-            num_new_tokens: How many tokens each row will get at most, so that no more are asked for.
-            is_scored: Whether a given text follows, whose own tokens count as seen, likely or not.
+            num_new_tokens: Maximum number of new tokens per row, so that no more are requested.
+            is_scored: Whether a given text follows, whose own tokens count as seen even if they are unlikely.
         """
 
     @abstractmethod
@@ -209,24 +251,24 @@ class PartialBackend(Backend[State]):
 
     @abstractmethod
     def lookahead(self, state: State, token_ids: Sequence[int]) -> list[list[int]]:
-        """Return, for each row, what the model is known to go on with after this token, if it is known."""
+        """Return each row's continuation after the given token as far as it is known."""
 
     @abstractmethod
     def reveal(
         self, state: State, row: int, num_back: int, token_ids: Sequence[int]
     ) -> dict[int, float]:
-        """Ask for the logprobs of certain tokens, and return those that could be found out.
+        """Request the logprobs of certain tokens, and return those that could be obtained.
 
         Args:
             state: The rows.
-            row: Which of them.
+            row: The row to ask about.
             num_back: How many of the row's last tokens come after the position.
-            token_ids: What to ask for.
+            token_ids: The tokens to ask for.
         """
 
 
 def num_shared_tokens(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many tokens two sequences begin with alike."""
+    """Return the length of the common beginning of two sequences."""
     for place, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
             return place

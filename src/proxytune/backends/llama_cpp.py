@@ -27,16 +27,22 @@ import torch
 from torch import Tensor
 
 from proxytune.backends.base import Backend, Capabilities, Prefilled
+from proxytune.backends.checks import (
+    adapters_of,
+    check_length,
+    check_prompts,
+    check_rewind,
+    check_shape,
+    check_token_ids,
+)
 from proxytune.errors import (
     AdapterMismatch,
     BackendError,
     CorruptModel,
-    InvalidRequest,
-    MissingExtra,
     NotEnoughMemory,
-    PromptTooLong,
     UnsupportedModel,
     VocabularyMismatch,
+    missing_extra,
 )
 
 if TYPE_CHECKING:
@@ -66,10 +72,11 @@ def library() -> Any:
     try:
         import llama_cpp.llama_cpp as api
     except (ImportError, OSError, RuntimeError) as error:
-        raise MissingExtra(
-            f"a .gguf file is to be run by llama.cpp, and llama-cpp-python cannot be imported: {error}\n"
-            "hint: pip install 'proxytune[gguf]', which compiles for some minutes; or leave llama_cpp out of "
-            "the recipe, and transformers unpacks the file"
+        raise missing_extra(
+            f"a .gguf file is to be run by llama.cpp, and llama-cpp-python cannot be imported: {error}",
+            "gguf",
+            "which compiles for some minutes; or leave llama_cpp out of the recipe, and transformers unpacks "
+            "the file",
         ) from error
     if is_first:
         # Its default is to print whatever llama.cpp says; a program that imported it before has chosen.
@@ -446,23 +453,12 @@ class LlamaCppBackend(Backend[LlamaCppState]):
             PromptTooLong: A prompt exceeds the context.
             BackendError: llama.cpp failed.
         """
-        lengths = [len(prompt) for prompt in prompts]
-        if not lengths or not min(lengths):
-            raise InvalidRequest(
-                f"{self.name} was given an empty prompt, so there is nothing to continue"
-            )
-        self._check_length(max(lengths))
-        names = list(adapters) if adapters is not None else [None] * len(prompts)
-        if len(names) != len(prompts):
-            raise InvalidRequest(
-                f"{self.name} was given {len(names)} adapters for {len(prompts)} rows"
-            )
+        check_prompts(self.name, prompts)
+        self._check_length(max(map(len, prompts)))
+        names = adapters_of(self.name, adapters, len(prompts), self.adapter_pointers)
         parts: list[_Part] = []
         answers: list[Tensor] = []
         for adapter in dict.fromkeys(names):
-            if adapter is not None and adapter not in self.adapter_pointers:
-                known = ", ".join(self.adapter_pointers) or "none"
-                raise InvalidRequest(f"{self.name} has no adapter {adapter!r}; it has: {known}")
             rows = [row for row, name in enumerate(names) if name == adapter]
             context, logits = self._read([prompts[row] for row in rows], adapter)
             parts.append(_Part(context, rows))
@@ -497,11 +493,7 @@ class LlamaCppBackend(Backend[LlamaCppState]):
             BackendError: llama.cpp failed. The state cannot be used again.
         """
         num_rows = len(state.lengths)
-        if token_ids.dim() != 2 or token_ids.shape[0] != num_rows or not token_ids.shape[1]:
-            raise InvalidRequest(
-                f"{self.name} was given token ids of shape {list(token_ids.shape)}, and needs "
-                f"[{num_rows}, num_tokens] with at least one token"
-            )
+        check_shape(self.name, token_ids.shape, num_rows)
         num_new = token_ids.shape[1]
         self._check_length(max(state.lengths) + num_new)
         new = token_ids.cpu().numpy()
@@ -529,17 +521,7 @@ class LlamaCppBackend(Backend[LlamaCppState]):
             UnsupportedModel: The model has layers that cannot forget.
             InvalidRequest: A row does not hold that many tokens.
         """
-        if not self._can_rewind:
-            raise UnsupportedModel(
-                f"{self.name} has layers without a KV cache of their own for each token, so tokens cannot be "
-                "taken back"
-            )
-        if len(num_tokens) != len(state.lengths) or any(
-            not 0 <= n <= length for n, length in zip(num_tokens, state.lengths, strict=True)
-        ):
-            raise InvalidRequest(
-                f"{self.name} cannot rewind rows of {state.lengths} tokens by {list(num_tokens)}"
-            )
+        check_rewind(self.name, num_tokens, state.lengths, can_rewind=self._can_rewind)
         for part in state.parts:
             for sequence, row in enumerate(part.rows):
                 if num_tokens[row]:
@@ -604,19 +586,11 @@ class LlamaCppBackend(Backend[LlamaCppState]):
             part.context = part.context.enlarged(len(part.rows), room)
 
     def _check_length(self, num_tokens: int) -> None:
-        if num_tokens > self.context_size:
-            raise PromptTooLong(
-                f"{self.name} can hold {self.context_size} tokens, and was asked to hold {num_tokens}.\n"
-                "hint: shorten the prompt, ask for fewer new tokens, or set a larger context_size"
-            )
+        more = ", or set a larger context_size"
+        check_length(self.name, num_tokens, self.context_size, also=more)
 
     def _check_token_ids(self, token_ids: Any) -> None:
-        lowest, highest = int(token_ids.min()), int(token_ids.max())
-        if lowest < 0 or highest >= self.vocab_size:
-            wrong = lowest if lowest < 0 else highest
-            raise InvalidRequest(
-                f"{self.name} has no token {wrong}; its token ids go from 0 to {self.vocab_size - 1}"
-            )
+        check_token_ids(self.name, int(token_ids.min()), int(token_ids.max()), self.vocab_size)
 
 
 def _joined(pieces: Sequence[Tensor]) -> Tensor:

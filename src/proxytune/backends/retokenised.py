@@ -18,7 +18,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,11 +27,13 @@ from proxytune.backends.base import (
     Backend,
     Capabilities,
     Prefilled,
+    Spelling,
+    Translation,
     num_shared_tokens,
 )
 from proxytune.errors import PromptTooLong, UnsupportedModel
-from proxytune.text.prompts import Tokenizer, continuation_ids
-from proxytune.text.vocab import TokenMap, Vocabulary, map_tokens, token_bytes
+from proxytune.text.prompts import continuation_ids
+from proxytune.text.vocab import TokenMap, map_tokens, token_bytes
 
 UNMAPPED = -100.0
 """Logprob of tokens that the small model does not have: next to no probability, and finite, so that two
@@ -67,22 +69,6 @@ class _Reading(NamedTuple):
     """Positions of the base's tokens, and after which of `tokens` (by index) they are answered."""
     following: int
     """The first position that another reading has to answer."""
-
-
-class Spelling(Protocol):
-    """How a model spells text; a `checkpoint.Checkpoint` knows it."""
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """Its tokens."""
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """What cuts text into them."""
-
-    @property
-    def eos_token_ids(self) -> Sequence[int]:
-        """Those that end a text."""
 
 
 def token_map(base: Spelling, own: Spelling) -> TokenMap:
@@ -131,13 +117,18 @@ class RetokenisedBackend(Backend[_State]):
         self._bytes: Mapping[int, bytes] = token_bytes(base.vocabulary)
         self._special_ids = frozenset(base.tokenizer.all_special_ids)
         self._starts_with = list(own.tokenizer.encode("", add_special_tokens=True))
-        self._capabilities = replace(inner.capabilities, reuses_logits=False, is_retokenised=True)
+        self._capabilities = replace(inner.capabilities, reuses_logits=False)
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     @property
     def capabilities(self) -> Capabilities:
         """Those of the model; its context counts its own tokens."""
         return self._capabilities
+
+    @property
+    def translation(self) -> Translation:
+        """The model itself, its spelling and the map of its tokens."""
+        return Translation(self.inner, self.own, self.token_map)
 
     @property
     def num_prompt_ids(self) -> int:

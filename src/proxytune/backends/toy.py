@@ -1,8 +1,8 @@
-"""A model small enough to check by hand: logits from a table, and the tokenizer that goes with it.
+"""A model small enough to check by hand: logits from a table, and a tokenizer to go with it.
 
-It ships with the package so that tests, also those of users, run without weights. Every answer can be worked
-out on paper: the logits after a text are the table's row of its last token, plus `memory` times the mean of
-the rows of all tokens, so that a wrong rewind or a mixed-up batch shows.
+It comes with the package so that users' tests can run without weights, too. Every answer can be worked out on
+paper: the logits after a text are the table's row of its last token, plus `memory` times the mean of the rows
+of all tokens. The latter makes a wrong rewind or a mixed-up batch show.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from proxytune.backends.base import Backend, Capabilities, Prefilled
-from proxytune.errors import InvalidRequest, PromptTooLong
+from proxytune.backends.checks import check_length, check_prompts, check_token_ids
+from proxytune.errors import InvalidRequest
 
 
 @dataclass(slots=True)
@@ -32,8 +33,8 @@ class ToyBackend(Backend[ToyState]):
         table: `[vocab, vocab]` logits of the next token given the last one.
         name: What errors and reports call it.
         memory: Weight of the mean row of all tokens so far.
-        adapters: Tables to add to `table` in rows that run with the adapter.
-        max_context: Most tokens a row can hold.
+        adapters: Tables by adapter name, each added to `table` in rows that run with that adapter.
+        max_context: Maximum number of tokens of a row; None for no limit.
     """
 
     def __init__(
@@ -55,11 +56,11 @@ class ToyBackend(Backend[ToyState]):
             max_context=max_context, can_merge=True, adapters=tuple(adapters or ())
         )
         self.num_rows_run = 0
-        """How many token positions were computed, for tests of what is computed twice."""
+        """Number of token positions computed, for tests that nothing is computed twice."""
 
     @property
     def capabilities(self) -> Capabilities:
-        """Say what this backend can do."""
+        """What this backend can do."""
         return self._capabilities
 
     def _logits(self, token_ids: Sequence[int], adapter: str | None) -> Tensor:
@@ -68,21 +69,14 @@ class ToyBackend(Backend[ToyState]):
         return table[token_ids[-1]] + self._memory * table[list(token_ids)].mean(0)
 
     def _check(self, token_ids: Sequence[int]) -> None:
-        limit = self._capabilities.max_context
-        if limit is not None and len(token_ids) > limit:
-            raise PromptTooLong(
-                f"{self.name} holds {limit} tokens, and {len(token_ids)} were given"
-            )
-        for token_id in token_ids:
-            if not 0 <= token_id < self.vocab_size:
-                raise InvalidRequest(
-                    f"{self.name} has {self.vocab_size} tokens, and no id {token_id}"
-                )
+        check_length(self.name, len(token_ids), self._capabilities.max_context)
+        check_token_ids(self.name, min(token_ids), max(token_ids), self.vocab_size)
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], *, adapters: Sequence[str | None] | None = None
     ) -> Prefilled[ToyState]:
         """Run whole prompts; see `Backend.prefill`."""
+        check_prompts(self.name, prompts)
         state = ToyState([list(p) for p in prompts], list(adapters or [None] * len(prompts)))
         for row in state.rows:
             self._check(row)
@@ -127,7 +121,7 @@ class ToyTokenizer:
 
     Args:
         tokens: The token of each id.
-        eos_token: Which of them ends a text; it is special, so text leaves it out.
+        eos_token: The one that ends a text. It is special: decoding can leave it out.
     """
 
     chat_template: str | None = None
@@ -141,7 +135,7 @@ class ToyTokenizer:
         self.all_special_ids = [] if self.eos_token_id is None else [self.eos_token_id]
 
     def get_vocab(self) -> dict[str, int]:
-        """Return the token-to-id map."""
+        """Return the id of each token."""
         return dict(self._ids)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -186,5 +180,5 @@ class ToyTokenizer:
         add_generation_prompt: bool = False,
         tokenize: bool = True,
     ) -> str:
-        """Refuse: a toy has no chat template."""
+        """Raise `InvalidRequest`: a toy has no chat template."""
         raise InvalidRequest("the toy tokenizer has no chat template")

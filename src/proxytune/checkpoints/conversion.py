@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,9 +17,11 @@ from proxytune.checkpoints.headers import (
 from proxytune.errors import (
     CorruptModel,
     ModelNotFound,
-    OutputFileError,
     UnsupportedModel,
 )
+from proxytune.files import building, remove_unfinished, unwritable, write_whole
+
+CACHE_HINT = "make room there, or set XDG_CACHE_HOME to a directory that can be written"
 
 # GGUF ----------------------------------------------------------------------------------------------
 
@@ -42,11 +43,7 @@ def _conversion_key(digest: str) -> str:
 
 
 def build_once(
-    target: Path,
-    build: Callable[[Path], None],
-    *,
-    is_whole: Callable[[], bool],
-    what: str = "the converted copy of a GGUF file",
+    target: Path, build: Callable[[Path], None], *, is_whole: Callable[[], bool]
 ) -> Path:
     """Return `target`, built beside its place and renamed into it if it is not there.
 
@@ -66,21 +63,11 @@ def build_once(
                 if is_whole():
                     return target
                 shutil.rmtree(target)
-            for left_over in target.parent.glob(f"{target.name}.part-*"):
-                shutil.rmtree(left_over, ignore_errors=True)
-            part = Path(tempfile.mkdtemp(prefix=f"{target.name}.part-", dir=target.parent))
-            try:
+            remove_unfinished(target)
+            with building(target, hint=CACHE_HINT) as part:
                 build(part)
-                part.chmod(0o755)
-                part.rename(target)
-            except BaseException:
-                shutil.rmtree(part, ignore_errors=True)
-                raise
     except OSError as error:
-        raise OutputFileError(
-            f"{what} cannot be written below {target.parent}: {error}.\n"
-            "hint: make room there, or set XDG_CACHE_HOME to a directory that can be written"
-        ) from error
+        raise unwritable(target, error, CACHE_HINT) from error
     return target
 
 
@@ -120,9 +107,7 @@ def _content_digest(path: Path, *, memory: Path) -> str:
         while block := file.read(1 << 20):
             content.update(block)
     digest = content.hexdigest()
-    part = remembered.with_name(f"{remembered.name}.{os.getpid()}")
-    part.write_text(digest)
-    part.replace(remembered)
+    write_whole(remembered, digest, hint=CACHE_HINT)
     return digest
 
 

@@ -37,10 +37,10 @@ from proxytune.commands.options import (
 )
 from proxytune.commands.shown import shown_token
 from proxytune.errors import InvalidRequest
-from proxytune.request import Experts, Request, SamplingParams
+from proxytune.request import Experts, Request, SamplingParams, Steering
 
 if TYPE_CHECKING:
-    from proxytune.explain.analysis import Analysis, Group
+    from proxytune.explain.analysis import Analysis, TraceGroup
     from proxytune.model import ProxyTuned
     from proxytune.trace import Trace
 
@@ -189,7 +189,7 @@ def analyze(
         found = read_recipe(
             recipe, llama_cpp, threads=threads, gpu_layers=gpu_layers, context_size=context_size
         )
-        experts = steering_of(found, expert, strengths[0])[1]
+        experts = steering_of(found, expert, strengths[0]).experts
         if isinstance(experts, Mapping) and len(strengths) > 1:
             raise InvalidRequest(
                 "--alpha has several strengths and an expert has one of its own, so it is unclear which "
@@ -199,12 +199,14 @@ def analyze(
             asked = _task_requests(task, data_dir, sampling, experts)
         else:
             assert prompts is not None
-            lines = read_lines(prompts, recipe=found, sampling=sampling, experts=experts)
+            lines = read_lines(
+                prompts, recipe=found, sampling=sampling, steering=Steering(experts=experts)
+            )
             asked = [line.request for line in lines]
         requests = [request for own in asked[:limit] for request in _at_strengths(own, strengths)]
         used: set[str] = set()
         for request in requests:
-            used |= found.choose(request.experts, request.alpha).keys()
+            used |= set(found.named(request.experts))
         model = load_models(
             found, used, device=device, dtype=dtype, max_calls=max_calls, max_cost=max_cost
         )
@@ -258,7 +260,7 @@ def _task_requests(
     name: str,
     data_dir: Path | None,
     sampling: SamplingParams,
-    experts: Experts,
+    experts: Experts | None,
 ) -> list[Request]:
     """Return a request per item of a benchmark; its stop strings hold beside those that are given."""
     from proxytune.data.lines import line_seed
@@ -385,7 +387,7 @@ def _show_positions(analysis: Analysis) -> None:
     console.print(table)
 
 
-def _show_types(group: Group) -> None:
+def _show_types(group: TraceGroup) -> None:
     from rich.table import Table
     from rich.text import Text
 

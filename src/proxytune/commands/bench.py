@@ -81,6 +81,7 @@ def bench(
     Everything alternates in every round; what is shown are medians of ratios within rounds.
     """
     from proxytune.evaluate import speed
+    from proxytune.machine import description
 
     if rounds < 1:
         raise InvalidRequest(f"--rounds is {rounds}, and must be at least 1")
@@ -94,13 +95,13 @@ def bench(
         recipe, llama_cpp, threads=threads, gpu_layers=gpu_layers, context_size=context_size
     )
     found = found.with_settings(device=device, dtype=dtype, cuda_graphs=cuda_graphs or None)
-    chosen = found.choose(expert, alpha)
+    chosen = found.named(expert)
     if len(chosen) != 1:
         raise InvalidRequest(
             f"the recipe steers with {len(chosen)} experts at once, and one is measured at a time.\n"
             "hint: name it with --expert"
         )
-    name = next(iter(chosen))
+    (name,) = chosen
     model = load_models(found, chosen, device=None, dtype=None)
     plain = speed.load_plain_models(found, name) if compare else None
     measured = [
@@ -121,7 +122,7 @@ def bench(
         answer = {
             "recipe": recipe,
             "rounds": rounds,
-            "machine": speed.machine(),
+            "machine": description(),
             "measured": [one.to_dict() for one in measured],
         }
         typer.echo(json_line(answer))

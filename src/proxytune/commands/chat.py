@@ -41,7 +41,7 @@ from proxytune.commands.options import (
     steering_of,
 )
 from proxytune.errors import InvalidRequest, UserError
-from proxytune.request import SamplingParams
+from proxytune.request import SamplingParams, Steering
 
 if TYPE_CHECKING:
     from proxytune.model import Conversation
@@ -109,7 +109,7 @@ def chat(
     found = read_recipe(
         recipe, llama_cpp, threads=threads, gpu_layers=gpu_layers, context_size=context_size
     )
-    own_alpha, experts = steering_of(found, expert, alpha)
+    steering = steering_of(found, expert, alpha)
     model = load_models(
         found,
         None,
@@ -120,7 +120,11 @@ def chat(
         max_cost=max_cost,
     )
     conversation = model.chat(
-        sampling, system=system, alpha=own_alpha, experts=experts, speculative=speculative
+        sampling,
+        system=system,
+        alpha=steering.alpha,
+        experts=steering.experts,
+        speculative=speculative,
     )
     _Chat(conversation, found).run()
 
@@ -201,8 +205,7 @@ class _Chat:
             experts = self._conversation.experts
             if isinstance(experts, Mapping):
                 experts = tuple(experts)
-            self._recipe.choose(experts, alpha)
-            self._conversation.alpha, self._conversation.experts = alpha, experts
+            self._steer(Steering(alpha, experts))
         self._say(self._steering())
 
     def _set_experts(self, values: Sequence[str]) -> None:
@@ -211,21 +214,23 @@ class _Chat:
             self._say(f"experts: {', '.join(known)}; now {self._steering()}")
             return
         if values == ("none",) and "none" not in known:
-            self._conversation.alpha, self._conversation.experts = 0.0, None
+            self._steer(Steering(0.0))
         elif values == ("default",) and "default" not in known:
-            self._conversation.alpha, self._conversation.experts = None, None
+            self._steer(Steering())
         else:
             # A strength of 0 was "none", and would silence the expert that is asked for now.
             alpha = self._conversation.alpha or None
             if all("=" in value for value in values):
                 alpha = None
-            alpha, experts = steering_of(self._recipe, values, alpha)
-            self._conversation.alpha, self._conversation.experts = alpha, experts
+            self._steer(steering_of(self._recipe, values, alpha))
         self._say(self._steering())
 
+    def _steer(self, steering: Steering) -> None:
+        self._conversation.alpha, self._conversation.experts = steering.alpha, steering.experts
+
     def _steering(self) -> str:
-        chosen = self._recipe.choose(self._conversation.experts, self._conversation.alpha)
-        return strengths_text(chosen)
+        steering = Steering(self._conversation.alpha, self._conversation.experts)
+        return strengths_text(self._recipe.strengths(steering))
 
     def _say(self, text: str) -> None:
         typer.echo(text, err=True)

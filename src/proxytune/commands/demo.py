@@ -26,7 +26,7 @@ from proxytune.commands.options import JsonOption
 from proxytune.decode.batch import Event
 from proxytune.measure.score import ScoreReport
 from proxytune.model import ProxyTuned
-from proxytune.request import Request, SamplingParams
+from proxytune.request import Request, SamplingParams, Steering
 
 
 @command("proxytune demo")
@@ -98,7 +98,7 @@ def run(
         results = []
         for domain in DOMAINS:
             text = resolve_package(f"{RECIPE}/heldout/{domain.expert}.txt").read_text("utf-8")
-            alpha = model.recipe.choose(domain.expert, None)[domain.expert]
+            alpha = model.recipe.strengths(Steering(experts=domain.expert))[domain.expert]
             task = progress.add_task(f"scoring held-out text: {domain.title}", total=1)
             report = model.score(
                 text,

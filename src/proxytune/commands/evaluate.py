@@ -30,7 +30,7 @@ from proxytune.commands.options import (
     number_of,
     read_recipe,
 )
-from proxytune.errors import InvalidRequest
+from proxytune.errors import InvalidRequest, install_command
 
 if TYPE_CHECKING:
     from proxytune.evaluate.run import EvalProgress
@@ -264,7 +264,7 @@ def evaluate(
     if importlib.util.find_spec("matplotlib") is not None:
         picture(report, output / "eval.png")
     else:
-        typer.echo("no picture: pip install 'proxytune[eval]' brings matplotlib", err=True)
+        typer.echo(f"no picture: {install_command('eval')} brings matplotlib", err=True)
     if as_json:
         typer.echo(json_line(content))
     else:

@@ -42,7 +42,7 @@ from proxytune.commands.options import (
 )
 from proxytune.commands.shown import TABLE_ROWS, print_moves
 from proxytune.errors import InvalidRequest, OutputFileError
-from proxytune.request import Experts, Prompt, Request, SamplingParams
+from proxytune.request import Experts, Prompt, Request, SamplingParams, Steering
 
 if TYPE_CHECKING:
     from proxytune.explain.report import Report, Run
@@ -88,7 +88,7 @@ class _Question(NamedTuple):
     continuation: str | None
     sampling: SamplingParams
     alphas: tuple[float | None, ...]
-    experts: Experts
+    experts: Experts | None
 
 
 @command('proxytune explain my-recipe "Once upon a time" --html report.html')
@@ -234,7 +234,7 @@ def explain(
             recipe, llama_cpp, threads=threads, gpu_layers=gpu_layers, context_size=context_size
         )
         name = recipe
-        experts = steering_of(found, expert, strengths[0])[1]
+        experts = steering_of(found, expert, strengths[0]).experts
         if isinstance(experts, Mapping):
             if len(strengths) > 1:
                 raise InvalidRequest(
@@ -249,8 +249,7 @@ def explain(
             questions = _read_questions(input_file, found, sampling, strengths, experts)
         used: set[str] = set()
         for question in questions:
-            for strength in question.alphas:
-                used |= found.choose(question.experts, strength).keys()
+            used |= set(found.named(question.experts))
         model = load_models(
             found, used, device=device, dtype=dtype, max_calls=max_calls, max_cost=max_cost
         )
@@ -338,12 +337,14 @@ def _read_questions(
     recipe: Recipe,
     sampling: SamplingParams,
     strengths: tuple[float | None, ...],
-    experts: Experts,
+    experts: Experts | None,
 ) -> list[_Question]:
     from proxytune.data.lines import read_lines
 
     questions = []
-    for line in read_lines(path, recipe=recipe, sampling=sampling, experts=experts):
+    for line in read_lines(
+        path, recipe=recipe, sampling=sampling, steering=Steering(experts=experts)
+    ):
         given = line.fields.get("continuation")
         if given is not None and not isinstance(given, str):
             raise InvalidRequest(
@@ -436,7 +437,7 @@ def _steered(model: ProxyTuned, question: _Question) -> list[float | None]:
         alpha
         for alpha in question.alphas
         if question.continuation is not None
-        or any(model.recipe.choose(question.experts, alpha).values())
+        or any(model.recipe.strengths(Steering(alpha, question.experts)).values())
     ]
     return steered or list(question.alphas[:1])
 
@@ -448,7 +449,7 @@ def _requests(model: ProxyTuned, question: _Question, top: int) -> list[Request]
             Request(question.prompt, question.sampling, alpha, question.experts, True, top)
             for alpha in _steered(model, question)
         ]
-    names = model.recipe.choose(question.experts, question.alphas[0])
+    names = model.recipe.named(question.experts)
     base = Request(question.prompt, question.sampling, None, dict.fromkeys(names, 0.0), True, top)
     return [*requests, base]
 

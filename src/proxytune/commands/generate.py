@@ -52,7 +52,7 @@ from proxytune.commands.options import (
     with_policy,
 )
 from proxytune.errors import InvalidRequest, OutputFileError, ProxytuneError
-from proxytune.request import Experts, Request, SamplingParams
+from proxytune.request import Request, SamplingParams, Steering
 
 if TYPE_CHECKING:
     from proxytune.decode.batch import Event
@@ -226,14 +226,13 @@ def generate(
 
     if input_file is not None and output_file is not None:
         found = read()
-        own_alpha, experts = steering_of(found, expert, alpha)
+        steering = steering_of(found, expert, alpha)
         _generate_file(
             found,
             input_file,
             output_file,
             sampling=sampling,
-            alpha=own_alpha,
-            experts=experts,
+            steering=steering,
             batch_size=8 if batch_size is None else batch_size,
             skip_bad_lines=skip_bad_lines,
             device=device,
@@ -249,11 +248,13 @@ def generate(
     text = stdin_text() if prompt == "-" else argument_text(prompt)
     Request(text, sampling)  # An empty prompt needs no recipe to be refused.
     found = read()
-    own_alpha, experts = steering_of(found, expert, alpha)
-    request = Request(text, sampling, own_alpha, experts, explain=trace_file is not None)
+    steering = steering_of(found, expert, alpha)
+    request = Request(
+        text, sampling, steering.alpha, steering.experts, explain=trace_file is not None
+    )
     model = load_models(
         found,
-        found.choose(experts, own_alpha),
+        found.named(steering.experts),
         device=device,
         dtype=dtype,
         cuda_graphs=cuda_graphs,
@@ -261,7 +262,7 @@ def generate(
         max_cost=max_cost,
     )
     if choice:
-        _show_choice(model, text, choice, own_alpha, experts, as_json=as_json)
+        _show_choice(model, text, choice, steering, as_json=as_json)
         return
     is_streamed = sys.stdout.isatty() and not as_json if stream is None else stream
 
@@ -330,13 +331,12 @@ def _show_choice(
     model: ProxyTuned,
     prompt: str,
     options: Sequence[str],
-    alpha: float | None,
-    experts: Experts,
+    steering: Steering,
     *,
     as_json: bool,
 ) -> None:
     """Print which of a few answers the steered base prefers."""
-    found = model.choose(prompt, options, alpha=alpha, experts=experts)
+    found = model.choose(prompt, options, alpha=steering.alpha, experts=steering.experts)
     if as_json:
         probs = dict(zip(options, found.probs, strict=True))
         content = {"choice": found.option, "index": found.index, "probs": probs}
@@ -409,8 +409,7 @@ def _generate_file(
     output_file: Path,
     *,
     sampling: SamplingParams,
-    alpha: float | None,
-    experts: Experts,
+    steering: Steering,
     batch_size: int,
     skip_bad_lines: bool,
     device: str | None,
@@ -436,8 +435,7 @@ def _generate_file(
 
     options = BatchOptions(
         sampling=sampling,
-        alpha=alpha,
-        experts=experts,
+        steering=steering,
         dtype=dtype,
         batch_size=batch_size,
         skip_bad_lines=skip_bad_lines,

@@ -14,7 +14,7 @@ from proxytune.errors import (
     InvalidRequest,
     UserError,
 )
-from proxytune.request import Experts, SamplingParams, check_alpha
+from proxytune.request import SamplingParams, Steering, check_alpha
 
 if TYPE_CHECKING:
     from proxytune.model import ProxyTuned
@@ -228,33 +228,22 @@ SpeculativeOption = Annotated[
 ]
 
 
-def steering_of(
-    recipe: Recipe, names: Sequence[str] | None, alpha: float | None
-) -> tuple[float | None, Experts]:
-    """Return alpha and experts of a request from `--alpha` and the values of `--expert`.
+def steering_of(recipe: Recipe, names: Sequence[str] | None, alpha: float | None) -> Steering:
+    """Return what `--alpha` and the values of `--expert` ask for.
 
     Raises:
         UnknownExpert: The recipe has no expert of that name.
         InvalidRequest: A strength is no finite number or said twice, or an expert is named twice.
     """
     if not names:
-        recipe.choose(None, alpha)
-        return alpha, None
+        return Steering(alpha)
     own: dict[str, float | None] = {}
     for item in names:
         name, has_own, value = item.partition("=")
         if name in own:
             raise InvalidRequest(f"expert {name!r} is named twice.\nhint: name it once")
         own[name] = number_of(value, f"the strength of expert {name!r}") if has_own else None
-    chosen = recipe.choose(tuple(own), alpha)
-    if all(value is None for value in own.values()):
-        return alpha, tuple(own)
-    if alpha is not None and all(value is not None for value in own.values()):
-        raise InvalidRequest(
-            "--alpha is given and each expert has a strength of its own, so --alpha would do nothing.\n"
-            "hint: leave --alpha out"
-        )
-    return None, {name: chosen[name] if value is None else value for name, value in own.items()}
+    return recipe.mixed(own, alpha)
 
 
 def with_policy(recipe: Recipe, policy: str | None, combine: str | None) -> Recipe:
@@ -313,8 +302,7 @@ def read_recipe(
     recipe = Recipe.read(reference)
     settings = {"threads": threads, "gpu_layers": gpu_layers, "context_size": context_size}
     given = [name for name, value in settings.items() if value is not None]
-    models = [recipe.base, *(m for e in recipe.experts for m in (e.expert, e.anti_expert))]
-    if given and not llama_cpp and all(model.llama_cpp is None for model in models):
+    if given and not llama_cpp and all(m.llama_cpp is None for m in recipe.models.values()):
         raise InvalidRequest(
             f"--{given[0].replace('_', '-')} is for llama.cpp, and the recipe runs nothing with it.\n"
             "hint: add --llama-cpp to run its .gguf files that way"

@@ -78,7 +78,7 @@ def rank_experts(
         recipe, llama_cpp, threads=threads, gpu_layers=gpu_layers, context_size=context_size
     )
     names = tuple(expert or (e.name for e in found.experts))
-    chosen = tuple(found.choose(names, None))
+    chosen = found.named(names)
     model = load_models(found, chosen, device=device, dtype=dtype)
     passages = passages_from(model, text_file, data, scoring_window(model.ensemble, window))[:limit]
     from proxytune.measure.rank import rank_experts as ranked

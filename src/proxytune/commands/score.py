@@ -96,7 +96,7 @@ def score(
     experts = tuple(expert) if expert else None
     model = load_models(
         found,
-        found.choose(experts, None),
+        found.named(experts),
         device=device,
         dtype=dtype,
         max_calls=max_calls,

@@ -31,7 +31,7 @@ from proxytune.commands.options import (
     load_models,
     read_recipe,
 )
-from proxytune.errors import InputFileError, InvalidRequest, MissingExtra
+from proxytune.errors import InputFileError, InvalidRequest, missing_extra
 from proxytune.machine import settle
 
 if TYPE_CHECKING:
@@ -204,9 +204,8 @@ def serve(
         from proxytune.server.run import listen, make_server
         from proxytune.server.service import ServerSettings
     except ImportError as error:
-        raise MissingExtra(
-            f"serving needs {error.name}, which is not installed.\n"
-            "hint: pip install 'proxytune[serve]'"
+        raise missing_extra(
+            f"serving needs {error.name}, which is not installed", "serve"
         ) from None
     read = read_recipe(
         recipe, llama_cpp, threads=threads, gpu_layers=gpu_layers, context_size=context_size

@@ -45,7 +45,7 @@ def print_moves(report: Report, num_rows: int, *, is_first: bool) -> None:
     from rich.text import Text
 
     from proxytune.explain.moves import moves
-    from proxytune.explain.summary import parting
+    from proxytune.explain.summary import first_difference
 
     console = stdout()
     run = report.runs[0]
@@ -62,7 +62,7 @@ def print_moves(report: Report, num_rows: int, *, is_first: bool) -> None:
         _show_moved(told, run.trace, num_rows)
     for other in report.runs[1:]:
         console.print()
-        place = parting(other.trace, run.trace)
+        place = first_difference(other.trace, run.trace)
         where = "the same text" if place is None else f"parts at position {place}"
         label = "the base by itself" if other.is_base else other.name
         console.print(Text(f"{label}: {where}", style="bold"))

@@ -29,7 +29,7 @@ from proxytune.commands.options import (
 )
 from proxytune.errors import InvalidRequest
 from proxytune.measure.score import SCORE_WINDOW, scoring_window
-from proxytune.request import SamplingParams
+from proxytune.request import SamplingParams, Steering
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -159,7 +159,7 @@ def sweep(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Draw the curve there: .png, .svg or .pdf; needs proxytune[tune]",
+            help="Draw the curve there: .png, .svg or .pdf; needs the extra tune",
             show_default=False,
         ),
     ] = None,
@@ -223,7 +223,7 @@ def sweep(
         raise InvalidRequest(
             "--alphas names experts and --expert is given too.\nhint: leave --expert out"
         )
-    chosen = tuple(found.choose(tuple(own or expert or ()) or None, None))
+    chosen = found.named(own or expert or None)
     usual_settings = SamplingParams(max_new_tokens=64) if benchmark is None else benchmark.sampling
     sampling = replace(
         usual_settings,
@@ -237,7 +237,7 @@ def sweep(
     )
     model = load_models(found, chosen, device=device, dtype=dtype)
     ensemble = model.steered_by(chosen)
-    strengths = found.choose(chosen, None)
+    strengths = found.strengths(Steering(experts=chosen))
     usual = [strengths[name] for name in grid.names]
     if metric == "perplexity" and benchmark is None:
         window = scoring_window(model.ensemble, window)

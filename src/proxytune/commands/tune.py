@@ -11,7 +11,7 @@ import typer
 from proxytune.commands.app import command
 from proxytune.commands.console import json_line, stderr
 from proxytune.commands.options import JsonOption
-from proxytune.errors import MissingExtra
+from proxytune.errors import missing_extra
 
 
 @command(
@@ -248,9 +248,8 @@ def tune(
         from proxytune.tune.run import tune as run
         from proxytune.tune.settings import Interrupted, TuneSettings
     except ImportError as error:
-        raise MissingExtra(
-            f"tuning needs libraries that are not installed ({error}).\n"
-            "hint: pip install 'proxytune[tune]'"
+        raise missing_extra(
+            f"tuning needs libraries that are not installed ({error})", "tune"
         ) from error
     settings = TuneSettings(
         output=str(output),

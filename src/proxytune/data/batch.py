@@ -176,8 +176,8 @@ def _settings(recipe: Recipe, options: BatchOptions, input_sha256: str) -> dict[
         "input_sha256": input_sha256,
         "recipe": recipe.to_dict(),
         "recipe_directory": str(recipe.directory.resolve()),
-        "alpha": options.alpha,
-        "expert": options.experts,
+        "alpha": options.steering.alpha,
+        "expert": options.steering.experts,
         "dtype": options.dtype,
         **asdict(options.sampling),
     }

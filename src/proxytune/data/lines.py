@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -14,14 +13,13 @@ from proxytune.errors import (
     InputFileError,
     InvalidRequest,
     UserError,
+    did_you_mean,
 )
 from proxytune.recipe.recipe import Recipe
-from proxytune.request import Request, SamplingParams
+from proxytune.request import Experts, Request, SamplingParams, Steering
 
 if TYPE_CHECKING:  # Importing it loads torch, which a malformed file should not wait for.
     from proxytune.model import ProxyTuned
-
-Experts = str | tuple[str, ...] | Mapping[str, float] | None
 
 SAMPLING_OPTIONS = tuple(f.name for f in fields(SamplingParams))
 LINE_OPTIONS = ("alpha", "expert", *SAMPLING_OPTIONS)
@@ -34,8 +32,7 @@ class BatchOptions:
 
     Args:
         sampling: For lines that do not say otherwise.
-        alpha: For lines that do not say otherwise; as in `Request`.
-        experts: For lines that do not say otherwise; as in `Request`.
+        steering: For lines that do not say otherwise.
         dtype: Of the models, where it is not the recipe's; a run is continued only in the same one.
         batch_size: Lines generated together. May change when a run is continued: results do not depend on it,
             apart from ties within rounding.
@@ -43,12 +40,11 @@ class BatchOptions:
         speculative: Draft tokens, as in `ProxyTuned.generate`. May change when a run is continued.
 
     Raises:
-        InvalidRequest: The batch size is below 1, or alpha or experts contradict each other.
+        InvalidRequest: The batch size is below 1.
     """
 
     sampling: SamplingParams
-    alpha: float | None = None
-    experts: Experts = None
+    steering: Steering = field(default_factory=Steering)
     dtype: str | None = None
     batch_size: int = 8
     skip_bad_lines: bool = False
@@ -57,7 +53,6 @@ class BatchOptions:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise InvalidRequest(f"batch_size is {self.batch_size}, and must be at least 1")
-        Request("any", self.sampling, self.alpha, self.experts)  # checks what the lines will share
 
 
 class Line(NamedTuple):
@@ -69,14 +64,14 @@ class Line(NamedTuple):
 
 
 def read_lines(
-    path: Path, *, recipe: Recipe, sampling: SamplingParams, experts: Experts = None
+    path: Path, *, recipe: Recipe, sampling: SamplingParams, steering: Steering
 ) -> list[Line]:
     """Return all lines of an input file.
 
     Raises:
         InputFileError: The file cannot be read, has no prompts, or a line cannot be used.
     """
-    with InputFile(path, recipe, BatchOptions(sampling, experts=experts)) as source:
+    with InputFile(path, recipe, BatchOptions(sampling, steering)) as source:
         source.check_lines()
         return list(source.lines())
 
@@ -132,7 +127,7 @@ def parse_line(raw: bytes, number: int, *, recipe: Recipe, options: BatchOptions
     if not isinstance(own, dict):
         raise InputFileError(f'"options" is a JSON {_kind(own)}, and must be an object')
     request = _request(prompt, own, number, options)
-    recipe.choose(request.experts, request.alpha)
+    recipe.strengths(request.steering)
     return Line(number, content, request)
 
 
@@ -140,14 +135,10 @@ def _request(prompt: Any, own: Mapping[str, Any], number: int, options: BatchOpt
     """Return the request of a line: the run's options, overridden by the line's own."""
     for name in own:
         if name not in LINE_OPTIONS:
-            close = get_close_matches(name, LINE_OPTIONS, n=1)
+            known = f"known are {', '.join(LINE_OPTIONS)}"
             raise InputFileError(
-                f'"options" has {name!r}, which is not an option.\n'
-                + (
-                    f"hint: did you mean {close[0]!r}?"
-                    if close
-                    else f"hint: {', '.join(LINE_OPTIONS)}"
-                )
+                f'"options" has {name!r}, which is not an option'
+                f"{did_you_mean(name, LINE_OPTIONS, otherwise=known)}"
             )
     changes = {name: value for name, value in own.items() if name in SAMPLING_OPTIONS}
     if isinstance(changes.get("stop"), str):
@@ -158,16 +149,10 @@ def _request(prompt: Any, own: Mapping[str, Any], number: int, options: BatchOpt
     sampling = replace(options.sampling, **changes)
     if changes.get("seed") is None and not sampling.is_greedy:
         sampling = replace(sampling, seed=line_seed(options.sampling.seed, number))
-    alpha, experts = options.alpha, options.experts
-    if own.get("expert") is not None:
-        experts = _experts(own["expert"])
-        if isinstance(experts, Mapping):
-            alpha = None
-    if own.get("alpha") is not None:
-        alpha = own["alpha"]
-        if isinstance(experts, Mapping) and own.get("expert") is None:
-            experts = tuple(experts)
-    return Request(prompt, sampling, alpha, experts)
+    expert = own.get("expert")
+    steering = Steering(own.get("alpha"), None if expert is None else _experts(expert))
+    steering = steering.over(options.steering)
+    return Request(prompt, sampling, steering.alpha, steering.experts)
 
 
 def _experts(value: object) -> Experts:
@@ -243,7 +228,7 @@ class InputFile:
             except UserError as error:
                 self._leave_out(number, error)
                 continue
-            experts |= self._recipe.choose(line.request.experts, line.request.alpha).keys()
+            experts |= set(self._recipe.named(line.request.experts))
             self.num_lines += 1
         self.sha256 = digest.hexdigest()
         self._check_some_left()

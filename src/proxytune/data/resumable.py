@@ -12,8 +12,12 @@ from types import TracebackType
 from typing import IO, Any
 
 from proxytune.data.lines import Line
-from proxytune.errors import (
-    OutputFileError,
+from proxytune.errors import OutputFileError
+from proxytune.files import unwritable, write_json
+
+HINT = (
+    "give an output file in an existing, writable directory with free space; an interrupted "
+    "run continues when it is started again"
 )
 
 FORMAT = 1
@@ -161,26 +165,11 @@ class ResumableOutput:
         self._write_progress({"finished": finished})
 
     def _write_progress(self, further: Mapping[str, Any]) -> None:
-        """Replace the progress file in one step, so that a reader never sees half of it."""
-        temporary = self._progress_path.with_name(self._progress_path.name + ".tmp")
         content = {"format": FORMAT, "settings": self._settings, **further}
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(content, file, indent=2)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self._progress_path)
-        except OSError as error:
-            raise self._cannot_write(error) from error
+        write_json(self._progress_path, content, hint=HINT)
 
     def _cannot_write(self, error: OSError) -> OutputFileError:
-        where = error.filename or self._path
-        return OutputFileError(
-            f"{where} cannot be written: {error.strerror}.\n"
-            "hint: give an output file in an existing, writable directory with free space; an interrupted "
-            "run continues when it is started again"
-        )
+        return unwritable(Path(error.filename or self._path), error, HINT)
 
 
 def _answers(raw: bytes, line: Line) -> bool:

@@ -27,11 +27,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from proxytune.errors import (
-    InputFileError,
-    InvalidRequest,
-    MissingExtra,
-)
+from proxytune.errors import InputFileError, InvalidRequest, MissingExtra, missing_extra
 from proxytune.request import Message, Prompt
 
 Kind = Literal["text", "completion", "messages", "preference"]
@@ -234,14 +230,13 @@ def _datasets(what: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise _missing_extra(what) from error
+        raise _without_datasets(what) from error
     return datasets
 
 
-def _missing_extra(what: str) -> MissingExtra:
-    return MissingExtra(
-        f"reading {what} needs the library datasets, which is not installed.\n"
-        "hint: pip install 'proxytune[tune]'"
+def _without_datasets(what: str) -> MissingExtra:
+    return missing_extra(
+        f"reading {what} needs the library datasets, which is not installed", "tune"
     )
 
 
@@ -289,7 +284,7 @@ def _arrow_rows(content: bytes, path: Path) -> list[dict[str, Any]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise _missing_extra(path.name) from error
+        raise _without_datasets(path.name) from error
     try:
         buffer = pyarrow.BufferReader(content)
         if content.startswith(b"PAR1"):

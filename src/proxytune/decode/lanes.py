@@ -1,25 +1,23 @@
-"""Which model reads which row, and where its logits are."""
+"""Which model reads which row, where its logits are, and what steers each row."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from proxytune.backends.base import (
-    Backend,
-    Bounds,
-    num_shared_tokens,
-)
-from proxytune.decode.ensemble import Ensemble, Job, members_of
+from proxytune.backends.base import Backend, num_shared_tokens
+from proxytune.decode.ensemble import Ensemble, Job, members_of, pairs_of
 from proxytune.decode.lookup import PromptLookup
-from proxytune.decode.speculative import (
-    Rate,
-    Source,
-)
+from proxytune.decode.speculative import Rate, Source
+from proxytune.logits.sample import BatchSampler
+from proxytune.logits.steer import Contribution
 from proxytune.text.detokenize import TextStream
+from proxytune.text.vocab import Alignment
+from proxytune.trace import FinishReason
 
 
 class Lane(NamedTuple):
@@ -30,14 +28,18 @@ class Lane(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class Group:
+class LaneGroup:
     """The lanes on one backend, in the order of its state's rows: by member, then by row."""
 
     backend: Backend[Any]
     lanes: list[Lane]
     state: Any = None
     places: list[int] = field(default_factory=list)
-    """Of the lanes' rows in the batch."""
+    """For each lane, the place of its row among the live ones."""
+    order: Tensor | None = None
+    """The same on the batch's device; None if the lanes are the live rows, one each, in their order."""
+    alignment: Alignment | None = None
+    """The alignment that all lanes share; None if they have several."""
 
     @property
     def members(self) -> list[int]:
@@ -45,36 +47,66 @@ class Group:
         return list(dict.fromkeys(lane.member for lane in self.lanes))
 
 
-LanePlace = tuple[Group, int]
-"""Where a lane's logits are: its group, and its place there."""
+LaneRef = tuple[LaneGroup, int]
+"""A lane, by its group and its index there: where its logits are."""
 
 
 @dataclass(slots=True)
 class Row:
-    """What the loop remembers of a row beside the models' states."""
+    """What the loop remembers of a row, apart from the models' states."""
 
     index: int
     job: Job
     text: TextStream
     ending_ids: frozenset[int]
-    lookup: PromptLookup | None
-    rates: dict[Source, Rate]
-    slots: tuple[int, ...]
+    pairs: tuple[int, ...]
     """The pairs that have lanes."""
     new_ids: list[int] = field(default_factory=list)
+    has_pending: bool = True
+    """Whether the last new token waits to be read; a row that ended without a token has none."""
+    rates: dict[Source, Rate] = field(default_factory=dict)
+    lookup: PromptLookup | None = None
+    room: int | None = None
+    """How many new tokens fit behind the prompt in every model's context; None for no limit."""
     num_drafted: int = 0
     num_accepted: int = 0
-    has_pending: bool = True
+
+    @classmethod
+    def begin(cls, ensemble: Ensemble, index: int, job: Job) -> Row:
+        """Return a row without new tokens."""
+        sampling = job.sampling
+        text = TextStream(
+            ensemble.tokenizer,
+            stop=sampling.stop,
+            prompt_ids=job.prompts[0],
+            min_tokens=sampling.min_new_tokens,
+        )
+        eos_token_ids = () if sampling.ignore_eos else ensemble.eos_token_ids
+        ending_ids = frozenset((*sampling.stop_token_ids, *eos_token_ids))
+        return cls(index, job, text, ending_ids, pairs_of(job))
 
     @property
     def experts(self) -> tuple[int, ...]:
         """The pairs that steer."""
-        return tuple(which for which in self.slots if self.job.alphas[which])
+        return tuple(which for which in self.pairs if self.job.alphas[which])
 
     @property
     def num_left(self) -> int:
         """How many tokens may still be chosen."""
         return self.job.sampling.max_new_tokens - len(self.new_ids)
+
+    def push(self, token_id: int) -> tuple[FinishReason | None, str]:
+        """Append a token; return why the row ends, if it does, and the text that became safe to show."""
+        self.new_ids.append(token_id)
+        if token_id in self.ending_ids:
+            return "stop", self.text.finish()
+        text = self.text.push(token_id)
+        if self.text.stopped:
+            return "stop", text
+        if self.num_left <= 0:
+            text += self.text.finish()  # which may complete a stop string that was held back
+            return "stop" if self.text.stopped else "length", text
+        return None, text
 
 
 @dataclass(slots=True)
@@ -82,37 +114,43 @@ class Block:
     """What the models say after each token of a block: the pending one, then the draft.
 
     Args:
+        pending: Every row's pending token, `[rows]`; None after the prompts.
         draft: For each drafted position, every row's token, `[rows]` each; NO_TOKEN where it has none.
         whole: Logits of groups that read the block at once, `[lanes, 1 + draft length, their vocab]`.
         stepwise: Logits of groups that read it token by token, `[lanes, their vocab]` for each token read.
         source: Who drafted.
-        unused: What the source would have drafted next, every row's token, and did not for its cost.
-        bounds: Of what a partial base did not show, by row and position.
+        unused: What the source would have drafted next for every row, and did not because of its cost.
     """
 
-    draft: list[Tensor]
-    whole: dict[Group, Tensor]
-    stepwise: dict[Group, list[Tensor]]
+    pending: Tensor | None = None
+    draft: list[Tensor] = field(default_factory=list)
+    whole: dict[LaneGroup, Tensor] = field(default_factory=dict)
+    stepwise: dict[LaneGroup, list[Tensor]] = field(default_factory=dict)
     source: Source | None = None
     unused: Tensor | None = None
-    bounds: list[list[Bounds]] = field(default_factory=list)
 
-    def at(self, position: int) -> dict[Group, Tensor]:
+    def at(self, position: int) -> dict[LaneGroup, Tensor]:
         """Return every group's logits after the token at `position`, `[lanes, their vocab]`."""
         logits = {group: part[:, position] for group, part in self.whole.items()}
-        return logits | {group: parts[position] for group, parts in self.stepwise.items()}
+        for group, parts in self.stepwise.items():
+            logits[group] = parts[position]
+        return logits
+
+    def drafted_ids(self) -> list[list[int]]:
+        """Return the draft as numbers, by position and row."""
+        return torch.stack(self.draft).tolist() if self.draft else []
 
 
 @dataclass(slots=True, eq=False)
 class Kept:
-    """What the models have read of one row, for a prompt that begins alike.
+    """What the models have read of one row, for a later prompt that begins alike.
 
     Args:
-        groups: With their states.
+        groups: The row's lanes, with their states.
         token_ids: What each member has read, in its own vocabulary.
     """
 
-    groups: list[Group]
+    groups: list[LaneGroup]
     token_ids: dict[int, list[int]]
 
     @property
@@ -121,16 +159,284 @@ class Kept:
         return len(self.token_ids[0])
 
     def num_shared(self, prompts: Sequence[Sequence[int]]) -> int:
-        """Return how many tokens the base would not have to read again of a job's prompts."""
+        """Return how many tokens of a job's prompts the base would not have to read again."""
         return num_shared_tokens(self.token_ids[0], prompts[0])
 
 
-def grouped(ensemble: Ensemble, jobs: Sequence[Job]) -> list[Group]:
+def grouped(ensemble: Ensemble, jobs: Sequence[Job]) -> list[LaneGroup]:
     """Return the lanes of jobs, by backend; the base's come first."""
     needed = [members_of(ensemble, job) for job in jobs]
-    groups: dict[int, Group] = {}
+    groups: dict[int, LaneGroup] = {}
     for member in sorted({member for members in needed for member in members}):
         backend = ensemble.members[member].backend
-        group = groups.setdefault(id(backend), Group(backend, []))
+        group = groups.setdefault(id(backend), LaneGroup(backend, []))
         group.lanes += [Lane(member, row) for row, own in enumerate(needed) if member in own]
     return list(groups.values())
+
+
+class _Pick(NamedTuple):
+    """Lanes of one group and one alignment, which one index takes."""
+
+    group: LaneGroup
+    lanes: list[int]
+    alignment: Alignment
+
+    def of(self, logits: Mapping[LaneGroup, Tensor]) -> Tensor:
+        """Return the lanes' logits in the base's vocabulary, `[lanes, vocab]`."""
+        part, start = logits[self.group], self.lanes[0]
+        if self.lanes == list(range(start, start + len(self.lanes))):
+            part = part[start : start + len(self.lanes)]  # a view: nothing is copied
+        else:
+            part = part[self.lanes]
+        return self.alignment.logits_to_base(part)
+
+
+class _Side(NamedTuple):
+    """A lane for each live row, and how the logits of all of them are picked at once."""
+
+    refs: list[LaneRef]
+    picks: list[_Pick]
+
+
+class _NthPairs(NamedTuple):
+    """The nth pair of each row, and how strongly it steers there."""
+
+    nth: int
+    alpha: float | Tensor
+    """A number if all rows agree, otherwise `[rows]`."""
+    expert: _Side
+    anti_expert: _Side
+
+
+class Lanes:
+    """The live rows, the lanes that read them, and what steers them.
+
+    Args:
+        ensemble: The models.
+        rows: In the order of the sampler's rows.
+        groups: Their lanes, the base's first.
+        sampler: Chooses their tokens.
+        device: Where logits are brought together: the base's.
+    """
+
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        rows: list[Row],
+        groups: list[LaneGroup],
+        sampler: BatchSampler,
+        device: torch.device,
+    ) -> None:
+        self.ensemble = ensemble
+        self.rows = rows
+        self.groups = groups
+        self.sampler = sampler
+        self.device = device
+        self.num_arranged = 0
+        """How often rows have come or gone."""
+        padding_ids = ensemble.vocabulary.padding_ids.to(device)
+        self.padding_ids = padding_ids if len(padding_ids) else None
+        self._arrange()
+
+    @property
+    def base(self) -> LaneGroup:
+        """The lanes on the base's backend."""
+        return self.groups[0]
+
+    @property
+    def base_refs(self) -> list[LaneRef]:
+        """The base's lane for each row."""
+        return self._base.refs
+
+    def ref(self, member: int, row: Row) -> LaneRef:
+        """Return the lane in which a member reads a row."""
+        return self._refs[Lane(member, row.index)]
+
+    # Logits ---------------------------------------------------------------------------------------------
+
+    def base_logits(self, logits: Mapping[LaneGroup, Tensor], places: Sequence[int]) -> Tensor:
+        """Return what the base says of the rows at `places`, `[rows, vocab]`."""
+        return self._side_logits(self._base, logits, places)
+
+    def contributions(
+        self, logits: Mapping[LaneGroup, Tensor], places: Sequence[int]
+    ) -> list[Contribution]:
+        """Return what steers the rows at `places`: the nth contribution is each row's nth pair."""
+        is_all = len(places) == len(self.rows)
+        return [
+            Contribution(
+                self._side_logits(pairs.expert, logits, places),
+                self._side_logits(pairs.anti_expert, logits, places),
+                pairs.alpha
+                if is_all or not isinstance(pairs.alpha, Tensor)
+                else pairs.alpha[list(places)],
+            )
+            for pairs in self._steering
+        ]
+
+    def pick(self, logits: Mapping[LaneGroup, Tensor], refs: Sequence[LaneRef]) -> Tensor:
+        """Return what lanes say, in the base's vocabulary and on its device, `[refs, vocab]`."""
+        return self._gather(logits, self._picks(refs))
+
+    def masked(self, logits: Tensor) -> Tensor:
+        """Return logits with padding ids at -inf."""
+        if self.padding_ids is None:
+            return logits
+        return logits.index_fill(-1, self.padding_ids, -torch.inf)
+
+    def weights_by_name(self, row: Row, weights: Sequence[float]) -> dict[str, float]:
+        """Name the pairs that a policy's weights for a row belong to.
+
+        Args:
+            row: The row.
+            weights: One for each of `contributions`.
+        """
+        names = [self.ensemble.pairs[which].name for which in row.pairs]
+        return {
+            names[pairs.nth]: weight
+            for pairs, weight in zip(self._steering, weights, strict=True)
+            if pairs.nth < len(names)
+        }
+
+    def _side_logits(
+        self, side: _Side, logits: Mapping[LaneGroup, Tensor], places: Sequence[int]
+    ) -> Tensor:
+        if len(places) == len(side.refs):
+            return self._gather(logits, side.picks)
+        return self.pick(logits, [side.refs[place] for place in places])
+
+    def _gather(self, logits: Mapping[LaneGroup, Tensor], picks: Sequence[_Pick]) -> Tensor:
+        parts = [pick.of(logits).to(self.device) for pick in picks]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _picks(self, refs: Sequence[LaneRef]) -> list[_Pick]:
+        """Return how to index the logits of some lanes, in their order, in as few pieces as possible."""
+        picks: list[_Pick] = []
+        members = self.ensemble.members
+        for group, lane in refs:
+            alignment = group.alignment or members[group.lanes[lane].member].alignment
+            if not picks or picks[-1].group is not group or picks[-1].alignment is not alignment:
+                picks.append(_Pick(group, [], alignment))
+            picks[-1].lanes.append(lane)
+        return picks
+
+    # Rows that come and go ------------------------------------------------------------------------------
+
+    def select(self, places: Sequence[int], block: Block | None = None) -> None:
+        """Keep the rows at the given places.
+
+        Args:
+            places: Ascending.
+            block: What was read and not chosen from yet; it keeps these rows, too.
+        """
+        if len(places) == len(self.rows):
+            return
+        self.rows = [self.rows[place] for place in places]
+        if not places:
+            return  # The states stay as they are: `Batch.kept` hands them on.
+        self.sampler.select(places)
+        live = {row.index for row in self.rows}
+        for group in list(self.groups):
+            lanes = [which for which, lane in enumerate(group.lanes) if lane.row in live]
+            if block is not None:
+                block.whole[group] = block.whole[group][lanes]
+            if lanes:
+                group.state = group.backend.select(group.state, lanes)
+                group.lanes = [group.lanes[which] for which in lanes]
+            else:
+                self.groups.remove(group)
+        self._arrange()
+
+    def join(self, other: Lanes, offset: int) -> None:
+        """Take over another batch's rows, after the own ones; the other must not be used after.
+
+        Args:
+            other: Of the same ensemble, on backends that can merge.
+            offset: Added to the other rows' numbers.
+        """
+        for row in other.rows:
+            row.index += offset
+        for theirs in other.groups:
+            theirs.lanes = [Lane(lane.member, lane.row + offset) for lane in theirs.lanes]
+        if not self.rows:
+            self.rows, self.groups, self.sampler = other.rows, other.groups, other.sampler
+            self._arrange()
+            return
+        for theirs in other.groups:
+            mine = next((g for g in self.groups if g.backend is theirs.backend), None)
+            if mine is None:
+                self.groups.append(theirs)
+                continue
+            lanes = [*mine.lanes, *theirs.lanes]
+            # A stable sort: within a member the own rows come first, as they do in the batch.
+            order = sorted(range(len(lanes)), key=lambda which: lanes[which].member)
+            mine.state = mine.backend.merge(mine.state, theirs.state, order)
+            mine.lanes = [lanes[which] for which in order]
+        self.rows = [*self.rows, *other.rows]
+        self.sampler.join(other.sampler)
+        self._arrange()
+
+    def copy_of(self, row: Row) -> Kept:
+        """Return what the models have read of a row, in states of its own."""
+        groups = []
+        for group in self.groups:
+            lanes = [which for which, lane in enumerate(group.lanes) if lane.row == row.index]
+            if lanes:
+                state = group.backend.copy(group.state, lanes)
+                own = [group.lanes[which] for which in lanes]
+                groups.append(LaneGroup(group.backend, own, state))
+        return self.kept(row, groups)
+
+    def kept(self, row: Row, groups: list[LaneGroup]) -> Kept:
+        """Return what groups with the lanes of one row have read."""
+        read = torch.tensor(row.new_ids[:-1], dtype=torch.long)  # the last one stays unread
+        token_ids = {}
+        for member in (member for group in groups for member in group.members):
+            new_ids = self.ensemble.members[member].alignment.ids_to_small(read).tolist()
+            token_ids[member] = [*row.job.prompts[member], *new_ids]
+        return Kept(groups, token_ids)
+
+    def _arrange(self) -> None:
+        """Find the live rows' lanes, and what steers them how strongly."""
+        self.num_arranged += 1
+        places = {row.index: place for place, row in enumerate(self.rows)}
+        self._refs: dict[Lane, LaneRef] = {}
+        for group in self.groups:
+            group.places = [places[lane.row] for lane in group.lanes]
+            is_in_order = group.places == list(range(len(self.rows)))
+            group.order = None if is_in_order else torch.tensor(group.places, device=self.device)
+            alignments = [self.ensemble.members[member].alignment for member in group.members]
+            is_shared = all(alignment is alignments[0] for alignment in alignments)
+            group.alignment = alignments[0] if is_shared else None
+            self._refs |= {lane: (group, which) for which, lane in enumerate(group.lanes)}
+        self._base = self._side([(0, row) for row in self.rows])
+        self._steering = [
+            _NthPairs(nth, alpha, *self._sides(nth))
+            for nth in range(max(len(row.pairs) for row in self.rows))
+            if isinstance(alpha := self._alpha(nth), Tensor) or alpha
+        ]
+
+    def _alpha(self, nth: int) -> float | Tensor:
+        """Return the strength of each row's nth pair, 0 in rows that have fewer pairs."""
+        alphas = [
+            (row.job.alphas[row.pairs[nth]] or 0.0) if nth < len(row.pairs) else 0.0
+            for row in self.rows
+        ]
+        if len(set(alphas)) == 1:
+            return alphas[0]
+        return torch.tensor(alphas, dtype=torch.float32, device=self.device)
+
+    def _sides(self, nth: int) -> tuple[_Side, _Side]:
+        """Return the expert's and the anti-expert's lane of each row's nth pair."""
+        # A row with fewer pairs has strength 0 here, so the logits of any row will do.
+        stand_in = next(row for row in self.rows if nth < len(row.pairs))
+        rows = [row if nth < len(row.pairs) else stand_in for row in self.rows]
+        pairs = [self.ensemble.pairs[row.pairs[nth]] for row in rows]
+        return (
+            self._side([(pair.expert, row) for pair, row in zip(pairs, rows, strict=True)]),
+            self._side([(pair.anti_expert, row) for pair, row in zip(pairs, rows, strict=True)]),
+        )
+
+    def _side(self, lanes: Sequence[tuple[int, Row]]) -> _Side:
+        refs = [self.ref(member, row) for member, row in lanes]
+        return _Side(refs, self._picks(refs))

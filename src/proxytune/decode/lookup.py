@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 LOOKUP_SIZES = (4, 3, 2)
-"""How many last tokens prompt lookup looks for; the longest match counts."""
-
-
-# Drafts from the text -------------------------------------------------------------------------------
+"""How many of the last tokens prompt lookup searches for; the longest match counts."""
 
 
 class PromptLookup:
-    """Guesses what followed the last tokens where they stood before, in the prompt or the output.
+    """Guesses that the last tokens are followed by what followed them earlier, in the prompt or the output.
 
     Args:
         token_ids: The prompt.
@@ -39,9 +36,9 @@ class PromptLookup:
             self._ends[last] = end
 
     def propose(self, num_tokens: int) -> list[int]:
-        """Return up to so many tokens; none where the last tokens are new.
+        """Return `num_tokens` guesses; none if the last tokens have not occurred before.
 
-        A match near the end is a text that repeats itself, so the guess goes round.
+        A match near the end means that the text repeats itself, so the guess repeats it further.
         """
         if self._match is None:
             return []

@@ -1,19 +1,234 @@
-"""Models run over blocks; what was wrong is taken back."""
+"""Models run over prompts and blocks; what was read of a wrong draft is taken back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
+
+from proxytune.backends.base import num_shared_tokens
+from proxytune.decode.ensemble import Ensemble, Job
+from proxytune.decode.lanes import Block, Kept, LaneGroup, Lanes
+from proxytune.decode.speculative import FREE_TOKENS, FREE_TOKENS_ON_CPU, REST, Costs
 
 REUSE_TOKENS = 64
-"""Tokens that are read at once after a reused prefix: every one gives a whole row of logits."""
+"""How many tokens are read at once after a reused prefix: each of them gives a whole row of logits."""
 SYNC_EVERY = 16
-"""On an accelerator the clock is read for one block in so many, since reading it waits for the device."""
+"""On an accelerator one block in this many is timed, since reading the clock waits for the device."""
 
 
-def synchronise(device: torch.device) -> Callable[[], None]:
-    """Return what waits until a device has done all it was given."""
+def prefill(
+    ensemble: Ensemble, jobs: Sequence[Job], groups: Sequence[LaneGroup], kept: Kept | None
+) -> tuple[Block, int]:
+    """Let every model read its prompts.
+
+    Args:
+        ensemble: The models.
+        jobs: What to generate.
+        groups: Their lanes; the states are filled in.
+        kept: What an earlier row left; it is used where the only prompt begins alike.
+
+    Returns:
+        The logits after the prompts, and how many tokens of the base's prompt were not read again.
+    """
+    block = Block()
+    num_reused = 0
+    for group in groups:
+        if kept is not None and len(jobs) == 1:
+            reused = _reuse(group, kept, jobs[0])
+            if reused is not None:
+                logits, num_shared = reused
+                block.whole[group] = logits[:, None]
+                num_reused = num_shared if group is groups[0] else num_reused
+                continue
+        prompts = [jobs[lane.row].prompts[lane.member] for lane in group.lanes]
+        if (partial := group.backend.partial) is not None:
+            num_new = [job.sampling.max_new_tokens for job in jobs]
+            group.state, logits = partial.prefill(prompts, num_new_tokens=num_new)
+        else:
+            adapters = [ensemble.members[lane.member].adapter for lane in group.lanes]
+            group.state, logits = group.backend.prefill(prompts, adapters=adapters)
+        block.whole[group] = logits[:, None]
+    return block, num_reused
+
+
+def _reuse(group: LaneGroup, kept: Kept, job: Job) -> tuple[Tensor, int] | None:
+    """Go on from an earlier state as far as the prompts begin alike.
+
+    Rows that have less to read than others read their last token again, and forget it.
+
+    Returns:
+        Logits `[members, vocab]`, and how many tokens the first member does not read again; None if nothing
+        can be reused.
+    """
+    backend = group.backend
+    earlier = next((g for g in kept.groups if g.backend is backend), None)
+    if earlier is None or earlier.members != group.members:
+        return None
+    # A server keeps what it has read by itself; tokens that are not the prompt's cannot be compared with it.
+    if not backend.capabilities.can_rewind or backend.partial or backend.translation:
+        return None
+    prompts = [list(job.prompts[lane.member]) for lane in group.lanes]
+    read = [kept.token_ids[lane.member] for lane in group.lanes]
+    shared = [
+        min(num_shared_tokens(prompt, tokens), len(prompt) - 1)
+        for prompt, tokens in zip(prompts, read, strict=True)
+    ]
+    rests = [prompt[n:] for prompt, n in zip(prompts, shared, strict=True)]
+    longest = max(map(len, rests))
+    limit = backend.capabilities.max_context
+    if not all(shared) or (limit is not None and max(shared) + longest > limit):
+        return None
+    state = group.state = earlier.state
+    backend.rewind(state, [len(tokens) - n for tokens, n in zip(read, shared, strict=True)])
+    padded = torch.tensor([rest + [rest[-1]] * (longest - len(rest)) for rest in rests])
+    ends: dict[int, Tensor] = {}
+    for start in range(0, longest, REUSE_TOKENS):
+        logits = backend.extend(state, padded[:, start : start + REUSE_TOKENS])
+        for row, rest in enumerate(rests):
+            if start < len(rest) <= start + REUSE_TOKENS:
+                ends[row] = logits[row, len(rest) - 1 - start].clone()
+    surplus = [longest - len(rest) for rest in rests]
+    if any(surplus):
+        backend.rewind(state, surplus)
+    return torch.stack([ends[row] for row in range(len(rests))]), shared[0]
+
+
+class Reader:
+    """Runs the models of a batch over its blocks."""
+
+    def __init__(self, lanes: Lanes) -> None:
+        self._lanes = lanes
+
+    def begin(self) -> Block:
+        """Return a block of the pending tokens, which nobody has read yet."""
+        return Block(self.upload([row.new_ids[-1] for row in self._lanes.rows]))
+
+    def upload(self, token_ids: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        """Return token ids as a tensor where the batch's logits are: the way of all tokens to a device."""
+        return torch.tensor(token_ids, device=self._lanes.device)
+
+    def read(self, block: Block) -> None:
+        """Let the models that have not drafted read the pending tokens and the draft."""
+        assert block.pending is not None
+        tokens = torch.stack([block.pending, *block.draft], dim=1)
+        # A row without a guess reads any token, and forgets it; a partial base wants to know where rows end.
+        filled = tokens.clamp(min=0) if block.draft else tokens
+        # All inputs before the first forward: what moves from a device waits for what runs there. So models
+        # on several devices run at the same time, and one on the CPU while those on accelerators do.
+        inputs = [
+            (group, self._inputs(group, filled if group.backend.partial is None else tokens))
+            for group in self._lanes.groups
+            if group not in block.stepwise
+        ]
+        if len(inputs) > 1:
+            inputs.sort(key=lambda item: item[0].backend.device.type == "cpu")
+        for group, token_ids in inputs:
+            block.whole[group] = self._extend(group, token_ids)
+
+    def run(self, group: LaneGroup, token_ids: Tensor) -> Tensor:
+        """Let one group read a token of the base's for each row, `[rows]`; return `[lanes, their vocab]`."""
+        return self._extend(group, self._inputs(group, token_ids.clamp(min=0)[:, None]))[:, 0]
+
+    def complete(self, block: Block) -> None:
+        """Let the drafting models read the last guess: some row needs what follows it."""
+        for group, steps in block.stepwise.items():
+            if len(steps) <= len(block.draft):
+                steps.append(self.run(group, block.draft[-1]))
+
+    def take_back(self, block: Block, num_kept: Sequence[int]) -> None:
+        """Make every model forget what it read of a draft beyond the first `num_kept[row]` tokens."""
+        if not block.draft:
+            return
+        for group in self._lanes.groups:
+            steps = block.stepwise.get(group)
+            num_read = len(block.draft) if steps is None else len(steps) - 1
+            surplus = [num_read - num_kept[place] for place in group.places]
+            if any(surplus):
+                group.backend.rewind(group.state, surplus)
+
+    def finish(self, block: Block) -> None:
+        """Take note that a block's tokens are chosen."""
+
+    def _inputs(self, group: LaneGroup, token_ids: Tensor) -> Tensor:
+        """Return `[rows, num_tokens]` of the base's token ids as `[lanes, num_tokens]` of a group's own."""
+        if group.order is not None:
+            token_ids = token_ids[group.order]
+        if group.alignment is not None:
+            token_ids = group.alignment.ids_to_small(token_ids)
+        else:
+            members = [self._lanes.ensemble.members[lane.member] for lane in group.lanes]
+            rows = zip(members, token_ids, strict=True)
+            token_ids = torch.stack([member.alignment.ids_to_small(row) for member, row in rows])
+        return token_ids.to(group.backend.device)
+
+    def _extend(self, group: LaneGroup, token_ids: Tensor) -> Tensor:
+        """Append `[lanes, num_tokens]` of a group's own token ids."""
+        return group.backend.extend(group.state, token_ids)
+
+
+class TimedReader(Reader):
+    """Measures what blocks cost, and says what the next one would.
+
+    Args:
+        lanes: The rows.
+        costs: Where measurements are kept.
+    """
+
+    def __init__(self, lanes: Lanes, costs: Costs) -> None:
+        super().__init__(lanes)
+        self._costs = costs
+        self._num_blocks = 0
+        self._num_rows = 0
+        self._started = self._forwards_s = 0.0
+
+    def begin(self) -> Block:
+        """Return a block of the pending tokens, and start the clock."""
+        self._started, self._forwards_s = time.perf_counter(), 0.0
+        self._num_blocks += 1
+        self._num_rows = len(self._lanes.rows)
+        return super().begin()
+
+    def finish(self, block: Block) -> None:
+        """Count what the block took beside its forwards."""
+        # Where a model runs elsewhere, that time holds what nobody waited for.
+        is_on_cpu = all(group.backend.device.type == "cpu" for group in self._lanes.groups)
+        if block.pending is not None and is_on_cpu:
+            seconds = time.perf_counter() - self._started - self._forwards_s
+            self._costs.observe(REST, self._num_rows, len(block.draft) + 1, seconds)
+
+    def forward_seconds(self, group: LaneGroup, width: int) -> float | None:
+        """Return what a forward of `width` tokens per row costs; None before that is known."""
+        is_on_cpu = group.backend.device.type == "cpu"
+        return self._costs.estimate(
+            id(group.backend),
+            len(group.lanes),
+            width,
+            free_tokens=FREE_TOKENS_ON_CPU if is_on_cpu else FREE_TOKENS,
+        )
+
+    def rest_seconds(self, width: int) -> float:
+        """Return what a block of `width` tokens costs beside its forwards; 0 before that is known."""
+        return self._costs.estimate(REST, len(self._lanes.rows), width) or 0.0
+
+    def _extend(self, group: LaneGroup, token_ids: Tensor) -> Tensor:
+        if token_ids.device.type != "cpu" and self._num_blocks % SYNC_EVERY != 1:
+            return super()._extend(group, token_ids)
+        wait = _synchronise(token_ids.device)
+        started = time.perf_counter()
+        logits = super()._extend(group, token_ids)
+        wait()
+        seconds = time.perf_counter() - started
+        self._forwards_s += seconds
+        width = token_ids.shape[1]
+        self._costs.observe(id(group.backend), len(group.lanes), width, seconds)
+        return logits
+
+
+def _synchronise(device: torch.device) -> Callable[[], None]:
+    """Wait until a device has done all it was given, and return what waits for it again."""
     if device.type == "cpu":
         return lambda: None
     wait: Callable[[], None] = getattr(torch, device.type).synchronize

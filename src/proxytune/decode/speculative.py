@@ -2,22 +2,22 @@
 
 Words: a *draft* is a sequence of guessed tokens. The *source* of a draft is the expert, the base, or the
 text itself (prompt lookup). The models that did not draft read the whole draft in one forward, which
-*verifies* it: at each position the steered distribution is known, the token is chosen from it exactly as
-plain decoding would choose, and the draft goes on as long as it had guessed that token. So the text is that
-of plain decoding, token for token, whatever was guessed: greedy by argmax, sampled because the guess and the
-choice share the Gumbel noise of their position (`logits/sample.py`).
+*verifies* it: at each position the token is chosen from the steered distribution exactly as plain decoding
+would choose it, and the draft counts for as long as it had guessed that token. So the text is that of plain
+decoding, token for token, whatever was guessed: greedy texts because of argmax, sampled ones because guess
+and choice share the Gumbel noise of their position (`logits/sample.py`).
 
 The published rule accepts with `min(1, p / q)` and draws from the residual otherwise (Leviathan et al. 2023,
 arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318). It keeps the distribution too, but a seed's text would
-depend on the draft's length, and here that length follows the clock.
+depend on the draft's length, which here depends on measured times.
 `docs/design/0002-drafts-that-share-noise.md` says what the difference costs.
 
-With the expert as source the base reads several tokens at once, which is the gain where the base is much
-larger. With the base as source the small models read several tokens at once, which is the gain where they
-are not small (Fu et al. 2025, "Speculative Ensemble", arXiv:2502.01662, alternates in this way). Prompt
-lookup guesses what followed the last few tokens where they stood before.
+With the expert as source the base reads several tokens at once, which helps if the base is much larger. With
+the base as source the small models read several tokens at once, which helps if they are not so small (Fu et
+al. 2025, "Speculative Ensemble", arXiv:2502.01662, alternates in this way). Prompt lookup guesses what
+followed the last few tokens when they occurred before.
 
-This file decides; `decode/batch.py` runs the models. Numbers in, numbers out: no tensor, no model, no clock.
+Numbers in, numbers out: no tensor, no model, no clock. `decode/drafting.py` puts the decisions into effect.
 """
 
 from __future__ import annotations
@@ -32,36 +32,39 @@ from typing import Literal, NamedTuple
 from proxytune.errors import InvalidRequest
 
 REST = "rest"
-"""What a block costs beside forwards: choosing tokens, and taking back what was wrong."""
+"""Stands for a model in `Costs`: what a block costs beside its forwards, to choose tokens and to rewind."""
 
 Source = Literal["expert", "base", "lookup"]
 SOURCES: tuple[Source, ...] = ("expert", "base", "lookup")
 NUM_SAMPLES = 9
-"""Forwards of one width whose median is its cost."""
+"""A width's cost is the median of this many forwards."""
 TRUSTED_SAMPLES = 2
-"""With fewer, a width is taken for no dearer than it should be: one slow forward must not bar it for ever."""
+"""With fewer samples, a width is not believed to cost more than estimated: one slow forward must not rule it
+out for ever."""
 FREE_TOKENS_ON_CPU, FREE_TOKENS = 20, 300
-"""How many tokens take as long to compute as the weights to read, on a CPU and on an accelerator.
+"""How many tokens take as long to compute as the weights take to read, on a CPU and on an accelerator.
 
-Before it was measured, a forward is taken to cost as these and its own tokens together. 20 is what a model of
-135M shows on two cores at 1, 8, 32 and 64 tokens; 300 is the order that accelerators' data sheets give.
+Until it is measured, a forward is assumed to cost in proportion to these and its own tokens together. 20 was
+measured with a model of 135M parameters on two cores at 1, 8, 32 and 64 tokens; 300 is the order of magnitude
+in accelerators' data sheets.
 """
 PRIOR_RATE = 0.6
-"""Acceptance rate before anything was observed. High, so that drafts are tried."""
+"""Acceptance rate before anything was observed: high, so that drafts are tried."""
 RATE_MEMORY = 16
 """How many observations the running acceptance rate remembers."""
 HESITATION = 1.5
-"""One more drafted token has to be expected to save so many times what it costs. At 1, batches of 8 on two
-cores lost 10 %: a wider forward is dear there, chances are estimates, and what should break even loses."""
+"""One more drafted token must be expected to save this many times what it costs. At 1, batches of 8 on two
+cores lost 10 %: wider forwards are expensive there, chances are estimates, and what should break even loses.
+"""
 PATIENCE = 4
-"""Blocks without a draft after which drafts are looked for less often, where there are several rows."""
+"""After this many draft-free blocks, a batch of several rows probes for drafts less often."""
 LOOK_EVERY = 8
-"""Most blocks from one look to the next."""
+"""Maximum number of blocks from one probe to the next."""
 MARGIN = 0.03
-"""A draft must promise so much more speed than none: estimates are noisy, and nothing lost is sure."""
+"""A draft must promise this much speed-up over none: estimates are noisy, and plain decoding is safe."""
 MARGIN_OF_ROWS = 0.1
-"""The same where there are several rows: those that get ahead end early, and leave a batch that is less worth
-its forwards. At 0.03, 32 rows on two cores lost 3 to 15 % by drafts that promised 5 % more."""
+"""The same for several rows: rows that get ahead end early, and leave a smaller batch for the same forwards.
+At 0.03, 32 rows on two cores lost 3 to 15 % with drafts that promised a speed-up of 5 %."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +72,10 @@ class Drafting:
     """How drafts are made.
 
     Args:
-        max_tokens: Longest draft; 0 never drafts.
-        source: Who drafts; `auto` takes whichever is the fastest.
-        is_adaptive: Draft as far as it pays by measured costs and acceptance, down to not at all; otherwise
-            always `max_tokens`, which needs a `source`.
+        max_tokens: Maximum length of a draft; 0 turns drafts off.
+        source: Who drafts; `auto` picks the fastest.
+        is_adaptive: Whether to draft only as far as it pays, by measured costs and acceptance. If not, drafts
+            always have `max_tokens` tokens, and `source` must be named.
 
     Raises:
         InvalidRequest: A value is out of range or contradicts another.
@@ -102,7 +105,7 @@ class Drafting:
         return self.max_tokens > 0 and self.source in (source, "auto")
 
 
-# What was observed ----------------------------------------------------------------------------------
+# What was observed ------------------------------------------------------------------------------------
 
 
 class Rate:
@@ -125,15 +128,15 @@ class Rate:
 class Costs:
     """Measured seconds of forwards, by model, number of *lanes* (their rows) and *width* (tokens of each).
 
-    Rows come and go, and what a width costs must not be found out anew for each number of them: most of it
-    is a matter of tokens. So what some numbers of lanes have shown says how the cost of another grows.
+    Rows come and go, and the cost of a width must not be measured anew for each number of rows: it depends
+    mostly on the number of tokens. So an unmeasured number of lanes is estimated from the others.
     """
 
     def __init__(self) -> None:
         self._samples: dict[tuple[Hashable, int, int], deque[float]] = {}
         self._by_width: dict[tuple[Hashable, int], dict[int, float]] = {}
         self._by_tokens: dict[Hashable, dict[int, float]] = {}
-        """Of lanes times width."""
+        """The key of the inner dict is lanes times width."""
 
     def observe(self, model: Hashable, lanes: int, width: int, seconds: float) -> None:
         """Count one forward."""
@@ -147,16 +150,16 @@ class Costs:
     def estimate(
         self, model: Hashable, lanes: int, width: int, *, free_tokens: int = FREE_TOKENS_ON_CPU
     ) -> float | None:
-        """Return the seconds of a forward; None before anything like it was measured.
+        """Return the seconds of a forward; None until something comparable was measured.
 
-        Between measured widths it is interpolated. Outside them it grows as the model's forwards of so many
-        tokens do, whatever their rows.
+        Between measured widths it is interpolated. Outside them it grows as the model's forwards grow with
+        the number of tokens, whatever the number of rows.
 
         Args:
-            model: Which.
-            lanes: How many rows.
-            width: Tokens of each.
-            free_tokens: What growth is guessed from where it was not measured.
+            model: Which model.
+            lanes: Number of rows.
+            width: Tokens per row.
+            free_tokens: Where growth was not measured, the number of tokens that cost as much as the weights.
         """
         known = self._by_width.get((model, lanes), {})
         if width in known:
@@ -176,7 +179,7 @@ class Costs:
 
 
 def _interpolated(known: Mapping[int, float], size: int, free_tokens: int) -> float:
-    """Return the value at `size`, which may lie outside the known ones."""
+    """Return the value at `size`, which may be outside the known sizes."""
     sizes = sorted(known)
     below = max((s for s in sizes if s <= size), default=None)
     above = min((s for s in sizes if s >= size), default=None)
@@ -184,13 +187,13 @@ def _interpolated(known: Mapping[int, float], size: int, free_tokens: int) -> fl
         share = (size - below) / (above - below) if below < above else 0.0
         return known[below] + share * (known[above] - known[below])
     # Not by the slope at the end: kernels change with the number of rows, and a step at the last measured
-    # size would bar all larger ones, so that nobody found out.
+    # size would rule out all larger ones, which then would never be measured.
     nearest = sizes[0] if below is None else below
     return known[nearest] * (free_tokens + size) / (free_tokens + nearest)
 
 
 class Speculator:
-    """What is remembered between generations: costs of forwards and rates to begin with.
+    """What is remembered between generations: costs of forwards, and acceptance rates to start from.
 
     Args:
         drafting: What is allowed.
@@ -202,7 +205,7 @@ class Speculator:
         self._rates: dict[tuple[Source, tuple[int, ...]], Rate] = {}
 
     def begin_rates(self, experts: tuple[int, ...]) -> dict[Source, Rate]:
-        """Return the rates a new row begins with: those an earlier row with the same experts ended with."""
+        """Return the rates a new row starts from: what the last row with the same experts ended with."""
         return {
             source: Rate(self._rates[source, experts].value)
             if (source, experts) in self._rates
@@ -216,26 +219,26 @@ class Speculator:
             self._rates[source, experts] = rate
 
 
-# What follows from it -------------------------------------------------------------------------------
+# What follows from it ---------------------------------------------------------------------------------
 
 
 def expected_tokens(rate: float, length: int) -> float:
-    """Return how many tokens a block yields whose draft has `length` tokens, each right with chance `rate`.
+    """Return the expected tokens of a block whose draft has `length` tokens, each right with chance `rate`.
 
         1 + rate + ... + rate ** length
 
-    The last one is the choice that follows the accepted part. Source: Leviathan et al. 2023, equation 1.
+    The 1 is the token that is chosen after the accepted part. Source: Leviathan et al. 2023, equation 1.
     """
     return sum(rate**count for count in range(length + 1))
 
 
 class Plan(NamedTuple):
-    """What the next block should do."""
+    """Who drafts how many tokens of the next block."""
 
     source: Source | None
     length: int
     seconds_per_token: float
-    """Expected; over all rows of the batch together."""
+    """Expected, over all rows of the batch together."""
 
 
 def best_plan(
@@ -247,12 +250,12 @@ def best_plan(
 
     Args:
         rates: For each source that can draft, every row's acceptance rate.
-        seconds: Of a block, from source, length and the chance that a whole draft is accepted by some row.
-            A source of None stands for no draft. None where nothing was measured yet.
-        max_length: Longest draft.
+        seconds: Returns the cost of a block from source, length and the chance that some row accepts the
+            whole draft; None if nothing was measured yet. A source of None means no draft.
+        max_length: Maximum length of the draft.
 
     Returns:
-        None before costs were measured.
+        None until costs were measured.
     """
     plain = seconds(None, 0, 0.0)
     if plain is None:
@@ -282,10 +285,10 @@ def is_worth_drafting(
     """Whether one more drafted token is expected to save clearly more time than it costs (`HESITATION`).
 
     Args:
-        chances: For each row, that the draft is right up to and including the next token.
+        chances: For each row, the chance that the draft is right up to and including the next token.
         seconds_per_token: What a token costs at the best plan: the value of one more.
-        draft_seconds: Of the forward that the next token may cost in vain.
-        widening_seconds: Of verifying a draft that is one token longer.
+        draft_seconds: Expected cost of the drafting model's forwards that turn out useless.
+        widening_seconds: Cost of verifying a draft that is one token longer.
     """
     total = sum(chances)
     return total * seconds_per_token > HESITATION * (draft_seconds + widening_seconds)
@@ -294,11 +297,11 @@ def is_worth_drafting(
 def is_time_to_look(num_undrafted: int, num_rows: int) -> bool:
     """Whether to find out if a draft would pay now.
 
-    Guesses that nobody uses cost each row the same: 5 % of a step of eight rows, sampled, on two cores. Where
-    there was no draft for a while, so much is spent on one row of a step on average.
+    Guesses that nobody uses cost time for every row: 5 % of a sampled step of eight rows on two cores. So
+    after `PATIENCE` blocks without a draft, they are made only once in `min(num_rows, LOOK_EVERY)` blocks.
 
     Args:
-        num_undrafted: Blocks since the last draft.
-        num_rows: Of the batch.
+        num_undrafted: Number of blocks since the last draft.
+        num_rows: Number of rows in the batch.
     """
     return num_undrafted < PATIENCE or num_undrafted % min(num_rows, LOOK_EVERY) == 0

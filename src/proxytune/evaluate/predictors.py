@@ -55,10 +55,10 @@ def predictors_of(recipe: Recipe, options: EvalOptions) -> list[Predictor]:
         UnknownExpert: The recipe does not have a named expert.
         InvalidRequest: Nudging is asked for with several experts.
     """
-    chosen = list(recipe.choose(options.experts, None))
+    names = recipe.named(options.experts)
     found = [Predictor("base", "base", alpha=0.0)]
-    for name in chosen:
-        label = "expert" if len(chosen) == 1 else f"expert {name}"
+    for name in names:
+        label = "expert" if len(names) == 1 else f"expert {name}"
         found.append(Predictor(label, "expert", expert=name))
     for alpha in dict.fromkeys(options.alphas):
         if alpha != 0:
@@ -66,11 +66,11 @@ def predictors_of(recipe: Recipe, options: EvalOptions) -> list[Predictor]:
     if options.has_tuned:
         found.append(Predictor("tuned", "tuned"))
     if options.nudge_below is not None:
-        if len(chosen) > 1:
+        if len(names) > 1:
             raise InvalidRequest(
-                f"only one expert can nudge, and {len(chosen)} are chosen.\nhint: name one with --expert"
+                f"only one expert can nudge, and {len(names)} are chosen.\nhint: name one with --expert"
             )
-        found.append(Predictor(f"nudged {options.nudge_below:g}", "nudged", expert=chosen[0]))
+        found.append(Predictor(f"nudged {options.nudge_below:g}", "nudged", expert=names[0]))
     return found
 
 

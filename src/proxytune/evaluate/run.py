@@ -27,10 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from proxytune.data.lines import Line
 from proxytune.data.resumable import ResumableOutput
-from proxytune.errors import (
-    InvalidRequest,
-    OutputFileError,
-)
+from proxytune.errors import InvalidRequest, OutputFileError, install_command
 from proxytune.evaluate.compare import (
     EvalReport,
     Measured,
@@ -112,7 +109,7 @@ def evaluate(
     foreign = [task for task in options.tasks if task not in TASKS]
     answering = _Answering(output, options, on_progress)
     steerable = [p for p in predictors if p.role != "tuned"]
-    chosen = tuple(recipe.choose(options.experts, None))
+    chosen = recipe.named(options.experts)
     answering.ask(steerable, works, foreign, recipe, partial(load, recipe, chosen))
     if options.has_tuned:
         # After the models of the others are gone: the tuned one may be as large as the base.
@@ -154,7 +151,7 @@ def _check_names(names: Sequence[str]) -> None:
             find_task(unknown[0])
         except InvalidRequest as error:
             raise InvalidRequest(
-                f"{error}; for tasks of lm-eval, pip install 'proxytune[eval]'"
+                f"{error}; for tasks of lm-eval, {install_command('eval')}"
             ) from None
     foreign = known_names()
     for name in unknown:

@@ -12,13 +12,10 @@ shares only the formula with this project's loop.
 from __future__ import annotations
 
 import gc
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -432,28 +429,3 @@ def _first_token(model: ProxyTuned, jobs: Sequence[Job]) -> tuple[float, float]:
         for took, what in reversed(turns) if len(first) % 2 else turns:
             took.append(_timed(what))
     return statistics.median(first), statistics.median(prompts)
-
-
-# The machine ----------------------------------------------------------------------------------------
-
-
-def machine() -> dict[str, Any]:
-    """Return what measurements depend on besides the code: processor, cores, accelerator, versions."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.partition(":")[2].strip()
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        processor = names[0] if names else processor
-    return {
-        "processor": processor,
-        "num_cores": os.cpu_count(),
-        "num_threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }

@@ -1,1 +1,1 @@
-"""What steering did to each token: computed, drawn, shown."""
+"""What steering did to each token: computed, drawn and shown."""

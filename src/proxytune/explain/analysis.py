@@ -1,14 +1,11 @@
 """What steering does over many texts: the paper's figure 3, table 6 and section 6.1, one trace at a time.
 
-Memory holds sums by position and by token type, and one trace; token ids wait in a temporary file for the
-commonest contexts of the few types that are shown.
+Memory holds one trace, and sums by position and by token type. Token ids go to a temporary file, from which
+the most common contexts are counted for the few token types that are shown.
 
-Words: *Delta* is the paper's change of probability, steered minus base, of the token that stands there
-(section 6.1). A token is *changed* if base and steered model put different tokens first (appendix C.2). An
-*equation* stands within one clause of one line: before an equals sign numbers with operators between them and
-perhaps their units (`3 boxes x 4 eggs`), behind it a number, or more arithmetic, or more equals signs. Its
-left-hand side is what comes before the first equals sign, from the first number on; its right-hand side ends
-with the last number. The paper does not say how it found equations; this is a choice.
+Definitions. *Delta* is the paper's change in the probability of the token in the text, steered minus base
+(section 6.1). A token is *changed* if base and steered model put different tokens first (appendix C.2).
+`equations.py` defines the two sides of an equation.
 
 Source: Liu et al. 2024, arXiv:2401.08565, sections 6.1 and 6.2, appendix C.2.
 """
@@ -22,25 +19,26 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from proxytune.errors import InvalidRequest
-from proxytune.explain.equations import equation_spans
+from proxytune.explain.equations import equation_sides
 from proxytune.explain.moves import Move, label, moves
 from proxytune.explain.summary import Tally, TokenType, common_contexts
 from proxytune.explain.welch import Moments, welch
 from proxytune.trace import Trace
 
 MIN_COUNT = 100
-"""Occurrences below which a token type is left out: the paper's number."""
-RARE = 2000
-"""Of fewer than `MIN_COUNT * RARE` tokens, types that make up less than one in so many are left out."""
+"""Minimum number of occurrences of a token type that is shown: the paper's number."""
+TOKENS_PER_OCCURRENCE = 2000
+"""With fewer than `MIN_COUNT` times as many tokens, the minimum is one occurrence per this many tokens."""
 NUM_TYPES = 30
-"""Token types that are kept, those with the highest mean Delta."""
+"""Number of token types that are kept: those with the highest mean Delta."""
 END_OF_TEXT = -1
-"""Between texts in the temporary file."""
+"""Separates texts in the temporary file."""
 CHUNK_IDS = 1 << 16
+"""Number of token ids read from the temporary file at once."""
 
 
 class PositionBin(NamedTuple):
-    """Positions that are shown together."""
+    """The tokens from position `first` up to and including `last`."""
 
     first: int
     last: int
@@ -50,20 +48,20 @@ class PositionBin(NamedTuple):
 
 
 @dataclass(slots=True)
-class Group:
-    """The texts that were made with the same strengths.
+class TraceGroup:
+    """The traces that were generated with the same strengths.
 
     Args:
         name: The strengths in words.
-        alphas: By expert.
-        num_texts: How many.
+        alphas: Strength of each expert.
+        num_texts: Number of traces.
         tally: All their tokens.
-        positions: Tokens by position.
-        left: Delta of tokens on the left-hand sides of equations.
-        right: Of those on right-hand sides.
-        num_equations: How many there are.
-        types: The token types that moved most, best first; empty until all is read.
-        min_count: Occurrences below which a type was left out.
+        positions: A tally of the tokens at each position.
+        left: Delta of the tokens on left-hand sides of equations.
+        right: Delta of the tokens on right-hand sides of equations.
+        num_equations: Number of equations.
+        types: The token types that moved most, highest mean Delta first; empty until all traces are read.
+        min_count: Minimum number of occurrences of a token type in `types`.
     """
 
     name: str
@@ -79,12 +77,12 @@ class Group:
 
     @property
     def strength(self) -> float | None:
-        """The alpha that all its experts have; None if they differ."""
+        """The alpha that all its experts share; None if they differ."""
         values = set(self.alphas.values())
         return values.pop() if len(values) == 1 else None
 
     def position_bins(self) -> list[PositionBin]:
-        """Return the positions, singly up to 9 and then in bins that grow by a fifth of what came before."""
+        """Return single positions up to 9, then bins that are a fifth as wide as what precedes them."""
         bins = []
         first = 0
         while first < len(self.positions):
@@ -119,15 +117,15 @@ class Group:
             **self.tally.to_dict(),
             "positions": [
                 {
-                    "position": place,
+                    "position": position,
                     "num_tokens": tally.num_tokens,
                     "share_changed": tally.share_changed,
                     "mean_prob_change": tally.mean_prob_change,
                 }
-                for place, tally in enumerate(self.positions)
+                for position, tally in enumerate(self.positions)
             ],
             "min_count": self.min_count,
-            "token_types": [kind.to_dict() for kind in self.types],
+            "token_types": [each.to_dict() for each in self.types],
             "equations": {
                 "num_equations": self.num_equations,
                 "left": self.left.to_dict(),
@@ -142,10 +140,10 @@ class Analysis:
     """What steering did over many texts.
 
     Args:
-        groups: One per set of strengths, weakest first.
+        groups: One group per set of strengths, weakest first.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[TraceGroup, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return all numbers for JSON."""
@@ -155,53 +153,51 @@ class Analysis:
 def analyze(
     traces: Iterable[Trace], *, min_count: int | None = None, num_types: int = NUM_TYPES
 ) -> Analysis:
-    """Sum up explained traces, which are read once and not kept.
+    """Sum up explained traces, reading each once and keeping none.
 
     Args:
-        traces: At least one, each with at least one token.
-        min_count: Leave out token types that occur less often; None for `MIN_COUNT`, less where there are few
-            tokens.
-        num_types: Keep so many of them.
+        traces: The traces; at least one must have a token.
+        min_count: Minimum number of occurrences of a token type; None for `MIN_COUNT`, or fewer if there are
+            few tokens.
+        num_types: Maximum number of token types to keep.
 
     Raises:
-        InvalidRequest: There is no trace, or one is not explained.
+        InvalidRequest: No trace has tokens, or a trace is not explained.
     """
-    builders: dict[tuple[tuple[str, float], ...], _Builder] = {}
+    builders: dict[tuple[tuple[str, float], ...], _GroupBuilder] = {}
     for trace in traces:
         key = tuple(sorted(trace.alphas.items()))
         builder = builders.get(key)
         if builder is None:
-            builder = builders[key] = _Builder(trace.alphas)
+            builder = builders[key] = _GroupBuilder(trace.alphas)
         builder.add(trace)
     if not any(builder.group.tally.num_tokens for builder in builders.values()):
-        raise InvalidRequest(
-            "there are no traces with tokens in them, so there is nothing to analyze"
-        )
+        raise InvalidRequest("no trace contains any tokens, so there is nothing to analyze")
     order = sorted(builders, key=lambda key: [alpha for _, alpha in key])
     groups = [builders[key].finish(min_count, num_types) for key in order]
     return Analysis(tuple(groups))
 
 
-class _Builder:
+class _GroupBuilder:
     """Sums up the traces of one group."""
 
     def __init__(self, alphas: Mapping[str, float]) -> None:
         name = ", ".join(f"{name} at alpha {alpha:g}" for name, alpha in alphas.items())
-        self.group = Group(name or "no expert", dict(alphas))
+        self.group = TraceGroup(name or "no expert", dict(alphas))
         self._types: dict[int, Tally] = {}
         self._texts: dict[int, str | bytes] = {}
         self._ids = tempfile.TemporaryFile()  # noqa: SIM115  # closed in `finish`
 
     def add(self, trace: Trace) -> None:
-        """Count a text."""
+        """Add a trace."""
         group = self.group
         group.num_texts += 1
-        told = moves(trace)
-        while len(group.positions) < len(told):
+        token_moves = moves(trace)
+        while len(group.positions) < len(token_moves):
             group.positions.append(Tally())
-        for place, move in enumerate(told):
+        for position, move in enumerate(token_moves):
             group.tally.add(move)
-            group.positions[place].add(move)
+            group.positions[position].add(move)
             tally = self._types.get(move.token_id)
             if tally is None:
                 tally = self._types[move.token_id] = Tally()
@@ -209,49 +205,45 @@ class _Builder:
                 if token is not None:
                     self._texts[move.token_id] = token
             tally.add(move)
-        self._add_equations(told)
+        self._add_equations(token_moves)
         array.array("i", [*trace.token_ids, END_OF_TEXT]).tofile(self._ids)
 
-    def _add_equations(self, told: Sequence[Move]) -> None:
-        text = "".join(move.piece for move in told)
+    def _add_equations(self, token_moves: Sequence[Move]) -> None:
+        text = "".join(move.piece for move in token_moves)
         if "=" not in text:
             return
-        sides = [(span.start, span.end, span.is_left) for span in equation_spans(text)]
+        sides = list(equation_sides(text))
         self.group.num_equations += len(sides) // 2
-        if not sides:
-            return
-        place, at = 0, 0
-        for move in told:
-            start, end = at, at + len(move.piece)
-            at = end
-            while place < len(sides) and sides[place][1] <= start:
-                place += 1
-            # A token's place is that of what it writes: the space before it does not count, an equals sign
-            # belongs to neither side.
+        next_side = end = 0
+        for move in token_moves:
+            start, end = end, end + len(move.piece)
+            while next_side < len(sides) and sides[next_side].end <= start:
+                next_side += 1
+            # Spaces around a token do not count, and an equals sign belongs to neither side.
             written = move.piece.strip()
             if not written or written == "=" or move.prob_change is None:
                 continue
             first = start + move.piece.index(written[0])
             last = first + len(written)
-            for span_start, span_end, is_left in sides[place : place + 2]:
-                if span_start <= first and last <= span_end:
-                    (self.group.left if is_left else self.group.right).add(move.prob_change)
+            for side in sides[next_side : next_side + 2]:
+                if side.start <= first and last <= side.end:
+                    (self.group.left if side.is_left else self.group.right).add(move.prob_change)
 
-    def finish(self, min_count: int | None, num_types: int) -> Group:
-        """Find the token types that moved most, and their contexts."""
+    def finish(self, min_count: int | None, num_types: int) -> TraceGroup:
+        """Return the group, with the token types that moved most and their contexts."""
         if min_count is None:
-            min_count = max(2, min(MIN_COUNT, self.group.tally.num_tokens // RARE))
+            min_count = max(2, min(MIN_COUNT, self.group.tally.num_tokens // TOKENS_PER_OCCURRENCE))
         self.group.min_count = min_count
-        kinds = [
+        types = [
             (token_id, tally)
             for token_id, tally in self._types.items()
             if tally.num_tokens >= min_count and tally.mean_prob_change is not None
         ]
-        kinds.sort(key=lambda kind: -(kind[1].mean_prob_change or 0.0))
-        kinds = kinds[:num_types]
+        types.sort(key=lambda each: -(each[1].mean_prob_change or 0.0))
+        types = types[:num_types]
         with self._ids:
-            contexts = common_contexts(self._saved_texts(), [token_id for token_id, _ in kinds])
-        for token_id, tally in kinds:
+            contexts = common_contexts(self._saved_texts(), [token_id for token_id, _ in types])
+        for token_id, tally in types:
             window, count = contexts[token_id]
             self.group.types.append(
                 TokenType(token_id, self._label(token_id), tally, self._text(window), count)

@@ -1,4 +1,10 @@
-"""The two sides of equations in a text."""
+"""Finds the two sides of the equations in a text.
+
+An *equation* lies within one clause of one line. Before its equals sign are numbers with operators between
+them, perhaps with units (`3 boxes x 4 eggs`). After it is a number, more arithmetic, or more equals signs.
+The left-hand side runs from the first number to the first equals sign, the right-hand side from there to the
+last number. The paper does not say how it found equations; this is our choice.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-# The minus and times signs of typography too, x and of for times, as models write them; Markdown escapes *.
+# Models also write the typographic minus and times signs, and x or "of" for times; Markdown escapes *.
 _OPERATORS = {"+", "-", "\u2212", "*", "\\*", "/", "x", "\u00d7", "÷", "·", "of"}
 _NUMBER = re.compile(
     r"[\d.,$€£%()\[\]+*/x\u00d7÷·^\\\u2212-]*\d[\d.,$€£%()\[\]+*/x\u00d7÷·^\\\u2212-]*"
@@ -16,55 +22,55 @@ _OPERATION = re.compile(r"[+*/x\u00d7÷·^\u2212-]")
 _WORD = re.compile(r"[^\s=]+")
 _END_OF_CLAUSE = tuple(".,;:!?")
 MAX_UNIT_WORDS = 4
-"""Words in a row that may stand between numbers and operators, such as `meters per second`."""
+"""Maximum number of consecutive words between numbers and operators, such as `meters per second`."""
 
 
-class Span(NamedTuple):
-    """Characters of a text that are one side of an equation."""
+class EquationSide(NamedTuple):
+    """One side of an equation: the characters of the text from `start` up to `end`."""
 
     start: int
     end: int
     is_left: bool
 
 
-def equation_spans(text: str) -> Iterator[Span]:
-    """Yield the sides of the equations in a text, the left one first; see the module's docstring."""
+def equation_sides(text: str) -> Iterator[EquationSide]:
+    """Yield the sides of the equations in a text, in order: left, right, left, right, ..."""
     start = 0
     for line in text.split("\n"):
         if "=" in line:
-            yield from _line_spans(line, start)
+            yield from _line_sides(line, start)
         start += len(line) + 1
 
 
-def _line_spans(line: str, offset: int) -> Iterator[Span]:
-    edges = [-1, *(place for place, c in enumerate(line) if c == "="), len(line)]
+def _line_sides(line: str, offset: int) -> Iterator[EquationSide]:
+    edges = [-1, *(index for index, c in enumerate(line) if c == "="), len(line)]
     parts = [
         [(m.start(), m.end()) for m in _WORD.finditer(line, first + 1, last)]
         for first, last in pairwise(edges)
     ]
-    place = 0
-    while place + 1 < len(parts):
-        left, right = _left_side(line, parts[place]), _right_side(line, parts[place + 1])
-        place += 1
+    part = 0
+    while part + 1 < len(parts):
+        left, right = _left_side(line, parts[part]), _right_side(line, parts[part + 1])
+        part += 1
         if left is None or right is None:
             continue
         start, end, is_whole = right
-        # What is equal to it again belongs to the right-hand side.
-        while is_whole and place + 1 < len(parts):
-            further = _right_side(line, parts[place + 1])
+        # After further equals signs the right-hand side goes on.
+        while is_whole and part + 1 < len(parts):
+            further = _right_side(line, parts[part + 1])
             if further is None:
                 break
             _, end, is_whole = further
-            place += 1
-        yield Span(offset + left[0], offset + left[1], True)
-        yield Span(offset + start, offset + end, False)
+            part += 1
+        yield EquationSide(offset + left[0], offset + left[1], True)
+        yield EquationSide(offset + start, offset + end, False)
 
 
 def _left_side(line: str, words: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
-    """Return where the arithmetic at the end of these words begins and ends; None if there is none."""
+    """Return start and end of the arithmetic with which these words end; None if there is none."""
     begin: int | None = None
     num_operations = num_units = 0
-    has_operator = True  # before the first number from the right none is needed
+    has_operator = True  # the rightmost number needs no operator after it
     for start, end in reversed(words):
         word = line[start:end]
         if word.endswith(_END_OF_CLAUSE):
@@ -84,13 +90,13 @@ def _left_side(line: str, words: Sequence[tuple[int, int]]) -> tuple[int, int] |
 
 
 def _has_operation(word: str) -> bool:
-    """Whether an operator stands between digits of a word."""
-    digits = [place for place, c in enumerate(word) if c.isdecimal()]
+    """Whether a word has an operator between digits."""
+    digits = [index for index, c in enumerate(word) if c.isdecimal()]
     return bool(_OPERATION.search(word, digits[0], digits[-1]))
 
 
 def _right_side(line: str, words: Sequence[tuple[int, int]]) -> tuple[int, int, bool] | None:
-    """Return where the arithmetic at the start of these words begins and ends, and if it is all of them."""
+    """Return start and end of the arithmetic with which these words begin, and whether it is all of them."""
     first: int | None = None
     last = num_units = 0
     has_operator = True

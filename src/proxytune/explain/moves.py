@@ -1,11 +1,11 @@
-"""What steering did, computed from traces: token by token, and summed up.
+"""What steering did to each token, computed from a trace.
 
-Words: a token's *shift* is its steered minus its base logprob, nats. A token is *changed* if base and steered
-model would each put another token first; the text of a sampled or given token need not be either's choice. An
-expert's *offset* is `alpha * (expert - anti_expert)` in logprobs of the token, times the weight of the
-recipe's policy if it has one. By the published method the shift is the sum of the offsets less what all
-tokens have in common (the steered distribution sums to 1 again). A token's *piece* is what it adds to the
-text where each character stands at the token that completes it.
+Definitions. A token's *shift* is its steered minus its base logprob, in nats. A token is *changed* if base
+and steered model put different tokens first; a sampled or given token need not be the first choice of either.
+An expert's *offset* is `alpha * (expert - anti_expert)` in logprobs of the token, times the weight of the
+recipe's policy if it has one. With the published method the shift is the sum of the offsets minus a constant
+that all tokens share, because the steered distribution sums to 1 again. A token's *piece* is what it adds to
+the text if each character is written by the token that completes it.
 
 Pure functions of traces: no model, no terminal, no page.
 """
@@ -22,37 +22,37 @@ from proxytune.errors import InvalidRequest
 from proxytune.trace import Step, Trace, View
 
 LEVELS = (math.log(1.25), math.log(2.0), math.log(8.0))
-"""Shifts at which the colour changes, nats: a token is 1.25, 2 or 8 times as likely, or as unlikely."""
+"""Shifts at which the colour changes, nats: the token became 1.25, 2 or 8 times more or less likely."""
 MIN_LOG_ODDS_MISS = -24 * math.log(2)
-"""A probability nearer to 1 than this is 1 in float32, and its odds would be infinite."""
+"""Lower bound for `log(1 - p)`: in float32 a probability closer to 1 is 1, and its odds are infinite."""
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """What steering did to one token. What is not known is None.
+    """What steering did to one token. Unknown values are None.
 
     Args:
         index: Position among the new tokens, from 0.
-        token_id: In the base's vocabulary.
-        label: The token by itself, bytes that are no whole characters as ⟨F0 9F⟩.
+        token_id: Token id in the base's vocabulary.
+        label: The token on its own; bytes that are not whole characters appear as ⟨F0 9F⟩.
         piece: What it adds to the text.
-        part_of: The character that it is a part of, if another token completes it.
-        is_special: Whether it controls, such as the end of a text, and is no part of it.
+        part_of: The character that it belongs to, if a later token completes that character.
+        is_special: Whether it is a control token, such as the end of a text, and no part of the text.
         is_given: Whether it was given rather than chosen.
         is_changed: Whether base and steered model put different tokens first.
-        base_choice: The token that the base puts first.
-        steered_choice: The token that the steered model puts first.
-        base_logprob: Nats.
-        steered_logprob: Nats.
-        base_rank: The token's place for the base, 1 for the likeliest.
+        base_choice: Id of the token that the base puts first.
+        steered_choice: Id of the token that the steered model puts first.
+        base_logprob: The base's logprob, nats.
+        steered_logprob: The steered logprob, nats.
+        base_rank: The token's rank in the base's distribution, 1 for the most likely.
         shift: Steered minus base logprob, nats.
         prob_change: Steered minus base probability.
         log_odds_change: Steered minus base log-odds, `log(p / (1 - p))`, nats.
         kl: KL(steered || base), nats.
-        base_entropy: Nats.
-        steered_entropy: Nats.
-        offsets: By expert, nats.
-        weights: By expert, what the recipe's policy multiplied its strength with; None without a policy.
+        base_entropy: Entropy of the base's distribution, nats.
+        steered_entropy: Entropy of the steered distribution, nats.
+        offsets: Offset of each expert, nats.
+        weights: The factor that the recipe's policy put on each expert's strength; None without a policy.
         has_conflict: Whether the experts, each alone, would have chosen different tokens.
     """
 
@@ -81,10 +81,10 @@ class Move:
 
     @property
     def level(self) -> int:
-        """How strongly the token is coloured: 1 to 3 for likelier, -1 to -3 for less likely, 0 for none."""
+        """Depth of the token's colour: 1 to 3 if it became more likely, -1 to -3 if less, 0 for no colour."""
         if self.shift is None:
             return 0
-        size = sum(abs(self.shift) >= step for step in LEVELS)
+        size = sum(abs(self.shift) >= level for level in LEVELS)
         return size if self.shift > 0 else -size
 
 
@@ -92,7 +92,7 @@ class Move:
 
 
 def label(token: str | bytes | None, token_id: int) -> str:
-    """Return how a token is written by itself, bytes that are no whole characters as ⟨F0 9F⟩."""
+    """Return how to show a token on its own; bytes that are not whole characters appear as ⟨F0 9F⟩."""
     if token is None:
         return f"⟨token {token_id}⟩"
     if isinstance(token, str):
@@ -106,10 +106,10 @@ def label(token: str | bytes | None, token_id: int) -> str:
 
 
 def pieces(trace: Trace) -> list[tuple[str, str | None]]:
-    """Return what each token adds to the text, and the character that it is a part of without completing it.
+    """Return what each token adds to the text, and the character that it begins or continues, if any.
 
-    Bytes that never become a character are U+FFFD at the token after which that is clear. Special tokens add
-    nothing. Tokens that the trace knows no text of add what their step did.
+    Bytes that never become a character turn into U+FFFD at the token that makes this certain. Special tokens
+    add nothing. A token without a known text adds what its step added.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     texts: list[str] = []
@@ -119,7 +119,7 @@ def pieces(trace: Trace) -> list[tuple[str, str | None]]:
         token = trace.tokens.get(step.token_id)
         is_last = index == len(trace.steps) - 1
         if step.token_id in trace.special_ids:
-            text = decoder.decode(b"", True)  # half a character before it stays half
+            text = decoder.decode(b"", True)  # an incomplete character before it stays incomplete
             decoder.reset()
         elif token is None:
             text = decoder.decode(b"", True) + step.text
@@ -148,13 +148,12 @@ def moves(trace: Trace) -> list[Move]:
     """
     if trace.steps and trace.steps[0].views is None:
         raise InvalidRequest(
-            "the trace does not hold what each model gave its tokens.\n"
-            "hint: generate with explain=True, or with proxytune explain"
+            "the trace does not record what each model predicted for its tokens.\n"
+            "hint: generate it with explain=True, or with proxytune explain"
         )
-    shown = pieces(trace)
     return [
         _move(trace, step, piece, part_of)
-        for step, (piece, part_of) in zip(trace.steps, shown, strict=True)
+        for step, (piece, part_of) in zip(trace.steps, pieces(trace), strict=True)
     ]
 
 
@@ -199,7 +198,7 @@ def _is_changed(base: View | None, steered: View | None) -> bool | None:
         return None
     if base.top and steered.top:
         return base.top[0][0] != steered.top[0][0]
-    # Without lists the ranks tell, if the token is either's first.
+    # Without lists of top tokens, the ranks decide if the token is the first choice of either model.
     if base.rank is None or steered.rank is None or (base.rank != 1 and steered.rank != 1):
         return None
     return base.rank != steered.rank

@@ -1,38 +1,45 @@
-"""A trace as a table, a picture, coloured text."""
+"""A trace in a notebook: as a table, as a picture, as coloured text.
+
+from proxytune.explain.notebook import frame, plot, show
+
+show(trace)
+"""
 
 from __future__ import annotations
 
 import html
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from proxytune.errors import MissingExtra
+from proxytune.errors import missing_extra
 from proxytune.explain.moves import Move, label, moves
+from proxytune.explain.pictures import draw_trace
 from proxytune.explain.report import move_row
 from proxytune.explain.summary import summarise
 from proxytune.trace import Trace
 
 if TYPE_CHECKING:
     import pandas
+    from matplotlib.axes import Axes
 
 
 def frame(trace: Trace) -> pandas.DataFrame:
-    """Return one row per token: its figures, and each model's in `NAME.prob`, `NAME.rank` and so on.
+    """Return a table with a row per token and columns `NAME.prob`, `NAME.rank` and so on for each model.
 
     Raises:
         InvalidRequest: The trace is not explained.
         MissingExtra: pandas is not installed.
     """
-    told = moves(trace)
+    token_moves = moves(trace)
     try:
         import pandas
     except ImportError as error:
-        raise MissingExtra(
-            "a trace becomes a table of pandas, which is not installed.\n"
-            "hint: pip install 'proxytune[explain]'"
+        raise missing_extra(
+            "tables of traces need pandas, which is not installed", "explain"
         ) from error
     rows = []
-    for move, step in zip(told, trace.steps, strict=True):
+    for move, step in zip(token_moves, trace.steps, strict=True):
         row = move_row(move, trace)
         row |= {f"{name}.offset": value for name, value in row.pop("offsets").items()}
         row |= {f"{name}.weight": value for name, value in (row.pop("weights") or {}).items()}
@@ -46,6 +53,42 @@ def frame(trace: Trace) -> pandas.DataFrame:
     return table.set_index("index") if rows else table
 
 
+def plot(trace: Trace, axes: Axes | None = None) -> Axes:
+    """Draw how far steering moved each token, against its position.
+
+    Args:
+        trace: An explained trace.
+        axes: Where to draw; None makes a new figure.
+
+    Raises:
+        InvalidRequest: The trace is not explained.
+        MissingExtra: matplotlib is not installed.
+    """
+    return draw_trace(trace, axes)
+
+
+@dataclass(frozen=True, slots=True)
+class ShownTrace:
+    """A trace that a notebook displays with each token coloured by what steering did to it."""
+
+    trace: Trace
+
+    def __repr__(self) -> str:
+        return self.trace.text
+
+    def _repr_html_(self) -> str | None:
+        return fragment(self.trace)
+
+
+def show(trace: Trace) -> ShownTrace:
+    """Return a trace for display by the last line of a notebook cell.
+
+    The tokens of an explained trace are coloured by what steering did to them. Otherwise the plain text is
+    shown.
+    """
+    return ShownTrace(trace)
+
+
 FRAGMENT_COLOURS = {
     -3: "#79b2e2",
     -2: "#b0d2f0",
@@ -54,17 +97,17 @@ FRAGMENT_COLOURS = {
     2: "#fbcb8d",
     3: "#f0a24a",
 }
-"""By `Move.level`: the page's colours by day. Blue and orange stay apart for colour-blind readers."""
+"""Colours by `Move.level`, as on the light report page. Colour-blind readers can tell blue from orange."""
 
 
 def fragment(trace: Trace) -> str | None:
-    """Return a trace as HTML without scripts, for notebooks; None if it is not explained."""
+    """Return an explained trace as HTML without scripts, for notebooks; None if it is not explained."""
     if not trace.steps or trace.steps[0].views is None:
         return None
-    told = moves(trace)
-    summary = summarise(told)
+    token_moves = moves(trace)
+    tally = summarise(token_moves).tally
     parts = []
-    for move in told:
+    for move in token_moves:
         colour = FRAGMENT_COLOURS.get(move.level)
         style = f"background:{colour};color:#1d1b18;" if colour else ""
         if move.is_changed:
@@ -74,14 +117,13 @@ def fragment(trace: Trace) -> str | None:
             f'<span style="{style}" title="{html.escape(_hint(trace, move))}">{text}</span>'
         )
     facts = []
-    tally = summary.tally
     if tally.share_changed is not None:
         facts.append(f"{tally.share_changed:.0%} of first choices changed (underlined)")
     if tally.mean_prob_change is not None:
-        facts.append(f"mean change of probability {tally.mean_prob_change:+.3f}")
+        facts.append(f"mean change in probability {tally.mean_prob_change:+.3f}")
     if tally.mean_kl is not None:
         facts.append(f"mean KL(steered ‖ base) {tally.mean_kl:.2f} nats")
-    facts.append("orange: likelier than under the base; blue: less likely; hover for figures")
+    facts.append("orange: more likely than under the base; blue: less likely; hover for details")
     return (
         '<div><div dir="auto" style="white-space:pre-wrap;line-height:1.8;unicode-bidi:isolate">'
         f'<span style="opacity:.65">{html.escape(trace.prompt)}</span>{"".join(parts)}</div>'

@@ -1,7 +1,7 @@
-"""Reports as pages: one HTML file that needs no network, and a fragment for notebooks.
+"""Reports as pages: one HTML file that needs no network.
 
-The page's template, `report.html`, holds its style and script; here the numbers of `explain/moves.py` are
-put into it as JSON. A Content-Security-Policy allows exactly that style and that script, by their hashes.
+The template is in `pages/`, with its style and its script; here the numbers of `explain/moves.py` are put
+into it as JSON. A Content-Security-Policy allows exactly that style and that script, by their hashes.
 """
 
 from __future__ import annotations
@@ -11,35 +11,34 @@ import json
 import re
 from collections.abc import Sequence
 from importlib.metadata import version
-from importlib.resources import files
 from typing import Any
 
 from proxytune.explain.moves import label, moves
 from proxytune.explain.report import Report, Run
-from proxytune.explain.summary import parting, running_share, summarise, token_types
-from proxytune.pages.policy import page_policy
+from proxytune.explain.summary import first_difference, running_share, summarise, token_types
+from proxytune.pages.policy import assemble, page_policy
 from proxytune.trace import Trace, View
 
 MAX_TYPES = 15
-"""Rows of the table of token types."""
+"""Maximum number of rows in the table of token types."""
 DIGITS = 5
-"""Decimals of the page's numbers: more than it shows, and a third of the bytes of all."""
+"""Decimals of the page's numbers: more than it shows, in a third of the bytes of full precision."""
 
 
 def page(reports: Sequence[Report], *, recipe: str) -> str:
-    """Return a page that shows reports, one at a time.
+    """Return a page that shows one of several reports at a time.
 
     Args:
-        reports: At least one.
-        recipe: How the page calls what was run.
+        reports: At least one report.
+        recipe: Name of the recipe, as shown on the page.
 
     Raises:
         InvalidRequest: A trace is not explained.
     """
-    template = files("proxytune").joinpath("report.html").read_text("utf-8")
+    template = assemble("report")
     data = {
         "recipe": recipe,
-        "made": f"Made by proxytune {version('proxytune')}. Probabilities are those before temperature, "
+        "made": f"Made by proxytune {version('proxytune')}. Probabilities are before temperature, "
         "filters and penalties; entropies and shifts are in nats.",
         "reports": [_report_data(report) for report in reports],
     }
@@ -50,12 +49,12 @@ def page(reports: Sequence[Report], *, recipe: str) -> str:
         "title": html.escape(title),
         "data": _script_json(data),
     }
-    # One pass: what is put in is not looked at again.
+    # One pass, so that placeholders in the inserted text stay as they are.
     return re.sub("@(policy|title|data)@", lambda mark: contents[mark[1]], template)
 
 
 def _script_json(data: Any) -> str:
-    """Return JSON that no HTML parser takes for the end of its element, whatever texts it holds."""
+    """Return JSON in which no text can end the HTML element that holds it."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -72,9 +71,9 @@ def _report_data(report: Report) -> dict[str, Any]:
 
 def _run_data(run: Run, base: Run | None) -> dict[str, Any]:
     trace = run.trace
-    told = moves(trace)
-    names = _view_names(trace)
-    named = {token_id for step in trace.steps for token_id in (step.token_id,)}
+    token_moves = moves(trace)
+    view_names = _view_names(trace)
+    named = set(trace.token_ids)
     for step in trace.steps:
         for view in (step.views or {}).values():
             named |= {token_id for token_id, _ in view.top}
@@ -86,23 +85,23 @@ def _run_data(run: Run, base: Run | None) -> dict[str, Any]:
         "finish": trace.finish_reason,
         "seed": trace.seed,
         "numGiven": trace.num_given,
-        "parts": None if base is None else parting(trace, base.trace),
-        "summary": summarise(told).to_dict(),
-        "runningShare": [_short(share) for share in running_share(told)],
+        "parts": None if base is None else first_difference(trace, base.trace),
+        "summary": summarise(token_moves).to_dict(),
+        "runningShare": [_rounded(share) for share in running_share(token_moves)],
         "types": [
             [
-                kind.label,
-                kind.tally.num_tokens,
-                kind.tally.num_changed,
-                _short(kind.tally.mean_prob_change),
-                _short(kind.tally.mean_shift),
-                kind.context,
-                kind.num_context,
+                each.label,
+                each.tally.num_tokens,
+                each.tally.num_changed,
+                _rounded(each.tally.mean_prob_change),
+                _rounded(each.tally.mean_shift),
+                each.context,
+                each.num_context,
             ]
-            for kind in token_types(told)[:MAX_TYPES]
+            for each in token_types(token_moves)[:MAX_TYPES]
         ],
         "tokens": {i: label(trace.tokens.get(i), i) for i in sorted(named)},
-        "views": names,
+        "views": view_names,
         "rows": [
             [
                 move.token_id,
@@ -113,20 +112,20 @@ def _run_data(run: Run, base: Run | None) -> dict[str, Any]:
                 + 4 * (move.is_changed or False)
                 + 8 * (move.has_conflict or False),
                 move.level,
-                _short(move.shift),
-                _short(move.kl),
+                _rounded(move.shift),
+                _rounded(move.kl),
                 move.base_choice,
-                {name: _short(offset) for name, offset in move.offsets.items()},
-                move.weights and {name: _short(weight) for name, weight in move.weights.items()},
-                [_view_data((step.views or {}).get(name)) for name in names],
+                {name: _rounded(offset) for name, offset in move.offsets.items()},
+                move.weights and {name: _rounded(weight) for name, weight in move.weights.items()},
+                [_view_data((step.views or {}).get(name)) for name in view_names],
             ]
-            for move, step in zip(told, trace.steps, strict=True)
+            for move, step in zip(token_moves, trace.steps, strict=True)
         ],
     }
 
 
 def _view_names(trace: Trace) -> list[str]:
-    """Return the models in the order of the formula: base, experts with anti-experts, steered."""
+    """Return the models' names in the order of the formula: base, experts with anti-experts, steered."""
     names = list(trace.steps[0].views or {}) if trace.steps else []
     ends = [name for name in names if name in ("base", "steered")]
     experts = [name for name in names if name not in ends]
@@ -136,9 +135,9 @@ def _view_names(trace: Trace) -> list[str]:
 def _view_data(view: View | None) -> list[Any]:
     if view is None:
         return [None, None, None, []]
-    top = [number for token_id, logprob in view.top for number in (token_id, _short(logprob))]
-    return [_short(view.logprob), view.rank, _short(view.entropy), top]
+    top = [number for token_id, logprob in view.top for number in (token_id, _rounded(logprob))]
+    return [_rounded(view.logprob), view.rank, _rounded(view.entropy), top]
 
 
-def _short(number: float | None) -> float | None:
+def _rounded(number: float | None) -> float | None:
     return None if number is None else round(number, DIGITS)

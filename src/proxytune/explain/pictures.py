@@ -1,4 +1,4 @@
-"""Traces and analyses as pictures of matplotlib; what they show is computed elsewhere."""
+"""Traces and analyses drawn with matplotlib; the numbers are computed elsewhere."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from proxytune.errors import MissingExtra, OutputFileError
+from proxytune.errors import OutputFileError, missing_extra
 from proxytune.explain.moves import moves
 from proxytune.explain.summary import running_share
 from proxytune.trace import Trace
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from proxytune.explain.analysis import Analysis
 
 MORE, LESS, INK = "#d9822b", "#4a90c9", "#444444"
-"""Likelier, less likely, anything else; the first two as in the pages, dark enough for lines on white."""
+"""More likely, less likely, anything else. The first two are the pages' colours, darker for thin lines."""
 LINES = ("#4a90c9", "#d9822b", "#54399d", "#2f7d5b", "#8b867c", "#a3260f")
 
 
@@ -29,18 +29,18 @@ def draw_trace(trace: Trace, axes: Axes | None = None) -> Axes:
         InvalidRequest: The trace is not explained.
         MissingExtra: matplotlib is not installed.
     """
-    told = moves(trace)
+    token_moves = moves(trace)
     if axes is None:
         _, axes = _pyplot().subplots(figsize=(8, 2.8), layout="constrained")
-    shifts = [move.shift or 0.0 for move in told]
-    places = [move.index for move in told]
+    shifts = [move.shift or 0.0 for move in token_moves]
+    places = [move.index for move in token_moves]
     axes.bar(places, shifts, width=1.0, color=[MORE if shift > 0 else LESS for shift in shifts])
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.set_xlabel("position")
     axes.set_ylabel("shift, nats")
     axes.margins(x=0.01)
     axes.spines[["top", "right"]].set_visible(False)
-    shares = running_share(told)
+    shares = running_share(token_moves)
     known = [place for place, share in zip(places, shares, strict=True) if share is not None]
     beside = axes.twinx()
     beside.plot(known, [shares[place] or 0.0 for place in known], color=INK, linewidth=1)
@@ -48,17 +48,17 @@ def draw_trace(trace: Trace, axes: Axes | None = None) -> Axes:
     beside.set_ylabel("first choices changed")
     beside.spines[["top"]].set_visible(False)
     axes.set_title(
-        "orange: likelier than under the base; blue: less likely", fontsize=9, loc="left"
+        "orange: more likely than under the base; blue: less likely", fontsize=9, loc="left"
     )
     return axes
 
 
 def draw_analysis(analysis: Analysis, path: Path) -> None:
-    """Draw change against position, the token types moved most, equations, and alpha against change.
+    """Draw change against position, the token types that moved most, equations, and change against alpha.
 
     Args:
-        analysis: What is drawn; what it lacks is left out.
-        path: Where the picture goes; its suffix says in which format.
+        analysis: The numbers; panels without data are left out.
+        path: Output file; its suffix selects the format.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -92,7 +92,8 @@ def draw_analysis(analysis: Analysis, path: Path) -> None:
         figure.savefig(path)
     except (OSError, ValueError) as error:
         raise OutputFileError(
-            f"the picture {path} cannot be written: {error}.\nhint: a name that ends in .png, .svg or .pdf"
+            f"the picture {path} cannot be written: {error}.\n"
+            "hint: use a name that ends in .png, .svg or .pdf"
         ) from error
     finally:
         pyplot.close(figure)
@@ -126,13 +127,13 @@ def _draw_positions(axes: Axes, analysis: Analysis) -> None:
 
 def _draw_types(axes: Axes, analysis: Analysis) -> None:
     group = max(analysis.groups, key=lambda group: group.tally.num_tokens)
-    kinds = group.types[:14][::-1]
-    means = [kind.tally.mean_prob_change or 0.0 for kind in kinds]
-    names = [_plain(kind.label) for kind in kinds]
-    axes.barh(range(len(kinds)), means, color=[MORE if mean > 0 else LESS for mean in means])
-    axes.set_yticks(range(len(kinds)), names, fontsize=9, parse_math=False)
+    types = group.types[:14][::-1]
+    means = [each.tally.mean_prob_change or 0.0 for each in types]
+    names = [_printable(each.label) for each in types]
+    axes.barh(range(len(types)), means, color=[MORE if mean > 0 else LESS for mean in means])
+    axes.set_yticks(range(len(types)), names, fontsize=9, parse_math=False)
     axes.axvline(0, color=INK, linewidth=0.8)
-    axes.set_xlabel("mean change of probability")
+    axes.set_xlabel("mean change in probability")
     name = f", {group.name}" if len(analysis.groups) > 1 else ""
     axes.set_title(f"Token types that moved most{name}", loc="left")
 
@@ -154,8 +155,8 @@ def _draw_equations(axes: Axes, analysis: Analysis) -> None:
         )
     axes.set_xticks(range(len(groups)), [group.name for group in groups], fontsize=9)
     axes.axhline(0, color=INK, linewidth=0.8)
-    axes.set_ylabel("mean change of probability")
-    axes.set_title("Tokens of equations (bars: 95 % intervals)", loc="left")
+    axes.set_ylabel("mean change in probability")
+    axes.set_title("Tokens in equations (bars: 95 % intervals)", loc="left")
     axes.legend(frameon=False, fontsize=9)
 
 
@@ -186,15 +187,15 @@ def _draw_alphas(axes: Axes, analysis: Analysis) -> None:
     beside.set_ylim(bottom=0)
     beside.spines[["top"]].set_visible(False)
     beside.set_ylabel("mean KL(steered ‖ base), nats (dashed)", color="#9a5a12")
-    axes.set_title("Alpha against change", loc="left")
+    axes.set_title("Change against alpha", loc="left")
 
 
 def _colours(count: int) -> Sequence[str]:
     return [LINES[place % len(LINES)] for place in range(count)]
 
 
-def _plain(text: str) -> str:
-    """Return a token as a picture's fonts can write it."""
+def _printable(text: str) -> str:
+    """Return a token with characters that the fonts can draw."""
     shown = text.replace("\n", "↵").replace("\t", "⇥")
     return "".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in shown) or "(nothing)"
 
@@ -203,8 +204,7 @@ def _pyplot() -> ModuleType:
     try:
         from matplotlib import pyplot
     except ImportError as error:
-        raise MissingExtra(
-            "pictures are drawn by matplotlib, which is not installed.\n"
-            "hint: pip install 'proxytune[explain]'"
+        raise missing_extra(
+            "pictures need matplotlib, which is not installed", "explain"
         ) from error
     return pyplot

@@ -1,4 +1,4 @@
-"""A prompt and its continuations."""
+"""A report: a prompt and its continuations, as numbers for JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from proxytune.explain.moves import Move, label, moves
-from proxytune.explain.summary import parting, summarise
+from proxytune.explain.summary import first_difference, summarise
 from proxytune.trace import Step, Trace
 
 
@@ -16,10 +16,10 @@ class Run:
     """One continuation of a prompt.
 
     Args:
-        name: What it is called, such as `alpha 0.5`.
-        trace: Explained.
-        is_base: Whether it is the base's own.
-        is_forked: Whether it goes on from another token than was chosen, its last given one.
+        name: Its name in the report, such as `alpha 0.5`.
+        trace: The explained trace.
+        is_base: Whether this is the base's own continuation.
+        is_forked: Whether it continues from a token that was not chosen: the last of the given ones.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Report:
     """A prompt and its continuations.
 
     Args:
-        runs: The one that is explained first, then those beside it.
+        runs: First the one that is explained, then those it is compared with.
     """
 
     runs: tuple[Run, ...]
@@ -51,18 +51,15 @@ class Report:
         }
 
 
-# As rows ------------------------------------------------------------------------------------------------
-
-
 def run_dict(run: Run, base: Run | None) -> dict[str, Any]:
     """Return all numbers of a run for JSON.
 
     Args:
         run: The run.
-        base: The base's own continuation, to say where they part.
+        base: The base's own continuation, to find the first difference.
     """
     trace = run.trace
-    told = moves(trace)
+    token_moves = moves(trace)
     return {
         "name": run.name,
         "is_base": run.is_base,
@@ -72,11 +69,11 @@ def run_dict(run: Run, base: Run | None) -> dict[str, Any]:
         "finish_reason": trace.finish_reason,
         "seed": trace.seed,
         "num_given": trace.num_given,
-        "parts_from_base_at": None if base is None else parting(trace, base.trace),
-        "summary": summarise(told).to_dict(),
+        "parts_from_base_at": None if base is None else first_difference(trace, base.trace),
+        "summary": summarise(token_moves).to_dict(),
         "tokens": [
             move_row(move, trace) | {"views": _view_dicts(step, trace)}
-            for move, step in zip(told, trace.steps, strict=True)
+            for move, step in zip(token_moves, trace.steps, strict=True)
         ],
     }
 
@@ -86,9 +83,10 @@ def move_row(move: Move, trace: Trace) -> dict[str, Any]:
     row = asdict(move)
     row["token"] = row.pop("label")
     for side in ("base_choice", "steered_choice"):
-        chosen = row[side]
-        text = None if chosen is None else label(trace.tokens.get(chosen), chosen)
-        row[f"{side}_token"] = text
+        token_id = row[side]
+        row[f"{side}_token"] = (
+            None if token_id is None else label(trace.tokens.get(token_id), token_id)
+        )
     return row
 
 

@@ -1,4 +1,4 @@
-"""The same, summed up."""
+"""What steering did to a whole text: counts, means, token types, and where two texts differ first."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from proxytune.explain.moves import Move
 from proxytune.trace import Trace
 
 EARLY_TOKENS = 10
-"""How many tokens count as the beginning of a text."""
+"""Number of tokens that count as the beginning of a text."""
 CONTEXT_TOKENS = 4
-"""Length of the contexts that token types are shown in, as in the paper's table 6."""
+"""Length of the contexts in which token types are shown, in tokens, as in the paper's table 6."""
 
 
 @dataclass(slots=True)
 class Tally:
-    """Sums over tokens; means are None where nothing was known.
+    """Counts and sums over tokens; a mean of no values is None.
 
     Args:
-        num_tokens: All.
-        num_known: Those of which it is known whether they are changed.
-        num_changed: Those that are.
-        num_shifts: Those whose shift is known.
+        num_tokens: All tokens.
+        num_known: Tokens for which it is known whether they are changed.
+        num_changed: Changed tokens.
+        num_shifts: Tokens with a known shift.
+        sum_shift: Sum of their shifts, nats.
+        sum_prob_change: Sum of their changes in probability.
+        num_kl: Tokens with a known KL divergence.
+        sum_kl: Sum of KL(steered || base), nats.
     """
 
     num_tokens: int = 0
@@ -52,22 +56,22 @@ class Tally:
 
     @property
     def share_changed(self) -> float | None:
-        """Changed tokens of those known."""
+        """Share of changed tokens among those for which it is known."""
         return self.num_changed / self.num_known if self.num_known else None
 
     @property
     def mean_shift(self) -> float | None:
-        """Nats."""
+        """Mean shift, nats."""
         return self.sum_shift / self.num_shifts if self.num_shifts else None
 
     @property
     def mean_prob_change(self) -> float | None:
-        """Of the chosen token: the paper's Delta, section 6.1."""
+        """Mean change in the token's probability: the paper's Delta, section 6.1."""
         return self.sum_prob_change / self.num_shifts if self.num_shifts else None
 
     @property
     def mean_kl(self) -> float | None:
-        """KL(steered || base), nats."""
+        """Mean KL(steered || base), nats."""
         return self.sum_kl / self.num_kl if self.num_kl else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,12 +92,12 @@ class Summary:
     """What steering did to a text.
 
     Args:
-        tally: Its tokens, an end-of-sequence token included.
-        early_share: How much of the log-odds change, summed without its sign, the first `EARLY_TOKENS` tokens
-            bring; None if there is none.
-        early_uniform_share: What it would be if every token brought as much.
-        expert_shares: How much of all offsets, summed without their signs, each expert brings.
-        conflict_rate: Share of tokens on which several experts disagreed; None where that is not known.
+        tally: All tokens, an end-of-sequence token included.
+        early_share: Share of the total absolute change in log-odds that falls on the first `EARLY_TOKENS`
+            tokens; None if nothing changed.
+        early_uniform_share: What that share would be if every token contributed equally.
+        expert_shares: Share of each expert in the total of all absolute offsets.
+        conflict_rate: Share of tokens on which several experts disagreed; None if unknown.
     """
 
     tally: Tally
@@ -119,11 +123,11 @@ class TokenType:
     """All occurrences of one token.
 
     Args:
-        token_id: Of the type.
+        token_id: Id of the token.
         label: Its text.
         tally: Its occurrences.
-        context: The commonest `CONTEXT_TOKENS` consecutive tokens that hold it, as text.
-        num_context: How often these occur.
+        context: The most common `CONTEXT_TOKENS` consecutive tokens that contain it, as text.
+        num_context: How often this context occurs.
     """
 
     token_id: int
@@ -143,66 +147,64 @@ class TokenType:
         }
 
 
-# A whole text -------------------------------------------------------------------------------------------
-
-
-def summarise(told: Sequence[Move]) -> Summary:
+def summarise(token_moves: Sequence[Move]) -> Summary:
     """Return what steering did to a text."""
     tally = Tally()
     early = total = 0.0
     by_expert: Counter[str] = Counter()
-    for move in told:
+    for move in token_moves:
         tally.add(move)
         size = abs(move.log_odds_change or 0.0)
         total += size
         early += size if move.index < EARLY_TOKENS else 0.0
         for name, offset in move.offsets.items():
-            by_expert[name] += abs(offset)  # type: ignore[assignment]  # counts may be floats
+            by_expert[name] += abs(offset)  # type: ignore[assignment]  # a Counter of floats
     all_offsets = sum(by_expert.values())
-    conflicts = [move.has_conflict for move in told if move.has_conflict is not None]
+    conflicts = [move.has_conflict for move in token_moves if move.has_conflict is not None]
     return Summary(
         tally,
         early / total if total else None,
-        min(1.0, EARLY_TOKENS / len(told)) if told else None,
+        min(1.0, EARLY_TOKENS / len(token_moves)) if token_moves else None,
         {name: size / all_offsets for name, size in by_expert.items()} if all_offsets else {},
         sum(conflicts) / len(conflicts) if conflicts else None,
     )
 
 
-def token_types(told: Sequence[Move]) -> list[TokenType]:
-    """Return the token types of a text, those first whose probability changed most in all."""
+def token_types(token_moves: Sequence[Move]) -> list[TokenType]:
+    """Return the token types of a text, those with the largest total change in probability first."""
     tallies: dict[int, Tally] = {}
     labels: dict[int, str] = {}
-    for move in told:
+    for move in token_moves:
         tallies.setdefault(move.token_id, Tally()).add(move)
         labels[move.token_id] = move.label
-    contexts = common_contexts([[move.token_id for move in told]], tallies)
-    places: dict[tuple[int, ...], int] = {}
-    for start in range(len(told)):
+    contexts = common_contexts([[move.token_id for move in token_moves]], tallies)
+    starts: dict[tuple[int, ...], int] = {}
+    for start in range(len(token_moves)):
         for length in range(1, CONTEXT_TOKENS + 1):
-            places.setdefault(tuple(m.token_id for m in told[start : start + length]), start)
-    rows = []
+            window = token_moves[start : start + length]
+            starts.setdefault(tuple(move.token_id for move in window), start)
+    types = []
     for token_id, tally in tallies.items():
         context, count = contexts.get(token_id, ((token_id,), 1))
-        start = places[context]
-        text = "".join(move.piece for move in told[start : start + len(context)])
-        rows.append(TokenType(token_id, labels[token_id], tally, text, count))
-    return sorted(rows, key=lambda row: -abs(row.tally.sum_prob_change))
+        start = starts[context]
+        text = "".join(move.piece for move in token_moves[start : start + len(context)])
+        types.append(TokenType(token_id, labels[token_id], tally, text, count))
+    return sorted(types, key=lambda each: -abs(each.tally.sum_prob_change))
 
 
 def common_contexts(
     texts: Iterable[Sequence[int]], token_ids: Iterable[int]
 ) -> dict[int, tuple[tuple[int, ...], int]]:
-    """Return, for certain tokens, the commonest `CONTEXT_TOKENS` consecutive tokens that hold them.
+    """Return, for the given tokens, the most common `CONTEXT_TOKENS` consecutive tokens that contain them.
 
-    Shorter texts are a context as a whole. Of equally common ones the first counts.
+    A shorter text is one context. Of equally common contexts the first is returned.
 
     Args:
-        texts: Each as token ids.
-        token_ids: Those wanted.
+        texts: Texts as token ids.
+        token_ids: The tokens.
 
     Returns:
-        By token, the context's ids and how often they occur.
+        For each token, its context as token ids, and how often that occurs.
     """
     wanted = set(token_ids)
     counts: dict[int, Counter[tuple[int, ...]]] = {token_id: Counter() for token_id in wanted}
@@ -214,8 +216,8 @@ def common_contexts(
     return {token_id: found.most_common(1)[0] for token_id, found in counts.items() if found}
 
 
-def parting(one: Trace, other: Trace) -> int | None:
-    """Return the first position at which two texts have different tokens; None if they are the same."""
+def first_difference(one: Trace, other: Trace) -> int | None:
+    """Return the first position at which two texts have different tokens; None if they are equal."""
     for index, (a, b) in enumerate(zip(one.token_ids, other.token_ids, strict=False)):
         if a != b:
             return index
@@ -224,15 +226,15 @@ def parting(one: Trace, other: Trace) -> int | None:
 
 
 RUNNING_TOKENS = 11
-"""Tokens that a point of the curve of changed choices is the mean of."""
+"""Width of the window of the running share of changed tokens, in tokens."""
 
 
-def running_share(told: Sequence[Move]) -> list[float | None]:
-    """Return for each token the share of changed ones among the `RUNNING_TOKENS` around it."""
+def running_share(token_moves: Sequence[Move]) -> list[float | None]:
+    """Return for each token the share of changed tokens among the `RUNNING_TOKENS` around it."""
     half = RUNNING_TOKENS // 2
     shares: list[float | None] = []
-    for place in range(len(told)):
-        around = told[max(0, place - half) : place + half + 1]
-        known = [move.is_changed for move in around if move.is_changed is not None]
+    for index in range(len(token_moves)):
+        window = token_moves[max(0, index - half) : index + half + 1]
+        known = [move.is_changed for move in window if move.is_changed is not None]
         shares.append(sum(known) / len(known) if known else None)
     return shares

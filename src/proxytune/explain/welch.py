@@ -1,4 +1,4 @@
-"""Means and welch's test."""
+"""Means and variances of numbers that come one at a time, and Welch's test of two means."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Moments:
 
     @property
     def variance(self) -> float:
-        """Of a sample: divided by one less than the count. 0 for fewer than two numbers."""
+        """Variance of the sample, divided by one less than the count; 0 for fewer than two numbers."""
         return self._sum_squares / (self.num_tokens - 1) if self.num_tokens > 1 else 0.0
 
     @property
     def standard_error(self) -> float:
-        """Of the mean."""
+        """Standard error of the mean."""
         return math.sqrt(self.variance / self.num_tokens) if self.num_tokens else 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -42,9 +42,9 @@ class Moments:
 
 
 class Welch(NamedTuple):
-    """Welch's test of whether two means differ, two-sided.
+    """Welch's two-sided test of whether two means differ.
 
-    `log10_p` holds where `p` is too small for a float.
+    `log10_p` is exact even where `p` is too small for a float.
     """
 
     t: float
@@ -54,7 +54,7 @@ class Welch(NamedTuple):
 
 
 def welch(one: Moments, other: Moments) -> Welch | None:
-    """Return Welch's t-test (1947) of two samples; None with fewer than two numbers, or if none varies."""
+    """Return Welch's t-test (1947); None if a sample has fewer than two numbers or neither sample varies."""
     if one.num_tokens < 2 or other.num_tokens < 2:
         return None
     parts = [m.variance / m.num_tokens for m in (one, other)]

@@ -168,16 +168,11 @@ def check_one_prompt(recipe: Recipe, *, engine: str, hint: str) -> None:
             f'the recipe has "vocabulary": "{recipe.vocabulary}", so its small models may read other '
             f"tokens than the base, and {engine} has one stream of tokens for all.\nhint: {hint}"
         )
-    prompts = {"base": recipe.base.prompt}
-    for expert in recipe.experts:
-        for side, spec in (("expert", expert.expert), ("anti_expert", expert.anti_expert)):
-            if spec.same_as is None:
-                prompts[f"{expert.name}.{side}"] = spec.prompt
-    for name, prompt in prompts.items():
-        if prompt != recipe.base.prompt:
+    for part, spec in recipe.models.items():
+        if spec.same_as is None and spec.prompt != recipe.base.prompt:
             raise UnsupportedModel(
-                f"{name} wants its prompt as {prompt!r} and base as {recipe.base.prompt!r}, and {engine} "
-                f"has one stream of tokens for all.\nhint: {hint}"
+                f"{part} wants its prompt as {spec.prompt!r} and base as {recipe.base.prompt!r}, and "
+                f"{engine} has one stream of tokens for all.\nhint: {hint}"
             )
 
 

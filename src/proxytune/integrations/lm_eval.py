@@ -18,11 +18,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from proxytune.data.lines import line_seed
-from proxytune.errors import InvalidRequest, MissingExtra
+from proxytune.errors import InvalidRequest, missing_extra
 from proxytune.measure.likelihood import likelihoods
 from proxytune.measure.score import Passage, smallest_context
 from proxytune.model import ProxyTuned
-from proxytune.request import Message, Prompt, Request, SamplingParams
+from proxytune.request import Message, Prompt, Request, SamplingParams, Steering
 from proxytune.text.prompts import continuation_ids, render
 
 try:
@@ -30,7 +30,7 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
 except ImportError as error:
-    raise MissingExtra("lm-eval is not installed.\nhint: pip install 'proxytune[eval]'") from error
+    raise missing_extra("lm-eval is not installed", "eval") from error
 
 CHAT_MARK = "\x02messages:"
 """Begins a context that is a conversation as JSON: the harness hands contexts on as text."""
@@ -91,10 +91,10 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             self.model = ProxyTuned.load(recipe, device=device, dtype=dtype)
         self.batch_size = int(batch_size)
         self.tokenizer = self.model.tokenizer
-        self._alpha, self._experts, self._seed = alpha, names, seed
+        self._steering, self._seed = Steering(alpha, names), seed
         self._speculative = speculative
-        chosen = self.model.recipe.choose(names, alpha)
-        self._alphas = tuple(chosen.get(pair.name, 0.0) for pair in self.model.ensemble.pairs)
+        strengths = self.model.recipe.strengths(self._steering)
+        self._alphas = tuple(strengths.get(pair.name, 0.0) for pair in self.model.ensemble.pairs)
         self._max_length = max_length or self._smallest_context()
         self._number = 0
 
@@ -318,7 +318,7 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             if 0 < room < len(ids):
                 ids = ids[-room:]
             prompt = ids
-        return Request(prompt, sampling, self._alpha, self._experts)
+        return Request(prompt, sampling, self._steering.alpha, self._steering.experts)
 
     @staticmethod
     def _prompt(context: str) -> Prompt:

@@ -34,13 +34,13 @@ from proxytune.integrations.auto import (
     read_recipe,
     refuse_options,
 )
+from proxytune.request import Experts, Steering
 
 if TYPE_CHECKING:
     from proxytune.backends.transformers.backend import TransformersBackend
     from proxytune.model import ProxyTuned
     from proxytune.recipe.recipe import Recipe
 
-Experts = str | tuple[str, ...] | Mapping[str, float] | None
 
 _NO_EFFECT = (
     "low_cpu_mem_usage",
@@ -220,8 +220,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         )
         self._is_stateful = not all(backend.capabilities.can_rewind for backend in unique)
         self._describe(unique)
-        self._alpha: float | None = None
-        self._experts: Experts = None
+        self._steering = Steering()
         self.train(False)
 
     @classmethod
@@ -315,7 +314,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         )
         return cls(ProxyTunedConfig.from_recipe(recipe) if config is None else config, proxy_tuned)
 
-    def set_steering(self, *, alpha: float | None = None, experts: Experts = None) -> None:
+    def set_steering(self, *, alpha: float | None = None, experts: Experts | None = None) -> None:
         """Set the strength and the experts of all calls that do not bring their own.
 
         Args:
@@ -324,10 +323,11 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
 
         Raises:
             UnknownExpert: The recipe has no expert of that name.
-            InvalidRequest: A strength is not finite.
+            InvalidRequest: A strength is not finite, or given twice.
         """
-        self.recipe.choose(experts, alpha)
-        self._alpha, self._experts = alpha, experts
+        steering = Steering(alpha, experts)
+        self.recipe.strengths(steering)
+        self._steering = steering
 
     def forward(
         self,
@@ -339,7 +339,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         alpha: float | None = None,
-        experts: Experts = None,
+        experts: Experts | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -379,7 +379,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
             raise InvalidRequest(
                 "input_ids must be given, as [batch, num_tokens] with at least one token"
             )
-        pairs = self._chosen_pairs(alpha, experts)
+        pairs = self._steering_pairs(Steering(alpha, experts))
         steering = [index for index, _ in pairs]
         if cache is None:
             cache = past_key_values
@@ -409,17 +409,13 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         output = CausalLMOutputWithPast(**found)
         return output.to_tuple() if return_dict is False else output
 
-    def _chosen_pairs(self, alpha: float | None, experts: Experts) -> list[tuple[int, float]]:
+    def _steering_pairs(self, asked: Steering) -> list[tuple[int, float]]:
         """Return the pairs that steer, by index, with their strengths; a strength of 0 runs no model."""
-        if experts is None:
-            experts = self._experts
-        if alpha is None and not isinstance(experts, Mapping):
-            alpha = self._alpha
-        chosen = self.recipe.choose(experts, alpha)
+        strengths = self.recipe.strengths(asked.over(self._steering))
         return [
-            (index, chosen[pair.name])
+            (index, strengths[pair.name])
             for index, pair in enumerate(self._ensemble.pairs)
-            if chosen.get(pair.name)
+            if strengths.get(pair.name)
         ]
 
     def _parts(self, pairs: Sequence[int]) -> list[_Part]:
@@ -676,8 +672,7 @@ def _load(recipe: Recipe, *, device: str | None, dtype: str | None) -> ProxyTune
 
 
 def _references(recipe: Recipe) -> list[str]:
-    specs = [recipe.base, *(s for e in recipe.experts for s in (e.expert, e.anti_expert))]
-    return [r for spec in specs for r in (spec.model, spec.adapter) if r is not None]
+    return [r for s in recipe.models.values() for r in (s.model, s.adapter) if r is not None]
 
 
 def _device_name(device_map: Any) -> str | None:

@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxytune.backends.retokenised import token_map
-from proxytune.checkpoints.adapter import AdapterFiles, find_adapter
-from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
+from proxytune.checkpoints.adapter import AdapterFiles
+from proxytune.checkpoints.checkpoint import Checkpoint
 from proxytune.checkpoints.placement import running_device, running_dtype
 from proxytune.errors import (
     BackendError,
-    MissingExtra,
     NotEnoughMemory,
     UserError,
     VocabularyMismatch,
+    missing_extra,
 )
+from proxytune.loading.members import RecipeFiles
 from proxytune.machine import device_memory
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ModelSpec
@@ -285,16 +286,15 @@ class _Examination:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     reports: list[ModelReport] = field(default_factory=list)
-    # By the spec of the weights alone: the part that brings them, and the model, None if it is not usable.
-    first_parts: dict[ModelSpec, str] = field(default_factory=dict)
-    checkpoints: dict[ModelSpec, Checkpoint | None] = field(default_factory=dict)
-    adapters: dict[tuple[ModelSpec, str], str] = field(default_factory=dict)
+    counted: set[tuple[ModelSpec, str]] = field(default_factory=set)
+    """Adapters whose memory is counted, by the weights they are on and their path."""
+
+    def __post_init__(self) -> None:
+        self.files = RecipeFiles(self.recipe)
 
     def run(self) -> Diagnosis:
-        self._examine_model("base", self.recipe.base)
-        for expert in self.recipe.experts:
-            self._examine_model(f"{expert.name}.expert", expert.expert)
-            self._examine_model(f"{expert.name}.anti_expert", expert.anti_expert)
+        for part, spec in self.recipe.models.items():
+            self._examine_model(part, spec)
         self._check_sides()
         if not self.recipe.policy.is_plain:
             self.notes.append(f"it steers by the policy {self.recipe.policy.describe()}")
@@ -315,17 +315,14 @@ class _Examination:
             own = {"part": part, "weight_bytes": 0, "cache_bytes": 0, "shares": "base"}
             self.reports.append(ModelReport(**{**base, **own}))
             return
-        is_first = spec.weights not in self.checkpoints
-        if is_first:
-            self.first_parts[spec.weights] = part
-            self.checkpoints[spec.weights] = self._find(part, spec)
-        first_part = self.first_parts[spec.weights]
-        checkpoint = self.checkpoints[spec.weights]
+        owner = self.files.owner(spec)
+        is_first = owner == part
+        checkpoint = self._find(part, spec)
         values: dict[str, Any] = {
             "reference": spec.model or "",
             "adapter": spec.adapter,
             "prompt_format": spec.prompt,
-            "shares": None if is_first else first_part,
+            "shares": None if is_first else owner,
         }
         if spec.api is not None:
             values["kind"] = "api"
@@ -349,28 +346,25 @@ class _Examination:
         self.reports.append(ModelReport(part=part, **values))
 
     def _find(self, part: str, spec: ModelSpec) -> Checkpoint | None:
-        files = spec if spec.api is None else self.recipe.base_tokenizer
+        """Return a model's files; None if they are not usable, which is a problem of the first part."""
         try:
-            return find_checkpoint(
-                files.model or "",
-                root=self.recipe.directory,
-                revision=files.revision,
-                trust_remote_code=files.trust_remote_code,
-                allow_pickle=files.allow_pickle,
-            )
+            return self.files.checkpoint(spec)
         except UserError as error:
-            self._fail(part, error)
+            if self._is_first(part, spec):
+                self._fail(part, error)
             return None
+
+    def _is_first(self, part: str, spec: ModelSpec) -> bool:
+        """Whether the weights of `spec` are counted, and their problems reported, for this part."""
+        return self.files.owner(spec) == part
 
     def _find_adapter(
         self, part: str, spec: ModelSpec, checkpoint: Checkpoint | None
     ) -> AdapterFiles | None:
-        if spec.adapter is None:
-            return None
         try:
-            adapter = find_adapter(
-                spec.adapter, root=self.recipe.directory, allow_pickle=spec.allow_pickle
-            )
+            adapter = self.files.adapter(spec)
+            if adapter is None:
+                return None
             if checkpoint is not None:
                 adapter.check_fits(checkpoint)
         except UserError as error:
@@ -391,7 +385,7 @@ class _Examination:
         try:
             vocabulary = checkpoint.vocabulary
         except UserError as error:
-            if self.first_parts[spec.weights] == part:
+            if self._is_first(part, spec):
                 self._fail(part, error)
             return values
         values["num_tokens"] = len(vocabulary.token_to_id)
@@ -406,14 +400,14 @@ class _Examination:
             values["prompt_sample"] = str(checkpoint.tokenizer.decode(token_ids))
         except UserError as error:
             self._fail(part, error)
-        base = self.checkpoints[self.recipe.base.weights]
         if part == "base":
             values["vocabulary"] = "base"
-        elif base is not None and self.reports[0].num_tokens is not None:
+        elif self.reports[0].num_tokens is not None:
+            base = self.files.checkpoint(self.recipe.base)
             try:
                 values["vocabulary"] = align(base.vocabulary, vocabulary).kind
             except VocabularyMismatch as error:
-                is_first = self.first_parts[spec.weights] == part
+                is_first = self._is_first(part, spec)
                 if self.recipe.vocabulary == "map":
                     values["vocabulary"] = "mapped"
                     if is_first:
@@ -455,8 +449,8 @@ class _Examination:
             if not any(mapped):
                 continue
             # Of a side that is not mapped nothing is asked: its vocabulary may be what is damaged.
-            found = [self.checkpoints[s.weights] for s in sides] if all(mapped) else []
-            tokens = [f.vocabulary.token_to_id for f in found if f is not None]
+            found = [self.files.checkpoint(spec) for spec in sides] if all(mapped) else []
+            tokens = [checkpoint.vocabulary.token_to_id for checkpoint in found]
             if not tokens or tokens[0] != tokens[1]:
                 self._fail(
                     parts[0],
@@ -498,9 +492,7 @@ class _Examination:
         weight_bytes = _weight_bytes(checkpoint, element, spec.quantization) if is_first else 0
         if adapter is not None:
             # PEFT keeps the factors in float32 for training only; the loader takes the model's dtype.
-            key = (spec.weights, str(adapter.path))
-            weight_bytes += element * adapter.num_parameters if key not in self.adapters else 0
-            self.adapters[key] = part
+            weight_bytes += self._once(spec, adapter, element * adapter.num_parameters)
         return {
             **values,
             "device": device,
@@ -508,6 +500,13 @@ class _Examination:
             "weight_bytes": weight_bytes,
             "cache_bytes": 1000 * element * checkpoint.cache_elements_per_token,
         }
+
+    def _once(self, spec: ModelSpec, adapter: AdapterFiles, num_bytes: int) -> int:
+        """Return the memory of an adapter, 0 if it was counted before."""
+        key = (spec.weights, str(adapter.path))
+        is_counted = key in self.counted
+        self.counted.add(key)
+        return 0 if is_counted else num_bytes
 
     def _examine_api(self, part: str, spec: ModelSpec, tokens: Checkpoint) -> dict[str, Any]:
         """Return what a server shows and takes, if it may be asked; else only look for the key."""
@@ -551,9 +550,7 @@ class _Examination:
                 self._fail(part, error)
         weight_bytes = checkpoint.gguf_path.stat().st_size if is_first else 0
         if adapter is not None:
-            key = (spec.weights, str(adapter.path))
-            weight_bytes += 0 if key in self.adapters else adapter.path.stat().st_size
-            self.adapters[key] = part
+            weight_bytes += self._once(spec, adapter, adapter.path.stat().st_size)
         element = _CACHE_BYTES[spec.llama_cpp.cache_dtype_of(checkpoint.stored_dtype)]
         return {
             # A GPU that llama.cpp was built for is known to it alone.
@@ -622,9 +619,8 @@ def _check_quantization(quantization: Mapping[str, Any]) -> None:
     if method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         method = "bitsandbytes"
     if method in ("bitsandbytes", "torchao") and importlib.util.find_spec(method) is None:
-        raise MissingExtra(
-            f"the quantisation {method} is asked for, and that package is not installed.\n"
-            "hint: pip install 'proxytune[quantize]'"
+        raise missing_extra(
+            f"the quantization {method} is asked for, and that package is not installed", "quantize"
         )
 
 

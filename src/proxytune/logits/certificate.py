@@ -1,47 +1,56 @@
 """What the likeliest tokens of a base prove about all of them.
 
-A base behind an API shows some tokens' logprobs; of any other token is known that its logprob is at most the
-*ceiling* and that all others together have at most the *rest* of the probability. The offset is known for
-every token, since the small models run here. So there is an upper bound for the steered logit of each token,
-and often it proves that the full logits would have led to the same choice.
+A base behind an API shows the logprobs of some tokens. Every other token has a logprob of at most the
+*ceiling*, and all the others together have at most the *rest* of the probability. The offset is known for
+every token, since the small models run here. So the steered logit of each token has an upper bound, and often
+these bounds prove that the full logits would have led to the same choice.
 
-Pure functions of tensors. Unseen tokens stand at -inf in the base's logits.
+Pure functions of tensors. Unseen tokens are at -inf in the base's logits.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-def upper_logits(base_logprobs: Tensor, offsets: Tensor, *, ceilings: Tensor) -> Tensor:
-    """Return logits that the full steered ones do not exceed, and equal for seen tokens.
+class Proof(NamedTuple):
+    """What is known of a token chosen from a part of the base's logits; see `trace.Step`."""
 
-    For a token that was not seen the base's logprob is at most `l_k`, the lowest of the k that were, so its
-    steered logit is at most `l_k + offset`.
+    is_certified: bool
+    max_lost_prob: float
+
+
+def upper_logits(base_logprobs: Tensor, offsets: Tensor, *, ceilings: Tensor) -> Tensor:
+    """Return upper bounds of the steered logits, which are exact for seen tokens.
+
+    The base's logprob of an unseen token is at most `l_k`, the lowest of the k seen ones, so its steered
+    logit is at most `l_k + offset`.
 
     Args:
         base_logprobs: `[rows, vocab]`, nats, -inf for unseen tokens.
         offsets: `[rows, vocab]`, `alpha * (expert - anti_expert)`.
-        ceilings: `[rows]`, the highest logprob that an unseen token can have; -inf where there is none.
+        ceilings: `[rows]`, the highest logprob that an unseen token can have; -inf if there is none.
 
     Returns:
-        `[rows, vocab]` float32. If the token chosen from it is a seen one and is the one chosen from the seen
-        tokens alone, the full logits give it too: greedily, and for a draw with the same noise, since every
-        other token has at most the logit it has here.
+        `[rows, vocab]` float32. If the token chosen from these bounds is a seen one and is also the one
+        chosen from the seen tokens alone, the full logits give the same token, since no other token exceeds
+        its bound. That holds for greedy choices and for draws with the same noise.
     """
     return torch.where(torch.isneginf(base_logprobs), ceilings[:, None], base_logprobs) + offsets
 
 
 def spread_rest(base_logprobs: Tensor, rests: Tensor, padding_ids: Tensor) -> Tensor:
-    """Return logprobs in which unseen tokens share what is left of the probability evenly.
+    """Return logprobs in which unseen tokens share the rest of the probability evenly.
 
-    For scoring a given text: its own tokens are always seen, so the base's losses stay exact, and steered
-    ones are an estimate as good as the rest is small.
+    For scoring a given text. The text's own tokens are always seen, so the base's losses stay exact; steered
+    losses are an estimate that is the better the smaller the rest is.
 
     Args:
         base_logprobs: `[rows, vocab]`, nats, -inf for unseen tokens.
-        rests: `[rows]`, probability that unseen tokens have together.
+        rests: `[rows]`, the probability of all unseen tokens together.
         padding_ids: Ids that no token has; they stay at -inf.
     """
     is_unseen = torch.isneginf(base_logprobs)
@@ -55,9 +64,9 @@ def max_lost_prob(
 ) -> Tensor:
     """Bound the steered probability of all tokens that were not seen: `B / (B + S)`.
 
-    `S` is the sum of `exp(steered / T)` over seen tokens. `B` bounds that of unseen ones: the sum of their
-    upper bounds, or at T = 1 the rest of the base's probability times the largest `exp(offset)`, whichever
-    is less.
+    `S` is the sum of `exp(steered / T)` over seen tokens. `B` bounds the same sum over unseen ones: it is the
+    sum of their upper bounds or, at T = 1, the rest of the base's probability times the largest
+    `exp(offset)`, whichever is smaller.
 
     Args:
         upper: `[rows, vocab]` from `upper_logits`, padding ids at -inf.

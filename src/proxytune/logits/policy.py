@@ -1,6 +1,6 @@
-"""What a recipe may say of how strongly, and by which experts, its base is steered at each token.
+"""What a recipe may specify about how strongly, and by which experts, its base is steered at each token.
 
-Names, settings and their checks; what they do to logits is in `logits/rules.py`. Nothing here needs torch:
+Names, settings and their checks; `logits/rules.py` has what they do to logits. Nothing here needs torch:
 recipes are also read, checked and written on machines without it.
 """
 
@@ -27,10 +27,10 @@ COMBINATIONS = (
     "union",
     "intersection",
 )
-"""How several experts steer one base. With one expert all of them are the same."""
+"""How several experts steer one base. With one expert they are all the same."""
 
 IMPLAUSIBLE = ("exclude", "leave")
-"""What becomes of tokens that the base finds implausible."""
+"""What happens to tokens that the base finds implausible."""
 
 DEFAULT_MAX_ALPHA = 2.0
 DEFAULT_THRESHOLD = 0.4
@@ -43,27 +43,27 @@ class Policy:
     Args:
         combine: How several experts steer: one of `COMBINATIONS`; `logits/rules.py` has each and its source.
         name: One of `POLICIES`. `constant` is the published method. `kl_match` finds a weight for each token,
-            and ends with one expert; see that function. `gate_sure` steers only where the base gives no token
-            `threshold`. `gate_agree` steers only where base, expert and anti-expert do not agree on the
-            likeliest token. `nudge` puts the expert itself in the base's place where the base gives no token
-            `threshold` (at strength 1; between 0 and 1 it mixes logprobs): Nudging's rule, of which it keeps
-            the choice token by token and not the switch back after a whole word.
-        max_alpha: Of `kl_match`; None is 2, as published.
-        threshold: A probability, of `gate_sure` and `nudge`; None is 0.4, as published.
-        clip: No token's offset, as a log-ratio in nats, is larger either way.
-        plausibility: Tokens that the base gives less than this times what it gives its likeliest are
-            `implausible`; see `is_plausible`.
-        implausible: What becomes of those where experts steer: `exclude` gives them no probability, as
-            published; `leave` gives them the base's logit. None is `exclude`.
+            and picks a single expert; see that function. `gate_sure` steers only if the base gives every
+            token less than `threshold`. `gate_agree` steers only if base, expert and anti-expert disagree
+            about the likeliest token. `nudge` replaces the base by the expert itself if the base gives every
+            token less than `threshold` (at strength 1; between 0 and 1 it mixes logprobs). This is Nudging's
+            rule, applied token by token, without its switch back after a whole word.
+        max_alpha: Largest strength of `kl_match`; None is 2, as published.
+        threshold: A probability, for `gate_sure` and `nudge`; None is 0.4, as published.
+        clip: Maximum size of any token's offset in either direction, as a log-ratio in nats.
+        plausibility: Tokens that the base gives less than this fraction of its likeliest token's probability
+            are *implausible*; see `is_plausible`.
+        implausible: What happens to implausible tokens where experts steer. `exclude` gives them no
+            probability, as published; `leave` keeps the base's logit. None is `exclude`.
         schedule: Positions in the new text, from 0, and the weight of all strengths there; linear between
             them, constant before and after. `((99, 0), (100, 1))` steers from the 101st token on,
             `((0, 1), (200, 0))` fades out. In scored texts, positions count from a window's first token.
 
     Raises:
-        InvalidRequest: A value cannot be used, or would do nothing.
+        InvalidRequest: A value cannot be used, or would have no effect.
 
-    Source: beside those of the functions: clipping is this project's; warm-up over 100 tokens is ThinkLogit's
-    (Zhang et al. 2025, arXiv:2507.12759).
+    Source: the functions in `logits/rules.py` name theirs. Clipping is this project's; warm-up over 100
+    tokens is ThinkLogit's (Zhang et al. 2025, arXiv:2507.12759).
     """
 
     combine: str = "sum"
@@ -96,17 +96,16 @@ class Policy:
         for key, users in (("max_alpha", ("kl_match",)), ("threshold", ("gate_sure", "nudge"))):
             if getattr(self, key) is not None and self.name not in users:
                 raise InvalidRequest(
-                    f"{key} is given and policy is {self.name}, where it would do nothing; it is for "
+                    f"{key} has no effect with policy {self.name}; it belongs to "
                     f"{' and '.join(users)}.\nhint: leave {key} out"
                 )
         if self.implausible is not None and self.plausibility is None:
             raise InvalidRequest(
-                "implausible is given without plausibility, so it would do nothing.\n"
-                'hint: add "plausibility": 0.1'
+                'implausible has no effect without plausibility.\nhint: add "plausibility": 0.1'
             )
         if self.name in ("kl_match", "nudge") and self.combine != "sum":
             raise InvalidRequest(
-                f"policy is {self.name} and combine is {self.combine}, and both say which expert counts.\n"
+                f"policy is {self.name} and combine is {self.combine}, and both decide which expert counts.\n"
                 'hint: "combine": "sum"'
             )
         self._check_schedule()
@@ -141,7 +140,7 @@ class Policy:
         for key in settings:
             if key not in known:
                 raise InvalidRequest(
-                    f"{key!r} is no setting of steering; known are {', '.join(known)}"
+                    f"{key!r} is not a setting of steering; the settings are {', '.join(known)}"
                     f"{did_you_mean(key, known)}"
                 )
         given = {key: value for key, value in settings.items() if value is not None}
@@ -152,7 +151,7 @@ class Policy:
         return cls(combine, name, schedule=schedule, **given)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a recipe's `steering`, without what is at its default; `combine` is not part of it."""
+        """Return a recipe's `steering` without values at their defaults; `combine` is not part of it."""
         content: dict[str, Any] = {} if self.name == "constant" else {"policy": self.name}
         for field in fields(self)[2:]:
             value = getattr(self, field.name)
@@ -163,7 +162,7 @@ class Policy:
         return content
 
     def describe(self) -> str:
-        """Say in a line what the policy is, as it is written: `union, clip 4`."""
+        """Describe the policy in one line: `union, clip 4`."""
         parts = [] if self.combine == "sum" else [self.combine]
         if self.name != "constant" or not parts:
             parts.append(self.name)
@@ -192,7 +191,7 @@ class Policy:
 
     @property
     def has_positions(self) -> bool:
-        """Whether it needs to know how many new tokens came before."""
+        """Whether it depends on how many new tokens came before."""
         return bool(self.schedule)
 
 

@@ -1,16 +1,16 @@
 """The rules behind policies: how strongly, and by which experts, a base is steered at each token.
 
-`logits/steer.py` has the formula. A policy decides what goes into it at each token, from what the models
-say there and from the token's position, and from nothing else: it has no memory, and a row's result does
-not depend on other rows. So batches, drafts and resumed runs give what one row alone gives.
+`logits/steer.py` has the formula. A policy decides what goes into it at each token, from the models' logits
+and the token's position alone. It has no memory, and a row's result does not depend on other rows, so
+batches, drafts and resumed runs give the same as one row alone.
 
-Words: the *log-ratio* of an expert is `log p_expert - log p_anti_expert`, which differs from the difference
-of logits by a constant per row that no probability depends on; only of a log-ratio can a sign or a size be
-told. An expert is *active* in a row whose strength for it is not 0. A *weight* is what a policy multiplies
-the strength that was asked for with: 1 leaves it, 0 leaves the expert out. At strength 0 every policy gives
-the base, bit by bit.
+Words: the *log-ratio* of an expert is `log p_expert - log p_anti_expert`. It differs from the difference of
+logits by a constant per row, which no probability depends on; only a log-ratio has a meaningful sign and
+size. An expert is *active* in a row if its strength there is not 0. A *weight* is what a policy multiplies a
+requested strength with: 1 keeps it, 0 leaves the expert out. At strength 0 every policy gives the base, bit
+by bit.
 
-No policy here spares the small models' forwards: they read every token, so that their KV caches have no
+No policy here saves forwards of the small models: they read every token, so that their KV caches have no
 holes. A gate changes what is generated, not what it costs.
 
 Pure functions of tensors; `logits/policy.py` names them as a recipe writes them, and checks their settings.
@@ -30,9 +30,9 @@ from proxytune.logits.policy import DEFAULT_MAX_ALPHA, DEFAULT_THRESHOLD, Policy
 from proxytune.logits.steer import Contribution, check_shapes, combine
 
 NUM_ALPHAS = 20
-"""Strengths above 0 that `kl_match` tries: steps of 0.1 up to 2, where it is flat around its minimum."""
+"""How many strengths above 0 `kl_match` tries: steps of 0.1 up to 2. Its minimum is flat."""
 MAX_RATIO = 1e4
-"""Log-ratios are cut there where sums over the vocabulary are taken: 0 times infinity would be NaN."""
+"""Log-ratios are clamped to this before sums over the vocabulary: 0 times infinity would be NaN."""
 
 
 class Steered(NamedTuple):
@@ -41,8 +41,8 @@ class Steered(NamedTuple):
     logits: Tensor
     """`[rows, vocab]` float32, not normalised."""
     weights: Tensor
-    """`[contributions, rows]`: what each strength was multiplied with. Of policies that choose token by token
-    of the vocabulary (signs, union, intersection, clipping) it is what came before that choice."""
+    """`[contributions, rows]`: what each strength was multiplied with. Policies that decide for each token of
+    the vocabulary (signs, union, intersection, clipping) do so after these weights."""
 
 
 def apply_policy(
@@ -56,18 +56,17 @@ def apply_policy(
     """Steer the base's logits as a policy says.
 
     Args:
-        policy: Which rules, with which settings.
+        policy: The rules and their settings.
         base_logits: `[rows, vocab]`, any float dtype, not normalised.
-        contributions: One per expert, of the base's shape; a row in which an expert has no part has
-            strength 0 for it.
-        positions: `[rows]`, how many new tokens came before; needed where `has_positions`.
-        padding_ids: Ids that no token has; their logits count for nothing.
+        contributions: One per expert, of the base's shape; strength 0 in rows that the expert does not steer.
+        positions: `[rows]`, how many new tokens came before; needed if `policy.has_positions`.
+        padding_ids: Ids that no token has; their logits are ignored.
 
     Raises:
         VocabularyMismatch: A contribution has another shape than the base.
     """
     rows, device = len(base_logits), base_logits.device
-    if policy.is_plain:  # At every step of most texts: nothing here looks at a tensor's values.
+    if policy.is_plain:  # Most texts: nothing on this path looks at a tensor's values.
         weights = torch.ones(len(contributions), rows, device=device)
         return Steered(combine(base_logits, contributions), weights)
     is_active = _is_active(contributions, rows, device)
@@ -102,11 +101,11 @@ def apply_policy(
 
 
 def _is_weighted(policy: Policy) -> bool:
-    """Whether what a policy does is to give each expert a weight."""
+    """Whether a policy does nothing but give each expert a weight."""
     return (
         policy.clip is None
         and policy.name != "nudge"
-        and policy.implausible != "leave"  # what is left has the odds it had only beside log-ratios
+        and policy.implausible != "leave"  # only log-ratios can stand beside unsteered logits
         and policy.combine not in ("sign_agreement", "union", "intersection")
     )
 
@@ -152,7 +151,7 @@ def _weights(
 def _offset(
     policy: Policy, base: Tensor, experts: Tensor, anti_experts: Tensor, strengths: Tensor
 ) -> Tensor:
-    """Return what is added to the base, `[rows, vocab]`; arguments but strengths are logprobs."""
+    """Return what is added to the base, `[rows, vocab]`; all arguments but the strengths are logprobs."""
     if policy.name == "nudge":
         anti_experts = base.expand_as(experts)
     offsets = _offsets(experts, anti_experts, strengths)
@@ -190,10 +189,10 @@ def entropy(logprobs: Tensor) -> Tensor:
 
 
 def inverse_entropy_weights(expert_logprobs: Tensor, is_active: Tensor) -> Tensor:
-    """Weigh experts by how sure they are: `w_i = (1 / H_i) / sum_j (1 / H_j)`, H the entropy.
+    """Weight experts by how certain they are: `w_i = (1 / H_i) / sum_j (1 / H_j)`, H the entropy.
 
     The weights of a row sum to 1, so that the offsets are averaged: several experts at strength 1 steer as
-    strongly as one does.
+    strongly as one.
 
     Args:
         expert_logprobs: `[experts, rows, vocab]`, of the tuned models.
@@ -202,8 +201,8 @@ def inverse_entropy_weights(expert_logprobs: Tensor, is_active: Tensor) -> Tenso
     Returns:
         `[experts, rows]`.
 
-    Source: the repository taltalw/distributed-proxy-tuning, which divides by the sum of entropies instead, so
-    that its weights do not sum to 1; they are normalised here.
+    Source: the repository taltalw/distributed-proxy-tuning, which divides by the sum of the entropies, so
+    that its weights do not sum to 1; here they are normalised.
     """
     # A distribution on one token has entropy 0; it then takes all the weight.
     inverse = entropy(expert_logprobs).clamp(min=1e-6).reciprocal() * is_active
@@ -211,7 +210,7 @@ def inverse_entropy_weights(expert_logprobs: Tensor, is_active: Tensor) -> Tenso
 
 
 def route_by_entropy(expert_logprobs: Tensor, is_active: Tensor) -> Tensor:
-    """Let only the surest expert steer: weight 1 for the lowest entropy, 0 for the others.
+    """Let only the most certain expert steer: weight 1 for the lowest entropy, 0 for the others.
 
     Args:
         expert_logprobs: `[experts, rows, vocab]`.
@@ -220,14 +219,14 @@ def route_by_entropy(expert_logprobs: Tensor, is_active: Tensor) -> Tensor:
     Returns:
         `[experts, rows]`.
 
-    Source: the limit of `inverse_entropy_weights`; choosing one expert a token is what Fan et al. 2024
-    (arXiv:2406.15480) observe their search to do.
+    Source: the limit of `inverse_entropy_weights`. Fan et al. 2024 (arXiv:2406.15480) observe that their
+    search chooses one expert per token.
     """
     return _one_hot(entropy(expert_logprobs), is_active)
 
 
 def route_by_base(base_logprobs: Tensor, expert_logprobs: Tensor, is_active: Tensor) -> Tensor:
-    """Let only the expert steer whose prediction is nearest to the base's: the lowest KL(base || expert).
+    """Let only the expert steer that predicts most like the base: the one with the lowest KL(base || expert).
 
     Args:
         base_logprobs: `[rows, vocab]`.
@@ -237,18 +236,18 @@ def route_by_base(base_logprobs: Tensor, expert_logprobs: Tensor, is_active: Ten
     Returns:
         `[experts, rows]`, 1 for the chosen one and 0 for the others.
 
-    Source: this project. The base has read the text; the expert that predicts alike is taken to be at home in
-    it.
+    Source: this project. The base has read the text; an expert that predicts alike is assumed to know its
+    domain.
     """
     return _one_hot(_kl(base_logprobs, expert_logprobs), is_active)
 
 
 def majority_weights(base_logprobs: Tensor, offsets: Tensor, is_active: Tensor) -> Tensor:
-    """Average the experts that would choose the token which most of them would choose.
+    """Average the experts that agree with the majority about the next token.
 
     Each active expert votes for the likeliest token of the base steered by it alone. The voters for the token
-    with most votes share the weight evenly. Of tokens with equally many votes that one counts whose nearest
-    voter changes the base least, by KL(steered || base); two experts that disagree are thus told apart.
+    with most votes share the weight evenly. A tie goes to the token whose nearest voter changes the base
+    least, by KL(steered || base); that also decides between two experts that disagree.
 
     Args:
         base_logprobs: `[rows, vocab]`.
@@ -274,17 +273,17 @@ def majority_weights(base_logprobs: Tensor, offsets: Tensor, is_active: Tensor) 
 
 
 def sign_agreement(offsets: Tensor, is_active: Tensor) -> Tensor:
-    """Add up offsets where all active experts make a token likelier, or all less likely; 0 elsewhere.
+    """Add up the offsets of tokens that all active experts make likelier, or all less likely; 0 elsewhere.
 
     Args:
-        offsets: `[experts, rows, vocab]`, log-ratios with their strengths, 0 in rows that are not active.
+        offsets: `[experts, rows, vocab]`, log-ratios times their strengths, 0 in rows that are not active.
         is_active: `[experts, rows]` bool.
 
     Returns:
         `[rows, vocab]`.
 
-    Source: after TIES-merging (Yadav et al. 2023, arXiv:2306.01708, section 3), which does so with weights
-    and lets the larger side win where signs differ; here such a token keeps the base's logit.
+    Source: after TIES-merging (Yadav et al. 2023, arXiv:2306.01708, section 3), which does this with weights
+    and lets the larger side win if signs differ; here such a token keeps the base's logit.
     """
     inactive = ~is_active[..., None]
     is_agreed = ((offsets > 0) | inactive).all(0) | ((offsets < 0) | inactive).all(0)
@@ -292,24 +291,24 @@ def sign_agreement(offsets: Tensor, is_active: Tensor) -> Tensor:
 
 
 def union(offsets: Tensor, is_active: Tensor) -> Tensor:
-    """Return the largest of the active experts' offsets at each token: one that wants it is enough.
+    """Return the largest of the active experts' offsets at each token: one expert in favour is enough.
 
     Args:
-        offsets: `[experts, rows, vocab]`, log-ratios with their strengths.
+        offsets: `[experts, rows, vocab]`, log-ratios times their strengths.
         is_active: `[experts, rows]` bool.
 
     Returns:
         `[rows, vocab]`; 0 in rows without an active expert.
 
-    Source: the union operator of model arithmetic (Dekoninck et al. 2024, arXiv:2311.14479), which takes it
-    of logprobs; here it is taken of log-ratios, as the offsets are.
+    Source: the union operator of model arithmetic (Dekoninck et al. 2024, arXiv:2311.14479), applied to
+    log-ratios rather than to logprobs.
     """
     highest = offsets.masked_fill(~is_active[..., None], -torch.inf).amax(0)
     return torch.where(is_active.any(0)[:, None], highest, 0.0)
 
 
 def intersection(offsets: Tensor, is_active: Tensor) -> Tensor:
-    """Return the smallest of the active experts' offsets at each token: all have to want it.
+    """Return the smallest of the active experts' offsets at each token: all experts must be in favour.
 
     Arguments, result and source are those of `union`.
     """
@@ -332,8 +331,8 @@ def kl_match(
         minimise over a in [0, max_alpha]:
             (KL(P' || P) - KL(Q || A))^2 + (KL(P || P') - KL(A || Q))^2
 
-    on a grid of `NUM_ALPHAS` steps and 0. For several, the terms of all active experts are summed, and the
-    search is over strengths of which one is not 0, which is what the paper finds its search to end with.
+    on a grid of 0 and `NUM_ALPHAS` steps. For several experts, the terms of all active ones are summed, and
+    only one strength differs from 0: the paper finds that its search ends with such a solution.
 
     Args:
         base_logprobs: `[rows, vocab]`.
@@ -369,7 +368,7 @@ def kl_match(
     table = table.masked_fill(~is_active[:, None], torch.inf).flatten(0, 1)
     best = table.argmin(0)  # [rows]
     alphas = max_alpha * (best % (NUM_ALPHAS + 1)) / NUM_ALPHAS
-    # What is not a number is not to pass for strength 0, so that a model that failed is seen to have.
+    # A NaN must not pass for strength 0: it shows that a model failed.
     alphas = torch.where(table.isnan().any(0), torch.nan, alphas)
     experts = torch.arange(len(ratios), device=best.device)
     return torch.where(experts[:, None] == best // (NUM_ALPHAS + 1), alphas, 0.0)
@@ -386,7 +385,7 @@ def is_unsure(base_logprobs: Tensor, threshold: float) -> Tensor:
 def is_contested(
     base_logprobs: Tensor, expert_logprobs: Tensor, anti_expert_logprobs: Tensor, is_active: Tensor
 ) -> Tensor:
-    """Whether base, active experts and their anti-experts have different likeliest tokens, `[rows]` bool.
+    """Whether base, active experts and anti-experts disagree about the likeliest token, `[rows]` bool.
 
     Args:
         base_logprobs: `[rows, vocab]`.
@@ -402,7 +401,7 @@ def is_contested(
 
 
 def is_plausible(base_logprobs: Tensor, plausibility: float) -> Tensor:
-    """Whether the base gives a token at least `plausibility` times what it gives its likeliest.
+    """Whether the base gives a token at least `plausibility` times the probability of its likeliest token.
 
     Returns:
         `[rows, vocab]` bool.
@@ -413,10 +412,10 @@ def is_plausible(base_logprobs: Tensor, plausibility: float) -> Tensor:
 
 
 def scheduled(schedule: Sequence[tuple[int, float]], positions: Tensor) -> Tensor:
-    """Return the weight at positions of the new text: linear between a schedule's points, constant outside.
+    """Return the weights at positions of the new text: linear between a schedule's points, constant outside.
 
     Args:
-        schedule: Positions and weights, by position.
+        schedule: Pairs of position and weight, by ascending position.
         positions: `[rows]`, 0 for the first new token.
 
     Returns:
@@ -433,11 +432,11 @@ def scheduled(schedule: Sequence[tuple[int, float]], positions: Tensor) -> Tenso
 def has_conflict(base_logits: Tensor, contributions: Sequence[Contribution]) -> Tensor:
     """Whether a row's experts, each steering alone, would choose different tokens.
 
-    The share of tokens at which they do is the *conflict rate*.
+    The share of tokens for which they would is the *conflict rate*.
 
     Args:
         base_logits: `[rows, vocab]`, -inf at ids that no token has.
-        contributions: Of the experts.
+        contributions: One per expert.
 
     Returns:
         `[rows]` bool; False where fewer than two are active.
@@ -459,14 +458,14 @@ def _kl(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
 
 
 def _one_hot(costs: Tensor, is_active: Tensor) -> Tensor:
-    """Return 1 for the active expert of least cost and 0 for the others, `[experts, rows]`."""
+    """Return 1 for the active expert with the lowest cost and 0 for the others, `[experts, rows]`."""
     best = costs.masked_fill(~is_active, torch.inf).argmin(0)
     experts = torch.arange(len(costs), device=costs.device)
     return ((experts[:, None] == best) & is_active).float()
 
 
 def _is_active(contributions: Sequence[Contribution], rows: int, device: torch.device) -> Tensor:
-    """Return where strengths are not 0, `[experts, rows]` bool."""
+    """Return whether strengths differ from 0, `[experts, rows]` bool."""
     if not contributions:
         return torch.zeros(0, rows, dtype=torch.bool, device=device)
     return torch.stack([_alphas(part, rows, device) != 0 for part in contributions])

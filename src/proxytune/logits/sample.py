@@ -1,12 +1,12 @@
 """From steered logits to token ids: penalties, temperature, top-k, top-p, min-p, and the draw.
 
-The functions are pure: `[batch, vocab]` logits and per-row settings in, tensors out; randomness comes in as
+The functions are pure: `[batch, vocab]` logits and per-row settings in, tensors out. Randomness comes in as
 noise per row and token, so that a row's result depends on its own seed and on nothing else in the batch.
-`BatchSampler` keeps what a batch has to remember between steps (settings as tensors, counts of earlier
-tokens, one generator a row) and calls them.
+`BatchSampler` keeps what a batch must remember between steps (settings as tensors, counts of earlier tokens,
+one generator per row) and calls these functions.
 
-Order of operations: penalties, biases, forbidden tokens, temperature, top-k, top-p, min-p: the order in which
-transformers applies them, so that equal settings give equal distributions.
+Order of operations: penalties, biases, forbidden tokens, temperature, top-k, top-p, min-p. transformers
+applies them in the same order, so that equal settings give equal distributions.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def penalise(
     presence: Tensor,
     frequency: Tensor,
 ) -> Tensor:
-    """Lower the logits of tokens that stand in the text already.
+    """Lower the logits of tokens that already occur in the text.
 
     Args:
         logits: `[batch, vocab]` float32.
-        seen: `[batch, vocab]` bool: the token is in the prompt or the output.
+        seen: `[batch, vocab]` bool: whether the token is in the prompt or the output.
         counts: `[batch, vocab]`: how often the token is in the output.
         repetition: `[batch]`: divides positive and multiplies negative logits of seen tokens; 1 is off.
-        presence: `[batch]`: subtracted where the count is above 0.
+        presence: `[batch]`: subtracted if the count is above 0.
         frequency: `[batch]`: subtracted once per occurrence in the output.
 
     Returns:
@@ -63,13 +63,13 @@ def warp(
     """Scale logits by temperature and drop the tokens that top-k, top-p and min-p exclude.
 
     Args:
-        logits: `[batch, vocab]` float32; at least one finite value a row.
+        logits: `[batch, vocab]` float32, with at least one finite value per row.
         temperature: `[batch]`, above 0.
-        top_k: `[batch]` whole numbers, 0 for off; None where no row uses it.
-        top_p: `[batch]` in (0, 1], 1 for off; None where no row uses it. Keeps the smallest set of most
-            likely tokens that reaches the mass (Holtzman et al. 2020, arXiv:1904.09751), computed on
-            what top-k left.
-        min_p: `[batch]` in [0, 1], 0 for off; None where no row uses it. Keeps tokens at least this
+        top_k: `[batch]` whole numbers, 0 for off; None if no row uses it.
+        top_p: `[batch]` in (0, 1], 1 for off; None if no row uses it. Keeps the smallest set of most likely
+            tokens whose probability reaches it (Holtzman et al. 2020, arXiv:1904.09751), computed on what
+            top-k left.
+        min_p: `[batch]` in [0, 1], 0 for off; None if no row uses it. Keeps tokens that are at least this
             fraction as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082).
 
     Returns:
@@ -98,21 +98,21 @@ def warp(
 
 
 def gumbel(uniforms: Tensor) -> Tensor:
-    """Return Gumbel noise for uniform numbers: `-log(-log(u))`, float32, of their shape.
+    """Return Gumbel noise for uniform numbers: `-log(-log(u))`, float32, of the same shape.
 
     Args:
-        uniforms: float64 in [0, 1). In float32 the largest of 100,000 would often be exactly 1 - 2**-24, and
-            then unlikely tokens would be drawn too often.
+        uniforms: float64 in [0, 1). In float32 the largest of 100,000 numbers would often be exactly
+            1 - 2**-24, and unlikely tokens would be drawn too often.
     """
     return uniforms.log().neg_().log_().neg_().float()
 
 
 def draw(logits: Tensor, noise: Tensor) -> Tensor:
-    """Draw one token id per row: the highest sum of logit and Gumbel noise.
+    """Draw one token id per row: the one with the highest sum of logit and Gumbel noise.
 
-    That is a draw from `softmax(logits)`. Two distributions that are given the same noise agree on the token
-    with a probability of at least `(1 - d) / (1 + d)`, where d is their total variation distance: this is how
-    a draft meets what the steered distribution draws (`decode/speculative.py`).
+    That is a draw from `softmax(logits)`. Given the same noise, two distributions agree on the token with a
+    probability of at least `(1 - d) / (1 + d)`, where d is their total variation distance. That is why drafts
+    often match what the steered distribution draws (`decode/speculative.py`).
 
     Args:
         logits: `[batch, vocab]`, warped; -inf is never drawn.
@@ -128,27 +128,31 @@ def draw(logits: Tensor, noise: Tensor) -> Tensor:
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """Return the index of the highest logit of each row, `[batch]` int64; the first of equal ones on a CPU.
+    """Return the index of each row's highest logit, `[batch]` int64; on a CPU, the first of equal ones.
 
-    On a CPU numpy finds it: over 49,152 float32 values in 4 microseconds, where torch takes 43.
+    On a CPU numpy is used: for 49,152 float32 values it takes 4 microseconds, torch 43.
     """
     if logits.device.type == "cpu" and logits.dtype == torch.float32:
         return torch.from_numpy(logits.numpy().argmax(-1))
     return logits.argmax(-1)
 
 
-class Choice(NamedTuple):
-    """One step's tokens."""
+class Sampled(NamedTuple):
+    """The tokens chosen in one step."""
 
     token_ids: Tensor  # [batch] int64
     logprobs: Tensor  # [batch] float32: steered logprob before penalties and filters, nats
+
+    def as_lists(self) -> tuple[list[int], list[float]]:
+        """Return both as numbers; on an accelerator this waits for the device."""
+        return self.token_ids.tolist(), self.logprobs.tolist()
 
 
 class _Noise:
     """The Gumbel noise of one row: a `[vocab]` tensor for each position of its new tokens.
 
-    Noise belongs to a position, not to a draw: a position that a draft looks at ahead of time has the same
-    noise when its turn comes.
+    Noise belongs to a position, not to a draw: a position for which a token was drafted has the same noise
+    when the token is chosen.
     """
 
     def __init__(self, seed: int, vocab_size: int, device: torch.device) -> None:
@@ -158,7 +162,7 @@ class _Noise:
         self._ahead: deque[Tensor] = deque()
 
     def at(self, ahead: int) -> Tensor:
-        """Return the noise `ahead` positions after the next token's."""
+        """Return the noise of the position `ahead` tokens after the next one."""
         while len(self._ahead) <= ahead:
             uniforms = torch.rand(self._vocab_size, generator=self._generator, dtype=torch.float64)
             self._ahead.append(gumbel(uniforms).to(self._device))
@@ -175,7 +179,7 @@ class BatchSampler:
 
     Args:
         params: One per row.
-        prompts: The base's token ids of each row's prompt (the repetition penalty counts them).
+        prompts: Each row's prompt in the base's token ids, for the repetition penalty.
         ending_ids: Per row, ids that must not be chosen before `min_new_tokens`.
         vocab_size: Width of the logits.
         device: Where the logits are.
@@ -198,7 +202,7 @@ class BatchSampler:
             None if p.is_greedy else secrets.randbits(63) if p.seed is None else p.seed
             for p in params
         ]
-        """The seed of each row, drawn where none was given; None for greedy rows."""
+        """The seed of each row, drawn if none was given; None for greedy rows."""
         self._noise = [
             None if seed is None else _Noise(seed, vocab_size, self._device) for seed in self.seeds
         ]
@@ -213,13 +217,13 @@ class BatchSampler:
         self._build()
 
     def _build(self) -> None:
-        """Turn the rows' settings into tensors, None for a setting that no row uses."""
+        """Turn the rows' settings into tensors, or None for a setting that no row uses."""
 
         def column(name: str, off: float) -> Tensor | None:
             values = [getattr(p, name) for p in self._params]
             if all(value == off for value in values):
                 return None
-            # A top_k may be larger than any tensor's integer; a vocabulary never is.
+            # A top_k may exceed a tensor's integers; no vocabulary does.
             return torch.tensor([min(value, 2**31) for value in values], device=self._device)
 
         self._is_greedy = torch.tensor([p.is_greedy for p in self._params], device=self._device)
@@ -247,7 +251,7 @@ class BatchSampler:
         self._build()
 
     def join(self, other: BatchSampler) -> None:
-        """Take over the rows of another sampler, after its own; the other must not be used after."""
+        """Take over the rows of another sampler, after the own ones; the other must not be used after."""
         num_rows, num_others = len(self._params), len(other._params)
         for name in ("_params", "_ending_ids", "_num_chosen", "seeds", "_noise"):
             getattr(self, name).extend(getattr(other, name))
@@ -294,17 +298,17 @@ class BatchSampler:
         return logits
 
     def probs(self, steered_logits: Tensor) -> Tensor:
-        """Return the distribution each row draws from, `[batch, vocab]`; one-hot where greedy."""
+        """Return the distribution each row draws from, `[batch, vocab]`; one-hot for greedy rows."""
         logits = self.adjusted(steered_logits)
         warped = self._warp(logits, slice(None)).softmax(-1)
         one_hot = torch.zeros_like(warped).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
         return torch.where(self._is_greedy[:, None], one_hot, warped)
 
-    def choose(self, steered_logits: Tensor, rows: Sequence[int] | None = None) -> Choice:
+    def sample(self, steered_logits: Tensor, rows: Sequence[int] | None = None) -> Sampled:
         """Choose one token per row and remember it.
 
-        A row's tokens depend on its settings, its seed, its history and these logits alone: not on how the
-        tokens before were found, nor on other rows.
+        A row's tokens depend only on its settings, its seed, its history and these logits. They depend
+        neither on how earlier tokens were found nor on other rows.
 
         Args:
             steered_logits: `[rows, vocab]` float32, padding ids at -inf. Not changed.
@@ -322,10 +326,10 @@ class BatchSampler:
             noise = self._noise[row]
             if noise is not None:
                 noise.advance()
-        return Choice(token_ids, logprobs)
+        return Sampled(token_ids, logprobs)
 
     def peek(self, steered_logits: Tensor, rows: Sequence[int] | None = None) -> Tensor:
-        """Return the token ids, `[rows]`, that `choose` would choose; nothing is remembered."""
+        """Return the token ids, `[rows]`, that `sample` would choose; nothing is remembered."""
         rows, index = self._index(rows)
         logits = self.adjusted(steered_logits, rows)
         if self._any_sampled:
@@ -335,12 +339,12 @@ class BatchSampler:
     def propose(self, logits: Tensor, *, ahead: int, rows: Sequence[int] | None = None) -> Tensor:
         """Guess what each row will choose, from the logits of one model alone; nothing is remembered.
 
-        With the noise that `choose` will use, and without filters and penalties, which cost more than they
-        would bring in a guess.
+        Uses the noise that `sample` will use, but no filters and penalties: these cost more than they would
+        improve a guess.
 
         Args:
             logits: `[rows, vocab]`, padding ids at -inf.
-            ahead: How many tokens after the next one the guess is for.
+            ahead: 0 to guess the next token, 1 for the one after it, and so on.
             rows: Which rows of the batch these are, ascending; None for all.
 
         Returns:
@@ -366,7 +370,7 @@ class BatchSampler:
         return torch.stack([self._silence if n is None else n.at(ahead) for n in noise])
 
     def _index(self, rows: Sequence[int] | None) -> tuple[Sequence[int], Tensor | slice]:
-        """Return rows as numbers and as an index; all of them are a slice, which copies nothing."""
+        """Return rows as numbers and as an index; all rows are a slice, which copies nothing."""
         if rows is None or len(rows) == len(self._params):
             return range(len(self._params)), slice(None)
         return rows, torch.tensor(list(rows), device=self._device)

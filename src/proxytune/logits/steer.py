@@ -2,13 +2,13 @@
 
     steered = base + alpha * (expert - anti_expert)
 
-Pure functions of tensors. Vocabularies are aligned before (`text/vocab.py`); strengths that vary from token
-to token and rules between experts are put into it by `logits/rules.py`; choosing a token comes after
+Pure functions of tensors. Vocabularies are aligned before (`text/vocab.py`). Strengths that vary from token
+to token and rules between experts build on it (`logits/rules.py`). Choosing a token comes after
 (`logits/sample.py`).
 
 Source: Liu et al. 2024, "Tuning Language Models by Proxy", arXiv:2401.08565, section 2. The sum over several
-experts is that of DExperts' ensembles (Liu et al. 2021, arXiv:2105.03023, equation 1) with a strength of its
-own for each pair.
+experts is the one of DExperts' ensembles (Liu et al. 2021, arXiv:2105.03023, equation 1), with a separate
+strength for each pair.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from proxytune.errors import VocabularyMismatch
 
 
 class Contribution(NamedTuple):
-    """One expert's part in a step: what it and its anti-expert gave, and how strongly it counts."""
+    """One expert's part in a step: its logits, its anti-expert's, and how strongly they count."""
 
     expert_logits: Tensor  # [batch, vocab]
     anti_expert_logits: Tensor  # [batch, vocab]
-    alpha: float | Tensor  # a number, or [batch]: each row its own
+    alpha: float | Tensor  # a number, or [batch] for a strength per row
 
 
 def steer(
@@ -62,10 +62,10 @@ def combine(base_logits: Tensor, contributions: Sequence[Contribution]) -> Tenso
 
     Args:
         base_logits: `[batch, vocab]`, or any shape that ends in `vocab`; any float dtype.
-        contributions: One per expert, each of the base's shape. None gives the base.
+        contributions: One per expert, each of the base's shape. An empty sequence gives the base.
 
     Returns:
-        Same shape, float32, not normalised. It may share memory with `base_logits` where nothing is added.
+        Same shape, float32, not normalised. It may share memory with `base_logits` if nothing is added.
 
     Raises:
         VocabularyMismatch: A contribution has another shape than the base.
@@ -101,7 +101,7 @@ def check_shapes(base_logits: Tensor, contributions: Sequence[Contribution]) -> 
 def offset(part: Contribution) -> Tensor:
     """Return `alpha * (expert - anti_expert)`, float32, of the contribution's shape.
 
-    Exactly 0 in rows whose alpha is 0, whatever the small models say there.
+    Exactly 0 in rows whose alpha is 0, whatever the small models say.
     """
     # Subtract in float32: bfloat16 keeps 8 significant bits, and alpha scales the rounding.
     difference = part.expert_logits.float() - part.anti_expert_logits.float()

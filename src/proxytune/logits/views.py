@@ -1,6 +1,6 @@
-"""What each model gave a token: logprob, rank, entropy, the likeliest tokens; how far steering went.
+"""What each model gave a token: logprob, rank, entropy, likeliest tokens; and how far steering went.
 
-Pure functions of logits. What they return is kept in a `Step` (`trace.py`) and shown elsewhere.
+Pure functions of logits. Their results are kept in a `Step` (`trace.py`) and shown elsewhere.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from proxytune.trace import View
 
 
 def view(logits: Tensor, token_id: int, *, num_top: int) -> View:
-    """Return what a whole distribution says of a token.
+    """Return what a whole distribution says about a token.
 
     Args:
         logits: `[vocab]`, any float dtype, not normalised; -inf at ids that cannot be chosen.
@@ -30,14 +30,14 @@ def view(logits: Tensor, token_id: int, *, num_top: int) -> View:
 
 
 def partial_view(logprobs: Tensor, token_id: int, *, ceiling: float, num_top: int) -> View:
-    """Return what a part of a distribution says of a token.
+    """Return what a part of a distribution says about a token.
 
     Args:
         logprobs: `[vocab]`, normalised; -inf at tokens that were not shown.
         token_id: The chosen token.
         ceiling: No token that was not shown has a higher logprob.
-        num_top: How many of the likeliest tokens to list. Those shown below the ceiling are left out: others
-            may be likelier.
+        num_top: How many of the likeliest tokens to list. Tokens below the ceiling are left out: tokens that
+            were not shown may be likelier.
     """
     own = float(logprobs[token_id])
     rank = int((logprobs > own).sum()) + 1 if own >= ceiling and own > -torch.inf else None
@@ -46,9 +46,9 @@ def partial_view(logprobs: Tensor, token_id: int, *, ceiling: float, num_top: in
 
 
 def kl_divergence(logits: Tensor, reference_logits: Tensor) -> float:
-    """Return KL(p || q) in nats for p and q, the distributions of two rows of logits, `[vocab]` each.
+    """Return KL(p || q) in nats, where p and q are the distributions of two rows of logits, `[vocab]` each.
 
-    0 where p is 0, whatever q; infinite where only q is.
+    Tokens with p = 0 count 0, whatever q is; a token with q = 0 alone makes it infinite.
     """
     p, q = logits.float().log_softmax(-1), reference_logits.float().log_softmax(-1)
     terms = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q))

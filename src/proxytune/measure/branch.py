@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from proxytune.backends.base import Backend, PartialBackend
+from proxytune.backends.base import Backend
 from proxytune.decode.ensemble import Ensemble, Job, check_job
 from proxytune.errors import InvalidRequest
 from proxytune.logits.rules import apply_policy
@@ -98,7 +98,7 @@ def branch(
 
 
 def _check(ensemble: Ensemble, sampling: SamplingParams) -> None:
-    if isinstance(ensemble.members[0].backend, PartialBackend):
+    if ensemble.members[0].backend.partial is not None:
         raise InvalidRequest(
             "texts at several strengths share what the models have read, and a base behind an API does not "
             "share it.\nhint: generate at each strength separately"

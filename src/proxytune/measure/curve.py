@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from proxytune.errors import InvalidRequest, MissingExtra, OutputFileError
+from proxytune.errors import InvalidRequest, OutputFileError, missing_extra
 from proxytune.measure.metrics import METRICS
 from proxytune.measure.sweep import Grid, SweepReport
 
@@ -26,9 +26,8 @@ def draw(report: SweepReport, grid: Grid, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingExtra(
-            "drawing needs matplotlib, which is not installed.\n"
-            "hint: pip install 'proxytune[tune]', or leave out --picture"
+        raise missing_extra(
+            "drawing needs matplotlib, which is not installed", "tune", "or leave --picture out"
         ) from error
     varied = grid.varied
     if not 1 <= len(varied) <= 2:

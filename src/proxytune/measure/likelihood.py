@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from proxytune.backends.base import PartialBackend
 from proxytune.decode.ensemble import Ensemble
 from proxytune.logits.rules import apply_policy
 from proxytune.logits.steer import Contribution
@@ -60,7 +59,7 @@ def likelihoods(
     order = sorted(
         range(len(passages)), key=lambda i: (-len(passages[i].token_ids), -_length(passages[i]))
     )
-    is_partial = isinstance(ensemble.members[0].backend, PartialBackend)
+    is_partial = ensemble.members[0].backend.partial is not None
     while order:
         batch = _batch(ensemble, passages, order, 1 if is_partial else batch_size, needed)
         del order[: len(batch)]

@@ -7,7 +7,7 @@ strength for the other half (two-fold cross-fitting). A candidate whose best str
 
 Two cheaper estimates stand beside the benefit: *gain*, what tuning changed in the small model, which needs no
 base; and *slope*, what the first bit of strength saves. `benchmarks/rank_experts.py` measures how well each
-predicts, and `docs/guides/choose-alpha-and-expert.md` reports it.
+predicts, and `docs/guides/choose-a-pair.md` reports it.
 """
 
 from __future__ import annotations

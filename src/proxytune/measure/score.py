@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from proxytune.backends.base import PartialBackend
-from proxytune.backends.retokenised import RetokenisedBackend
 from proxytune.decode.ensemble import Ensemble, Member
 from proxytune.errors import (
     InvalidRequest,
@@ -302,8 +301,7 @@ def score_passages(
         for name, label, column in zip(
             [*names, *["steered"] * len(strengths)], labels, losses, strict=True
         )
-        if name == "steered"
-        or not isinstance(ensemble.members[names[name]].backend, RetokenisedBackend)
+        if name == "steered" or ensemble.members[names[name]].backend.translation is None
     ]
     longest = max(len(p.prompts[0]) + len(p.token_ids) for p in passages)
     return ScoreReport(
@@ -322,9 +320,9 @@ def mapped_mass(ensemble: Ensemble, passages: Sequence[Passage]) -> tuple[Mapped
     """
     used = sorted({i for pair in ensemble.pairs for i in (pair.expert, pair.anti_expert)})
     mapped = {
-        index: backend
+        index: translation.token_map
         for index in used
-        if isinstance(backend := ensemble.members[index].backend, RetokenisedBackend)
+        if (translation := ensemble.members[index].backend.translation) is not None
     }
     if not mapped:
         return ()
@@ -334,10 +332,10 @@ def mapped_mass(ensemble: Ensemble, passages: Sequence[Passage]) -> tuple[Mapped
         for _, logits in passage_logits(ensemble, passage, [0, *mapped]):
             padding_ids = ensemble.vocabulary.padding_ids.to(logits[0].device)
             base = logits[0].float().index_fill(-1, padding_ids, -torch.inf).softmax(-1)
-            for index, backend in mapped.items():
+            for index, token_map in mapped.items():
                 of_base, of_small = sums[index]
-                of_base += float(base[:, backend.token_map.small_ids >= 0].sum())
-                of_small += float(logits[index][:, backend.token_map.distinct].exp().sum())
+                of_base += float(base[:, token_map.small_ids >= 0].sum())
+                of_small += float(logits[index][:, token_map.distinct].exp().sum())
                 sums[index] = of_base, of_small
             count += len(base)
         if count >= MASS_TOKENS:
@@ -345,10 +343,10 @@ def mapped_mass(ensemble: Ensemble, passages: Sequence[Passage]) -> tuple[Mapped
     return tuple(
         MappedMass(
             ensemble.members[index].name,
-            backend.token_map.share,
+            token_map.share,
             *(total / count for total in sums[index]),
         )
-        for index, backend in mapped.items()
+        for index, token_map in mapped.items()
     )
 
 
@@ -545,14 +543,14 @@ def passage_logits(
     for key, indices in groups.items():
         backend = ensemble.members[indices[0]].backend
         prompts = [passage.prompts[i] for i in indices]
-        if isinstance(backend, PartialBackend):
-            if not backend.can_score:
+        if (partial := backend.partial) is not None:
+            if not partial.can_score:
                 raise UnsupportedModel(
                     f"{ensemble.members[0].name} does not score a given text, and each of its tokens would "
                     "cost a call.\nhint: the servers of vLLM and llama-cpp-python score texts"
                 )
-            states[key], logits = backend.prefill(prompts, num_new_tokens=[1], is_scored=True)
-            logits = _with_first_token(backend, states[key], logits, passage.token_ids[0])
+            states[key], logits = partial.prefill(prompts, num_new_tokens=[1], is_scored=True)
+            logits = _with_first_token(partial, states[key], logits, passage.token_ids[0])
         else:
             states[key], logits = backend.prefill(
                 prompts, adapters=[ensemble.members[i].adapter for i in indices]
@@ -575,8 +573,8 @@ def passage_logits(
 def _whole(ensemble: Ensemble, index: int, state: Any, logits: Tensor) -> Tensor:
     """Return a member's logits `[chunk, vocab]` in the base's vocabulary, none of them missing."""
     member = ensemble.members[index]
-    if isinstance(member.backend, PartialBackend):
-        (bounds,) = member.backend.bounds(state)
+    if (partial := member.backend.partial) is not None:
+        (bounds,) = partial.bounds(state)
         rests = torch.tensor([each.rest for each in bounds])
         return spread_rest(logits, rests, ensemble.vocabulary.padding_ids)
     return member.alignment.logits_to_base(logits)

@@ -1,1 +1,1 @@
-"""HTML pages that need no network, and what may run in them."""
+"""The playground and the steering report: each one HTML file, put together from the files of this folder."""

@@ -1,18 +1,46 @@
-"""The Content-Security-Policy of a page: its own style and script run, by their hashes, and nothing else."""
+"""A page put together from its files, and the policy of what may run in it.
+
+A page is one HTML file with one style and one script. Here they are files of their own, some of them shared:
+`assemble` puts them in, and `page_policy` allows exactly what it put in, by hash, and nothing else.
+"""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import re
+from importlib.resources import files
+
+STYLES = {"playground": ("look.css", "playground.css"), "report": ("look.css", "report.css")}
+"""The files of a page's style, in order: later rules win."""
+SCRIPTS = {
+    "playground": ("tokens.js", "requests.js", "playground.js"),
+    "report": ("tokens.js", "report.js"),
+}
+"""The files of a page's script, in order; they share one scope, which the browser's names are not in."""
+
+
+def assemble(name: str) -> str:
+    """Return a page, `playground` or `report`, with its style and its script in it."""
+    parts = {
+        "style": "\n" + "\n".join(_read(part) for part in STYLES[name]),
+        "script": f'\n"use strict";\n{{\n{script(name)}}}\n',
+    }
+    # One pass: what is put in is not looked at again.
+    return re.sub("@(style|script)@", lambda mark: parts[mark[1]], _read(f"{name}.html"))
+
+
+def script(name: str) -> str:
+    """Return a page's script as its files hold it, one after the other."""
+    return "\n".join(_read(part) for part in SCRIPTS[name])
 
 
 def page_policy(page: str, *further: str) -> str:
-    """Return the policy of a page with one `<style>` and one `<script>`.
+    """Return the Content-Security-Policy of a page with one `<style>` and one `<script>`.
 
     Args:
         page: Its HTML.
-        further: What else is allowed, such as `connect-src 'self'`, or is said beside it.
+        further: Further directives, such as `connect-src 'self'`.
     """
 
     def digest(tag: str) -> str:
@@ -32,3 +60,7 @@ def page_policy(page: str, *further: str) -> str:
             *further,
         )
     )
+
+
+def _read(name: str) -> str:
+    return files("proxytune.pages").joinpath(name).read_text("utf-8")

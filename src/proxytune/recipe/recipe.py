@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,11 @@ from proxytune.checkpoints.references import HUB_ID, is_gguf, resolve_package
 from proxytune.errors import (
     InvalidRequest,
     ModelNotFound,
-    OutputFileError,
     RecipeError,
     UnknownExpert,
     did_you_mean,
 )
-from proxytune.files import copy_tree, replace_file
+from proxytune.files import building, unwritable, write_whole
 from proxytune.logits.policy import COMBINATIONS, Policy
 from proxytune.recipe.checks import (
     as_json,
@@ -48,7 +48,7 @@ from proxytune.recipe.spec import (
     expert_spec,
     model_spec,
 )
-from proxytune.request import check_alpha
+from proxytune.request import Steering
 
 VOCABULARIES = ("same", "map")
 """What may become of small models whose tokenizer is another one than the base's."""
@@ -275,6 +275,15 @@ class Recipe:
         )
 
     @property
+    def models(self) -> dict[str, ModelSpec]:
+        """Its models by part: `base`, and `NAME.expert` and `NAME.anti_expert` of each expert."""
+        found = {"base": self.base}
+        for expert in self.experts:
+            found[f"{expert.name}.expert"] = expert.expert
+            found[f"{expert.name}.anti_expert"] = expert.anti_expert
+        return found
+
+    @property
     def base_tokenizer(self) -> ModelSpec:
         """The model whose tokenizer speaks for the base: the base, or another where it is behind an API."""
         if self.base.api is None:
@@ -304,7 +313,7 @@ class Recipe:
             is_elsewhere = spec.same_as or spec.llama_cpp or spec.api
             return spec if is_elsewhere else replace(spec, **changes)
 
-        return self._with_models(changed)
+        return self.with_models(changed)
 
     def with_llama_cpp(self, *, only_where_set: bool = False, **settings: int | None) -> Recipe:
         """Return the recipe with every `.gguf` file run by llama.cpp, with these settings.
@@ -317,8 +326,7 @@ class Recipe:
             RecipeError: The recipe names no `.gguf` file, or a setting cannot be used.
         """
         given: dict[str, Any] = {k: value for k, value in settings.items() if value is not None}
-        models = [self.base, *(m for e in self.experts for m in (e.expert, e.anti_expert))]
-        if not any(spec.model is not None and is_gguf(spec.model) for spec in models):
+        if not any(spec.model and is_gguf(spec.model) for spec in self.models.values()):
             raise RecipeError(
                 "the recipe names no .gguf file, so there is nothing that llama.cpp could run.\n"
                 "hint: `proxytune export-gguf` makes them"
@@ -340,9 +348,10 @@ class Recipe:
             )
             return replace(kept, llama_cpp=replace(own, **given))
 
-        return self._with_models(changed)
+        return self.with_models(changed)
 
-    def _with_models(self, changed: Callable[[ModelSpec], ModelSpec]) -> Recipe:
+    def with_models(self, changed: Callable[[ModelSpec], ModelSpec]) -> Recipe:
+        """Return the recipe with each of its models changed."""
         return replace(
             self,
             base=changed(self.base),
@@ -401,7 +410,8 @@ class Recipe:
             target.mkdir(parents=True, exist_ok=True)
             for reference, adapter in inside.items():
                 if not (target / reference).exists():
-                    copy_tree(adapter, target / reference)
+                    with building(target / reference) as part:
+                        shutil.copytree(adapter, part, dirs_exist_ok=True)
             content = json.dumps(
                 {**moved.to_dict(), "auto_map": AUTO_MAP},
                 indent=2,
@@ -409,15 +419,12 @@ class Recipe:
                 allow_nan=False,
             )
             if _may_write_loader(target):
-                replace_file(target / LOADER_NAME, LOADER)
+                write_whole(target / LOADER_NAME, LOADER)
             if card is not None or _may_write_card(target):
-                replace_file(target / "README.md", card or moved.model_card())
-            replace_file(target / "config.json", content + "\n")
+                write_whole(target / "README.md", card or moved.model_card())
+            write_whole(target / "config.json", content + "\n")
         except OSError as error:
-            raise OutputFileError(
-                f"the recipe cannot be written to {target}: {error.strerror or error}.\n"
-                "hint: name a directory that can be written"
-            ) from error
+            raise unwritable(target, error) from error
         return replace(moved, directory=target)
 
     def reference_from(self, reference: str, target: Path) -> str:
@@ -500,45 +507,80 @@ class Recipe:
             ),
         )
 
-    def choose(
-        self,
-        experts: str | Sequence[str] | Mapping[str, float] | None = None,
-        alpha: float | None = None,
-    ) -> dict[str, float]:
-        """Return the strength of each expert that steers.
-
-        Args:
-            experts: A name, names, or names with their strengths; None for the default expert, or all
-                where the recipe has no default.
-            alpha: Strength of those that do not bring their own here; None for the recipe's.
+    def named(self, names: str | Iterable[str] | None = None) -> tuple[str, ...]:
+        """Return the names of the experts that steer, each once: these, or for None the recipe's default.
 
         Raises:
             UnknownExpert: The recipe has no expert of that name.
-            InvalidRequest: A strength is not finite, or no expert is named.
+            InvalidRequest: No expert is named.
         """
-        own = {expert.name: expert.alpha for expert in self.experts}
-        if experts is None:
-            experts = [self.default_expert] if self.default_expert is not None else list(own)
-        if isinstance(experts, str):
-            experts = [experts]
-        if not experts:
+        known = [expert.name for expert in self.experts]
+        if names is None:
+            return tuple(known) if self.default_expert is None else (self.default_expert,)
+        wanted = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+        if not wanted:
             raise InvalidRequest(
                 "no expert is named.\nhint: leave experts out for the recipe's default"
             )
-        if alpha is not None:
-            check_alpha(alpha)
-        chosen: dict[str, float] = {}
-        for name in experts:
-            if name not in own:
+        for name in wanted:
+            if name not in known:
                 raise UnknownExpert(
-                    f"the recipe has no expert {name!r}; it has {', '.join(own)}"
-                    f"{did_you_mean(name, list(own))}"
+                    f"the recipe has no expert {name!r}; it has {', '.join(known)}"
+                    f"{did_you_mean(name, known)}"
                 )
-            if isinstance(experts, Mapping):
-                chosen[name] = check_alpha(experts[name], f"alpha of expert {name!r}")
-            else:
-                chosen[name] = own[name] if alpha is None else float(alpha)
-        return chosen
+        return wanted
+
+    def only(self, names: Iterable[str] | None) -> Recipe:
+        """Return the recipe with these experts alone; None keeps all.
+
+        Raises:
+            UnknownExpert: The recipe has no expert of that name.
+            InvalidRequest: No expert is named.
+        """
+        if names is None:
+            return self
+        wanted = self.named(names)
+        kept = tuple(expert for expert in self.experts if expert.name in wanted)
+        default = self.default_expert if self.default_expert in wanted else None
+        return replace(self, experts=kept, default_expert=default)
+
+    def strengths(self, steering: Steering | None = None) -> dict[str, float]:
+        """Return the strength of each expert that steers, by name; None takes the recipe's own.
+
+        Raises:
+            UnknownExpert: The recipe has no expert of that name.
+        """
+        steering = steering or Steering()
+        names = self.named(steering.experts)
+        if isinstance(steering.experts, Mapping):
+            return {name: float(steering.experts[name]) for name in names}
+        own = {expert.name: expert.alpha for expert in self.experts}
+        return {
+            name: own[name] if steering.alpha is None else float(steering.alpha) for name in names
+        }
+
+    def mixed(self, own: Mapping[str, float | None], alpha: float | None) -> Steering:
+        """Return the steering by experts of which some bring a strength and the others, with None, do not.
+
+        Args:
+            own: The strength that each expert brings.
+            alpha: Strength of the others; None for the recipe's.
+
+        Raises:
+            UnknownExpert: The recipe has no expert of that name.
+            InvalidRequest: A strength is not a finite number, or `alpha` would do nothing.
+        """
+        chosen = self.strengths(Steering(alpha, tuple(own)))
+        if all(strength is None for strength in own.values()):
+            return Steering(alpha, tuple(own))
+        if alpha is not None and None not in own.values():
+            raise InvalidRequest(
+                "alpha is given, and every expert brings its own strength, so alpha would do nothing.\n"
+                "hint: leave alpha out, or give an expert without a strength"
+            )
+        return Steering(
+            experts={n: chosen[n] if alone is None else alone for n, alone in own.items()}
+        )
 
     def model_card(self) -> str:
         """Return a README.md with the metadata that the Hub reads."""

@@ -1,6 +1,6 @@
-"""Steps as the OpenAI API writes them: texts, logprobs, and under `proxytune` what each model gave.
+"""Steps as JSON of the OpenAI API: texts, logprobs, and in the field `proxytune` what each model predicted.
 
-Pure functions of steps and of the tokens' bytes; nothing of HTTP is known here.
+Pure functions of steps and of the tokens' bytes; HTTP never reaches this file.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class Tokens:
     bytes_by_id: Mapping[int, bytes]
 
     def text(self, token_id: int) -> str:
-        """Return a token alone; half a character is U+FFFD."""
+        """Return the text of a token on its own; an incomplete character becomes U+FFFD."""
         return self.bytes_by_id.get(token_id, b"").decode("utf-8", "replace")
 
-    def named(self, token_id: int, logprob: float) -> Json:
-        """Return a token as a chat's logprobs name it."""
+    def with_logprob(self, token_id: int, logprob: float) -> Json:
+        """Return a token and its logprob as an entry of a chat's `logprobs`."""
         return {
             "token": self.text(token_id),
             "logprob": logprob,
@@ -38,8 +38,8 @@ def chat_logprobs(steps: Sequence[Step], tokens: Tokens) -> Json:
     return {
         "content": [
             {
-                **tokens.named(step.token_id, step.logprob),
-                "top_logprobs": [tokens.named(*pair) for pair in _possible(step.top)],
+                **tokens.with_logprob(step.token_id, step.logprob),
+                "top_logprobs": [tokens.with_logprob(*pair) for pair in _possible(step.top)],
             }
             for step in steps
         ],
@@ -53,10 +53,10 @@ def completion_logprobs(
     """Return `choices[].logprobs` of a completion.
 
     Args:
-        steps: Of one choice.
-        tokens: Their bytes.
-        offset: How many characters of text come before the first step.
-        has_top: Whether the likeliest tokens were asked for.
+        steps: Steps of one text.
+        tokens: The bytes of the tokens.
+        offset: Number of characters before the first step.
+        has_top: Whether the most likely tokens were requested.
     """
     offsets = []
     for step in steps:
@@ -71,7 +71,7 @@ def completion_logprobs(
 
 
 def explained(step: Step, tokens: Tokens) -> Json:
-    """Return what every model gave a token."""
+    """Return what each model predicted for a token."""
     return {
         "index": step.index,
         "token_id": step.token_id,
@@ -95,8 +95,8 @@ def _view(view: View, tokens: Tokens) -> Json:
     }
 
 
-def usage(num_prompt_tokens: int, num_new_tokens: int, num_reused: int) -> Json:
-    """Return `usage`; the prompt is counted as the base reads it, also what was not read again."""
+def usage_field(num_prompt_tokens: int, num_new_tokens: int, num_reused: int) -> Json:
+    """Return `usage`; prompt tokens are the base's and include the reused ones."""
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_new_tokens,
@@ -105,15 +105,15 @@ def usage(num_prompt_tokens: int, num_new_tokens: int, num_reused: int) -> Json:
     }
 
 
-def error(
+def error_body(
     message: str, *, kind: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Json]:
-    """Return an error as the API writes it."""
+    """Return the body of an error."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def _by_text(step: Step, tokens: Tokens) -> dict[str, float]:
-    """Return the likeliest tokens, best first; of those with one text (half characters) the best stays."""
+    """Return the most likely tokens, best first; where incomplete characters share a text, the best one."""
     found: dict[str, float] = {}
     for token_id, logprob in _possible(step.top):
         found.setdefault(tokens.text(token_id), logprob)
@@ -121,5 +121,5 @@ def _by_text(step: Step, tokens: Tokens) -> dict[str, float]:
 
 
 def _possible(top: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    # Padding ids stand at -inf, which JSON does not have.
+    # Padding ids have -inf, which JSON cannot represent.
     return [(token_id, logprob) for token_id, logprob in top if logprob > float("-inf")]

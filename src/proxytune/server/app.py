@@ -1,8 +1,8 @@
-"""The HTTP application: routes, keys, limits, and streams that end when their reader has gone.
+"""The HTTP application: routes, keys, limits, and streams that end when their client has gone.
 
     app = make_app(model, ServerSettings(name="my-recipe"))
 
-An answer never shows a stack trace, a path or a key, and the log shows no prompt unless that was asked for.
+An answer never shows a stack trace, a path or a key. The log shows prompts only if `log_prompts` is set.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from importlib.resources import files
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
@@ -38,9 +37,8 @@ from proxytune.errors import (
     UserError,
 )
 from proxytune.model import ProxyTuned
-from proxytune.pages.policy import page_policy
-from proxytune.server import answer
-from proxytune.server.answer import Json
+from proxytune.pages.policy import assemble, page_policy
+from proxytune.server.answer import Json, error_body
 from proxytune.server.schema import ChatRequest, CompletionRequest, Generation
 from proxytune.server.service import (
     Answer,
@@ -54,27 +52,28 @@ logger = logging.getLogger("proxytune.server")
 
 BEARER = HTTPBearer(auto_error=False)
 
-DRAINED = 16
-"""How many times what is allowed is read of a body that is too large: who still sends sees no answer."""
+DRAIN_FACTOR = 16
+"""Of a body that is too large, up to this many times the limit is read: clients that are still sending do not
+see an answer."""
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "A field cannot be honoured; the message names it"},
-    401: {"description": "The key is missing or wrong"},
-    404: {"description": "There is no such model or page"},
-    413: {"description": "The body is too large"},
-    429: {"description": "Too many requests wait; Retry-After says when to try again"},
-    500: {"description": "The models failed; the log says why"},
+    401: {"description": "The API key is missing or wrong"},
+    404: {"description": "No such model or page"},
+    413: {"description": "The request body is too large"},
+    429: {"description": "Too many requests are waiting; Retry-After says when to try again"},
+    500: {"description": "The models failed; the server's log says why"},
     503: {"description": "The server is shutting down"},
-    504: {"description": "The text took longer than a request may"},
+    504: {"description": "The text was not finished within the time limit of a request"},
 }
 
 
 def make_app(model: ProxyTuned, settings: ServerSettings) -> FastAPI:
-    """Return the application; its engine runs while the application does.
+    """Return the application, which starts and stops an engine of its own.
 
     Args:
-        model: What answers.
-        settings: What is allowed.
+        model: The model that answers.
+        settings: The server's settings and limits.
     """
     service = Service(model, settings)
 
@@ -82,102 +81,28 @@ def make_app(model: ProxyTuned, settings: ServerSettings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.engine.start()
         yield
-        # Whoever still has a connection has had its time (`run.py`): what is left is cancelled.
+        # Clients that are still connected had time to finish (`run.py`): what is left is cancelled.
         await asyncio.to_thread(service.engine.close, 0)
 
     app = FastAPI(
         title="proxytune",
         version=version("proxytune"),
         description="A large language model, steered by small ones; an OpenAI-compatible API.",
-        docs_url=None,  # their pages load scripts from elsewhere
+        docs_url=None,  # FastAPI's pages load scripts from other hosts
         redoc_url=None,
         lifespan=lifespan,
     )
     app.state.service = service
-    _add_errors(app)
-    check_key = _key_check(settings.api_keys)
-    guarded = [Depends(check_key)]
-
-    async def begin(request: Request, wanted: Generation) -> Answer:
-        if settings.log_prompts:
-            logger.info("request %s", wanted.model_dump_json(exclude_defaults=True))
-        jobs = await asyncio.to_thread(service.jobs, wanted)
-        host = request.client.host if request.client is not None else ""
-        who = json.dumps([getattr(request.state, "key", None), host, wanted.user])
-        return service.begin(wanted, jobs, who)
-
-    async def respond(request: Request, wanted: Generation) -> Response:
-        given = await begin(request, wanted)
-        if wanted.stream:
-            return _EventStream(service, given)
-        return JSONResponse(await _whole(service, given, request.receive))
-
-    @app.post("/v1/completions", responses=ERRORS, dependencies=guarded, response_model=None)
-    async def completions(request: Request, wanted: CompletionRequest) -> Response:
-        """Continue a prompt."""
-        return await respond(request, wanted)
-
-    @app.post("/v1/chat/completions", responses=ERRORS, dependencies=guarded, response_model=None)
-    async def chat_completions(request: Request, wanted: ChatRequest) -> Response:
-        """Answer a conversation."""
-        return await respond(request, wanted)
-
-    started = int(time.time())
-
-    def described(name: str) -> Json:
-        return {"id": name, "object": "model", "created": started, "owned_by": "proxytune"}
-
-    @app.get("/v1/models", responses={401: ERRORS[401]}, dependencies=guarded)
-    async def models() -> Json:
-        """List the recipe, and each of its experts as `recipe:expert`."""
-        return {"object": "list", "data": [described(name) for name in service.model_names]}
-
-    @app.get(
-        "/v1/models/{name}", responses={401: ERRORS[401], 404: ERRORS[404]}, dependencies=guarded
+    _add_error_handlers(app)
+    key_check = [Depends(_key_check(settings.api_keys))]
+    _add_generation_routes(app, service, key_check)
+    _add_model_routes(app, service, key_check)
+    _add_status_routes(app, service)
+    _add_playground(app)
+    # The middleware added last sees a request first.
+    app.add_middleware(
+        _BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
     )
-    async def model_by_name(name: str) -> Json:
-        """Describe one model."""
-        if name not in service.model_names:
-            raise HTTPException(404, f"there is no model {name!r} here")
-        return described(name)
-
-    @app.get("/v1/proxytune", responses={401: ERRORS[401]}, dependencies=guarded)
-    async def about() -> Json:
-        """Describe the recipe: experts, default strengths, limits."""
-        return service.about()
-
-    @app.get("/health", responses={503: ERRORS[503]})
-    async def health() -> Json:
-        """Say whether texts are being taken."""
-        if not service.engine.is_alive:
-            raise HTTPException(503, "the server is shutting down")
-        return {"status": "ok"}
-
-    @app.get("/version")
-    async def versions() -> Json:
-        """Say which version this is."""
-        return {"version": version("proxytune")}
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        """Return counters for Prometheus."""
-        return Response(service.metrics.text(), media_type=service.metrics.content_type)
-
-    page, policy = _playground()
-
-    @app.get("/", include_in_schema=False)
-    async def playground() -> Response:
-        return HTMLResponse(
-            page,
-            headers={
-                "Content-Security-Policy": policy,
-                "Cache-Control": "no-cache",
-                "Referrer-Policy": "no-referrer",
-            },
-        )
-
-    # The last one added is the first one asked.
-    app.add_middleware(_BodyLimit, most=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -185,61 +110,147 @@ def make_app(model: ProxyTuned, settings: ServerSettings) -> FastAPI:
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
         )
-    app.add_middleware(_Books, settings=settings, on_answer=service.metrics.answered)
+    app.add_middleware(_RequestLog, settings=settings, on_answer=service.metrics.count_request)
     return app
+
+
+# Routes -----------------------------------------------------------------------------------------------------
+
+
+def _add_generation_routes(app: FastAPI, service: Service, key_check: list[Any]) -> None:
+    async def respond(request: Request, wanted: Generation) -> Response:
+        if service.settings.log_prompts:
+            logger.info("request %s", wanted.model_dump_json(exclude_defaults=True))
+        jobs = await asyncio.to_thread(service.jobs, wanted)
+        host = request.client.host if request.client is not None else ""
+        client = json.dumps([getattr(request.state, "key", None), host, wanted.user])
+        answer = service.begin(wanted, jobs, client)
+        if wanted.stream:
+            return _EventStream(service, answer)
+        return JSONResponse(await _whole(service, answer, request.receive))
+
+    @app.post("/v1/completions", responses=ERRORS, dependencies=key_check, response_model=None)
+    async def completions(request: Request, wanted: CompletionRequest) -> Response:
+        """Continue a prompt."""
+        return await respond(request, wanted)
+
+    @app.post("/v1/chat/completions", responses=ERRORS, dependencies=key_check, response_model=None)
+    async def chat_completions(request: Request, wanted: ChatRequest) -> Response:
+        """Answer a conversation."""
+        return await respond(request, wanted)
+
+
+def _add_model_routes(app: FastAPI, service: Service, key_check: list[Any]) -> None:
+    started = int(time.time())
+
+    def model_entry(name: str) -> Json:
+        return {"id": name, "object": "model", "created": started, "owned_by": "proxytune"}
+
+    @app.get("/v1/models", responses={401: ERRORS[401]}, dependencies=key_check)
+    async def models() -> Json:
+        """List the recipe, and each of its experts as `recipe:expert`."""
+        return {"object": "list", "data": [model_entry(name) for name in service.model_names]}
+
+    @app.get(
+        "/v1/models/{name}", responses={401: ERRORS[401], 404: ERRORS[404]}, dependencies=key_check
+    )
+    async def model_by_name(name: str) -> Json:
+        """Describe one model."""
+        if name not in service.model_names:
+            raise HTTPException(404, f"there is no model {name!r} here")
+        return model_entry(name)
+
+    @app.get("/v1/proxytune", responses={401: ERRORS[401]}, dependencies=key_check)
+    async def about() -> Json:
+        """Describe the recipe: its experts, their default strengths, and the server's limits."""
+        return service.about()
+
+
+def _add_status_routes(app: FastAPI, service: Service) -> None:
+    @app.get("/health", responses={503: ERRORS[503]})
+    async def health() -> Json:
+        """Report whether the server accepts requests."""
+        if not service.engine.is_alive:
+            raise HTTPException(503, "the server is shutting down")
+        return {"status": "ok"}
+
+    @app.get("/version")
+    async def versions() -> Json:
+        """Return the server's version."""
+        return {"version": version("proxytune")}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Return metrics for Prometheus."""
+        return Response(service.metrics.text(), media_type=service.metrics.content_type)
+
+
+def _add_playground(app: FastAPI) -> None:
+    page = assemble("playground")
+    headers = {
+        "Content-Security-Policy": page_policy(
+            page, "connect-src 'self'", "frame-ancestors 'none'"
+        ),
+        "Cache-Control": "no-cache",
+        "Referrer-Policy": "no-referrer",
+    }
+
+    @app.get("/", include_in_schema=False)
+    async def playground() -> Response:
+        return HTMLResponse(page, headers=headers)
 
 
 # Answers ----------------------------------------------------------------------------------------------------
 
 
-async def _whole(service: Service, given: Answer, receive: Receive) -> Json:
-    """Return an answer when all its texts have ended; they end at once if the client goes away."""
+async def _whole(service: Service, answer: Answer, receive: Receive) -> Json:
+    """Return the JSON of an answer once all its texts have ended; cancel them if the client goes away."""
 
     async def gather() -> Json:
-        return service.whole(given, [part async for part in service.parts(given)])
+        return service.whole(answer, [part async for part in service.parts(answer)])
 
     work = asyncio.create_task(gather())
-    watch = asyncio.create_task(_gone(receive))
+    watch = asyncio.create_task(_client_gone(receive))
     try:
         await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            given.cancel()
+            answer.cancel()
         return await work
     finally:
-        given.cancel()
+        answer.cancel()
         watch.cancel()
         work.cancel()
 
 
-async def _gone(receive: Receive) -> None:
-    """Return when the client has gone away."""
+async def _client_gone(receive: Receive) -> None:
+    """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 class _EventStream(Response):
-    """Server-sent events of an answer; it stops, and frees the rows, when the client goes away."""
+    """Server-sent events of an answer; if the client goes away, they stop and the rows are freed."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, service: Service, given: Answer) -> None:
+    def __init__(self, service: Service, answer: Answer) -> None:
         self.status_code = 200
         self.background = None
         self.body = b""
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._service = service
-        self._given = given
+        self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.create_task(self._send_all(send))
-        watch = asyncio.create_task(_gone(receive))
+        watch = asyncio.create_task(_client_gone(receive))
         try:
             await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 await work
         finally:
-            self._given.cancel()
+            self._answer.cancel()
             for task in (work, watch):
                 task.cancel()
             await asyncio.gather(work, watch, return_exceptions=True)
@@ -251,12 +262,12 @@ class _EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _lines(self) -> AsyncIterator[bytes]:
-        service, given = self._service, self._given
-        for chunk in service.first_chunks(given):
+        service, answer = self._service, self._answer
+        for chunk in service.first_chunks(answer):
             yield _event(chunk)
         try:
-            async for part in service.parts(given):
-                found = service.chunk(given, part)
+            async for part in service.parts(answer):
+                found = service.chunk(answer, part)
                 if found is not None:
                     yield _event(found)
         except Exception as error:
@@ -264,9 +275,9 @@ class _EventStream(Response):
             yield _event(json.loads(bytes(refused.body)))
             yield b"data: [DONE]\n\n"
             return
-        options = given.wanted.stream_options
+        options = answer.wanted.stream_options
         if options is not None and options.include_usage:
-            yield _event(service.usage_chunk(given))
+            yield _event(service.usage_chunk(answer))
         yield b"data: [DONE]\n\n"
 
 
@@ -286,12 +297,12 @@ def _error(
     code: str | None = None,
     headers: dict[str, str] | None = None,
 ) -> JSONResponse:
-    body = answer.error(message, kind=kind, param=param, code=code)
+    body = error_body(message, kind=kind, param=param, code=code)
     return JSONResponse(body, status, headers)
 
 
 def _refusal(error: Exception) -> JSONResponse:
-    """Return what to answer for an error, in words that tell nothing of the machine."""
+    """Return the response for an error, without revealing anything about the machine."""
     if isinstance(error, QueueFull):
         headers = {"Retry-After": str(error.retry_after_s)}
         return _error(429, str(error), kind="rate_limit_error", code="queue_full", headers=headers)
@@ -302,8 +313,8 @@ def _refusal(error: Exception) -> JSONResponse:
     if isinstance(error, TimeIsUp):
         return _error(
             504,
-            "the text was not finished in the time that this server gives a request.\n"
-            "hint: ask for fewer tokens, or stream",
+            "the text was not finished within this server's time limit for a request.\n"
+            "hint: ask for fewer tokens, or stream the answer",
             kind="server_error",
             code="timeout",
         )
@@ -315,15 +326,17 @@ def _refusal(error: Exception) -> JSONResponse:
         return _error(400, str(error), param="proxytune", code="unknown_expert")
     if isinstance(error, UserError):
         return _error(400, str(error))
-    # Messages of models may name files and servers: they are for the log.
+    # Messages of backends may name files and servers, so they go to the log only.
     if isinstance(error, BackendError):
         logger.error("a model failed: %s", error)
     else:
         logger.error("a request failed", exc_info=error)
-    return _error(500, "the models failed on this request; the log says why", kind="server_error")
+    return _error(
+        500, "the models failed on this request; the server's log says why", kind="server_error"
+    )
 
 
-def _add_errors(app: FastAPI) -> None:
+def _add_error_handlers(app: FastAPI) -> None:
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         return _invalid(error)
@@ -344,13 +357,13 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _invalid(error: RequestValidationError) -> Response:
-    """Name the first field that cannot be honoured, as its sender knows it."""
+    """Return the response for an invalid request, naming the first bad field as the client knows it."""
     errors = error.errors()
     field = errors[0]["loc"][:2]
-    # A value that may have several shapes has an error for each: the deepest is of the shape that was meant.
+    # A field with several allowed types has an error for each. The deepest one belongs to the intended type.
     first = max((e for e in errors if e["loc"][:2] == field), key=lambda e: len(e["loc"]))
     path = [str(part) for part in first["loc"][1:]]
-    # Which shape it was tried as is no name of a field.
+    # The names of the types that were tried are not part of the field's name.
     name = ".".join(p for p in path if re.fullmatch(r"[a-z_]+|\d+", p) and p != "str")
     if first["type"] == "json_invalid":
         return _error(400, f"the body is not JSON: {first['ctx']['error']}")
@@ -368,22 +381,22 @@ def _invalid(error: RequestValidationError) -> Response:
 
 
 def _key_check(keys: tuple[str, ...]) -> Callable[..., Awaitable[None]]:
-    """Return the check of a request's key; which one it was is left in the request's state."""
+    """Return a check of a request's API key, which stores the key's index in the request's state."""
     digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def check(
         request: Request,
-        given: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)],
+        bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)],
     ) -> None:
         if not digests:
             return
-        own = hashlib.sha256((given.credentials if given is not None else "").encode()).digest()
-        # All are compared, each in constant time: how long it takes tells nothing.
+        own = hashlib.sha256((bearer.credentials if bearer is not None else "").encode()).digest()
+        # Compare all keys, each in constant time, so that the time taken reveals nothing.
         matches = [hmac.compare_digest(own, digest) for digest in digests]
         if not any(matches):
             raise HTTPException(
                 401,
-                "this server asks for a key: send it as `Authorization: Bearer KEY`",
+                "this server asks for a key; send it as `Authorization: Bearer KEY`",
                 {"WWW-Authenticate": "Bearer"},
             )
         request.state.key = matches.index(True)
@@ -392,11 +405,15 @@ def _key_check(keys: tuple[str, ...]) -> Callable[..., Awaitable[None]]:
 
 
 class _BodyLimit:
-    """Refuses bodies that are too large, or that take too long to arrive."""
+    """Refuses bodies that are too large, or that take too long to arrive.
 
-    def __init__(self, app: ASGIApp, most: int, timeout_s: float) -> None:
+    starlette's `RequestBodyLimitMiddleware` has no time limit and does not read the rest of a body that is
+    too large: a client that is still sending would see a reset connection instead of the answer.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
         self._app = app
-        self._most = most
+        self._max_bytes = max_bytes
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -410,8 +427,8 @@ class _BodyLimit:
             return
         if body is None:
             return
-        if len(body) > self._most:
-            message = f"the body is larger than the {self._most:,} bytes that are allowed here"
+        if len(body) > self._max_bytes:
+            message = f"the body is larger than this server's limit of {self._max_bytes:,} bytes"
             await _close(413, message, scope, receive, send)
             return
         messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
@@ -425,13 +442,13 @@ class _BodyLimit:
         """Return the body, or its beginning if it is too large; None if the client has gone."""
         body = bytearray()
         num_bytes = 0
-        while num_bytes <= DRAINED * self._most:
+        while num_bytes <= DRAIN_FACTOR * self._max_bytes:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
             piece = message.get("body", b"")
             num_bytes += len(piece)
-            if len(body) <= self._most:
+            if len(body) <= self._max_bytes:
                 body += piece
             if not message.get("more_body"):
                 break
@@ -443,8 +460,12 @@ async def _close(status: int, message: str, scope: Scope, receive: Receive, send
     await response(scope, receive, send)
 
 
-class _Books:
-    """Counts and logs requests, and refuses those to a name that is not this server's."""
+class _RequestLog:
+    """Counts and logs requests, adds security headers, and refuses requests to an unknown host name.
+
+    starlette's `TrustedHostMiddleware` answers 400 in plain text and redirects to names with `www.`. Here the
+    answer is 421 with an error object, as in every other refusal.
+    """
 
     def __init__(
         self, app: ASGIApp, settings: ServerSettings, on_answer: Callable[[str, int], None]
@@ -460,7 +481,7 @@ class _Books:
         started = time.perf_counter()
         status = 0
 
-        async def note(message: Message) -> None:
+        async def record_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -473,21 +494,23 @@ class _Books:
 
         try:
             if self._hosts is not None and _host(scope) not in self._hosts:
-                # A page of another site may have had its name resolved to this machine.
-                await _close(421, "this server does not go by that name", scope, receive, note)
+                # A page of another site may resolve its own host name to this machine (DNS rebinding).
+                await _close(
+                    421, "this server does not serve that host name", scope, receive, record_status
+                )
             else:
-                await self._app(scope, receive, note)
+                await self._app(scope, receive, record_status)
         except Exception as error:
-            # Nobody foresaw it; it has the shape of an error all the same.
+            # An unforeseen error gets the same JSON body as any other.
             if status:
                 raise
-            await _refusal(error)(scope, receive, note)
+            await _refusal(error)(scope, receive, record_status)
         finally:
-            # Unknown paths would make as many counters as a scanner has ideas.
+            # One label for all unknown paths: otherwise a scanner could create any number of counters.
             path = getattr(scope.get("route"), "path", "other")
             self._on_answer(path, status)
-            spent = (time.perf_counter() - started) * 1000
-            logger.info("%s %s %d %.0f ms", scope["method"], path, status, spent)
+            latency_ms = (time.perf_counter() - started) * 1000
+            logger.info("%s %s %d %.0f ms", scope["method"], path, status, latency_ms)
 
 
 def _host(scope: Scope) -> str:
@@ -496,12 +519,3 @@ def _host(scope: Scope) -> str:
             text: str = value.decode("latin-1")
             return re.sub(r":\d*$", "", text).strip("[]").lower()
     return ""
-
-
-# The page ---------------------------------------------------------------------------------------------------
-
-
-def _playground() -> tuple[str, str]:
-    """Return the page, and the policy under which nothing but its own script and style run."""
-    page = (files("proxytune") / "playground.html").read_text(encoding="utf-8")
-    return page, page_policy(page, "connect-src 'self'", "frame-ancestors 'none'")

@@ -1,11 +1,11 @@
 """Requests of many clients in one running batch: who waits, who joins, who leaves.
 
-One thread runs the models. Between two steps of the batch it lets rows in, and drops those whose client has
-gone. HTTP is not known here: a *ticket* is a job, and a function that is told what happens to it.
+One thread runs the models. Between two steps of the batch it admits new rows, and drops those whose client
+has gone. HTTP never reaches this file: a *ticket* is a job, with a function to call with each of its events.
 
-Order: each client has a queue of its own and they take turns, so that one client's hundred requests do not
-keep another's first one waiting. Where the models cannot take rows into a running batch (`Backend.merge`),
-several batches run in turns.
+Each client has its own queue, and the queues take turns, so that one client's hundred requests do not delay
+another's first one. If the models cannot add rows to a running batch (`Backend.merge`), several batches take
+turns.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from proxytune.model import ProxyTuned
 logger = logging.getLogger(__name__)
 
 MIN_REUSED_TOKENS = 32
-"""A prompt that shares fewer with an earlier text is read whole, together with others."""
-ADMITTED_TOKENS = 4096
-"""Most prompt tokens, padding included, that join at once: they keep the running rows waiting."""
+"""A prompt that shares fewer tokens with an earlier text is read whole, together with other prompts."""
+MAX_ADMITTED_TOKENS = 4096
+"""Maximum number of prompt tokens, padding included, that join at once; running rows wait for them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -37,10 +37,10 @@ class Ticket:
     """A job on its way through the engine.
 
     Args:
-        job: What to generate. A sampled one has a seed, so that it can be run again.
-        on_event: Called in the engine's thread with each event, and with the error that ended it, if one did.
-        client: Whose turn it takes.
-        deadline: By the monotonic clock; the job ends then as if cancelled, with `is_late` set.
+        job: What to generate. If it samples it has a seed, so that it can be run again.
+        on_event: Called in the engine's thread with each event, or with the error that ended the job.
+        client: The client, whose tickets share one queue.
+        deadline: Time on the monotonic clock at which the job ends as if cancelled, with `is_late` set.
     """
 
     job: Job
@@ -52,11 +52,11 @@ class Ticket:
     first_token: float | None = None
     ended: float | None = None
     num_reused: int = 0
-    """Tokens of the base's prompt that were not read again."""
+    """Tokens of the base's prompt that were reused from an earlier text."""
     draft_count: DraftCount = field(default_factory=lambda: DraftCount(0, 0))
     is_cancelled: bool = False
     num_steps: int = 0
-    """Steps told so far; those of a second run are told from there on."""
+    """Steps reported so far; a second run reports only those after them."""
 
     def cancel(self) -> None:
         """End the job within one step."""
@@ -64,15 +64,15 @@ class Ticket:
 
     @property
     def is_late(self) -> bool:
-        """Whether its time is over."""
+        """Whether its deadline has passed."""
         return self.deadline is not None and time.monotonic() >= self.deadline
 
     def is_unwanted(self) -> bool:
-        """Whether nobody waits for more; the batch asks once a step."""
+        """Whether nobody waits for its result any more; the batch calls this at every step."""
         return self.is_cancelled or self.is_late
 
-    def tell(self, event: Event | Exception) -> None:
-        """Pass on what happened, and note when."""
+    def notify(self, event: Event | Exception) -> None:
+        """Pass an event to the listener, and record its time."""
         now = time.monotonic()
         if isinstance(event, Exception) or event.finish_reason is not None:
             self.ended = now
@@ -82,14 +82,14 @@ class Ticket:
         try:
             self.on_event(event)
         except Exception:
-            # Whoever listens has failed, not the models: the others go on.
+            # The listener has failed, not the models: the other rows go on.
             logger.exception("a listener failed")
             self.cancel()
 
 
 @dataclass(slots=True, eq=False)
 class _Running:
-    """A batch and the tickets of its rows, by their numbers in it."""
+    """A batch, and the ticket of each of its rows."""
 
     batch: Batch
     tickets: dict[int, Ticket]
@@ -100,13 +100,13 @@ class Engine:
     """Runs tickets. Use it as a context manager, or call `start` and `close`.
 
     Args:
-        model: What runs.
-        max_rows: Most rows that run at once.
-        max_waiting: Most tickets that wait.
-        kept_tokens: How many tokens of ended texts the models remember, for prompts of the same client that
-            begin like them (the turns of a chat do).
+        model: The model that runs the jobs.
+        max_rows: Maximum number of rows that run at once.
+        max_waiting: Maximum number of waiting tickets.
+        kept_tokens: Number of tokens of finished texts to keep in the models' caches. Later prompts of the
+            same client that begin like them reuse them, such as the next turn of a chat.
         speculative: As in `ProxyTuned.generate`.
-        on_step: Told after each step: its seconds, its rows, and the tokens it brought.
+        on_step: Called after each step with its seconds, its rows, and the number of new tokens.
     """
 
     def __init__(
@@ -126,10 +126,10 @@ class Engine:
         self._speculator = Speculator(drafting) if isinstance(drafting, Drafting) else None
         self._on_step = on_step
         self._kept_tokens = kept_tokens
-        self._kept: deque[tuple[str, Kept]] = deque()  # whose, and what; the latest last
+        self._kept: deque[tuple[str, Kept]] = deque()  # (client, caches), oldest first
         self._condition = threading.Condition()
         self._waiting: dict[str, deque[Ticket]] = {}
-        self._suspects: deque[Ticket] = deque()  # their batch failed: each runs alone
+        self._suspects: deque[Ticket] = deque()  # their batch failed, so each runs alone
         self._arriving: list[Ticket] = []  # their prompts are being read
         self._running: list[_Running] = []
         self._is_closing = False
@@ -151,24 +151,24 @@ class Engine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it runs and takes tickets."""
+        """Whether the thread is running and accepts tickets."""
         return self._thread is not None and self._thread.is_alive() and not self._is_closing
 
     @property
     def num_waiting(self) -> int:
-        """How many tickets have not begun."""
+        """Number of tickets that have not started."""
         return sum(map(len, list(self._waiting.values()))) + len(self._suspects)
 
     @property
     def num_running(self) -> int:
-        """How many rows run."""
+        """Number of running rows."""
         return len(self._arriving) + sum(len(each.tickets) for each in list(self._running))
 
     def submit(self, tickets: Sequence[Ticket]) -> None:
         """Queue tickets, all of them or none.
 
         Raises:
-            QueueFull: Too many wait.
+            QueueFull: Too many tickets are waiting.
             ShuttingDown: `close` was called.
         """
         with self._condition:
@@ -180,7 +180,7 @@ class Engine:
                 wait_s = waiting / self.max_rows * self._seconds_per_ticket
                 retry_after_s = max(1, min(60, round(wait_s)))
                 raise QueueFull(
-                    f"{waiting} requests are waiting, which is as many as may.\n"
+                    f"{waiting} requests are waiting, and this server allows no more.\n"
                     f"hint: try again in {retry_after_s} seconds",
                     retry_after_s,
                 )
@@ -189,14 +189,14 @@ class Engine:
             self._condition.notify()
 
     def close(self, timeout_s: float) -> None:
-        """Take nothing new, finish what is there, and cancel what is left after `timeout_s`."""
+        """Accept no new tickets, finish the present ones, and cancel what is left after `timeout_s`."""
         with self._condition:
             self._is_closing = True
             self._condition.notify()
         if self._thread is None:
             return
         self._thread.join(timeout_s)
-        # The engine's thread cancels them: only there is each ticket in its place at any time.
+        # The engine's thread cancels them, because only it knows where each ticket is at any time.
         self._is_giving_up = True
         self._thread.join()
 
@@ -221,36 +221,36 @@ class Engine:
             try:
                 self._turn()
             except Exception as error:
-                # A bug. Whoever waits is told, and the next request finds a server that works.
+                # A bug. All tickets end with the error, and the next request finds a working server.
                 logger.exception("the engine failed")
                 with self._condition:
                     tickets = self._all_tickets()
                     self._arriving, self._running, self._waiting = [], [], {}
                     self._suspects.clear()
                 for ticket in tickets:
-                    ticket.tell(error)
+                    ticket.notify(error)
 
     def _turn(self) -> None:
-        """Let rows in, and take one step of each batch."""
+        """Admit waiting tickets, and take one step of each batch."""
         if self._is_giving_up:
             for ticket in self._all_tickets():
                 ticket.cancel()
         for running in list(self._running):
-            # First, so that whoever waits can take the place.
+            # First, so that waiting tickets can take their places.
             try:
                 events = running.batch.drop_cancelled()
             except Exception as error:
                 self._running.remove(running)
                 self._fail(list(running.tickets.values()), error)
                 continue
-            self._tell(running, events)
+            self._notify(running, events)
             if not running.tickets:
                 self._running.remove(running)
         with self._condition:
             unwanted = self._drop_unwanted()
-            self._arriving, is_alone = self._next()
+            self._arriving, is_alone = self._take_arrivals()
         for ticket in unwanted:
-            ticket.tell(Event(0, None, "cancelled", ""))
+            ticket.notify(Event(0, None, "cancelled", ""))
         if self._arriving:
             self._admit(self._arriving, is_alone)
         for running in list(self._running):
@@ -258,7 +258,7 @@ class Engine:
                 self._running.remove(running)
 
     def _drop_unwanted(self) -> list[Ticket]:
-        """Take tickets that nobody wants any more out of the queues, and return them."""
+        """Remove unwanted tickets from the queues, and return them."""
         unwanted = []
         for queue in (*self._waiting.values(), self._suspects):
             gone = [ticket for ticket in queue if ticket.is_unwanted()]
@@ -268,8 +268,8 @@ class Engine:
         self._waiting = {client: queue for client, queue in self._waiting.items() if queue}
         return unwanted
 
-    def _next(self) -> tuple[list[Ticket], bool]:
-        """Take the tickets that may join now, and say whether they must be alone."""
+    def _take_arrivals(self) -> tuple[list[Ticket], bool]:
+        """Return the tickets that may join now, and whether they must run alone."""
         free = self.max_rows - self.num_running
         if free > 0 and self._suspects:
             return [self._suspects.popleft()], True
@@ -279,21 +279,21 @@ class Engine:
             client = next(iter(self._waiting))
             length = max(map(len, self._waiting[client][0].job.prompts))
             longest = max(longest, length)
-            if arrivals and longest * (len(arrivals) + 1) > ADMITTED_TOKENS:
+            if arrivals and longest * (len(arrivals) + 1) > MAX_ADMITTED_TOKENS:
                 break
             queue = self._waiting.pop(client)
             arrivals.append(queue.popleft())
             if queue:
-                self._waiting[client] = queue  # at the end: the others have their turn first
+                self._waiting[client] = queue  # at the end: the other clients come first
         return arrivals, False
 
     def _admit(self, arrivals: list[Ticket], is_alone: bool) -> None:
-        """Let tickets read their prompts, choose their first tokens, and join."""
+        """Start tickets: each reads its prompt, chooses its first token, and joins a batch."""
         now = time.monotonic()
         together = []
         for ticket in arrivals:
             ticket.started = ticket.started or now
-            # A ticket that must be alone may be there because of what was kept.
+            # A ticket that must run alone may have failed because of reused caches.
             kept = None if is_alone else self._take_kept(ticket)
             if kept is None:
                 together.append(ticket)
@@ -303,9 +303,9 @@ class Engine:
             self._begin(together, is_alone, None)
 
     def _take_kept(self, ticket: Ticket) -> Kept | None:
-        """Return what an earlier text left that a prompt begins like, if it is worth it.
+        """Return the kept caches that share most with a ticket's prompt, if they share enough.
 
-        Of the same client: how long an answer takes must not tell what others have asked.
+        Only those of the same client: the time to an answer must not reveal what other clients have asked.
         """
         shared = [
             kept.num_shared(ticket.job.prompts) if client == ticket.client else 0
@@ -314,19 +314,19 @@ class Engine:
         most = max(shared, default=0)
         if most < MIN_REUSED_TOKENS:
             return None
-        place = shared.index(most)
-        _, found = self._kept[place]
-        del self._kept[place]
-        return found
+        index = shared.index(most)
+        _, best = self._kept[index]
+        del self._kept[index]
+        return best
 
     def _keep(self, client: str, kept: Kept) -> None:
-        """Remember what a text left, and forget the oldest ones."""
+        """Keep the caches of a finished text, and drop the oldest ones beyond the limit."""
         self._kept.append((client, kept))
         while sum(each.num_tokens for _, each in self._kept) > self._kept_tokens:
             self._kept.popleft()
 
     def _begin(self, arrivals: list[Ticket], is_alone: bool, kept: Kept | None) -> None:
-        """Begin one batch and let it join."""
+        """Start a batch, and let it join a running one if possible."""
         try:
             batch = Batch(
                 self.model.ensemble,
@@ -362,7 +362,7 @@ class Engine:
         self._running.remove(joining)
 
     def _step(self, running: _Running) -> bool:
-        """Take one step of a batch and tell its tickets; whether it went well."""
+        """Take one step of a batch and notify its tickets; return whether it succeeded."""
         started = time.perf_counter()
         num_rows = running.batch.num_rows
         try:
@@ -371,7 +371,7 @@ class Engine:
             self._running.remove(running)
             self._fail(list(running.tickets.values()), error)
             return False
-        self._tell(running, events)
+        self._notify(running, events)
         if self._on_step is not None:
             num_tokens = sum(event.step is not None for event in events)
             try:
@@ -380,8 +380,8 @@ class Engine:
                 logger.exception("a listener failed")
         return True
 
-    def _tell(self, running: _Running, events: Sequence[Event]) -> None:
-        """Tell tickets what happened to their rows, and forget those that have ended."""
+    def _notify(self, running: _Running, events: Sequence[Event]) -> None:
+        """Pass events to the tickets of their rows, and remove rows that have ended."""
         for event in events:
             ticket = running.tickets[event.row]
             is_repeated = event.step is not None and event.step.index < ticket.num_steps
@@ -394,13 +394,13 @@ class Engine:
                 seconds = time.monotonic() - (ticket.started or ticket.submitted)
                 self._seconds_per_ticket += (seconds - self._seconds_per_ticket) / 16
             if not is_repeated or event.finish_reason is not None:
-                ticket.tell(event)
+                ticket.notify(event)
 
     def _fail(self, tickets: list[Ticket], error: Exception, *, had_kept: bool = False) -> None:
-        """End a ticket whose batch failed; where it had company, find out first whose fault it was.
+        """End a ticket whose batch failed; if there were several, first run each alone to find the cause.
 
-        Tokens depend on nothing but the ticket, so each runs again by itself and goes on where it was. So
-        does one that went on from an earlier text: what was kept may be to blame, and the room may be needed.
+        Tokens depend on the ticket alone, so each resumes where it was. A ticket that reused caches of an
+        earlier text also runs again: they may be the cause, or their memory may be needed.
         """
         self._kept.clear()
         if not isinstance(error, BackendError | UserError):
@@ -411,4 +411,4 @@ class Engine:
             self._suspects.extend(tickets)
             return
         for ticket in tickets:
-            ticket.tell(error)
+            ticket.notify(error)

@@ -1,4 +1,4 @@
-"""What the server counts, in the format of Prometheus."""
+"""The server's metrics, in the format of Prometheus."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics:
-    """Counters of one server; no prompt, name of a user or key is among them.
+    """The metrics of one server; they contain no prompts, user names or keys.
 
     Args:
-        num_running: Asked when they are read.
-        num_waiting: Likewise.
+        num_running: Called when metrics are read; returns the number of running texts.
+        num_waiting: Called when metrics are read; returns the number of waiting texts.
     """
 
     content_type = CONTENT_TYPE_LATEST
@@ -25,80 +25,80 @@ class Metrics:
     def __init__(self, num_running: Callable[[], int], num_waiting: Callable[[], int]) -> None:
         self._registry = registry = CollectorRegistry()
         self._requests = Counter(
-            "proxytune_requests", "Answered requests.", ["path", "status"], registry=registry
+            "proxytune_requests", "Requests answered.", ["path", "status"], registry=registry
         )
         self._finished = Counter(
-            "proxytune_texts", "Texts by how they ended.", ["reason"], registry=registry
+            "proxytune_texts", "Texts finished, by the reason.", ["reason"], registry=registry
         )
         self._prompt_tokens = Counter(
-            "proxytune_prompt_tokens", "Tokens of prompts that were read.", registry=registry
+            "proxytune_prompt_tokens", "Prompt tokens read by the base.", registry=registry
         )
         self._reused_tokens = Counter(
             "proxytune_reused_prompt_tokens",
-            "Tokens of prompts that were not read again.",
+            "Prompt tokens reused from earlier texts.",
             registry=registry,
         )
         self._new_tokens = Counter(
-            "proxytune_generated_tokens", "Tokens that were generated.", registry=registry
+            "proxytune_generated_tokens", "Tokens generated.", registry=registry
         )
         self._drafted = Counter(
-            "proxytune_drafted_tokens", "Tokens that were guessed ahead.", registry=registry
+            "proxytune_drafted_tokens", "Tokens drafted by speculative decoding.", registry=registry
         )
         self._accepted = Counter(
-            "proxytune_accepted_tokens", "Guessed tokens that proved right.", registry=registry
+            "proxytune_accepted_tokens", "Draft tokens accepted.", registry=registry
         )
         self._steps = Histogram(
             "proxytune_step_seconds",
-            "Time of one step of a batch.",
+            "Duration of one decoding step.",
             buckets=SECONDS,
             registry=registry,
         )
         self._waits = Histogram(
             "proxytune_queue_seconds",
-            "From a request to its start.",
+            "Time from a request to the start of its text.",
             buckets=SECONDS,
             registry=registry,
         )
-        self._firsts = Histogram(
+        self._first_tokens = Histogram(
             "proxytune_first_token_seconds",
-            "From a request to its first token.",
+            "Time from a request to its first token.",
             buckets=SECONDS,
             registry=registry,
         )
         self._totals = Histogram(
             "proxytune_text_seconds",
-            "From a request to the end of its text.",
+            "Time from a request to the end of its text.",
             buckets=SECONDS,
             registry=registry,
         )
-        running = Gauge("proxytune_running", "Texts that are being generated.", registry=registry)
+        running = Gauge("proxytune_running", "Texts being generated.", registry=registry)
         running.set_function(num_running)
-        waiting = Gauge("proxytune_waiting", "Texts that wait for their turn.", registry=registry)
+        waiting = Gauge("proxytune_waiting", "Texts waiting to be generated.", registry=registry)
         waiting.set_function(num_waiting)
 
-    def answered(self, path: str, status: int) -> None:
-        """Count a request."""
+    def count_request(self, path: str, status: int) -> None:
+        """Count an answered request."""
         self._requests.labels(path, str(status)).inc()
 
-    def stepped(self, seconds: float, num_rows: int, num_tokens: int) -> None:
-        """Count a step of the engine."""
+    def count_step(self, seconds: float, num_rows: int, num_tokens: int) -> None:
+        """Count a step of the engine and the tokens it generated."""
         self._steps.observe(seconds)
         self._new_tokens.inc(num_tokens)
 
-    def ended(self, ticket: Ticket, reason: str) -> None:
-        """Count a text that has ended, for whatever reason."""
+    def count_text(self, ticket: Ticket, reason: str) -> None:
+        """Count a text that has ended, whatever the reason."""
         self._finished.labels(reason).inc()
         if ticket.started is not None:
             self._prompt_tokens.inc(len(ticket.job.prompts[0]) - ticket.num_reused)
             self._reused_tokens.inc(ticket.num_reused)
             self._waits.observe(ticket.started - ticket.submitted)
         if ticket.first_token is not None:
-            self._firsts.observe(ticket.first_token - ticket.submitted)
+            self._first_tokens.observe(ticket.first_token - ticket.submitted)
         if ticket.ended is not None:
             self._totals.observe(ticket.ended - ticket.submitted)
         self._drafted.inc(ticket.draft_count.proposed)
         self._accepted.inc(ticket.draft_count.accepted)
 
     def text(self) -> bytes:
-        """Return all of it."""
+        """Return all metrics as Prometheus reads them."""
         return generate_latest(self._registry)

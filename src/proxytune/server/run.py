@@ -1,8 +1,8 @@
 """Runs the application with uvicorn: one process, one event loop, one engine.
 
-A connection must send the head of a request within `HEAD_TIMEOUT_S`, and read what it is sent. When the
-server is told to stop it takes no new connections, finishes what runs, and cancels what is left after a
-while.
+A connection must send the head of a request within `HEAD_TIMEOUT_S`, and it must read what it is sent. When
+the server is stopped it accepts no new connections, finishes the running texts, and after a time limit
+cancels the rest.
 """
 
 from __future__ import annotations
@@ -20,72 +20,72 @@ from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from proxytune.server import answer
+from proxytune.server.answer import error_body
 from proxytune.server.engine import Engine
 from proxytune.server.service import ServerSettings
 
 HEAD_TIMEOUT_S = 20.0
-"""Longest time from a connection to the head of its first request, and from one of its pieces to the rest."""
+"""Time limit for the head of a request: from the connection or, on an open one, from its first bytes."""
 REFUSED_BODY_S = 2.0
-"""How long the rest of a request is read that is answered 503 whatever it says."""
+"""Time limit for reading the body of a request before it is answered 503."""
 LAST_WORDS_S = 5
-"""How long clients may take to read that their texts were cancelled because the server stops."""
+"""Time for clients to read that the stopping server has cancelled their texts."""
 
 
 class PatientProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, without connections that are held for nothing.
+    """uvicorn's HTTP/1.1, which also closes stalled connections.
 
-    Those that never send a whole request, or that do not read, are closed. What uvicorn refuses by itself has
-    the shape of every other error.
+    A connection that does not complete a request's head, or does not read its answer, is closed. Errors that
+    uvicorn itself answers have the same JSON body as all others.
     """
 
     max_connections: int
     send_timeout_s: float
-    _watch: asyncio.TimerHandle | None = None
-    _reader_watch: asyncio.TimerHandle | None = None
+    _head_timer: asyncio.TimerHandle | None = None
+    _reader_timer: asyncio.TimerHandle | None = None
     _num_unread = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for the first request."""
+        """Start to wait for the first request."""
         super().connection_made(transport)
-        # Tell at once when bytes wait here: they have left the application, which may long be done.
+        # Report waiting bytes at once: they have left the application, which may be long finished.
         transport.set_write_buffer_limits(high=0)
-        self._watch = self.loop.call_later(HEAD_TIMEOUT_S, self._give_up)
+        self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._give_up)
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes; once they are a whole head, uvicorn's own keep-alive timeout takes over."""
+        """Receive bytes; after a complete head, uvicorn's own keep-alive timeout takes over."""
         is_full = len(self.connections) > self.max_connections
-        self.app = _too_many if is_full else self.config.loaded_app
+        self.app = _answer_too_many if is_full else self.config.loaded_app
         super().data_received(data)
         if self.cycle is None or self.cycle.response_complete:
-            if self._watch is None and not self.transport.is_closing():
-                self._watch = self.loop.call_later(HEAD_TIMEOUT_S, self._give_up)
-        elif self._watch is not None:
-            self._watch.cancel()
-            self._watch = None
+            if self._head_timer is None and not self.transport.is_closing():
+                self._head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self._give_up)
+        elif self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
     def pause_writing(self) -> None:
-        """Begin to wait for the client to read."""
+        """Start to wait for the client to read."""
         super().pause_writing()
         self._num_unread = self.transport.get_write_buffer_size()
-        self._reader_watch = self.loop.call_later(self.send_timeout_s, self._look_at_reader)
+        self._reader_timer = self.loop.call_later(self.send_timeout_s, self._check_reader)
 
     def resume_writing(self) -> None:
-        """Stop waiting: all was read, as far as can be told here."""
+        """Stop waiting: as far as can be seen here, the client has read everything."""
         super().resume_writing()
-        if self._reader_watch is not None:
-            self._reader_watch.cancel()
+        if self._reader_timer is not None:
+            self._reader_timer.cancel()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
-        for watch in (self._watch, self._reader_watch):
-            if watch is not None:
-                watch.cancel()
+        for timer in (self._head_timer, self._reader_timer):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP."""
-        body = _error_body(msg)
+        """Answer a request that is not valid HTTP."""
+        body = _error_bytes(msg)
         headers = [
             ("content-type", "application/json"),
             ("content-length", str(len(body))),
@@ -97,56 +97,56 @@ class PatientProtocol(H11Protocol):
         self.transport.close()
 
     def _give_up(self) -> None:
-        self._watch = None
+        self._head_timer = None
         if self.cycle is None or self.cycle.response_complete:
             self.transport.close()
 
-    def _look_at_reader(self) -> None:
+    def _check_reader(self) -> None:
         num_unread = self.transport.get_write_buffer_size()
         if num_unread >= self._num_unread:
             self.transport.abort()
             return
         self._num_unread = num_unread
-        self._reader_watch = self.loop.call_later(self.send_timeout_s, self._look_at_reader)
+        self._reader_timer = self.loop.call_later(self.send_timeout_s, self._check_reader)
 
 
-def _error_body(message: str, kind: str = "invalid_request_error") -> bytes:
-    return json.dumps(answer.error(message, kind=kind)).encode()
+def _error_bytes(message: str, kind: str = "invalid_request_error") -> bytes:
+    return json.dumps(error_body(message, kind=kind)).encode()
 
 
-async def _too_many(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer where there are as many connections as may be.
+async def _answer_too_many(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer 503 because there are too many connections.
 
-    Most clients send a body after its head. If the connection were closed between the two, their system would
-    throw the answer away and tell them of a broken connection instead.
+    Most clients send the head first and then the body. If the connection were closed in between, the client's
+    system would discard the answer and report a broken connection instead.
     """
     with contextlib.suppress(asyncio.TimeoutError):
         await asyncio.wait_for(_drain(receive), REFUSED_BODY_S)
-    message = "too many connections are open.\nhint: try again later, or use fewer"
+    message = "too many connections are open.\nhint: try again later, or open fewer connections"
     headers = [
         (b"content-type", b"application/json"),
         (b"retry-after", b"5"),
         (b"connection", b"close"),
     ]
     await send({"type": "http.response.start", "status": 503, "headers": headers})
-    await send({"type": "http.response.body", "body": _error_body(message, "server_error")})
+    await send({"type": "http.response.body", "body": _error_bytes(message, "server_error")})
 
 
 async def _drain(receive: Receive) -> None:
-    """Read a request to its end, and forget it."""
+    """Read a request to its end and discard it."""
     while (await receive()).get("more_body"):
         pass
 
 
 class StoppingServer(uvicorn.Server):
-    """uvicorn's server, whose texts are told when their time is over.
+    """uvicorn's server, which at shutdown lets the engine finish or cancel its texts.
 
-    By itself uvicorn would drop the connections of those that still run.
+    uvicorn alone would drop the connections whose texts are still running.
 
     Args:
-        config: uvicorn's.
-        engine: Runs the texts.
-        timeout_s: How long they may take when the server is told to stop.
+        config: uvicorn's configuration.
+        engine: The engine that runs the texts.
+        timeout_s: How long running texts may take after the server is stopped.
     """
 
     def __init__(self, config: uvicorn.Config, engine: Engine, timeout_s: float) -> None:
@@ -155,8 +155,8 @@ class StoppingServer(uvicorn.Server):
         self._timeout_s = timeout_s
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Finish what runs."""
-        # No thread of the loop's own pool: a second Ctrl-C would wait for it.
+        """Finish the running texts within the time limit, then stop."""
+        # Not in the event loop's thread pool: a second Ctrl-C would wait for it.
         threading.Thread(target=self._engine.close, args=(self._timeout_s,), daemon=True).start()
         await super().shutdown(sockets)
 
@@ -170,15 +170,15 @@ def make_server(
     shutdown_timeout_s: int = 60,
     **options: Any,
 ) -> uvicorn.Server:
-    """Return the server; `run` on it serves until it is told to stop.
+    """Return the server; its method `run` serves until the server is stopped.
 
     Args:
-        app: From `app.make_app`.
-        host: Where to listen.
-        port: Likewise; 0 for a free one.
-        max_connections: More are answered 503.
-        shutdown_timeout_s: How long running texts may take when it is told to stop.
-        options: Further ones of `uvicorn.Config`.
+        app: The application, from `app.make_app`.
+        host: Address to listen on.
+        port: Port to listen on; 0 for a free one.
+        max_connections: Maximum number of open connections; requests on further ones are answered 503.
+        shutdown_timeout_s: How long running texts may take after the server is stopped.
+        options: Further options of `uvicorn.Config`.
     """
     settings: ServerSettings = app.state.service.settings
 
@@ -204,18 +204,18 @@ def make_server(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket, so that a port that is taken shows before models are loaded.
+    """Return a listening socket, so that a port in use is noticed before models are loaded.
 
     Raises:
-        OSError: The address cannot be had.
+        OSError: The address is not available.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    found = socket.socket(family, socket.SOCK_STREAM)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        found.bind((host, port))
-        found.listen(2048)
+        listener.bind((host, port))
+        listener.listen(2048)
     except OSError:
-        found.close()
+        listener.close()
         raise
-    return found
+    return listener

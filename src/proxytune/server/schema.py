@@ -133,6 +133,11 @@ class Generation(_Fields):
         return self
 
     @property
+    def steering(self) -> Steering:
+        """How the request is steered, with defaults where it says nothing."""
+        return self.proxytune or Steering()
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())

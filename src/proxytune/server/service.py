@@ -1,7 +1,7 @@
-"""Between HTTP and the engine: a request's fields become jobs, events become parts of an answer.
+"""Between HTTP and the engine: turns a request's fields into jobs, and events into parts of an answer.
 
-What clients may send is `schema.py`'s, how parts look `answer.py`'s, what runs `engine.py`'s. Connections,
-keys and status lines are `app.py`'s.
+`schema.py` defines what clients may send, `answer.py` how steps are written as JSON, and `engine.py` runs the
+jobs. Connections, keys and status codes belong to `app.py`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,15 @@ from proxytune.decode.ensemble import Job
 from proxytune.decode.speculative import Drafting
 from proxytune.errors import InvalidRequest, PromptTooLong, ShuttingDown
 from proxytune.model import ProxyTuned
-from proxytune.request import MIN_TEMPERATURE, Request, SamplingParams
-from proxytune.server import answer
-from proxytune.server.answer import Json, Tokens
+from proxytune.request import MIN_TEMPERATURE, Request, SamplingParams, Steering
+from proxytune.server.answer import (
+    Json,
+    Tokens,
+    chat_logprobs,
+    completion_logprobs,
+    explained,
+    usage_field,
+)
 from proxytune.server.engine import Engine, Ticket
 from proxytune.server.metrics import Metrics
 from proxytune.server.schema import (
@@ -32,13 +38,10 @@ from proxytune.server.schema import (
     ChatRequest,
     CompletionRequest,
     Generation,
-    Steering,
 )
 from proxytune.text.prompts import PLAIN_USER_TURN
 from proxytune.text.vocab import token_bytes
 from proxytune.trace import Step
-
-Experts = str | dict[str, float] | None
 
 
 class UnknownModel(InvalidRequest):
@@ -46,7 +49,7 @@ class UnknownModel(InvalidRequest):
 
 
 class TimeIsUp(Exception):
-    """A text took longer than a request may."""
+    """A text was not finished within the time limit of a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,82 +92,80 @@ class ServerSettings:
 
 
 @dataclass(slots=True, eq=False)
-class Choice:
-    """One text of an answer as it grows."""
+class AnswerText:
+    """One text of an answer, while it grows; in JSON an element of `choices`."""
 
     index: int
     ticket: Ticket
-    alphas: dict[str, float]
     num_steps: int = 0
     num_chars: int = 0
     finish_reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """What one event adds to a choice."""
+class AnswerPart:
+    """What one event adds to a text."""
 
-    choice: Choice
+    owner: AnswerText
     text: str
     steps: tuple[Step, ...]
 
 
 @dataclass(slots=True, eq=False)
 class Answer:
-    """The texts of one request while they grow.
+    """The texts of one request, while they grow.
 
     Args:
         wanted: The request.
-        choices: Its texts.
-        events: What happened to them, filled by the engine.
-        prompts: What `echo` puts before each text.
+        texts: Its texts.
+        events: What happened to each text; the engine fills this queue.
+        prompts: The prompt that `echo` puts before each text.
     """
 
     wanted: Generation
-    choices: list[Choice]
-    events: asyncio.Queue[tuple[Choice, Event | Exception]]
+    texts: list[AnswerText]
+    events: asyncio.Queue[tuple[AnswerText, Event | Exception]]
     prompts: Sequence[str]
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def is_chat(self) -> bool:
-        """Whether it is a chat's."""
+        """Whether it answers a chat."""
         return isinstance(self.wanted, ChatRequest)
 
     def cancel(self) -> None:
-        """End what still runs, within one step."""
-        for choice in self.choices:
-            choice.ticket.cancel()
+        """End the texts that are still running, within one step."""
+        for text in self.texts:
+            text.ticket.cancel()
 
     @property
     def num_prompt_tokens(self) -> int:
         """Tokens of the prompts as the base reads them; a prompt with several answers counts once."""
-        prompts = self.choices[:: self.wanted.n]
-        return sum(len(choice.ticket.job.prompts[0]) for choice in prompts)
+        return sum(len(text.ticket.job.prompts[0]) for text in self.texts[:: self.wanted.n])
 
     @property
     def num_reused_tokens(self) -> int:
-        """Tokens of the prompts that earlier texts had left."""
-        return sum(choice.ticket.num_reused for choice in self.choices)
+        """Tokens of the prompts that were reused from earlier texts."""
+        return sum(text.ticket.num_reused for text in self.texts)
 
     @property
     def usage(self) -> Json:
-        """What it has cost so far."""
-        return answer.usage(self.num_prompt_tokens, self.num_new_tokens, self.num_reused_tokens)
+        """The `usage` field, counting what was generated so far."""
+        return usage_field(self.num_prompt_tokens, self.num_new_tokens, self.num_reused_tokens)
 
     @property
     def num_new_tokens(self) -> int:
         """Tokens generated so far."""
-        return sum(choice.num_steps for choice in self.choices)
+        return sum(text.num_steps for text in self.texts)
 
 
 class Service:
     """What the server does, without HTTP.
 
     Args:
-        model: What runs.
-        settings: What is allowed.
+        model: The model that answers.
+        settings: The server's settings and limits.
     """
 
     def __init__(self, model: ProxyTuned, settings: ServerSettings) -> None:
@@ -176,23 +177,23 @@ class Service:
             max_waiting=settings.max_waiting,
             kept_tokens=settings.kept_tokens,
             speculative=settings.speculative,
-            on_step=lambda *step: self.metrics.stepped(*step),
+            on_step=lambda *step: self.metrics.count_step(*step),
         )
         self.metrics = Metrics(lambda: self.engine.num_running, lambda: self.engine.num_waiting)
         self.tokens = Tokens(token_bytes(model.ensemble.vocabulary))
-        # A tokenizer may change settings of its own while it encodes.
+        # Tokenizers are not thread-safe: encoding may change their settings.
         self._rendering = threading.Lock()
 
     # What is served -------------------------------------------------------------------------------------
 
     @property
     def model_names(self) -> dict[str, str | None]:
-        """What `model` may be, and the expert it stands for; None for the recipe's default."""
+        """Valid values of `model`, each with the expert it stands for; None is the recipe's default."""
         name = self.settings.name
         return {name: None} | {f"{name}:{e.name}": e.name for e in self.model.recipe.experts}
 
     def about(self) -> Json:
-        """Return what the recipe is and what a request may ask for."""
+        """Return a description of the recipe and of what a request may ask for."""
         recipe = self.model.recipe
         contexts = [m.backend.capabilities.max_context for m in self.model.ensemble.members]
         context = min((limit for limit in contexts if limit is not None), default=None)
@@ -200,13 +201,13 @@ class Service:
         base = recipe.base
         return {
             "name": self.settings.name,
-            # A path says where files are on the server; a reference to a package or the Hub says nothing.
+            # Only the last part: a path would reveal where files are on the server.
             "base": base.api.model
             if base.api is not None
             else (base.model or "").rsplit("/", 1)[-1],
-            # A plain base takes conversations as text, and few models answer that well.
+            # A base without a chat format reads conversations as plain text, and few such models answer well.
             "has_chat": base.prompt != "plain",
-            "default_experts": list(recipe.choose(None, None)),
+            "default_experts": list(recipe.named()),
             "experts": [{"name": e.name, "alpha": e.alpha} for e in recipe.experts],
             "limits": {
                 "max_tokens": self.settings.max_tokens,
@@ -220,13 +221,15 @@ class Service:
 
     # Requests -------------------------------------------------------------------------------------------
 
-    def jobs(self, wanted: Generation) -> list[tuple[Job, dict[str, float]]]:
-        """Return what a request asks for, a job for each text, with its strengths. It tokenises: not quick.
+    def jobs(self, wanted: Generation) -> list[Job]:
+        """Return a job for each text that a request asks for.
+
+        This tokenises the prompts, so it should not run in the event loop.
 
         Raises:
             UserError: A field cannot be honoured.
         """
-        experts, alpha = self._steering(wanted)
+        steering = self._steering(wanted)
         prompts: list[Any]
         if isinstance(wanted, ChatRequest):
             prompts = [[message.as_message() for message in wanted.messages]]
@@ -238,19 +241,23 @@ class Service:
             raise InvalidRequest(
                 f"max_tokens is {asked}, and this server allows {self.settings.max_tokens}"
             )
-        most = self.settings.max_waiting + self.settings.max_rows
-        if len(prompts) * wanted.n > most:
+        num_texts = len(prompts) * wanted.n
+        max_texts = self.settings.max_waiting + self.settings.max_rows
+        if num_texts > max_texts:
             raise InvalidRequest(
-                f"{len(prompts) * wanted.n} texts were asked for at once, and this server takes {most}"
+                f"the request asks for {num_texts} texts at once, and this server allows {max_texts}"
             )
-        steering = wanted.proxytune or Steering()
-        alphas = dict(self.model.recipe.choose(experts, alpha))
         jobs = []
         for prompt in prompts:
-            # With nothing said, a chat may go on as far as the models and the server allow.
+            # Without a limit, a chat answer may be as long as the models and the server allow.
             sampling = self._sampling(wanted, 1 if asked is None else asked)
             request = Request(
-                prompt, sampling, alpha, experts, steering.explain, steering.explain_top
+                prompt,
+                sampling,
+                steering.alpha,
+                steering.experts,
+                wanted.steering.explain,
+                wanted.steering.explain_top,
             )
             with self._rendering:
                 job = self.model.job(request)
@@ -263,65 +270,63 @@ class Service:
             if asked is None:
                 job = replace(job, sampling=replace(sampling, max_new_tokens=self._room(job)))
             for number in range(wanted.n):
-                jobs.append((replace(job, sampling=_seeded(job.sampling, number)), alphas))
+                jobs.append(replace(job, sampling=_seeded(job.sampling, number)))
         return jobs
 
-    def begin(
-        self, wanted: Generation, jobs: Sequence[tuple[Job, dict[str, float]]], client: str
-    ) -> Answer:
-        """Queue a request's jobs; called in the event loop, whose queue the engine fills.
+    def begin(self, wanted: Generation, jobs: Sequence[Job], client: str) -> Answer:
+        """Queue a request's jobs and return its answer. Call it in the event loop that reads the answer.
 
         Raises:
-            Unavailable: Too many wait, or the server shuts down.
+            Unavailable: Too many requests are waiting, or the server is shutting down.
         """
         loop = asyncio.get_running_loop()
-        events: asyncio.Queue[tuple[Choice, Event | Exception]] = asyncio.Queue()
+        events: asyncio.Queue[tuple[AnswerText, Event | Exception]] = asyncio.Queue()
         deadline = time.monotonic() + self.settings.request_timeout_s
-        choices: list[Choice] = []
-        for index, (job, alphas) in enumerate(jobs):
+        texts: list[AnswerText] = []
+        for index, job in enumerate(jobs):
             ticket = Ticket(job, lambda event: None, client, deadline)
             ticket.job = replace(job, cancelled=ticket.is_unwanted)
-            choice = Choice(index, ticket, alphas)
+            text = AnswerText(index, ticket)
 
-            def tell(event: Event | Exception, choice: Choice = choice) -> None:
-                # Counted here, since a client that has gone asks for no parts.
+            def forward(event: Event | Exception, text: AnswerText = text) -> None:
+                # Counted here, because nobody reads the parts once the client has gone.
                 if isinstance(event, Exception):
-                    self.metrics.ended(choice.ticket, "failed")
+                    self.metrics.count_text(text.ticket, "failed")
                 elif event.finish_reason is not None:
-                    self.metrics.ended(choice.ticket, event.finish_reason)
-                loop.call_soon_threadsafe(events.put_nowait, (choice, event))
+                    self.metrics.count_text(text.ticket, event.finish_reason)
+                loop.call_soon_threadsafe(events.put_nowait, (text, event))
 
-            ticket.on_event = tell
-            choices.append(choice)
-        prompts: Sequence[str] = [""] * len(choices)
+            ticket.on_event = forward
+            texts.append(text)
+        prompts: Sequence[str] = [""] * len(texts)
         if isinstance(wanted, CompletionRequest) and wanted.echo:
             prompts = [self._prompt_text(p) for p in wanted.prompts for _ in range(wanted.n)]
-        self.engine.submit([choice.ticket for choice in choices])
-        return Answer(wanted, choices, events, prompts)
+        self.engine.submit([text.ticket for text in texts])
+        return Answer(wanted, texts, events, prompts)
 
     def _prompt_text(self, prompt: str | list[int]) -> str:
         return prompt if isinstance(prompt, str) else self.model.tokenizer.decode(prompt)
 
-    def _steering(self, wanted: Generation) -> tuple[Experts, float | None]:
+    def _steering(self, wanted: Generation) -> Steering:
         names = self.model_names
         if wanted.model not in names:
             raise UnknownModel(
-                f"there is no model {wanted.model!r} here; there are: {', '.join(names)}"
+                f"there is no model {wanted.model!r} here; the models are: {', '.join(names)}"
             )
-        steering, named = wanted.proxytune or Steering(), names[wanted.model]
-        if steering.experts is not None:
+        asked, named = wanted.steering, names[wanted.model]
+        if asked.experts is not None:
             if named is not None:
                 raise InvalidRequest(
                     f"the model {wanted.model!r} names an expert, and proxytune.experts names others.\n"
-                    f"hint: ask for the model {self.settings.name!r}"
+                    f"hint: use the model {self.settings.name!r}"
                 )
-            return dict(steering.experts), None
-        if named is not None and steering.expert not in (None, named):
+            return Steering(experts=asked.experts)
+        if named is not None and asked.expert not in (None, named):
             raise InvalidRequest(
-                f"the model {wanted.model!r} names an expert, and proxytune.expert another.\n"
-                f"hint: ask for the model {self.settings.name!r}"
+                f"the model {wanted.model!r} names an expert, and proxytune.expert names another.\n"
+                f"hint: use the model {self.settings.name!r}"
             )
-        return steering.expert or named, steering.alpha
+        return Steering(asked.alpha, asked.expert or named)
 
     def _sampling(self, wanted: Generation, max_new_tokens: int) -> SamplingParams:
         """Return the library's settings for the API's fields; its defaults are the API's."""
@@ -332,7 +337,7 @@ class Service:
         if isinstance(wanted, ChatRequest):
             num_top = wanted.top_logprobs
             if self.model.recipe.base.prompt == "plain":
-                # A base without a chat format writes the user's next turn too, if it is let.
+                # Unless stopped, a base without a chat format goes on to write the user's next turn.
                 stops = (*stops, PLAIN_USER_TURN)
         else:
             assert isinstance(wanted, CompletionRequest)
@@ -359,7 +364,7 @@ class Service:
         )
 
     def _room(self, job: Job) -> int:
-        """Return how many tokens fit behind a prompt."""
+        """Return how many new tokens fit after a prompt."""
         room = self.settings.max_tokens
         for member, prompt in zip(self.model.ensemble.members, job.prompts, strict=True):
             context = member.backend.capabilities.max_context
@@ -369,131 +374,130 @@ class Service:
 
     # Answers --------------------------------------------------------------------------------------------
 
-    async def parts(self, given: Answer) -> AsyncIterator[Part]:
-        """Yield what happens to an answer's texts until all have ended.
+    async def parts(self, answer: Answer) -> AsyncIterator[AnswerPart]:
+        """Yield the parts of an answer as they arrive, until all its texts have ended.
 
         Raises:
-            TimeIsUp: A text was not finished in time.
+            TimeIsUp: A text was not finished within the time limit.
             ShuttingDown: A text was not finished when the server had to stop.
-            Exception: What ended a text, if something did.
+            Exception: The error that ended a text.
         """
-        open_choices = len(given.choices)
-        while open_choices:
-            choice, event = await given.events.get()
+        num_open = len(answer.texts)
+        while num_open:
+            owner, event = await answer.events.get()
             if isinstance(event, Exception):
                 raise event
             if event.finish_reason is not None:
-                open_choices -= 1
+                num_open -= 1
                 if event.finish_reason == "cancelled":
-                    if choice.ticket.is_late:
+                    if owner.ticket.is_late:
                         raise TimeIsUp
                     if not self.engine.is_alive:
-                        raise ShuttingDown("the server stops, and the text took too long to finish")
-                choice.finish_reason = event.finish_reason
+                        raise ShuttingDown(
+                            "the server is stopping, and the text was not finished in time"
+                        )
+                owner.finish_reason = event.finish_reason
             text = event.tail if event.step is None else event.step.text
-            yield Part(choice, text, () if event.step is None else (event.step,))
-            choice.num_chars += len(text)
-            choice.num_steps += event.step is not None
+            yield AnswerPart(owner, text, () if event.step is None else (event.step,))
+            owner.num_chars += len(text)
+            owner.num_steps += event.step is not None
 
-    def whole(self, given: Answer, parts: Sequence[Part]) -> Json:
-        """Return the answer of a request that is not streamed."""
+    def whole(self, answer: Answer, parts: Sequence[AnswerPart]) -> Json:
+        """Return the JSON of an answer that is not streamed."""
         choices = []
-        for choice, prompt in zip(given.choices, given.prompts, strict=True):
-            own = [part for part in parts if part.choice is choice]
-            text = "".join(part.text for part in own)
+        for text, prompt in zip(answer.texts, answer.prompts, strict=True):
+            own = [part for part in parts if part.owner is text]
+            content = "".join(part.text for part in own)
             steps = tuple(step for part in own for step in part.steps)
-            found: Json = {"index": choice.index, "finish_reason": choice.finish_reason}
-            if given.is_chat:
-                found["message"] = {"role": "assistant", "content": text, "refusal": None}
+            choice: Json = {"index": text.index, "finish_reason": text.finish_reason}
+            if answer.is_chat:
+                choice["message"] = {"role": "assistant", "content": content, "refusal": None}
             else:
-                found["text"] = prompt + text
-            found["logprobs"] = self._logprobs(given.wanted, steps, 0)
-            if given.wanted.proxytune is not None:
-                found["proxytune"] = {
-                    "alphas": choice.alphas,
-                    "seed": choice.ticket.job.sampling.seed,
-                    "tokens": self._explained(given, steps),
+                choice["text"] = prompt + content
+            choice["logprobs"] = self._logprobs(answer.wanted, steps, 0)
+            if answer.wanted.proxytune is not None:
+                choice["proxytune"] = {
+                    "alphas": dict(text.ticket.job.strengths),
+                    "seed": text.ticket.job.sampling.seed,
+                    "tokens": self._explained(answer, steps),
                 }
-            choices.append(found)
-        return self._envelope(given, "chat.completion" if given.is_chat else "text_completion") | {
+            choices.append(choice)
+        return self._envelope(
+            answer, "chat.completion" if answer.is_chat else "text_completion"
+        ) | {
             "choices": choices,
-            "usage": given.usage,
+            "usage": answer.usage,
         }
 
-    def first_chunks(self, given: Answer) -> list[Json]:
-        """Return what a stream begins with: a chat's roles, the prompts that are echoed."""
+    def first_chunks(self, answer: Answer) -> list[Json]:
+        """Return the first chunks of a stream: the roles of a chat, or the prompts that `echo` asks for."""
         chunks = []
-        for choice, prompt in zip(given.choices, given.prompts, strict=True):
-            if given.is_chat:
+        for text, prompt in zip(answer.texts, answer.prompts, strict=True):
+            if answer.is_chat:
                 delta = {"role": "assistant", "content": ""}
-                chunks.append(self._chunk(given, {"index": choice.index, "delta": delta}))
+                chunks.append(self._chunk(answer, {"index": text.index, "delta": delta}))
             elif prompt:
-                chunks.append(self._chunk(given, {"index": choice.index, "text": prompt}))
+                chunks.append(self._chunk(answer, {"index": text.index, "text": prompt}))
         return chunks
 
-    def chunk(self, given: Answer, part: Part) -> Json | None:
-        """Return what a part adds to a stream; None where that is nothing."""
-        wanted, choice = given.wanted, part.choice
-        logprobs = self._logprobs(wanted, part.steps, choice.num_chars)
-        tokens = self._explained(given, part.steps)
-        if not (part.text or choice.finish_reason or logprobs or tokens):
+    def chunk(self, answer: Answer, part: AnswerPart) -> Json | None:
+        """Return the chunk that a part adds to a stream; None if it adds nothing."""
+        text = part.owner
+        logprobs = self._logprobs(answer.wanted, part.steps, text.num_chars)
+        tokens = self._explained(answer, part.steps)
+        if not (part.text or text.finish_reason or logprobs or tokens):
             return None
-        found: Json = {"index": choice.index}
-        if given.is_chat:
-            found["delta"] = {"content": part.text} if part.text else {}
+        choice: Json = {"index": text.index}
+        if answer.is_chat:
+            choice["delta"] = {"content": part.text} if part.text else {}
         else:
-            found["text"] = part.text
-        found["logprobs"] = logprobs
+            choice["text"] = part.text
+        choice["logprobs"] = logprobs
         if tokens:
-            found["proxytune"] = {"tokens": tokens}
-        return self._chunk(given, found, choice.finish_reason)
+            choice["proxytune"] = {"tokens": tokens}
+        return self._chunk(answer, choice, text.finish_reason)
 
-    def usage_chunk(self, given: Answer) -> Json:
-        """Return the last chunk of a stream that was asked for its usage."""
-        return self._chunk(given, None) | {
-            "choices": [],
-            "usage": given.usage,
-        }
+    def usage_chunk(self, answer: Answer) -> Json:
+        """Return the last chunk of a stream whose request asked for `usage`."""
+        return self._chunk(answer, None) | {"choices": [], "usage": answer.usage}
 
-    def _chunk(self, given: Answer, choice: Json | None, finish_reason: str | None = None) -> Json:
-        kind = "chat.completion.chunk" if given.is_chat else "text_completion"
-        envelope = self._envelope(given, kind)
+    def _chunk(self, answer: Answer, choice: Json | None, finish_reason: str | None = None) -> Json:
+        kind = "chat.completion.chunk" if answer.is_chat else "text_completion"
+        envelope = self._envelope(answer, kind)
         if choice is not None:
             envelope["choices"] = [{"logprobs": None} | choice | {"finish_reason": finish_reason}]
         return envelope
 
-    def _envelope(self, given: Answer, kind: str) -> Json:
-        prefix = "chatcmpl" if given.is_chat else "cmpl"
+    def _envelope(self, answer: Answer, kind: str) -> Json:
+        prefix = "chatcmpl" if answer.is_chat else "cmpl"
         return {
-            "id": f"{prefix}-{given.id}",
+            "id": f"{prefix}-{answer.id}",
             "object": kind,
-            "created": given.created,
-            "model": given.wanted.model,
+            "created": answer.created,
+            "model": answer.wanted.model,
             "system_fingerprint": f"proxytune-{version('proxytune')}",
         }
 
-    def _explained(self, given: Answer, steps: Sequence[Step]) -> list[Json]:
-        if given.wanted.proxytune is None or not given.wanted.proxytune.explain:
+    def _explained(self, answer: Answer, steps: Sequence[Step]) -> list[Json]:
+        if answer.wanted.proxytune is None or not answer.wanted.proxytune.explain:
             return []
-        return [answer.explained(step, self.tokens) for step in steps]
+        return [explained(step, self.tokens) for step in steps]
 
     def _logprobs(self, wanted: Generation, steps: Sequence[Step], offset: int) -> Json | None:
         if isinstance(wanted, ChatRequest):
             if not wanted.logprobs:
                 return None
-            return answer.chat_logprobs(steps, self.tokens) if steps else None
+            return chat_logprobs(steps, self.tokens) if steps else None
         assert isinstance(wanted, CompletionRequest)
         if wanted.logprobs is None or not steps:
             return None
-        return answer.completion_logprobs(
-            steps, self.tokens, offset=offset, has_top=wanted.logprobs > 0
-        )
+        return completion_logprobs(steps, self.tokens, offset=offset, has_top=wanted.logprobs > 0)
 
 
 def _seeded(sampling: SamplingParams, number: int) -> SamplingParams:
-    """Return the settings of the answer `number` to one prompt: each has noise of its own.
+    """Return the settings for answer `number` to a prompt: each answer has a seed of its own.
 
-    A seed is drawn where none was given, so that a text can be generated again if its batch fails.
+    If no seed was given, one is drawn, so that a text can be generated again if its batch fails.
     """
     if sampling.is_greedy:
         return sampling

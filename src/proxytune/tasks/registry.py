@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
-from proxytune.errors import InvalidRequest
+from proxytune.errors import InvalidRequest, closest
 from proxytune.tasks.alpaca_eval import AlpacaEval
 from proxytune.tasks.ds1000 import Ds1000
 from proxytune.tasks.gsm8k import Gsm8k
@@ -44,7 +43,7 @@ def find_task(name: str, *, also: Sequence[str] = ()) -> Task:
     """
     if name in TASKS:
         return TASKS[name]
-    close = difflib.get_close_matches(name.lower(), [*TASKS, *also], n=3, cutoff=0.4)
+    close = closest(name.lower(), [*TASKS, *also], num=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}? All" if close else "all"
     raise InvalidRequest(
         f"there is no benchmark called {name!r}.\nhint: {hint} of them: {', '.join(TASKS)}"

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from proxytune.errors import InputFileError, MissingExtra
+from proxytune.errors import InputFileError, missing_extra
 
 Row = dict[str, Any]
 
@@ -136,9 +136,10 @@ def hub_rows(name: str, config: str | None, split: str) -> list[Row]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise MissingExtra(
-            "data sets on the Hub need the library datasets.\nhint: pip install 'proxytune[eval]', or give "
-            "local files with --data-dir"
+        raise missing_extra(
+            "data sets on the Hub need the library datasets",
+            "eval",
+            "or give local files with --data-dir",
         ) from error
     try:
         return [dict(row) for row in load_dataset(name, config, split=split)]

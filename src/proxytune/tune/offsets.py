@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from proxytune.errors import OutputFileError, VocabularyMismatch
+from proxytune.files import unwritable, write_json
 from proxytune.text.vocab import Alignment
 from proxytune.tune.encode import IGNORED, Example
 from proxytune.tune.heads import (
@@ -49,6 +50,7 @@ BATCH_TOKENS = 2048
 """Maximum number of tokens per batch, padding included: one long example, or many short ones."""
 FLUSH_S = 5.0
 """Seconds of work that a killed run may lose; `fsync` after every batch would wait for the disk."""
+HINT = "free some disk space, or give a writable directory; the same command continues where this one stopped"
 HIDDEN_NAME, STARTS_NAME, HEADER_NAME = "hidden.bin", "starts.npy", "offsets.json"
 
 
@@ -92,14 +94,8 @@ class _Header:
             return None
 
     def write(self, directory: Path) -> None:
-        """Replace the file in one step, so that a reader never sees half of it."""
-        temporary = directory / f"{HEADER_NAME}.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(directory / HEADER_NAME)
+        """Replace the file in one step."""
+        write_json(directory / HEADER_NAME, asdict(self), hint=HINT)
 
 
 class Offsets:
@@ -215,11 +211,8 @@ class Offsets:
                     if on_progress is not None:
                         on_progress(header.num_done, len(examples))
         except OSError as error:
-            raise OutputFileError(
-                f"{error.filename or directory / HIDDEN_NAME} cannot be written: {error.strerror or error}.\n"
-                "hint: free some disk space, or give a writable directory; the same command continues where "
-                "this one stopped"
-            ) from error
+            path = Path(error.filename or directory / HIDDEN_NAME)
+            raise unwritable(path, error, HINT) from error
         return cls(directory, header, starts)
 
     def rows(self, indices: Sequence[int]) -> Tensor:

@@ -35,11 +35,12 @@ from proxytune.errors import (
     AdapterMismatch,
     InputFileError,
     InvalidRequest,
-    MissingExtra,
     OutputFileError,
     UserError,
+    missing_extra,
 )
 from proxytune.files import write_json
+from proxytune.machine import versions
 from proxytune.measure.score import scoring_window
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
@@ -87,9 +88,8 @@ def tune(
     display = display or Display()
     for library in ("trl", "datasets", "matplotlib"):
         if importlib.util.find_spec(library) is None:
-            raise MissingExtra(
-                f"tuning needs the library {library}, which is not installed.\n"
-                "hint: pip install 'proxytune[tune]'"
+            raise missing_extra(
+                f"tuning needs the library {library}, which is not installed", "tune"
             )
     from proxytune.backends.transformers.weights import quietly
 
@@ -150,7 +150,11 @@ class _Run:
             expert=settings.expert_name,
             alpha=recipe.experts[0].alpha,
             data=data,
-            environment=_environment(),
+            environment={
+                "torch": torch.__version__,
+                "num_threads": torch.get_num_threads(),
+                **versions("proxytune", "transformers", "peft", "trl"),
+            },
             **outcome,
         )
         self._publish(recipe, result, prompt)
@@ -254,14 +258,7 @@ class _Run:
         }
         content = {"settings": asked, "data": {name: part["digest"] for name, part in data.items()}}
         if not resume:
-            try:
-                settings.training.mkdir(parents=True, exist_ok=True)
-                write_json(path, content)
-            except OSError as error:
-                raise OutputFileError(
-                    f"{settings.directory} cannot be written: {error.strerror}.\n"
-                    "hint: name a directory that can be written"
-                ) from error
+            write_json(path, content)
             return False
         there = json.loads(path.read_text("utf-8"))
         for key, value in asked.items():
@@ -419,16 +416,6 @@ def _shown_counts(part: Mapping[str, Any], max_length: int) -> str:
     if part["num_dropped"]:
         text += f"; {part['num_dropped']:,} rows left out because their prompt alone is longer"
     return text
-
-
-def _environment() -> dict[str, Any]:
-    from importlib.metadata import version
-
-    return {
-        "torch": torch.__version__,
-        "num_threads": torch.get_num_threads(),
-        **{name: version(name) for name in ("proxytune", "transformers", "peft", "trl")},
-    }
 
 
 def _read_result(path: Path) -> TuneResult:

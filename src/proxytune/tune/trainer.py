@@ -28,6 +28,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
 from proxytune.errors import BackendError, OutputFileError
+from proxytune.files import write_whole
 from proxytune.tune.encode import IGNORED, Example, PreferenceExample
 from proxytune.tune.heads import FrozenHeads, head_of, run_body
 from proxytune.tune.loss import cross_entropy
@@ -368,7 +369,7 @@ class LossLog(TrainerCallback):
         if not state.global_step:
             rows = []
         self._before_s = max((row["elapsed_s"] for row in rows), default=0.0)
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        write_whole(self._path, "".join(json.dumps(row) + "\n" for row in rows))
         self._started = time.perf_counter()
         self._on_step(state.global_step, state.max_steps)
 

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from proxytune.backends.api.answers import read_completion
 from proxytune.backends.api.backend import ApiBackend
 from proxytune.backends.api.client import ApiClient, Budget
+from proxytune.backends.api.positions import Position, position_of
 from proxytune.decode.speculative import Drafting
 from proxytune.errors import (
     ApiError,
@@ -506,32 +508,24 @@ def test_a_certified_draw_is_the_one_of_the_full_logits(filters):
     assert bool(num_certified) == (not filters)
 
 
-def said(top: dict[str, float], token: str, **options: Any) -> Any:
-    from proxytune.backends.api.answers import read_completion
-
-    answer = {
-        "choices": [
-            {
-                "finish_reason": "length",
-                "logprobs": {
-                    "tokens": [token],
-                    "token_logprobs": [top[token]],
-                    "top_logprobs": [top],
-                },
-            }
-        ]
-    }
-    return read_completion(answer, None, **options).tokens[0]
+def position(backend: ApiBackend, top: dict[str, float], token: str) -> Position:
+    """Return what the backend knows of a position at which a server shows `top` and `token` stands."""
+    logprobs = {"tokens": [token], "token_logprobs": [top[token]], "top_logprobs": [top]}
+    answer = {"choices": [{"finish_reason": "length", "logprobs": logprobs}]}
+    (shown,) = read_completion(answer, None).tokens
+    assert shown is not None
+    server = backend.server
+    return position_of(shown, server.tokens, top_logprobs=server.top_logprobs)
 
 
 def test_tokens_of_one_text_that_fell_together_prove_nothing():
     """Of five tokens shown, two had no text: the less likely one is left and hides the other."""
     with behind(in_process(), replace(ALL, max_top_logprobs=5)) as (_, _, backend):
         whole = {"a": -0.6, "b": -2.0, "c": -3.0, "d": -4.0, "e": -5.0}
-        assert backend._position(said(whole, "a")).bounds.ceiling <= -4.0
+        assert position(backend, whole, "a").bounds.ceiling <= -4.0
         fallen = {"a": -0.6, "b": -2.0, "c": -3.0, "": -12.0}
         left = 1 - sum(torch.tensor(list(fallen.values())).exp().tolist())
-        ceiling = backend._position(said(fallen, "a")).bounds.ceiling
+        ceiling = position(backend, fallen, "a").bounds.ceiling
         assert ceiling >= torch.tensor(left).log().item()
 
 
@@ -544,8 +538,8 @@ def test_half_characters_match_nothing():
             b"\xf0\x9f",
             "\ud83d",
         ):
-            assert backend._match(key) is None
-        assert backend._match("a") == 0
+            assert backend.server.tokens.match(key) is None
+        assert backend.server.tokens.match("a") == 0
 
 
 def test_lone_bytes_of_sentencepiece_are_not_taken_for_characters():
@@ -672,7 +666,7 @@ def test_what_is_guessed_changes_nothing_where_little_is_shown(traits, shown):
 def test_a_guess_that_does_not_count_is_still_possible():
     """Shown is the likeliest token, and listed a guess: what is left includes the guess."""
     with behind(in_process(), replace(ALL, max_top_logprobs=1)) as (_, _, backend):
-        guessed = backend._position(said({"a": -0.7, "b": -0.95}, "b"))
+        guessed = position(backend, {"a": -0.7, "b": -0.95}, "b")
         assert guessed.token_ids == [0]
         assert guessed.bounds.ceiling >= -0.95
         assert guessed.bounds.rest >= 0.38

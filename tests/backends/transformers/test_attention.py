@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from proxytune.backends.transformers import attention
-from proxytune.backends.transformers.attention import MAX_PACKED, share_keys
+from proxytune.backends.transformers.attention import MAX_PACKED, eager_attention, share_keys
 from proxytune.backends.transformers.backend import TransformersBackend
 
 # Sums over other numbers of keys at a time round differently; logits here are of the order of 10.
@@ -148,3 +148,42 @@ def test_what_packed_queries_cannot_say_is_left_to_transformers(
         layer, torch.ones(1, 6, 2, 8), *torch.ones(2, 1, 2, 9, 8), mask, scaling=1.0, **options
     )
     assert calls == [{"scaling": 1.0, **options}]
+
+
+@pytest.fixture
+def switch(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What PyTorch's switch for cuDNN's attention was set to, the setting from before the test first."""
+    settings = [True]
+    cuda = torch.backends.cuda
+    monkeypatch.setattr(cuda, "cudnn_sdp_enabled", lambda: settings[-1])
+    monkeypatch.setattr(cuda, "enable_cudnn_sdp", settings.append)
+    return settings
+
+
+def test_eager_forwards_on_cuda_run_without_cudnns_attention(switch):
+    with eager_attention(torch.device("cuda", 1)):
+        assert switch == [True, False]
+    assert switch == [True, False, True]
+
+
+def test_on_other_devices_the_switch_is_left_alone(switch):
+    with eager_attention(torch.device("cpu")):
+        pass
+    assert switch == [True]
+
+
+def test_cudnns_attention_comes_back_when_the_last_thread_is_done(switch):
+    one, other = (eager_attention(torch.device("cuda")) for _ in range(2))
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert switch[-1] is False
+    other.__exit__(None, None, None)
+    assert switch == [True, False, True]
+
+
+def test_a_failed_forward_puts_the_switch_back_to_what_the_caller_chose(switch):
+    switch[:] = [False]
+    with pytest.raises(RuntimeError), eager_attention(torch.device("cuda")):
+        raise RuntimeError
+    assert switch == [False, False, False]

@@ -6,8 +6,12 @@ Tested here is all but the recording itself, for which there is a test with the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import gc
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +20,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+import proxytune.backends.transformers.backend as transformers_backend
 import proxytune.backends.transformers.cuda_graphs as cuda_graphs
 from proxytune.backends.transformers.backend import TransformersBackend
-from proxytune.backends.transformers.cuda_graphs import MIN_SLOTS, padded_rows
+from proxytune.backends.transformers.cuda_graphs import MIN_SLOTS, CudaRecorder, padded_rows
 from proxytune.checkpoints.adapter import find_adapter
 from proxytune.checkpoints.checkpoint import find_checkpoint
 from proxytune.decode.speculative import Drafting
@@ -232,13 +237,169 @@ def test_a_model_that_waits_for_the_device_goes_on_without_graphs():
     backend.model.forward = waits
     prompts = draw(3, 6)
     ours, theirs = backend.prefill(prompts).state, plain.prefill(prompts).state
-    with pytest.warns(UserWarning, match="llama cannot run as CUDA graphs and goes on without"):
+    with pytest.warns(UserWarning, match="llama: from now on this model runs without CUDA graphs"):
         for ids in draw(*[2] * 6):
             column = torch.tensor(ids)[:, None]
             torch.testing.assert_close(
                 backend.extend(ours, column), plain.extend(theirs, column), **CLOSE
             )
     assert recorder.num_graphs == 1
+
+
+def test_forwards_that_a_graph_may_record_run_with_the_attention_that_pytorch_chooses(monkeypatch):
+    inside: list[torch.device] = []
+    calls: list[bool] = []
+
+    @contextlib.contextmanager
+    def eager_attention(device: torch.device) -> Iterator[None]:
+        inside.append(device)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(transformers_backend, "eager_attention", eager_attention)
+    backend, recorder = recorded("llama")
+    forward = backend.model.forward
+
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        calls.append(inside == [torch.device("cpu")])
+        return forward(*args, **kwargs)
+
+    backend.model.forward = seen
+    state = backend.prefill(draw(4)).state
+    for width in (1, 1, 1, 17):
+        backend.extend(state, torch.tensor(draw(width)))
+    # The prompt; one token twice, the second time recorded; and more tokens than a graph takes.
+    assert calls == [True, False, False, True] and recorder.num_graphs == 1
+
+
+def test_only_batches_that_do_not_fit_into_memory_go_on_without_graphs():
+    """One batch without room used to end the graphs of its model for good."""
+    backend, recorder = recorded("llama")
+    plain = make("llama")
+    record = backend._graphs._record
+
+    def record_small(forward: Callable[[], Tensor]) -> Any:
+        logits = forward()
+        if logits.shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return record(forward)
+
+    backend._graphs._record = record_small
+
+    def decode(num_rows: int) -> None:
+        prompts = draw(*[4] * num_rows)
+        ours, theirs = backend.prefill(prompts).state, plain.prefill(prompts).state
+        for ids in draw(*[num_rows] * 5):
+            column = torch.tensor(ids)[:, None]
+            found, expected = backend.extend(ours, column), plain.extend(theirs, column)
+            torch.testing.assert_close(found, expected, **CLOSE)
+
+    decode(1)
+    with pytest.warns(UserWarning, match="from now on 8 rows of 256 slots and more"):
+        decode(8)
+    assert recorder.num_graphs == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decode(16)
+        decode(2)
+    assert recorder.num_graphs == 2 and backend._graphs.failure is None
+
+
+class FakeCuda:
+    """Stands in for the parts of `torch.cuda` that record a graph, and refuses what PyTorch refuses.
+
+    A pool lives from the first recording into it until the last of its graphs is destroyed.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.num_pools = 0
+        self.users: dict[int, int] = {}
+        cuda = self
+
+        class Graph:
+            number: int | None = None
+
+            def pool(self) -> int:
+                assert self.number is not None, "nothing has been recorded"
+                return self.number
+
+            def replay(self) -> None: ...
+
+            def __del__(self) -> None:
+                if self.number is not None:
+                    cuda.users[self.number] -= 1
+
+        @contextlib.contextmanager
+        def record(graph: Graph, *, pool: int | None, capture_error_mode: str) -> Iterator[None]:
+            gc.collect()
+            if pool is None:
+                pool, cuda.num_pools = cuda.num_pools, cuda.num_pools + 1
+                cuda.users[pool] = 0
+            elif not cuda.users[pool]:
+                raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
+            yield
+            graph.number = pool
+            cuda.users[pool] += 1
+
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        for name, fake in {
+            "CUDAGraph": Graph,
+            "graph": record,
+            "Stream": lambda: stream,
+            "current_stream": lambda: stream,
+            "stream": contextlib.nullcontext,
+            "device": contextlib.nullcontext,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+
+def test_graphs_that_live_at_once_share_their_memory(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    record = CudaRecorder(torch.device("cuda"))
+    first = record(lambda: torch.zeros(1))
+    second = record(lambda: torch.zeros(1))
+    assert cuda.users == {0: 2}
+    del first
+    third = record(lambda: torch.zeros(1))
+    assert cuda.users == {0: 2} and second and third
+
+
+def test_a_forward_is_recorded_after_all_graphs_before_it_are_gone(monkeypatch):
+    """PyTorch refuses the pool of destroyed graphs; the model then ran without graphs from there on."""
+    cuda = FakeCuda(monkeypatch)
+    record = CudaRecorder(torch.device("cuda"))
+    replay = record(lambda: torch.zeros(1))
+    del replay
+    assert record(lambda: torch.zeros(1)) and cuda.users == {0: 0, 1: 1}
+
+
+def test_a_graph_that_only_garbage_holds_outlives_the_recording_into_its_pool(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    record = CudaRecorder(torch.device("cuda"))
+    garbage: list[Any] = [record(lambda: torch.zeros(1))]
+    garbage.append(garbage)
+    gc.disable()
+    try:
+        del garbage
+        kept = record(lambda: torch.zeros(1))
+    finally:
+        gc.enable()
+    assert kept and cuda.num_pools == 1
+
+
+def test_a_recording_that_failed_lends_its_pool_to_none(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    record = CudaRecorder(torch.device("cuda"))
+    calls = iter([None, RuntimeError("it waits for the device"), None, None])
+
+    def forward() -> Tensor:
+        if error := next(calls):
+            raise error
+        return torch.zeros(1)
+
+    with pytest.raises(RuntimeError, match="waits"):
+        record(forward)
+    assert record(forward) and cuda.users == {0: 0, 1: 1}
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "bloom", "gemma3_text", "lfm2", "mamba"])

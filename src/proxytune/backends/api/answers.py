@@ -1,4 +1,4 @@
-"""Answers of servers, read."""
+"""Answers of an OpenAI-compatible server, read: the tokens it shows, by the names it gives them."""
 
 from __future__ import annotations
 
@@ -9,41 +9,51 @@ from typing import Any
 
 from proxytune.trace import Usage
 
+TokenName = int | bytes | str
+"""How a server names a token: by its id, its bytes or its text."""
+
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """One token of an answer, as the server names things: an id, bytes or text.
+class ShownToken:
+    """One token of an answer, and the alternatives that the server shows at its place.
 
     Args:
-        token: What stands there.
-        logprob: Its own; None where the server does not tell.
-        top: The likeliest tokens, and `listed`.
-        listed: A token that is among them whether it is likely or not.
-        is_by_text: Whether tokens of one text fall together in `top`.
+        token: The token there.
+        logprob: Its logprob; None if the server does not show it.
+        top: The most likely tokens with their logprobs, and `listed`.
+        listed: The token that `top` holds whether it is likely or not.
+        is_by_text: Whether tokens that share a text are a single entry of `top`.
     """
 
-    token: int | bytes | str
+    token: TokenName
     logprob: float | None
-    top: tuple[tuple[int | bytes | str, float], ...]
-    listed: int | bytes | str | None = None
+    top: tuple[tuple[TokenName, float], ...]
+    listed: TokenName | None = None
     is_by_text: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What one answer of a server says of tokens."""
+class ServerAnswer:
+    """One answer, as far as it is about tokens.
 
-    tokens: list[Said | None]
+    Args:
+        tokens: A scored prompt's tokens first, if any, then the new ones; None where nothing is shown.
+        has_ended: Whether the server ended the text by itself.
+        usage: What the call cost.
+        offsets: Where each token begins in the text; None if the server does not say.
+    """
+
+    tokens: list[ShownToken | None]
     has_ended: bool
     usage: Usage
     offsets: list[int] | None = None
 
 
-def read_completion(answer: Mapping[str, Any], scoring: str | None) -> Answer:
+def read_completion(answer: Mapping[str, Any], scoring: str | None) -> ServerAnswer:
     """Read an answer of `/completions`, which may hold the scores of its prompt before the new tokens.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError, IndexError: It is not whole.
+        ValueError, KeyError, TypeError, AttributeError, IndexError: It is incomplete.
     """
     choice = answer["choices"][0]
     logprobs = choice.get("logprobs") or {}
@@ -51,40 +61,40 @@ def read_completion(answer: Mapping[str, Any], scoring: str | None) -> Answer:
         return read_chat(answer)
     if choice.get("finish_reason") is None:
         raise ValueError("it has no finish_reason")
-    tokens: list[Said | None] = []
+    tokens: list[ShownToken | None] = []
     if scoring == "prompt_logprobs":
-        told = choice.get("prompt_logprobs") or answer.get("prompt_logprobs") or []
-        tokens += [_said_of_ids(entry) for entry in told]
+        entries = choice.get("prompt_logprobs") or answer.get("prompt_logprobs") or []
+        tokens += [_shown_by_ids(entry) for entry in entries]
     lists = [logprobs.get(key) or [] for key in ("tokens", "token_logprobs", "top_logprobs")]
     if all(lists):
         for token, logprob, top in zip(*lists, strict=True):
             if logprob is None or top is None:
                 tokens.append(None)
                 continue
-            name = _named(token)
-            likeliest = tuple((_named(key), float(value)) for key, value in top.items())
+            name = _name(token)
+            likeliest = tuple((_name(key), float(value)) for key, value in top.items())
             is_by_text = not isinstance(name, int)
-            tokens.append(Said(name, float(logprob), likeliest, listed=name, is_by_text=is_by_text))
+            tokens.append(ShownToken(name, float(logprob), likeliest, name, is_by_text=is_by_text))
     has_ended = choice["finish_reason"] == "stop"
-    return Answer(tokens, has_ended, Usage(), logprobs.get("text_offset"))
+    return ServerAnswer(tokens, has_ended, Usage(), logprobs.get("text_offset"))
 
 
-def read_chat(answer: Mapping[str, Any]) -> Answer:
+def read_chat(answer: Mapping[str, Any]) -> ServerAnswer:
     """Read an answer of `/chat/completions`.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError, IndexError: It is not whole.
+        ValueError, KeyError, TypeError, AttributeError, IndexError: It is incomplete.
     """
     choice = answer["choices"][0]
     if choice.get("finish_reason") is None:
         raise ValueError("it has no finish_reason")
     content = (choice.get("logprobs") or {}).get("content") or []
-    tokens: list[Said | None] = [_said_in_chat(said) for said in content]
-    return Answer(tokens, choice["finish_reason"] == "stop", Usage())
+    tokens: list[ShownToken | None] = [_shown_in_chat(entry) for entry in content]
+    return ServerAnswer(tokens, choice["finish_reason"] == "stop", Usage())
 
 
-def _named(key: str) -> int | bytes | str:
-    """Read a token's name: an id, bytes that are no text, or text."""
+def _name(key: str) -> TokenName:
+    """Read a token's name: an id, bytes that are not text, or text."""
     if match := re.fullmatch(r"token_id:(\d+)", key):
         return int(match[1])
     if key.startswith("bytes:"):
@@ -95,34 +105,33 @@ def _named(key: str) -> int | bytes | str:
     return key
 
 
-def _chat_name(said: Mapping[str, Any]) -> int | bytes | str:
-    content = said.get("bytes")
-    return bytes(content) if content else _named(str(said["token"]))
+def _chat_name(entry: Mapping[str, Any]) -> TokenName:
+    content = entry.get("bytes")
+    return bytes(content) if content else _name(str(entry["token"]))
 
 
-def _said_in_chat(said: Mapping[str, Any]) -> Said:
+def _shown_in_chat(entry: Mapping[str, Any]) -> ShownToken:
     """Read an entry of a chat answer's logprobs."""
-    return Said(
-        _chat_name(said),
-        float(said["logprob"]),
-        tuple((_chat_name(top), float(top["logprob"])) for top in said["top_logprobs"]),
-        listed=_chat_name(said),
+    return ShownToken(
+        _chat_name(entry),
+        float(entry["logprob"]),
+        tuple((_chat_name(top), float(top["logprob"])) for top in entry["top_logprobs"]),
+        listed=_chat_name(entry),
     )
 
 
-def _said_of_ids(entry: Mapping[str, Any] | None) -> Said | None:
-    """Read an entry of vLLM's `prompt_logprobs`, which may hold the text's own token beside the likeliest."""
+def _shown_by_ids(entry: Mapping[str, Any] | None) -> ShownToken | None:
+    """Read an entry of vLLM's `prompt_logprobs`: the prompt's own token, then the most likely ones."""
     if not entry:
         return None
     top = tuple((int(key), float(value["logprob"])) for key, value in entry.items())
-    # The text's own token comes first.
-    return Said(top[0][0], top[0][1], top, listed=top[0][0])
+    return ShownToken(top[0][0], top[0][1], top, listed=top[0][0])
 
 
-def is_alike(one: Said, other: Said) -> bool:
-    """Whether two answers give the likeliest tokens the same logprobs, whatever they call them."""
+def is_alike(one: ShownToken, other: ShownToken) -> bool:
+    """Return whether the most likely tokens have the same logprobs in both, whatever their names."""
 
-    def highest(said: Said) -> Iterable[float]:
-        return sorted((logprob for _, logprob in said.top), reverse=True)[:3]
+    def highest(shown: ShownToken) -> Iterable[float]:
+        return sorted((logprob for _, logprob in shown.top), reverse=True)[:3]
 
     return all(abs(a - b) < 0.05 for a, b in zip(highest(one), highest(other), strict=False))

@@ -1,11 +1,11 @@
 """Calls to an OpenAI-compatible HTTP API that survive bad networks: retried, counted, within a budget.
 
-JSON objects in and out; what they say about tokens is `api.py`'s. Every call that is made here can be
-repeated without harm: it asks what follows a text and changes nothing on the server. So whatever goes wrong
-on the way is tried again, and an answer counts only when it has arrived whole.
+JSON objects go in and out; what they say about tokens is read in `answers.py`. Every call can be repeated
+without harm, because it asks what follows a text and changes nothing on the server. So whatever goes wrong on
+the way is tried again, and an answer counts only when it is complete.
 
-The key is read from the environment when the client is made, and goes into one header: no message, log or
-file of this package has it.
+The key is read from the environment when the client is made, and goes into one header. It is in no message,
+log or file of this package.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ from proxytune.recipe.spec import ApiSettings
 from proxytune.trace import Usage
 
 FIRST_PAUSE_S = 0.5
-"""Before the first repetition; it doubles with each."""
+"""Pause before the first retry; it doubles with each."""
 
 LONGEST_PAUSE_S = 30.0
 
 LONGEST_WAIT_S = 300.0
-"""The longest `Retry-After` that is waited for."""
+"""The longest `Retry-After` that is honoured."""
 
 PROBE_RETRIES = 3
-"""How often a 500 is tried again where it may mean that the server does not do what it is asked."""
+"""Number of retries after a 500 that may mean that the server does not know the question."""
 
-_REPEATED = frozenset({408, 409, 425, 429})
-"""Answers below 500 that another try may turn into a good one."""
+_RETRIED = frozenset({408, 409, 425, 429})
+"""Status codes below 500 after which another try may succeed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What calls may cost in all.
+    """What all calls together may cost.
 
     Args:
-        max_calls: Answered calls; None for any number.
-        max_cost: By the recipe's prices; None for any. No call is begun once it is reached.
+        max_calls: Maximum number of answered calls; None for no limit.
+        max_cost: Maximum cost by the recipe's prices; None for no limit. No call begins once it is reached.
 
     Raises:
         InvalidRequest: A limit is not above 0.
@@ -70,16 +70,16 @@ class Budget:
 
 
 class ApiClient:
-    """One server, one key, one budget. Its methods may be called from several threads.
+    """One server, one key, one budget. Several threads may call its methods.
 
     Args:
-        url: Where the API begins, `/v1` included.
-        settings: Timeouts, retries, prices, the name of the key's variable.
-        budget: None for no limit.
-        sleep: How to wait between tries; None waits, until `give_up`.
+        url: Address of the API, `/v1` included.
+        settings: Timeouts, retries, prices, the name of the key's environment variable.
+        budget: What calls may cost; None for no limit.
+        sleep: Waits between tries, given seconds. Default: wait until `give_up` at most.
 
     Raises:
-        InvalidRequest: The key's variable is not set, or there are prices to give and none is given.
+        InvalidRequest: The key's variable is not set, or a cost is limited and no price is given.
     """
 
     def __init__(
@@ -99,13 +99,13 @@ class ApiClient:
         self._lock = threading.Lock()
         self._num_begun = 0
         self.usage = Usage()
-        """Of all calls so far."""
+        """What all calls so far have cost."""
         if self._budget.max_cost is not None and not (
             settings.prompt_price or settings.completion_price
         ):
             raise InvalidRequest(
                 "max_cost is given, and the recipe gives no prices to count with.\n"
-                'hint: "api": {"prompt_price": …, "completion_price": …}, each of a million tokens'
+                'hint: add prices per million tokens: "api": {"prompt_price": …, "completion_price": …}'
             )
         headers = {"User-Agent": "proxytune"}
         self._key = ""
@@ -119,13 +119,13 @@ class ApiClient:
             if not key.isascii() or not key.isprintable() or " " in key:
                 raise InvalidRequest(
                     f"the environment variable {settings.key_env} holds a character that no API key has.\n"
-                    "hint: look whether a line break or a quotation mark came along"
+                    "hint: check for a line break or a quotation mark that was copied along"
                 )
             self._key = key
             headers["Authorization"] = f"Bearer {key}"
         self._headers = headers
         self._seen: deque[str] = deque(maxlen=256)
-        self._knows_ids = True
+        self._has_ids = True
         self._http = self._connections()
 
     def _connections(self) -> httpx2.Client:
@@ -137,27 +137,27 @@ class ApiClient:
         )
 
     def _is_late(self, answer: Mapping[str, Any]) -> bool:
-        """Whether an answer came before, so that the connection is one answer behind; then leave it.
+        """Return whether an answer has come before; if so, leave the connection, which is one answer behind.
 
-        Something on the way that repeats answers would otherwise give each question the one before's.
+        Otherwise a proxy that repeats an answer would give each question the answer to the one before.
         """
         name = answer.get("id")
-        if not isinstance(name, str) or not self._knows_ids:
+        if not isinstance(name, str) or not self._has_ids:
             return False
         with self._lock:
             if name in self._seen:
-                self._http = self._connections()  # others finish what they began on the old ones
+                self._http = self._connections()  # other threads finish on the old ones
                 return True
             self._seen.append(name)
         return False
 
     def close(self) -> None:
-        """Close the connections, and try nothing again."""
+        """Close the connections, and stop retrying."""
         self.give_up()
         self._http.close()
 
     def give_up(self) -> None:
-        """Let calls that are under way in other threads not be tried again."""
+        """Stop retrying the calls that are under way in other threads."""
         stop, self._stop = self._stop, threading.Event()
         stop.set()
 
@@ -176,16 +176,16 @@ class ApiClient:
         """Return the answer to a question about tokens, and what it cost.
 
         Args:
-            path: Below the API's address.
+            path: Path below the API's address.
             body: The question.
-            check: Raises ValueError for an answer that is not whole; it is then asked for again.
-            is_probe: Whether the question may be one that the server does not know; some answer it with 500,
-                which is then repeated a few times and counts as a refusal.
+            check: Raises ValueError for an incomplete answer, which is then asked for again.
+            is_probe: Whether the server may not know the question. Some servers then answer 500, which is
+                retried a few times and counts as a refusal.
 
         Raises:
             BudgetSpent: One more call would exceed the budget.
-            UnsupportedModel: The server refuses the question (4xx), in its own words.
-            ApiError: No good answer came, however often it was tried.
+            UnsupportedModel: The server refuses the question (4xx); the message is the server's.
+            ApiError: No try gave a good answer.
         """
         with self._lock:
             self._check_budget()
@@ -220,8 +220,8 @@ class ApiClient:
             )
         if limits.max_cost is not None and used.cost >= limits.max_cost:
             raise BudgetSpent(
-                f"{used.num_calls} calls to {self.url} have cost {used.cost:.4g}, and {limits.max_cost:g} is "
-                "the limit.\nhint: allow more with --max-cost, or ask for fewer new tokens"
+                f"{used.num_calls} calls to {self.url} have cost {used.cost:.4g}, and the limit is "
+                f"{limits.max_cost:g}.\nhint: allow more with --max-cost, or ask for fewer new tokens"
             )
 
     def _call(
@@ -233,7 +233,7 @@ class ApiClient:
         *,
         is_probe: bool = False,
     ) -> tuple[dict[str, Any], int]:
-        """Return the answer and how often the question was repeated."""
+        """Return the answer and the number of retries."""
         most = self._settings.max_retries
         num_500 = 0
         was_late = False
@@ -245,30 +245,30 @@ class ApiClient:
                 if response.status_code < 300:
                     answer = response.json()
                     if not isinstance(answer, dict):
-                        raise ValueError("it is no JSON object")
+                        raise ValueError("it is not a JSON object")
                     if answer.get("error") and "choices" not in answer:
-                        raise ValueError(self._said(response))
+                        raise ValueError(self._error_text(response))
                     check(answer)
-                    # A server that calls every answer the same is believed the second time.
+                    # A server that gives all its answers the same id is believed the second time.
                     if was_late or not self._is_late(answer):
                         if was_late and answer.get("id") in self._seen:
-                            self._knows_ids = False  # it gives several answers one name
+                            self._has_ids = False
                         return answer, num_retries
                     was_late = True
-                    raise ValueError("it came before")
-                if response.status_code < 500 and response.status_code not in _REPEATED:
+                    raise ValueError("it is the answer to an earlier question")
+                if response.status_code < 500 and response.status_code not in _RETRIED:
                     raise self._refusal(path, response)
                 num_500 += response.status_code == 500
                 if is_probe and num_500 > PROBE_RETRIES:
                     raise self._refusal(path, response)
-                problem = f"{response.status_code} {self._said(response)}"
+                problem = f"{response.status_code} {self._error_text(response)}"
                 asked_pause = _retry_after(response)
             except httpx2.HTTPError as error:
                 problem = f"{type(error).__name__}: {error}"
             except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-                problem = f"its answer is not whole: {error}"
+                problem = f"its answer is incomplete: {error}"
             except httpx2.InvalidURL as error:
-                raise InvalidRequest(f"{self.url} is no address: {error}") from error
+                raise InvalidRequest(f"{self.url} is not a valid address: {error}") from error
             if num_retries < most:
                 with self._lock:
                     self.usage += Usage(num_retries=1)
@@ -282,12 +282,12 @@ class ApiClient:
         raise ApiError(
             f"{self.url}{path} gave no answer in {num_retries + 1} tries; the last one: "
             f"{self._redacted(problem)}\n"
-            "hint: look whether the server runs and is not overloaded; max_retries and timeout_s in the "
-            "recipe's api say how patient to be"
+            "hint: check that the server runs and is not overloaded; max_retries and timeout_s in the "
+            "recipe's api set how long to try"
         )
 
     def _pause(self, num_retries: int, asked: float | None) -> float:
-        """Return seconds to wait: what the server asked for, or twice as long each time, spread at random."""
+        """Return seconds to wait: what the server asks for, or twice as long each time, with jitter."""
         longest: float = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0**num_retries)
         own = self._jitter.uniform(longest / 2, longest)
         if asked is not None:
@@ -295,27 +295,26 @@ class ApiClient:
         return own
 
     def _refusal(self, path: str, response: Any) -> UnsupportedModel:
-        said = self._said(response)
         if response.status_code in (401, 403):
             variable = self._settings.key_env
             hint = (
-                f"the key is taken from {variable}; look whether it is the right one"
+                f"the key is taken from {variable}; check that it is the right one"
                 if variable
                 else 'name the variable that holds the key: "api": {"key_env": "OPENAI_API_KEY"}'
             )
         elif response.status_code < 400:
-            hint = f"it is moved to {response.headers.get('location', 'another address')}; name that one"
+            hint = f"it has moved to {response.headers.get('location', 'another address')}; use that one"
         elif response.status_code == 404:
-            hint = "look whether the address ends in /v1 and the model's name is one that the server lists"
+            hint = "check that the address ends in /v1 and that the server lists the model's name"
         else:
             hint = "the message is the server's"
         return RefusedCall(
-            f"{self.url}{path} refuses ({response.status_code}): {said}\nhint: {hint}",
+            f"{self.url}{path} refuses ({response.status_code}): {self._error_text(response)}\nhint: {hint}",
             response.status_code,
         )
 
-    def _said(self, response: Any) -> str:
-        """Return what an error answer says, in one line; servers may repeat the key in it."""
+    def _error_text(self, response: Any) -> str:
+        """Return an error answer's message in one line, without the key, which servers may repeat in it."""
         try:
             content = response.json()
             error = content.get("error", content.get("detail", content))
@@ -329,7 +328,7 @@ class ApiClient:
 
 
 class RefusedCall(UnsupportedModel):
-    """The server does not answer such a question."""
+    """The server refuses a question."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -337,7 +336,7 @@ class RefusedCall(UnsupportedModel):
 
 
 def _retry_after(response: Any) -> float | None:
-    """Return the seconds that `Retry-After` asks for, which may be a number or a date."""
+    """Return the seconds that `Retry-After` asks for as a number or a date, or None."""
     value = response.headers.get("retry-after", "").strip()
     if re.fullmatch(r"\d+(\.\d+)?", value):
         return float(value)

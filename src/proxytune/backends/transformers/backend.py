@@ -1,14 +1,14 @@
 """Models of the Hugging Face Hub, run by transformers on CPU or GPU; LoRA adapters as rows of one forward.
 
-Token ids only: text never reaches this file. Where a model's files are is known to
-`checkpoints/checkpoint.py`, what a recipe asks for to `recipe/recipe.py`.
+Token ids only: text never reaches this file. `checkpoints/checkpoint.py` knows where a model's files are, and
+`recipe/recipe.py` what a recipe asks for.
 
-Words: a *slot* is one column of the KV cache. Each row fills the slots of its own tokens, in their order; the
-others are *gaps*, which no token attends to: padding on the left of a short prompt, and what a row took back
-while others kept theirs. Positions are counted per row, so a gap changes nothing, and a rewind is only
-bookkeeping. *Compacting* moves the gaps of all rows to the left, where slots without any token are dropped.
-That happens when gaps become many, and at once in models whose attention looks at distances between slots
-(sliding windows).
+Words: a *slot* is one column of the KV cache. A row's tokens fill some slots, in order. The row's other slots
+are *gaps*, which no token attends to: padding on the left of a short prompt, and tokens that the row took
+back while other rows kept theirs. Positions are counted per row, so a gap changes nothing, and a rewind is
+only bookkeeping. *Compacting* moves the gaps of all rows to the left, and drops the slots that are gaps in
+every row. It happens when there are many gaps, and at once in models whose attention depends on distances
+between slots (sliding windows).
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ import transformers
 from torch import Tensor, nn
 
 from proxytune.backends.base import Backend, Capabilities, Prefilled
-from proxytune.backends.transformers.attention import share_keys
+from proxytune.backends.checks import (
+    adapters_of,
+    check_length,
+    check_prompts,
+    check_rewind,
+    check_shape,
+    check_token_ids,
+)
+from proxytune.backends.transformers.attention import eager_attention, share_keys
 from proxytune.backends.transformers.cuda_graphs import (
     CudaRecorder,
     GraphRunner,
@@ -54,13 +62,7 @@ from proxytune.backends.transformers.weights import (
 from proxytune.checkpoints.placement import (
     max_context,
 )
-from proxytune.errors import (
-    BackendError,
-    InvalidRequest,
-    PromptTooLong,
-    ProxytuneError,
-    UnsupportedModel,
-)
+from proxytune.errors import BackendError, ProxytuneError, UnsupportedModel
 
 if TYPE_CHECKING:
     from proxytune.checkpoints.adapter import AdapterFiles
@@ -68,30 +70,30 @@ if TYPE_CHECKING:
     from proxytune.recipe.spec import ModelSpec
 
 PREFILL_TOKENS = 4096
-"""Most tokens, over all rows, of one forward of a prompt: its activations bound the memory of a prefill."""
+"""Maximum number of tokens, over all rows, of one forward of a prefill: it limits memory for activations."""
 
 GRAPH_ATTENTION = ("sdpa", "eager")
-"""Implementations of attention that take a mask of numbers."""
+"""Implementations of attention that add the mask to the scores."""
 
 MIN_CHUNK = 16
-"""Fewest tokens per row of such a forward, however many rows there are."""
+"""Minimum number of tokens per row of such a forward, however many rows there are."""
 
 
 class TransformersBackend(Backend[TransformersState]):
     """A causal language model of transformers.
 
-    `prefill`, `extend`, `rewind` and `select` keep the books of a batch. `run` and `new_cache` are the layer
-    below, for an engine that keeps its own (`integrations/transformers.py`).
+    `prefill`, `extend`, `rewind` and `select` keep a batch's state. `run` and `new_cache` are the layer
+    below, for an engine that keeps its own state (`integrations/transformers.py`).
 
     Args:
         model: A causal language model, or a PEFT model around one. It is put into evaluation mode.
-        name: How errors call it.
+        name: What errors call it.
         adapters: Adapters that rows may be given, by their PEFT names, or a mapping from other names to
             those.
         recorder: Makes CUDA graphs of short forwards; None launches every kernel by itself.
-        owns_model: Whether nobody else wants the model as it is. Then faster layers take the place of PEFT's,
-            which PEFT could not train, switch or save, and at the first forward the weights of large layers
-            are laid out anew.
+        owns_model: Whether nobody else uses the model. Then PEFT's layers are replaced by faster ones, which
+            PEFT can no longer train, switch or save, and at the first forward the weights of large layers
+            are packed.
     """
 
     def __init__(
@@ -140,7 +142,7 @@ class TransformersBackend(Backend[TransformersState]):
         """Return what runs this model's short forwards as graphs.
 
         Raises:
-            UnsupportedModel: The model looks at something else than a mask and positions.
+            UnsupportedModel: The model's attention depends on more than a mask and positions.
         """
         attention = self.model.config._attn_implementation
         if not (self._is_pure_attention and self._allows_gaps) or attention not in GRAPH_ATTENTION:
@@ -179,10 +181,9 @@ class TransformersBackend(Backend[TransformersState]):
             adapters: LoRA adapters by the names that rows will use.
 
         Raises:
-            CorruptModel: The weights cannot be read or do not belong to the config.
+            CorruptModel: The weights cannot be read or do not match the config.
             UnsafeModel: There are only pickled weights and `allow_pickle` is not set.
-            UnsupportedModel: transformers does not know the model, or an adapter changes more than LoRA
-                layers.
+            UnsupportedModel: transformers does not know the model, or an adapter is more than LoRA factors.
             AdapterMismatch: An adapter's weights do not fit the model.
             MissingExtra: A quantisation or attention library is not installed.
             NotEnoughMemory: The weights did not fit.
@@ -198,9 +199,9 @@ class TransformersBackend(Backend[TransformersState]):
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
+        """The device that token ids have to be on."""
         weight: Any = getattr(self.model.get_input_embeddings(), "weight", None)
-        # Only a weight that is offloaded makes it look through all: this is asked at every step.
+        # Asked at every step, so search all the weights only if this one is offloaded.
         if weight is None or weight.device.type == "meta":
             weight = next(w for w in self.model.parameters() if w.device.type != "meta")
         device: torch.device = weight.device
@@ -208,7 +209,7 @@ class TransformersBackend(Backend[TransformersState]):
 
     @property
     def capabilities(self) -> Capabilities:
-        """Say what this model can do."""
+        """What this model can do."""
         return Capabilities(
             max_context=self._max_context,
             can_rewind=self._is_pure_attention,
@@ -220,8 +221,8 @@ class TransformersBackend(Backend[TransformersState]):
     def new_cache(self) -> Any:
         """Return an empty KV cache of this model."""
         if self._is_pure_attention:
-            # Every layer keeps all keys, so that any number of tokens can be taken back. A sliding window is
-            # then up to the attention mask.
+            # Every layer keeps all keys, so that any number of tokens can be taken back. The attention mask
+            # takes care of sliding windows.
             return RoomyCache()
         return transformers.DynamicCache(config=self.model.config)
 
@@ -240,10 +241,10 @@ class TransformersBackend(Backend[TransformersState]):
         Args:
             token_ids: `[batch, num_tokens]`, on this model's device.
             cache: From `new_cache`; None to keep nothing.
-            attention_mask: `[batch, slots + num_tokens]`, 0 at padding; None where there is none.
+            attention_mask: `[batch, slots + num_tokens]`, 0 at padding; None without padding.
             position_ids: `[batch, num_tokens]`; None for consecutive ones from the first slot on.
             adapters: The adapter of each row, None for the plain weights.
-            num_logits: Return logits of the last so many tokens only; 0 for all.
+            num_logits: Number of last tokens to return logits for; 0 for all.
 
         Returns:
             `[batch, num_logits or num_tokens, vocab]` in the model's dtype.
@@ -257,23 +258,23 @@ class TransformersBackend(Backend[TransformersState]):
             and attention_mask is not None
             and attention_mask.shape[1] != token_ids.shape[1]
         ):
-            attention_mask = (
-                None  # a pure state-space model has no slots: its state has left padding out
-            )
+            # A pure state-space model has no slots; its state has left padding out already.
+            attention_mask = None
         options = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "logits_to_keep": num_logits,
         }
         if self._may_pack:
-            # Here, not when it is loaded: a model that is only loaded may be trained.
+            # Not when it is loaded, because a model that has not run yet may still be trained.
             self._may_pack = False
             pack_linear_layers(self.model)
         rows = None
         if self._has_lora:
             rows = RowAdapters(self._rows(adapters, token_ids.shape[0]), token_ids.device)
         try:
-            logits = self._forward(token_ids, cache, options, rows)
+            with eager_attention(token_ids.device):
+                logits = self._forward(token_ids, cache, options, rows)
         except torch.OutOfMemoryError as error:
             raise BackendError(
                 f"{self.name} ran out of memory on {token_ids.shape[0]} rows of {token_ids.shape[1]} tokens\n"
@@ -288,7 +289,7 @@ class TransformersBackend(Backend[TransformersState]):
     def _forward(
         self, token_ids: Tensor, cache: Any, options: Mapping[str, Any], rows: RowAdapters | None
     ) -> Tensor:
-        """Call the model with those of the options that it knows."""
+        """Call the model with the options that it knows."""
         known: dict[str, Any] = {key: options[key] for key in options if key in self._options}
         if "use_cache" in self._options:
             known["use_cache"] = cache is not None
@@ -302,21 +303,13 @@ class TransformersBackend(Backend[TransformersState]):
         return logits
 
     def check_length(self, num_tokens: int) -> None:
-        """Raise `PromptTooLong` if a row of so many tokens exceeds the model's context."""
-        if self._max_context is not None and num_tokens > self._max_context:
-            raise PromptTooLong(
-                f"{self.name} can hold {self._max_context} tokens, and was asked to hold {num_tokens}.\n"
-                "hint: shorten the prompt, or ask for fewer new tokens"
-            )
+        """Raise `PromptTooLong` if a row of `num_tokens` exceeds the model's context."""
+        check_length(self.name, num_tokens, self._max_context)
 
     def check_token_ids(self, token_ids: Tensor) -> None:
         """Raise `InvalidRequest` if the model has no embedding for a token id."""
         lowest, highest = (int(bound) for bound in torch.aminmax(token_ids))
-        if lowest < 0 or highest >= self._num_embeddings:
-            wrong = lowest if lowest < 0 else highest
-            raise InvalidRequest(
-                f"{self.name} has no token {wrong}; its token ids go from 0 to {self._num_embeddings - 1}"
-            )
+        check_token_ids(self.name, lowest, highest, self._num_embeddings)
 
     @torch.inference_mode()
     def prefill(
@@ -332,11 +325,8 @@ class TransformersBackend(Backend[TransformersState]):
             PromptTooLong: A prompt exceeds the model's context.
             BackendError: The model failed.
         """
+        check_prompts(self.name, prompts)
         lengths = [len(prompt) for prompt in prompts]
-        if not lengths or not min(lengths):
-            raise InvalidRequest(
-                f"{self.name} was given an empty prompt, so there is nothing to continue"
-            )
         self.check_length(max(lengths))
         width = max(lengths)
         padded = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
@@ -366,28 +356,20 @@ class TransformersBackend(Backend[TransformersState]):
         """Append `[batch, num_tokens]` token ids and return logits `[batch, num_tokens, vocab]`.
 
         Raises:
-            InvalidRequest: The model does not have a token id (looked at where they are on the CPU), or the
-                rows are not the state's.
+            InvalidRequest: The model does not have a token id (checked for ids on the CPU), or the rows are
+                not the state's.
             PromptTooLong: A row would exceed the model's context.
             BackendError: The model failed. The state cannot be used again.
         """
-        if (
-            token_ids.dim() != 2
-            or token_ids.shape[0] != len(state.lengths)
-            or not token_ids.shape[1]
-        ):
-            raise InvalidRequest(
-                f"{self.name} was given token ids of shape {list(token_ids.shape)}, and needs "
-                f"[{len(state.lengths)}, num_tokens] with at least one token"
-            )
+        check_shape(self.name, token_ids.shape, len(state.lengths))
         num_new = token_ids.shape[1]
         self.check_length(max(state.lengths) + num_new)
-        if token_ids.device.type == "cpu":  # elsewhere, looking at them would wait for the device
+        if token_ids.device.type == "cpu":  # elsewhere, a check would wait for the device
             self.check_token_ids(token_ids)
         token_ids = token_ids.to(self.device)
         if self._is_pure_attention:
             return self._append(state, token_ids)
-        # Not every state-space model goes on from its state when it is given several tokens at once.
+        # Not every state-space model continues from its state when it is given several tokens at once.
         return torch.cat(
             [self._append(state, token_ids[:, i : i + 1]) for i in range(num_new)], dim=1
         )
@@ -400,17 +382,7 @@ class TransformersBackend(Backend[TransformersState]):
             UnsupportedModel: The model has layers that cannot forget.
             InvalidRequest: A row does not hold that many tokens.
         """
-        if not self._is_pure_attention:
-            raise UnsupportedModel(
-                f"{self.name} has layers without a KV cache of their own for each token, so tokens cannot be "
-                "taken back"
-            )
-        if len(num_tokens) != len(state.lengths) or any(
-            not 0 <= n <= length for n, length in zip(num_tokens, state.lengths, strict=True)
-        ):
-            raise InvalidRequest(
-                f"{self.name} cannot rewind rows of {state.lengths} tokens by {list(num_tokens)}"
-            )
+        check_rewind(self.name, num_tokens, state.lengths, can_rewind=self._is_pure_attention)
         state.rewind(num_tokens)
         self._compact_if_due(state)
 
@@ -472,36 +444,25 @@ class TransformersBackend(Backend[TransformersState]):
 
     def _compact_if_due(self, state: TransformersState) -> None:
         longest = max(state.lengths)
-        # Allowed gaps are attended to for nothing, and compacting copies everything: an eighth balances them.
+        # Gaps cost attention, and compacting copies everything. An eighth of gaps balances the two.
         spare = longest // 8 + 16 if self._allows_gaps else 0
         if state.num_slots > longest + spare or not (self._allows_gaps or state.is_aligned):
             state.compact()
 
     def _rows(self, adapters: Sequence[str | None] | None, num_rows: int) -> list[str]:
-        """Return PEFT's name for the adapter of each row."""
-        if adapters is None:
-            return [PLAIN] * num_rows
-        if len(adapters) != num_rows:
-            raise InvalidRequest(
-                f"{self.name} was given {len(adapters)} adapters for {num_rows} rows"
-            )
-        try:
-            return [PLAIN if name is None else self._peft_names[name] for name in adapters]
-        except KeyError as error:
-            known = ", ".join(self._peft_names) or "none"
-            raise InvalidRequest(
-                f"{self.name} has no adapter {error.args[0]!r}; it has: {known}"
-            ) from None
+        """Return PEFT's name for each row's adapter."""
+        names = adapters_of(self.name, adapters, num_rows, self._peft_names)
+        return [PLAIN if name is None else self._peft_names[name] for name in names]
 
 
 def _graph_device(model: Any, name: str) -> torch.device:
-    """Return the one CUDA device that all of a model is on."""
+    """Return the CUDA device that the whole model is on."""
     places = {weight.device for weight in model.parameters()}
     device: torch.device = min(places, key=str)
     if len(places) > 1 or device.type != "cuda":
         where = ", ".join(sorted(map(str, places)))
         raise UnsupportedModel(
-            f"cuda_graphs is set and {name} is on {where}, and a CUDA graph is made on one CUDA device.\n"
+            f"cuda_graphs is set and {name} is on {where}, but CUDA graphs need a model on one CUDA device.\n"
             "hint: leave cuda_graphs out, or give the model a device such as cuda:0"
         )
     return device

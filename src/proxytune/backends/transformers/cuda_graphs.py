@@ -1,21 +1,22 @@
-"""Short forwards as CUDA graphs: a model's kernels are recorded once, and launched again all together.
+"""Short forwards as CUDA graphs: a model's kernels are recorded once, then all launched in one call.
 
-A small model's token on a GPU takes less time to compute than Python takes to launch its kernels one by one.
-A graph launches the same kernels in one call. It knows nothing but fixed places in memory, so whatever
-changes from token to token lies in tensors of fixed places and shapes: token ids, positions, which slots the
-tokens go to, which slots count, and the keys and values themselves.
+On a GPU, a small model computes a token in less time than Python takes to launch its kernels one by one. A
+graph launches the same kernels in one call. It knows only fixed addresses, so whatever changes from token to
+token is in tensors of fixed addresses and shapes: token ids, positions, the slots that the tokens go to,
+which slots are gaps, and the keys and values themselves.
 
-So keys and values live in a *home* of fixed place while a state decodes. A state moves in when its turn
-comes, and another one that is there moves out; for everybody else its cache stays the `RoomyCache` that it
-was. Rows, width (tokens a row) and slots are rounded up, so that few graphs serve all: what is computed
-beyond the real ones is never looked at.
+Keys and values therefore live in a *home*, memory of fixed address, while a state decodes. A state moves in
+when its turn comes, and the one that was there moves out. To all other code its cache stays the same
+`RoomyCache`. Rows, width (tokens per row) and slots are rounded up, so that a few graphs cover all shapes;
+results beyond the real shape are ignored.
 
-The words of `transformers.py` (slots, gaps) are used here too. How a forward is recorded is left to a
-`Recorder`, so that all else runs, and is tested, without a GPU.
+`backend.py` explains slots and gaps. A `Recorder` does the recording, so everything else runs, and is tested,
+without a GPU.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -30,34 +31,34 @@ from proxytune.backends.transformers.lora import PLAIN, RowAdapters
 from proxytune.errors import ProxytuneError
 
 MAX_WIDTH = 16
-"""Most tokens a row of a graph; wider forwards are worth their launches."""
+"""Maximum number of tokens per row of a graph; in wider forwards, launching kernels hardly counts."""
 MIN_SLOTS = 256
-"""Fewest slots of a graph."""
+"""Minimum number of slots of a graph."""
 MAX_GRAPHS = 64
-"""Most graphs of a model; the one that was not used for longest goes first."""
+"""Maximum number of graphs of a model; the least recently used one goes first."""
 
 Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], Any], Tensor]]
-"""Takes a forward; returns what runs it again, and the tensor in which its logits will lie each time."""
+"""Takes a forward; returns what replays it, and the tensor that then holds its logits."""
 
 Forward = Callable[[Tensor, Tensor, Tensor, Any, RowAdapters], Tensor]
 """Takes token ids, positions, mask `[rows, 1, width, slots]`, cache and adapters; returns logits."""
 
 
 class Slots(Protocol):
-    """What a graph has to know of a batch: its cache, and which slots are whose (`TransformersState`)."""
+    """What a graph needs of a batch: its cache, and which slots are gaps (`TransformersState`)."""
 
     cache: Any
     num_slots: int
 
     def attention_mask(self, num_new: int) -> Tensor | None:
-        """Return `[rows, num_slots + num_new]`, 0 at gaps; None where there is none."""
+        """Return `[rows, num_slots + num_new]`, 0 at gaps; None if there are no gaps."""
 
     def position_ids(self, num_new: int) -> Tensor:
         """Return `[rows, num_new]` or `[rows, 1]`: the positions of the next tokens."""
 
 
 class CudaRecorder:
-    """Records forwards of one model on one device; their temporary tensors share memory.
+    """Records forwards of one model on one device; graphs that live at the same time share temporary memory.
 
     Args:
         device: A CUDA device.
@@ -65,7 +66,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool: Any = torch.cuda.graph_pool_handle()
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def __call__(self, forward: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
         """Record a forward; see `Recorder`.
@@ -74,21 +75,27 @@ class CudaRecorder:
             RuntimeError: The model waits for the device, or memory is short.
         """
         with torch.cuda.device(self._device):
-            # Libraries set themselves up in their first calls, which must not be recorded.
+            # The first call sets libraries up, which must not be recorded.
             stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 forward()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            # Other threads may go on working with other models meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            # PyTorch fails an internal assertion (use_count > 0) when it records into a memory pool whose
+            # graphs have all been destroyed. So share the pool of a living graph, and hold on to that graph
+            # while recording: garbage collection may be about to destroy it. Without one, make a new pool.
+            shared = next(iter(self._graphs), None)
+            pool = None if shared is None else shared.pool()
+            # Meanwhile other threads may run other models.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 logits = forward()
+            self._graphs.add(graph)
         return graph.replay, logits
 
 
 class _FixedLayer(DynamicLayer):
-    """One layer's keys and values as a graph sees them: all slots at once, written by their numbers."""
+    """One layer's keys and values as a graph sees them: all slots, written to by index."""
 
     def __init__(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -107,14 +114,14 @@ class _FixedLayer(DynamicLayer):
 
 
 class _Graph:
-    """A forward of fixed shape, and the tensors that it reads.
+    """A forward of fixed shape, and the tensors it reads.
 
     Args:
         forward: The model.
-        layers: Keys and values `[rows, heads, slots, size]` of each layer; None for one that has none.
-        width: Tokens a row.
+        layers: Keys and values `[rows, heads, slots, size]` of each layer; None for a layer without.
+        width: Number of tokens per row.
         names: PEFT's name of each row's adapter.
-        dtype: Of the attention mask.
+        dtype: Dtype of the attention mask.
     """
 
     def __init__(
@@ -148,13 +155,13 @@ class _Graph:
     def load(
         self, token_ids: Tensor, positions: Tensor, mask: Tensor | None, first_slot: int
     ) -> None:
-        """Put what changes into its place.
+        """Write what changes to the tensors that the graph reads.
 
         Args:
             token_ids: `[rows, num_new]`, at most the graph's rows and width.
             positions: `[rows, width]`.
-            mask: `[rows, first_slot + num_new]`, 0 at gaps; None where there is none.
-            first_slot: Where the first token goes.
+            mask: `[rows, first_slot + num_new]`, 0 at gaps; None if there are no gaps.
+            first_slot: The slot of the first token.
         """
         num_rows, num_new = token_ids.shape
         self._token_ids[:num_rows, :num_new] = token_ids
@@ -171,7 +178,7 @@ class _Graph:
         """Return logits `[rows, width, vocab]`, which the next run overwrites."""
         if self._again is None:
             if not self._was_run:
-                # Most shapes that come once do not come again.
+                # Most shapes that occur once do not occur again.
                 self._was_run = True
                 return self._eagerly()
             self._again = record(self._eagerly)
@@ -183,7 +190,7 @@ class _Graph:
         may_see = self._columns <= self._slots[:, None]
         may_see = may_see & self._counts[:, None, None, :]
         mask = torch.zeros(may_see.shape, dtype=self._dtype, device=may_see.device)
-        # Not -inf: where a row that nobody looks at sees nothing, it has to stay a number.
+        # Not -inf: a padding row that attends to nothing would become NaN.
         mask = mask.masked_fill(~may_see, torch.finfo(self._dtype).min)
         return self._forward(self._token_ids, self._positions, mask, self._cache, self._adapters)
 
@@ -192,8 +199,8 @@ class _Home:
     """Memory for the keys and values of one state at a time.
 
     Args:
-        layers: Examples of the tensors that will live here, `[any, heads, any, size]`; None for a layer that
-            has none.
+        layers: Examples of the tensors that will live here, `[any, heads, any, size]`; None for a layer
+            without.
         num_places: Rows times slots.
     """
 
@@ -203,7 +210,7 @@ class _Home:
         self._memory = [
             None
             if layer is None
-            # Zeros: a slot that does not count is multiplied by 0, which mends no NaN.
+            # Zeros, not uninitialised memory: a gap is multiplied by 0, which leaves NaN as NaN.
             else tuple(t.new_zeros(num_places * t.shape[1] * t.shape[3]) for t in layer)
             for layer in layers
         ]
@@ -230,11 +237,11 @@ class GraphRunner:
     """Runs a model's short forwards as graphs.
 
     Args:
-        name: How warnings call the model.
+        name: What warnings call the model.
         forward: The model.
         record: Makes graphs.
-        dtype: The model's.
-        max_context: Most tokens of a row; None for no limit.
+        dtype: The model's dtype.
+        max_context: Maximum number of tokens of a row; None for no limit.
     """
 
     def __init__(
@@ -251,24 +258,29 @@ class GraphRunner:
         self._home: _Home | None = None
         self._tenant: weakref.ref[RoomyCache] | None = None
         self._graphs: dict[tuple[int, int, int, tuple[str, ...]], _Graph] = {}
+        self._too_many_places = math.inf
+        """This many rows times slots did not fit into memory."""
         self.failure: str | None = None
-        """Why this model's forwards are launched kernel by kernel after all."""
+        """Why no forward of this model runs as a graph any more; None while they do."""
 
     def run(self, state: Slots, token_ids: Tensor, names: Sequence[str]) -> Tensor | None:
-        """Append tokens to a state's cache and return logits; the state's own books are left to the caller.
+        """Append tokens to a state's cache and return logits; the caller updates the rest of the state.
 
         Args:
-            state: With keys and values.
+            state: A state with keys and values.
             token_ids: `[rows, num_new]`.
             names: PEFT's name of each row's adapter.
 
         Returns:
-            `[rows, num_new, vocab]`, which the next call overwrites; None where no graph can do it.
+            `[rows, num_new, vocab]`, which the next call overwrites; None if no graph can run it.
         """
         num_rows, num_new = token_ids.shape
         if self.failure is not None or num_new > MAX_WIDTH or not num_rows:
             return None
         rows, width = padded_rows(num_rows), 1 << (num_new - 1).bit_length()
+        num_places = rows * _padded_slots(state.num_slots + width)
+        if num_places >= self._too_many_places:
+            return None
         try:
             slots = self._settle(state.cache, rows, num_rows, state.num_slots + width)
             padded = (*names, *[PLAIN] * (rows - num_rows))
@@ -280,9 +292,18 @@ class GraphRunner:
             logits = graph.run(self._record)
         except ProxytuneError:
             raise
+        except torch.OutOfMemoryError as error:
+            # Smaller batches may still fit, so only batches of this size and above go on without graphs.
+            self._too_many_places = num_places
+            self._drop(f"{rows} rows of {num_places // rows} slots and more", error)
+            return None
         except Exception as error:
-            # The forward that follows, kernel by kernel, says what is wrong where it is not the graphs.
-            self._give_up(error)
+            # For good: what cannot be recorded at one shape (waiting for the device, a data-dependent branch)
+            # cannot be recorded at the next one either, and after a broken recording PyTorch's allocator may
+            # hold on to memory, a bit more each time. If the graphs were not at fault, the kernel-by-kernel
+            # forward that follows raises the real error.
+            self.failure = f"{type(error).__name__}: {error}"
+            self._drop("this model", error)
             return None
         for layer in state.cache.filled():
             layer.grow(num_new)
@@ -297,19 +318,19 @@ class GraphRunner:
                 del self._graphs[next(iter(self._graphs))]
             layers = self._home.layers(rows, slots)
             graph = _Graph(self._forward, layers, width=width, names=names, dtype=self._dtype)
-        self._graphs[key] = graph  # the last in use is the last to go
+        self._graphs[key] = graph  # the last used is the last to go
         return graph
 
     def _settle(self, cache: RoomyCache, rows: int, num_rows: int, num_slots: int) -> int:
-        """Make sure that a cache is at home with room for so many slots; return how many it has there."""
+        """Make sure that a cache is at home with room for `num_slots`; return how many slots it has there."""
         if self._tenant is not None and self._tenant() is cache:
             slots = self._slots_at_home(cache, rows, num_rows)
             if slots is not None and slots >= num_slots:
                 return slots
         self._move_out()
-        slots = max(MIN_SLOTS, 1 << (num_slots - 1).bit_length())
+        slots = _padded_slots(num_slots)
         if self._home is None or self._home.num_places < rows * slots:
-            # Before the new memory is asked for: the graphs hold the old one.
+            # Free the old memory, which the graphs hold on to, before asking for new.
             self._graphs.clear()
             self._home = None
             self._home = _Home([_example(layer) for layer in cache.layers], rows * slots)
@@ -322,7 +343,7 @@ class GraphRunner:
         return slots
 
     def _slots_at_home(self, cache: RoomyCache, rows: int, num_rows: int) -> int | None:
-        """Return how many slots a cache has at home; None where it has left, as `select` makes it do."""
+        """Return how many slots a cache has at home; None if it has left, as `select` makes it do."""
         assert self._home is not None
         layer = next(cache.filled())
         keys = layer.room
@@ -335,7 +356,7 @@ class GraphRunner:
         return slots if keys.data_ptr() == own.data_ptr() else None
 
     def _move_out(self) -> None:
-        """Give whoever is at home memory of its own."""
+        """Move the state that is at home to memory of its own."""
         tenant = None if self._tenant is None else self._tenant()
         self._tenant = None
         if tenant is None or self._home is None:
@@ -343,19 +364,28 @@ class GraphRunner:
         for layer in tenant.filled():
             layer.leave()
 
-    def _give_up(self, error: Exception) -> None:
-        self.failure = f"{type(error).__name__}: {error}"
-        self._move_out()
+    def _drop(self, what: str, error: Exception) -> None:
+        """Forget the graphs and the home, and warn that `what` runs without graphs from now on.
+
+        A state that is at home stays where it is: the memory is now its own, and moving out could need more
+        than there is.
+        """
         self._graphs.clear()
-        self._home = None
+        self._home = self._tenant = None
         warnings.warn(
-            f"{self._name} cannot run as CUDA graphs and goes on without them: {self.failure}",
-            stacklevel=2,
+            f"{self._name}: from now on {what} runs without CUDA graphs, which is slower: "
+            f"{type(error).__name__}: {error}",
+            stacklevel=3,
         )
 
 
+def _padded_slots(num_slots: int) -> int:
+    """Return how many slots a graph for at least `num_slots` has: a power of two."""
+    return max(MIN_SLOTS, 1 << (num_slots - 1).bit_length())
+
+
 def padded_rows(num_rows: int) -> int:
-    """Return how many rows a graph for so many has: a power of two, and multiples of eight from there on."""
+    """Return how many rows a graph for `num_rows` has: a power of two, or from 8 on a multiple of 8."""
     return 1 << (num_rows - 1).bit_length() if num_rows <= 8 else -(-num_rows // 8) * 8
 
 

@@ -1,4 +1,4 @@
-"""What kind of cache a model has."""
+"""What kind of cache a model has, which decides what its rows can do (see `backend.py`)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import nn
 
 
 def cache_option(model: nn.Module) -> str | None:
-    """Return what a model's forward calls its cache, or None where it takes none."""
+    """Return the name of the cache among the arguments of a model's forward, or None if it takes none."""
     options = inspect.signature(model.forward).parameters
-    # transformers 5.24 renamed it to `cache`; code that comes with a model may not have followed.
+    # transformers 5.24 renamed it to `cache`; a model that brings its own code may still use the old names.
     names = ("cache", "past_key_values", "cache_params")
     return next((name for name in names if name in options), None)
 
 
 def is_pure_attention(config: Any) -> bool:
-    """Whether every layer's cache is keys and values of single tokens, so that tokens can be taken back."""
+    """Return whether every layer caches keys and values token by token, so that tokens can be taken back."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     layers = transformers.DynamicCache(config=config).layers
@@ -31,7 +31,7 @@ def is_pure_attention(config: Any) -> bool:
 
 
 def has_slots(config: Any) -> bool:
-    """Whether a layer keeps tokens one by one, so that an attention mask tells of those before, too."""
+    """Return whether a layer caches token by token, so that an attention mask covers earlier tokens, too."""
     from transformers.cache_utils import CacheLayerMixin
 
     layers = transformers.DynamicCache(config=config).layers
@@ -39,9 +39,9 @@ def has_slots(config: Any) -> bool:
 
 
 def allows_gaps(model: Any, config: Any) -> bool:
-    """Whether attention knows tokens by `position_ids` and mask alone, not by the distance of their slots."""
+    """Return whether attention depends on `position_ids` and mask alone, not on distances between slots."""
     layers = transformers.DynamicCache(config=config).layers
     if any(getattr(layer, "is_sliding", False) for layer in layers):
         return False
-    # Models with distances of their own (ALiBi, local attention) do not run on the attention others share.
+    # Models that compute distances themselves (ALiBi, local attention) do not use the shared attention.
     return bool(getattr(model, "_supports_attention_backend", False))

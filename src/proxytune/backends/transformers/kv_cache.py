@@ -1,8 +1,8 @@
 """Keys and values of a batch in buffers with room to grow: tokens are written in place.
 
-transformers' own layers concatenate all keys and values anew for each token. Here a layer's `keys` and
-`values`, which transformers reads, are the first slots of larger buffers. What a slot holds, and for which
-row it counts, is not known here.
+transformers' own layers concatenate all keys and values again for each token. Here a layer's `keys` and
+`values`, which transformers reads, are the first slots of larger buffers. What a slot holds, and in which
+rows it is a gap, is not known here.
 
 Words: a *slot* is one column of the cache; *room* is the slots behind the last one in use.
 """
@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 MIN_ROOM = 32
-"""Fewest slots added when a buffer is full; from eight times as many on, an eighth is added."""
+"""Minimum number of slots added to a full buffer; a long one grows by an eighth."""
 
 
 def _with_room(num_slots: int) -> int:
-    # An eighth: growing copies each key eight times in all, and memory stays within 12.5 % of what is needed.
+    # An eighth: each key is copied about eight times in all, and at most 12.5 % of the memory is unused.
     return num_slots + max(MIN_ROOM, num_slots // 8)
 
 
@@ -35,9 +35,9 @@ class RoomyLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values of new tokens and return all; see transformers' `DynamicLayer`."""
+        """Append keys and values of new tokens, and return all of them; see transformers' `DynamicLayer`."""
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            # Backward passes need the keys as they were.
+            # A backward pass needs the keys as they were.
             self._buffers = None
             return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
@@ -60,7 +60,7 @@ class RoomyLayer(DynamicLayer):
         return torch.is_inference_mode_enabled() or not self._buffers[0].is_inference()
 
     def _move_to_new_buffers(self, num_old: int, keys: Tensor, values: Tensor) -> None:
-        """Make room for the slots in use and those of `keys` and `values`, and copy the former."""
+        """Make room for the slots in use and for those of `keys` and `values`, and copy the former."""
         capacity = _with_room(num_old + keys.shape[2])
         room = [new.new_empty((*new.shape[:2], capacity, new.shape[3])) for new in (keys, values)]
         if num_old:
@@ -71,11 +71,11 @@ class RoomyLayer(DynamicLayer):
 
     @property
     def room(self) -> Tensor | None:
-        """The keys with the room behind them; None where there is none."""
+        """The keys with the room behind them; None without room."""
         return None if self._buffers is None else self._buffers[0]
 
     def move(self, keys: Tensor, values: Tensor) -> None:
-        """Copy what is here to the first slots of other memory, and live there from now on."""
+        """Move to the first slots of other memory, and use that from now on."""
         num_slots = self.get_seq_length()
         assert self.keys is not None and self.values is not None
         keys[:, :, :num_slots], values[:, :, :num_slots] = self.keys, self.values
@@ -83,7 +83,7 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = keys[:, :, :num_slots], values[:, :, :num_slots]
 
     def leave(self) -> None:
-        """Move to memory of its own."""
+        """Move to memory of the layer's own."""
         assert self.keys is not None and self.values is not None
         num_slots = self.get_seq_length()
         self._move_to_new_buffers(num_slots, self.keys[:, :, :0], self.values[:, :, :0])
@@ -91,13 +91,13 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :num_slots] for buffer in self._buffers)
 
     def grow(self, num_new: int) -> None:
-        """Count slots that were written behind the last one in use."""
+        """Count slots that have been written to behind the last one in use."""
         assert self._buffers is not None
         num_slots = self.get_seq_length() + num_new
         self.keys, self.values = (buffer[:, :, :num_slots] for buffer in self._buffers)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` slots of every row; nothing is moved."""
+        """Forget the last `-tokens_to_remove` slots of every row; nothing is copied."""
         if self.is_initialized:
             super().crop(tokens_to_remove)
 
@@ -109,15 +109,13 @@ class RoomyLayer(DynamicLayer):
             return
         source = self._buffers or (self.keys, self.values)
         rows = rows.to(source[0].device)
-        stop = first_slot + _with_room(
-            num_slots
-        )  # the room is copied along, but no more of it than is due
+        stop = first_slot + _with_room(num_slots)  # copies room too, but no more than needed
         keys, values = (tensor[:, :, first_slot:stop].index_select(0, rows) for tensor in source)
         self._buffers = (keys, values)
         self.keys, self.values = keys[:, :, :num_slots], values[:, :, :num_slots]
 
     def copy(self, rows: Tensor, first_slot: int) -> RoomyLayer:
-        """Return a layer of its own of the given rows and the slots from `first_slot` on, without room."""
+        """Return a separate layer of the given rows and the slots from `first_slot` on, without room."""
         assert self.keys is not None and self.values is not None
         copied = RoomyLayer()
         copied.lazy_initialization(self.keys, self.values)
@@ -128,11 +126,11 @@ class RoomyLayer(DynamicLayer):
         return copied
 
     def merge(self, other: RoomyLayer, rows: Sequence[int]) -> None:
-        """Take over another layer's rows; both keep their last slots the last, with zeros before them.
+        """Add the rows of another layer, the last slots of both aligned, and zeros before the fewer slots.
 
         Args:
-            other: Of the same model, with keys.
-            rows: Which rows to keep, in which order; the other's are counted on from this one's.
+            other: A layer of the same model, with keys.
+            rows: Which rows to keep, in this order; the other's are numbered after this layer's.
         """
         assert self.keys is not None and self.values is not None
         assert other.keys is not None and other.values is not None
@@ -144,7 +142,7 @@ class RoomyLayer(DynamicLayer):
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             shape = (len(rows), mine.shape[1], _with_room(num_slots), mine.shape[3])
             buffer = mine.new_empty(shape)
-            # What is not a number would stay one through a masked attention.
+            # NaN in uninitialised memory would survive masked attention.
             buffer[:, :, : num_slots - min(mine.shape[2], theirs.shape[2])] = 0
             for part, is_own, offset in (
                 (mine, sources < num_rows, 0),
@@ -200,14 +198,14 @@ class RoomyLayer(DynamicLayer):
 
 
 class RoomyCache(DynamicCache):
-    """A `DynamicCache` of layers that have room; it keeps all tokens, also beyond a sliding window."""
+    """A `DynamicCache` of layers with room; it keeps all tokens, even beyond a sliding window."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer_class_to_replicate = RoomyLayer
 
     def filled(self) -> Iterator[RoomyLayer]:
-        """Return the layers that hold keys; those that use another layer's stay empty."""
+        """Return the layers that hold keys; layers that use another layer's keys stay empty."""
         layers: Any = self.layers
         return (layer for layer in layers if layer.is_initialized)
 
@@ -217,7 +215,7 @@ class RoomyCache(DynamicCache):
             layer.select(rows, first_slot)
 
     def copy(self, rows: Tensor, first_slot: int) -> RoomyCache:
-        """Return a cache of its own of the given rows and the slots from `first_slot` on."""
+        """Return a separate cache of the given rows and the slots from `first_slot` on."""
         copied = RoomyCache()
         layers: Any = self.layers
         # Layers that use another layer's keys stay empty.
@@ -228,7 +226,7 @@ class RoomyCache(DynamicCache):
         return copied
 
     def merge(self, other: RoomyCache, rows: Sequence[int]) -> None:
-        """Take over another cache's rows; see `RoomyLayer.merge`."""
+        """Add another cache's rows; see `RoomyLayer.merge`."""
         for layer, theirs in zip(self.filled(), other.filled(), strict=True):
             layer.merge(theirs, rows)
 

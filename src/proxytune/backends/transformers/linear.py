@@ -1,10 +1,10 @@
 """Linear layers in float32 on a CPU: which matrix product is fastest for few rows.
 
-Decoding multiplies every weight by one to a few rows of activations. `x @ W.T`, what torch's linear layer
-asks for, is the slow way round there. `W @ x.T` gives the same numbers, to rounding, in as little as a third
-of the time, from the same weights. For large layers oneDNN's product with weights laid out in blocks
-(*packed*) is faster still, and the packed weights take the plain ones' place. Which layer does what follows
-from its shape and the number of rows, never from a timing: results do not differ between runs.
+Decoding multiplies every weight by one or a few rows of activations. Torch's linear layer computes
+`x @ W.T`, which is slow for few rows. `W @ x.T` gives the same numbers, to rounding, from the same weights in
+as little as a third of the time. For large layers, oneDNN's product with weights laid out in blocks
+(*packed*) is faster still; the packed weights replace the plain ones. The choice follows from a layer's shape
+and the number of rows, never from a timing, so results do not differ between runs.
 docs/design/0001-few-row-linear-layers.md has the measurements.
 """
 
@@ -23,34 +23,34 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 MAX_ROWS = 8
-"""Most rows for which `W @ x.T` was faster in the sum over the layers of a model."""
+"""Largest number of rows for which `W @ x.T` was faster, summed over the layers of a model."""
 
 MIN_PACKED_SIDE = 1024
-"""Layers whose both sides have at least so many features are faster packed."""
+"""A layer is faster packed if it has at least this many inputs and outputs."""
 
 
 class FewRowsLinear(nn.Linear):
-    """`nn.Linear` that multiplies from the other side when it is given few rows.
+    """`nn.Linear` that computes `W @ x.T` for few rows.
 
-    Weights, names and results, to rounding, are those of `nn.Linear`.
+    Weights and names are those of `nn.Linear`, and so are results, to rounding.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `input @ weight.T + bias`, `[..., out_features]`."""
         num_rows = input.numel() // self.in_features
         if not 0 < num_rows <= MAX_ROWS:
-            # Contiguous: of the last tokens of many prompts torch would multiply each row by itself.
+            # Contiguous: torch would multiply the last tokens of many prompts one row at a time.
             return functional.linear(input.contiguous(), self.weight, self.bias)
         rows = input.reshape(num_rows, self.in_features)
         if num_rows == 1:
-            # A product with one column is a matrix-vector product; its kernel is slower than that for two.
+            # With one column this would be a matrix-vector product, whose kernel is slower than that for two.
             rows = torch.cat((rows, rows))
         bias: Tensor | None = self.bias
         if bias is None:
             product = torch.mm(self.weight, rows.t())
         else:
             product = torch.addmm(bias[:, None], self.weight, rows.t())
-        # Contiguous, because what follows (norms, heads' views, softmax) reads row by row.
+        # Contiguous, because what follows (norms, views of heads, softmax) reads row by row.
         rows = product[:, :num_rows].t().contiguous()
         return rows.view(*input.shape[:-1], self.out_features)
 
@@ -58,8 +58,8 @@ class FewRowsLinear(nn.Linear):
 class PackedLinear(FewRowsLinear):
     """`nn.Linear` whose weights are laid out for oneDNN; made by `pack_linear_layers`.
 
-    It has no parameter `weight`; the attribute and the state dict unpack a copy. Moving or casting the layer,
-    or loading a state dict into it, makes it a `FewRowsLinear` again.
+    It has no parameter `weight`; the attribute and the state dict give an unpacked copy. Moving or casting
+    the layer, or loading a state dict into it, makes it a `FewRowsLinear` again.
     """
 
     _packed: Tensor
@@ -97,7 +97,7 @@ class PackedLinear(FewRowsLinear):
         self._unpack()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Packed tensors can be neither copied nor pickled.
+        # Packed tensors cannot be copied or pickled.
         return {**self.__dict__, "_packed": self.weight}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -106,17 +106,17 @@ class PackedLinear(FewRowsLinear):
 
 
 def _pack(weight: Tensor) -> Tensor:
-    # Not in inference mode, whose tensors cannot be used everywhere.
+    # Not in inference mode, because its tensors cannot be used everywhere.
     with torch.inference_mode(False), torch.no_grad():
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
     return packed
 
 
 def speed_up_linear_layers(model: nn.Module) -> None:
-    """Turn the plain linear layers of a model into `FewRowsLinear` where that is what was measured.
+    """Turn the plain float32 linear layers of a model on a CPU into `FewRowsLinear`.
 
-    That is float32 on a CPU. Parameters, hooks and tied weights stay as they are. Subclasses, quantised
-    layers among them, keep their own forward.
+    Parameters, hooks and tied weights stay as they are. Subclasses, such as quantised layers, keep their own
+    forward.
     """
     for module in model.modules():
         if (
@@ -128,9 +128,9 @@ def speed_up_linear_layers(model: nn.Module) -> None:
 
 
 def pack_linear_layers(model: nn.Module) -> None:
-    """Lay out the weights of large frozen layers anew, in place of the plain ones, where that is faster.
+    """Pack the weights of large frozen layers, replacing the plain ones, where that is faster.
 
-    Weights with a second user, such as tied heads, stay plain: packing them would add a copy.
+    Weights that two layers share, such as tied heads, stay plain: packing them would add a copy.
     """
     if not _can_pack():
         return
@@ -157,15 +157,14 @@ def pack_linear_layers(model: nn.Module) -> None:
 def _release_file_pages(weight: Tensor) -> None:
     """Let the system drop the pages of a weight that is mapped from a file and no longer needed.
 
-    Other weights of the file keep the mapping, and with it the packed layers' plain weights, in memory until
-    the system wants it for something else. Where this does not work, nothing is lost but that.
+    Otherwise the file's other weights keep the whole mapping in memory, the packed layers' plain weights
+    included, until the system needs the memory. If this does not work, nothing else is lost.
     """
     storage = weight.untyped_storage()
-    if (
-        not sys.platform.startswith("linux") or storage.resizable()
-    ):  # torch's own memory is resizable
+    is_mapped = not storage.resizable()  # torch's own memory is resizable
+    if not sys.platform.startswith("linux") or not is_mapped:
         return
-    # Page out, and not discard: should anything still read them, they come back from the file.
+    # Page out rather than discard: if anything still reads the pages, they come back from the file.
     madv_pageout = 21
     start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     stop = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -177,7 +176,7 @@ def _release_file_pages(weight: Tensor) -> None:
 
 
 def _can_pack() -> bool:
-    """Whether this is a processor of the kind that was measured, with the operators that it takes."""
+    """Return whether this is a kind of processor that was measured, and torch has the operators."""
     return (
         torch.backends.cpu.get_cpu_capability().startswith("AVX")
         and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]

@@ -1,8 +1,8 @@
 """LoRA adapters as rows of one forward: each row of a batch has its own adapter, or none.
 
-PEFT's layers can do this too, with a dozen small steps per layer and call that take longer than the products
-of a small model's token. `RowLora` takes PEFT's place where it knows the layer underneath; elsewhere
-(quantised layers, layers that are moved between devices) PEFT's own forward is given the rows.
+PEFT's layers can do this too, but with a dozen small steps per layer and call, which take longer than the
+products for a small model's token. `RowLora` replaces PEFT's layer if it knows the layer underneath.
+Otherwise (quantised layers, layers that are moved between devices) PEFT's own forward is given the rows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class RowAdapters:
 
     Args:
         names: PEFT's name of the adapter of each row, `PLAIN` for none.
-        device: Where the rows are.
+        device: The device of the rows.
     """
 
     def __init__(self, names: Sequence[str], device: torch.device | None = None) -> None:
@@ -41,27 +41,27 @@ class RowAdapters:
 
 
 def _as_slice(rows: list[int], device: torch.device | None) -> slice | Tensor:
-    """Return rows that lie side by side as a slice, whose product can be added in place."""
+    """Return adjacent rows as a slice, to which a product can be added in place."""
     if rows[-1] - rows[0] + 1 == len(rows):
         return slice(rows[0], rows[-1] + 1)
     return torch.tensor(rows, device=device)
 
 
 ROW_ADAPTERS: ContextVar[RowAdapters | None] = ContextVar("row_adapters", default=None)
-"""The adapters of the forward that is under way; None for no adapters at all."""
+"""The adapters of the rows of the current forward; None for no adapters at all."""
 
 
 class RowLora(nn.Module):
     """A linear layer whose rows may each have an adapter.
 
     Args:
-        layer: PEFT's layer of the same place; its base layer and weights become this module's.
+        layer: PEFT's layer to replace; its base layer and weights become this module's.
     """
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self.base_layer = layer.base_layer
-        # In lists too, so that `model.to` finds them; not by name, because names may hold dots.
+        # Lists, so that `model.to` finds them; not by name, because names may contain dots.
         self.lora_down = nn.ParameterList(
             nn.Parameter(down.weight.detach(), requires_grad=False)
             for down in layer.lora_A.values()
@@ -75,22 +75,22 @@ class RowLora(nn.Module):
         )
 
     def __getattr__(self, name: str) -> Any:
-        """Answer what models ask of a linear layer (`weight`, `out_features`) as the base layer does."""
+        """Return the base layer's attribute: models ask a linear layer for its `weight` or `out_features`."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base_layer"), name)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the base layer's output plus each row's own adapter's, `[batch, ..., out_features]`."""
+        """Return the base layer's output plus that of each row's adapter, `[batch, ..., out_features]`."""
         output: Tensor = self.base_layer(input)
         adapters = ROW_ADAPTERS.get()
         if adapters is None or not adapters.groups:
             return output
         if input.shape[0] != len(adapters.names):
             raise UnsupportedModel(
-                f"a LoRA adapter changes a layer that sees {input.shape[0]} rows where the batch has "
-                f"{len(adapters.names)}, so its rows cannot be told apart\n"
+                f"a LoRA adapter changes a layer that sees {input.shape[0]} rows while the batch has "
+                f"{len(adapters.names)}, so it is unknown which row has which adapter\n"
                 "hint: merge the adapter into a copy of its model and give that as the expert's model"
             )
         for name, rows in adapters.groups:
@@ -118,11 +118,11 @@ def _add_product(output: Tensor, input: Tensor, down: Tensor, up: Tensor) -> Non
 
 
 def run_rows_through_adapters(model: nn.Module, *, replace: bool) -> bool:
-    """Make each LoRA layer take its rows' adapters from `ROW_ADAPTERS`; return whether there is any.
+    """Make each LoRA layer take its rows' adapters from `ROW_ADAPTERS`; return whether there are any.
 
     Args:
         model: The model inside PEFT's wrapper.
-        replace: Whether PEFT's layers may be taken out of the model. Its owner may still want them.
+        replace: Whether PEFT's layers may be replaced; the model's owner may still need them.
     """
     if not any("lora_" in name for name, _ in model.named_parameters()):
         return False
@@ -142,7 +142,7 @@ def run_rows_through_adapters(model: nn.Module, *, replace: bool) -> bool:
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether a LoRA layer is two products beside a layer of ordinary weights that stay where they are."""
+    """Return whether a LoRA layer is two products beside a layer of ordinary weights that stay in place."""
     from peft.tuners.lora.layer import Linear
     from transformers.pytorch_utils import Conv1D
 

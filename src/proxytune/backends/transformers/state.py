@@ -1,4 +1,4 @@
-"""Slots and gaps of a batch."""
+"""A batch's KV cache, and which of its slots belong to which row; `backend.py` explains slots and gaps."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from proxytune.backends.transformers.kv_cache import RoomyCache
 
 
 class TransformersState:
-    """What a batch has seen: keys and values, and which slots belong to which row.
+    """What a batch has read: keys and values, and which slots belong to which row.
 
     Args:
         cache: From `TransformersBackend.new_cache`.
-        lengths: Tokens of each row; they fill the last slots, as many slots as the longest row needs.
+        lengths: Number of tokens of each row. They fill the last slots; there are as many slots as tokens in
+            the longest row.
         adapters: The adapter of each row.
-        device: Where masks and positions go.
+        device: The device for masks and positions.
     """
 
     __slots__ = ("_mask", "_positions", "_runs", "adapters", "cache", "lengths", "num_slots")
@@ -35,32 +36,32 @@ class TransformersState:
         self._align(lengths, device)
 
     def _align(self, lengths: Sequence[int], device: torch.device) -> None:
-        """Let each row fill the last slots."""
+        """Start over with each row filling the last slots."""
         self.lengths = list(lengths)
         self.num_slots = max(self.lengths, default=0)
-        # Where each row's tokens are: slots from a start to before a stop, in order.
+        # The slots of each row's tokens, in order, as ranges from start to before stop.
         self._runs = [
             [(self.num_slots - length, self.num_slots)] if length else [] for length in self.lengths
         ]
         self._positions = torch.tensor(self.lengths, device=device)[:, None]
-        # [batch, slots and room], 1 at tokens; made when the first gap appears, kept in step from then on.
+        # [batch, slots and room], 1 at tokens; made when the first gap appears, and kept up to date then.
         self._mask: Tensor | None = None
 
     @property
     def has_gaps(self) -> bool:
-        """Whether a slot does not count for some row."""
+        """Whether a slot is a gap in some row."""
         return any(length != self.num_slots for length in self.lengths)
 
     @property
     def is_aligned(self) -> bool:
-        """Whether each row fills the last slots, without gaps between its tokens."""
+        """Whether each row fills the last slots, with no gap between its tokens."""
         return all(
             runs == ([(self.num_slots - length, self.num_slots)] if length else [])
             for runs, length in zip(self._runs, self.lengths, strict=True)
         )
 
     def attention_mask(self, num_new: int) -> Tensor | None:
-        """Return `[batch, num_slots + num_new]`, 0 at gaps; None where there is none."""
+        """Return `[batch, num_slots + num_new]`, 0 at gaps; None if there are no gaps."""
         if not self.has_gaps:
             self._mask = None
             return None
@@ -83,7 +84,7 @@ class TransformersState:
             mask[:, : self.num_slots] |= ((slots >= starts) & (slots < stops)).to(mask.dtype)
 
     def position_ids(self, num_new: int) -> Tensor:
-        """Return `[batch, num_new]`: the positions of the next tokens in their own rows."""
+        """Return `[batch, num_new]`: the positions of the next tokens, counted per row."""
         if num_new == 1:
             return self._positions
         return self._positions + torch.arange(num_new, device=self._positions.device)
@@ -101,7 +102,7 @@ class TransformersState:
         self._positions = self._positions + num_new
 
     def rewind(self, num_tokens: Sequence[int]) -> None:
-        """Forget the last tokens of each row; slots at the end that no row uses are dropped."""
+        """Forget the last tokens of each row, and drop the last slots that no row uses any more."""
         for runs, count in zip(self._runs, num_tokens, strict=True):
             while count:
                 start, stop = runs.pop()
@@ -117,7 +118,7 @@ class TransformersState:
         self._drop_tail()
 
     def _drop_tail(self) -> None:
-        """Drop the last slots that no row uses, and mark those that some row does not."""
+        """Drop the last slots that no row uses, and mask those that some rows do not use."""
         stops = [runs[-1][1] if runs else 0 for runs in self._runs]
         num_slots = max(stops)
         if num_slots < self.num_slots:
@@ -130,18 +131,18 @@ class TransformersState:
             self._mask[:, first:num_slots] *= slots < ends
 
     def compact(self) -> None:
-        """Move every row's tokens to the last slots and drop the slots that no row needs."""
+        """Move every row's tokens to the last slots, and drop the slots that no row needs."""
         if not self.has_gaps:
             return
         longest = max(self.lengths)
         mask = self.attention_mask(0)
         assert mask is not None
-        # Gaps first, tokens after them in their order: the sort is stable.
+        # Gaps first, then tokens in their order, because the sort is stable.
         self.cache.keep_slots(mask.argsort(dim=1, stable=True)[:, self.num_slots - longest :])
         self._align(self.lengths, mask.device)
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep the given rows, in that order, and the slots from the first to the last in use."""
+        """Keep the given rows, in that order, and the slots from the first in use to the last."""
         first = 0
         index = torch.tensor(rows, dtype=torch.long, device=self._positions.device)
         if isinstance(self.cache, RoomyCache):
@@ -162,7 +163,7 @@ class TransformersState:
             self._drop_tail()
 
     def copy(self, rows: Sequence[int]) -> TransformersState:
-        """Return a state of its own of the given rows, without slots that none of them uses."""
+        """Return a separate state of the given rows, without the slots that none of them uses."""
         first = min((self._runs[row][0][0] for row in rows if self._runs[row]), default=0)
         device = self._positions.device
         copied = TransformersState(
@@ -179,10 +180,10 @@ class TransformersState:
         return copied
 
     def merge(self, other: TransformersState, rows: Sequence[int]) -> None:
-        """Take over another state's rows, counted on from this one's, and keep the given ones in that order.
+        """Add another state's rows, numbered after this one's, and keep the given rows in that order.
 
-        Both states' last slots become the last of the merged one: the shorter one's tokens move, with gaps
-        before them.
+        The last slots of both states become the last of the merged one, so the state with fewer slots gets
+        gaps in front.
         """
         self.cache.merge(other.cache, rows)
         num_slots = max(self.num_slots, other.num_slots)
@@ -199,4 +200,4 @@ class TransformersState:
         self.lengths = [lengths[row] for row in rows]
         self.adapters = tuple(adapters[row] for row in rows)
         self._positions = torch.tensor(self.lengths, device=self._positions.device)[:, None]
-        self._mask = None  # drawn anew from the runs
+        self._mask = None  # made again from the runs

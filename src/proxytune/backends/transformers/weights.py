@@ -1,4 +1,4 @@
-"""Weights and adapters, loaded."""
+"""Loading a model's weights with transformers, and LoRA adapters onto them with PEFT."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from proxytune.checkpoints.placement import (
 from proxytune.errors import (
     AdapterMismatch,
     CorruptModel,
-    MissingExtra,
     ModelNotFound,
     NotEnoughMemory,
     ProxytuneError,
     UnsafeModel,
     UnsupportedModel,
+    missing_extra,
 )
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Silence progress bars, log lines and warnings of transformers and PEFT, and put all back after."""
+    """Silence progress bars, log lines and warnings of transformers and PEFT, and restore them afterwards."""
     import huggingface_hub.utils
     import transformers.utils.logging
 
@@ -55,7 +55,7 @@ def quietly() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if had_bars:
             logging.enable_progress_bar()
-        # transformers switches the hub's bars with its own.
+        # transformers switches the hub's bars along with its own.
         if had_hub_bars:
             hub.enable_progress_bars()
         else:
@@ -63,7 +63,7 @@ def quietly() -> Iterator[None]:
 
 
 def load_model(checkpoint: Checkpoint, spec: ModelSpec) -> Any:
-    """Load the weights with transformers and translate what goes wrong."""
+    """Return the model with its weights, translating transformers' errors; see `TransformersBackend.load`."""
     from safetensors import SafetensorError
 
     name = checkpoint.name
@@ -95,10 +95,10 @@ def load_model(checkpoint: Checkpoint, spec: ModelSpec) -> Any:
             'hint: choose a smaller dtype, a quantization, or device "auto" to spread them'
         ) from error
     except ImportError as error:
-        raise MissingExtra(
-            f"{name} needs a package that is not installed: {error}\n"
-            "hint: pip install 'proxytune[quantize]' for quantization; leave attn_implementation out to use "
-            "the one that torch brings"
+        raise missing_extra(
+            f"{name} needs a package that is not installed: {error}",
+            "quantize",
+            "for quantization; leave attn_implementation out to use torch's own",
         ) from error
     except (SafetensorError, json.JSONDecodeError, EOFError) as error:
         raise CorruptModel(f"the files of {name} cannot be read: {error}") from error
@@ -119,11 +119,11 @@ def load_model(checkpoint: Checkpoint, spec: ModelSpec) -> Any:
 
 
 def _quantization_config(quantization: Mapping[str, Any], name: str) -> Any:
-    """Return transformers' config for `{"quant_method": …, options}`; `method` is the same.
+    """Return transformers' config for `{"quant_method": …, options}`; `method` means the same.
 
     `{"quant_method": "torchao", "quant_type": "Int8WeightOnlyConfig", …}` names a class of
-    `torchao.quantization` and its options. Without a method, `load_in_4bit` and `load_in_8bit` are
-    bitsandbytes'.
+    `torchao.quantization` and its options. Without a method, `load_in_4bit` and `load_in_8bit` mean
+    bitsandbytes.
     """
     options = dict(quantization)
     method = options.pop("quant_method", None) or options.pop("method", None)
@@ -149,7 +149,7 @@ def _quantization_config(quantization: Mapping[str, Any], name: str) -> Any:
 
 
 def _build(kind: Any, options: Mapping[str, Any], what: str, name: str) -> Any:
-    """Call a config class, refusing options it would ignore."""
+    """Call a config class, refusing options that it would ignore."""
     known = inspect.signature(kind).parameters
     unknown = [key for key in options if key not in known or key == "kwargs"]
     if unknown:
@@ -173,9 +173,9 @@ def _require(module: str, name: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise MissingExtra(
-            f"{name} is to be quantised with {package}, which cannot be imported: {error}\n"
-            "hint: pip install 'proxytune[quantize]'"
+        raise missing_extra(
+            f"{name} is to be quantized with {package}, which cannot be imported: {error}",
+            "quantize",
         ) from error
 
 
@@ -186,7 +186,7 @@ _INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 def add_adapters(
     model: Any, model_name: str, adapters: Mapping[str, AdapterFiles], allow_pickle: bool
 ) -> tuple[Any, dict[str, str]]:
-    """Put LoRA adapters onto a model; return it and PEFT's names for them."""
+    """Add LoRA adapters to a model; return the wrapped model and PEFT's names for the adapters."""
     from peft import PeftModel, set_peft_model_state_dict
 
     names = {name: f"adapter_{index}" for index, name in enumerate(adapters)}  # PEFT allows no dots
@@ -208,9 +208,7 @@ def add_adapters(
         wrong = list(result.unexpected_keys) or missing
         if wrong:
             what = (
-                "has weights the model has no place for"
-                if result.unexpected_keys
-                else "lacks weights"
+                "has weights the model does not have" if result.unexpected_keys else "lacks weights"
             )
             raise AdapterMismatch(
                 f"{misfit}: it {what}, {wrong[0]} and {len(wrong) - 1} more{hint}"
@@ -225,7 +223,7 @@ def read_adapter(files: AdapterFiles, *, allow_pickle: bool) -> tuple[Any, dict[
         CorruptModel: It cannot be read.
         UnsafeModel: It has only pickled weights, and those are not allowed.
         ModelNotFound: It has no weights.
-        UnsupportedModel: It is more than products of two matrices beside linear layers.
+        UnsupportedModel: It is more than LoRA factors beside linear layers.
     """
     from peft import PeftConfig
 
@@ -290,6 +288,6 @@ def _check_adapter_kind(config: Any, weights: Mapping[str, Tensor], name: str) -
     changes += [key for key in weights if ".lora_A." not in key and ".lora_B." not in key][:1]
     if changes:
         raise UnsupportedModel(
-            f"adapter {name} changes more than what can be switched for each row: {', '.join(changes)}\n"
+            f"adapter {name} changes more than can be switched for each row: {', '.join(changes)}\n"
             "hint: merge the adapter into a copy of its model and give that as the expert's model"
         )

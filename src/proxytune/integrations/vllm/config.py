@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from proxytune.checkpoints.adapter import AdapterFiles, find_adapter
-from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
+from proxytune.checkpoints.adapter import AdapterFiles
+from proxytune.checkpoints.checkpoint import Checkpoint
+from proxytune.decode.ensemble import Pair
 from proxytune.errors import UnsupportedModel
 from proxytune.integrations.auto import (
     ProxyTunedConfig,
@@ -22,6 +23,7 @@ from proxytune.integrations.auto import (
     check_one_prompt,
 )
 from proxytune.integrations.vllm.request import Menu, RowStrengths, set_menu
+from proxytune.loading.members import find_members
 from proxytune.recipe.recipe import ARCHITECTURE, Recipe
 from proxytune.recipe.spec import ModelSpec
 from proxytune.text.vocab import Alignment, align
@@ -56,15 +58,6 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """An expert and its anti-expert, as indices of members."""
-
-    name: str
-    expert: int
-    anti_expert: int
-
-
-@dataclass(frozen=True)
 class Ensemble:
     """The models of a recipe, each once."""
 
@@ -90,12 +83,26 @@ def find_ensemble(recipe: Recipe) -> Ensemble:
         UnsupportedModel: The recipe asks for what vLLM cannot do; the message names it.
         UserError: A model is missing, unsafe, corrupt or does not match; see `errors.py`.
     """
-    specs = {"base": recipe.base}
-    for expert in recipe.experts:
-        specs[f"{expert.name}.expert"] = expert.expert
-        specs[f"{expert.name}.anti_expert"] = expert.anti_expert
-    for title, spec in specs.items():
-        _check_spec(title, spec)
+    _check_recipe(recipe)
+    # One dtype for all, which vLLM is given, so that it keeps no models apart.
+    found, pairs = find_members(recipe.with_models(lambda spec: replace(spec, dtype=None)))
+    base = found[0].checkpoint
+    members: list[Member] = []
+    for part, spec, checkpoint, adapter in found:
+        if adapter is not None:
+            adapter.check_fits(checkpoint)
+        if members and spec.prompt == "chat":
+            _check_templates(part, base, checkpoint)
+        name = f"small_{len(members) - 1}" if members else "base"
+        alignment = align(base.vocabulary, checkpoint.vocabulary)
+        members.append(Member(name, part, checkpoint, adapter, alignment))
+    return Ensemble(tuple(members), pairs)
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    """Refuse what a recipe asks for and vLLM cannot do."""
+    for part, spec in recipe.models.items():
+        _check_spec(part, spec)
     check_one_prompt(
         recipe,
         engine="vLLM",
@@ -112,58 +119,7 @@ def find_ensemble(recipe: Recipe) -> Ensemble:
             "base's, or with one given to its server.\n"
             'hint: write "prompt": "chat", and give the template to vLLM with --chat-template'
         )
-    _check_dtypes(specs)
-    members: list[Member] = []
-    known: list[tuple[ModelSpec, Path | None]] = []
-    checkpoints: dict[ModelSpec, Checkpoint] = {}
-
-    def index_of(title: str, spec: ModelSpec) -> int:
-        if spec.same_as is not None:
-            return 0
-        weights = replace(spec.weights, dtype=None)
-        if weights not in checkpoints:
-            checkpoints[weights] = find_checkpoint(
-                spec.model or "",
-                root=recipe.directory,
-                revision=spec.revision,
-                trust_remote_code=spec.trust_remote_code,
-                allow_pickle=spec.allow_pickle,
-            )
-        checkpoint = checkpoints[weights]
-        adapter = None
-        if spec.adapter is not None:
-            adapter = find_adapter(
-                spec.adapter, root=recipe.directory, allow_pickle=spec.allow_pickle
-            )
-            adapter.check_fits(checkpoint)
-        key = (weights, adapter.path if adapter else None)
-        if key in known:
-            return known.index(key)
-        if members and spec.prompt == "chat":
-            _check_templates(title, members[0].checkpoint, checkpoint)
-        base = members[0].checkpoint if members else checkpoint
-        known.append(key)
-        members.append(
-            Member(
-                name=f"small_{len(members) - 1}" if members else "base",
-                title=title,
-                checkpoint=checkpoint,
-                adapter=adapter,
-                alignment=align(base.vocabulary, checkpoint.vocabulary),
-            )
-        )
-        return len(members) - 1
-
-    index_of("base", recipe.base)
-    pairs = tuple(
-        Pair(
-            e.name,
-            index_of(f"{e.name}.expert", e.expert),
-            index_of(f"{e.name}.anti_expert", e.anti_expert),
-        )
-        for e in recipe.experts
-    )
-    return Ensemble(tuple(members), pairs)
+    _check_dtypes(recipe.models)
 
 
 def _check_spec(title: str, spec: ModelSpec) -> None:
@@ -231,7 +187,7 @@ class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
         """The recipe with the experts that are served."""
         name = str(getattr(self, "name_or_path", "") or "")
         directory = Path(name) if os.path.isdir(name) else Recipe.read(name).directory
-        return with_experts(self.recipe(directory.absolute()), self.__dict__.get("_served"))
+        return self.recipe(directory.absolute()).only(self.__dict__.get("_served"))
 
     @property
     def menu(self) -> Menu:
@@ -266,7 +222,7 @@ class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
             ):
                 text.max_position_embeddings = ensemble.max_context
             text.eos_token_id = list(ensemble.base.eos_token_ids) or None
-            dtype = next((s.dtype for s in _specs(self.served_recipe) if s.dtype), None)
+            dtype = next((s.dtype for s in self.served_recipe.models.values() if s.dtype), None)
             if dtype not in (None, "auto"):
                 text.dtype = dtype
             self.__dict__["_text_config"] = text
@@ -296,24 +252,6 @@ class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
             "_is_fixed" in state
         ):  # checked in another process: requests of this one are checked like there
             set_menu(self.menu)
-
-
-def with_experts(recipe: Recipe, names: Any) -> Recipe:
-    """Return the recipe with these experts alone; None keeps all.
-
-    Raises:
-        UnknownExpert: It has no expert of a name.
-    """
-    if names is None:
-        return recipe
-    recipe.choose(tuple(names))
-    kept = tuple(expert for expert in recipe.experts if expert.name in names)
-    default = recipe.default_expert if recipe.default_expert in names else None
-    return replace(recipe, experts=kept, default_expert=default)
-
-
-def _specs(recipe: Recipe) -> list[ModelSpec]:
-    return [recipe.base, *(s for e in recipe.experts for s in (e.expert, e.anti_expert))]
 
 
 def check_engine(vllm_config: Any) -> None:
@@ -366,7 +304,7 @@ def check_engine(vllm_config: Any) -> None:
         else "with speculative decoding vLLM does not say which row of a batch is whose.\n"
         "hint: leave it out, or start vLLM without speculative_config",
     )
-    wanted = {spec.dtype for spec in _specs(config.served_recipe)} - {None, "auto"}
+    wanted = {spec.dtype for spec in config.served_recipe.models.values()} - {None, "auto"}
     running = str(model.dtype).removeprefix("torch.")
     if wanted and wanted != {running}:
         raise UnsupportedModel(

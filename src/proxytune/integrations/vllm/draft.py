@@ -32,7 +32,7 @@ def speculative_config(
         UnsupportedModel: The expert has no weights of its own, or vLLM cannot run the recipe.
     """
     name = expert or recipe.default_expert or recipe.experts[0].name
-    recipe.choose(name)
+    recipe.named(name)
     ensemble = find_ensemble(recipe)
     pair = next(pair for pair in ensemble.pairs if pair.name == name)
     if pair.expert == 0:
@@ -72,7 +72,6 @@ def draft_model(ensemble: Ensemble, member: Member) -> Path:
         target,
         lambda part: _write(ensemble, member, weights, part),
         is_whole=lambda: (target / "config.json").is_file(),
-        what="an expert to draft with",
     )
 
 

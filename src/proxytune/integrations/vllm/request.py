@@ -10,12 +10,12 @@ vLLM checks a request in its front end, which has no model, and batches rows in 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from proxytune.errors import InvalidRequest, UserError
+from proxytune.errors import InvalidRequest, UserError, closest, did_you_mean
+from proxytune.request import Steering
 
 if TYPE_CHECKING:
     from proxytune.recipe.recipe import Recipe
@@ -42,7 +42,7 @@ class Menu:
     @property
     def default(self) -> Strengths:
         """The strengths of a request that asks for nothing."""
-        return self._in_order(self.recipe.choose())
+        return self._in_order(self.recipe.strengths())
 
     def strengths(self, extra_args: Mapping[str, Any] | None) -> Strengths | None:
         """Return what a request asks for; None where it leaves it to the recipe.
@@ -57,10 +57,10 @@ class Menu:
         """
         given = {key: value for key, value in (extra_args or {}).items() if value is not None}
         for key in given:
-            if key not in KEYS and difflib.get_close_matches(key.lower(), KEYS, cutoff=0.7):
-                match = difflib.get_close_matches(key.lower(), KEYS, cutoff=0.7)[0]
+            # Other keys may be another plugin's.
+            if key not in KEYS and closest(key.lower(), KEYS, cutoff=0.7):
                 raise InvalidRequest(
-                    f"{key} is no field of a request.\nhint: did you mean {match}?"
+                    f"{key} is no field of a request{did_you_mean(key.lower(), KEYS)}"
                 )
         if not any(key in given for key in KEYS):
             return None
@@ -68,25 +68,12 @@ class Menu:
             named = " and ".join(key for key in KEYS if key in given)
             raise InvalidRequest(f"{named} cannot be set per request: {self.is_fixed}")
         alpha = given.get("alpha")
-        experts = None if "expert" not in given else _named(given["expert"])
-        if isinstance(experts, Mapping):
-            if alpha is not None and None not in experts.values():
-                raise InvalidRequest(
-                    "alpha is given, and every expert brings its own strength.\n"
-                    "hint: leave alpha out, or give an expert without a strength"
-                )
-            chosen: dict[str, float] = {}
-            for name, strength in experts.items():
-                if strength is None:
-                    chosen |= self.recipe.choose(name, alpha)
-                else:
-                    chosen |= self.recipe.choose({name: strength})
-        else:
-            chosen = self.recipe.choose(experts, alpha)
-        return self._in_order(chosen)
+        own = _named(given["expert"]) if "expert" in given else None
+        steering = Steering(alpha) if own is None else self.recipe.mixed(own, alpha)
+        return self._in_order(self.recipe.strengths(steering))
 
-    def _in_order(self, chosen: Mapping[str, float]) -> Strengths:
-        return tuple(chosen.get(expert.name, 0.0) for expert in self.recipe.experts)
+    def _in_order(self, strengths: Mapping[str, float]) -> Strengths:
+        return tuple(strengths.get(expert.name, 0.0) for expert in self.recipe.experts)
 
 
 def _named(value: Any) -> dict[str, float | None]:

@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from proxytune.errors import InvalidRequest, MissingExtra
+from proxytune.errors import InvalidRequest, missing_extra
 from proxytune.recipe.recipe import Recipe
 
 MODULE = "vllm.entrypoints.openai.api_server"
@@ -51,14 +51,14 @@ def vllm_server_command(
         UserError: A model is missing, unsafe, corrupt or does not match; see `errors.py`.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise MissingExtra("vLLM is not installed.\nhint: pip install 'proxytune[vllm]'")
-    from proxytune.integrations.vllm.config import find_ensemble, with_experts
+        raise missing_extra("vLLM is not installed", "vllm")
+    from proxytune.integrations.vllm.config import find_ensemble
     from proxytune.integrations.vllm.draft import speculative_config
 
     if num_drafted < 0:
         raise InvalidRequest(f"num_drafted is {num_drafted}, and must be 0 or more")
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
-    served = with_experts(recipe, experts)
+    served = recipe.only(experts)
     find_ensemble(served)
     command = [sys.executable, "-m", MODULE, "--model", str(recipe.directory)]
     command += ["--served-model-name", name or recipe.directory.name]

@@ -1,0 +1,122 @@
+"""A recipe's ensemble, loaded: weights once, adapters on them, vocabularies aligned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from proxytune.backends.api.client import Budget
+from proxytune.backends.base import Backend
+from proxytune.backends.retokenised import RetokenisedBackend
+from proxytune.checkpoints.adapter import AdapterFiles
+from proxytune.checkpoints.checkpoint import Checkpoint
+from proxytune.decode.ensemble import Ensemble, Member
+from proxytune.errors import VocabularyMismatch
+from proxytune.loading.doctor import examine
+from proxytune.loading.members import MemberFiles, find_members
+from proxytune.machine import return_free_memory
+from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ModelSpec
+from proxytune.text.prompts import PromptFormat, Tokenizer, behave_alike
+from proxytune.text.vocab import align
+
+
+def load_ensemble(
+    recipe: Recipe, budget: Budget | None = None
+) -> tuple[Ensemble, tuple[PromptFormat, ...]]:
+    """Check a recipe whole, then load its models, and say how each member wants its prompts.
+
+    Args:
+        recipe: What to load.
+        budget: What calls to a base behind an API may cost; None for no limit.
+
+    Raises:
+        UserError: A model is missing, unsafe, corrupt or does not match; see `errors.py`.
+        ApiError: The API of the base cannot be reached.
+    """
+    examine(recipe).raise_first()
+    found, pairs = find_members(recipe)
+    base = found[0].checkpoint
+    checkpoints = {member.spec.weights: member.checkpoint for member in found}
+    names, adapters = _named_adapters(found)
+    backends = {
+        weights: _load_backend(weights, checkpoint, adapters[weights], budget)
+        for weights, checkpoint in checkpoints.items()
+    }
+    # One for each model: lanes whose members share it are translated at once (`decode/batch.py`).
+    alignments = {}
+    for weights, checkpoint in checkpoints.items():
+        try:
+            alignments[weights] = align(base.vocabulary, checkpoint.vocabulary)
+        except VocabularyMismatch:
+            if recipe.vocabulary != "map":
+                raise
+            alignments[weights] = align(base.vocabulary, base.vocabulary)
+            backends[weights] = RetokenisedBackend(backends[weights], checkpoint, base)
+    tokenizers = _shared_tokenizers(checkpoints)
+    members, formats = [], []
+    for (part, spec, _, _), adapter in zip(found, names, strict=True):
+        weights = spec.weights
+        name = part if weights.model == part else f"{part} ({weights.model})"
+        members.append(Member(name, backends[weights], alignments[weights], adapter))
+        formats.append(PromptFormat(spec.prompt, tokenizers[weights]))
+    ensemble = Ensemble(
+        tuple(members),
+        pairs,
+        base.vocabulary,
+        tuple(base.eos_token_ids),
+        base.tokenizer,
+        recipe.policy,
+    )
+    return_free_memory()  # of what was only read to check
+    return ensemble, tuple(formats)
+
+
+def _load_backend(
+    spec: ModelSpec,
+    checkpoint: Checkpoint,
+    adapters: Mapping[str, AdapterFiles],
+    budget: Budget | None,
+) -> Backend[Any]:
+    if spec.api is not None:
+        from proxytune.backends.api.backend import ApiBackend
+
+        return ApiBackend.load(spec, checkpoint, budget=budget)
+    if spec.llama_cpp is not None:
+        from proxytune.backends.llama_cpp import LlamaCppBackend
+
+        return LlamaCppBackend.load(checkpoint, spec, adapters)
+    from proxytune.backends.transformers.backend import TransformersBackend
+
+    return TransformersBackend.load(checkpoint, spec, adapters)
+
+
+def _named_adapters(
+    found: Sequence[MemberFiles],
+) -> tuple[list[str | None], dict[ModelSpec, dict[str, AdapterFiles]]]:
+    """Return the name of each member's adapter, and by weights the adapters that go onto them."""
+    names: list[str | None] = []
+    adapters: dict[ModelSpec, dict[str, AdapterFiles]] = {}
+    for part, spec, _, files in found:
+        known = adapters.setdefault(spec.weights, {})
+        name = None
+        if files is not None:
+            name = next((name for name, other in known.items() if other.path == files.path), None)
+            if name is None:
+                # The number keeps experts "a.b" and "a_b" apart: adapters' names hold no dots.
+                name = f"{part.replace('.', '_')}_{len(known)}"
+                known[name] = files
+        names.append(name)
+    return names, adapters
+
+
+def _shared_tokenizers(checkpoints: Mapping[ModelSpec, Checkpoint]) -> dict[ModelSpec, Tokenizer]:
+    """Return a tokenizer for each model, the same one for all that cut text alike.
+
+    A prompt is then cut once for all of them, and a tokenizer of 50,000 tokens takes 15 MB.
+    """
+    shared: dict[ModelSpec, Tokenizer] = {}
+    for weights, checkpoint in checkpoints.items():
+        own = checkpoint.tokenizer
+        shared[weights] = next((t for t in shared.values() if behave_alike(t, own)), own)
+    return shared
