@@ -70,7 +70,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "batch",
     ),
     "loading": ("members", "doctor", "load"),
-    "measure": ("branch", "metrics", "score", "likelihood", "rank", "sweep", "curve"),
+    "measure": ("metrics", "score", "branch", "likelihood", "rank", "sweep", "curve"),
     "model": (),
     "testing": (),
     "tasks": (
