@@ -91,7 +91,7 @@ def llama_cpp_alone(backend: LlamaCppBackend, token_ids: list[int]) -> float:
     """Return the seconds per token of `llama_decode` in a loop, as in llama.cpp's own benchmark."""
     api = library()
     state, _ = backend.prefill([token_ids])
-    context = state.parts[0].context
+    context = state.contexts[0].context
     batch = context._batch
     started = time.perf_counter()
     for place in range(TOKENS):

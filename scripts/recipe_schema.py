@@ -17,13 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from proxytune.checkpoints.placement import DTYPES
 from proxytune.logits.policy import COMBINATIONS, IMPLAUSIBLE, POLICIES, Policy
-from proxytune.recipe.recipe import (
-    ARCHITECTURE,
-    METADATA_KEYS,
-    MODEL_TYPE,
-    VOCABULARIES,
-    Recipe,
-)
+from proxytune.recipe.recipe import ARCHITECTURE, METADATA_KEYS, MODEL_TYPE, VOCABULARIES, Recipe
 from proxytune.recipe.spec import (
     CACHE_DTYPES,
     ENDPOINTS,

@@ -68,9 +68,10 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "partial",
         "record",
         "batch",
+        "collect",
     ),
     "loading": ("members", "doctor", "load"),
-    "measure": ("metrics", "score", "branch", "likelihood", "rank", "sweep", "curve"),
+    "measure": ("metrics", "score", "branch", "given", "likelihood", "rank", "sweep", "curve"),
     "model": (),
     "testing": (),
     "tasks": (
@@ -116,6 +117,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "integrations": (
         "auto",
         "lm_eval",
+        "ensemble_cache",
         "transformers",
         "vllm.request",
         "vllm.config",

@@ -18,15 +18,11 @@ from proxytune.integrations import register_with_transformers
 if TYPE_CHECKING:
     from proxytune.backends.api.client import Budget
     from proxytune.decode.speculative import Drafting
+    from proxytune.measure.given import Choice
     from proxytune.measure.score import ScoreReport
-    from proxytune.model import Choice, Conversation, ProxyTuned
+    from proxytune.model import Conversation, ProxyTuned
     from proxytune.recipe.recipe import Recipe
-    from proxytune.recipe.spec import (
-        ApiSettings,
-        ExpertSpec,
-        LlamaCppSettings,
-        ModelSpec,
-    )
+    from proxytune.recipe.spec import ApiSettings, ExpertSpec, LlamaCppSettings, ModelSpec
     from proxytune.request import Message, Request, SamplingParams
     from proxytune.trace import Step, Trace, Usage
 
@@ -53,7 +49,7 @@ __all__ = [
 _HOMES = {
     "ApiSettings": "recipe.spec",
     "Budget": "backends.api.client",
-    "Choice": "model",
+    "Choice": "measure.given",
     "Conversation": "model",
     "Drafting": "decode.speculative",
     "ExpertSpec": "recipe.spec",

@@ -1,94 +1,67 @@
-"""`ProxyTuned`: a recipe brought to life. Text goes in, steps and traces come out.
+"""`ProxyTuned`: a loaded recipe. Prompts go in, steps and traces come out.
 
     model = ProxyTuned.load("my-recipe")
     print(model.generate("Once upon a time").text)
 
-It renders prompts for each model, hands rows to `decode/batch.py`, and puts the events together again.
-Files are `checkpoints/checkpoint.py`'s, arithmetic is `logits/steer.py`'s.
+It checks requests and renders their prompts for each model. Models are loaded in `loading/load.py`, tokens
+are generated in `decode/batch.py`, and the formula is `logits/steer.py`.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from proxytune.backends.api.client import Budget
-from proxytune.decode.batch import Batch, DraftCount, Event
-from proxytune.decode.ensemble import Ensemble, Job, check_job
+from proxytune.decode.batch import Batch, Event
+from proxytune.decode.collect import Collector, run, with_token_texts
+from proxytune.decode.ensemble import Ensemble, Job, alone, check_job
 from proxytune.decode.lanes import Kept
 from proxytune.decode.speculative import Drafting, Speculator
-from proxytune.errors import (
-    BackendError,
-    InvalidRequest,
-    ProxytuneError,
-    UnsupportedModel,
-)
+from proxytune.errors import InvalidRequest, ProxytuneError, UnsupportedModel
 from proxytune.loading.load import load_ensemble
+from proxytune.measure.given import Choice, choose, first_tokens, trace_given
 from proxytune.measure.score import (
     SCORE_WINDOW,
     Passage,
     ScoreReport,
-    explain_passage,
+    completion_passages,
     score_passages,
-    score_tokens,
     windows,
 )
 from proxytune.recipe.recipe import Recipe
 from proxytune.request import Experts, Message, Prompt, Request, SamplingParams, Steering
-from proxytune.text.detokenize import TextStream
 from proxytune.text.prompts import (
     PLAIN_USER_TURN,
     ChatPrompt,
     PromptFormat,
     Tokenizer,
     continuation_ids,
-    render,
+    render_each,
+    start_id,
+    text_ids,
 )
-from proxytune.text.vocab import align, token_bytes
-from proxytune.trace import Step, Trace, Usage
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Which of a few answers a steered base prefers.
-
-    Args:
-        option: The likeliest.
-        index: Its place among the options.
-        probs: Of all options, in their order; they sum to 1. 0 for one that the base did not show.
-        alphas: Strength of steering by expert.
-        is_certified: Whether the base's full logits are proved to prefer the same; None where they were seen.
-        usage: What calls to a base behind an API have cost.
-    """
-
-    option: str
-    index: int
-    probs: tuple[float, ...]
-    alphas: Mapping[str, float]
-    is_certified: bool | None = None
-    usage: Usage | None = None
+from proxytune.text.vocab import token_bytes
+from proxytune.trace import Step, Trace
 
 
 class ProxyTuned:
     """A base steered by experts.
 
-    Most callers use `load`. The constructor takes ready parts, for instance toy backends in a test.
+    Most callers use `load`. The constructor takes ready parts, such as toy backends in a test.
 
     Args:
         ensemble: The models.
         formats: How each of the ensemble's members wants its prompts, in the same order.
-        recipe: Where experts are named and given their default strength.
+        recipe: The names of the experts and their default strengths.
     """
 
     def __init__(self, ensemble: Ensemble, formats: Sequence[PromptFormat], recipe: Recipe) -> None:
         self.ensemble = ensemble
         self.recipe = recipe
-        self._formats = tuple(formats)
+        self.formats = tuple(formats)
         self._speculators: dict[Drafting, Speculator] = {}
 
     @property
@@ -107,17 +80,17 @@ class ProxyTuned:
         experts: Sequence[str] | None = None,
         budget: Budget | None = None,
     ) -> ProxyTuned:
-        """Check a recipe whole, then load its models.
+        """Check a whole recipe, then load its models.
 
         A small model that several experts share is loaded once, with all their adapters on it.
 
         Args:
             recipe: A directory, `package:NAME/PATH`, a Hub id, or a recipe already read.
-            device: Runs every model there, whatever the recipe says.
-            dtype: Runs every model in it, whatever the recipe says.
-            cuda_graphs: Runs every model's short forwards as CUDA graphs, whatever the recipe says.
+            device: Device for every model, in place of the recipe's.
+            dtype: Dtype for every model, in place of the recipe's.
+            cuda_graphs: Run short forwards of every model as CUDA graphs, whatever the recipe says.
             experts: Load only these; None loads all.
-            budget: What calls to a base behind an API may cost; None for no limit.
+            budget: Limit on calls to a base behind an API; None for no limit.
 
         Raises:
             RecipeError: The recipe is missing or malformed.
@@ -138,39 +111,19 @@ class ProxyTuned:
             PromptTooLong: Prompt and new tokens exceed a model's context.
         """
         strengths = self.recipe.strengths(request.steering)
+        prompts: list[Sequence[int]]
         if request.is_token_ids:
             token_ids = [i for i in request.prompt if isinstance(i, int)]
             self.ensemble.vocabulary.check_token_ids(token_ids)
-            prompts: tuple[Sequence[int], ...] = tuple(
-                m.own_ids(token_ids, is_start=True) for m in self.ensemble.members
-            )
+            prompts = [m.own_ids(token_ids, is_start=True) for m in self.ensemble.members]
         else:
-            # Experts on one small model read the same; a long prompt takes a while to tokenise.
-            known: dict[tuple[str, int], Sequence[int]] = {}
-            rendered = []
-            for member, own in zip(self.ensemble.members, self._formats, strict=True):
-                key = own.prompt_format, id(own.tokenizer)
-                if key not in known:
-                    known[key] = render(
-                        request.prompt,
-                        prompt_format=own.prompt_format,
-                        tokenizer=own.tokenizer,
-                        name=member.name,
-                    )
-                rendered.append(known[key])
+            names = [member.name for member in self.ensemble.members]
+            prompts = render_each(request.prompt, self.formats, names)
             if self.recipe.base.api is not None:
-                rendered[0] = ChatPrompt.of(rendered[0], request.prompt)
-            prompts = tuple(rendered)
+                prompts[0] = ChatPrompt.of(prompts[0], request.prompt)
         alphas = tuple(strengths.get(pair.name) for pair in self.ensemble.pairs)
-        job = Job(
-            request.sampling,
-            prompts,
-            alphas,
-            request.explain,
-            request.explain_top,
-            cancelled,
-            strengths,
-        )
+        views = request.explain, request.explain_top
+        job = Job(request.sampling, tuple(prompts), alphas, *views, cancelled, strengths)
         check_job(self.ensemble, job)
         return job
 
@@ -188,14 +141,14 @@ class ProxyTuned:
         """Generate one answer and return its trace.
 
         Args:
-            prompt: Text, messages or token ids; or a whole `Request`, which then says everything.
-            sampling: How tokens are chosen; greedy, 128 tokens, unless said.
+            prompt: Text, messages or token ids; or a whole `Request`, with nothing beside it.
+            sampling: How tokens are chosen. Default: greedy, 128 tokens.
             alpha: Strength of steering; None takes the recipe's.
             experts: A name, names, or names with strengths; None takes the recipe's default.
             explain: Record what each model gave each token.
-            cancelled: Asked once a step; True ends the generation with what is there.
-            speculative: Draft tokens and verify several at once: the same text, sooner where it pays. True
-                for `Drafting()`, which adapts to measured costs.
+            cancelled: Called once a step; True ends the generation with the text so far.
+            speculative: Draft tokens and verify several at once: the same text, faster where drafting pays.
+                True means `Drafting()`, which adapts to measured costs.
 
         Raises:
             UserError: The request cannot be honoured; see `job`.
@@ -215,13 +168,13 @@ class ProxyTuned:
     ) -> list[Trace]:
         """Generate many answers, up to `batch_size` at a time, in the order of the requests.
 
-        Every request is checked before the first is run. A result does not depend on its neighbours.
+        Every request is checked before the first runs. A result does not depend on its neighbours.
 
         Args:
             requests: What to generate.
             batch_size: Rows per forward.
             on_event: Called with the request's index and each event as it happens.
-            cancelled: Asked once a step; True ends all that still runs.
+            cancelled: Called once a step; True ends every row that still runs.
             speculative: As in `generate`.
 
         Raises:
@@ -234,24 +187,19 @@ class ProxyTuned:
         traces: list[Trace] = []
         for start in range(0, len(jobs), batch_size):
             block = jobs[start : start + batch_size]
-            collectors = [_Collector(job) for job in block]
+            collectors = [Collector(job) for job in block]
             try:
-                for event in self._run(block, collectors, self._speculator(speculative)):
-                    collectors[event.row].add(event)
+                for event in run(self.ensemble, collectors, self._speculator(speculative)):
                     if on_event is not None:
                         on_event(start + event.row, event)
             except ProxytuneError as error:
-                told = (
-                    self._told(collector.trace(), job)
-                    for collector, job in zip(collectors, block, strict=True)
-                )
-                error.traces = (*traces, *told)
+                error.traces = (*traces, *map(self._trace, collectors))
                 raise
-            traces += [
-                self._told(collector.trace(), job)
-                for collector, job in zip(collectors, block, strict=True)
-            ]
+            traces += map(self._trace, collectors)
         return traces
+
+    def _trace(self, collector: Collector) -> Trace:
+        return self._with_token_texts(collector.trace(), collector.job)
 
     def explain(
         self,
@@ -263,14 +211,14 @@ class ProxyTuned:
         experts: Experts | None = None,
         top: int = 5,
     ) -> Trace:
-        """Say what each model gives each token of a given continuation, and perhaps go on from there.
+        """Show what each model gives each token of a given continuation, and optionally go on from there.
 
         Every model reads the continuation at once, in the format that the recipe gives its prompt.
 
         Args:
             prompt: Text, messages or token ids.
             continuation: Text that follows the prompt as it is, or token ids of the base's vocabulary.
-            sampling: How to go on after it; None ends there. Penalties and a seed's draws begin anew.
+            sampling: How to go on after it; None ends there. Penalties and the seed's draws start afresh.
             alpha: Strength of steering; None takes the recipe's.
             experts: A name, names, or names with strengths; None takes the recipe's default.
             top: How many of each model's likeliest tokens to record.
@@ -280,7 +228,7 @@ class ProxyTuned:
 
         Raises:
             InvalidRequest: The continuation has no tokens, or unknown ones.
-            UnsupportedModel: The base is behind an API, which does not show what this needs.
+            UnsupportedModel: The base is behind an API, which shows too few logits.
             UserError: The request cannot be honoured; see `job`.
         """
         if isinstance(continuation, str):
@@ -292,69 +240,22 @@ class ProxyTuned:
             raise InvalidRequest("the continuation has no tokens, so there is nothing to explain")
         if self.recipe.base.api is not None:
             raise UnsupportedModel(
-                "a given text is explained from all the base's logits, and a base behind an API shows few.\n"
-                "hint: let it generate the text: leave the continuation out"
+                "explaining a given text needs all of the base's logits, and an API shows few of them.\n"
+                "hint: leave the continuation out, so that it generates the text"
             )
         if sampling is not None and self.ensemble.policy.has_positions:
             raise InvalidRequest(
-                "the recipe's strength follows a schedule of positions, which would begin anew after the "
+                "the recipe's strength follows a schedule of positions, which would start again after the "
                 "given tokens.\nhint: explain the continuation alone, or a recipe without a schedule"
             )
         num_new = 0 if sampling is None else sampling.max_new_tokens
         limits = SamplingParams(max_new_tokens=len(given) + num_new)
         job = self.job(Request(prompt, limits, alpha, experts, True, top))
-        started = time.perf_counter()
-        text = TextStream(self.tokenizer, prompt_ids=job.prompts[0])
-        passage = Passage(tuple(tuple(ids) for ids in job.prompts), tuple(given))
-        explained = explain_passage(self.ensemble, passage, alphas=job.alphas, num_top=job.num_top)
-        steps = [replace(step, text=text.push(step.token_id)) for step in explained]
-        if sampling is None:
-            trace = Trace(
-                "".join(step.text for step in steps) + text.finish(),
-                "given",
-                tuple(steps),
-                len(job.prompts[0]),
-                alphas=job.strengths,
-            )
-        else:
-            prompts = tuple(
-                [*prompt_ids, *member.own_ids(given)]
-                for member, prompt_ids in zip(self.ensemble.members, job.prompts, strict=True)
-            )
-            further = replace(job, prompts=prompts, sampling=sampling)
-            collector = _Collector(further)
-            for event in self._run([further], [collector], None):
-                collector.add(event)
-            trace = collector.trace()
-            # A character that was given by half is completed by the text that follows.
-            trace = replace(
-                trace,
-                text="".join(step.text for step in steps) + trace.text,
-                steps=(*steps, *(replace(s, index=s.index + len(steps)) for s in trace.steps)),
-                num_prompt_tokens=len(job.prompts[0]),
-            )
-        trace = replace(trace, num_given=len(steps), latency_s=time.perf_counter() - started)
-        return self._told(trace, job)
+        return self._with_token_texts(trace_given(self.ensemble, job, given, sampling), job)
 
-    def _told(self, trace: Trace, job: Job) -> Trace:
-        """Return a trace with what its tokens stand for, if it is explained."""
-        if not job.records_views:
-            return trace
-        named = {step.token_id for step in trace.steps}
-        for step in trace.steps:
-            named |= {token_id for token_id, _ in step.top}
-            for view in (step.views or {}).values():
-                named |= {token_id for token_id, _ in view.top}
-        contents = self._token_bytes
-        tokens = {i: _text_or_bytes(contents[i]) for i in sorted(named) if i in contents}
-        special = {*self.tokenizer.all_special_ids, *self.ensemble.eos_token_ids}
-        return replace(
-            trace,
-            prompt=self.tokenizer.decode(
-                list(job.prompts[0]), skip_special_tokens=False, clean_up_tokenization_spaces=False
-            ),
-            tokens=tokens,
-            special_ids=tuple(i for i in tokens if i in special),
+    def _with_token_texts(self, trace: Trace, job: Job) -> Trace:
+        return with_token_texts(
+            trace, job, self.ensemble, self._token_bytes if job.records_views else {}
         )
 
     @cached_property
@@ -369,15 +270,15 @@ class ProxyTuned:
         alpha: float | None = None,
         experts: Experts | None = None,
     ) -> Choice:
-        """Say which of a few answers the steered base would begin with.
+        """Return which of a few answers the steered base would begin with.
 
-        Only the first token of each answer counts, and each must begin with another: letters of a
-        multiple-choice question do, as in the experiment with GPT-3.5 (Liu et al. 2024, section 5). A base
-        behind an API is asked once, and about answers that it does not show.
+        Only the first token of each answer counts, and no two may begin with the same one. The letters of a
+        multiple-choice question fit, as in the experiment with GPT-3.5 (Liu et al. 2024, section 5). A base
+        behind an API is called once, and again for answers that it does not show.
 
         Args:
             prompt: Text, messages or token ids.
-            options: The answers, as they would follow the prompt: " A" where a space comes before it.
+            options: The answers as they would follow the prompt: " A" if a space comes first.
             alpha: Strength of steering; None takes the recipe's.
             experts: A name, names, or names with strengths; None takes the recipe's default.
 
@@ -386,32 +287,9 @@ class ProxyTuned:
             UserError: The request cannot be honoured; see `job`.
             BackendError: A model failed.
         """
-        token_ids = [continuation_ids(option, self.tokenizer)[:1] for option in options]
-        first = [ids[0] for ids in token_ids if ids]
-        if len(options) < 2 or len(set(first)) < len(options):
-            raise InvalidRequest(
-                f"the options {', '.join(map(repr, options))} are not two or more that begin with different "
-                "tokens.\nhint: let them begin with letters, and list in the prompt what these stand for"
-            )
+        first_tokens(options, self.tokenizer)  # refused before the prompt is looked at
         job = self.job(Request(prompt, SamplingParams(max_new_tokens=1), alpha, experts))
-        batch = Batch(self.ensemble, [job])
-        logits, is_certified = batch.first_logits(first)
-        if bool(torch.isneginf(logits).all()):
-            raise BackendError(
-                "none of the options is among the tokens that the base shows, and it cannot be asked about "
-                "them.\nhint: a larger top_logprobs shows more; say in the prompt which answers are wanted"
-            )
-        probs: list[float] = logits.softmax(-1).tolist()
-        best = max(range(len(options)), key=probs.__getitem__)
-        has_all = self.recipe.base.api is None
-        return Choice(
-            options[best],
-            best,
-            tuple(probs),
-            job.strengths,
-            None if has_all else is_certified,
-            batch.usage(0),
-        )
+        return choose(self.ensemble, job, options, shows_all=self.recipe.base.api is None)
 
     def stream(
         self,
@@ -425,14 +303,14 @@ class ProxyTuned:
     ) -> Iterator[Step]:
         """Generate one answer and yield its steps as they are made; close the iterator to stop.
 
-        The steps' texts joined are the text that `generate` gives. Arguments and errors are those of
-        `generate`; they are checked before this returns.
+        The texts of the steps, joined, are the text of `generate`. Arguments and errors are the same, and
+        the request is checked before this returns.
         """
         request = as_request(prompt, sampling, Steering(alpha, experts), explain=explain)
         return self._steps(self.job(request), self._speculator(speculative), _Memory())
 
     def _steps(self, job: Job, speculator: Speculator | None, memory: _Memory) -> Iterator[Step]:
-        """Yield a job's steps, going on from what `memory` holds, and leave there what the models read."""
+        """Yield a job's steps, starting from `memory`, and keep there what the models have read."""
         kept, memory.kept = memory.kept, None
         batch = Batch(self.ensemble, [job], speculator=speculator, kept=kept)
         while not batch.is_done:
@@ -448,7 +326,7 @@ class ProxyTuned:
         experts: Experts | None = None,
         speculative: bool | Drafting = False,
     ) -> Conversation:
-        """Begin a conversation that remembers its turns; what the models have read is not read again."""
+        """Begin a conversation that remembers its turns. The models read only what is new."""
         sampling = sampling or SamplingParams()
         return Conversation(self, sampling, system, Steering(alpha, experts), speculative)
 
@@ -464,16 +342,15 @@ class ProxyTuned:
     ) -> ScoreReport:
         """Measure how well base, expert, anti-expert and steered base predict a text.
 
-        Every model sees the plain text, whatever prompt format the recipe gives it. Each runs once for
-        all strengths.
+        Every model sees the plain text, whatever its prompt format, and runs once for all strengths.
 
         Args:
             text: What to predict.
-            alphas: Strengths of the steered rows; each is given to every chosen expert.
+            alphas: Strengths of the steered rows, each for all chosen experts alike.
             experts: Which experts steer; None takes the recipe's default.
             window: Tokens per window.
-            seed: Of the bootstrap.
-            on_progress: Called with tokens done and tokens in all.
+            seed: Random seed of the bootstrap.
+            on_progress: Called with the tokens done and the total.
 
         Raises:
             InvalidRequest: The text has nothing to predict, or a strength is not finite.
@@ -481,15 +358,14 @@ class ProxyTuned:
             PromptTooLong: The window exceeds a model's context.
         """
         ensemble = self.steered_by(experts)
-        return score_tokens(
+        report = score_passages(
             ensemble,
-            self._text_ids(text),
+            self.text_passages(text, window=window),
             strengths=[(alpha, (alpha,) * len(ensemble.pairs)) for alpha in alphas],
-            window=window,
-            start_id=self._start_id,
             seed=seed,
             on_progress=on_progress,
         )
+        return replace(report, window=window)
 
     def steered_by(self, experts: str | Sequence[str] | None) -> Ensemble:
         """Return the ensemble with these experts only; None takes the recipe's default.
@@ -507,16 +383,8 @@ class ProxyTuned:
         Raises:
             InvalidRequest: The text has nothing to predict.
         """
-        return windows(self.ensemble, self._text_ids(text), window=window, start_id=self._start_id)
-
-    def _text_ids(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
-
-    @property
-    def _start_id(self) -> int | None:
-        """The token that the base's tokenizer puts before a text, if it does."""
-        with_start = self.tokenizer.encode("a", add_special_tokens=True)
-        return with_start[0] if with_start[0] == _bos_id(self.tokenizer) else None
+        token_ids, start = text_ids(text, self.tokenizer), start_id(self.tokenizer)
+        return windows(self.ensemble, token_ids, window=window, start_id=start)
 
     def score_completions(
         self,
@@ -530,17 +398,17 @@ class ProxyTuned:
     ) -> ScoreReport:
         """Measure how well base, expert, anti-expert and steered base predict given answers to prompts.
 
-        Every model sees the prompts in its own format, as `generate` would show them; the token that ends a
-        text is part of each answer.
+        Every model sees the prompts in its own format, as in `generate`. The end-of-sequence token is part
+        of each answer.
 
         Args:
             pairs: Prompts and their answers. What exceeds a context or `max_tokens` is cut off an answer's
                 end; a pair with nothing left is skipped.
-            alphas: Strengths of the steered rows; each is given to every chosen expert.
+            alphas: Strengths of the steered rows, each for all chosen experts alike.
             experts: Which experts steer; None takes the recipe's default.
-            max_tokens: Longest prompt and answer together; None for the smallest context.
-            seed: Of the bootstrap.
-            on_progress: Called with tokens done and tokens in all.
+            max_tokens: Maximum length of prompt and answer together; None for the smallest context.
+            seed: Random seed of the bootstrap.
+            on_progress: Called with the tokens done and the total.
 
         Raises:
             InvalidRequest: No pair has anything to predict, or a strength is not finite.
@@ -560,137 +428,35 @@ class ProxyTuned:
         self, pairs: Sequence[tuple[Prompt, str]], *, max_tokens: int | None = None
     ) -> list[Passage]:
         """Return prompts with given answers as each model sees them; see `score_completions`."""
-        contexts = [m.backend.capabilities.max_context for m in self.ensemble.members]
-        limit = min([n for n in (*contexts, max_tokens) if n is not None], default=None)
-        passages = []
-        for prompt, answer in pairs:
-            prompts = tuple(
-                tuple(
-                    render(
-                        prompt, prompt_format=f.prompt_format, tokenizer=f.tokenizer, name=m.name
-                    )
-                )
-                for m, f in zip(self.ensemble.members, self._formats, strict=True)
-            )
-            token_ids = continuation_ids(answer, self.tokenizer)
-            if self.tokenizer.eos_token_id is not None:
-                token_ids.append(self.tokenizer.eos_token_id)
-            if limit is not None:
-                token_ids = token_ids[: max(0, limit - max(map(len, prompts)))]
-            if token_ids:
-                passages.append(Passage(prompts, tuple(token_ids)))
-        return passages
-
-    @property
-    def formats(self) -> tuple[PromptFormat, ...]:
-        """How each of the ensemble's members wants its prompts, in the same order."""
-        return self._formats
+        return completion_passages(self.ensemble, self.formats, pairs, max_tokens=max_tokens)
 
     def alone(self, member: int) -> ProxyTuned:
-        """Return one of the ensemble's models by itself: what it writes, in its own prompt format, unsteered.
+        """Return one of the models by itself, unsteered and with its own prompt format; weights are shared.
 
-        Its weights are shared with this one. It speaks the base's vocabulary, or another one of its own.
+        It uses the base's vocabulary, or its own if that is another.
         """
-        alone = self.ensemble.members[member]
-        ensemble = replace(self.ensemble, members=(alone,), pairs=())
-        if (translation := alone.backend.translation) is not None:
-            own = translation.own
-            ensemble = replace(
-                ensemble,
-                members=(
-                    replace(
-                        alone,
-                        backend=translation.inner,
-                        alignment=align(own.vocabulary, own.vocabulary),
-                    ),
-                ),
-                vocabulary=own.vocabulary,
-                eos_token_ids=tuple(own.eos_token_ids),
-                tokenizer=own.tokenizer,
-            )
-        return ProxyTuned(ensemble, (self._formats[member],), self.recipe)
+        ensemble = alone(self.ensemble, member)
+        return ProxyTuned(ensemble, (self.formats[member],), self.recipe)
 
     def _speculator(self, speculative: bool | Drafting) -> Speculator | None:
-        """Return what remembers measured costs for these settings; None for plain decoding."""
+        """Return the speculator that keeps measured costs for these settings; None for plain decoding."""
         if speculative is False:
             return None
         drafting = Drafting() if speculative is True else speculative
         return self._speculators.setdefault(drafting, Speculator(drafting))
 
-    def _run(
-        self,
-        jobs: Sequence[Job],
-        collectors: Sequence[_Collector],
-        speculator: Speculator | None,
-    ) -> Iterator[Event]:
-        batch = Batch(self.ensemble, jobs, speculator=speculator)
-        for collector, seed in zip(collectors, batch.seeds, strict=True):
-            collector.seed = seed
-        try:
-            while not batch.is_done:
-                yield from batch.step()
-        finally:
-            for row, collector in enumerate(collectors):
-                counts = batch.draft_counts.get(row, DraftCount(0, 0))
-                collector.num_drafted, collector.num_accepted = counts
-                collector.usage = batch.usage(row)
-
-
-def _text_or_bytes(content: bytes) -> str | bytes:
-    try:
-        return content.decode()
-    except UnicodeDecodeError:  # half a character
-        return content
-
 
 @dataclass(slots=True)
 class _Memory:
-    """What the models of a conversation have read."""
+    """The caches of a conversation: what its models have read."""
 
     kept: Kept | None = None
-
-
-class _Collector:
-    """Gathers the events of one row into a trace."""
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._started = self._ended = time.perf_counter()
-        self._steps: list[Step] = []
-        self._tail = ""
-        self._event: Event | None = None
-        self.seed: int | None = None
-        self.num_drafted = 0
-        self.num_accepted = 0
-        self.usage: Usage | None = None
-
-    def add(self, event: Event) -> None:
-        if event.step is not None:
-            self._steps.append(event.step)
-        self._tail = event.tail
-        self._event = event
-        self._ended = time.perf_counter()
-
-    def trace(self) -> Trace:
-        """Return the trace of what was added; without an end to it, something failed."""
-        return Trace(
-            text="".join(step.text for step in self._steps) + self._tail,
-            finish_reason=(self._event and self._event.finish_reason) or "failed",
-            steps=tuple(self._steps),
-            num_prompt_tokens=len(self._job.prompts[0]),
-            alphas=self._job.strengths,
-            seed=self.seed,
-            latency_s=self._ended - self._started,
-            num_drafted=self.num_drafted,
-            num_accepted=self.num_accepted,
-            usage=self.usage,
-        )
 
 
 class Conversation:
     """A chat with a steered model: `say` answers and remembers.
 
-    `alpha`, `experts` and `sampling` may be changed between turns.
+    `alpha`, `experts` and `sampling` may change between turns.
     """
 
     def __init__(
@@ -709,15 +475,15 @@ class Conversation:
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
 
     def say(self, text: str) -> Iterator[Step]:
-        """Yield the steps of the answer to `text`; what was answered until then is remembered.
+        """Yield the steps of the answer to `text`. If it is cut short, what was said so far is remembered.
 
         Raises:
-            UserError: The request cannot be honoured; the turn is then not remembered.
+            UserError: The request cannot be honoured; the turn is not remembered.
         """
         messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
         sampling = self.sampling
         if self._model.recipe.base.prompt == "plain":
-            # A base without a chat format writes the user's next turn too, if it is let.
+            # A base without a chat format would go on to write the user's next turn.
             sampling = replace(sampling, stop=(*sampling.stop, PLAIN_USER_TURN))
         model = self._model
         request = Request(messages, sampling, self.alpha, self.experts)
@@ -753,12 +519,7 @@ def as_request(
         )
     if sampling is not None or steering != Steering() or explain:
         raise InvalidRequest(
-            "a whole Request was given and settings beside it, so it is unclear which of them hold.\n"
+            "a whole Request and settings beside it were given, so it is unclear which apply.\n"
             "hint: put the settings into the Request"
         )
     return prompt
-
-
-def _bos_id(tokenizer: Tokenizer) -> int | None:
-    bos = getattr(tokenizer, "bos_token", None)
-    return None if bos is None else tokenizer.get_vocab().get(bos)

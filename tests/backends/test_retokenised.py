@@ -21,12 +21,7 @@ from proxytune.backends.toy import ToyBackend, ToyTokenizer
 from proxytune.decode.batch import Batch
 from proxytune.decode.ensemble import Ensemble, Member, Pair
 from proxytune.decode.speculative import Drafting
-from proxytune.errors import (
-    PromptTooLong,
-    RecipeError,
-    UnsupportedModel,
-    VocabularyMismatch,
-)
+from proxytune.errors import PromptTooLong, RecipeError, UnsupportedModel, VocabularyMismatch
 from proxytune.loading.doctor import examine
 from proxytune.logits.steer import steer
 from proxytune.model import ProxyTuned

@@ -378,7 +378,7 @@ def test_only_the_chosen_experts_are_loaded(recipe: Path, monkeypatch: pytest.Mo
         (["ab", "--expert", "first=x"], ["'x'", "number"]),
         (["ab", "--expert", "frist"], ["no expert 'frist'", "first, second"]),
         (["ab", "--expert", "first", "--expert", "first=1"], ["named twice"]),
-        (["ab", "--expert", "first=1", "--alpha", "1"], ["so alpha would do nothing"]),
+        (["ab", "--expert", "first=1", "--alpha", "1"], ["--alpha would do nothing"]),
         (["ab", "--temperature", "-1"], ["temperature"]),
         (["ab", "--top-k", "5"], ["top_k", "temperature is 0"]),
         (["ab", "--temperature", "1", "--top-p", "0"], ["top_p"]),

@@ -11,11 +11,7 @@ from typing import Any
 import pytest
 
 from proxytune.data.rows import Rows, answers_of, read_rows, split_rows
-from proxytune.errors import (
-    InputFileError,
-    InvalidRequest,
-    MissingExtra,
-)
+from proxytune.errors import InputFileError, InvalidRequest, MissingExtra
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data sets are not here")

@@ -28,12 +28,7 @@ from proxytune.errors import (
 from proxytune.evaluate.compare import Result, compared, paired
 from proxytune.evaluate.judges import ChatJudge, JudgeSettings, ToxicityClassifier
 from proxytune.evaluate.plan import EvalOptions, Work
-from proxytune.evaluate.predictors import (
-    Predictor,
-    Speaker,
-    nudged,
-    predictors_of,
-)
+from proxytune.evaluate.predictors import Predictor, Speaker, nudged, predictors_of
 from proxytune.evaluate.run import evaluate
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe

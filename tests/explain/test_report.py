@@ -9,12 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from proxytune.errors import (
-    InvalidRequest,
-    MissingExtra,
-    PromptTooLong,
-    UnknownExpert,
-)
+from proxytune.errors import InvalidRequest, MissingExtra, PromptTooLong, UnknownExpert
 from proxytune.explain.moves import label, moves, pieces
 from proxytune.explain.notebook import frame, plot, show
 from proxytune.explain.report import Report, Run
@@ -133,7 +128,7 @@ def test_a_policys_weights_count_in_the_offsets_and_conflicts_in_the_summary(mod
 def test_a_schedule_would_begin_anew_so_going_on_is_refused(model):
     policy = Policy(schedule=((0, 1.0), (20, 0.0)))
     ensemble = replace(model.ensemble, policy=policy)
-    scheduled = ProxyTuned(ensemble, model._formats, model.recipe)
+    scheduled = ProxyTuned(ensemble, model.formats, model.recipe)
     assert scheduled.explain(PROMPT, "def").num_given == 3
     with pytest.raises(InvalidRequest, match="schedule"):
         scheduled.explain(PROMPT, "def", SamplingParams(max_new_tokens=2))

@@ -6,10 +6,7 @@ import pytest
 
 from proxytune.errors import OutputFileError
 from proxytune.measure.curve import draw
-from proxytune.measure.sweep import (
-    Grid,
-    sweep_likelihood,
-)
+from proxytune.measure.sweep import Grid, sweep_likelihood
 from tests.support.toys import toy_model
 
 TWO = {"first": 1.0, "second": 0.7}

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxytune.measure.metrics import (
-    chrf,
-    contains,
-    exact_match,
-    last_number,
-)
+from proxytune.measure.metrics import chrf, contains, exact_match, last_number
 
 
 def test_metrics_of_a_few_texts_by_hand():

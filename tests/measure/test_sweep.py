@@ -13,17 +13,9 @@ from proxytune.cli import app
 from proxytune.data.passages import rows_of, task_rows
 from proxytune.data.rows import read_rows
 from proxytune.errors import InvalidRequest
-from proxytune.measure.metrics import (
-    METRICS,
-    Metric,
-)
+from proxytune.measure.metrics import METRICS, Metric
 from proxytune.measure.score import passage_of
-from proxytune.measure.sweep import (
-    Grid,
-    split,
-    sweep_generations,
-    sweep_likelihood,
-)
+from proxytune.measure.sweep import Grid, split, sweep_generations, sweep_likelihood
 from proxytune.model import ProxyTuned
 from proxytune.request import SamplingParams
 from proxytune.tasks.gsm8k import Gsm8k

@@ -10,19 +10,9 @@ from typing import Any
 import pytest
 
 from proxytune.data.rows import answers_of, read_rows
-from proxytune.errors import (
-    InputFileError,
-    InvalidRequest,
-    PromptFormatError,
-)
+from proxytune.errors import InputFileError, InvalidRequest, PromptFormatError
 from proxytune.text.prompts import render
-from proxytune.tune.encode import (
-    IGNORED,
-    Encoded,
-    Example,
-    PreferenceExample,
-    encode,
-)
+from proxytune.tune.encode import IGNORED, Encoded, Example, PreferenceExample, encode
 from tests.support.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

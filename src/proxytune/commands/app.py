@@ -13,10 +13,7 @@ from typing import Any, TypeVar
 import typer
 from typer.core import TyperGroup
 
-from proxytune.errors import (
-    BackendError,
-    UserError,
-)
+from proxytune.errors import BackendError, UserError
 
 
 class _Commands(TyperGroup):

@@ -11,10 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from proxytune.errors import (
-    InputFileError,
-    InvalidRequest,
-)
+from proxytune.errors import InputFileError, InvalidRequest
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -6,10 +6,7 @@ import typer
 
 from proxytune.commands.app import command
 from proxytune.commands.console import json_line, stderr, stdout
-from proxytune.commands.options import (
-    JsonOption,
-    RecipeArgument,
-)
+from proxytune.commands.options import JsonOption, RecipeArgument
 
 
 @command("proxytune doctor my-recipe")

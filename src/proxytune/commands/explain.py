@@ -12,12 +12,7 @@ from typing import IO, TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import (
-    argument_text,
-    json_line,
-    stderr,
-    stdin_text,
-)
+from proxytune.commands.console import argument_text, json_line, stderr, stdin_text
 from proxytune.commands.options import (
     GREEDY,
     ContextSizeOption,

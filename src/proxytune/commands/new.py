@@ -8,11 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.options import (
-    CombineOption,
-    PolicyOption,
-    with_policy,
-)
+from proxytune.commands.options import CombineOption, PolicyOption, with_policy
 from proxytune.errors import InvalidRequest
 from proxytune.request import check_alpha
 

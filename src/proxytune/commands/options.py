@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxytune.commands.console import stderr
-from proxytune.errors import (
-    InvalidRequest,
-    UserError,
-)
+from proxytune.errors import InvalidRequest, UserError
 from proxytune.request import SamplingParams, Steering, check_alpha
 
 if TYPE_CHECKING:
@@ -243,7 +240,7 @@ def steering_of(recipe: Recipe, names: Sequence[str] | None, alpha: float | None
         if name in own:
             raise InvalidRequest(f"expert {name!r} is named twice.\nhint: name it once")
         own[name] = number_of(value, f"the strength of expert {name!r}") if has_own else None
-    return recipe.mixed(own, alpha)
+    return recipe.mixed(own, alpha, name="--alpha")
 
 
 def with_policy(recipe: Recipe, policy: str | None, combine: str | None) -> Recipe:

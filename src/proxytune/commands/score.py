@@ -8,13 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import (
-    file_text,
-    json_line,
-    progress,
-    stdin_text,
-    stdout,
-)
+from proxytune.commands.console import file_text, json_line, progress, stdin_text, stdout
 from proxytune.commands.options import (
     CombineOption,
     ContextSizeOption,

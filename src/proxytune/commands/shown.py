@@ -6,10 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from proxytune.commands.console import (
-    stdout,
-    strengths_text,
-)
+from proxytune.commands.console import stdout, strengths_text
 
 if TYPE_CHECKING:
     from rich.text import Text

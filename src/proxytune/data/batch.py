@@ -25,9 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from proxytune.data.lines import BatchOptions, InputFile, Line
 from proxytune.data.resumable import ResumableOutput
-from proxytune.errors import (
-    OutputFileError,
-)
+from proxytune.errors import OutputFileError
 from proxytune.recipe.recipe import Recipe
 from proxytune.trace import Trace
 

@@ -9,12 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from proxytune.errors import (
-    InputFileError,
-    InvalidRequest,
-    UserError,
-    did_you_mean,
-)
+from proxytune.errors import InputFileError, InvalidRequest, UserError, did_you_mean
 from proxytune.recipe.recipe import Recipe
 from proxytune.request import Experts, Request, SamplingParams, Steering
 

@@ -108,10 +108,10 @@ class Batch:
             Steering(self._lanes) if partial is None else PartialSteering(self._lanes, partial)
         )
         self.draft_counts: dict[int, DraftCount] = {}
-        """Of rows that have ended, by their numbers."""
+        """How many tokens were drafted for rows that have ended, by their numbers."""
         self._usages: dict[int, Usage | None] = {}
         self.left: dict[int, Kept] = {}
-        """What rows that have ended leave, by their numbers."""
+        """What the models have read of rows that have ended, by their numbers."""
         self._keeps = keeps and self.can_join
         self._num_begun = len(jobs)
         self._last_ended: Row | None = None
@@ -211,7 +211,7 @@ class Batch:
         return events
 
     def _end(self, place: int) -> None:
-        """Note what a row leaves."""
+        """Take note of a row's counts and costs, and keep what the models have read of it."""
         row = self._lanes.rows[place]
         self._usages[row.index] = self._steering.usage(place)
         self.draft_counts[row.index] = DraftCount(row.num_drafted, row.num_accepted)
@@ -230,12 +230,12 @@ class Batch:
         return all(group.backend.capabilities.can_merge for group in self._lanes.groups)
 
     def join(self, other: Batch) -> int:
-        """Take over the rows of another batch of the same ensemble, which must not be used after.
+        """Take over the rows of another batch of the same ensemble, which must not be used any more.
 
         What they generate stays the same. Both batches must have taken a step, and `can_join`.
 
         Returns:
-            What is added to the numbers that the other's rows had.
+            What is added to the numbers of the other's rows.
         """
         assert self._lanes.ensemble is other._lanes.ensemble and self.can_join and other.can_join
         assert self._first is None and other._first is None
@@ -246,7 +246,7 @@ class Batch:
         return offset
 
     def drop_cancelled(self) -> list[Event]:
-        """End the rows that were cancelled, as the next step would."""
+        """End the rows that were cancelled, as the next step would do."""
         events, live = [], []
         for place, row in enumerate(self._lanes.rows):
             if row.job.cancelled is not None and row.job.cancelled():
@@ -265,7 +265,7 @@ class Batch:
         self._usages.pop(row, None)
 
     def usage(self, row: int) -> Usage | None:
-        """Return what a row's calls to a base behind an API have cost so far; None if the base runs here."""
+        """Return what a row's calls to an API have cost so far; None if the base runs here."""
         for place, live in enumerate(self._lanes.rows):
             if live.index == row:
                 return self._steering.usage(place)
@@ -279,16 +279,16 @@ class Batch:
         return self._lanes.kept(row, self._lanes.groups)
 
     def first_logits(self, token_ids: Sequence[int]) -> tuple[Tensor, bool]:
-        """Return the steered logits of certain tokens as the only row's first, and if the best is certain.
+        """Return the steered logits of some tokens as the only row's first token, and if the best is certain.
 
-        Call it before `step`. A partial base is asked about those it did not show; what stays unknown is
-        -inf.
+        Call it before `step`. A partial base is asked about tokens that it did not show; logits that stay
+        unknown are -inf.
 
         Args:
-            token_ids: Of the base's vocabulary.
+            token_ids: The tokens, in the base's vocabulary.
 
         Returns:
-            `[num token_ids]` float32, and whether no unknown one of them can be higher than the highest.
+            `[num token_ids]` float32, and whether no unknown one of them can exceed the highest known one.
         """
         assert self._first is not None and self.num_rows == 1
         return self._steering.first_logits(self._first, token_ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from proxytune.errors import InvalidRequest, PromptTooLong
 from proxytune.logits.policy import Policy
 from proxytune.request import SamplingParams
 from proxytune.text.prompts import Tokenizer
-from proxytune.text.vocab import Alignment, Vocabulary
+from proxytune.text.vocab import Alignment, Vocabulary, align
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,24 @@ class Ensemble:
     eos_token_ids: tuple[int, ...]
     tokenizer: Tokenizer
     policy: Policy = field(default_factory=Policy)
+
+
+def alone(ensemble: Ensemble, index: int) -> Ensemble:
+    """Return one member by itself, with nothing that steers it, in its own vocabulary if that is another."""
+    member = ensemble.members[index]
+    translation = member.backend.translation
+    if translation is None:
+        return replace(ensemble, members=(member,), pairs=())
+    own = translation.own
+    alignment = align(own.vocabulary, own.vocabulary)
+    return replace(
+        ensemble,
+        members=(replace(member, backend=translation.inner, alignment=alignment),),
+        pairs=(),
+        vocabulary=own.vocabulary,
+        eos_token_ids=tuple(own.eos_token_ids),
+        tokenizer=own.tokenizer,
+    )
 
 
 @dataclass(frozen=True, slots=True)

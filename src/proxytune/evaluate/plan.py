@@ -7,12 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from proxytune.data.lines import line_seed
-from proxytune.errors import (
-    InvalidRequest,
-)
-from proxytune.evaluate.judges import (
-    JudgeSettings,
-)
+from proxytune.errors import InvalidRequest
+from proxytune.evaluate.judges import JudgeSettings
 from proxytune.request import SamplingParams, check_alpha
 from proxytune.tasks.registry import TASKS
 from proxytune.tasks.task import RULES, Item, Rule, Task

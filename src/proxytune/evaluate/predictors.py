@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from proxytune.errors import (
-    InvalidRequest,
-)
+from proxytune.errors import InvalidRequest
 from proxytune.evaluate.plan import EvalOptions
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec

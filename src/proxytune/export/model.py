@@ -25,10 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
-from proxytune.errors import (
-    CorruptModel,
-    UnsupportedModel,
-)
+from proxytune.errors import CorruptModel, UnsupportedModel
 from proxytune.export.adapter import Factors, lora_factors
 from proxytune.export.layout import (
     CONVERTER,

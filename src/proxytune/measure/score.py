@@ -24,17 +24,14 @@ from torch import Tensor
 
 from proxytune.backends.base import Backend, PartialBackend
 from proxytune.decode.ensemble import Ensemble, Member, Pair
-from proxytune.errors import (
-    InvalidRequest,
-    PromptTooLong,
-    UnsupportedModel,
-)
+from proxytune.errors import InvalidRequest, PromptTooLong, UnsupportedModel
 from proxytune.logits.certificate import spread_rest
 from proxytune.logits.rules import Steered, apply_policy, has_conflict
 from proxytune.logits.steer import Contribution
 from proxytune.logits.views import kl_divergence, view
 from proxytune.machine import return_free_memory
-from proxytune.request import check_alpha
+from proxytune.request import Prompt, check_alpha
+from proxytune.text.prompts import PromptFormat, continuation_ids, render_each
 from proxytune.trace import Step
 
 SCORE_WINDOW = 512
@@ -257,6 +254,41 @@ def passage_of(ensemble: Ensemble, prompt: Sequence[int], token_ids: Sequence[in
     """Return a passage with one prompt for all members, given in ids of the base's vocabulary."""
     prompts = tuple(tuple(m.own_ids(prompt, is_start=True)) for m in ensemble.members)
     return Passage(prompts, tuple(token_ids))
+
+
+def completion_passages(
+    ensemble: Ensemble,
+    formats: Sequence[PromptFormat],
+    pairs: Sequence[tuple[Prompt, str]],
+    *,
+    max_tokens: int | None = None,
+) -> list[Passage]:
+    """Return prompts with given answers as each model sees them, the token that ends a text after each.
+
+    Args:
+        ensemble: The models.
+        formats: How each member wants its prompts.
+        pairs: Prompts and their answers.
+        max_tokens: Maximum length of prompt and answer together; None for the smallest context. What exceeds
+            it is cut off an answer's end, and a pair with nothing left is skipped.
+
+    Raises:
+        PromptFormatError: A prompt cannot be rendered.
+    """
+    limits = [smallest_context(ensemble.members), max_tokens]
+    limit = min([n for n in limits if n is not None], default=None)
+    tokenizer, names = ensemble.tokenizer, [member.name for member in ensemble.members]
+    passages = []
+    for prompt, answer in pairs:
+        prompts = tuple(tuple(ids) for ids in render_each(prompt, formats, names))
+        token_ids = continuation_ids(answer, tokenizer)
+        if tokenizer.eos_token_id is not None:
+            token_ids.append(tokenizer.eos_token_id)
+        if limit is not None:
+            token_ids = token_ids[: max(0, limit - max(map(len, prompts)))]
+        if token_ids:
+            passages.append(Passage(prompts, tuple(token_ids)))
+    return passages
 
 
 def score_passages(

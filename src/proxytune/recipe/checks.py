@@ -7,10 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from proxytune.errors import (
-    RecipeError,
-    did_you_mean,
-)
+from proxytune.errors import RecipeError, did_you_mean
 
 
 def refuse_constant(constant: str) -> Any:

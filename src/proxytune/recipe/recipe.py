@@ -22,13 +22,7 @@ from typing import Any
 
 from proxytune.checkpoints.hub import hub_recipe
 from proxytune.checkpoints.references import HUB_ID, is_gguf, resolve_package
-from proxytune.errors import (
-    InvalidRequest,
-    ModelNotFound,
-    RecipeError,
-    UnknownExpert,
-    did_you_mean,
-)
+from proxytune.errors import InvalidRequest, ModelNotFound, RecipeError, UnknownExpert, did_you_mean
 from proxytune.files import building, unwritable, write_whole
 from proxytune.logits.policy import COMBINATIONS, Policy
 from proxytune.recipe.checks import (
@@ -41,13 +35,7 @@ from proxytune.recipe.checks import (
     object_without_doubles,
     refuse_constant,
 )
-from proxytune.recipe.spec import (
-    ExpertSpec,
-    LlamaCppSettings,
-    ModelSpec,
-    expert_spec,
-    model_spec,
-)
+from proxytune.recipe.spec import ExpertSpec, LlamaCppSettings, ModelSpec, expert_spec, model_spec
 from proxytune.request import Steering
 
 VOCABULARIES = ("same", "map")
@@ -559,12 +547,15 @@ class Recipe:
             name: own[name] if steering.alpha is None else float(steering.alpha) for name in names
         }
 
-    def mixed(self, own: Mapping[str, float | None], alpha: float | None) -> Steering:
+    def mixed(
+        self, own: Mapping[str, float | None], alpha: float | None, *, name: str = "alpha"
+    ) -> Steering:
         """Return the steering by experts of which some bring a strength and the others, with None, do not.
 
         Args:
             own: The strength that each expert brings.
             alpha: Strength of the others; None for the recipe's.
+            name: How errors call `alpha`.
 
         Raises:
             UnknownExpert: The recipe has no expert of that name.
@@ -575,8 +566,8 @@ class Recipe:
             return Steering(alpha, tuple(own))
         if alpha is not None and None not in own.values():
             raise InvalidRequest(
-                "alpha is given, and every expert brings its own strength, so alpha would do nothing.\n"
-                "hint: leave alpha out, or give an expert without a strength"
+                f"{name} is given, and every expert brings its own strength, so {name} would do nothing.\n"
+                f"hint: leave {name} out, or give an expert without a strength"
             )
         return Steering(
             experts={n: chosen[n] if alone is None else alone for n, alone in own.items()}

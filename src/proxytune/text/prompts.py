@@ -21,10 +21,7 @@ from typing import Any, Literal, NoReturn, Protocol
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from proxytune.errors import (
-    InvalidRequest,
-    PromptFormatError,
-)
+from proxytune.errors import InvalidRequest, PromptFormatError
 from proxytune.request import Message, Prompt
 
 
@@ -172,6 +169,40 @@ def render(prompt: Prompt, *, prompt_format: str, tokenizer: Tokenizer, name: st
             "nothing to continue.\nhint: give at least one token of text"
         )
     return list(token_ids)
+
+
+def render_each(
+    prompt: Prompt, formats: Sequence[PromptFormat], names: Sequence[str]
+) -> list[Sequence[int]]:
+    """Return the token ids that each of several models gets to see; see `render`.
+
+    Args:
+        prompt: Text or messages.
+        formats: How each model wants its prompts.
+        names: How errors call each.
+    """
+    # Models that share a tokenizer and a format see the same; a long prompt takes a while to tokenise.
+    known: dict[tuple[str, int], Sequence[int]] = {}
+    for own, name in zip(formats, names, strict=True):
+        key = own.prompt_format, id(own.tokenizer)
+        if key not in known:
+            known[key] = render(
+                prompt, prompt_format=own.prompt_format, tokenizer=own.tokenizer, name=name
+            )
+    return [known[own.prompt_format, id(own.tokenizer)] for own in formats]
+
+
+def text_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Return a plain text's token ids, without special tokens."""
+    return list(tokenizer.encode(text, add_special_tokens=False)) if text else []
+
+
+def start_id(tokenizer: Tokenizer) -> int | None:
+    """Return the token that the tokenizer puts before a text; None if it puts none there."""
+    with_start = tokenizer.encode("a", add_special_tokens=True)
+    bos = getattr(tokenizer, "bos_token", None)
+    bos_id = None if bos is None else tokenizer.get_vocab().get(bos)
+    return with_start[0] if with_start[0] == bos_id else None
 
 
 def continuation_ids(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -8,10 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from proxytune.errors import (
-    InvalidRequest,
-    ProxytuneError,
-)
+from proxytune.errors import InvalidRequest, ProxytuneError
 
 LOSS_LOG = "log.jsonl"
 """The name of the file with a run's losses, in `TuneSettings.training`."""

@@ -18,13 +18,7 @@ from proxytune.backends.api.backend import ApiBackend
 from proxytune.backends.api.client import ApiClient, Budget
 from proxytune.backends.api.positions import Position, position_of
 from proxytune.decode.speculative import Drafting
-from proxytune.errors import (
-    ApiError,
-    BackendError,
-    BudgetSpent,
-    InvalidRequest,
-    UnsupportedModel,
-)
+from proxytune.errors import ApiError, BackendError, BudgetSpent, InvalidRequest, UnsupportedModel
 from proxytune.model import ProxyTuned
 from proxytune.recipe.spec import ApiSettings, ModelSpec
 from proxytune.request import SamplingParams
@@ -87,7 +81,7 @@ def behind(
         stack.callback(backend.close)
         members = (replace(base, backend=backend), *local.ensemble.members[1:])
         recipe = replace(local.recipe, base=ModelSpec(model=url, api=settings))
-        formats = local._formats
+        formats = local.formats
         yield ProxyTuned(replace(local.ensemble, members=members), formats, recipe), server, backend
         assert not server.failures
 
@@ -191,7 +185,7 @@ def test_the_expert_drafts_and_one_call_verifies():
     local = in_process()
     expert = local.ensemble.members[2].backend
     members = (replace(local.ensemble.members[0], backend=expert), *local.ensemble.members[1:])
-    local = ProxyTuned(replace(local.ensemble, members=members), local._formats, local.recipe)
+    local = ProxyTuned(replace(local.ensemble, members=members), local.formats, local.recipe)
     drafting = Drafting(7, "expert", is_adaptive=False)
     with behind(local, ALL, ApiSettings(lookahead=1)) as (remote, server, backend):
         assert backend.can_score
@@ -571,9 +565,7 @@ def test_a_draft_keeps_to_the_small_models_context():
     small = ToyBackend(toy_table(1, eos_logit=-100.0), name="small", memory=0.5, max_context=42)
     members = list(local.ensemble.members)
     members[1] = replace(members[1], backend=small)
-    local = ProxyTuned(
-        replace(local.ensemble, members=tuple(members)), local._formats, local.recipe
-    )
+    local = ProxyTuned(replace(local.ensemble, members=tuple(members)), local.formats, local.recipe)
     requests = [
         local_request("a" * 30, greedy(12)),
         local_request("abc", greedy(39)),

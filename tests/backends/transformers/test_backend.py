@@ -500,7 +500,10 @@ def test_an_adapter_of_another_model_is_a_mismatch(tmp_path):
     small = tiny_model(tmp_path / "small")
     other = tiny_model(tmp_path / "other", hidden_size=32)
     deep = tiny_model(tmp_path / "deep", num_layers=3)
-    for trained_on, why in ((other, "size mismatch"), (deep, "no place for")):
+    for trained_on, why in (
+        (other, "size mismatch"),
+        (deep, "has weights the model does not have"),
+    ):
         tiny_adapter(trained_on, tmp_path / f"of-{trained_on.name}")
         files = find_adapter(str(tmp_path / f"of-{trained_on.name}"), root=tmp_path)
         with pytest.raises(AdapterMismatch, match=rf"(?s)of-{trained_on.name} does not fit.*{why}"):

@@ -1,0 +1,126 @@
+"""What the models make of given answers: token by token, or which of a few the steered base prefers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from proxytune.decode.batch import Batch
+from proxytune.decode.collect import Collector, run
+from proxytune.decode.ensemble import Ensemble, Job
+from proxytune.errors import BackendError, InvalidRequest
+from proxytune.measure.score import Passage, explain_passage
+from proxytune.request import SamplingParams
+from proxytune.text.detokenize import TextStream
+from proxytune.text.prompts import Tokenizer, continuation_ids
+from proxytune.trace import Trace, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which of a few answers a steered base prefers.
+
+    Args:
+        option: The likeliest.
+        index: Its place among the options.
+        probs: Probability of each option, in order; the sum is 1. 0 for one that the base did not show.
+        alphas: Strength of steering by expert.
+        is_certified: Whether the full logits are proved to prefer the same; None where all were seen.
+        usage: What calls to a base behind an API have cost.
+    """
+
+    option: str
+    index: int
+    probs: tuple[float, ...]
+    alphas: Mapping[str, float]
+    is_certified: bool | None = None
+    usage: Usage | None = None
+
+
+def first_tokens(options: Sequence[str], tokenizer: Tokenizer) -> list[int]:
+    """Return the token that each option begins with.
+
+    Raises:
+        InvalidRequest: There are fewer than two options, or two begin with the same token.
+    """
+    token_ids = [continuation_ids(option, tokenizer)[:1] for option in options]
+    first = [ids[0] for ids in token_ids if ids]
+    if len(options) < 2 or len(set(first)) < len(options):
+        raise InvalidRequest(
+            f"the options {', '.join(map(repr, options))} are not two or more that begin with different "
+            "tokens.\nhint: let them begin with letters, and list in the prompt what these stand for"
+        )
+    return first
+
+
+def choose(ensemble: Ensemble, job: Job, options: Sequence[str], *, shows_all: bool) -> Choice:
+    """Return the option that the steered base prefers, by the first token of each.
+
+    Args:
+        ensemble: The models.
+        job: Prompt and strengths.
+        options: The answers, as they would follow the prompt.
+        shows_all: Whether the base shows all its logits, so that there is nothing to prove.
+
+    Raises:
+        InvalidRequest: The options do not begin with different tokens.
+        BackendError: A model failed, or the base shows none of the options.
+    """
+    batch = Batch(ensemble, [job])
+    logits, is_certified = batch.first_logits(first_tokens(options, ensemble.tokenizer))
+    if bool(torch.isneginf(logits).all()):
+        raise BackendError(
+            "none of the options is among the tokens that the base shows, and it cannot be asked about "
+            "them.\nhint: a larger top_logprobs shows more; say in the prompt which answers are wanted"
+        )
+    probs: list[float] = logits.softmax(-1).tolist()
+    best = max(range(len(options)), key=probs.__getitem__)
+    certified = None if shows_all else is_certified
+    return Choice(options[best], best, tuple(probs), job.strengths, certified, batch.usage(0))
+
+
+def trace_given(
+    ensemble: Ensemble, job: Job, given: Sequence[int], sampling: SamplingParams | None
+) -> Trace:
+    """Return what each model gives each token of a given continuation, and perhaps go on from there.
+
+    Args:
+        ensemble: The models; the base shows all its logits.
+        job: Prompt, strengths, and how much to record.
+        given: Token ids of the base's vocabulary that follow the prompt.
+        sampling: How to go on after them; None ends there.
+
+    Returns:
+        A trace whose first `num_given` steps are the continuation's.
+    """
+    started = time.perf_counter()
+    text = TextStream(ensemble.tokenizer, prompt_ids=job.prompts[0])
+    passage = Passage(tuple(tuple(ids) for ids in job.prompts), tuple(given))
+    found = explain_passage(ensemble, passage, alphas=job.alphas, num_top=job.num_top)
+    steps = tuple(replace(step, text=text.push(step.token_id)) for step in found)
+    content = "".join(step.text for step in steps)
+    num_prompt_tokens = len(job.prompts[0])
+    if sampling is None:
+        trace = Trace(
+            content + text.finish(), "given", steps, num_prompt_tokens, alphas=job.strengths
+        )
+    else:
+        prompts = tuple(
+            [*prompt_ids, *member.own_ids(given)]
+            for member, prompt_ids in zip(ensemble.members, job.prompts, strict=True)
+        )
+        collector = Collector(replace(job, prompts=prompts, sampling=sampling))
+        for _ in run(ensemble, [collector]):
+            pass
+        trace = collector.trace()
+        # A character that was given by half is completed by the text that follows.
+        trace = replace(
+            trace,
+            text=content + trace.text,
+            steps=(*steps, *(replace(s, index=s.index + len(steps)) for s in trace.steps)),
+            num_prompt_tokens=num_prompt_tokens,
+        )
+    return replace(trace, num_given=len(steps), latency_s=time.perf_counter() - started)
