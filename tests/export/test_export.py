@@ -389,8 +389,8 @@ def test_a_rule_without_a_name_is_refused_unless_the_caller_names_it(tmp_path):
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     for index, (tokenizer, why) in enumerate(
         [
-            (tokenizer_with(split(r"\w+|\W+")), r"no name in llama\.cpp.*\\w\+"),
-            (tokenizer_with(words, ignore_merges=True), "taken whole"),
+            (tokenizer_with(split(r"\w+|\W+")), r"without a known name in llama\.cpp.*\\w\+"),
+            (tokenizer_with(words, ignore_merges=True), "keeping words that are tokens whole"),
             (tokenizer_with(words, normalizer=normalizers.Lowercase()), "Lowercase"),
         ]
     ):
@@ -594,7 +594,7 @@ def test_an_adapter_on_a_head_is_written_where_the_head_stands_alone(tmp_path):
     _, tensors = exported_adapter(small, adapter, tmp_path / "adapter.gguf")
     assert sorted(tensors) == ["output.weight.lora_a", "output.weight.lora_b"]
     tied = llama(tmp_path / "tied", tie_word_embeddings=True)
-    with pytest.raises(UnsupportedModel, match="its embedding too"):
+    with pytest.raises(UnsupportedModel, match="its embedding, too"):
         exported_adapter(tied, adapter, tmp_path / "out.gguf")
 
 
@@ -616,7 +616,7 @@ def test_another_file_is_kept_unless_it_is_to_be_replaced(tmp_path):
     output = tmp_path / "deep" / "out.gguf"
     first = export(small, output, dtype="F32")
     assert export(small, output, dtype="F32") == first
-    with pytest.raises(OutputFileError, match=r"(?s)another content.*--force"):
+    with pytest.raises(OutputFileError, match=r"(?s)other content.*--force"):
         export(small, output, dtype="F16")
     assert output.stat().st_size == first.num_bytes
     export(small, output, dtype="F16", overwrite=True)
