@@ -23,12 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from proxytune.backends.base import (
-    Backend,
-    Capabilities,
-    Prefilled,
-    num_shared_tokens,
-)
+from proxytune.backends.base import Backend, Capabilities, Prefilled, num_shared_tokens
 from proxytune.errors import PromptTooLong, UnsupportedModel
 from proxytune.text.prompts import Tokenizer, continuation_ids
 from proxytune.text.vocab import TokenMap, Vocabulary, map_tokens, token_bytes

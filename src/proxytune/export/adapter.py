@@ -12,11 +12,7 @@ from typing import TYPE_CHECKING
 
 from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
-from proxytune.errors import (
-    CorruptModel,
-    UnsafeModel,
-    UnsupportedModel,
-)
+from proxytune.errors import CorruptModel, UnsafeModel, UnsupportedModel
 from proxytune.export.layout import check_model, gguf_name, rotated_rows
 from proxytune.export.write import (
     ExportedFile,

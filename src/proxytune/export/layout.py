@@ -11,11 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxytune.checkpoints.checkpoint import Checkpoint
-from proxytune.errors import (
-    CorruptModel,
-    UnsafeModel,
-    UnsupportedModel,
-)
+from proxytune.errors import CorruptModel, UnsafeModel, UnsupportedModel
 
 if TYPE_CHECKING:
     from torch import Tensor

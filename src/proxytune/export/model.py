@@ -12,10 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
-from proxytune.errors import (
-    CorruptModel,
-    UnsupportedModel,
-)
+from proxytune.errors import CorruptModel, UnsupportedModel
 from proxytune.export.adapter import Factors, lora_factors
 from proxytune.export.layout import (
     CONVERTER,
@@ -109,10 +106,7 @@ def plan_model(
         tensors.insert(
             0,
             PlannedTensor(
-                "rope_freqs.weight",
-                tuple(vector.shape),
-                GGMLQuantizationType.F32,
-                lambda: vector,
+                "rope_freqs.weight", tuple(vector.shape), GGMLQuantizationType.F32, lambda: vector
             ),
         )
 

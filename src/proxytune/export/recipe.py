@@ -9,18 +9,10 @@ from pathlib import Path
 from proxytune.checkpoints.adapter import find_adapter
 from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from proxytune.checkpoints.references import is_gguf
-from proxytune.errors import (
-    RecipeError,
-)
+from proxytune.errors import RecipeError
 from proxytune.export.adapter import plan_adapter
 from proxytune.export.model import plan_model
-from proxytune.export.write import (
-    ExportedFile,
-    PlannedFile,
-    check_output,
-    last_part,
-    write_file,
-)
+from proxytune.export.write import ExportedFile, PlannedFile, check_output, last_part, write_file
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, LlamaCppSettings, ModelSpec
 

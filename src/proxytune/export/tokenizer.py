@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from proxytune.checkpoints.checkpoint import Checkpoint
-from proxytune.errors import (
-    UnsupportedModel,
-)
+from proxytune.errors import UnsupportedModel
 from proxytune.export.layout import CONVERTER
 
 if TYPE_CHECKING:

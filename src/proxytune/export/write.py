@@ -14,12 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proxytune.errors import (
-    CorruptModel,
-    InvalidRequest,
-    OutputFileError,
-    UnsupportedModel,
-)
+from proxytune.errors import CorruptModel, InvalidRequest, OutputFileError, UnsupportedModel
 from proxytune.files import replacing
 
 if TYPE_CHECKING:

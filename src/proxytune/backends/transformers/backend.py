@@ -31,11 +31,7 @@ from proxytune.backends.checks import (
     check_token_ids,
 )
 from proxytune.backends.transformers.attention import eager_attention, share_keys
-from proxytune.backends.transformers.cuda_graphs import (
-    CudaRecorder,
-    GraphRunner,
-    Recorder,
-)
+from proxytune.backends.transformers.cuda_graphs import CudaRecorder, GraphRunner, Recorder
 from proxytune.backends.transformers.kinds import (
     allows_gaps,
     cache_option,
@@ -43,10 +39,7 @@ from proxytune.backends.transformers.kinds import (
     is_pure_attention,
 )
 from proxytune.backends.transformers.kv_cache import RoomyCache
-from proxytune.backends.transformers.linear import (
-    pack_linear_layers,
-    speed_up_linear_layers,
-)
+from proxytune.backends.transformers.linear import pack_linear_layers, speed_up_linear_layers
 from proxytune.backends.transformers.lora import (
     PLAIN,
     ROW_ADAPTERS,
@@ -54,14 +47,8 @@ from proxytune.backends.transformers.lora import (
     run_rows_through_adapters,
 )
 from proxytune.backends.transformers.state import TransformersState
-from proxytune.backends.transformers.weights import (
-    add_adapters,
-    load_model,
-    quietly,
-)
-from proxytune.checkpoints.placement import (
-    max_context,
-)
+from proxytune.backends.transformers.weights import add_adapters, load_model, quietly
+from proxytune.checkpoints.placement import max_context
 from proxytune.errors import BackendError, ProxytuneError, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -159,11 +146,7 @@ class TransformersBackend(Backend[TransformersState]):
             return self._forward(token_ids, cache, options, adapters)
 
         return GraphRunner(
-            self.name,
-            forward,
-            recorder,
-            dtype=self.model.dtype,
-            max_context=self._max_context,
+            self.name, forward, recorder, dtype=self.model.dtype, max_context=self._max_context
         )
 
     @classmethod
