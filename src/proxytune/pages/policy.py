@@ -1,7 +1,7 @@
-"""A page put together from its files, and the policy of what may run in it.
+"""Assembles pages from their files, with a policy of what may run in them.
 
-A page is one HTML file with one style and one script. Here they are files of their own, some of them shared:
-`assemble` puts them in, and `page_policy` allows exactly what it put in, by hash, and nothing else.
+A page is one HTML file with one style and one script. Their sources are separate files, some of which both
+pages share. `assemble` inserts them, and `page_policy` allows exactly these, by their hashes.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ import re
 from importlib.resources import files
 
 STYLES = {"playground": ("look.css", "playground.css"), "report": ("look.css", "report.css")}
-"""The files of a page's style, in order: later rules win."""
+"""The style files of each page, in order; later rules win."""
 SCRIPTS = {
     "playground": ("tokens.js", "requests.js", "playground.js"),
     "report": ("tokens.js", "report.js"),
 }
-"""The files of a page's script, in order; they share one scope, which the browser's names are not in."""
+"""The script files of each page, in order. They share one block scope, so they define no global names."""
 
 
 def assemble(name: str) -> str:
-    """Return a page, `playground` or `report`, with its style and its script in it."""
+    """Return the page `playground` or `report` with its style and its script."""
     parts = {
         "style": "\n" + "\n".join(_read(part) for part in STYLES[name]),
         "script": f'\n"use strict";\n{{\n{script(name)}}}\n',
     }
-    # One pass: what is put in is not looked at again.
+    # One pass, so that placeholders in the inserted text stay as they are.
     return re.sub("@(style|script)@", lambda mark: parts[mark[1]], _read(f"{name}.html"))
 
 
 def script(name: str) -> str:
-    """Return a page's script as its files hold it, one after the other."""
+    """Return a page's script: the text of its files, one after the other."""
     return "\n".join(_read(part) for part in SCRIPTS[name])
 
 
