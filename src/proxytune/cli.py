@@ -62,7 +62,7 @@ def _root(
     show_version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Print the version and end"
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit"
         ),
     ] = False,
 ) -> None:

@@ -333,7 +333,7 @@ def test_a_benchmark_is_swept_in_its_own_settings(recipe, tmp_path, monkeypatch)
         (["--task", "letters"], ("a", "b"), "the likelihood of given answers"),
         (["--task", "letters", "--metric", "chrf"], (), "its own items and metric"),
         (["--text-file", "text.txt"], (), "--data-dir is for --task"),
-        (["--task", "letters", "--max-new-tokens", "0"], (), "must be at least 1"),
+        (["--task", "letters", "--max-new-tokens", "0"], (), "a whole number of at least 1"),
     ],
 )
 def test_a_benchmark_that_cannot_be_swept_is_refused(
@@ -363,7 +363,7 @@ def test_a_benchmark_that_cannot_be_swept_is_refused(
         (["--text-file", "t", "--alphas", "frist=1"], "'first'"),
         (["--text-file", "t", "--alphas", "first=1", "--expert", "second"], "leave --expert out"),
         (["--text-file", "t", "--policy", "kl"], "must be one of constant"),
-        (["--text-file", "t", "--policy", "{"], "no JSON"),
+        (["--text-file", "t", "--policy", "{"], "not JSON"),
         (["--text-file", "t", "--combine", "sums"], "'sum'"),
     ],
 )

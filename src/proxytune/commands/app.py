@@ -1,4 +1,4 @@
-"""What the commands share: the app they register with, options that several take, and how they speak.
+"""The app: how commands register, how their help is laid out, and how errors end them.
 
 Answers go to stdout, everything else to stderr. A user's mistake ends with its message and exit code 2, a
 failure of the work itself with 1; a bug keeps its traceback.
@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
+from proxytune.commands.flags import flattened
 from proxytune.errors import BackendError, UserError
 
 
@@ -28,6 +29,23 @@ class _Commands(TyperGroup):
         except BackendError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from None
+
+
+class _Command(TyperCommand):
+    """Shows options under headings, in plain text."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                heading = getattr(parameter, "rich_help_panel", None) or usual
+                sections.setdefault(heading, []).append(record)
+        for heading, records in sections.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
 
 
 # Plain help, without boxes: its first line is there to be copied.
@@ -49,7 +67,9 @@ def command(example: str, *, name: str | None = None) -> Callable[[Function], Fu
     def register(function: Function) -> Function:
         text = inspect.cleandoc(function.__doc__ or "")
         help_text = f"\b\n  {example}\n\n{text}"
-        app.command(name, help=help_text, short_help=text.split("\n")[0])(function)
+        app.command(name, cls=_Command, help=help_text, short_help=text.split("\n")[0])(
+            flattened(function)
+        )
         return function
 
     return register
