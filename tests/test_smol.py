@@ -224,9 +224,10 @@ def test_automodel_generates_the_same_tokens_as_the_library(smol):
 def test_the_demo_measures_that_steering_lowers_the_perplexity_of_each_domain(capsys):
     from rich.console import Console
 
+    from proxytune.commands.progress import bars
     from proxytune.demo import run
 
-    answer = run(console=Console(width=100), json_output=False, new_tokens=4)
+    answer = run(console=Console(width=100), progress=bars(), json_output=False, new_tokens=4)
     shown = capsys.readouterr().out
     assert len(answer["domains"]) >= 2
     for domain in answer["domains"]:

@@ -14,7 +14,7 @@ from typing import Any
 from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TaskID
 from rich.table import Table
 from rich.text import Text
 
@@ -45,12 +45,13 @@ DOMAINS = (
 
 
 def run(
-    *, console: Console, json_output: bool, seed: int = 1, new_tokens: int = 48
+    *, console: Console, progress: Progress, json_output: bool, seed: int = 1, new_tokens: int = 48
 ) -> dict[str, Any]:
     """Score held-out texts and continue prompts, base against steered, and show both.
 
     Args:
-        console: Where the answer goes; progress goes to stderr.
+        console: Where the answer goes.
+        progress: Where it is shown how far the work is.
         json_output: Return the numbers only; the caller prints them.
         seed: Of the sampled continuations.
         new_tokens: Length of each continuation.
@@ -59,14 +60,7 @@ def run(
         What was measured: per domain the perplexities, the change with its interval, and both texts.
     """
     started = time.perf_counter()
-    with Progress(
-        TextColumn("{task.description:<44}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as progress:
+    with progress:
         task = progress.add_task("loading models (the first time converts one)", total=None)
         model = ProxyTuned.load(RECIPE)
         progress.remove_task(task)

@@ -33,7 +33,6 @@ from proxytune.commands.app import (
     json_line,
     load_models,
     read_recipe,
-    stderr,
     stdout,
     steering_of,
 )
@@ -43,6 +42,7 @@ from proxytune.commands.explain import (
     shown_token,
     strengths_of,
 )
+from proxytune.commands.progress import bars, status
 from proxytune.errors import InvalidRequest
 from proxytune.request import Request, SamplingParams
 
@@ -294,26 +294,16 @@ def _generated(
     model: ProxyTuned, requests: Sequence[Request], batch_size: int, trace_file: Path | None
 ) -> Iterator[Trace]:
     """Yield traces as they are made, with a progress bar on stderr."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = stderr()
     with (
         TraceWriter(trace_file) as writer,
-        Progress(
-            TextColumn("generating"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        ) as bar,
+        bars("{task.completed:,.0f} of {task.total:,.0f}") as shown,
     ):
-        task = bar.add_task("generating", total=len(requests))
+        task = shown.add_task("generating", total=len(requests))
         rest = iter(requests)
         while block := list(islice(rest, batch_size)):
             made = model.generate_batch(block, batch_size=batch_size)
             writer.write(made)
-            bar.advance(task, len(block))
+            shown.advance(task, len(block))
             yield from made
 
 
@@ -327,11 +317,11 @@ def _saved(paths: Sequence[Path]) -> Iterator[Trace]:
 def _counted(traces: Iterator[Trace]) -> Iterator[Trace]:
     """Yield traces, with a sign of life on stderr."""
     num_tokens = 0
-    with stderr().status("reading traces") as status:
+    with status("reading traces") as say:
         for number, trace in enumerate(traces, 1):
             num_tokens += trace.num_new_tokens
             if number % 50 == 0:
-                status.update(f"reading traces: {number:,}, {num_tokens:,} tokens")
+                say(f"reading traces: {number:,}, {num_tokens:,} tokens")
             yield trace
 
 

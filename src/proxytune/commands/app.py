@@ -9,14 +9,15 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
+from proxytune.commands.lines import sign_of_life
+from proxytune.commands.progress import status
 from proxytune.errors import (
     BackendError,
     InputFileError,
@@ -53,6 +54,14 @@ class _Commands(TyperGroup):
             raise typer.Exit(1) from None
 
 
+class _Command(TyperCommand):
+    """A command that says every few seconds that it still runs, where stderr is no terminal."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with sign_of_life(str(self.name)):
+            return super().invoke(ctx)
+
+
 # Plain help, without boxes: its first line is there to be copied.
 app = typer.Typer(
     cls=_Commands,
@@ -66,13 +75,23 @@ app = typer.Typer(
 Function = TypeVar("Function", bound=Callable[..., None])
 
 
-def command(example: str, *, name: str | None = None) -> Callable[[Function], Function]:
-    """Register a command whose help is a line to paste and then the function's docstring."""
+def command(
+    example: str, *, name: str | None = None, is_endless: bool = False
+) -> Callable[[Function], Function]:
+    """Register a command whose help is a line to paste and then the function's docstring.
+
+    Args:
+        example: The line to paste.
+        name: What it is called; the function's name if left out.
+        is_endless: It runs until somebody ends it, so that there is no progress to report.
+    """
 
     def register(function: Function) -> Function:
         text = inspect.cleandoc(function.__doc__ or "")
         help_text = f"\b\n  {example}\n\n{text}"
-        app.command(name, help=help_text, short_help=text.split("\n")[0])(function)
+        kind = TyperCommand if is_endless else _Command
+        register_as = app.command(name, cls=kind, help=help_text, short_help=text.split("\n")[0])
+        register_as(function)
         return function
 
     return register
@@ -395,7 +414,7 @@ def load_models(
             f"--{given[0].replace('_', '-')} is for a base behind an API, and this one runs here.\n"
             "hint: leave it out"
         )
-    with stderr().status("loading models"):
+    with status("loading models"):
         from proxytune.backends.api_client import Budget
         from proxytune.model import ProxyTuned
 
@@ -422,40 +441,6 @@ def stderr() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False)
-
-
-@contextmanager
-def progress(doing: str, units: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on stderr while something runs; give it how much is done, of how much in all."""
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = stderr()
-    with Progress(
-        TextColumn(doing),
-        BarColumn(),
-        TextColumn(
-            f"{{task.percentage:>3.0f}}%, {{task.completed:,.0f}} of {{task.total:,.0f}} {units},"
-        ),
-        TimeElapsedColumn(),
-        TextColumn("elapsed,"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task(doing, total=1, start=False)
-
-        def advance(done: int, total: int) -> None:
-            bar.start_task(task)
-            bar.update(task, completed=done, total=total)
-
-        yield advance
 
 
 def json_line(content: Mapping[str, Any]) -> str:

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from proxytune.trace import Step
 
 
-@command("proxytune chat my-recipe --alpha 0.5")
+@command("proxytune chat my-recipe --alpha 0.5", is_endless=True)
 def chat(
     recipe: RecipeArgument,
     alpha: AlphaOption = None,

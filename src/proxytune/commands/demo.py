@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from proxytune.commands.app import JsonOption, command, json_line, stdout
+from proxytune.commands.progress import bars
 from proxytune.request import SamplingParams
-
-if TYPE_CHECKING:
-    pass
 
 
 @command("proxytune demo")
@@ -29,6 +27,12 @@ def demo(
     SamplingParams(max_new_tokens=new_tokens, seed=seed)  # refused before models load
     from proxytune.demo import run
 
-    answer = run(console=stdout(), json_output=as_json, seed=seed, new_tokens=new_tokens)
+    answer = run(
+        console=stdout(),
+        progress=bars("{task.percentage:.0f}%", transient=True),
+        json_output=as_json,
+        seed=seed,
+        new_tokens=new_tokens,
+    )
     if as_json:
         typer.echo(json_line(answer))

@@ -29,12 +29,14 @@ from proxytune.commands.app import (
     load_models,
     number_of,
     read_recipe,
-    stderr,
     stdout,
 )
+from proxytune.commands.progress import bars
 from proxytune.errors import InvalidRequest
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+
     from proxytune.evaluate import Progress
     from proxytune.model import ProxyTuned
     from proxytune.recipe import Recipe
@@ -246,7 +248,7 @@ def evaluate(
             max_cost=max_cost if wanted.base.api is not None else None,
         )
 
-    show = _Bar()
+    show = _Shown()
     try:
         report = run(
             found,
@@ -286,39 +288,19 @@ def _command_line() -> str:
     return " ".join(["proxytune", *map(shlex.quote, sys.argv[1:])])
 
 
-class _Bar:
-    """A progress bar on stderr, one line for each predictor and benchmark."""
+class _Shown:
+    """A bar on stderr for each predictor and benchmark."""
 
     def __init__(self) -> None:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        console = stderr()
-        self._bar = Progress(
-            TextColumn("{task.description:<32}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._tasks: dict[tuple[str, str], object] = {}
-        self._bar.start()
+        self._bars = bars("{task.completed:,.0f} of {task.total:,.0f}", doing="evaluating")
+        self._tasks: dict[tuple[str, str], TaskID] = {}
+        self._bars.start()
 
     def __call__(self, progress: Progress) -> None:
         key = (progress.task, progress.predictor)
         if key not in self._tasks:
-            self._tasks[key] = self._bar.add_task(
-                f"{progress.task}, {progress.predictor}", total=progress.num_samples
-            )
-        self._bar.update(self._tasks[key], completed=progress.num_done)  # type: ignore[arg-type]
+            self._tasks[key] = self._bars.add_task(", ".join(key), total=progress.num_samples)
+        self._bars.update(self._tasks[key], completed=progress.num_done)
 
     def close(self) -> None:
-        self._bar.stop()
+        self._bars.stop()

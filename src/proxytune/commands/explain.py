@@ -35,12 +35,12 @@ from proxytune.commands.app import (
     load_models,
     number_of,
     read_recipe,
-    stderr,
     stdin_text,
     stdout,
     steering_of,
     strengths_text,
 )
+from proxytune.commands.progress import status
 from proxytune.errors import InvalidRequest, OutputFileError
 from proxytune.request import Prompt, Request, SamplingParams
 
@@ -425,7 +425,7 @@ def _explained(
         requests: list[Request] = []
         for question in block:
             requests += _requests(model, question, top)
-        with stderr().status(f"explaining {len(block)} of {len(questions)} from {start + 1} on"):
+        with status(f"explaining {len(block)} of {len(questions)} from {start + 1} on"):
             made = iter(model.generate_batch(requests, batch_size=BATCH_SIZE))
             for question in block:
                 runs = []

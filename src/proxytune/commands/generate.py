@@ -44,12 +44,12 @@ from proxytune.commands.app import (
     load_models,
     rate_text,
     read_recipe,
-    stderr,
     stdin_text,
     steering_of,
     strengths_text,
     with_policy,
 )
+from proxytune.commands.progress import bars
 from proxytune.errors import (
     InvalidRequest,
     OutputFileError,
@@ -424,15 +424,6 @@ def _generate_file(
     max_calls: int | None,
     max_cost: float | None,
 ) -> None:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     from proxytune import batch_file
 
     options = batch_file.BatchOptions(
@@ -444,18 +435,10 @@ def _generate_file(
         skip_bad_lines=skip_bad_lines,
         speculative=speculative,
     )
-    console = stderr()
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TextColumn("elapsed,"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=console,
-        disable=not console.is_terminal,
+    shown = bars(
+        "{task.completed:,.0f} of {task.total:,.0f}",
+        "{task.fields[rate]}",
+        doing="generating",
         speed_estimate_period=600,  # A block of long texts may take minutes, and ends all at once.
     )
     started = 0.0
@@ -476,15 +459,15 @@ def _generate_file(
         nonlocal started, seen
         if seen is None:
             started = time.perf_counter()
-            bar.add_task(
+            shown.add_task(
                 "generating", total=progress.num_lines, completed=progress.num_done, rate=""
             )
         seen = progress
         rate = progress.num_new_tokens / max(time.perf_counter() - started, 1e-9)
-        bar.update(bar.task_ids[0], completed=progress.num_done, rate=f"{rate:,.1f} tokens/s,")
+        shown.update(shown.task_ids[0], completed=progress.num_done, rate=f"{rate:,.1f} tokens/s")
 
     try:
-        with bar:
+        with shown:
             report = batch_file.run_batch(
                 input_file,
                 output_file,

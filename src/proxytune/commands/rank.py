@@ -19,10 +19,10 @@ from proxytune.commands.app import (
     json_line,
     load_models,
     number_of,
-    progress,
     read_recipe,
     stdout,
 )
+from proxytune.commands.progress import progress
 from proxytune.commands.sweep import (
     DataOption,
     LimitOption,

@@ -14,10 +14,10 @@ from proxytune.commands.app import (
     RecipeArgument,
     command,
     json_line,
-    stderr,
     stdout,
     with_policy,
 )
+from proxytune.commands.progress import status
 from proxytune.errors import (
     InvalidRequest,
 )
@@ -251,7 +251,7 @@ def doctor(recipe: RecipeArgument, as_json: JsonOption = False) -> None:
     from proxytune.recipe import Recipe
 
     found = Recipe.read(recipe)
-    with stderr().status("looking at the models"):
+    with status("looking at the models"):
         from proxytune.doctor import examine
 
         diagnosis = examine(found, ask_server=True)
@@ -341,7 +341,7 @@ def export_gguf(
                 f"--adapter is given, and {source} is a recipe, whose adapters are all written.\n"
                 "hint: leave --adapter out, or name the small model instead of the recipe"
             )
-        with stderr().status("writing GGUF files"):
+        with status("writing GGUF files"):
             written = export.export_recipe(
                 Recipe.read(source), output, dtype=dtype, pre=pre, overwrite=force
             )
@@ -351,7 +351,7 @@ def export_gguf(
         typer.echo(written.directory)
         return
     model = find_checkpoint(source, root=root)
-    with stderr().status("writing a GGUF file"):
+    with status("writing a GGUF file"):
         if adapter is None:
             file = export.export_model(model, output, dtype=dtype, pre=pre, overwrite=force)
         else:

@@ -26,12 +26,12 @@ from proxytune.commands.app import (
     json_line,
     load_models,
     number_of,
-    progress,
     read_recipe,
     stdin_text,
     stdout,
     with_policy,
 )
+from proxytune.commands.progress import progress
 
 if TYPE_CHECKING:
     from proxytune.score import ScoreReport

@@ -56,7 +56,7 @@ class Engine(str, Enum):
     vllm = "vllm"
 
 
-@command("proxytune serve my-recipe")
+@command("proxytune serve my-recipe", is_endless=True)
 def serve(
     ctx: typer.Context,
     recipe: RecipeArgument,

@@ -26,11 +26,11 @@ from proxytune.commands.app import (
     json_line,
     load_models,
     number_of,
-    progress,
     read_recipe,
     stdout,
     with_policy,
 )
+from proxytune.commands.progress import progress
 from proxytune.errors import InvalidRequest
 from proxytune.request import SamplingParams
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from proxytune.commands.app import JsonOption, command, json_line, stderr
+from proxytune.commands.progress import bars
 from proxytune.errors import (
     MissingExtra,
 )
@@ -321,28 +321,21 @@ def tune(
 
 
 def _tuning_display() -> Any:
-    """Return a progress display: one bar on a terminal, now and then a line elsewhere."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
+    """Return a progress display: a bar for each stage; without a terminal, a line when it ends."""
     from proxytune.tune.run import Display
 
     console = stderr()
 
     class Bar(Display):
         def __init__(self) -> None:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
-                TextColumn("{task.fields[numbers]}"),
-                TimeRemainingColumn(),
-                TextColumn("left"),
+            self._bars = bars(
+                "{task.completed:,.0f} of {task.total:,.0f}",
+                "{task.fields[numbers]}",
+                doing="tuning",
                 console=console,
-                disable=not console.is_terminal,
             )
-            self._progress.start()
+            self._bars.start()
             self._tasks: dict[str, Any] = {}
-            self._shown_at: dict[str, float] = {}
 
         def say(self, text: str) -> None:
             console.print(text, markup=False, soft_wrap=True)
@@ -354,16 +347,12 @@ def _tuning_display() -> Any:
                 if value is not None
             )
             if name not in self._tasks:
-                self._tasks[name] = self._progress.add_task(name, total=total, numbers="")
-            self._progress.update(self._tasks[name], completed=done, total=total, numbers=shown)
-            now = time.monotonic()
-            if not console.is_terminal and (
-                done >= total or now - self._shown_at.get(name, now - 61) > 60
-            ):
-                self._shown_at[name] = now
+                self._tasks[name] = self._bars.add_task(name, total=total, numbers="")
+            self._bars.update(self._tasks[name], completed=done, total=total, numbers=shown)
+            if not console.is_terminal and done >= total:
                 self.say(f"{name}: {done:,.0f} of {total:,.0f}" + (f", {shown}" if shown else ""))
 
         def close(self) -> None:
-            self._progress.stop()
+            self._bars.stop()
 
     return Bar()

@@ -1,0 +1,91 @@
+"""Bars of rich, which say themselves in lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+from proxytune.commands.lines import LINES, Lines, duration
+
+
+class Bars(Progress):
+    """A rich `Progress` with a bar, figures and times for each task; see `progress.bars`.
+
+    Args:
+        figures: Texts in rich's format, left out while a task's total is not known.
+        doing: What runs while there is no task.
+        console: Where it is shown; stderr if left out.
+        lines: Takes the lines where the console is no terminal.
+        settings: Further ones of rich.
+    """
+
+    def __init__(
+        self,
+        *figures: str,
+        doing: str = "working",
+        console: Console | None = None,
+        lines: Lines = LINES,
+        **settings: Any,
+    ) -> None:
+        console = console or Console(stderr=True, highlight=False)
+        super().__init__(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            *(_Figure(figure, markup=False) for figure in figures),
+            _Elapsed(),
+            _Left(),
+            console=console,
+            disable=not console.is_terminal,
+            **settings,
+        )
+        self._lines = lines
+        self._doing = doing
+        self._started = time.monotonic()
+
+    def start(self) -> None:
+        """Begin to show it."""
+        if self.disable:
+            self._lines.begin(self.line)
+        else:
+            super().start()
+
+    def stop(self) -> None:
+        """Show it no more."""
+        if self.disable:
+            self._lines.end(self.line)
+        else:
+            super().stop()
+
+    def line(self) -> str:
+        """Return the latest unfinished task as text, or else how long all has run."""
+        tasks = [task for task in self.tasks if not task.finished]
+        if not tasks:
+            return f"{self._doing}, {duration(time.monotonic() - self._started)} elapsed"
+        texts = [
+            str(column(tasks[-1]))
+            for column in self.columns
+            if isinstance(column, ProgressColumn) and not isinstance(column, BarColumn)
+        ]
+        return ", ".join(text for text in texts if text)
+
+
+class _Figure(TextColumn):
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else super().render(task)
+
+
+class _Elapsed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        seconds = task.finished_time if task.finished else task.elapsed
+        return Text("" if seconds is None else f"{duration(seconds)} elapsed")
+
+
+class _Left(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        seconds = task.time_remaining
+        known = task.total is not None and seconds is not None and not task.finished
+        return Text(f"{duration(seconds)} left" if known and seconds is not None else "")

@@ -1,0 +1,166 @@
+"""How commands show how far they are: bars on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+from rich.console import Console
+
+from proxytune.commands.bars import Bars
+from proxytune.commands.lines import LINE_EVERY_S, Lines, sign_of_life
+
+QUICK_S = 0.01
+PATIENCE_S = 30.0
+
+
+def wait_for(is_there: Callable[[], bool]) -> None:
+    ends = time.monotonic() + PATIENCE_S
+    while not is_there():
+        assert time.monotonic() < ends, "nothing was written"
+        time.sleep(QUICK_S)
+
+
+def in_a_file(lines: Lines, **settings: str) -> Bars:
+    console = Console(file=io.StringIO(), force_terminal=False)
+    return Bars(
+        "{task.completed:,.0f} of {task.total:,.0f} tokens",
+        console=console,
+        lines=lines,
+        **settings,
+    )
+
+
+def test_two_lines_are_at_most_ten_seconds_apart_on_a_late_machine():
+    assert 5 <= LINE_EVERY_S <= 8
+
+
+def test_a_line_comes_again_and_again_while_work_says_nothing_and_none_after_it():
+    written: list[str] = []
+    with in_a_file(Lines(QUICK_S, written.append), doing="tuning") as bars:
+        wait_for(lambda: len(written) >= 3)
+        bars.add_task("an epoch", total=None)
+        wait_for(lambda: written[-1].startswith("an epoch"))
+    assert written[0] == "tuning, 0:00:00 elapsed"
+    assert written[-1] == "an epoch, 0:00:00 elapsed"
+    num_lines = len(written)
+    time.sleep(10 * QUICK_S)
+    assert len(written) == num_lines
+
+
+def test_a_line_has_the_figures_of_the_latest_unfinished_task():
+    bars = in_a_file(Lines())
+    first = bars.add_task("loading", total=1)
+    assert bars.line() == "loading, 0 of 1 tokens, 0:00:00 elapsed"
+    second = bars.add_task("[scoring]", total=4096)
+    bars.update(first, completed=1)
+    bars.update(second, completed=1024)
+    assert re.fullmatch(
+        r"\[scoring\], 1,024 of 4,096 tokens, 0:00:00 elapsed(, \d:\d\d:\d\d left)?", bars.line()
+    )
+    bars.update(second, completed=4096)
+    assert bars.line() == "working, 0:00:00 elapsed"
+
+
+def test_only_the_innermost_work_speaks_and_the_clock_goes_on_when_it_ends():
+    """Each with a clock of its own, work that follows on shorter work would be silent for two turns."""
+    written: list[str] = []
+    lines = Lines(QUICK_S, written.append)
+    outer, inner = (lambda: "outer"), (lambda: "inner")
+    lines.begin(outer)
+    thread = lines._thread
+    wait_for(lambda: "outer" in written)
+    lines.begin(inner)
+    written.clear()
+    wait_for(lambda: len(written) >= 3)
+    assert set(written) == {"inner"}
+    lines.end(inner)
+    assert lines._thread is thread
+    written.clear()
+    wait_for(lambda: len(written) >= 3)
+    assert set(written) == {"outer"}
+    lines.end(outer)
+    lines.begin(inner)
+    written.clear()
+    wait_for(lambda: "inner" in written)
+    lines.end(inner)
+
+
+def test_work_that_fails_ends_its_lines():
+    lines = Lines(QUICK_S, lambda line: None)
+    with pytest.raises(ZeroDivisionError), sign_of_life("dividing", lines):
+        1 / 0  # noqa: B018
+    with pytest.raises(ZeroDivisionError), in_a_file(lines):
+        1 / 0  # noqa: B018
+    assert lines._running == [] and lines._thread is None
+
+
+def test_on_a_terminal_there_is_a_bar_and_no_line():
+    written: list[str] = []
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with Bars(
+        "{task.percentage:.0f}%", console=console, lines=Lines(QUICK_S, written.append)
+    ) as bars:
+        task = bars.add_task("scoring", total=4)
+        bars.update(task, completed=3)
+        time.sleep(5 * QUICK_S)
+        bars.refresh()
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert "scoring" in shown and "75%" in shown and "━" in shown
+    assert written == []
+
+
+def test_a_command_without_a_bar_of_its_own_speaks_too_where_stderr_is_a_file():
+    code = """
+import sys, time
+from proxytune.commands import lines
+from proxytune.commands.app import app, command
+lines.LINES._every_s = 0.05
+
+@command("proxytune slow")
+def slow() -> None:
+    "Be slow."
+    time.sleep(0.5)
+
+@command("proxytune endless", is_endless=True)
+def endless() -> None:
+    "Be slower."
+    time.sleep(0.5)
+
+sys.argv[1:] = [sys.argv[1]]
+app()
+"""
+    for name, is_heard in (("slow", True), ("endless", False)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, name], capture_output=True, text=True, check=True
+        )
+        assert done.stdout == ""
+        assert ("slow, 0:00:00 elapsed\n" in done.stderr) == is_heard
+        assert is_heard or done.stderr == ""
+
+
+def test_the_command_line_turns_the_bars_of_libraries_off_and_the_import_changes_nothing():
+    code = """
+import os
+import proxytune.cli as cli
+names = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
+assert not any(name in os.environ for name in names)
+cli.app = lambda: None
+try:
+    cli.main()
+except SystemExit:
+    pass
+assert [os.environ[name] for name in names] == ["1", "1"]
+from tqdm.auto import tqdm
+list(tqdm([1, 2, 3], desc="Converting"))
+"""
+    given = {k: v for k, v in os.environ.items() if "TQDM" not in k and "HF_HUB" not in k}
+    done = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
