@@ -44,6 +44,12 @@ else
 fi
 
 extras=${EXTRAS-dev,docs,tune}
+echo "installing proxytune${extras:+ with $extras} into $venv"
+if [ ! -t 1 ]; then
+  # Nobody sees the installer's bars, and it may be silent for minutes.
+  (while sleep 8 > /dev/null 2>&1; do echo "installing into $venv: $SECONDS s"; done) &
+  trap "kill $!" EXIT
+fi
 # shellcheck disable=SC2086  # PACKAGES holds several
 "${install[@]}" --constraint "$constraints" --editable ".${extras:+[$extras]}" ${PACKAGES:-}
 for package in ${WITHOUT:-}; do

@@ -385,7 +385,11 @@ def _key_check(keys: tuple[str, ...]) -> Callable[..., Awaitable[None]]:
 
 
 class _BodyLimit:
-    """Refuses bodies that are too large, or that take too long to arrive."""
+    """Refuses bodies that are too large, or that take too long to arrive.
+
+    starlette's `RequestBodyLimitMiddleware` has no time limit, and reads no more of a body that is too large: its
+    sender, still sending, would see a reset connection in place of the answer.
+    """
 
     def __init__(self, app: ASGIApp, most: int, timeout_s: float) -> None:
         self._app = app
@@ -437,7 +441,11 @@ async def _close(status: int, message: str, scope: Scope, receive: Receive, send
 
 
 class _Books:
-    """Counts and logs requests, and refuses those to a name that is not this server's."""
+    """Counts and logs requests, and refuses those to a name that is not this server's.
+
+    starlette's `TrustedHostMiddleware` answers 400 in plain text and redirects to names with `www.`; here it is 421
+    and an error object, as for everything else that is refused.
+    """
 
     def __init__(
         self, app: ASGIApp, settings: ServerSettings, on_answer: Callable[[str, int], None]
