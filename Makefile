@@ -104,7 +104,7 @@ clean: ## Remove caches and build outputs (.venv and zoo/build stay)
 # Clients of the server, which need nothing of this project.
 .venv-fit/.installed:
 	$(PYTHON) -m venv .venv-fit
-	.venv-fit/bin/python -m pip install --disable-pip-version-check langchain-openai==1.7.4 litellm==1.110.2
+	.venv-fit/bin/python -m pip install --disable-pip-version-check --progress-bar off langchain-openai==1.7.4 litellm==1.110.2
 	touch $@
 
 .venv-gguf/.installed: $(INPUTS)

@@ -25,14 +25,14 @@ fi
 
 if command -v uv > /dev/null; then
   "$venv/bin/python" -c '' 2> /dev/null || uv venv --quiet --allow-existing --python "$python" "$venv"
-  install=(uv pip install --python "$venv/bin/python")
+  install=(uv pip install --no-progress --python "$venv/bin/python")
   # uv does not read pip's configuration, which may name a folder of local wheels (a CPU build of torch, say).
   for folder in ${PIP_FIND_LINKS:-} $("$python" -m pip config get global.find-links 2> /dev/null || true); do
     install+=(--find-links "$folder")
   done
 else
   "$venv/bin/python" -m pip --version > /dev/null 2>&1 || "$python" -m venv --clear "$venv"
-  install=("$venv/bin/python" -m pip install --disable-pip-version-check)
+  install=("$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off)
 fi
 
 constraints=$venv/constraints.txt
@@ -45,11 +45,9 @@ fi
 
 extras=${EXTRAS-dev,docs,tune}
 echo "installing proxytune${extras:+ with $extras} into $venv"
-if [ ! -t 1 ]; then
-  # Nobody sees the installer's bars, and it may be silent for minutes.
-  (while sleep 8 > /dev/null 2>&1; do echo "installing into $venv: $SECONDS s"; done) &
-  trap "kill $!" EXIT
-fi
+# The installer may be silent for minutes; its bars are not shown, as they fill a file with fragments.
+(while sleep 8 > /dev/null 2>&1; do echo "installing into $venv: $SECONDS s"; done) &
+trap "kill $!" EXIT
 # shellcheck disable=SC2086  # PACKAGES holds several
 "${install[@]}" --constraint "$constraints" --editable ".${extras:+[$extras]}" ${PACKAGES:-}
 for package in ${WITHOUT:-}; do
