@@ -387,8 +387,8 @@ def _key_check(keys: tuple[str, ...]) -> Callable[..., Awaitable[None]]:
 class _BodyLimit:
     """Refuses bodies that are too large, or that take too long to arrive.
 
-    starlette's `RequestBodyLimitMiddleware` has no time limit, and reads no more of a body that is too large: its
-    sender, still sending, would see a reset connection in place of the answer.
+    starlette's `RequestBodyLimitMiddleware` has no time limit and does not drain a body that is too large, so
+    that a client still sending would see a reset connection in place of the answer.
     """
 
     def __init__(self, app: ASGIApp, most: int, timeout_s: float) -> None:
@@ -443,8 +443,8 @@ async def _close(status: int, message: str, scope: Scope, receive: Receive, send
 class _Books:
     """Counts and logs requests, and refuses those to a name that is not this server's.
 
-    starlette's `TrustedHostMiddleware` answers 400 in plain text and redirects to names with `www.`; here it is 421
-    and an error object, as for everything else that is refused.
+    starlette's `TrustedHostMiddleware` would answer 400 in plain text, where this API's errors are JSON and 421
+    is the status for it.
     """
 
     def __init__(
