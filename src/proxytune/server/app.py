@@ -443,8 +443,8 @@ async def _close(status: int, message: str, scope: Scope, receive: Receive, send
 class _Books:
     """Counts and logs requests, and refuses those to a name that is not this server's.
 
-    starlette's `TrustedHostMiddleware` would answer 400 in plain text, where this API's errors are JSON and 421
-    is the status for it.
+    starlette's `TrustedHostMiddleware` would answer 400 in plain text, where this API's errors are JSON and
+    421 is the status for it.
     """
 
     def __init__(
