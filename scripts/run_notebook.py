@@ -25,13 +25,19 @@ MAX_PLAIN = 400
 
 def kept(outputs: list[Any]) -> list[Any]:
     """Return a cell's outputs as they are kept, and pass on what it wrote to stderr."""
+    is_drawn = any("image/png" in output.get("data", {}) for output in outputs)
+    found = []
     for output in outputs:
-        if output.output_type == "stream" and output.name == "stderr":
-            sys.stderr.write(output.text)
         data = output.get("data", {})
+        if output.get("name") == "stderr":
+            sys.stderr.write(output.text)
+            continue
+        if is_drawn and set(data) == {"text/plain"}:
+            continue  # What a cell drew says more than the name of what it drew on.
         if "text/html" in data and len(data.get("text/plain", "")) > MAX_PLAIN:
-            data["text/plain"] = f"<{data['text/plain'].partition('(')[0]}>"
-    return [output for output in outputs if output.get("name") != "stderr"]
+            data["text/plain"] = "<shown as HTML>"
+        found.append(output)
+    return found
 
 
 def main() -> int:
