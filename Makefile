@@ -19,7 +19,7 @@ help: ## List these commands
 
 setup: .venv/.installed ## Install everything into .venv (the other commands do it when needed)
 
-# What the demo needs, a part of what the tests need: where these are installed, so is it.
+# The demo needs only a part of what the tests need, so an environment for the tests will do.
 demo: $(if $(wildcard .venv/.installed),.venv/.installed,.venv/.installed-demo) ## Steer a real model with real experts and print base and steered side by side
 	$(BIN)/proxytune demo $(ARGS)
 

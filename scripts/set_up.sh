@@ -45,7 +45,7 @@ fi
 
 extras=${EXTRAS-dev,docs,tune}
 echo "installing proxytune${extras:+ with $extras} into $venv"
-# The installer may be silent for minutes; its bars are not shown, as they fill a file with fragments.
+# The installer can be silent for minutes. Its own progress bars are off, since they clutter a log file.
 (while sleep 8 > /dev/null 2>&1; do echo "installing into $venv: $SECONDS s"; done) &
 trap "kill $!" EXIT
 # shellcheck disable=SC2086  # PACKAGES holds several

@@ -1,4 +1,4 @@
-"""`scripts/check_pages.py` finds what a browser would stumble over in the pages' script."""
+"""`scripts/check_pages.py` finds errors in the pages' script without a browser."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_a_line_has_the_figures_of_the_latest_unfinished_task():
 
 
 def test_only_the_innermost_work_speaks_and_the_clock_goes_on_when_it_ends():
-    """Each with a clock of its own, work that follows on shorter work would be silent for two turns."""
+    """With a clock for each, a series of short jobs inside a long one would be silent."""
     written: list[str] = []
     lines = Lines(QUICK_S, written.append)
     outer, inner = (lambda: "outer"), (lambda: "inner")

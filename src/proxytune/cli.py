@@ -43,7 +43,7 @@ def main() -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             # A model writes any character, whatever the terminal's locale has.
             stream.reconfigure(encoding="utf-8", errors="replace")
-    # Libraries' own bars are not about the command's work, and fill a file that stderr goes to.
+    # Libraries' own progress bars say nothing about the command's work and clutter a log file.
     for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
     try:

@@ -55,7 +55,7 @@ class _Commands(TyperGroup):
 
 
 class _Command(TyperCommand):
-    """A command that says every few seconds that it still runs, where stderr is no terminal."""
+    """A command that reports every few seconds that it is still running, where stderr is not a terminal."""
 
     def invoke(self, ctx: Any) -> Any:
         with sign_of_life(str(self.name)):
@@ -83,7 +83,7 @@ def command(
     Args:
         example: The line to paste.
         name: What it is called; the function's name if left out.
-        is_endless: It runs until somebody ends it, so that there is no progress to report.
+        is_endless: Whether it runs until somebody ends it, so that there is no progress to report.
     """
 
     def register(function: Function) -> Function:

@@ -1,4 +1,4 @@
-"""Bars of rich, which say themselves in lines where there is no terminal."""
+"""Progress bars of rich that become lines of text where there is no terminal."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from proxytune.commands.lines import LINES, Lines, duration
 
 
 class Bars(Progress):
-    """A rich `Progress` with a bar, figures and times for each task; see `progress.bars`.
+    """A rich `Progress` with a bar, figures and times for each task.
 
     Args:
-        figures: Texts in rich's format, left out while a task's total is not known.
-        doing: What runs while there is no task.
-        console: Where it is shown; stderr if left out.
-        lines: Takes the lines where the console is no terminal.
-        settings: Further ones of rich.
+        figures: Texts in rich's format, left out while a task's total is unknown.
+        doing: What to report while no task is running.
+        console: Where it is shown. Default: stderr.
+        lines: What to report to if the console is not a terminal.
+        settings: Further arguments of rich's `Progress`.
     """
 
     def __init__(
@@ -47,21 +47,21 @@ class Bars(Progress):
         self._started = time.monotonic()
 
     def start(self) -> None:
-        """Begin to show it."""
+        """Start showing the bars."""
         if self.disable:
             self._lines.begin(self.line)
         else:
             super().start()
 
     def stop(self) -> None:
-        """Show it no more."""
+        """Stop showing the bars."""
         if self.disable:
             self._lines.end(self.line)
         else:
             super().stop()
 
     def line(self) -> str:
-        """Return the latest unfinished task as text, or else how long all has run."""
+        """Return the latest unfinished task as text; without one, how long the whole has been running."""
         tasks = [task for task in self.tasks if not task.finished]
         if not tasks:
             return f"{self._doing}, {duration(time.monotonic() - self._started)} elapsed"

@@ -1,7 +1,7 @@
 """Lines of progress on stderr: at least one every ten seconds where there is no terminal.
 
-They are those of the innermost work that runs, on one clock: work that follows other work does not begin to
-count anew. Bars are in `bars.py`.
+A command and the work inside it share one clock, and only the innermost running work reports. With a clock for
+each, a series of short jobs would never print anything. Bars are in `bars.py`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 LINE_EVERY_S = 8.0
-"""Time between two lines: a loaded machine may be late by a second or two, and ten are promised."""
+"""Seconds between two lines: users are promised ten, and a loaded machine may be late by one or two."""
 
 
 class Lines:
-    """Writes what the innermost running work says of itself, again and again while anything runs.
+    """Writes a line about the innermost running work, at regular intervals while anything is running.
 
     Args:
         every_s: Time between two lines, in seconds.
-        write: Takes a line.
+        write: Called with each line. Default: print it to stderr.
     """
 
     def __init__(
@@ -36,7 +36,11 @@ class Lines:
         self._thread: threading.Thread | None = None
 
     def begin(self, line: Callable[[], str]) -> None:
-        """Let work say its lines from now on; what began before it is silent until it ends."""
+        """Report on this work from now on; work that is already running is silent until it ends.
+
+        Args:
+            line: Returns the current line.
+        """
         with self._lock:
             self._running.append(line)
             if self._thread is None:
@@ -47,7 +51,7 @@ class Lines:
                 self._thread.start()
 
     def end(self, line: Callable[[], str]) -> None:
-        """Let work say no more."""
+        """Stop reporting on this work."""
         with self._lock:
             self._running.remove(line)
             if self._running or self._thread is None:
@@ -67,17 +71,17 @@ def _to_stderr(line: str) -> None:
 
 
 LINES = Lines()
-"""The lines of this process."""
+"""What commands report to; tests make their own."""
 
 
 def duration(seconds: float) -> str:
-    """Return a time as hours, minutes and seconds."""
+    """Return a time as `H:MM:SS`."""
     return str(timedelta(seconds=int(seconds)))
 
 
 @contextmanager
 def sign_of_life(doing: str, lines: Lines = LINES) -> Iterator[None]:
-    """Report every few seconds that something still runs, unless stderr is a terminal or more is reported."""
+    """Report that something is still running, unless stderr is a terminal or inner work reports more."""
     if sys.stderr.isatty():
         yield
         return

@@ -3,7 +3,7 @@
     with progress("scoring", "tokens") as advance:
         advance(256, 1024)
 
-rich is imported where bars begin, not by every command that could show some.
+rich is imported when a bar is shown, since `proxytune --help` needs none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress(doing: str, units: str) -> Iterator[Callable[[int, int], None]]:
-    """Show how much of something is done while it runs; give it how much that is, of how much in all."""
+    """Show how far something is; call what is yielded with the amount done and the total."""
     with bars(
         "{task.percentage:.0f}%", f"{{task.completed:,.0f}} of {{task.total:,.0f}} {units}"
     ) as shown:
@@ -28,19 +28,19 @@ def progress(doing: str, units: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def status(doing: str) -> Iterator[Callable[[str], None]]:
-    """Show that something runs whose end cannot be foreseen; give it what to say instead."""
+    """Show that something of unknown length is running; call what is yielded to change the text."""
     with bars(transient=True) as shown:
         task = shown.add_task(doing, total=None)
         yield lambda text: shown.update(task, description=text)
 
 
 def bars(*figures: str, doing: str = "working", **settings: Any) -> Bars:
-    """Return bars on stderr, one for each task: a rich `Progress`.
+    """Return a rich `Progress` on stderr, with a bar for each task.
 
     Args:
-        figures: What is said of a task besides its description and times, in rich's format.
-        doing: What runs while there is no task.
-        settings: Further ones of rich.
+        figures: Texts in rich's format, shown between the bar and the times.
+        doing: What to report while no task is running.
+        settings: Further arguments of rich's `Progress`.
     """
     from proxytune.commands.bars import Bars
 
