@@ -1,7 +1,7 @@
 """Lines of progress on stderr: at least one every ten seconds where there is no terminal.
 
-A command and the work inside it share one clock, and only the innermost running work reports. With a clock for
-each, a series of short jobs would never print anything. Bars are in `bars.py`.
+A command and the work inside it share one clock, and only the innermost running work reports. With a clock
+for each, a series of short jobs would never print anything. Bars are in `bars.py`.
 """
 
 from __future__ import annotations
