@@ -143,8 +143,9 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "server": ("answer", "engine", "metrics", "schema", "settings", "service", "app", "run"),
     "commands": (
         "flags",
-        "app",
         "console",
+        "progress",
+        "app",
         "options",
         "bench",
         "chat",

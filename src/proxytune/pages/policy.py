@@ -1,7 +1,8 @@
-"""Assembles pages from their files, with a policy of what may run in them.
+"""A page assembled from its files, and the policy of what may run in it.
 
-A page is one HTML file with one style and one script. Their sources are separate files, some of which both
-pages share. `assemble` inserts them, and `page_policy` allows exactly these, by their hashes.
+A page is served or written as one HTML file with one style and one script. In this folder, style and script
+have files of their own, some of which both pages share. `assemble` inserts them, and `page_policy` allows
+exactly what was inserted, by its hashes.
 """
 
 from __future__ import annotations
@@ -12,27 +13,23 @@ import re
 from importlib.resources import files
 
 STYLES = {"playground": ("look.css", "playground.css"), "report": ("look.css", "report.css")}
-"""The style files of each page, in order; later rules win."""
+"""The files of a page's style, in order: later rules win."""
 SCRIPTS = {
     "playground": ("tokens.js", "requests.js", "playground.js"),
     "report": ("tokens.js", "report.js"),
 }
-"""The script files of each page, in order. They share one block scope, so they define no global names."""
+"""The files of a page's script, in order. They share one scope, apart from the browser's global names."""
 
 
 def assemble(name: str) -> str:
-    """Return the page `playground` or `report` with its style and its script."""
+    """Return a page, `playground` or `report`, with its style and script."""
+    script = "\n".join(_read(part) for part in SCRIPTS[name])
     parts = {
         "style": "\n" + "\n".join(_read(part) for part in STYLES[name]),
-        "script": f'\n"use strict";\n{{\n{script(name)}}}\n',
+        "script": f'\n"use strict";\n{{\n{script}}}\n',
     }
-    # One pass, so that placeholders in the inserted text stay as they are.
+    # In one pass, so that the inserted text is not searched for marks.
     return re.sub("@(style|script)@", lambda mark: parts[mark[1]], _read(f"{name}.html"))
-
-
-def script(name: str) -> str:
-    """Return a page's script: the text of its files, one after the other."""
-    return "\n".join(_read(part) for part in SCRIPTS[name])
 
 
 def page_policy(page: str, *further: str) -> str:
