@@ -117,7 +117,7 @@ def test_an_adapter_of_another_model_or_of_another_kind_is_refused(tmp_path):
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_an_adapter_on_a_head_is_written_where_the_head_stands_alone(tmp_path):
+def test_an_adapter_on_a_head_is_written_if_the_head_is_not_tied(tmp_path):
     small = llama(tmp_path / "small")
     adapter = lora(small, tmp_path / "adapter", target_modules=["lm_head"])
     _, tensors = exported_adapter(small, adapter, tmp_path / "adapter.gguf")

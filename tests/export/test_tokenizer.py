@@ -123,7 +123,7 @@ def test_tokens_beyond_the_embedding_are_refused(tmp_path):
         export(small, tmp_path / "out.gguf")
 
 
-def test_special_and_added_tokens_keep_their_kind_and_a_first_token_is_said(tmp_path):
+def test_special_and_added_tokens_keep_their_kind(tmp_path):
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = tiny_tokenizer(extra_tokens=["<think>"])

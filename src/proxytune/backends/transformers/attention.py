@@ -134,6 +134,7 @@ def eager_attention(device: torch.device) -> contextlib.AbstractContextManager[N
 
     On CUDA it turns cuDNN's attention off. cuDNN plans its kernels again for each number of keys, which grows
     with every token: 25 ms and more of CPU time per model and step on an H200. Without it, eager steps were
-    1.07 to 1.5 times faster. Graphs have few sizes and plan once, and were 1.03 times faster with it.
+    1.07 to 1.5 times faster. Graphs have few sizes and plan once, and were 1.03 times faster with it. (The
+    switch is the process's, so a graph recorded in another thread meanwhile also goes without.)
     """
     return _WITHOUT_CUDNN if device.type == "cuda" else _AS_IT_IS
