@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from proxytune.decode.drafting import AdaptiveDrafter, Drafter, FixedDrafter, drafting_of
+from proxytune.decode.drafting import AdaptiveDrafter, Drafter, FixedDrafter, drafter_of
 from proxytune.decode.ensemble import Job
 from proxytune.decode.lanes import LaneGroup, Lanes, Row, grouped
 from proxytune.decode.reading import Reader, TimedReader, prefill
@@ -84,8 +84,8 @@ def test_backends_that_read_no_live_row_are_left_out():
 def test_who_drafts_follows_from_what_is_allowed():
     def kinds(drafting: Drafting | None) -> tuple[type, type]:
         speculator = None if drafting is None else Speculator(drafting)
-        reader, drafter = drafting_of(lanes_of((1.0, None)), speculator)
-        return type(reader), type(drafter)
+        drafter = drafter_of(lanes_of((1.0, None)), speculator)
+        return type(drafter.reader), type(drafter)
 
     assert kinds(None) == (Reader, Drafter)
     assert kinds(Drafting(3, "expert", is_adaptive=False)) == (Reader, FixedDrafter)
