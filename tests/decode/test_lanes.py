@@ -51,7 +51,7 @@ def summed_up(lanes: Lanes, places: list[int]) -> list[tuple[Any, ...]]:
     ]
 
 
-def test_the_nth_contribution_is_each_rows_nth_pair():
+def test_in_each_contribution_every_row_has_a_pair_of_its_own():
     # Members 1 and 2 are the first pair, 3 and 4 the second.
     lanes = lanes_of((1.0, None), (None, 0.5), (0.2, 0.3))
     first, second = summed_up(lanes, [0, 1, 2])
