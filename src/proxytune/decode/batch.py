@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from proxytune.decode.drafting import drafting_of
+from proxytune.decode.drafting import drafter_of
 from proxytune.decode.ensemble import Ensemble, Job, check_job
 from proxytune.decode.lanes import Block, Kept, Lanes, Row, grouped
 from proxytune.decode.partial import PartialSteering
@@ -100,7 +100,8 @@ class Batch:
         self.seeds = list(sampler.seeds)
         """The seed of each job, drawn if it has none; None for greedy ones."""
         self._lanes = Lanes(ensemble, rows, groups, sampler, device)
-        self._reader, self._drafter = drafting_of(self._lanes, speculator)
+        self._drafter = drafter_of(self._lanes, speculator)
+        self._reader = self._drafter.reader
         for row in rows:
             self._drafter.begin(row)
         partial = groups[0].backend.partial
