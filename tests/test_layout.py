@@ -19,6 +19,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "errors": (),
     "files": (),
     "machine": (),
+    "settings": (),
     "request": (),
     "trace": (),
     "logits": ("certificate", "policy", "sample", "steer", "rules", "views"),
@@ -32,7 +33,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "checkpoint",
         "adapter",
     ),
-    "recipe": ("checks", "spec", "recipe"),
+    "recipe": ("checks", "spec", "card", "directory", "recipe"),
     "export": ("layout", "tokenizer", "write", "adapter", "model", "recipe"),
     "backends": (
         "base",

@@ -143,7 +143,7 @@ def test_metadata_that_transformers_writes_is_ignored():
         (changed((*EXPERT, "alpha"), 10**400), "alpha is"),
         (changed((*EXPERT, "anti_expert"), {"adapter": "x"}), "no model to put it on"),
         (changed((*EXPERT, "anti_expert"), {"same_as": "base"}), "unclear which model"),
-        (changed((*EXPERT, "anti_expert"), {"same_as": "expert"}), 'only "base" is known'),
+        (changed((*EXPERT, "anti_expert"), {"same_as": "expert"}), 'must be "base"'),
         (
             changed((*EXPERT, "anti_expert"), {"same_as": "base", "dtype": "auto"}),
             "same_as and dtype are both given",

@@ -1,13 +1,8 @@
-"""The recipe: which models make a steered one, as a directory in the Hugging Face layout.
+"""The recipe: which models make a steered one, and how they combine. It is read, checked and written here.
 
-    config.json              base, experts, how they combine and how strongly they steer
-    README.md                a model card
-    modeling_proxytune.py    where transformers finds this package, with `trust_remote_code=True`
-    adapters/…               LoRA adapters, if they travel with the recipe
-
-A recipe is read, checked for itself, and written here; whether its models exist and fit together is
-examined in `loading/doctor.py`. Unknown keys are refused at every level, because a misspelt one would
-change the result unseen.
+`directory.py` has the files beside config.json. Whether the models exist and fit together is examined in
+`loading/doctor.py`. Unknown keys are refused at every level, because a misspelt one would silently change the
+result.
 """
 
 from __future__ import annotations
@@ -20,28 +15,37 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from proxytune.checkpoints.hub import hub_recipe
-from proxytune.checkpoints.references import HUB_ID, is_gguf, resolve_package
+from proxytune.checkpoints.references import is_gguf
 from proxytune.errors import (
     InvalidRequest,
-    ModelNotFound,
     RecipeError,
     UnknownExpert,
     did_you_mean,
 )
 from proxytune.files import building, unwritable, write_whole
 from proxytune.logits.policy import COMBINATIONS, Policy
+from proxytune.recipe.card import model_card
 from proxytune.recipe.checks import (
     as_json,
     as_object,
+    check_fields,
     check_keys,
     check_required,
     check_text,
-    finite_float,
-    object_without_doubles,
-    refuse_constant,
+    parse_json,
+    recipe_key,
+)
+from proxytune.recipe.directory import (
+    LOADER,
+    LOADER_NAME,
+    find_recipe,
+    may_write_loader,
+    mover,
+    read_config,
+    reference_from,
 )
 from proxytune.recipe.spec import (
+    FOR_TRANSFORMERS,
     ExpertSpec,
     LlamaCppSettings,
     ModelSpec,
@@ -55,17 +59,6 @@ VOCABULARIES = ("same", "map")
 
 MODEL_TYPE = "proxytune"
 ARCHITECTURE = "ProxyTunedForCausalLM"
-
-LOADER_NAME = "modeling_proxytune.py"
-LOADER = '''\
-"""Leads transformers to the package `proxytune`, which reads this recipe: pip install proxytune."""
-
-from proxytune.integrations.auto import ProxyTunedConfig
-from proxytune.integrations.transformers import ProxyTunedForCausalLM
-
-__all__ = ["ProxyTunedConfig", "ProxyTunedForCausalLM"]
-'''
-"""A file beside config.json that transformers runs with `trust_remote_code=True`, and proxytune never."""
 
 AUTO_MAP = {
     "AutoConfig": "modeling_proxytune.ProxyTunedConfig",
@@ -125,8 +118,8 @@ class Recipe:
     base: ModelSpec
     experts: tuple[ExpertSpec, ...]
     policy: Policy = field(default_factory=Policy)
-    default_expert: str | None = None
-    vocabulary: str = "same"
+    default_expert: str | None = recipe_key()
+    vocabulary: str = recipe_key("same", choices=VOCABULARIES)
     directory: Path = field(default_factory=Path.cwd, compare=False)
     schema: str | None = field(default=None, compare=False)
 
@@ -148,29 +141,29 @@ class Recipe:
             raise RecipeError(
                 f"two experts are called {doubled[0]!r}.\nhint: give each a name of its own"
             )
-        if self.vocabulary not in VOCABULARIES:
-            raise RecipeError(
-                f"vocabulary is {as_json(self.vocabulary)}, and must be {' or '.join(VOCABULARIES)}"
-                f"{did_you_mean(self.vocabulary, VOCABULARIES)}"
-            )
+        check_fields(self)
         if self.base.api is not None:
-            for expert in self.experts:
-                if expert.expert.same_as or expert.anti_expert.same_as:
-                    raise RecipeError(
-                        f'the base is behind an API, and expert {expert.name!r} has {{"same_as": "base"}}, '
-                        "whose logits are seen in part only.\nhint: name small models for both sides"
-                    )
-        if self.base.api is not None and self.policy.reads_base:
-            raise RecipeError(
-                f"the base is behind an API, which shows a part of its distribution, and the policy "
-                f"({self.policy.describe()}) needs all of it.\n"
-                "hint: leave steering out, or use clip, a schedule, or the combinations "
-                f"{', '.join(c for c in COMBINATIONS if not Policy(c).reads_base)}"
-            )
+            self._check_api()
         if self.default_expert is not None and self.default_expert not in names:
             raise RecipeError(
                 f"default_expert is {as_json(self.default_expert)}, and the experts are {', '.join(names)}"
                 f"{did_you_mean(self.default_expert, names)}"
+            )
+
+    def _check_api(self) -> None:
+        """Refuse what needs all logits of a base that is behind an API."""
+        for expert in self.experts:
+            if expert.expert.same_as or expert.anti_expert.same_as:
+                raise RecipeError(
+                    f'the base is behind an API, and expert {expert.name!r} has {{"same_as": "base"}}, but '
+                    "an API shows only some logits.\nhint: name small models for both sides"
+                )
+        if self.policy.reads_base:
+            raise RecipeError(
+                f"the base is behind an API, which shows only some logits, and the policy "
+                f"({self.policy.describe()}) needs all of them.\n"
+                "hint: leave steering out, or use clip, a schedule, or the combinations "
+                f"{', '.join(c for c in COMBINATIONS if not Policy(c).reads_base)}"
             )
 
     @classmethod
@@ -180,7 +173,7 @@ class Recipe:
         Raises:
             RecipeError: Nothing is there, or it is malformed.
         """
-        directory = _find_recipe(os.fspath(reference))
+        directory = find_recipe(os.fspath(reference))
         path = directory / "config.json"
         try:
             content = path.read_bytes()
@@ -201,23 +194,7 @@ class Recipe:
         Raises:
             RecipeError: It is no JSON, has a key twice, holds NaN or infinity, or is no recipe.
         """
-        try:
-            text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-            data = json.loads(
-                text,
-                parse_constant=refuse_constant,
-                parse_float=finite_float,
-                object_pairs_hook=object_without_doubles,
-            )
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"it is not UTF-8: {error}") from error
-        except json.JSONDecodeError as error:
-            raise RecipeError(f"it is not JSON: {error}") from error
-        except RecursionError as error:
-            raise RecipeError("it is nested too deeply to be a recipe") from error
-        except ValueError as error:
-            raise RecipeError(f"it holds a number that cannot be read: {error}") from error
-        return cls.from_dict(data, directory=directory)
+        return cls.from_dict(parse_json(content), directory=directory)
 
     @classmethod
     def from_dict(cls, data: Any, *, directory: Path | None = None) -> Recipe:
@@ -231,17 +208,7 @@ class Recipe:
             RecipeError: A key is unknown or missing, or a value cannot be used; the message names its place.
         """
         data = as_object(data, "the recipe")
-        if data.get("model_type") != MODEL_TYPE:
-            kind = data.get("model_type")
-            if isinstance(kind, str):
-                raise RecipeError(
-                    f"model_type is {as_json(kind)}, so this is a model and not a recipe.\n"
-                    "hint: write a recipe that names it with `proxytune new DIR --base …`"
-                )
-            raise RecipeError(
-                f'model_type is {as_json(kind)}, and must be "{MODEL_TYPE}".\n'
-                f'hint: add "model_type": "{MODEL_TYPE}"'
-            )
+        _check_model_type(data.get("model_type"))
         check_keys(data, known=_OWN_KEYS, ignored=METADATA_KEYS, place="the recipe")
         check_required(data, ("base", "experts"), "the recipe")
         experts = data["experts"]
@@ -255,10 +222,7 @@ class Recipe:
         except InvalidRequest as error:
             raise RecipeError(f"steering: {error}" if steering else str(error)) from error
         default_expert = data.get("default_expert")
-        if default_expert is not None:
-            check_text(default_expert, "default_expert")
         vocabulary = data.get("vocabulary", "same")
-        check_text(vocabulary, "vocabulary")
         schema = data.get("$schema")
         if schema is not None:
             check_text(schema, "$schema")
@@ -338,15 +302,7 @@ class Recipe:
             if only_where_set and spec.llama_cpp is None:
                 return spec
             own = spec.llama_cpp or LlamaCppSettings()
-            kept = replace(
-                spec,
-                dtype=None,
-                device=None,
-                quantization=None,
-                attn_implementation=None,
-                cuda_graphs=False,
-            )
-            return replace(kept, llama_cpp=replace(own, **given))
+            return replace(spec, **FOR_TRANSFORMERS, llama_cpp=replace(own, **given))
 
         return self.with_models(changed)
 
@@ -403,8 +359,8 @@ class Recipe:
         """
         target = Path(os.path.abspath(os.path.expanduser(os.fspath(directory))))
         source = Path(os.path.abspath(self.directory))
-        inside: dict[str, Path] = {}
-        moved = self._moved(source, target, inside) if source != target else self
+        move, inside = mover(source, target)
+        moved = self if source == target else self.with_models(move)
         moved.check_free(target, overwrite=overwrite)
         try:
             target.mkdir(parents=True, exist_ok=True)
@@ -418,7 +374,7 @@ class Recipe:
                 ensure_ascii=False,
                 allow_nan=False,
             )
-            if _may_write_loader(target):
+            if may_write_loader(target):
                 write_whole(target / LOADER_NAME, LOADER)
             if card is not None or _may_write_card(target):
                 write_whole(target / "README.md", card or moved.model_card())
@@ -429,9 +385,7 @@ class Recipe:
 
     def reference_from(self, reference: str, target: Path) -> str:
         """Return a model's reference, written so that it leads to the same files from `target`."""
-        lone = replace(self, base=ModelSpec(model=reference))
-        moved = lone._moved(Path(os.path.abspath(self.directory)), target, {})
-        return moved.base.model or reference
+        return reference_from(Path(os.path.abspath(self.directory)), reference, target)
 
     def check_free(self, target: Path, *, overwrite: bool) -> None:
         """Check that writing there would replace nothing but the same recipe, or another if that is wanted.
@@ -439,20 +393,14 @@ class Recipe:
         Raises:
             RecipeError: It would.
         """
-        path = target / "config.json"
-        if not path.exists():
-            return
-        try:
-            content = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError):
-            content = None
+        content = read_config(target)
         kind = content.get("model_type") if isinstance(content, dict) else None
         if kind is not None and kind != MODEL_TYPE:
             raise RecipeError(
                 f"{target} holds a model of type {as_json(kind)}, which a recipe must not replace.\n"
                 "hint: name another directory"
             )
-        if overwrite:
+        if overwrite or not (target / "config.json").exists():
             return
         try:
             is_same = Recipe.from_dict(content).to_dict() == self.to_dict()
@@ -463,49 +411,6 @@ class Recipe:
                 f"{target} holds another recipe, which would be lost.\n"
                 "hint: name another directory, or delete that recipe first"
             )
-
-    def _moved(self, source: Path, target: Path, inside: dict[str, Path]) -> Recipe:
-        """Return the recipe with local paths that lead to the same files from `target`.
-
-        Adapters inside `source` keep their reference and are entered into `inside`.
-        """
-
-        def move(reference: str | None, *, is_adapter: bool) -> str | None:
-            if reference is None or reference.startswith(("package:", "http://", "https://")):
-                return reference
-            path = Path(os.path.expanduser(reference))
-            if path.is_absolute() or not (source / path).exists():
-                return reference
-            place = Path(os.path.normpath(source / path))
-            if is_adapter and place != source and place.is_relative_to(source):
-                kept = place.relative_to(source).as_posix()
-                inside[kept] = place
-                return kept
-            return Path(os.path.relpath(place, target)).as_posix()
-
-        def move_spec(spec: ModelSpec) -> ModelSpec:
-            api = spec.api
-            if api is not None:
-                api = replace(api, tokenizer=move(api.tokenizer, is_adapter=False))
-            return replace(
-                spec,
-                model=move(spec.model, is_adapter=False),
-                adapter=move(spec.adapter, is_adapter=True),
-                api=api,
-            )
-
-        return replace(
-            self,
-            base=move_spec(self.base),
-            experts=tuple(
-                replace(
-                    expert,
-                    expert=move_spec(expert.expert),
-                    anti_expert=move_spec(expert.anti_expert),
-                )
-                for expert in self.experts
-            ),
-        )
 
     def named(self, names: str | Iterable[str] | None = None) -> tuple[str, ...]:
         """Return the names of the experts that steer, each once: these, or for None the recipe's default.
@@ -587,114 +492,7 @@ class Recipe:
 
     def model_card(self) -> str:
         """Return a README.md with the metadata that the Hub reads."""
-        specs = [("base", self.base)]
-        for expert in self.experts:
-            specs += [
-                (f"{expert.name}, expert", expert.expert),
-                (f"{expert.name}, anti-expert", expert.anti_expert),
-            ]
-        hub_ids: list[str] = []
-        for _, spec in specs:
-            for reference in (spec.model, spec.adapter):
-                if (
-                    reference is not None
-                    and self._is_hub_id(reference)
-                    and reference not in hub_ids
-                ):
-                    hub_ids.append(reference)
-        lines = ["---", "library_name: proxytune", "pipeline_tag: text-generation"]
-        lines += ["tags:", "- proxytune", "- proxy-tuning"]
-        if hub_ids:
-            lines += ["base_model:", *(f"- {hub_id}" for hub_id in hub_ids)]
-        lines += [
-            "---",
-            "",
-            "# A steered model",
-            "",
-            "A recipe for [proxy-tuning](https://arxiv.org/abs/2401.08565): it names models and holds none "
-            "of their weights.",
-            "",
-            "    steered logits = base + alpha * (expert - anti_expert)",
-            "",
-            "| part | model | adapter | prompt |",
-            "| --- | --- | --- | --- |",
-        ]
-        for part, spec in specs:
-            model = "the base itself" if spec.same_as else f"`{spec.model}`"
-            adapter = f"`{spec.adapter}`" if spec.adapter else ""
-            prompt = spec.prompt if spec.prompt in ("plain", "chat") else "a template of its own"
-            lines.append(f"| {part} | {model} | {adapter} | {prompt} |")
-        strengths = ", ".join(f"{expert.name} {expert.alpha:g}" for expert in self.experts)
-        lines += [
-            "",
-            f"Strength of steering (alpha): {strengths}."
-            + ("" if self.policy.is_plain else f" Policy: {self.policy.describe()}."),
-            "",
-            "```bash",
-            "pip install proxytune",
-            'proxytune generate . "Once upon a time"',
-            "```",
-            "",
-        ]
-        if self._runs_in_transformers():
-            lines += [
-                "```python",
-                "from transformers import AutoModelForCausalLM, AutoTokenizer",
-                "",
-                'tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)',
-                'model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)',
-                "```",
-                "",
-            ]
-        return "\n".join(lines)
-
-    def _runs_in_transformers(self) -> bool:
-        """Whether the transformers integration takes it: one stream of tokens, models in process."""
-        specs = [self.base, *(s for e in self.experts for s in (e.expert, e.anti_expert))]
-        return all(
-            spec.same_as
-            or (spec.prompt == self.base.prompt and not spec.api and not spec.llama_cpp)
-            for spec in specs
-        )
-
-    def _is_hub_id(self, reference: str) -> bool:
-        if not HUB_ID.fullmatch(reference) or is_gguf(reference):
-            return False
-        return not (self.directory / reference).exists()
-
-
-# Reading -------------------------------------------------------------------------------------------
-
-
-def _find_recipe(reference: str) -> Path:
-    hint = "hint: write a recipe with `proxytune new`, or check the spelling"
-    if reference.startswith("package:"):
-        try:
-            return resolve_package(reference)
-        except ModelNotFound as error:
-            raise RecipeError(f"no recipe at {reference}: {error}") from error
-    path = Path(os.path.expanduser(reference))
-    try:
-        if path.is_dir():
-            return path.absolute()
-        if path.is_file():
-            if path.name == "config.json":
-                return path.absolute().parent
-            raise RecipeError(
-                f"no recipe at {reference}: it is a file, and a recipe is a directory.\n{hint}"
-            )
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"no recipe at {reference!r}: {error}.\n{hint}") from error
-    # A recipe on the Hub always has an owner; a bare word is a directory that is not there.
-    if HUB_ID.fullmatch(reference) and "/" in reference and ".." not in reference:
-        try:
-            return hub_recipe(reference)
-        except ModelNotFound as error:
-            raise RecipeError(f"no recipe at {reference}: {error}") from error
-    raise RecipeError(f"no recipe at {reference}: no such directory.\n{hint}")
-
-
-# Writing -------------------------------------------------------------------------------------------
+        return model_card(self.models, self.experts, self.policy, self.directory)
 
 
 def _may_write_card(target: Path) -> bool:
@@ -711,12 +509,15 @@ def _may_write_card(target: Path) -> bool:
         return False
 
 
-def _may_write_loader(target: Path) -> bool:
-    """Whether the directory has no loader, or one that a version of this package wrote."""
-    try:
-        there = (target / LOADER_NAME).read_text("utf-8")
-    except FileNotFoundError:
-        return True
-    except (OSError, UnicodeDecodeError):
-        return False
-    return there.split("\n")[0] == LOADER.split("\n")[0]
+def _check_model_type(kind: Any) -> None:
+    if kind == MODEL_TYPE:
+        return
+    if isinstance(kind, str):
+        raise RecipeError(
+            f"model_type is {as_json(kind)}, so this is a model and not a recipe.\n"
+            "hint: write a recipe that names it with `proxytune new DIR --base …`"
+        )
+    raise RecipeError(
+        f'model_type is {as_json(kind)}, and must be "{MODEL_TYPE}".\n'
+        f'hint: add "model_type": "{MODEL_TYPE}"'
+    )

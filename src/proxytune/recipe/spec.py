@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
@@ -14,18 +12,18 @@ from proxytune.checkpoints.references import is_gguf, is_url
 from proxytune.errors import (
     InvalidRequest,
     RecipeError,
-    did_you_mean,
 )
 from proxytune.recipe.checks import (
     as_json,
     as_object,
-    check_count,
+    check_fields,
+    check_json,
     check_keys,
     check_required,
-    check_settings,
-    check_text,
+    recipe_key,
 )
 from proxytune.request import check_alpha
+from proxytune.settings import declared, options_of
 
 CACHE_DTYPES = ("float32", "float16", "q8_0")
 """What llama.cpp may keep keys and values in."""
@@ -36,8 +34,14 @@ DEFAULT_CONTEXT = 4096
 ENDPOINTS = ("completions", "chat")
 """Parts of an OpenAI-compatible API that generate text."""
 
-_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")  # lower case would let keys pass for names
-_EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+FOR_TRANSFORMERS: dict[str, Any] = {
+    "dtype": None,
+    "device": None,
+    "quantization": None,
+    "attn_implementation": None,
+    "cuda_graphs": False,
+}
+"""Keys of a model that transformers alone reads, and their defaults."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +60,13 @@ class LlamaCppSettings:
         RecipeError: A value cannot be used.
     """
 
-    threads: int | None = None
-    gpu_layers: int = -1
-    context_size: int | None = None
-    cache_dtype: str | None = None
+    threads: int | None = recipe_key(at_least=1)
+    gpu_layers: int = recipe_key(-1, at_least=-1)
+    context_size: int | None = recipe_key(at_least=1)
+    cache_dtype: str | None = recipe_key(choices=CACHE_DTYPES)
 
     def __post_init__(self) -> None:
-        check_count("threads", self.threads, least=1)
-        check_count("gpu_layers", self.gpu_layers, least=-1)
-        check_count("context_size", self.context_size, least=1)
-        if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:
-            raise RecipeError(
-                f"cache_dtype is {as_json(self.cache_dtype)}, and must be one of {', '.join(CACHE_DTYPES)}"
-            )
+        check_fields(self)
 
     def context_of(self, trained: int | None) -> int:
         """Return the most tokens of a row, of a model trained for `trained`."""
@@ -100,49 +98,27 @@ class ApiSettings:
         RecipeError: A value cannot be used.
     """
 
-    model: str | None = None
-    tokenizer: str | None = None
-    key_env: str | None = None
-    endpoint: str | None = None
-    top_logprobs: int | None = None
-    lookahead: int | None = None
-    max_concurrency: int = 4
-    timeout_s: float = 60.0
-    max_retries: int = 8
-    prompt_price: float = 0.0
-    completion_price: float = 0.0
+    model: str | None = recipe_key()
+    tokenizer: str | None = recipe_key()
+    # Lower case would let keys pass for names.
+    key_env: str | None = recipe_key(pattern="^[A-Z_][A-Z0-9_]{0,63}$")
+    endpoint: str | None = recipe_key(choices=ENDPOINTS)
+    top_logprobs: int | None = recipe_key(at_least=1)
+    lookahead: int | None = recipe_key(at_least=1)
+    max_concurrency: int = recipe_key(4, at_least=1)
+    timeout_s: float = recipe_key(60.0, above=0)
+    max_retries: int = recipe_key(8, at_least=0)
+    prompt_price: float = recipe_key(0.0, at_least=0)
+    completion_price: float = recipe_key(0.0, at_least=0)
 
     def __post_init__(self) -> None:
-        for key in ("model", "tokenizer", "key_env", "endpoint"):
-            if getattr(self, key) is not None:
-                check_text(getattr(self, key), key)
-        if self.key_env is not None and not _VARIABLE.fullmatch(self.key_env):
+        # The value is not shown: it may be a key.
+        if not options_of(ApiSettings)["key_env"].holds(self.key_env):
             raise RecipeError(
-                "key_env is not the name of an environment variable, and a key itself must never stand in a "
-                'recipe.\nhint: export OPENAI_API_KEY=…, and write "key_env": "OPENAI_API_KEY"'
+                "key_env is not the name of an environment variable, and a recipe must never hold the key "
+                'itself.\nhint: export OPENAI_API_KEY=…, and write "key_env": "OPENAI_API_KEY"'
             )
-        if self.endpoint not in (None, *ENDPOINTS):
-            raise RecipeError(
-                f"endpoint is {as_json(self.endpoint)}, and must be one of {', '.join(ENDPOINTS)}"
-                f"{did_you_mean(self.endpoint or '', ENDPOINTS)}"
-            )
-        for key, least in (
-            ("top_logprobs", 1),
-            ("lookahead", 1),
-            ("max_concurrency", 1),
-            ("max_retries", 0),
-        ):
-            check_count(key, getattr(self, key), least=least)
-        for key in ("timeout_s", "prompt_price", "completion_price"):
-            value = getattr(self, key)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if (
-                not is_number
-                or not math.isfinite(value)
-                or value < 0
-                or (key == "timeout_s" and not value)
-            ):
-                raise RecipeError(f"{key} is {as_json(value)}, and must be a number above 0")
+        check_fields(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,33 +147,40 @@ class ModelSpec:
         RecipeError: A value is of the wrong kind, or two exclude each other.
     """
 
-    model: str | None = None
-    adapter: str | None = None
-    same_as: Literal["base"] | None = None
-    revision: str | None = None
-    dtype: str | None = None
-    device: str | None = None
-    quantization: Mapping[str, Any] | None = field(default=None, hash=False)
-    attn_implementation: str | None = None
-    cuda_graphs: bool = False
-    prompt: str = "plain"
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
+    model: str | None = recipe_key()
+    adapter: str | None = recipe_key()
+    same_as: Literal["base"] | None = recipe_key(
+        words='"base"', hint="name a model with model, or leave same_as out"
+    )
+    revision: str | None = recipe_key()
+    dtype: str | None = recipe_key(choices=(*DTYPES, "auto"))
+    device: str | None = recipe_key()
+    quantization: Mapping[str, Any] | None = field(
+        default=None,
+        hash=False,
+        metadata=declared(
+            "",
+            at_least=1,
+            words="an object of settings",
+            hint='{"quant_method": "bitsandbytes", "load_in_4bit": true}',
+        ),
+    )
+    attn_implementation: str | None = recipe_key()
+    cuda_graphs: bool = recipe_key(False)
+    prompt: str = recipe_key(
+        "plain",
+        choices=("plain", "chat"),
+        pattern=r"\{\{|\{%",
+        words='"plain", "chat" or a Jinja template',
+    )
+    trust_remote_code: bool = recipe_key(False)
+    allow_pickle: bool = recipe_key(False)
     llama_cpp: LlamaCppSettings | None = None
     api: ApiSettings | None = None
 
     def __post_init__(self) -> None:
-        for key in (
-            "model", "adapter", "same_as", "revision", "dtype", "device", "attn_implementation", "prompt",
-        ):  # fmt: skip
-            value = getattr(self, key)
-            if value is not None or key == "prompt":
-                check_text(value, key)
-        for key in ("trust_remote_code", "allow_pickle", "cuda_graphs"):
-            if not isinstance(getattr(self, key), bool):
-                raise RecipeError(
-                    f"{key} is {as_json(getattr(self, key))}, and must be true or false"
-                )
+        check_fields(self)
+        check_json(self.quantization, "quantization")
         if self.same_as is not None:
             self._check_same_as()
         elif self.model is None and self.adapter is None:
@@ -205,13 +188,6 @@ class ModelSpec:
                 "neither model nor same_as is given, so there is nothing to run.\n"
                 'hint: {"model": "owner/name"}, or {"same_as": "base"} in an expert'
             )
-        if self.dtype is not None and self.dtype not in (*DTYPES, "auto"):
-            raise RecipeError(
-                f"dtype is {as_json(self.dtype)}, and must be one of {', '.join((*DTYPES, 'auto'))}"
-                f"{did_you_mean(self.dtype, (*DTYPES, 'auto'))}"
-            )
-        if self.quantization is not None:
-            check_settings(self.quantization)
         if self.model is not None and is_url(self.model):
             self._check_api()
         elif self.api is not None:
@@ -225,13 +201,6 @@ class ModelSpec:
             raise RecipeError(
                 f"adapter is {as_json(self.adapter)}, and GGUF adapters are for llama.cpp.\n"
                 'hint: name its model as a .gguf file with "llama_cpp": {}, or the adapter as PEFT saved it'
-            )
-        if self.prompt not in ("plain", "chat") and not (
-            "{{" in self.prompt or "{%" in self.prompt
-        ):
-            raise RecipeError(
-                f'prompt is {as_json(self.prompt)}, and must be "plain", "chat" or a Jinja template'
-                f"{did_you_mean(self.prompt, ('plain', 'chat'))}"
             )
 
     def _check_api(self) -> None:
@@ -263,7 +232,7 @@ class ModelSpec:
                 "and llama.cpp takes .gguf files.\n"
                 "hint: make one with `proxytune export-gguf`"
             )
-        for key in ("dtype", "device", "quantization", "attn_implementation", "cuda_graphs"):
+        for key in FOR_TRANSFORMERS:
             if getattr(self, key):
                 raise RecipeError(
                     f"llama_cpp and {key} are both given, and {key} is for transformers.\n"
@@ -272,11 +241,6 @@ class ModelSpec:
                 )
 
     def _check_same_as(self) -> None:
-        if self.same_as != "base":
-            raise RecipeError(
-                f'same_as is {as_json(self.same_as)}, and only "base" is known.\n'
-                "hint: name a model with model, or leave same_as out"
-            )
         for setting in fields(self):
             if setting.name != "same_as" and getattr(self, setting.name) != setting.default:
                 raise RecipeError(
@@ -318,18 +282,19 @@ class ExpertSpec:
         RecipeError: A value cannot be used, or two exclude each other.
     """
 
-    name: str
+    name: str = field(
+        metadata=declared(
+            "",
+            pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$",
+            words="letters, digits, '.', '_' and '-', beginning with a letter or digit",
+        )
+    )
     expert: ModelSpec
     anti_expert: ModelSpec
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        check_text(self.name, "name")
-        if not _EXPERT_NAME.fullmatch(self.name):
-            raise RecipeError(
-                f"name is {as_json(self.name)}, and must be letters, digits, '.', '_' and '-', "
-                "beginning with a letter or digit"
-            )
+        check_fields(self)
         try:
             object.__setattr__(self, "alpha", check_alpha(self.alpha))
         except (InvalidRequest, OverflowError) as error:
