@@ -273,7 +273,10 @@ def _from_json(kind: Any, value: Any) -> Any:
         return (value,)
     if isinstance(value, Mapping):
         # JSON's keys are text.
-        value = [[int(key) if str(key).isdecimal() else key, own] for key, own in value.items()]
+        value = [
+            [int(key) if re.fullmatch(r"-?\d+", str(key)) else key, own]
+            for key, own in value.items()
+        ]
     if not isinstance(value, list):
         return value
     kinds = items * len(value) if is_any_number else items
