@@ -180,7 +180,7 @@ def test_what_is_wrong_with_a_recipe_is_said_with_its_place(content, message):
 def test_an_expert_and_anti_expert_that_are_both_the_base_are_refused():
     content = changed((*EXPERT, "anti_expert"), {"same_as": "base"})
     content["experts"][0]["expert"] = {"same_as": "base"}
-    with pytest.raises(RecipeError, match="their difference is nothing"):
+    with pytest.raises(RecipeError, match="their difference is zero"):
         Recipe.from_dict(content)
 
 

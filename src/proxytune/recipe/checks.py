@@ -13,14 +13,14 @@ from proxytune.settings import option, options_of
 
 def _refuse_constant(constant: str) -> Any:
     """Refuse NaN and infinities in a JSON file."""
-    raise RecipeError(f"it holds {constant}, and every number must be finite")
+    raise RecipeError(f"it holds {constant}, but every number must be finite")
 
 
 def _finite_float(text: str) -> float:
     """Read a JSON number, refusing one that overflows."""
     value = float(text)
     if not math.isfinite(value):
-        raise RecipeError(f"it holds {text[:40]}, and every number must be finite")
+        raise RecipeError(f"it holds {text[:40]}, but every number must be finite")
     return value
 
 
@@ -38,7 +38,7 @@ def parse_json(content: bytes | str) -> Any:
     """Return the content of a JSON file.
 
     Raises:
-        RecipeError: It is no JSON, has a key twice, or holds NaN or infinity.
+        RecipeError: It is not JSON, has a key twice, or holds NaN or infinity.
     """
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
@@ -59,7 +59,7 @@ def parse_json(content: bytes | str) -> Any:
 
 
 def as_object(value: Any, place: str) -> dict[str, Any]:
-    """Return a value as a dict, refusing what is no JSON object."""
+    """Return a value as a dict, refusing anything but a JSON object."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise RecipeError(f"{place} is {as_json(value)}, and must be an object")
     return dict(value)
@@ -72,7 +72,7 @@ def check_keys(
     place: str,
     ignored: frozenset[str] = frozenset(),
 ) -> None:
-    """Refuse unknown keys, naming the known one that is closest."""
+    """Refuse unknown keys, suggesting the closest known one."""
     for key in value:
         if key not in known and key not in ignored:
             raise RecipeError(
@@ -92,11 +92,11 @@ def check_required(value: Mapping[str, Any], required: Sequence[str], place: str
 
 
 def check_text(value: Any, key: str) -> None:
-    """Check that a value is text that can name something: not empty, and no file name's forbidden parts."""
+    """Check that a value is non-empty text without NUL characters or lone surrogates."""
     if not isinstance(value, str) or not value:
         raise RecipeError(f"{key} is {as_json(value)}, and must be text")
     if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-        raise RecipeError(f"{key} is {as_json(value)}, which holds a character that no text has")
+        raise RecipeError(f"{key} is {as_json(value)}, which contains a character that no text has")
 
 
 def check_json(value: Mapping[str, Any] | None, name: str) -> None:
@@ -135,7 +135,7 @@ def check_fields(settings: Any) -> None:
 
 
 def as_json(value: Any) -> str:
-    """Return a value as JSON would write it, cut to what fits into a message."""
+    """Return a value as JSON, shortened to fit into a message."""
     try:
         text = json.dumps(value)
     except (TypeError, ValueError, RecursionError):

@@ -55,7 +55,7 @@ from proxytune.recipe.spec import (
 from proxytune.request import Steering
 
 VOCABULARIES = ("same", "map")
-"""What may become of small models whose tokenizer is another one than the base's."""
+"""What happens to small models whose tokenizer differs from the base's."""
 
 MODEL_TYPE = "proxytune"
 ARCHITECTURE = "ProxyTunedForCausalLM"
@@ -64,7 +64,7 @@ AUTO_MAP = {
     "AutoConfig": "modeling_proxytune.ProxyTunedConfig",
     "AutoModelForCausalLM": "modeling_proxytune.ProxyTunedForCausalLM",
 }
-"""Where a written config.json sends transformers' Auto classes that do not know recipes."""
+"""Where config.json leads transformers' Auto classes, which do not know recipes."""
 
 _OWN_KEYS = (
     "model_type", "architectures", "base", "experts", "combine", "steering", "default_expert", "vocabulary",
@@ -94,7 +94,7 @@ METADATA_KEYS = frozenset(
         "vocab_size",
     }
 )
-"""Keys that transformers writes into any config.json; they are allowed and mean nothing here."""
+"""Keys that transformers writes into any config.json; they are allowed and ignored here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,15 +104,15 @@ class Recipe:
     Args:
         base: The large model.
         experts: One or more, each with its own name.
-        policy: How strongly and by which experts to steer at each token; adding offsets up unless said.
+        policy: How strongly and by which experts to steer at each token. Default: offsets are added up.
         default_expert: The expert that steers when a request names none; None for all of them.
-        vocabulary: Whether small models of another tokenizer than the base's are refused (`same`), or steer
-            the tokens that both have (`map`).
-        directory: Where the recipe stands; relative references start from it.
-        schema: Where an editor finds the format as JSON Schema, `$schema` in the file; kept, and not read.
+        vocabulary: Whether small models with another tokenizer than the base's are refused (`same`), or
+            steer the tokens that both have (`map`).
+        directory: The recipe's directory, from which relative references start.
+        schema: Where an editor finds the format as JSON Schema, `$schema` in the file; kept but not read.
 
     Raises:
-        RecipeError: The parts do not make a recipe.
+        RecipeError: The parts do not form a recipe.
     """
 
     base: ModelSpec
@@ -128,25 +128,23 @@ class Recipe:
             raise RecipeError('base has no model.\nhint: {"model": "owner/name"}')
         if self.base.adapter is not None:
             raise RecipeError(
-                "base has an adapter, and a base is left as it is.\n"
+                "base has an adapter, but a base is never changed.\n"
                 "hint: merge the adapter into it with PEFT's merge_and_unload, and name the result"
             )
         if not self.experts:
-            raise RecipeError(
-                "experts is empty, so there is nothing that steers.\nhint: give one expert"
-            )
+            raise RecipeError("experts is empty; a recipe needs at least one.\nhint: add an expert")
         names = [expert.name for expert in self.experts]
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
             raise RecipeError(
-                f"two experts are called {doubled[0]!r}.\nhint: give each a name of its own"
+                f"two experts are called {doubled[0]!r}.\nhint: give each its own name"
             )
         check_fields(self)
         if self.base.api is not None:
             self._check_api()
         if self.default_expert is not None and self.default_expert not in names:
             raise RecipeError(
-                f"default_expert is {as_json(self.default_expert)}, and the experts are {', '.join(names)}"
+                f"default_expert is {as_json(self.default_expert)}, but the experts are {', '.join(names)}"
                 f"{did_you_mean(self.default_expert, names)}"
             )
 
@@ -192,7 +190,7 @@ class Recipe:
         """Build a recipe from the content of its config.json.
 
         Raises:
-            RecipeError: It is no JSON, has a key twice, holds NaN or infinity, or is no recipe.
+            RecipeError: It is not JSON, has a key twice, holds NaN or infinity, or is not a recipe.
         """
         return cls.from_dict(parse_json(content), directory=directory)
 
@@ -201,8 +199,8 @@ class Recipe:
         """Build a recipe from the object of its config.json.
 
         Args:
-            data: As `to_dict` returns it; keys that transformers writes into any config are ignored.
-            directory: Where relative references start; None for the working directory.
+            data: The object as `to_dict` returns it; keys that transformers adds to any config are ignored.
+            directory: Directory from which relative references start; None for the working directory.
 
         Raises:
             RecipeError: A key is unknown or missing, or a value cannot be used; the message names its place.
@@ -249,7 +247,7 @@ class Recipe:
 
     @property
     def base_tokenizer(self) -> ModelSpec:
-        """The model whose tokenizer speaks for the base: the base, or another where it is behind an API."""
+        """The model that provides the base's tokenizer: the base, or another if it is behind an API."""
         if self.base.api is None:
             return self.base.weights
         if self.base.api.tokenizer is not None:
@@ -264,7 +262,7 @@ class Recipe:
         attn_implementation: str | None = None,
         cuda_graphs: bool | None = None,
     ) -> Recipe:
-        """Return the recipe with these settings in every model of transformers; None leaves each its own."""
+        """Return the recipe with these settings in all models that transformers runs; None keeps theirs."""
         given = {
             "device": device,
             "dtype": dtype,
@@ -283,8 +281,8 @@ class Recipe:
         """Return the recipe with every `.gguf` file run by llama.cpp, with these settings.
 
         Args:
-            only_where_set: Leave files to transformers that the recipe leaves to it.
-            settings: Of `LlamaCppSettings`; None leaves each model its own.
+            only_where_set: Change only models that the recipe runs with llama.cpp already.
+            settings: Fields of `LlamaCppSettings`; None keeps each model's own.
 
         Raises:
             RecipeError: The recipe names no `.gguf` file, or a setting cannot be used.
@@ -292,8 +290,8 @@ class Recipe:
         given: dict[str, Any] = {k: value for k, value in settings.items() if value is not None}
         if not any(spec.model and is_gguf(spec.model) for spec in self.models.values()):
             raise RecipeError(
-                "the recipe names no .gguf file, so there is nothing that llama.cpp could run.\n"
-                "hint: `proxytune export-gguf` makes them"
+                "the recipe names no .gguf file, so llama.cpp has nothing to run.\n"
+                "hint: make one with `proxytune export-gguf`"
             )
 
         def changed(spec: ModelSpec) -> ModelSpec:
@@ -342,20 +340,20 @@ class Recipe:
         overwrite: bool = False,
         card: str | None = None,
     ) -> Recipe:
-        """Write the recipe and return it as it stands there.
+        """Write the recipe into a directory and return it as written there.
 
-        Local paths are written so that they lead to the same files from the new place; adapters inside the
-        recipe's own directory are copied along. A model card, and the file that leads transformers here, are
-        written where there are none, and replace those that this method wrote and nobody edited.
+        Local paths are rewritten so that they lead to the same files from there, and adapters inside the
+        recipe's own directory are copied along. A model card, and the file that leads transformers to this
+        package, are written if missing; those that this method wrote and nobody edited are replaced.
 
         Args:
-            directory: Made if it is not there.
-            overwrite: Replace another recipe that is there.
-            card: The model card to write, whatever card is there; None for the recipe's own.
+            directory: Where to write; made if it is missing.
+            overwrite: Whether to replace another recipe that is there.
+            card: The model card to write, replacing any that is there; None for the recipe's own.
 
         Raises:
-            RecipeError: Another recipe is there, or a model.
-            OutputFileError: The place cannot be written.
+            RecipeError: Another recipe, or a model, is there.
+            OutputFileError: The directory cannot be written.
         """
         target = Path(os.path.abspath(os.path.expanduser(os.fspath(directory))))
         source = Path(os.path.abspath(self.directory))
@@ -384,11 +382,11 @@ class Recipe:
         return replace(moved, directory=target)
 
     def reference_from(self, reference: str, target: Path) -> str:
-        """Return a model's reference, written so that it leads to the same files from `target`."""
+        """Return a model's reference, rewritten so that it leads to the same files from `target`."""
         return reference_from(Path(os.path.abspath(self.directory)), reference, target)
 
     def check_free(self, target: Path, *, overwrite: bool) -> None:
-        """Check that writing there would replace nothing but the same recipe, or another if that is wanted.
+        """Check that `target` is free, or holds the same recipe, or another that may be replaced.
 
         Raises:
             RecipeError: It would.
@@ -496,7 +494,7 @@ class Recipe:
 
 
 def _may_write_card(target: Path) -> bool:
-    """Whether the directory has no model card, or the one its recipe was written with."""
+    """Whether the directory has no model card, or the one that its recipe was written with."""
     try:
         there = (target / "README.md").read_text("utf-8")
     except FileNotFoundError:

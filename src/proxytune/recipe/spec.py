@@ -1,4 +1,4 @@
-"""One model, one expert: their keys."""
+"""One model and one expert of a recipe: their keys, with limits, and the rules between keys."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from proxytune.request import check_alpha
 from proxytune.settings import declared, options_of
 
 CACHE_DTYPES = ("float32", "float16", "q8_0")
-"""What llama.cpp may keep keys and values in."""
+"""Dtypes in which llama.cpp can keep keys and values."""
 
 DEFAULT_CONTEXT = 4096
-"""Most tokens of a row in llama.cpp, where the recipe does not say."""
+"""Maximum number of tokens of a row in llama.cpp, unless the recipe sets one."""
 
 ENDPOINTS = ("completions", "chat")
-"""Parts of an OpenAI-compatible API that generate text."""
+"""Endpoints of an OpenAI-compatible API that generate text."""
 
 FOR_TRANSFORMERS: dict[str, Any] = {
     "dtype": None,
@@ -41,20 +41,20 @@ FOR_TRANSFORMERS: dict[str, Any] = {
     "attn_implementation": None,
     "cuda_graphs": False,
 }
-"""Keys of a model that transformers alone reads, and their defaults."""
+"""Keys that only models run by transformers have, and their defaults."""
 
 
 @dataclass(frozen=True, slots=True)
 class LlamaCppSettings:
-    """How llama.cpp runs a `.gguf` file, as it is, where transformers would unpack it to float32.
+    """How llama.cpp runs a `.gguf` file as it is; transformers would unpack it to float32.
 
     Args:
-        threads: Processor threads; None for one per core that torch uses.
-        gpu_layers: Layers that go to a GPU, if llama.cpp was built for one; -1 for all.
-        context_size: Most tokens a row can hold; None for what the model was trained for, at most
+        threads: Number of processor threads; None for one per core that torch uses.
+        gpu_layers: Number of layers on a GPU, if llama.cpp was built for one; -1 for all.
+        context_size: Maximum number of tokens of a row; None for the model's own limit, at most
             `DEFAULT_CONTEXT`.
-        cache_dtype: Of keys and values: `float32`, `float16` or `q8_0`; None is float32 for a file that
-            is not quantised, and float16 else.
+        cache_dtype: Dtype of keys and values: `float32`, `float16` or `q8_0`; None is float32 for a file
+            that is not quantized, otherwise float16.
 
     Raises:
         RecipeError: A value cannot be used.
@@ -69,30 +69,31 @@ class LlamaCppSettings:
         check_fields(self)
 
     def context_of(self, trained: int | None) -> int:
-        """Return the most tokens of a row, of a model trained for `trained`."""
+        """Return the maximum number of tokens of a row, for a model trained for `trained`."""
         return self.context_size or min(trained or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
 
     def cache_dtype_of(self, stored_dtype: str) -> str:
-        """Return what keys and values are kept in, for weights stored in this dtype."""
+        """Return the dtype of keys and values, for weights stored in `stored_dtype`."""
         return self.cache_dtype or ("float32" if stored_dtype == "float32" else "float16")
 
 
 @dataclass(frozen=True, slots=True)
 class ApiSettings:
-    """How a base behind an OpenAI-compatible HTTP API is asked.
+    """How to call a base behind an OpenAI-compatible HTTP API.
 
     Args:
-        model: What the server calls the model; None for the only one that it lists.
-        tokenizer: A model whose tokens are the base's; None for the first anti-expert.
-        key_env: The environment variable that holds the API key; None sends none. Keys are never stored.
-        endpoint: `completions`, or `chat` where the server offers nothing else; None finds out.
-        top_logprobs: Most likely tokens to ask for at each position; None for 100, or what the server allows.
-        lookahead: Most tokens of the base's own continuation to ask for in one call; None adapts, up to 32.
-        max_concurrency: Calls at the same time.
-        timeout_s: Seconds until a call without an answer is given up and repeated.
-        max_retries: How often a call that failed is repeated.
-        prompt_price: Of a million prompt tokens, in any currency.
-        completion_price: Of a million generated tokens, in the same one.
+        model: The server's name for the model; None for the only one that it lists.
+        tokenizer: A model with the base's tokenizer; None for the first anti-expert.
+        key_env: The environment variable that holds the API key; None sends no key. Keys are never stored.
+        endpoint: `completions`, or `chat` if the server offers nothing else; None finds out.
+        top_logprobs: Number of likeliest tokens to ask for at each position; None for 100, or what the
+            server allows.
+        lookahead: Maximum number of tokens of the base's own continuation in one call; None adapts, up to 32.
+        max_concurrency: Maximum number of calls at the same time.
+        timeout_s: Seconds after which a call without an answer is repeated.
+        max_retries: Maximum number of repetitions of a failed call.
+        prompt_price: Price of a million prompt tokens, in any currency.
+        completion_price: Price of a million generated tokens, in the same currency.
 
     Raises:
         RecipeError: A value cannot be used.
@@ -126,25 +127,25 @@ class ModelSpec:
     """One model of a recipe.
 
     Args:
-        model: A local directory, a `.gguf` file, `package:NAME/PATH`, or a Hub id; of the base also the
+        model: A local directory, a `.gguf` file, `package:NAME/PATH`, or a Hub id; for the base also the
             address of an API.
         adapter: A LoRA adapter on it: a local directory, `package:NAME/PATH`, or a Hub id.
-        same_as: `base` reuses the base's logits, and excludes all else.
+        same_as: `base` reuses the base's logits; no other key may be set.
         revision: Branch, tag or commit of the model, if it is a Hub id.
-        dtype: `float32`, `bfloat16`, `float16`, or `auto` for the stored one; None is the stored one on an
-            accelerator and float32 on the CPU.
-        device: As torch names it, or `auto` to spread the model; None is CUDA where there is some.
-        quantization: What transformers takes as `quantization_config`, such as `{"load_in_4bit": true}`.
-        attn_implementation: What transformers takes under that name, such as `sdpa`.
-        cuda_graphs: Launch the kernels of short forwards all at once; needs a CUDA device of its own.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto` for the stored dtype; None is the stored dtype on
+            an accelerator and float32 on the CPU.
+        device: A device as torch names it, or `auto` to spread the model; None is CUDA if available.
+        quantization: The `quantization_config` of transformers, such as `{"load_in_4bit": true}`.
+        attn_implementation: The option of that name in transformers, such as `sdpa`.
+        cuda_graphs: Launch the kernels of short forwards all at once; the model must be on one CUDA device.
         prompt: `plain`, `chat` for the tokenizer's own template, or a Jinja template.
         trust_remote_code: Run code that comes with the model.
-        allow_pickle: Accept pickled weights, which can run any code when they are read.
+        allow_pickle: Accept pickled weights, which can run any code when they are loaded.
         llama_cpp: Run a `.gguf` file with llama.cpp; None leaves it to transformers.
-        api: How to ask a base whose `model` is the address of an API, such as `http://localhost:8000/v1`.
+        api: How to call a base whose `model` is the address of an API, such as `http://localhost:8000/v1`.
 
     Raises:
-        RecipeError: A value is of the wrong kind, or two exclude each other.
+        RecipeError: A value has the wrong type, or two keys exclude each other.
     """
 
     model: str | None = recipe_key()
@@ -192,14 +193,14 @@ class ModelSpec:
             self._check_api()
         elif self.api is not None:
             raise RecipeError(
-                f"api is given and model is {as_json(self.model)}, which is no address.\n"
+                f"api is given, but model is {as_json(self.model)}, which is not an address.\n"
                 'hint: "model": "http://localhost:8000/v1", or leave api out'
             )
         elif self.llama_cpp is not None:
             self._check_llama_cpp()
         elif self.model is not None and self.adapter is not None and is_gguf(self.adapter):
             raise RecipeError(
-                f"adapter is {as_json(self.adapter)}, and GGUF adapters are for llama.cpp.\n"
+                f"adapter is {as_json(self.adapter)}, but only llama.cpp reads GGUF adapters.\n"
                 'hint: name its model as a .gguf file with "llama_cpp": {}, or the adapter as PEFT saved it'
             )
 
@@ -210,32 +211,32 @@ class ModelSpec:
         for setting in fields(self):
             if setting.name not in kept and getattr(self, setting.name) != setting.default:
                 raise RecipeError(
-                    f"model is the address of an API and {setting.name} is given, which its server decides.\n"
+                    f"model is the address of an API, whose server decides {setting.name}.\n"
                     f"hint: leave {setting.name} out"
                 )
         address = urlsplit(self.model or "")
         if address.username or address.password or address.query:
             raise RecipeError(
-                "the address of the API holds a name, a password or a query, and a recipe holds no secrets.\n"
+                "the address of the API contains a user name, a password or a query, but a recipe must hold "
+                "no secrets.\n"
                 'hint: name an environment variable in "api": {"key_env": "OPENAI_API_KEY"}'
             )
 
     def _check_llama_cpp(self) -> None:
         if self.model is not None and not is_gguf(self.model):
             raise RecipeError(
-                f"llama_cpp is given and model is {as_json(self.model)}, and llama.cpp runs .gguf files.\n"
+                f"llama_cpp is given, but model is {as_json(self.model)}, which is not a .gguf file.\n"
                 "hint: name a .gguf file, or make one with `proxytune export-gguf`"
             )
         if self.adapter is not None and not is_gguf(self.adapter):
             raise RecipeError(
-                f"llama_cpp is given and adapter is {as_json(self.adapter)}, "
-                "and llama.cpp takes .gguf files.\n"
+                f"llama_cpp is given, but adapter is {as_json(self.adapter)}, which is not a .gguf file.\n"
                 "hint: make one with `proxytune export-gguf`"
             )
         for key in FOR_TRANSFORMERS:
             if getattr(self, key):
                 raise RecipeError(
-                    f"llama_cpp and {key} are both given, and {key} is for transformers.\n"
+                    f"llama_cpp and {key} are both given, but {key} is for transformers.\n"
                     f"hint: leave {key} out; llama_cpp has settings of its own: "
                     f"{', '.join(setting.name for setting in fields(LlamaCppSettings))}"
                 )
@@ -244,21 +245,21 @@ class ModelSpec:
         for setting in fields(self):
             if setting.name != "same_as" and getattr(self, setting.name) != setting.default:
                 raise RecipeError(
-                    f"same_as and {setting.name} are both given, and the base's logits are reused as they "
+                    f"same_as and {setting.name} are both given, but the base's logits are reused as they "
                     f"are.\nhint: leave {setting.name} out, or name the model again with model"
                 )
 
     @property
     def weights(self) -> ModelSpec:
-        """The spec without adapter and prompt: models that have it in common share one copy of weights."""
+        """The spec without adapter and prompt; models with equal ones share one copy of the weights."""
         return replace(self, adapter=None, prompt="plain")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object of this model, without what is at its default."""
+        """Return the JSON object of this model, leaving out defaults."""
         return _without_defaults(self)
 
 
-# What an expert that is only an adapter takes over from the model it sits on.
+# What an expert that is only an adapter inherits from the model it sits on.
 _SHARED_KEYS = (
     "model", "revision", "dtype", "device", "quantization", "attn_implementation", "cuda_graphs",
     "trust_remote_code", "allow_pickle", "llama_cpp",
@@ -269,8 +270,8 @@ _SHARED_KEYS = (
 class ExpertSpec:
     """One expert with its anti-expert.
 
-    An expert given as an adapter alone sits on the anti-expert's model: everything about those weights is
-    taken over, and only the prompt format is its own.
+    An expert given as an adapter alone sits on the anti-expert's model. It inherits everything about those
+    weights; only the prompt format is its own.
 
     Args:
         name: Letters, digits, `.`, `_` and `-`.
@@ -302,17 +303,17 @@ class ExpertSpec:
         for part in ("expert", "anti_expert"):
             if getattr(self, part).api is not None:
                 raise RecipeError(
-                    f"{part} is behind an API, which shows too little of what it predicts; only a base can "
-                    f"be.\nhint: name a small model that runs here"
+                    f"{part} is behind an API, which shows too few logits; only a base may be.\n"
+                    "hint: name a small model that runs here"
                 )
         if self.expert.same_as and self.anti_expert.same_as:
             raise RecipeError(
-                'expert and anti_expert are both {"same_as": "base"}, so their difference is nothing.\n'
+                'expert and anti_expert are both {"same_as": "base"}, so their difference is zero.\n'
                 "hint: name a model for one of them"
             )
         if self.anti_expert.same_as is None and self.anti_expert.model is None:
             raise RecipeError(
-                "anti_expert has an adapter and no model to put it on.\n"
+                "anti_expert has an adapter but no model to put it on.\n"
                 'hint: {"model": "owner/name", "adapter": "adapters/opposite"}'
             )
         if self.expert.same_as is None and self.expert.model is None:
@@ -348,7 +349,7 @@ class ExpertSpec:
 
 
 def model_spec(value: Any, place: str) -> ModelSpec:
-    """Read one model's object."""
+    """Build a model from its JSON object; `place` names it in errors."""
     value = as_object(value, place)
     known = [setting.name for setting in fields(ModelSpec)]
     check_keys(value, known=known, place=place)
@@ -368,7 +369,7 @@ def model_spec(value: Any, place: str) -> ModelSpec:
 
 
 def expert_spec(value: Any, place: str) -> ExpertSpec:
-    """Read one expert's object."""
+    """Build an expert from its JSON object; `place` names it in errors."""
     value = as_object(value, place)
     check_keys(value, known=[setting.name for setting in fields(ExpertSpec)], place=place)
     check_required(value, ("name", "expert", "anti_expert"), place)
@@ -381,7 +382,7 @@ def expert_spec(value: Any, place: str) -> ExpertSpec:
 
 
 def _without_defaults(settings: Any) -> dict[str, Any]:
-    """Return the JSON object of a dataclass, without what is at its default."""
+    """Return the JSON object of a dataclass, leaving out defaults."""
     content: dict[str, Any] = {}
     for setting in fields(settings):
         value = getattr(settings, setting.name)
