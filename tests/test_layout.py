@@ -33,7 +33,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "checkpoint",
         "adapter",
     ),
-    "recipe": ("checks", "spec", "recipe"),
+    "recipe": ("checks", "spec", "card", "directory", "recipe"),
     "export": ("layout", "tokenizer", "write", "adapter", "model", "recipe"),
     "backends": (
         "base",

@@ -10,11 +10,7 @@ import torch
 
 from proxytune.checkpoints.adapter import find_adapter
 from proxytune.checkpoints.checkpoint import find_checkpoint
-from proxytune.errors import (
-    AdapterMismatch,
-    InvalidRequest,
-    UnsupportedModel,
-)
+from proxytune.errors import AdapterMismatch, InvalidRequest, UnsupportedModel
 from proxytune.export.adapter import export_adapter
 from tests.support.gguf import contents, export, llama, logits, lora
 from tests.support.tiny import tiny_adapter, tiny_gguf

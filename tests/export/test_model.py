@@ -9,12 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from proxytune.checkpoints.checkpoint import find_checkpoint
-from proxytune.errors import (
-    CorruptModel,
-    InvalidRequest,
-    UnsafeModel,
-    UnsupportedModel,
-)
+from proxytune.errors import CorruptModel, InvalidRequest, UnsafeModel, UnsupportedModel
 from proxytune.export.model import export_model
 from tests.support.gguf import contents, export, llama, logits
 from tests.support.tiny import NUM_TOKENS, tiny_gguf, tiny_model, tiny_tokenizer

@@ -12,10 +12,7 @@ from typer.testing import CliRunner
 
 from proxytune import cli
 from proxytune.checkpoints.checkpoint import holds_recipe
-from proxytune.errors import (
-    RecipeError,
-    UnsupportedModel,
-)
+from proxytune.errors import RecipeError, UnsupportedModel
 from proxytune.export.recipe import export_recipe
 from proxytune.recipe.recipe import AUTO_MAP, Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec

@@ -9,9 +9,7 @@ import pytest
 import transformers
 
 from proxytune.checkpoints.checkpoint import find_checkpoint
-from proxytune.errors import (
-    UnsupportedModel,
-)
+from proxytune.errors import UnsupportedModel
 from tests.support.gguf import contents, export, llama
 from tests.support.tiny import NUM_TOKENS, tiny_tokenizer
 

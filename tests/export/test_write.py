@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 
-from proxytune.errors import (
-    OutputFileError,
-)
+from proxytune.errors import OutputFileError
 from proxytune.export import write
 from tests.support.gguf import export, llama
 
