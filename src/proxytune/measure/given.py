@@ -26,7 +26,8 @@ class Choice:
     Args:
         option: The likeliest option.
         index: Its index among the options.
-        probs: Probability of each option, in order; they sum to 1. 0 for an option that the base did not show.
+        probs: Probability of each option, in order; the sum is 1. 0 for an option that the base did not
+            show.
         alphas: Strength of steering by expert.
         is_certified: Whether the full logits provably prefer the same option; None if all of them were seen.
         usage: The cost of calls to a base behind an API.
