@@ -167,7 +167,7 @@ BAD_ROWS = [
     ({"messages": [{"role": ["user"], "content": "x"}]}, "has the role"),
     ({"messages": [HI, {"role": "assistant", "content": None}]}, "message 2 .* null, and must be"),
     ({"messages": [HI, {"role": "assistant", "content": [{"type": "text"}]}]}, "is a list, and must"),
-    ({"messages": [HI, {"role": "assistant", "content": ""}]}, "is empty and of the assistant"),
+    ({"messages": [HI, {"role": "assistant", "content": ""}]}, "is an empty message of the assistant"),
     ({"messages": [HI, HELLO | {"tool_calls": [{"id": 1}]}]}, "tool calls"),
     ([1], "a list, and must be an object"),
 ]  # fmt: skip
