@@ -31,7 +31,7 @@ from proxytune.decode.ensemble import Pair  # noqa: E402
 from proxytune.logits.policy import Policy  # noqa: E402
 from proxytune.logits.rules import apply_policy, has_conflict  # noqa: E402
 from proxytune.logits.steer import Contribution, combine  # noqa: E402
-from proxytune.measure.score import passage_logits, token_losses  # noqa: E402
+from proxytune.measure.score import needed_members, passage_logits, token_losses  # noqa: E402
 from proxytune.model import ProxyTuned  # noqa: E402
 
 OUTPUT = ROOT / "docs" / "performance" / "policies.json"
@@ -83,7 +83,7 @@ def measure(
     pairs = {pair.name: pair for pair in ensemble.pairs}
     five = [pairs[name] for name in OWN_EXPERTS.values()]
     own = pairs[OWN_EXPERTS[domain]]
-    needed = sorted({0} | {m for pair in five for m in (pair.expert, pair.anti_expert)})
+    needed = needed_members(five)
     padding = ensemble.vocabulary.padding_ids
     sums: dict[Key, list[float]] = defaultdict(list)
     base_sums, conflicts = [], []

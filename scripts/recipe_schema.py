@@ -1,9 +1,9 @@
 """The recipe's format as JSON Schema, and as tables of keys, made from the dataclasses that read it.
 
-Keys, types and defaults are the fields in recipe.py, descriptions their docstrings. What a class refuses
-beyond a key's type stands in `RULES` below; tests/scripts/test_docs.py holds both ways of checking against
-each other. Rules between places that JSON Schema cannot state, such as a default expert that exists, are
-left to the recipe.
+Keys, types, defaults and limits are the fields of `recipe/spec.py`, `recipe/recipe.py` and
+`logits/policy.py`; descriptions are their docstrings. Rules between keys are stated here as well as there,
+and tests/scripts/test_docs.py holds both against each other. Rules that JSON Schema cannot state, such as a
+default expert that exists, are left to the recipe.
 """
 
 from __future__ import annotations
@@ -13,70 +13,17 @@ import re
 import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from proxytune.checkpoints.placement import DTYPES
-from proxytune.logits.policy import COMBINATIONS, IMPLAUSIBLE, POLICIES, Policy
-from proxytune.recipe.recipe import ARCHITECTURE, METADATA_KEYS, MODEL_TYPE, VOCABULARIES, Recipe
-from proxytune.recipe.spec import (
-    CACHE_DTYPES,
-    ENDPOINTS,
-    ApiSettings,
-    ExpertSpec,
-    LlamaCppSettings,
-    ModelSpec,
-)
+from proxytune.logits.policy import PICKING, USERS, Policy
+from proxytune.recipe.recipe import ARCHITECTURE, METADATA_KEYS, MODEL_TYPE, Recipe
+from proxytune.recipe.spec import ApiSettings, ExpertSpec, LlamaCppSettings, ModelSpec
+from proxytune.settings import Option, options_of
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 ADDRESS = "^[hH][tT][tT][pP][sS]?://"
 GGUF = r"\.[gG][gG][uU][fF]$"
 NUMBERS: dict[str, Any] = {"type": "number"}
-
-
-def _one_of(*values: str) -> dict[str, Any]:
-    return {"enum": [*values, None]}
-
-
-def _least(number: int) -> dict[str, Any]:
-    return {"minimum": number}
-
-
-RULES: dict[type, dict[str, dict[str, Any]]] = {
-    LlamaCppSettings: {
-        "threads": _least(1),
-        "gpu_layers": _least(-1),
-        "context_size": _least(1),
-        "cache_dtype": _one_of(*CACHE_DTYPES),
-    },
-    ApiSettings: {
-        "key_env": {"pattern": "^[A-Z_][A-Z0-9_]{0,63}$"},
-        "endpoint": _one_of(*ENDPOINTS),
-        "top_logprobs": _least(1),
-        "lookahead": _least(1),
-        "max_concurrency": _least(1),
-        "max_retries": _least(0),
-        "timeout_s": {"exclusiveMinimum": 0},
-        "prompt_price": _least(0),
-        "completion_price": _least(0),
-    },
-    ModelSpec: {
-        "dtype": _one_of(*DTYPES, "auto"),
-        "quantization": {"minProperties": 1},
-        "prompt": {"anyOf": [{"enum": ["plain", "chat"]}, {"pattern": r"\{\{|\{%"}]},
-    },
-    ExpertSpec: {"name": {"pattern": "^[A-Za-z0-9][A-Za-z0-9._-]*$"}},
-    Recipe: {"vocabulary": {"enum": list(VOCABULARIES)}},
-    Policy: {
-        "combine": {"enum": list(COMBINATIONS)},
-        "name": _one_of(*POLICIES),
-        "max_alpha": {"exclusiveMinimum": 0, "maximum": 100},
-        "threshold": {"exclusiveMinimum": 0, "maximum": 1},
-        "clip": {"exclusiveMinimum": 0},
-        "plausibility": {"exclusiveMinimum": 0, "maximum": 1},
-        "implausible": _one_of(*IMPLAUSIBLE),
-    },
-}
-"""What a key's value must be beyond its type."""
 
 
 OTHER_WORDS = {
@@ -90,19 +37,6 @@ OTHER_WORDS = {
     ): "Tokens that the base gives less than this times what it gives its likeliest are `implausible`.",
 }
 """Descriptions for readers of a recipe, where docstrings lead to code."""
-
-SCHEDULE = {
-    "type": ["array", "null"],
-    "items": {
-        "type": "array",
-        "prefixItems": [
-            _least(0) | {"type": "integer"},
-            NUMBERS | {"minimum": -100, "maximum": 100},
-        ],
-        "minItems": 2,
-        "maxItems": 2,
-    },
-}
 
 
 def descriptions(kind: type) -> dict[str, str]:
@@ -134,6 +68,15 @@ def type_of(annotation: Any) -> dict[str, Any]:
         return {"$ref": f"#/$defs/{annotation.__name__}"}
     if (get_origin(annotation) or annotation) is Mapping:
         return {"type": "object"}
+    if get_origin(annotation) is Annotated:
+        kind, option = get_args(annotation)
+        return type_of(kind) | limits(option, is_text=kind is str)
+    if get_origin(annotation) is tuple and ... in get_args(annotation):
+        return {"type": "array", "items": type_of(get_args(annotation)[0])}
+    if get_origin(annotation) is tuple:
+        items = [type_of(item) for item in get_args(annotation)]
+        num = {"minItems": len(items), "maxItems": len(items)}
+        return {"type": "array", "prefixItems": items, **num}
     kinds = {
         str: {"type": "string", "minLength": 1},
         int: {"type": "integer"},
@@ -142,16 +85,47 @@ def type_of(annotation: Any) -> dict[str, Any]:
     return dict(kinds.get(annotation, NUMBERS))
 
 
+def limits(option: Option, *, is_text: bool) -> dict[str, Any]:
+    """Return what an option's declaration says beyond its type, without its choices."""
+    found = {
+        "minLength" if is_text else "minimum": option.at_least,
+        "exclusiveMinimum": option.above,
+        "maximum": option.at_most,
+        "exclusiveMaximum": option.below,
+        "pattern": option.pattern,
+    }
+    return {name: limit for name, limit in found.items() if limit is not None}
+
+
+def choices(option: Option, schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which texts an option can hold, besides null where its type allows it."""
+    if not option.choices:
+        return {}
+    if option.pattern:
+        return {"anyOf": [{"enum": list(option.choices)}, {"pattern": option.pattern}]}
+    null = [None] if "null" in schema["type"] else []
+    return {"enum": [*option.choices, *null]}
+
+
 def properties(kind: type, **others: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of a class's fields; `others` replaces what annotations do not tell."""
-    hints, said = get_type_hints(kind), descriptions(kind)
+    hints, said = get_type_hints(kind, include_extras=True), descriptions(kind)
+    options = options_of(kind)
     found: dict[str, Any] = {}
     for field in fields(kind):
         # Where a recipe stands is not written in it, and its policy is two keys.
         if kind is Recipe and field.name in ("directory", "policy"):
             continue
         schema = dict(others.get(field.name) or type_of(hints[field.name]))
-        schema |= RULES.get(kind, {}).get(field.name, {})
+        if field.name in options:
+            declared = options[field.name]
+            option, is_object = declared.option, declared.type not in (str, int, float, bool)
+            found_limits = limits(option, is_text=declared.type is str)
+            if is_object and "minimum" in found_limits:
+                found_limits["minProperties"] = found_limits.pop("minimum")
+            if option.choices:
+                found_limits.pop("pattern", None)
+            schema |= found_limits | choices(option, schema)
         if isinstance(field.default, str | int | float | bool) or field.default is None:
             schema["default"] = field.default
         name = "$schema" if (kind, field.name) == (Recipe, "schema") else field.name
@@ -190,7 +164,13 @@ def recipe_schema() -> dict[str, Any]:
             {"if": _given("llama_cpp"), "then": {"properties": {"model": {"pattern": GGUF}}}},
         ],
     )
-    policy = properties(Policy, schedule=SCHEDULE, name={"type": ["string", "null"]})
+    hints = get_type_hints(Policy, include_extras=True)
+    # null leaves a policy and a schedule out, too.
+    policy = properties(
+        Policy,
+        schedule=type_of(hints["schedule"]) | {"type": ["array", "null"]},
+        name={"type": ["string", "null"]},
+    )
     combine, policy = policy.pop("combine"), {"policy": policy.pop("name"), **policy}
     here = {"not": _is("model", ADDRESS)}  # Only a base can be behind an API.
     part = {"$ref": "#/$defs/ModelSpec"}
@@ -229,7 +209,7 @@ def recipe_schema() -> dict[str, Any]:
                 {
                     "if": {
                         "required": ["steering"],
-                        "properties": {"steering": _has("policy", "kl_match", "nudge")},
+                        "properties": {"steering": _has("policy", *PICKING)},
                     },
                     "then": {"properties": {"combine": {"const": "sum"}}},
                 }
@@ -256,8 +236,10 @@ def recipe_schema() -> dict[str, Any]:
                 description="How strongly to steer at each token.",
                 properties=policy,
                 allOf=[
-                    {"if": _given("max_alpha"), "then": _has("policy", "kl_match")},
-                    {"if": _given("threshold"), "then": _has("policy", "gate_sure", "nudge")},
+                    *(
+                        {"if": _given(k), "then": _has("policy", *users)}
+                        for k, users in USERS.items()
+                    ),
                     {"if": _given("implausible"), "then": _given("plausibility")},
                 ],
             ),

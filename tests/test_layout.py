@@ -33,7 +33,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "checkpoint",
         "adapter",
     ),
-    "recipe": ("checks", "spec", "recipe"),
+    "recipe": ("checks", "spec", "card", "directory", "recipe"),
     "export": ("layout", "tokenizer", "write", "adapter", "model", "recipe"),
     "backends": (
         "base",
@@ -64,7 +64,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "speculative",
         "lanes",
         "reading",
-        "steering",
+        "outlook",
         "drafting",
         "partial",
         "record",
@@ -72,7 +72,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "collect",
     ),
     "loading": ("members", "doctor", "load"),
-    "measure": ("branch", "metrics", "score", "given", "likelihood", "rank", "sweep", "curve"),
+    "measure": ("metrics", "score", "branch", "given", "likelihood", "rank", "sweep", "curve"),
     "model": (),
     "testing": (),
     "tasks": (
@@ -143,8 +143,9 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "server": ("answer", "engine", "metrics", "schema", "settings", "service", "app", "run"),
     "commands": (
         "flags",
-        "app",
         "console",
+        "progress",
+        "app",
         "options",
         "bench",
         "chat",

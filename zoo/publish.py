@@ -113,7 +113,7 @@ def shown(row: ScoreRow) -> str:
 
 
 def shown_report(report: ScoreReport, expert: Expert, alpha: float) -> dict:
-    """Return one measurement as a line of the model card."""
+    """Return what the model card shows of one measurement."""
     steered = report.row("steered", alpha)
     interval = steered.change_interval
     bounds = f" ({interval.low:+.1%} to {interval.high:+.1%})" if interval else ""

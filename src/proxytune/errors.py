@@ -1,30 +1,30 @@
 """The error tree: one cause per class.
 
     ProxytuneError
-    ├── UserError                what the caller can mend; the CLI ends with exit code 2
+    ├── UserError                what the caller can fix; the CLI ends with exit code 2
     │   ├── InvalidRequest       an option, alpha or prompt that cannot be honoured
     │   ├── PromptTooLong        the prompt does not fit into a model's context
     │   ├── UnknownExpert        a name the recipe does not have
-    │   ├── RecipeError          no recipe there, or malformed
-    │   ├── ModelNotFound        a model reference that leads nowhere
-    │   ├── CorruptModel         files that are there and cannot be read
-    │   ├── UnsafeModel          pickled weights or remote code, not asked for
+    │   ├── RecipeError          a recipe that is missing or malformed
+    │   ├── ModelNotFound        a model reference that leads to no files
+    │   ├── CorruptModel         files that exist but cannot be read
+    │   ├── UnsafeModel          pickled weights or remote code that were not allowed
     │   ├── AdapterMismatch      an adapter that belongs to another model
     │   ├── VocabularyMismatch   models whose tokens cannot be matched one to one
-    │   ├── PromptFormatError    a prompt format the model does not have or that fails
+    │   ├── PromptFormatError    a prompt format that the model lacks or that fails
     │   ├── NotEnoughMemory      the weights cannot fit
-    │   ├── UnsupportedModel     a model this backend cannot run as asked
+    │   ├── UnsupportedModel     a model that this backend cannot run as asked
     │   ├── InputFileError       an input file that cannot be read, with the line
     │   ├── OutputFileError      an output file that cannot be written or continued
     │   └── MissingExtra         an optional dependency that is not installed
     ├── Unavailable              not now; the same request may be honoured later
-    │   ├── QueueFull            as many requests wait as may
-    │   └── ShuttingDown         a server finishes what it has and takes nothing new
+    │   ├── QueueFull            too many requests are waiting
+    │   └── ShuttingDown         the server finishes its work and takes nothing new
     └── BackendError             the work itself failed; the CLI ends with exit code 1
-        ├── ApiError             a server that gives no good answer, however often it is asked
-        └── BudgetSpent          one more call would exceed the calls or the cost that are allowed
+        ├── ApiError             a server that gives no valid answer after all retries
+        └── BudgetSpent          one more call would exceed the allowed calls or cost
 
-A message says what happened, with the values; why it cannot go on; and, after "hint:", what to do next.
+A message says what happened, with the values; why the work cannot go on; and, after "hint:", what to do.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from typing import Any
 class ProxytuneError(Exception):
     """Any error this package raises on purpose.
 
-    `traces` holds what was generated until then, for each request that had begun.
+    `traces` holds what was generated so far, for each request that had begun.
     """
 
     traces: tuple[Any, ...] = ()
 
 
 class UserError(ProxytuneError):
-    """Something the caller gave cannot be used; the message says how to mend it."""
+    """Something the caller gave cannot be used; the message says how to fix it."""
 
 
 class InvalidRequest(UserError):
@@ -69,11 +69,11 @@ class ModelNotFound(UserError):
 
 
 class CorruptModel(UserError):
-    """A model file exists and its content cannot be read."""
+    """A model file exists but cannot be read."""
 
 
 class UnsafeModel(UserError):
-    """A model comes only as pickled weights or needs remote code, and neither was asked for."""
+    """A model has only pickled weights or needs remote code, and that was not allowed."""
 
 
 class AdapterMismatch(UserError):
@@ -85,23 +85,23 @@ class VocabularyMismatch(UserError):
 
 
 class PromptFormatError(UserError):
-    """A prompt cannot be rendered in the format the recipe asks for."""
+    """A prompt cannot be rendered in the format that the recipe asks for."""
 
 
 class NotEnoughMemory(UserError):
-    """The weights of a recipe need more memory than the machine has free."""
+    """The weights of a recipe need more memory than is free."""
 
 
 class UnsupportedModel(UserError):
-    """A model exists and this backend cannot run it as asked."""
+    """A model exists, but this backend cannot run it as asked."""
 
 
 class InputFileError(UserError):
-    """An input file cannot be read; names the line."""
+    """An input file cannot be read; the message names the line."""
 
 
 class OutputFileError(UserError):
-    """An output file cannot be written, or was begun with other settings."""
+    """An output file cannot be written, or was begun with different settings."""
 
 
 class MissingExtra(UserError):
@@ -113,7 +113,7 @@ class Unavailable(ProxytuneError):
 
 
 class QueueFull(Unavailable):
-    """As many requests wait as may. `retry_after_s` says when to try again."""
+    """Too many requests are waiting; `retry_after_s` says when to try again."""
 
     def __init__(self, message: str, retry_after_s: int) -> None:
         super().__init__(message)
@@ -121,7 +121,7 @@ class QueueFull(Unavailable):
 
 
 class ShuttingDown(Unavailable):
-    """A server finishes what it has and takes nothing new."""
+    """The server finishes its work and takes nothing new."""
 
 
 class BackendError(ProxytuneError):
@@ -129,11 +129,11 @@ class BackendError(ProxytuneError):
 
 
 class ApiError(BackendError):
-    """A server gave no good answer, however often it was asked."""
+    """A server gave no valid answer after all retries."""
 
 
 class BudgetSpent(BackendError):
-    """One more call would exceed the calls or the cost that are allowed."""
+    """One more call would exceed the allowed number of calls or cost."""
 
 
 # Hints -----------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from proxytune.errors import InvalidRequest
+from proxytune.errors import InvalidRequest, did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,10 @@ class Option:
         flag: The name on the command line; None makes it from the field's name.
         metavar: What stands for the value in the help; None makes it from the type.
         separator: What separates several values in one argument; None for a flag that is repeated.
+        choices: The texts that are taken, apart from those that match `pattern`.
+        pattern: A regular expression that a text must match, as JSON Schema writes it.
+        words: What a value must be, to follow "must be"; None makes them from the type and the limits.
+        hint: What to do about another value.
     """
 
     help: str = ""
@@ -53,6 +57,10 @@ class Option:
     flag: str | None = None
     metavar: str | None = None
     separator: str | None = None
+    choices: tuple[str, ...] = ()
+    pattern: str | None = None
+    words: str | None = None
+    hint: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +84,7 @@ class Declared:
     @property
     def values(self) -> str:
         """The values it can hold, apart from None, in words that follow "must be"."""
-        return _expected(self.type, self.option)
+        return self.option.words or _expected(self.type, self.option)
 
     def check(self, value: object, name: str | None = None) -> None:
         """Check one value.
@@ -88,14 +96,25 @@ class Declared:
         Raises:
             InvalidRequest: The field cannot hold it.
         """
-        if value is self.default or (value is None and self.is_optional):
-            return
-        if not _holds(self.type, self.option, value):
+        if not self.holds(value):
             # A flag has no value None; it is left out.
-            or_none = ", or None" if self.is_optional and name is None else ""
-            raise InvalidRequest(
-                f"{name or self.name} is {value!r}, and must be {self.values}{or_none}"
-            )
+            none = ", or None" if self.is_optional and name is None else ""
+            expected = self.expected(value, none)
+            raise InvalidRequest(f"{name or self.name} is {value!r}, and must be {expected}")
+
+    def holds(self, value: object) -> bool:
+        """Whether the field can hold a value."""
+        if value is self.default or (value is None and self.is_optional):
+            return True
+        return _holds(self.type, self.option, value)
+
+    def expected(self, value: object, none: str = "") -> str:
+        """Return what the field holds, to follow "must be", and a hint about `value` if there is one."""
+        words = self.values + none
+        hint = self.option.hint or ""
+        if self.option.choices and isinstance(value, str):
+            return words + did_you_mean(value, self.option.choices, otherwise=hint)
+        return f"{words}.\nhint: {hint}" if hint else words
 
     def from_json(self, value: Any) -> Any:
         """Return a JSON value as the field holds it: its lists and objects as tuples."""
@@ -186,6 +205,10 @@ def _holds(kind: Any, option: Option, value: Any) -> bool:
         return value in get_args(kind)
     if kind is bool:
         return isinstance(value, bool)
+    if kind is str and (option.choices or option.pattern):
+        return isinstance(value, str) and _is_among(option, value)
+    if get_origin(kind) is Mapping:
+        return isinstance(value, Mapping) and len(value) >= (option.at_least or 0)
     if kind is str and option.at_least is not None:
         return isinstance(value, str) and len(value) >= option.at_least
     if kind is int:
@@ -193,6 +216,14 @@ def _holds(kind: Any, option: Option, value: Any) -> bool:
     if kind is float:
         return is_number(value) and _is_within(option, value)
     return True
+
+
+def _is_among(option: Option, text: str) -> bool:
+    if text in option.choices:
+        return True
+    # In Python `$` would let a line end pass.
+    pattern = re.sub(r"\$$", r"\\Z", option.pattern or "")
+    return bool(pattern) and re.search(pattern, text) is not None
 
 
 def _is_within(option: Option, value: float) -> bool:
@@ -215,6 +246,8 @@ def _expected(kind: Any, option: Option) -> str:
         return f"{', '.join(first)} or {last}"
     if kind is bool:
         return "true or false"
+    if option.choices:
+        return f"one of {', '.join(option.choices)}"
     if kind is str and option.at_least is not None:
         return "text that is not empty"
     if kind not in (int, float):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from proxytune.decode.drafting import AdaptiveDrafter, Drafter, FixedDrafter, drafting_of
+from proxytune.decode.drafting import AdaptiveDrafter, Drafter, FixedDrafter, drafter_of
 from proxytune.decode.ensemble import Job
 from proxytune.decode.lanes import LaneGroup, Lanes, Row, grouped
 from proxytune.decode.reading import Reader, TimedReader, prefill
@@ -51,7 +51,7 @@ def summed_up(lanes: Lanes, places: list[int]) -> list[tuple[Any, ...]]:
     ]
 
 
-def test_the_nth_contribution_is_each_rows_nth_pair():
+def test_in_each_contribution_every_row_has_a_pair_of_its_own():
     # Members 1 and 2 are the first pair, 3 and 4 the second.
     lanes = lanes_of((1.0, None), (None, 0.5), (0.2, 0.3))
     first, second = summed_up(lanes, [0, 1, 2])
@@ -84,8 +84,8 @@ def test_backends_that_read_no_live_row_are_left_out():
 def test_who_drafts_follows_from_what_is_allowed():
     def kinds(drafting: Drafting | None) -> tuple[type, type]:
         speculator = None if drafting is None else Speculator(drafting)
-        reader, drafter = drafting_of(lanes_of((1.0, None)), speculator)
-        return type(reader), type(drafter)
+        drafter = drafter_of(lanes_of((1.0, None)), speculator)
+        return type(drafter.reader), type(drafter)
 
     assert kinds(None) == (Reader, Drafter)
     assert kinds(Drafting(3, "expert", is_adaptive=False)) == (Reader, FixedDrafter)

@@ -138,7 +138,7 @@ def test_metadata_that_transformers_writes_is_ignored():
         (changed((*EXPERT, "alpha"), 10**400), "alpha is"),
         (changed((*EXPERT, "anti_expert"), {"adapter": "x"}), "no model to put it on"),
         (changed((*EXPERT, "anti_expert"), {"same_as": "base"}), "unclear which model"),
-        (changed((*EXPERT, "anti_expert"), {"same_as": "expert"}), 'only "base" is known'),
+        (changed((*EXPERT, "anti_expert"), {"same_as": "expert"}), 'must be "base"'),
         (
             changed((*EXPERT, "anti_expert"), {"same_as": "base", "dtype": "auto"}),
             "same_as and dtype are both given",
@@ -175,7 +175,7 @@ def test_what_is_wrong_with_a_recipe_is_said_with_its_place(content, message):
 def test_an_expert_and_anti_expert_that_are_both_the_base_are_refused():
     content = changed((*EXPERT, "anti_expert"), {"same_as": "base"})
     content["experts"][0]["expert"] = {"same_as": "base"}
-    with pytest.raises(RecipeError, match="their difference is nothing"):
+    with pytest.raises(RecipeError, match="their difference is zero"):
         Recipe.from_dict(content)
 
 

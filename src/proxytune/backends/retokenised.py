@@ -233,8 +233,8 @@ class RetokenisedBackend(Backend[_State]):
                 if num_kept + len(own) > limit:
                     raise PromptTooLong(
                         f"the text has reached {num_kept + len(own)} tokens of {self.name}, which has a "
-                        f"context of {limit}.\nhint: ask for fewer new tokens; for the same text, this "
-                        "model's tokenizer may need more of them than the base's"
+                        f"context of {limit}.\nhint: ask for fewer new tokens; this model's tokenizer may "
+                        "need more tokens than the base's for the same text"
                     )
             width = min(width, limit - max(kept))  # padding must not exceed it either
         surplus = [len(row.read) - num_kept for row, num_kept in zip(rows, kept, strict=True)]

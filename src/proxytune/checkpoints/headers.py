@@ -40,7 +40,8 @@ SAFETENSORS_DTYPES = {
 }
 _GGUF_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
-# The GGUF format's value types: 8 is a string, 9 an array, the others have a fixed size.
+# The GGUF format's value types; the scalars have a fixed size.
+_GGUF_TEXT, _GGUF_ARRAY = 8, 9
 _GGUF_SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
@@ -158,117 +159,35 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
     Raises:
         CorruptModel: It is no GGUF file, or is cut off.
-        UnsupportedModel: A version, byte order or tensor type that is not known, or one of several parts.
+        UnsupportedModel: Its version, byte order or a tensor type is unknown, or it is one of several parts.
         MissingExtra: The `gguf` package is not installed.
     """
     try:
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-    except ImportError as error:
-        raise MissingExtra(
-            f"{path.name} is a GGUF file, and the package that reads them is not installed.\n"
-            "hint: pip install gguf"
-        ) from error
-
-    def corrupt(why: str) -> CorruptModel:
-        return CorruptModel(
-            f"{path} cannot be read as GGUF: {why}.\nhint: copy or download it again"
-        )
-
-    try:
         size = path.stat().st_size
         if size < 24:
-            raise corrupt(f"it has {size} bytes")
+            raise _not_gguf(path, f"it has {size} bytes")
         with path.open("rb") as file:
             view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise corrupt(str(error)) from error
-
-    position = 0
-    key = ""
-
-    def take(form: str) -> Any:
-        nonlocal position
-        values = struct.unpack_from("<" + form, view, position)
-        position += struct.calcsize("<" + form)
-        return values[0] if len(values) == 1 else values
-
-    def take_text() -> str:
-        nonlocal position
-        length = take("Q")
-        if length > size - position:
-            raise corrupt("it is cut off inside its header")
-        position += length
-        return view[position - length : position].decode("utf-8", errors="replace")
-
-    def take_value(kind: int) -> Any:
-        nonlocal position
-        if kind == 8:
-            return take_text()
-        if kind == 9:
-            element, count = take("IQ")
-            if count > size - position:
-                raise corrupt("it is cut off inside its header")
-            if key in (_TOKENS, _TOKEN_KINDS):
-                return [take_value(element) for _ in range(count)]
-            if element in _GGUF_SCALARS:
-                position += count * struct.calcsize("<" + _GGUF_SCALARS[element])
-            else:
-                for _ in range(count):
-                    take_value(element)
-            return None
-        if kind not in _GGUF_SCALARS:
-            raise corrupt(f"its header has a value of the unknown type {kind}")
-        return take(_GGUF_SCALARS[kind])
-
+        raise _not_gguf(path, str(error)) from error
     with view:
-        if view[:4] != b"GGUF":
-            raise corrupt(f"it begins with {view[:4]!r} instead of b'GGUF'")
+        reader = _GgufReader(path, view, size)
         try:
-            position = 4
-            version = take("I")
-            if version not in (2, 3):
-                raise UnsupportedModel(
-                    f"{path} is GGUF of version {version} or of the other byte order, and versions 2 and 3 "
-                    "in little-endian order can be read.\nhint: convert it again with a current llama.cpp"
-                )
-            num_tensors, num_values = take("QQ")
-            metadata: dict[str, Any] = {}
-            for _ in range(num_values):
-                key = take_text()
-                value = take_value(take("I"))
-                if value is not None:
-                    metadata[key] = value
-            tensors: dict[str, StoredTensor] = {}
-            places: dict[str, tuple[int, int]] = {}
-            for _ in range(num_tensors):
-                name = take_text()
-                num_axes = take("I")
-                if num_axes > 8:
-                    raise corrupt(f"the tensor {name} has {num_axes} axes")
-                shape = tuple(take("Q") for _ in range(num_axes))[::-1]
-                number, offset = take("IQ")
-                try:
-                    kind = GGMLQuantizationType(number)
-                except ValueError as error:
-                    raise UnsupportedModel(
-                        f"{path}: the tensor {name} has type {number}, which the installed gguf package does "
-                        "not know.\nhint: pip install --upgrade gguf"
-                    ) from error
-                block_elements, block_bytes = GGML_QUANT_SIZES[kind]
-                tensors[name] = StoredTensor(shape, _GGUF_FLOATS.get(kind.name, kind.name))
-                places[name] = (offset, math.prod(shape) * block_bytes // block_elements)
+            metadata, tensors, places = reader.header()
         except (struct.error, RecursionError) as error:
-            raise corrupt("it is cut off inside its header") from error
-        digest = hashlib.sha256(view[:position]).hexdigest()
+            raise _not_gguf(path, "it is cut off inside its header") from error
+        num_bytes = reader.position
+        digest = hashlib.sha256(view[:num_bytes]).hexdigest()
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
-        raise corrupt(f"its alignment is {alignment!r}")
-    data = -(-position // alignment) * alignment
+        raise _not_gguf(path, f"its alignment is {alignment!r}")
+    data = -(-num_bytes // alignment) * alignment
     for name, (offset, num_bytes) in places.items():
         if data + offset + num_bytes > size:
-            raise corrupt(
+            raise _not_gguf(
+                path,
                 f"it is cut off: {name} should end at byte {data + offset + num_bytes}, "
-                f"and the file has {size}"
+                f"and the file has {size}",
             )
     if int(metadata.get("split.count") or 0) > 1:
         raise UnsupportedModel(
@@ -277,8 +196,111 @@ def read_gguf_header(path: Path) -> GgufHeader:
         )
     tokens, kinds = metadata.pop(_TOKENS, []), metadata.pop(_TOKEN_KINDS, [])
     if kinds and len(kinds) != len(tokens):
-        raise corrupt(f"it has {len(tokens)} tokens and the kinds of {len(kinds)}")
+        raise _not_gguf(path, f"it has {len(tokens)} tokens and the kinds of {len(kinds)}")
     return GgufHeader(metadata, tensors, digest, tokens, kinds)
+
+
+def _not_gguf(path: Path, why: str) -> CorruptModel:
+    return CorruptModel(f"{path} cannot be read as GGUF: {why}.\nhint: copy or download it again")
+
+
+class _GgufReader:
+    """Reads a GGUF file's header, value by value; every length is checked against the file's size."""
+
+    def __init__(self, path: Path, view: mmap.mmap, size: int) -> None:
+        self._path, self._view, self._size = path, view, size
+        self.position = 0
+
+    def header(self) -> tuple[dict[str, Any], dict[str, StoredTensor], dict[str, tuple[int, int]]]:
+        """Return metadata, tensors, and where each tensor's data are: offset and length in bytes."""
+        if self._view[:4] != b"GGUF":
+            raise _not_gguf(self._path, f"it begins with {self._view[:4]!r} instead of b'GGUF'")
+        self.position = 4
+        version = self._take("I")
+        if version not in (2, 3):
+            raise UnsupportedModel(
+                f"{self._path} is GGUF of version {version} or of the other byte order; only versions 2 and "
+                "3 in little-endian order can be read.\nhint: convert it again with a current llama.cpp"
+            )
+        num_tensors, num_values = self._take("QQ")
+        metadata: dict[str, Any] = {}
+        for _ in range(num_values):
+            key = self._text()
+            value = self._value(self._take("I"), is_kept=key in (_TOKENS, _TOKEN_KINDS))
+            if value is not None:
+                metadata[key] = value
+        tensors: dict[str, StoredTensor] = {}
+        places: dict[str, tuple[int, int]] = {}
+        for _ in range(num_tensors):
+            name = self._text()
+            tensors[name], places[name] = self._tensor(name)
+        return metadata, tensors, places
+
+    def _take(self, form: str) -> Any:
+        values = struct.unpack_from("<" + form, self._view, self.position)
+        self.position += struct.calcsize("<" + form)
+        return values[0] if len(values) == 1 else values
+
+    def _text(self) -> str:
+        begin = self.position + 8
+        self.position = begin + self._length(self._take("Q"))
+        return self._view[begin : self.position].decode("utf-8", errors="replace")
+
+    def _length(self, length: int) -> int:
+        if length > self._size - self.position:
+            raise _not_gguf(self._path, "it is cut off inside its header")
+        return length
+
+    def _value(self, kind: int, *, is_kept: bool) -> Any:
+        """Return a value; None for an array that is not to be kept."""
+        if kind == _GGUF_TEXT:
+            return self._text()
+        if kind == _GGUF_ARRAY:
+            element, count = self._take("IQ")
+            self._length(count)
+            if is_kept:
+                return [self._value(element, is_kept=True) for _ in range(count)]
+            if element in _GGUF_SCALARS:
+                self.position += count * struct.calcsize("<" + _GGUF_SCALARS[element])
+            else:
+                for _ in range(count):
+                    self._value(element, is_kept=False)
+            return None
+        if kind not in _GGUF_SCALARS:
+            why = f"its header has a value of the unknown type {kind}"
+            raise _not_gguf(self._path, why)
+        return self._take(_GGUF_SCALARS[kind])
+
+    def _tensor(self, name: str) -> tuple[StoredTensor, tuple[int, int]]:
+        """Return a tensor's shape and dtype, and where its data are."""
+        sizes, kinds = _ggml_types(self._path)
+        num_axes = self._take("I")
+        if num_axes > 8:
+            raise _not_gguf(self._path, f"the tensor {name} has {num_axes} axes")
+        shape = tuple(self._take("Q") for _ in range(num_axes))[::-1]
+        number, offset = self._take("IQ")
+        try:
+            kind = kinds(number)
+        except ValueError as error:
+            raise UnsupportedModel(
+                f"{self._path}: the tensor {name} has type {number}, which the installed gguf package does "
+                "not know.\nhint: pip install --upgrade gguf"
+            ) from error
+        block_elements, block_bytes = sizes[kind]
+        num_bytes = math.prod(shape) * block_bytes // block_elements
+        return StoredTensor(shape, _GGUF_FLOATS.get(kind.name, kind.name)), (offset, num_bytes)
+
+
+def _ggml_types(path: Path) -> tuple[Any, Any]:
+    """Return the block sizes of llama.cpp's tensor types, and the types by number."""
+    try:
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    except ImportError as error:
+        raise MissingExtra(
+            f"{path.name} is a GGUF file, and the package that reads them is not installed.\n"
+            "hint: pip install gguf"
+        ) from error
+    return GGML_QUANT_SIZES, GGMLQuantizationType
 
 
 def read_json_file(path: Path) -> dict[str, Any]:

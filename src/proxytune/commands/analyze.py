@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import ProgressBars, json_line, plain_table, say, stderr, stdout
+from proxytune.commands.console import json_line, plain_table, say, stderr, stdout
 from proxytune.commands.explain import TRACE_FILE, StrengthOptions, trace_writer
 from proxytune.commands.flags import Pick, given_flags
 from proxytune.commands.options import AS_JSON, PICTURE, ModelOptions, OptionalRecipe
+from proxytune.commands.progress import ProgressBars
 from proxytune.commands.shown import shown_token
 from proxytune.errors import InvalidRequest
 from proxytune.evaluate.plan import DATA_DIR

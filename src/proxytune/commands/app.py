@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from proxytune.commands.flags import flattened
+from proxytune.commands.progress import sign_of_life
 from proxytune.errors import BackendError, UserError
 
 
@@ -32,7 +33,15 @@ class _Commands(TyperGroup):
 
 
 class _Command(TyperCommand):
-    """Shows options under headings, in plain text."""
+    """Shows options under headings, in plain text; where stderr is no terminal, says that it is running."""
+
+    is_endless = False
+
+    def invoke(self, ctx: Any) -> Any:
+        if self.is_endless:
+            return super().invoke(ctx)
+        with sign_of_life(str(self.name)):
+            return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
@@ -48,6 +57,12 @@ class _Command(TyperCommand):
                     formatter.write_dl(records)
 
 
+class _EndlessCommand(_Command):
+    """A command that runs until somebody ends it, so that there is no progress to report."""
+
+    is_endless = True
+
+
 # Plain help, without boxes: its first line is there to be copied.
 app = typer.Typer(
     cls=_Commands,
@@ -61,15 +76,23 @@ app = typer.Typer(
 Function = TypeVar("Function", bound=Callable[..., None])
 
 
-def command(example: str, *, name: str | None = None) -> Callable[[Function], Function]:
-    """Register a command whose help is a line to paste and then the function's docstring."""
+def command(
+    example: str, *, name: str | None = None, is_endless: bool = False
+) -> Callable[[Function], Function]:
+    """Register a command whose help is a line to paste and then the function's docstring.
+
+    Args:
+        example: The line to paste.
+        name: What the command is called. Default: the function's name.
+        is_endless: Whether it runs until somebody ends it, so that there is no progress to report.
+    """
 
     def register(function: Function) -> Function:
         text = inspect.cleandoc(function.__doc__ or "")
         help_text = f"\b\n  {example}\n\n{text}"
-        app.command(name, cls=_Command, help=help_text, short_help=text.split("\n")[0])(
-            flattened(function)
-        )
+        kind = _EndlessCommand if is_endless else _Command
+        short_help = text.split("\n")[0]
+        app.command(name, cls=kind, help=help_text, short_help=short_help)(flattened(function))
         return function
 
     return register

@@ -32,7 +32,7 @@ class ChatOptions:
     speculative: bool = option(False, SPECULATIVE)
 
 
-@command("proxytune chat my-recipe --alpha 0.5")
+@command("proxytune chat my-recipe --alpha 0.5", is_endless=True)
 def chat(
     recipe: RecipeArgument,
     *,

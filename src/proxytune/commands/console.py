@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +14,6 @@ from proxytune.errors import InputFileError, InvalidRequest, OutputFileError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import TaskID
     from rich.table import Table
 
 
@@ -51,100 +47,6 @@ def plain_table(*words: str, numbers: Sequence[str], title: str | None = None) -
     for heading in numbers:
         table.add_column(heading, justify="right")
     return table
-
-
-SILENCE_S = 10.0
-"""Where stderr is no terminal: seconds of work from one line to the next."""
-
-
-@contextmanager
-def waiting(doing: str) -> Iterator[None]:
-    """Show a sign of life on stderr while something runs that does not report how far it has come."""
-    console = stderr()
-    if console.is_terminal:
-        with console.status(doing):
-            yield
-        return
-    started, ended = time.monotonic(), threading.Event()
-
-    def speak() -> None:
-        while not ended.wait(SILENCE_S):
-            say(f"{doing}: {time.monotonic() - started:.0f} s")
-
-    speaker = threading.Thread(target=speak, daemon=True)
-    speaker.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        speaker.join()
-
-
-class ProgressBars:
-    """How far the stages of some work have come: bars on a terminal, now and then a line elsewhere.
-
-    Args:
-        shows_ends: Without a terminal, print a line at the end of every stage too.
-    """
-
-    def __init__(self, *, shows_ends: bool = False) -> None:
-        from rich.progress import (
-            BarColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        self._console = stderr()
-        self._shows_ends = shows_ends
-        self._stages: dict[str, TaskID] = {}
-        self._spoke_at = time.monotonic()
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[count]},"),
-            TimeElapsedColumn(),
-            TextColumn("elapsed,"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=self._console,
-            disable=not self._console.is_terminal,
-            speed_estimate_period=600,  # A block of long texts may take minutes, and ends all at once.
-        )
-
-    def __enter__(self) -> ProgressBars:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bars.stop()
-
-    def show(self, stage: str, done: float, total: float, note: str = "") -> None:
-        """Show how much of a stage is done.
-
-        Args:
-            stage: What is being done; each has a bar of its own.
-            done: How much of it.
-            total: Of how much in all.
-            note: What follows these two numbers: their unit, a rate, losses.
-        """
-        count = f"{done:,.0f} of {total:,.0f} {note}".rstrip()
-        if stage not in self._stages:
-            self._stages[stage] = self._bars.add_task(stage, total=total, count="")
-        self._bars.update(self._stages[stage], completed=done, total=total, count=count)
-        now = time.monotonic()
-        is_due = now - self._spoke_at >= SILENCE_S or (self._shows_ends and done >= total)
-        if is_due and not self._console.is_terminal:
-            self._spoke_at = now
-            say(f"{stage}: {count}")
-
-
-@contextmanager
-def progress(doing: str, units: str) -> Iterator[Callable[[int, int], None]]:
-    """Show how far one stage has come; give it how much is done, of how much in all."""
-    with ProgressBars() as bars:
-        yield lambda done, total: bars.show(doing, done, total, units)
 
 
 def json_line(content: Mapping[str, Any]) -> str:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import ProgressBars, json_line, stdout, waiting
+from proxytune.commands.console import json_line, stdout
 from proxytune.commands.options import AS_JSON
+from proxytune.commands.progress import ProgressBars, waiting
 from proxytune.request import Request, SamplingParams, Steering
 from proxytune.settings import option
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import json_line, say, stdout, waiting
+from proxytune.commands.console import json_line, say, stdout
 from proxytune.commands.options import JsonOption, RecipeArgument
+from proxytune.commands.progress import waiting
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import ProgressBars, json_line, say, stdout
+from proxytune.commands.console import json_line, say, stdout
 from proxytune.commands.flags import Pick
 from proxytune.commands.options import AS_JSON, ModelOptions, RecipeArgument
+from proxytune.commands.progress import ProgressBars
 from proxytune.errors import InvalidRequest, install_command
 from proxytune.evaluate.plan import EvalOptions
 from proxytune.settings import option

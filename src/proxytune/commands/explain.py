@@ -18,7 +18,6 @@ from proxytune.commands.console import (
     say,
     stdin_text,
     unwritable,
-    waiting,
     write_text,
 )
 from proxytune.commands.flags import Pick, given_flags
@@ -31,6 +30,7 @@ from proxytune.commands.options import (
     PromptArgument,
     steering_of,
 )
+from proxytune.commands.progress import waiting
 from proxytune.commands.shown import TABLE_ROWS, print_moves
 from proxytune.errors import InvalidRequest
 from proxytune.request import MAX_EXPLAIN_TOP, Experts, Request, SamplingParams, Steering

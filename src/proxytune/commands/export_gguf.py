@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import say, waiting
+from proxytune.commands.console import say
 from proxytune.commands.options import argument
+from proxytune.commands.progress import waiting
 from proxytune.errors import InvalidRequest
 from proxytune.settings import option
 

@@ -12,7 +12,6 @@ import typer
 
 from proxytune.commands.app import command
 from proxytune.commands.console import (
-    ProgressBars,
     argument_text,
     json_line,
     rate_text,
@@ -30,6 +29,7 @@ from proxytune.commands.options import (
     SteeringOptions,
     with_policy,
 )
+from proxytune.commands.progress import ProgressBars
 from proxytune.data.lines import BatchOptions
 from proxytune.errors import InvalidRequest, ProxytuneError
 from proxytune.request import SPECULATIVE, Request, SamplingParams

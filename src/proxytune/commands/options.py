@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxytune.commands.console import file_text, waiting
+from proxytune.commands.console import file_text
 from proxytune.commands.flags import Flag, number_of
+from proxytune.commands.progress import waiting
 from proxytune.errors import InvalidRequest, UserError
 from proxytune.request import Steering
 from proxytune.settings import Option, option

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import json_line, plain_table, progress, say, stdout
+from proxytune.commands.console import json_line, plain_table, say, stdout
 from proxytune.commands.flags import Pick
 from proxytune.commands.options import AS_JSON, DataOptions, ModelOptions, RecipeArgument
+from proxytune.commands.progress import progress
 from proxytune.commands.sweep import between
 from proxytune.errors import InvalidRequest
 from proxytune.settings import option

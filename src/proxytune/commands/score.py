@@ -9,15 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import (
-    file_text,
-    json_line,
-    plain_table,
-    progress,
-    say,
-    stdin_text,
-    stdout,
-)
+from proxytune.commands.console import file_text, json_line, plain_table, say, stdin_text, stdout
 from proxytune.commands.flags import Pick
 from proxytune.commands.options import (
     AS_JSON,
@@ -28,6 +20,7 @@ from proxytune.commands.options import (
     RecipeArgument,
     with_policy,
 )
+from proxytune.commands.progress import progress
 from proxytune.settings import declared, option
 
 if TYPE_CHECKING:

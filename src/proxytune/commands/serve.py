@@ -93,7 +93,7 @@ class ListenOptions:
         return keys
 
 
-@command("proxytune serve my-recipe")
+@command("proxytune serve my-recipe", is_endless=True)
 def serve(
     ctx: typer.Context,
     recipe: RecipeArgument,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import json_line, plain_table, progress, say, stdout
+from proxytune.commands.console import json_line, plain_table, say, stdout
 from proxytune.commands.flags import Pick, number_of
 from proxytune.commands.options import (
     AS_JSON,
@@ -21,6 +21,7 @@ from proxytune.commands.options import (
     RecipeArgument,
     with_policy,
 )
+from proxytune.commands.progress import progress
 from proxytune.errors import InvalidRequest
 from proxytune.evaluate.plan import DATA_DIR
 from proxytune.request import SamplingParams, Steering

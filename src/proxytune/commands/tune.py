@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import ProgressBars, json_line, say
+from proxytune.commands.console import json_line, say
 from proxytune.commands.options import AS_JSON
+from proxytune.commands.progress import ProgressBars
 from proxytune.errors import missing_extra
 from proxytune.settings import option
 from proxytune.tune.settings import Display, Interrupted, TuneResult, TuneSettings

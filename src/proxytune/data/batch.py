@@ -29,7 +29,7 @@ from proxytune.errors import OutputFileError
 from proxytune.recipe.recipe import Recipe
 from proxytune.trace import Trace
 
-if TYPE_CHECKING:  # It brings torch, which a malformed file should not wait for.
+if TYPE_CHECKING:  # Importing it loads torch, which a malformed file should not wait for.
     from proxytune.model import ProxyTuned
 
 

@@ -261,7 +261,7 @@ class Lanes:
     def contributions(
         self, logits: Mapping[LaneGroup, Tensor], places: Sequence[int]
     ) -> list[Contribution]:
-        """Return what steers the rows at `places`: the nth contribution is each row's nth pair."""
+        """Return what steers the rows at `places`; in each contribution, every row has a pair of its own."""
         is_all = len(places) == len(self.rows)
         return [
             Contribution(

@@ -20,7 +20,7 @@ from typing import Any
 from proxytune.data.lines import line_seed
 from proxytune.errors import InvalidRequest, missing_extra
 from proxytune.measure.likelihood import likelihoods
-from proxytune.measure.score import Passage, smallest_context
+from proxytune.measure.score import Passage, needed_members, smallest_context
 from proxytune.model import ProxyTuned
 from proxytune.request import Message, Prompt, Request, SamplingParams, Steering
 from proxytune.text.prompts import continuation_ids, render
@@ -100,9 +100,8 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     def _smallest_context(self) -> int:
         ensemble = self.model.ensemble
-        used = {0}
-        for pair, alpha in zip(ensemble.pairs, self._alphas, strict=True):
-            used |= {pair.expert, pair.anti_expert} if alpha else set()
+        steering = zip(ensemble.pairs, self._alphas, strict=True)
+        used = needed_members(pair for pair, alpha in steering if alpha)
         return smallest_context(ensemble.members[i] for i in used) or DEFAULT_LENGTH
 
     # What the harness asks about the model ---------------------------------------------------------------

@@ -34,10 +34,10 @@ from proxytune.integrations.auto import (
     refuse_options,
 )
 from proxytune.integrations.ensemble_cache import CachedMembers, ProxyTunedCache
+from proxytune.measure.score import smallest_context
 from proxytune.request import Experts, Steering
 
 if TYPE_CHECKING:
-    from proxytune.backends.transformers.backend import TransformersBackend
     from proxytune.decode.ensemble import Ensemble
     from proxytune.model import ProxyTuned
     from proxytune.recipe.recipe import Recipe
@@ -104,7 +104,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
             "_padding_ids", self._ensemble.vocabulary.padding_ids, persistent=False
         )
         self._is_stateful = not all(backend.capabilities.can_rewind for backend in unique)
-        self._set_attributes(unique)
+        self._set_attributes()
         self._steering = Steering()
         self.train(False)
 
@@ -112,14 +112,11 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
         """Do nothing: transformers would save a copy of this file, and recipes have a module of their own."""
 
-    def _set_attributes(self, backends: Sequence[TransformersBackend]) -> None:
+    def _set_attributes(self) -> None:
         """Set what transformers and evaluation harnesses look up on a model and its config."""
         base = self.members[0]
         self.config.vocab_size = self._ensemble.vocabulary.width
-        limits = [b.capabilities.max_context for b in backends]
-        self.config.max_position_embeddings = min(
-            (n for n in limits if n is not None), default=None
-        )
+        self.config.max_position_embeddings = smallest_context(self._ensemble.members)
         devices: list[dict[str, Any]] = [getattr(m, "hf_device_map", {}) for m in self.members]
         is_spread = any(len(set(places.values())) > 1 for places in devices)
         if is_spread or any(getattr(member, "is_quantized", False) for member in self.members):

@@ -6,13 +6,13 @@ recipes are also read, checked and written on machines without it.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 from proxytune.errors import InvalidRequest, did_you_mean
+from proxytune.settings import Declared, Option, option, options_of
 
 POLICIES = ("constant", "kl_match", "gate_sure", "gate_agree", "nudge")
 """How strongly to steer at a token."""
@@ -32,8 +32,17 @@ COMBINATIONS = (
 IMPLAUSIBLE = ("exclude", "leave")
 """What happens to tokens that the base finds implausible."""
 
+USERS = {"max_alpha": ("kl_match",), "threshold": ("gate_sure", "nudge")}
+"""Settings that only some policies have, and those policies."""
+
+PICKING = ("kl_match", "nudge")
+"""Policies that decide themselves which expert counts, so that experts cannot be combined otherwise."""
+
 DEFAULT_MAX_ALPHA = 2.0
 DEFAULT_THRESHOLD = 0.4
+
+Position = Annotated[int, Option(at_least=0)]
+Weight = Annotated[float, Option(at_least=-100, at_most=100)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,34 +75,25 @@ class Policy:
     tokens is ThinkLogit's (Zhang et al. 2025, arXiv:2507.12759).
     """
 
-    combine: str = "sum"
-    name: str = "constant"
-    max_alpha: float | None = None
-    threshold: float | None = None
-    clip: float | None = None
-    plausibility: float | None = None
-    implausible: str | None = None
-    schedule: tuple[tuple[int, float], ...] = ()
+    combine: str = option("sum", "", choices=COMBINATIONS)
+    name: str = option("constant", "", choices=POLICIES)
+    max_alpha: float | None = option(None, "", above=0, at_most=100)
+    threshold: float | None = option(None, "", above=0, at_most=1)
+    clip: float | None = option(None, "", above=0)
+    plausibility: float | None = option(None, "", above=0, at_most=1)
+    implausible: str | None = option(None, "", choices=IMPLAUSIBLE)
+    schedule: tuple[tuple[Position, Weight], ...] = option((), "")
 
     def __post_init__(self) -> None:
-        _check_choice("combine", self.combine, COMBINATIONS)
-        _check_choice("policy", self.name, POLICIES)
-        if self.implausible is not None:
-            _check_choice("implausible", self.implausible, IMPLAUSIBLE)
-        for key, low, high in (
-            ("max_alpha", 0.0, 100.0),
-            ("threshold", 0.0, 1.0),
-            ("clip", 0.0, math.inf),
-            ("plausibility", 0.0, 1.0),
-        ):
-            value = getattr(self, key)
-            if value is None:
+        for declared in options_of(Policy).values():
+            value = getattr(self, declared.name)
+            if declared.name == "schedule":
+                self._check_schedule(declared)
                 continue
-            if not _is_number(value) or not low < value <= high:
-                upper = "" if high == math.inf else f" and at most {high:g}"
-                raise InvalidRequest(f"{key} is {value!r}, and must be a number above 0{upper}")
-            object.__setattr__(self, key, float(value))
-        for key, users in (("max_alpha", ("kl_match",)), ("threshold", ("gate_sure", "nudge"))):
+            declared.check(value, "policy" if declared.name == "name" else declared.name)
+            if declared.type is float and value is not None:
+                object.__setattr__(self, declared.name, float(value))
+        for key, users in USERS.items():
             if getattr(self, key) is not None and self.name not in users:
                 raise InvalidRequest(
                     f"{key} has no effect with policy {self.name}; it belongs to "
@@ -103,25 +103,20 @@ class Policy:
             raise InvalidRequest(
                 'implausible has no effect without plausibility.\nhint: add "plausibility": 0.1'
             )
-        if self.name in ("kl_match", "nudge") and self.combine != "sum":
+        if self.name in PICKING and self.combine != "sum":
             raise InvalidRequest(
                 f"policy is {self.name} and combine is {self.combine}, and both decide which expert counts.\n"
                 'hint: "combine": "sum"'
             )
-        self._check_schedule()
 
-    def _check_schedule(self) -> None:
+    def _check_schedule(self, declared: Declared) -> None:
         schedule = self.schedule
         try:
             points = tuple((position, weight) for position, weight in schedule)
         except (TypeError, ValueError):
             points = ((-1, 0.0),)
         positions = [position for position, _ in points]
-        is_good = all(
-            isinstance(position, int) and not isinstance(position, bool) and position >= 0
-            for position in positions
-        ) and all(_is_number(weight) and abs(weight) <= 100 for _, weight in points)
-        if not is_good or any(a >= b for a, b in pairwise(positions)):
+        if not declared.holds(points) or any(a >= b for a, b in pairwise(positions)):
             raise InvalidRequest(
                 f"schedule is {schedule!r}, and must be pairs of a position, whole numbers from 0 that rise, "
                 "and a weight from -100 to 100.\n"
@@ -193,16 +188,3 @@ class Policy:
     def has_positions(self) -> bool:
         """Whether it depends on how many new tokens came before."""
         return bool(self.schedule)
-
-
-def _check_choice(key: str, value: object, known: Sequence[str]) -> None:
-    if not isinstance(value, str) or value not in known:
-        raise InvalidRequest(
-            f"{key} is {value!r}, and must be one of {', '.join(known)}"
-            f"{did_you_mean(value, known) if isinstance(value, str) else ''}"
-        )
-
-
-def _is_number(value: object) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""How keys are refused."""
+"""How the keys of a recipe are declared, and how wrong ones are refused."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from proxytune.errors import RecipeError, did_you_mean
+from proxytune.settings import option, options_of
 
 
-def refuse_constant(constant: str) -> Any:
+def _refuse_constant(constant: str) -> Any:
     """Refuse NaN and infinities in a JSON file."""
-    raise RecipeError(f"it holds {constant}, and every number must be finite")
+    raise RecipeError(f"it holds {constant}, but every number must be finite")
 
 
-def finite_float(text: str) -> float:
+def _finite_float(text: str) -> float:
     """Read a JSON number, refusing one that overflows."""
     value = float(text)
     if not math.isfinite(value):
-        raise RecipeError(f"it holds {text[:40]}, and every number must be finite")
+        raise RecipeError(f"it holds {text[:40]}, but every number must be finite")
     return value
 
 
-def object_without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object_without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a JSON object, refusing a key that is given twice."""
     content = dict(pairs)
     if len(content) != len(pairs):
@@ -33,8 +34,32 @@ def object_without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
+def parse_json(content: bytes | str) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        RecipeError: It is not JSON, has a key twice, or holds NaN or infinity.
+    """
+    try:
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        return json.loads(
+            text,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+            object_pairs_hook=_object_without_doubles,
+        )
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"it is not UTF-8: {error}") from error
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"it is not JSON: {error}") from error
+    except RecursionError as error:
+        raise RecipeError("it is nested too deeply to be a recipe") from error
+    except ValueError as error:
+        raise RecipeError(f"it holds a number that cannot be read: {error}") from error
+
+
 def as_object(value: Any, place: str) -> dict[str, Any]:
-    """Return a value as a dict, refusing what is no JSON object."""
+    """Return a value as a dict, refusing anything but a JSON object."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise RecipeError(f"{place} is {as_json(value)}, and must be an object")
     return dict(value)
@@ -47,7 +72,7 @@ def check_keys(
     place: str,
     ignored: frozenset[str] = frozenset(),
 ) -> None:
-    """Refuse unknown keys, naming the known one that is closest."""
+    """Refuse unknown keys, suggesting the closest known one."""
     for key in value:
         if key not in known and key not in ignored:
             raise RecipeError(
@@ -67,35 +92,50 @@ def check_required(value: Mapping[str, Any], required: Sequence[str], place: str
 
 
 def check_text(value: Any, key: str) -> None:
-    """Check that a value is text that can name something: not empty, and no file name's forbidden parts."""
+    """Check that a value is non-empty text without NUL characters or lone surrogates."""
     if not isinstance(value, str) or not value:
         raise RecipeError(f"{key} is {as_json(value)}, and must be text")
     if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-        raise RecipeError(f"{key} is {as_json(value)}, which holds a character that no text has")
+        raise RecipeError(f"{key} is {as_json(value)}, which contains a character that no text has")
 
 
-def check_settings(value: Any) -> None:
-    """Refuse settings that JSON cannot hold."""
+def check_json(value: Mapping[str, Any] | None, name: str) -> None:
+    """Refuse an object that JSON cannot hold."""
     try:
-        is_json = json.dumps(dict(value), ensure_ascii=False, allow_nan=False).encode()
-    except (TypeError, ValueError, RecursionError):
-        is_json = b""
-    if not isinstance(value, Mapping) or not value or not is_json:
-        raise RecipeError(
-            f"quantization is {as_json(value)}, and must be an object of settings.\n"
-            'hint: {"quant_method": "bitsandbytes", "load_in_4bit": true}'
-        )
+        json.dumps(value if value is None else dict(value), allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{name} holds what JSON cannot: {error}") from error
 
 
-def check_count(key: str, value: Any, *, least: int) -> None:
-    """Check that a value is None or a whole number from `least` on."""
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= least):
-        return
-    raise RecipeError(f"{key} is {as_json(value)}, and must be a whole number of at least {least}")
+def recipe_key(default: Any = None, **limits: Any) -> Any:
+    """Return a dataclass's field that is a key of a recipe, with its limits; see `settings.Option`.
+
+    The class's docstring describes it. The JSON Schema is made from both (`scripts/recipe_schema.py`).
+    """
+    return option(default, "", **limits)
+
+
+def check_fields(settings: Any) -> None:
+    """Check every key of an object by its declaration.
+
+    Raises:
+        RecipeError: A value is of the wrong type or outside its limits.
+    """
+    kind: type = type(settings)
+    for declared in options_of(kind).values():
+        value = getattr(settings, declared.name)
+        if value is None and declared.is_optional:
+            continue
+        if declared.type is str:
+            check_text(value, declared.name)
+        if not declared.holds(value):
+            raise RecipeError(
+                f"{declared.name} is {as_json(value)}, and must be {declared.expected(value)}"
+            )
 
 
 def as_json(value: Any) -> str:
-    """Return a value as JSON would write it, cut to what fits into a message."""
+    """Return a value as JSON, shortened to fit into a message."""
     try:
         text = json.dumps(value)
     except (TypeError, ValueError, RecursionError):

@@ -1,13 +1,8 @@
-"""The recipe: which models make a steered one, as a directory in the Hugging Face layout.
+"""The recipe: which models make a steered one, and how they combine. It is read, checked and written here.
 
-    config.json              base, experts, how they combine and how strongly they steer
-    README.md                a model card
-    modeling_proxytune.py    where transformers finds this package, with `trust_remote_code=True`
-    adapters/…               LoRA adapters, if they travel with the recipe
-
-A recipe is read, checked for itself, and written here; whether its models exist and fit together is
-examined in `loading/doctor.py`. Unknown keys are refused at every level, because a misspelt one would
-change the result unseen.
+`directory.py` has the files beside config.json. Whether the models exist and fit together is examined in
+`loading/doctor.py`. Unknown keys are refused at every level, because a misspelt one would silently change the
+result.
 """
 
 from __future__ import annotations
@@ -20,46 +15,51 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from proxytune.checkpoints.hub import hub_recipe
-from proxytune.checkpoints.references import HUB_ID, is_gguf, resolve_package
-from proxytune.errors import InvalidRequest, ModelNotFound, RecipeError, UnknownExpert, did_you_mean
+from proxytune.checkpoints.references import is_gguf
+from proxytune.errors import InvalidRequest, RecipeError, UnknownExpert, did_you_mean
 from proxytune.files import building, unwritable, write_whole
 from proxytune.logits.policy import COMBINATIONS, Policy
+from proxytune.recipe.card import model_card
 from proxytune.recipe.checks import (
     as_json,
     as_object,
+    check_fields,
     check_keys,
     check_required,
     check_text,
-    finite_float,
-    object_without_doubles,
-    refuse_constant,
+    parse_json,
+    recipe_key,
 )
-from proxytune.recipe.spec import ExpertSpec, LlamaCppSettings, ModelSpec, expert_spec, model_spec
+from proxytune.recipe.directory import (
+    LOADER,
+    LOADER_NAME,
+    find_recipe,
+    may_write_loader,
+    mover,
+    read_config,
+    reference_from,
+)
+from proxytune.recipe.spec import (
+    FOR_TRANSFORMERS,
+    ExpertSpec,
+    LlamaCppSettings,
+    ModelSpec,
+    expert_spec,
+    model_spec,
+)
 from proxytune.request import Steering
 
 VOCABULARIES = ("same", "map")
-"""What may become of small models whose tokenizer is another one than the base's."""
+"""What happens to small models whose tokenizer differs from the base's."""
 
 MODEL_TYPE = "proxytune"
 ARCHITECTURE = "ProxyTunedForCausalLM"
-
-LOADER_NAME = "modeling_proxytune.py"
-LOADER = '''\
-"""Leads transformers to the package `proxytune`, which reads this recipe: pip install proxytune."""
-
-from proxytune.integrations.auto import ProxyTunedConfig
-from proxytune.integrations.transformers import ProxyTunedForCausalLM
-
-__all__ = ["ProxyTunedConfig", "ProxyTunedForCausalLM"]
-'''
-"""A file beside config.json that transformers runs with `trust_remote_code=True`, and proxytune never."""
 
 AUTO_MAP = {
     "AutoConfig": "modeling_proxytune.ProxyTunedConfig",
     "AutoModelForCausalLM": "modeling_proxytune.ProxyTunedForCausalLM",
 }
-"""Where a written config.json sends transformers' Auto classes that do not know recipes."""
+"""Where config.json leads transformers' Auto classes, which do not know recipes."""
 
 _OWN_KEYS = (
     "model_type", "architectures", "base", "experts", "combine", "steering", "default_expert", "vocabulary",
@@ -89,7 +89,7 @@ METADATA_KEYS = frozenset(
         "vocab_size",
     }
 )
-"""Keys that transformers writes into any config.json; they are allowed and mean nothing here."""
+"""Keys that transformers writes into any config.json; they are allowed and ignored here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,22 +99,22 @@ class Recipe:
     Args:
         base: The large model.
         experts: One or more, each with its own name.
-        policy: How strongly and by which experts to steer at each token; adding offsets up unless said.
+        policy: How strongly and by which experts to steer at each token. Default: offsets are added up.
         default_expert: The expert that steers when a request names none; None for all of them.
-        vocabulary: Whether small models of another tokenizer than the base's are refused (`same`), or steer
-            the tokens that both have (`map`).
-        directory: Where the recipe stands; relative references start from it.
-        schema: Where an editor finds the format as JSON Schema, `$schema` in the file; kept, and not read.
+        vocabulary: Whether small models with another tokenizer than the base's are refused (`same`), or
+            steer the tokens that both have (`map`).
+        directory: The recipe's directory, from which relative references start.
+        schema: Where an editor finds the format as JSON Schema, `$schema` in the file; kept but not read.
 
     Raises:
-        RecipeError: The parts do not make a recipe.
+        RecipeError: The parts do not form a recipe.
     """
 
     base: ModelSpec
     experts: tuple[ExpertSpec, ...]
     policy: Policy = field(default_factory=Policy)
-    default_expert: str | None = None
-    vocabulary: str = "same"
+    default_expert: str | None = recipe_key()
+    vocabulary: str = recipe_key("same", choices=VOCABULARIES)
     directory: Path = field(default_factory=Path.cwd, compare=False)
     schema: str | None = field(default=None, compare=False)
 
@@ -123,42 +123,40 @@ class Recipe:
             raise RecipeError('base has no model.\nhint: {"model": "owner/name"}')
         if self.base.adapter is not None:
             raise RecipeError(
-                "base has an adapter, and a base is left as it is.\n"
+                "base has an adapter, but a base is never changed.\n"
                 "hint: merge the adapter into it with PEFT's merge_and_unload, and name the result"
             )
         if not self.experts:
-            raise RecipeError(
-                "experts is empty, so there is nothing that steers.\nhint: give one expert"
-            )
+            raise RecipeError("experts is empty; a recipe needs at least one.\nhint: add an expert")
         names = [expert.name for expert in self.experts]
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
             raise RecipeError(
-                f"two experts are called {doubled[0]!r}.\nhint: give each a name of its own"
+                f"two experts are called {doubled[0]!r}.\nhint: give each its own name"
             )
-        if self.vocabulary not in VOCABULARIES:
-            raise RecipeError(
-                f"vocabulary is {as_json(self.vocabulary)}, and must be {' or '.join(VOCABULARIES)}"
-                f"{did_you_mean(self.vocabulary, VOCABULARIES)}"
-            )
+        check_fields(self)
         if self.base.api is not None:
-            for expert in self.experts:
-                if expert.expert.same_as or expert.anti_expert.same_as:
-                    raise RecipeError(
-                        f'the base is behind an API, and expert {expert.name!r} has {{"same_as": "base"}}, '
-                        "whose logits are seen in part only.\nhint: name small models for both sides"
-                    )
-        if self.base.api is not None and self.policy.reads_base:
-            raise RecipeError(
-                f"the base is behind an API, which shows a part of its distribution, and the policy "
-                f"({self.policy.describe()}) needs all of it.\n"
-                "hint: leave steering out, or use clip, a schedule, or the combinations "
-                f"{', '.join(c for c in COMBINATIONS if not Policy(c).reads_base)}"
-            )
+            self._check_api()
         if self.default_expert is not None and self.default_expert not in names:
             raise RecipeError(
-                f"default_expert is {as_json(self.default_expert)}, and the experts are {', '.join(names)}"
+                f"default_expert is {as_json(self.default_expert)}, but the experts are {', '.join(names)}"
                 f"{did_you_mean(self.default_expert, names)}"
+            )
+
+    def _check_api(self) -> None:
+        """Refuse what needs all logits of a base that is behind an API."""
+        for expert in self.experts:
+            if expert.expert.same_as or expert.anti_expert.same_as:
+                raise RecipeError(
+                    f'the base is behind an API, and expert {expert.name!r} has {{"same_as": "base"}}, but '
+                    "an API shows only some logits.\nhint: name small models for both sides"
+                )
+        if self.policy.reads_base:
+            raise RecipeError(
+                f"the base is behind an API, which shows only some logits, and the policy "
+                f"({self.policy.describe()}) needs all of them.\n"
+                "hint: leave steering out, or use clip, a schedule, or the combinations "
+                f"{', '.join(c for c in COMBINATIONS if not Policy(c).reads_base)}"
             )
 
     @classmethod
@@ -168,7 +166,7 @@ class Recipe:
         Raises:
             RecipeError: Nothing is there, or it is malformed.
         """
-        directory = _find_recipe(os.fspath(reference))
+        directory = find_recipe(os.fspath(reference))
         path = directory / "config.json"
         try:
             content = path.read_bytes()
@@ -187,49 +185,23 @@ class Recipe:
         """Build a recipe from the content of its config.json.
 
         Raises:
-            RecipeError: It is no JSON, has a key twice, holds NaN or infinity, or is no recipe.
+            RecipeError: It is not JSON, has a key twice, holds NaN or infinity, or is not a recipe.
         """
-        try:
-            text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-            data = json.loads(
-                text,
-                parse_constant=refuse_constant,
-                parse_float=finite_float,
-                object_pairs_hook=object_without_doubles,
-            )
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"it is not UTF-8: {error}") from error
-        except json.JSONDecodeError as error:
-            raise RecipeError(f"it is not JSON: {error}") from error
-        except RecursionError as error:
-            raise RecipeError("it is nested too deeply to be a recipe") from error
-        except ValueError as error:
-            raise RecipeError(f"it holds a number that cannot be read: {error}") from error
-        return cls.from_dict(data, directory=directory)
+        return cls.from_dict(parse_json(content), directory=directory)
 
     @classmethod
     def from_dict(cls, data: Any, *, directory: Path | None = None) -> Recipe:
         """Build a recipe from the object of its config.json.
 
         Args:
-            data: As `to_dict` returns it; keys that transformers writes into any config are ignored.
-            directory: Where relative references start; None for the working directory.
+            data: The object as `to_dict` returns it; keys that transformers adds to any config are ignored.
+            directory: Directory from which relative references start; None for the working directory.
 
         Raises:
             RecipeError: A key is unknown or missing, or a value cannot be used; the message names its place.
         """
         data = as_object(data, "the recipe")
-        if data.get("model_type") != MODEL_TYPE:
-            kind = data.get("model_type")
-            if isinstance(kind, str):
-                raise RecipeError(
-                    f"model_type is {as_json(kind)}, so this is a model and not a recipe.\n"
-                    "hint: write a recipe that names it with `proxytune new DIR --base …`"
-                )
-            raise RecipeError(
-                f'model_type is {as_json(kind)}, and must be "{MODEL_TYPE}".\n'
-                f'hint: add "model_type": "{MODEL_TYPE}"'
-            )
+        _check_model_type(data.get("model_type"))
         check_keys(data, known=_OWN_KEYS, ignored=METADATA_KEYS, place="the recipe")
         check_required(data, ("base", "experts"), "the recipe")
         experts = data["experts"]
@@ -243,10 +215,7 @@ class Recipe:
         except InvalidRequest as error:
             raise RecipeError(f"steering: {error}" if steering else str(error)) from error
         default_expert = data.get("default_expert")
-        if default_expert is not None:
-            check_text(default_expert, "default_expert")
         vocabulary = data.get("vocabulary", "same")
-        check_text(vocabulary, "vocabulary")
         schema = data.get("$schema")
         if schema is not None:
             check_text(schema, "$schema")
@@ -273,7 +242,7 @@ class Recipe:
 
     @property
     def base_tokenizer(self) -> ModelSpec:
-        """The model whose tokenizer speaks for the base: the base, or another where it is behind an API."""
+        """The model that provides the base's tokenizer: the base, or another if it is behind an API."""
         if self.base.api is None:
             return self.base.weights
         if self.base.api.tokenizer is not None:
@@ -288,7 +257,7 @@ class Recipe:
         attn_implementation: str | None = None,
         cuda_graphs: bool | None = None,
     ) -> Recipe:
-        """Return the recipe with these settings in every model of transformers; None leaves each its own."""
+        """Return the recipe with these settings in all models that transformers runs; None keeps theirs."""
         given = {
             "device": device,
             "dtype": dtype,
@@ -307,8 +276,8 @@ class Recipe:
         """Return the recipe with every `.gguf` file run by llama.cpp, with these settings.
 
         Args:
-            only_where_set: Leave files to transformers that the recipe leaves to it.
-            settings: Of `LlamaCppSettings`; None leaves each model its own.
+            only_where_set: Change only models that the recipe runs with llama.cpp already.
+            settings: Fields of `LlamaCppSettings`; None keeps each model's own.
 
         Raises:
             RecipeError: The recipe names no `.gguf` file, or a setting cannot be used.
@@ -316,8 +285,8 @@ class Recipe:
         given: dict[str, Any] = {k: value for k, value in settings.items() if value is not None}
         if not any(spec.model and is_gguf(spec.model) for spec in self.models.values()):
             raise RecipeError(
-                "the recipe names no .gguf file, so there is nothing that llama.cpp could run.\n"
-                "hint: `proxytune export-gguf` makes them"
+                "the recipe names no .gguf file, so llama.cpp has nothing to run.\n"
+                "hint: make one with `proxytune export-gguf`"
             )
 
         def changed(spec: ModelSpec) -> ModelSpec:
@@ -326,15 +295,7 @@ class Recipe:
             if only_where_set and spec.llama_cpp is None:
                 return spec
             own = spec.llama_cpp or LlamaCppSettings()
-            kept = replace(
-                spec,
-                dtype=None,
-                device=None,
-                quantization=None,
-                attn_implementation=None,
-                cuda_graphs=False,
-            )
-            return replace(kept, llama_cpp=replace(own, **given))
+            return replace(spec, **FOR_TRANSFORMERS, llama_cpp=replace(own, **given))
 
         return self.with_models(changed)
 
@@ -374,25 +335,25 @@ class Recipe:
         overwrite: bool = False,
         card: str | None = None,
     ) -> Recipe:
-        """Write the recipe and return it as it stands there.
+        """Write the recipe into a directory and return it as written there.
 
-        Local paths are written so that they lead to the same files from the new place; adapters inside the
-        recipe's own directory are copied along. A model card, and the file that leads transformers here, are
-        written where there are none, and replace those that this method wrote and nobody edited.
+        Local paths are rewritten so that they lead to the same files from there, and adapters inside the
+        recipe's own directory are copied along. A model card, and the file that leads transformers to this
+        package, are written if missing; those that this method wrote and nobody edited are replaced.
 
         Args:
-            directory: Made if it is not there.
-            overwrite: Replace another recipe that is there.
-            card: The model card to write, whatever card is there; None for the recipe's own.
+            directory: Where to write; made if it is missing.
+            overwrite: Whether to replace another recipe that is there.
+            card: The model card to write, replacing any that is there; None for the recipe's own.
 
         Raises:
-            RecipeError: Another recipe is there, or a model.
-            OutputFileError: The place cannot be written.
+            RecipeError: Another recipe, or a model, is there.
+            OutputFileError: The directory cannot be written.
         """
         target = Path(os.path.abspath(os.path.expanduser(os.fspath(directory))))
         source = Path(os.path.abspath(self.directory))
-        inside: dict[str, Path] = {}
-        moved = self._moved(source, target, inside) if source != target else self
+        move, inside = mover(source, target)
+        moved = self if source == target else self.with_models(move)
         moved.check_free(target, overwrite=overwrite)
         try:
             target.mkdir(parents=True, exist_ok=True)
@@ -406,7 +367,7 @@ class Recipe:
                 ensure_ascii=False,
                 allow_nan=False,
             )
-            if _may_write_loader(target):
+            if may_write_loader(target):
                 write_whole(target / LOADER_NAME, LOADER)
             if card is not None or _may_write_card(target):
                 write_whole(target / "README.md", card or moved.model_card())
@@ -416,31 +377,23 @@ class Recipe:
         return replace(moved, directory=target)
 
     def reference_from(self, reference: str, target: Path) -> str:
-        """Return a model's reference, written so that it leads to the same files from `target`."""
-        lone = replace(self, base=ModelSpec(model=reference))
-        moved = lone._moved(Path(os.path.abspath(self.directory)), target, {})
-        return moved.base.model or reference
+        """Return a model's reference, rewritten so that it leads to the same files from `target`."""
+        return reference_from(Path(os.path.abspath(self.directory)), reference, target)
 
     def check_free(self, target: Path, *, overwrite: bool) -> None:
-        """Check that writing there would replace nothing but the same recipe, or another if that is wanted.
+        """Check that `target` is free, or holds the same recipe, or another that may be replaced.
 
         Raises:
             RecipeError: It would.
         """
-        path = target / "config.json"
-        if not path.exists():
-            return
-        try:
-            content = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError):
-            content = None
+        content = read_config(target)
         kind = content.get("model_type") if isinstance(content, dict) else None
         if kind is not None and kind != MODEL_TYPE:
             raise RecipeError(
                 f"{target} holds a model of type {as_json(kind)}, which a recipe must not replace.\n"
                 "hint: name another directory"
             )
-        if overwrite:
+        if overwrite or not (target / "config.json").exists():
             return
         try:
             is_same = Recipe.from_dict(content).to_dict() == self.to_dict()
@@ -451,49 +404,6 @@ class Recipe:
                 f"{target} holds another recipe, which would be lost.\n"
                 "hint: name another directory, or delete that recipe first"
             )
-
-    def _moved(self, source: Path, target: Path, inside: dict[str, Path]) -> Recipe:
-        """Return the recipe with local paths that lead to the same files from `target`.
-
-        Adapters inside `source` keep their reference and are entered into `inside`.
-        """
-
-        def move(reference: str | None, *, is_adapter: bool) -> str | None:
-            if reference is None or reference.startswith(("package:", "http://", "https://")):
-                return reference
-            path = Path(os.path.expanduser(reference))
-            if path.is_absolute() or not (source / path).exists():
-                return reference
-            place = Path(os.path.normpath(source / path))
-            if is_adapter and place != source and place.is_relative_to(source):
-                kept = place.relative_to(source).as_posix()
-                inside[kept] = place
-                return kept
-            return Path(os.path.relpath(place, target)).as_posix()
-
-        def move_spec(spec: ModelSpec) -> ModelSpec:
-            api = spec.api
-            if api is not None:
-                api = replace(api, tokenizer=move(api.tokenizer, is_adapter=False))
-            return replace(
-                spec,
-                model=move(spec.model, is_adapter=False),
-                adapter=move(spec.adapter, is_adapter=True),
-                api=api,
-            )
-
-        return replace(
-            self,
-            base=move_spec(self.base),
-            experts=tuple(
-                replace(
-                    expert,
-                    expert=move_spec(expert.expert),
-                    anti_expert=move_spec(expert.anti_expert),
-                )
-                for expert in self.experts
-            ),
-        )
 
     def named(self, names: str | Iterable[str] | None = None) -> tuple[str, ...]:
         """Return the names of the experts that steer, each once: these, or for None the recipe's default.
@@ -575,118 +485,11 @@ class Recipe:
 
     def model_card(self) -> str:
         """Return a README.md with the metadata that the Hub reads."""
-        specs = [("base", self.base)]
-        for expert in self.experts:
-            specs += [
-                (f"{expert.name}, expert", expert.expert),
-                (f"{expert.name}, anti-expert", expert.anti_expert),
-            ]
-        hub_ids: list[str] = []
-        for _, spec in specs:
-            for reference in (spec.model, spec.adapter):
-                if (
-                    reference is not None
-                    and self._is_hub_id(reference)
-                    and reference not in hub_ids
-                ):
-                    hub_ids.append(reference)
-        lines = ["---", "library_name: proxytune", "pipeline_tag: text-generation"]
-        lines += ["tags:", "- proxytune", "- proxy-tuning"]
-        if hub_ids:
-            lines += ["base_model:", *(f"- {hub_id}" for hub_id in hub_ids)]
-        lines += [
-            "---",
-            "",
-            "# A steered model",
-            "",
-            "A recipe for [proxy-tuning](https://arxiv.org/abs/2401.08565): it names models and holds none "
-            "of their weights.",
-            "",
-            "    steered logits = base + alpha * (expert - anti_expert)",
-            "",
-            "| part | model | adapter | prompt |",
-            "| --- | --- | --- | --- |",
-        ]
-        for part, spec in specs:
-            model = "the base itself" if spec.same_as else f"`{spec.model}`"
-            adapter = f"`{spec.adapter}`" if spec.adapter else ""
-            prompt = spec.prompt if spec.prompt in ("plain", "chat") else "a template of its own"
-            lines.append(f"| {part} | {model} | {adapter} | {prompt} |")
-        strengths = ", ".join(f"{expert.name} {expert.alpha:g}" for expert in self.experts)
-        lines += [
-            "",
-            f"Strength of steering (alpha): {strengths}."
-            + ("" if self.policy.is_plain else f" Policy: {self.policy.describe()}."),
-            "",
-            "```bash",
-            "pip install proxytune",
-            'proxytune generate . "Once upon a time"',
-            "```",
-            "",
-        ]
-        if self._runs_in_transformers():
-            lines += [
-                "```python",
-                "from transformers import AutoModelForCausalLM, AutoTokenizer",
-                "",
-                'tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)',
-                'model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)',
-                "```",
-                "",
-            ]
-        return "\n".join(lines)
-
-    def _runs_in_transformers(self) -> bool:
-        """Whether the transformers integration takes it: one stream of tokens, models in process."""
-        specs = [self.base, *(s for e in self.experts for s in (e.expert, e.anti_expert))]
-        return all(
-            spec.same_as
-            or (spec.prompt == self.base.prompt and not spec.api and not spec.llama_cpp)
-            for spec in specs
-        )
-
-    def _is_hub_id(self, reference: str) -> bool:
-        if not HUB_ID.fullmatch(reference) or is_gguf(reference):
-            return False
-        return not (self.directory / reference).exists()
-
-
-# Reading -------------------------------------------------------------------------------------------
-
-
-def _find_recipe(reference: str) -> Path:
-    hint = "hint: write a recipe with `proxytune new`, or check the spelling"
-    if reference.startswith("package:"):
-        try:
-            return resolve_package(reference)
-        except ModelNotFound as error:
-            raise RecipeError(f"no recipe at {reference}: {error}") from error
-    path = Path(os.path.expanduser(reference))
-    try:
-        if path.is_dir():
-            return path.absolute()
-        if path.is_file():
-            if path.name == "config.json":
-                return path.absolute().parent
-            raise RecipeError(
-                f"no recipe at {reference}: it is a file, and a recipe is a directory.\n{hint}"
-            )
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"no recipe at {reference!r}: {error}.\n{hint}") from error
-    # A recipe on the Hub always has an owner; a bare word is a directory that is not there.
-    if HUB_ID.fullmatch(reference) and "/" in reference and ".." not in reference:
-        try:
-            return hub_recipe(reference)
-        except ModelNotFound as error:
-            raise RecipeError(f"no recipe at {reference}: {error}") from error
-    raise RecipeError(f"no recipe at {reference}: no such directory.\n{hint}")
-
-
-# Writing -------------------------------------------------------------------------------------------
+        return model_card(self.models, self.experts, self.policy, self.directory)
 
 
 def _may_write_card(target: Path) -> bool:
-    """Whether the directory has no model card, or the one its recipe was written with."""
+    """Whether the directory has no model card, or the one that its recipe was written with."""
     try:
         there = (target / "README.md").read_text("utf-8")
     except FileNotFoundError:
@@ -699,12 +502,15 @@ def _may_write_card(target: Path) -> bool:
         return False
 
 
-def _may_write_loader(target: Path) -> bool:
-    """Whether the directory has no loader, or one that a version of this package wrote."""
-    try:
-        there = (target / LOADER_NAME).read_text("utf-8")
-    except FileNotFoundError:
-        return True
-    except (OSError, UnicodeDecodeError):
-        return False
-    return there.split("\n")[0] == LOADER.split("\n")[0]
+def _check_model_type(kind: Any) -> None:
+    if kind == MODEL_TYPE:
+        return
+    if isinstance(kind, str):
+        raise RecipeError(
+            f"model_type is {as_json(kind)}, so this is a model and not a recipe.\n"
+            "hint: write a recipe that names it with `proxytune new DIR --base …`"
+        )
+    raise RecipeError(
+        f'model_type is {as_json(kind)}, and must be "{MODEL_TYPE}".\n'
+        f'hint: add "model_type": "{MODEL_TYPE}"'
+    )

@@ -1,9 +1,7 @@
-"""One model, one expert: their keys."""
+"""One model and one expert of a recipe: their keys, with limits, and the rules between keys."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
@@ -11,134 +9,114 @@ from urllib.parse import urlsplit
 
 from proxytune.checkpoints.placement import DTYPES
 from proxytune.checkpoints.references import is_gguf, is_url
-from proxytune.errors import InvalidRequest, RecipeError, did_you_mean
+from proxytune.errors import InvalidRequest, RecipeError
 from proxytune.recipe.checks import (
     as_json,
     as_object,
-    check_count,
+    check_fields,
+    check_json,
     check_keys,
     check_required,
-    check_settings,
-    check_text,
+    recipe_key,
 )
 from proxytune.request import check_alpha
+from proxytune.settings import declared, options_of
 
 CACHE_DTYPES = ("float32", "float16", "q8_0")
-"""What llama.cpp may keep keys and values in."""
+"""Dtypes in which llama.cpp can keep keys and values."""
 
 DEFAULT_CONTEXT = 4096
-"""Most tokens of a row in llama.cpp, where the recipe does not say."""
+"""Maximum number of tokens of a row in llama.cpp, unless the recipe sets one."""
 
 ENDPOINTS = ("completions", "chat")
-"""Parts of an OpenAI-compatible API that generate text."""
+"""Endpoints of an OpenAI-compatible API that generate text."""
 
-_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")  # lower case would let keys pass for names
-_EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+FOR_TRANSFORMERS: dict[str, Any] = {
+    "dtype": None,
+    "device": None,
+    "quantization": None,
+    "attn_implementation": None,
+    "cuda_graphs": False,
+}
+"""Keys that only models run by transformers have, and their defaults."""
 
 
 @dataclass(frozen=True, slots=True)
 class LlamaCppSettings:
-    """How llama.cpp runs a `.gguf` file, as it is, where transformers would unpack it to float32.
+    """How llama.cpp runs a `.gguf` file as it is; transformers would unpack it to float32.
 
     Args:
-        threads: Processor threads; None for one per core that torch uses.
-        gpu_layers: Layers that go to a GPU, if llama.cpp was built for one; -1 for all.
-        context_size: Most tokens a row can hold; None for what the model was trained for, at most
+        threads: Number of processor threads; None for one per core that torch uses.
+        gpu_layers: Number of layers on a GPU, if llama.cpp was built for one; -1 for all.
+        context_size: Maximum number of tokens of a row; None for the model's own limit, at most
             `DEFAULT_CONTEXT`.
-        cache_dtype: Of keys and values: `float32`, `float16` or `q8_0`; None is float32 for a file that
-            is not quantised, and float16 else.
+        cache_dtype: Dtype of keys and values: `float32`, `float16` or `q8_0`; None is float32 for a file
+            that is not quantized, otherwise float16.
 
     Raises:
         RecipeError: A value cannot be used.
     """
 
-    threads: int | None = None
-    gpu_layers: int = -1
-    context_size: int | None = None
-    cache_dtype: str | None = None
+    threads: int | None = recipe_key(at_least=1)
+    gpu_layers: int = recipe_key(-1, at_least=-1)
+    context_size: int | None = recipe_key(at_least=1)
+    cache_dtype: str | None = recipe_key(choices=CACHE_DTYPES)
 
     def __post_init__(self) -> None:
-        check_count("threads", self.threads, least=1)
-        check_count("gpu_layers", self.gpu_layers, least=-1)
-        check_count("context_size", self.context_size, least=1)
-        if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:
-            raise RecipeError(
-                f"cache_dtype is {as_json(self.cache_dtype)}, and must be one of {', '.join(CACHE_DTYPES)}"
-            )
+        check_fields(self)
 
     def context_of(self, trained: int | None) -> int:
-        """Return the most tokens of a row, of a model trained for `trained`."""
+        """Return the maximum number of tokens of a row, for a model trained for `trained`."""
         return self.context_size or min(trained or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
 
     def cache_dtype_of(self, stored_dtype: str) -> str:
-        """Return what keys and values are kept in, for weights stored in this dtype."""
+        """Return the dtype of keys and values, for weights stored in `stored_dtype`."""
         return self.cache_dtype or ("float32" if stored_dtype == "float32" else "float16")
 
 
 @dataclass(frozen=True, slots=True)
 class ApiSettings:
-    """How a base behind an OpenAI-compatible HTTP API is asked.
+    """How to call a base behind an OpenAI-compatible HTTP API.
 
     Args:
-        model: What the server calls the model; None for the only one that it lists.
-        tokenizer: A model whose tokens are the base's; None for the first anti-expert.
-        key_env: The environment variable that holds the API key; None sends none. Keys are never stored.
-        endpoint: `completions`, or `chat` where the server offers nothing else; None finds out.
-        top_logprobs: Most likely tokens to ask for at each position; None for 100, or what the server allows.
-        lookahead: Most tokens of the base's own continuation to ask for in one call; None adapts, up to 32.
-        max_concurrency: Calls at the same time.
-        timeout_s: Seconds until a call without an answer is given up and repeated.
-        max_retries: How often a call that failed is repeated.
-        prompt_price: Of a million prompt tokens, in any currency.
-        completion_price: Of a million generated tokens, in the same one.
+        model: The server's name for the model; None for the only one that it lists.
+        tokenizer: A model with the base's tokenizer; None for the first anti-expert.
+        key_env: The environment variable that holds the API key; None sends no key. Keys are never stored.
+        endpoint: `completions`, or `chat` if the server offers nothing else; None finds out.
+        top_logprobs: Number of likeliest tokens to ask for at each position; None for 100, or what the
+            server allows.
+        lookahead: Maximum number of tokens of the base's own continuation in one call; None adapts, up to 32.
+        max_concurrency: Maximum number of calls at the same time.
+        timeout_s: Seconds after which a call without an answer is repeated.
+        max_retries: Maximum number of repetitions of a failed call.
+        prompt_price: Price of a million prompt tokens, in any currency.
+        completion_price: Price of a million generated tokens, in the same currency.
 
     Raises:
         RecipeError: A value cannot be used.
     """
 
-    model: str | None = None
-    tokenizer: str | None = None
-    key_env: str | None = None
-    endpoint: str | None = None
-    top_logprobs: int | None = None
-    lookahead: int | None = None
-    max_concurrency: int = 4
-    timeout_s: float = 60.0
-    max_retries: int = 8
-    prompt_price: float = 0.0
-    completion_price: float = 0.0
+    model: str | None = recipe_key()
+    tokenizer: str | None = recipe_key()
+    # Lower case would let keys pass for names.
+    key_env: str | None = recipe_key(pattern="^[A-Z_][A-Z0-9_]{0,63}$")
+    endpoint: str | None = recipe_key(choices=ENDPOINTS)
+    top_logprobs: int | None = recipe_key(at_least=1)
+    lookahead: int | None = recipe_key(at_least=1)
+    max_concurrency: int = recipe_key(4, at_least=1)
+    timeout_s: float = recipe_key(60.0, above=0)
+    max_retries: int = recipe_key(8, at_least=0)
+    prompt_price: float = recipe_key(0.0, at_least=0)
+    completion_price: float = recipe_key(0.0, at_least=0)
 
     def __post_init__(self) -> None:
-        for key in ("model", "tokenizer", "key_env", "endpoint"):
-            if getattr(self, key) is not None:
-                check_text(getattr(self, key), key)
-        if self.key_env is not None and not _VARIABLE.fullmatch(self.key_env):
+        # The value is not shown: it may be a key.
+        if not options_of(ApiSettings)["key_env"].holds(self.key_env):
             raise RecipeError(
-                "key_env is not the name of an environment variable, and a key itself must never stand in a "
-                'recipe.\nhint: export OPENAI_API_KEY=…, and write "key_env": "OPENAI_API_KEY"'
+                "key_env is not the name of an environment variable, and a recipe must never hold the key "
+                'itself.\nhint: export OPENAI_API_KEY=…, and write "key_env": "OPENAI_API_KEY"'
             )
-        if self.endpoint not in (None, *ENDPOINTS):
-            raise RecipeError(
-                f"endpoint is {as_json(self.endpoint)}, and must be one of {', '.join(ENDPOINTS)}"
-                f"{did_you_mean(self.endpoint or '', ENDPOINTS)}"
-            )
-        for key, least in (
-            ("top_logprobs", 1),
-            ("lookahead", 1),
-            ("max_concurrency", 1),
-            ("max_retries", 0),
-        ):
-            check_count(key, getattr(self, key), least=least)
-        for key in ("timeout_s", "prompt_price", "completion_price"):
-            value = getattr(self, key)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if (
-                not is_number
-                or not math.isfinite(value)
-                or value < 0
-                or (key == "timeout_s" and not value)
-            ):
-                raise RecipeError(f"{key} is {as_json(value)}, and must be a number above 0")
+        check_fields(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,54 +124,61 @@ class ModelSpec:
     """One model of a recipe.
 
     Args:
-        model: A local directory, a `.gguf` file, `package:NAME/PATH`, or a Hub id; of the base also the
+        model: A local directory, a `.gguf` file, `package:NAME/PATH`, or a Hub id; for the base also the
             address of an API.
         adapter: A LoRA adapter on it: a local directory, `package:NAME/PATH`, or a Hub id.
-        same_as: `base` reuses the base's logits, and excludes all else.
+        same_as: `base` reuses the base's logits; no other key may be set.
         revision: Branch, tag or commit of the model, if it is a Hub id.
-        dtype: `float32`, `bfloat16`, `float16`, or `auto` for the stored one; None is the stored one on an
-            accelerator and float32 on the CPU.
-        device: As torch names it, or `auto` to spread the model; None is CUDA where there is some.
-        quantization: What transformers takes as `quantization_config`, such as `{"load_in_4bit": true}`.
-        attn_implementation: What transformers takes under that name, such as `sdpa`.
-        cuda_graphs: Launch the kernels of short forwards all at once; needs a CUDA device of its own.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto` for the stored dtype; None is the stored dtype on
+            an accelerator and float32 on the CPU.
+        device: A device as torch names it, or `auto` to spread the model; None is CUDA if available.
+        quantization: The `quantization_config` of transformers, such as `{"load_in_4bit": true}`.
+        attn_implementation: The option of that name in transformers, such as `sdpa`.
+        cuda_graphs: Launch the kernels of short forwards all at once; the model must be on one CUDA device.
         prompt: `plain`, `chat` for the tokenizer's own template, or a Jinja template.
         trust_remote_code: Run code that comes with the model.
-        allow_pickle: Accept pickled weights, which can run any code when they are read.
+        allow_pickle: Accept pickled weights, which can run any code when they are loaded.
         llama_cpp: Run a `.gguf` file with llama.cpp; None leaves it to transformers.
-        api: How to ask a base whose `model` is the address of an API, such as `http://localhost:8000/v1`.
+        api: How to call a base whose `model` is the address of an API, such as `http://localhost:8000/v1`.
 
     Raises:
-        RecipeError: A value is of the wrong kind, or two exclude each other.
+        RecipeError: A value has the wrong type, or two keys exclude each other.
     """
 
-    model: str | None = None
-    adapter: str | None = None
-    same_as: Literal["base"] | None = None
-    revision: str | None = None
-    dtype: str | None = None
-    device: str | None = None
-    quantization: Mapping[str, Any] | None = field(default=None, hash=False)
-    attn_implementation: str | None = None
-    cuda_graphs: bool = False
-    prompt: str = "plain"
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
+    model: str | None = recipe_key()
+    adapter: str | None = recipe_key()
+    same_as: Literal["base"] | None = recipe_key(
+        words='"base"', hint="name a model with model, or leave same_as out"
+    )
+    revision: str | None = recipe_key()
+    dtype: str | None = recipe_key(choices=(*DTYPES, "auto"))
+    device: str | None = recipe_key()
+    quantization: Mapping[str, Any] | None = field(
+        default=None,
+        hash=False,
+        metadata=declared(
+            "",
+            at_least=1,
+            words="an object of settings",
+            hint='{"quant_method": "bitsandbytes", "load_in_4bit": true}',
+        ),
+    )
+    attn_implementation: str | None = recipe_key()
+    cuda_graphs: bool = recipe_key(False)
+    prompt: str = recipe_key(
+        "plain",
+        choices=("plain", "chat"),
+        pattern=r"\{\{|\{%",
+        words='"plain", "chat" or a Jinja template',
+    )
+    trust_remote_code: bool = recipe_key(False)
+    allow_pickle: bool = recipe_key(False)
     llama_cpp: LlamaCppSettings | None = None
     api: ApiSettings | None = None
 
     def __post_init__(self) -> None:
-        for key in (
-            "model", "adapter", "same_as", "revision", "dtype", "device", "attn_implementation", "prompt",
-        ):  # fmt: skip
-            value = getattr(self, key)
-            if value is not None or key == "prompt":
-                check_text(value, key)
-        for key in ("trust_remote_code", "allow_pickle", "cuda_graphs"):
-            if not isinstance(getattr(self, key), bool):
-                raise RecipeError(
-                    f"{key} is {as_json(getattr(self, key))}, and must be true or false"
-                )
+        check_fields(self)
+        check_json(self.quantization, "quantization")
         if self.same_as is not None:
             self._check_same_as()
         elif self.model is None and self.adapter is None:
@@ -201,33 +186,19 @@ class ModelSpec:
                 "neither model nor same_as is given, so there is nothing to run.\n"
                 'hint: {"model": "owner/name"}, or {"same_as": "base"} in an expert'
             )
-        if self.dtype is not None and self.dtype not in (*DTYPES, "auto"):
-            raise RecipeError(
-                f"dtype is {as_json(self.dtype)}, and must be one of {', '.join((*DTYPES, 'auto'))}"
-                f"{did_you_mean(self.dtype, (*DTYPES, 'auto'))}"
-            )
-        if self.quantization is not None:
-            check_settings(self.quantization)
         if self.model is not None and is_url(self.model):
             self._check_api()
         elif self.api is not None:
             raise RecipeError(
-                f"api is given and model is {as_json(self.model)}, which is no address.\n"
+                f"api is given, but model is {as_json(self.model)}, which is not an address.\n"
                 'hint: "model": "http://localhost:8000/v1", or leave api out'
             )
         elif self.llama_cpp is not None:
             self._check_llama_cpp()
         elif self.model is not None and self.adapter is not None and is_gguf(self.adapter):
             raise RecipeError(
-                f"adapter is {as_json(self.adapter)}, and GGUF adapters are for llama.cpp.\n"
+                f"adapter is {as_json(self.adapter)}, but only llama.cpp reads GGUF adapters.\n"
                 'hint: name its model as a .gguf file with "llama_cpp": {}, or the adapter as PEFT saved it'
-            )
-        if self.prompt not in ("plain", "chat") and not (
-            "{{" in self.prompt or "{%" in self.prompt
-        ):
-            raise RecipeError(
-                f'prompt is {as_json(self.prompt)}, and must be "plain", "chat" or a Jinja template'
-                f"{did_you_mean(self.prompt, ('plain', 'chat'))}"
             )
 
     def _check_api(self) -> None:
@@ -237,60 +208,55 @@ class ModelSpec:
         for setting in fields(self):
             if setting.name not in kept and getattr(self, setting.name) != setting.default:
                 raise RecipeError(
-                    f"model is the address of an API and {setting.name} is given, which its server decides.\n"
+                    f"model is the address of an API, whose server decides {setting.name}.\n"
                     f"hint: leave {setting.name} out"
                 )
         address = urlsplit(self.model or "")
         if address.username or address.password or address.query:
             raise RecipeError(
-                "the address of the API holds a name, a password or a query, and a recipe holds no secrets.\n"
+                "the address of the API contains a user name, a password or a query, but a recipe must hold "
+                "no secrets.\n"
                 'hint: name an environment variable in "api": {"key_env": "OPENAI_API_KEY"}'
             )
 
     def _check_llama_cpp(self) -> None:
         if self.model is not None and not is_gguf(self.model):
             raise RecipeError(
-                f"llama_cpp is given and model is {as_json(self.model)}, and llama.cpp runs .gguf files.\n"
+                f"llama_cpp is given, but model is {as_json(self.model)}, which is not a .gguf file.\n"
                 "hint: name a .gguf file, or make one with `proxytune export-gguf`"
             )
         if self.adapter is not None and not is_gguf(self.adapter):
             raise RecipeError(
-                f"llama_cpp is given and adapter is {as_json(self.adapter)}, "
-                "and llama.cpp takes .gguf files.\n"
+                f"llama_cpp is given, but adapter is {as_json(self.adapter)}, which is not a .gguf file.\n"
                 "hint: make one with `proxytune export-gguf`"
             )
-        for key in ("dtype", "device", "quantization", "attn_implementation", "cuda_graphs"):
+        for key in FOR_TRANSFORMERS:
             if getattr(self, key):
                 raise RecipeError(
-                    f"llama_cpp and {key} are both given, and {key} is for transformers.\n"
+                    f"llama_cpp and {key} are both given, but {key} is for transformers.\n"
                     f"hint: leave {key} out; llama_cpp has settings of its own: "
                     f"{', '.join(setting.name for setting in fields(LlamaCppSettings))}"
                 )
 
     def _check_same_as(self) -> None:
-        if self.same_as != "base":
-            raise RecipeError(
-                f'same_as is {as_json(self.same_as)}, and only "base" is known.\n'
-                "hint: name a model with model, or leave same_as out"
-            )
         for setting in fields(self):
             if setting.name != "same_as" and getattr(self, setting.name) != setting.default:
                 raise RecipeError(
-                    f"same_as and {setting.name} are both given, and the base's logits are reused as they "
+                    f"same_as and {setting.name} are both given, but the base's logits are reused as they "
                     f"are.\nhint: leave {setting.name} out, or name the model again with model"
                 )
 
     @property
     def weights(self) -> ModelSpec:
-        """The spec without adapter and prompt: models that have it in common share one copy of weights."""
+        """The spec without adapter and prompt; models with equal ones share one copy of the weights."""
         return replace(self, adapter=None, prompt="plain")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object of this model, without what is at its default."""
+        """Return the JSON object of this model, leaving out defaults."""
         return _without_defaults(self)
 
 
-# What an expert that is only an adapter takes over from the model it sits on.
+# What an expert that is only an adapter inherits from the model it sits on.
 _SHARED_KEYS = (
     "model", "revision", "dtype", "device", "quantization", "attn_implementation", "cuda_graphs",
     "trust_remote_code", "allow_pickle", "llama_cpp",
@@ -301,8 +267,8 @@ _SHARED_KEYS = (
 class ExpertSpec:
     """One expert with its anti-expert.
 
-    An expert given as an adapter alone sits on the anti-expert's model: everything about those weights is
-    taken over, and only the prompt format is its own.
+    An expert given as an adapter alone sits on the anti-expert's model. It inherits everything about those
+    weights; only the prompt format is its own.
 
     Args:
         name: Letters, digits, `.`, `_` and `-`.
@@ -314,18 +280,19 @@ class ExpertSpec:
         RecipeError: A value cannot be used, or two exclude each other.
     """
 
-    name: str
+    name: str = field(
+        metadata=declared(
+            "",
+            pattern="^[A-Za-z0-9][A-Za-z0-9._-]*$",
+            words="letters, digits, '.', '_' and '-', beginning with a letter or digit",
+        )
+    )
     expert: ModelSpec
     anti_expert: ModelSpec
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        check_text(self.name, "name")
-        if not _EXPERT_NAME.fullmatch(self.name):
-            raise RecipeError(
-                f"name is {as_json(self.name)}, and must be letters, digits, '.', '_' and '-', "
-                "beginning with a letter or digit"
-            )
+        check_fields(self)
         try:
             object.__setattr__(self, "alpha", check_alpha(self.alpha))
         except (InvalidRequest, OverflowError) as error:
@@ -333,17 +300,17 @@ class ExpertSpec:
         for part in ("expert", "anti_expert"):
             if getattr(self, part).api is not None:
                 raise RecipeError(
-                    f"{part} is behind an API, which shows too little of what it predicts; only a base can "
-                    f"be.\nhint: name a small model that runs here"
+                    f"{part} is behind an API, which shows too few logits; only a base may be.\n"
+                    "hint: name a small model that runs here"
                 )
         if self.expert.same_as and self.anti_expert.same_as:
             raise RecipeError(
-                'expert and anti_expert are both {"same_as": "base"}, so their difference is nothing.\n'
+                'expert and anti_expert are both {"same_as": "base"}, so their difference is zero.\n'
                 "hint: name a model for one of them"
             )
         if self.anti_expert.same_as is None and self.anti_expert.model is None:
             raise RecipeError(
-                "anti_expert has an adapter and no model to put it on.\n"
+                "anti_expert has an adapter but no model to put it on.\n"
                 'hint: {"model": "owner/name", "adapter": "adapters/opposite"}'
             )
         if self.expert.same_as is None and self.expert.model is None:
@@ -379,7 +346,7 @@ class ExpertSpec:
 
 
 def model_spec(value: Any, place: str) -> ModelSpec:
-    """Read one model's object."""
+    """Build a model from its JSON object; `place` names it in errors."""
     value = as_object(value, place)
     known = [setting.name for setting in fields(ModelSpec)]
     check_keys(value, known=known, place=place)
@@ -399,7 +366,7 @@ def model_spec(value: Any, place: str) -> ModelSpec:
 
 
 def expert_spec(value: Any, place: str) -> ExpertSpec:
-    """Read one expert's object."""
+    """Build an expert from its JSON object; `place` names it in errors."""
     value = as_object(value, place)
     check_keys(value, known=[setting.name for setting in fields(ExpertSpec)], place=place)
     check_required(value, ("name", "expert", "anti_expert"), place)
@@ -412,7 +379,7 @@ def expert_spec(value: Any, place: str) -> ExpertSpec:
 
 
 def _without_defaults(settings: Any) -> dict[str, Any]:
-    """Return the JSON object of a dataclass, without what is at its default."""
+    """Return the JSON object of a dataclass, leaving out defaults."""
     content: dict[str, Any] = {}
     for setting in fields(settings):
         value = getattr(settings, setting.name)

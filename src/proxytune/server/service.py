@@ -19,6 +19,7 @@ from typing import Any
 from proxytune.decode.batch import Event
 from proxytune.decode.ensemble import Job
 from proxytune.errors import InvalidRequest, PromptTooLong, ShuttingDown
+from proxytune.measure.score import smallest_context
 from proxytune.model import ProxyTuned
 from proxytune.request import Request, SamplingParams, Steering
 from proxytune.server.answer import (
@@ -156,8 +157,7 @@ class Service:
     def about(self) -> Json:
         """Return a description of the recipe and of what a request may ask for."""
         recipe = self.model.recipe
-        contexts = [m.backend.capabilities.max_context for m in self.model.ensemble.members]
-        context = min((limit for limit in contexts if limit is not None), default=None)
+        context = smallest_context(self.model.ensemble.members)
         longest = self.settings.max_prompt_tokens or (None if context is None else context - 1)
         base = recipe.base
         return {

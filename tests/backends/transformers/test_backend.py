@@ -462,9 +462,7 @@ def test_a_peft_model_can_be_given_as_it_is(small):
     )
 
 
-def test_large_layers_are_packed_at_the_first_forward_and_a_model_only_loaded_stays_as_it_is(
-    small, monkeypatch
-):
+def test_large_layers_are_packed_at_the_first_forward_and_not_before(small, monkeypatch):
     from proxytune.backends.transformers import linear
 
     adapters = adapters_of(small, good=1)

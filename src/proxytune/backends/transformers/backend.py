@@ -146,11 +146,7 @@ class TransformersBackend(Backend[TransformersState]):
             return self._forward(token_ids, cache, options, adapters)
 
         return GraphRunner(
-            self.name,
-            forward,
-            recorder,
-            dtype=self.model.dtype,
-            max_context=self._max_context,
+            self.name, forward, recorder, dtype=self.model.dtype, max_context=self._max_context
         )
 
     @classmethod
@@ -388,10 +384,10 @@ class TransformersBackend(Backend[TransformersState]):
 
     @torch.inference_mode()
     def copy(self, state: TransformersState, rows: Sequence[int]) -> TransformersState:
-        """Return a state of its own of the given rows; see `Backend.copy`.
+        """Return a separate state of the given rows; see `Backend.copy`.
 
         Raises:
-            UnsupportedModel: The model has layers without a KV cache of their own for each token.
+            UnsupportedModel: The model has layers without a KV cache entry per token.
         """
         if not self._is_pure_attention:
             return super().copy(state, rows)
@@ -404,7 +400,7 @@ class TransformersBackend(Backend[TransformersState]):
         """Return a state of the rows of two; see `Backend.merge`.
 
         Raises:
-            UnsupportedModel: The model has layers without a KV cache of their own for each token.
+            UnsupportedModel: The model has layers without a KV cache entry per token.
         """
         if not self._is_pure_attention:
             return super().merge(state, other, rows)

@@ -1,8 +1,7 @@
-"""What commands show while they work, and how options become flags."""
+"""Options as flags of the command line."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,35 +11,10 @@ import typer
 from typer.testing import CliRunner
 
 from proxytune import cli
-from proxytune.commands import console
 from proxytune.commands.flags import Pick, flattened, given_flags
 from proxytune.errors import InvalidRequest
 from proxytune.measure.score import SCORE_WINDOW
 from proxytune.settings import Option, check, option
-
-
-def test_without_a_terminal_a_line_is_printed_when_enough_time_has_passed(monkeypatch, capsys):
-    with console.ProgressBars() as bars:
-        bars.show("scoring", 1, 4, "tokens")
-        assert capsys.readouterr().err == ""
-        monkeypatch.setattr(console, "SILENCE_S", 0.0)
-        bars.show("scoring", 1_500, 4_000, "tokens")
-    assert capsys.readouterr().err == "scoring: 1,500 of 4,000 tokens\n"
-
-
-def test_without_a_terminal_the_end_of_a_stage_is_printed_if_asked_for(capsys):
-    with console.ProgressBars(shows_ends=True) as bars:
-        bars.show("train", 1, 2, "loss 2.0000")
-        bars.show("train", 2, 2, "loss 1.5000")
-    assert capsys.readouterr().err == "train: 2 of 2 loss 1.5000\n"
-
-
-def test_what_runs_without_reporting_shows_a_sign_of_life(monkeypatch, capsys):
-    monkeypatch.setattr(console, "SILENCE_S", 0.01)
-    with console.waiting("loading models"):
-        time.sleep(0.2)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) > 1 and lines[0] == "loading models: 0 s"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,95 @@
+"""The model card of a recipe: a README.md with the metadata that the Hub reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from proxytune.checkpoints.references import HUB_ID, is_gguf
+from proxytune.logits.policy import Policy
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
+
+CARD = """\
+# A steered model
+
+A recipe for [proxy-tuning](https://arxiv.org/abs/2401.08565): it names models and holds none of their \
+weights.
+
+    steered logits = base + alpha * (expert - anti_expert)
+
+| part | model | adapter | prompt |
+| --- | --- | --- | --- |
+{rows}
+
+Strength of steering (alpha): {strengths}.{policy}
+
+```bash
+pip install proxytune
+proxytune generate . "Once upon a time"
+```
+"""
+
+TRANSFORMERS = """
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+```
+"""
+
+
+def model_card(
+    models: Mapping[str, ModelSpec],
+    experts: Sequence[ExpertSpec],
+    policy: Policy,
+    directory: Path,
+) -> str:
+    """Return a recipe's README.md.
+
+    Args:
+        models: Its models by part.
+        experts: Its experts.
+        policy: How it steers.
+        directory: Where relative references start; what is there is no id of the Hub.
+    """
+    titles = {"base": "base"}
+    for expert in experts:
+        titles[f"{expert.name}.expert"] = f"{expert.name}, expert"
+        titles[f"{expert.name}.anti_expert"] = f"{expert.name}, anti-expert"
+    rows = []
+    for part, spec in models.items():
+        model = "the base itself" if spec.same_as else f"`{spec.model}`"
+        adapter = f"`{spec.adapter}`" if spec.adapter else ""
+        prompt = spec.prompt if spec.prompt in ("plain", "chat") else "a template of its own"
+        rows.append(f"| {titles[part]} | {model} | {adapter} | {prompt} |")
+    content = CARD.format(
+        rows="\n".join(rows),
+        strengths=", ".join(f"{expert.name} {expert.alpha:g}" for expert in experts),
+        policy="" if policy.is_plain else f" Policy: {policy.describe()}.",
+    )
+    references = [r for spec in models.values() for r in (spec.model, spec.adapter) if r]
+    hub_ids = [r for r in dict.fromkeys(references) if _is_hub_id(r, directory)]
+    return f"{_metadata(hub_ids)}\n{content}" + TRANSFORMERS * _runs_in_transformers(models)
+
+
+def _metadata(hub_ids: Sequence[str]) -> str:
+    lines = ["---", "library_name: proxytune", "pipeline_tag: text-generation"]
+    lines += ["tags:", "- proxytune", "- proxy-tuning"]
+    if hub_ids:
+        lines += ["base_model:", *(f"- {hub_id}" for hub_id in hub_ids)]
+    return "\n".join([*lines, "---", ""])
+
+
+def _is_hub_id(reference: str, directory: Path) -> bool:
+    is_id = bool(HUB_ID.fullmatch(reference)) and not is_gguf(reference)
+    return is_id and not (directory / reference).exists()
+
+
+def _runs_in_transformers(models: Mapping[str, ModelSpec]) -> bool:
+    """Whether the transformers integration takes them: one stream of tokens, models in process."""
+    prompt = models["base"].prompt
+    return all(
+        spec.same_as or (spec.prompt == prompt and not spec.api and not spec.llama_cpp)
+        for spec in models.values()
+    )
