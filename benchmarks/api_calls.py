@@ -1,11 +1,11 @@
 """How many calls a base behind an API costs, and what its answers prove.
 
-    make bench-api        about ten minutes, in the environment that `make test-vllm` makes
+    make bench-api        about ten minutes, in the environment of `make test-vllm`
 
 vLLM serves SmolLM2-135M-Instruct in float32 on this machine; 50 prompts from held-out text of two domains are
-continued greedily, each steered by its domain's expert. Three procedures: one call a token; stretches of the
-base's own continuation; the expert's drafts, which the server scores. What they write is compared with the
-same models in this process.
+continued greedily, each steered by its domain's expert. Three procedures are compared: one call per token;
+stretches of the base's own continuation; the expert's drafts, which the server scores. Their texts are
+compared with those of the same models in this process.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PROCEDURES: tuple[tuple[str, int, int | None, Drafting | bool], ...] = (
     ("expert's drafts of 4", 100, 1, Drafting(4, "expert", is_adaptive=False)),
     ("whoever was right more often", 100, None, True),
 )
-"""Name, logprobs shown, tokens looked ahead (None adapts), and what is drafted."""
+"""Name, logprobs shown, tokens looked ahead (None adapts), and the source of drafts."""
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def vllm(recipe: Recipe) -> Iterator[str]:
 
 
 def prompts(model: ProxyTuned, number: int, length: int) -> list[Request]:
-    """Return prompts cut from held-out text at even distances, half of them from each domain."""
+    """Return prompts cut from held-out text at even intervals, half of them from each domain."""
     sampling = SamplingParams(max_new_tokens=length, logprobs=2)
     found = []
     for name in DOMAINS:
@@ -118,7 +118,7 @@ def main() -> int:
             settings = ApiSettings(top_logprobs=top_logprobs, lookahead=lookahead)
             model = ProxyTuned.load(replace(recipe, base=ModelSpec(model=url, api=settings)))
             backend: Any = model.ensemble.members[0].backend
-            _ = backend.traits  # what is found out once is not counted
+            _ = backend.traits  # Calls that find out once what the server can do are not counted.
             started = time.perf_counter()
             traces = model.generate_batch(requests, batch_size=1, speculative=speculative)
             seconds = time.perf_counter() - started

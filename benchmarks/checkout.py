@@ -1,4 +1,4 @@
-"""Which code was measured."""
+"""The commit that a measurement belongs to."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def commit() -> str:
-    """Return the commit that is checked out, marked where tracked files differ from it."""
+    """Return the commit that is checked out, marked if tracked files differ from it."""
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]

@@ -3,7 +3,7 @@ files.
 
     python benchmarks/harness.py --data-dir ../shared/data --limit 20
 
-The base is that of the smol family. Three of the harness's own tasks, by the files in the folder:
+The base is that of the smol family. Three of the harness's own tasks run on the files in the folder:
 TruthfulQA's mc1 (likelihoods), GSM8K (generation), and WikiText-2 (rolling likelihoods). Needs lm-eval.
 """
 
@@ -21,7 +21,7 @@ RECIPE = "package:proxytune/smol"
 
 
 def tasks(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
-    """Return the tasks, their files written into a folder in the form that the harness reads."""
+    """Return the tasks, with their files written into a folder in the harness's format."""
     questions = json.loads((data_dir / "truthfulqa" / "mc_task.json").read_text("utf-8"))
     choice = [
         {
@@ -41,7 +41,7 @@ def tasks(data_dir: Path, folder: Path) -> list[dict[str, Any]]:
         (data_dir / "corpora" / "wikitext-2" / "test.txt.gz").read_bytes()
     ).decode()
     pages = [
-        {"page": f"{part.strip()[:1500]}\n"}  # cut, so that a page takes seconds
+        {"page": f"{part.strip()[:1500]}\n"}  # Cut, so that a page takes only seconds.
         for part in text.split("\n \n")
         if len(part.split()) > 80
     ]

@@ -1,13 +1,13 @@
-"""The HTTP server under load: throughput by clients, waiting times, mixes of experts, and a hammer.
+"""The HTTP server under load: throughput by clients, waiting times, mixes of experts, and a stress test.
 
     python benchmarks/load.py             about half an hour on two cores
-    python benchmarks/load.py --smoke     a few minutes; proves that it runs, and nothing else
+    python benchmarks/load.py --smoke     a few minutes; shows only that it runs
     python benchmarks/load.py --part vanishing     measures one part again
 
-`proxytune serve` runs in processes of its own, once plain and once with --speculative; clients are threads
-here that read streams. Everything that is compared alternates in every round, and what is reported are
-medians of ratios within rounds. Then sixteen clients send two thousand requests of all kinds, of which a
-third go away; what the others get is compared with what the library generates for each request alone.
+`proxytune serve` runs in separate processes, once plain and once with --speculative; clients are threads of
+this process that read streams. Everything compared alternates in every round, and medians of ratios within
+rounds are reported. Then sixteen clients send two thousand requests of all kinds and abandon a third of them.
+The other answers are compared with what the library generates for each request alone.
 
 Writes `docs/performance/load.json` and `load.png` (a smoke run into `benchmarks/build/load/`).
 """
@@ -55,10 +55,10 @@ MIXES = ("one expert", "an expert each", "half at alpha 0")
 MIXED_CLIENTS = 8
 NUM_PROMPT_CHARS = 160
 GOAL = 2.5
-"""Times the throughput of one client that eight should have."""
+"""Throughput that eight clients should have, as a multiple of one client's."""
 ASKED_EVERY_S = 0.02
 MAX_GROWTH = 32 * 2**20
-"""Bytes that the server's memory may grow from the hammer's first quarter to its end."""
+"""Bytes by which the server's memory may grow from the stress test's first quarter to its end."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Plan:
 
     rounds: int
     num_each: int
-    """Requests of each client in a round."""
+    """Number of requests per client and round."""
     clients: tuple[int, ...]
     num_new: int
     num_hammered: int
@@ -91,14 +91,14 @@ class Server:
     name: str
 
     def memory(self) -> int:
-        """Return the bytes that it holds."""
+        """Return the bytes of memory that it uses."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         found = re.search(r"VmRSS:\s+(\d+)", status)
         assert found is not None
         return int(found[1]) * 1024
 
     def metrics(self) -> dict[str, float]:
-        """Return its counters."""
+        """Return its metrics."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request("GET", "/metrics")
         lines = connection.getresponse().read().decode().splitlines()
@@ -107,14 +107,14 @@ class Server:
         return {name: float(value) for name, value in pairs}
 
     def is_idle(self) -> bool:
-        """Whether no text runs or waits."""
+        """Whether no request runs or waits."""
         found = self.metrics()
         return found["proxytune_running"] == found["proxytune_waiting"] == 0
 
 
 @contextmanager
 def serving(recipe: str, *options: str) -> Iterator[Server]:
-    """Run a server on a free port; it is stopped as Ctrl-C does."""
+    """Run a server on a free port, and stop it as Ctrl-C would."""
     start = "import sys; from proxytune.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", start, "serve", recipe, "--port", "0", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -126,7 +126,7 @@ def serving(recipe: str, *options: str) -> Iterator[Server]:
             break
     else:
         raise SystemExit(f"the server did not start:\n{''.join(said)}")
-    # Its log must not fill the pipe.
+    # Keep the server's log from filling the pipe.
     threading.Thread(target=process.stderr.read, daemon=True).start()
     server = Server(process, int(found[2]), found[1])
     try:
@@ -149,7 +149,7 @@ def serving(recipe: str, *options: str) -> Iterator[Server]:
 
 @dataclass
 class Told:
-    """What one streamed request got, and when."""
+    """What one streamed request received, and when."""
 
     text: str = ""
     finish_reason: str | None = None
@@ -223,8 +223,8 @@ class Texts:
     """Prompts from held-out texts of the experts' domains.
 
     Args:
-        recipe: Where the texts are.
-        rng: Chooses among them.
+        recipe: The recipe whose experts' domains are used.
+        rng: Draws the texts.
     """
 
     def __init__(self, recipe: Recipe, rng: random.Random) -> None:
@@ -269,10 +269,10 @@ def measure(servers: Mapping[str, Server], texts: Texts, plan: Plan) -> list[dic
     for server in servers.values():
         together(
             server, bodies_of(texts, MIXES[1], MIXED_CLIENTS, plan)
-        )  # what is only slow at first
+        )  # Warm up: the first requests are slower.
     for number in range(plan.rounds):
         prompts: dict[Any, Any] = {}
-        # The other way round in every second round.
+        # In reverse order in every second round.
         for setting in settings if number % 2 == 0 else settings[::-1]:
             kind, mix, num_clients = setting
             if (mix, num_clients) not in prompts:
@@ -305,7 +305,7 @@ def measure(servers: Mapping[str, Server], texts: Texts, plan: Plan) -> list[dic
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return the median, and the lowest and highest."""
+    """Return the median, the lowest and the highest value."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
@@ -334,10 +334,10 @@ def send_and_go(server: Server, body: Mapping[str, Any], *, after_s: float) -> N
 
 
 def measure_vanishing(server: Server, texts: Texts, plan: Plan) -> dict[str, Any]:
-    """Return how many steps pass from a client's going to its place being free, seen from outside.
+    """Return how many steps pass, seen from outside, until a vanished client's row is free.
 
-    What asking costs (a request for the counters, every `ASKED_EVERY_S`) is part of it: asking without a
-    pause takes so much of two cores that the step under way took three times as long.
+    The cost of asking (a request for the metrics every `ASKED_EVERY_S`) is included. Asking without a pause
+    would take so much of two cores that the current step would take three times as long.
     """
     body = bodies_of(texts, MIXES[0], 1, plan)[0][0] | {"max_tokens": 400}
     step_s = together(server, [[body | {"max_tokens": 64}]])["gap_s"]
@@ -366,7 +366,7 @@ class Wanted:
 
 
 def drawn(texts: Texts, model: ProxyTuned, rng: random.Random) -> Wanted:
-    """Return a request of any kind that repeats."""
+    """Return a request of any kind whose answer can be reproduced."""
     names = rng.sample(texts.experts, 2)
     experts: Any = rng.choice((names[0], names[0], {names[0]: 0.6, names[1]: -0.3}))
     alpha = None if isinstance(experts, dict) else rng.choice((None, 0.0, 0.5, 1.2))
@@ -385,7 +385,7 @@ def drawn(texts: Texts, model: ProxyTuned, rng: random.Random) -> Wanted:
 
 
 def hammer(server: Server, pool: Sequence[Wanted], num_requests: int) -> dict[str, Any]:
-    """Send requests from sixteen clients, a third of which go away; watch the server's memory."""
+    """Send requests from sixteen clients, which abandon a third of them; watch the server's memory."""
     rng = random.Random(1)
     todo: queue.SimpleQueue[tuple[Wanted, bool, float | None]] = queue.SimpleQueue()
     for _ in range(num_requests):
@@ -455,7 +455,7 @@ def hammer(server: Server, pool: Sequence[Wanted], num_requests: int) -> dict[st
         "seconds": seconds,
         "done": dict(done),
         "failed": failed[:10],
-        # Rounding differs with the number of rows: where two tokens are as good as tied, texts part.
+        # Rounding differs with the number of rows, so texts may differ after two nearly tied tokens.
         "parted": parted[:10],
         "num_mixed_up": sum(
             any(text.startswith(other) for other in others - {own}) for own, text in parted
@@ -470,7 +470,7 @@ def hammer(server: Server, pool: Sequence[Wanted], num_requests: int) -> dict[st
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Return the figures for reading."""
+    """Return the measurements as text."""
 
     def shown(value: Mapping[str, float]) -> str:
         return f"{value['median']:.2f} ({value['low']:.2f}-{value['high']:.2f})"
@@ -538,7 +538,7 @@ def page_table(results: Mapping[str, Any]) -> str:
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
-    """Draw throughput and waiting times by clients, and the server's memory under the hammer."""
+    """Draw throughput and waiting times by clients, and the server's memory in the stress test."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -582,7 +582,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 
 
 def main() -> int:
-    """Run the command; returns its exit code, 1 where a goal was missed."""
+    """Run the command; returns its exit code, 1 if a goal was missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a little of everything")
     parser.add_argument(
@@ -650,7 +650,7 @@ def main() -> int:
         (hammered["num_mixed_up"] > 0, "texts were mixed up"),
         (not hammered["is_idle_after"], "texts still run when nobody waits for any"),
     ]
-    if not arguments.smoke:  # which is over before caches are full and speeds settle
+    if not arguments.smoke:  # A smoke run ends before caches are full and speeds settle.
         misses += [
             (eight < GOAL, f"eight clients have {eight:.2f} times the throughput of one"),
             (hammered["growth_bytes"] > MAX_GROWTH, "the server's memory grew"),

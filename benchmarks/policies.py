@@ -1,13 +1,13 @@
-"""What each policy gives on the smol family: one row per policy, for one expert and for five at once.
+"""What each policy gains on the smol family: one row per policy, for one expert and for five at once.
 
-    python benchmarks/policies.py            ten minutes or so; writes docs/performance/policies.json
+    python benchmarks/policies.py            about ten minutes; writes docs/performance/policies.json
     python benchmarks/policies.py --table    prints the tables of docs/concepts/policies.md from it
 
 The models read windows of held-out text of five domains once, and every policy is applied to the same logits
-at every second token. "One expert" is the domain's own; "five experts" are those of all five domains, four of
-them of other domains, without a word on which is right. Each policy's strength is picked on validation
-windows of all domains together, and what is told is from test windows. Intervals: 95 % bootstrap over test
-windows, paired with what is compared.
+at every second token. "One expert" is the domain's own; "five experts" are those of all five domains, and
+nothing says which of them is right. Each policy's strength is picked on validation windows of all domains
+together, and its results are from test windows. Intervals are 95 % bootstraps over test windows, paired with
+what is compared.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# Python puts the folder that it runs here, where a sibling could be imported and the package not.
+# Python puts this script's folder first, from which siblings can be imported but not their package.
 sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmarks.smol_texts import OWN_EXPERTS, RECIPE, ROOT, WINDOW, passages, write  # noqa: E402
@@ -31,7 +31,7 @@ from proxytune.decode.ensemble import Pair  # noqa: E402
 from proxytune.logits.policy import Policy  # noqa: E402
 from proxytune.logits.rules import apply_policy, has_conflict  # noqa: E402
 from proxytune.logits.steer import Contribution, combine  # noqa: E402
-from proxytune.measure.score import passage_logits, token_losses  # noqa: E402
+from proxytune.measure.score import needed_members, passage_logits, token_losses  # noqa: E402
 from proxytune.model import ProxyTuned  # noqa: E402
 
 OUTPUT = ROOT / "docs" / "performance" / "policies.json"
@@ -78,12 +78,12 @@ def tell(text: str) -> None:
 def measure(
     model: ProxyTuned, domain: str, split: str, count: int, seconds: dict[str, list[float]]
 ) -> tuple[dict[Key, list[float]], list[float], list[float]]:
-    """Return summed losses by window, of every policy and of the base, and each window's conflicts."""
+    """Return each window's summed losses, of every policy and of the base, and its number of conflicts."""
     ensemble = model.ensemble
     pairs = {pair.name: pair for pair in ensemble.pairs}
     five = [pairs[name] for name in OWN_EXPERTS.values()]
     own = pairs[OWN_EXPERTS[domain]]
-    needed = sorted({0} | {m for pair in five for m in (pair.expert, pair.anti_expert)})
+    needed = needed_members(five)
     padding = ensemble.vocabulary.padding_ids
     sums: dict[Key, list[float]] = defaultdict(list)
     base_sums, conflicts = [], []
@@ -118,7 +118,7 @@ def measure(
                     for name, policy in policies.items():
                         weights = None
                         if policy.name == "kl_match":
-                            # What it finds does not depend on the strength, which it is multiplied with.
+                            # Its weights do not depend on the strength, which only multiplies them.
                             begun = time.perf_counter()
                             weights = apply_policy(
                                 policy, base, contributions(chosen, 1.0), padding_ids=padding
@@ -163,7 +163,7 @@ def measure(
 def compared(
     losses: np.ndarray, others: np.ndarray, tokens: int
 ) -> dict[str, float | list[float] | None]:
-    """Return by how much perplexity differs, relative, with its interval; arguments are sums by window."""
+    """Return the relative change of perplexity with its interval; arguments are sums by window."""
     if not np.isfinite(losses).all():
         return {"change": None, "interval": None}
     differences = (losses - others) / tokens
@@ -183,7 +183,7 @@ def rows_of(
     tokens: int,
     seconds: dict[str, list[float]],
 ) -> list[dict[str, Any]]:
-    """Return a group's rows: strength as picked, change against the base and against another."""
+    """Return a group's rows: the picked strength, the change against the base and against another row."""
     domains = list(test)
     base_sums = np.concatenate([base[domain] for domain in domains])
     found = []
@@ -195,7 +195,7 @@ def rows_of(
         if not np.isfinite(losses).all():
             excluded = int((~np.isfinite(losses)).sum())
         if published is None:
-            published = losses  # the first row is the published method
+            published = losses  # The first row is the published method.
         found.append(
             {
                 "policy": name,

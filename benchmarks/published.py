@@ -1,11 +1,10 @@
-"""Score the predictions that the paper's authors published, and write what comes out into
-docs/reproduction.md.
+"""Score the predictions that the paper's authors published, and write the results to docs/reproduction.md.
 
     python benchmarks/published.py --results proxy-tuning/results
 
-The folder is `results/` of github.com/alisawuffles/proxy-tuning; a part of it does too, packed with gzip or
-not. For every run, the metrics published beside the predictions, what `proxytune grade` gives by both
-rules, and what the paper prints. Nothing of the predictions themselves is written.
+The folder is `results/` of github.com/alisawuffles/proxy-tuning, or a part of it, compressed with gzip or
+not. The page compares, for every run, the metrics published beside the predictions, those of `proxytune
+grade` by both rules, and those that the paper prints. The predictions themselves are not written.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ PAGE = ROOT / "docs" / "reproduction.md"
 NUMBERS = ROOT / "docs" / "reproduction.json"
 BEGIN, END = "<!-- begin of what benchmarks/published.py writes -->", "<!-- end of it -->"
 TOLERANCE = 1e-9
-"""Sums in another order differ in the last digits; published values of judges' scores have twelve."""
+"""A sum in another order differs in the last digits; published values of judges' scores have twelve."""
 
 
 class Layout(NamedTuple):
-    """Where a benchmark's files are in a run's folder, and which benchmark scores them."""
+    """The files of a benchmark in a run's folder, and the task that scores them."""
 
     folder: str
     task: str
@@ -96,12 +95,12 @@ PRINTED: dict[tuple[str, str, str], dict[str, float]] = {
 
 
 def short_name(model: str) -> str:
-    """Return a run's name without its settings, as the tables here call it."""
+    """Return a run's name without its settings, as the tables have it."""
     return model.removesuffix("-helpful-prompt").removesuffix("-t0.8")
 
 
 def flat(metrics: Mapping[str, Any], before: str = "") -> dict[str, float]:
-    """Return nested metrics under names with slashes, texts left out."""
+    """Return nested metrics under names with slashes, without texts."""
     found: dict[str, float] = {}
     for name, value in metrics.items():
         if isinstance(value, Mapping):
@@ -114,12 +113,12 @@ def flat(metrics: Mapping[str, Any], before: str = "") -> dict[str, float]:
 
 
 def found_file(folder: Path, name: str) -> Path | None:
-    """Return a file, packed or not; None where it is not there."""
+    """Return the path of a file, compressed or not; None if it does not exist."""
     return next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
 
 
 def score_runs(results: Path) -> Iterator[dict[str, Any]]:
-    """Yield, for every run that is there, what was published and what the rules give."""
+    """Yield the published metrics of every run in the folder, and those of both rules."""
     for layout in LAYOUTS:
         task = TASKS[layout.task]
         for folder in sorted(path for path in (results / layout.folder).glob("*") if path.is_dir()):
@@ -234,7 +233,7 @@ def page_part(runs: list[dict[str, Any]]) -> str:
 
 
 def gap_lines(by_name: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[str]:
-    """Return the table of the gaps closed, from what is printed and from what was released."""
+    """Return the table of the gaps closed, from the printed numbers and from the released predictions."""
     tasks = ("alpaca_eval", "gsm8k", "toxigen", "truthfulqa_mc", "truthfulqa_open")
     sides = {
         "13B": ("llama2-13B", "dexperts-13B", "llama2-chat-13B", 91.1),

@@ -1,13 +1,13 @@
 """How well `proxytune rank-experts` predicts: the smol family's experts on eight domains.
 
-    python benchmarks/rank_experts.py      ten minutes or so; writes docs/performance/rank_experts.json
+    python benchmarks/rank_experts.py      about ten minutes; writes docs/performance/rank_experts.json
     python benchmarks/rank_experts.py --table  prints its table
 
-On a sample of each domain's validation text every expert gets an expected benefit. What it is compared with
-comes from text the ranking has not seen: (1) the benefit that the same expert has on the test split, in nats
-per token; (2) how much nearer greedy continuations of test texts come to the true ones, in chrF, at the
-strength that the ranking recommends. Spearman's rank correlation is taken over the experts of a domain and
-averaged over domains, and over all pairs of expert and domain.
+A sample of each domain's validation text gives every expert an expected benefit. It is compared with two
+measurements on text that the ranking has not seen: (1) the expert's benefit on the test split, in nats per
+token; (2) how much closer, in chrF, its greedy continuations of test texts come to the true ones, at the
+strength that the ranking recommends. Spearman's rank correlation is taken over the experts of each domain and
+averaged over domains, and also over all pairs of expert and domain.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-# Python puts the folder that it runs here, where a sibling could be imported and the package not.
+# Python puts this script's folder first, from which siblings can be imported but not their package.
 sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmarks.smol_texts import (  # noqa: E402
@@ -57,13 +57,13 @@ def tell(text: str) -> None:
 
 
 def by_name(ranking: Ranking, names: list[str], key: str) -> list[float]:
-    """Return a number of each candidate, in the order of the names."""
+    """Return one number per candidate, in the order of the names."""
     found = {candidate.name: float(getattr(candidate, key)) for candidate in ranking.candidates}
     return [found[name] for name in names]
 
 
 def benefit_at(sums: Sums, alphas: list[float]) -> list[float]:
-    """Return the nats per token that each candidate saves at a strength of its own."""
+    """Return the nats per token that each candidate saves, each at its own strength."""
     tried = [0.0, *ALPHAS]
     saved = []
     for which, alpha in enumerate(alphas):
@@ -74,7 +74,7 @@ def benefit_at(sums: Sums, alphas: list[float]) -> list[float]:
 
 
 def chrf_gains(model: ProxyTuned, domain: str, count: int, alphas: list[float]) -> list[float]:
-    """Return how much nearer each candidate's greedy continuations come to the true ones than the base's."""
+    """Return how much closer each candidate's greedy continuations come to the true ones than the base's."""
     ensemble = model.ensemble
     num_pairs = len(ensemble.pairs)
     points = [(0.0,) * num_pairs] + [
@@ -83,7 +83,7 @@ def chrf_gains(model: ProxyTuned, domain: str, count: int, alphas: list[float]) 
     ]
     texts = token_windows(model, domain, "test", count)
     prompts = [[ids[:PROMPT_TOKENS]] * len(ensemble.members) for ids in texts]
-    # All models of the smol family have the base's tokens.
+    # All models of the smol family share the base's tokens.
     assert all(member.alignment.small_ids is None for member in ensemble.members)
     sampling = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
     written = branch(ensemble, prompts, points, sampling, batch_size=count)
@@ -175,7 +175,7 @@ def main() -> None:
                     "slope": by_name(part, names, "slope"),
                     "alpha": recommended,
                     "truth": truth,
-                    # Against the best expert at its best strength, which only the test text tells.
+                    # Against the best expert at its best strength, known only from the test text.
                     "regret": best - benefit_at(test, recommended)[int(np.argmax(predicted))],
                     "first_is_best": int(np.argmax(predicted)) == int(np.argmax(truth)),
                 }

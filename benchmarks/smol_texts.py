@@ -1,4 +1,4 @@
-"""What the measurements on the smol family read: windows of held-out text of each domain.
+"""The texts of measurements on the smol family: windows of held-out text of each domain.
 
 The corpora are in the folder that `PROXYTUNE_DATA` names, or in `shared/data` beside the checkout.
 """
@@ -24,7 +24,7 @@ DOMAINS = (
     "tinyshakespeare", "legal_dc_code", "recipes_based_cooking", "python_stdlib", "medical_medquad",
     "english_fiction", "english_digitalgov", "wikitext-2",
 )  # fmt: skip
-"""The last three have no expert of their own."""
+"""The last three domains have no expert of their own."""
 OWN_EXPERTS = {
     "tinyshakespeare": "tinyshakespeare",
     "legal_dc_code": "legal",
@@ -36,7 +36,7 @@ WINDOW = 128
 
 
 def corpus(domain: str, split: str) -> str:
-    """Return a domain's text of a split."""
+    """Return the text of a domain's split."""
     for name in (f"{split}.txt", f"{split}.txt.gz", f"{split}.jsonl.gz"):
         path = DATA_DIR / domain / name
         if not path.exists():
@@ -44,7 +44,7 @@ def corpus(domain: str, split: str) -> str:
         content = path.read_bytes()
         text = (gzip.decompress(content) if name.endswith(".gz") else content).decode()
         if name.endswith(".jsonl.gz"):
-            # Not splitlines: texts may hold other separators of lines.
+            # Not splitlines(): texts may contain other line separators.
             lines = text.strip("\n").split("\n")
             return "\n\n".join(json.loads(line)["text"] for line in lines)
         return text
@@ -71,7 +71,7 @@ def passages(model: ProxyTuned, domain: str, split: str, count: int) -> list[Pas
 
 
 def write(path: Path, command: str, content: dict[str, Any]) -> None:
-    """Write a measurement with where it is from."""
+    """Write a measurement with its commit and hardware."""
     origin = {
         "command": command,
         "commit": commit(),

@@ -1,4 +1,4 @@
-"""The speed of steering: real models with real acceptance, larger random ones for cost alone.
+"""The speed of steering: real models for real acceptance rates, larger random models for cost alone.
 
     python benchmarks/speed.py             under ten minutes on two cores
     python benchmarks/speed.py --full      the paper's lengths, batch 32, all experts; an hour
@@ -6,10 +6,10 @@
 
 Writes `docs/performance/speed.json`, `tables.md` and `speed.png` (with `--recipe`, into `benchmarks/build/`).
 
-The real family is SmolLM2-135M-Instruct with the smol experts. The random one is a Llama of 1.1B parameters
-with a pair of 135M: what its forwards cost is real, and how often its drafts are right means nothing, so no
-speculative figure is taken from it; a cost model says what would be needed. What is timed and compared is
-known to `proxytune.evaluate.speed`.
+The real family is SmolLM2-135M-Instruct with the smol experts. The random family is a Llama of 1.1B
+parameters with a pair of 135M: the cost of its forwards is real, but its acceptance rate means nothing, so it
+gives no speculative figures. A cost model shows which acceptance rate would be needed. What is timed and
+compared is decided in `proxytune.evaluate.speed`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-# Python puts the folder that it runs here.
+# Python puts this script's folder first.
 sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmarks.checkout import commit  # noqa: E402
@@ -99,7 +99,7 @@ FULL = {
 
 
 def heldout(recipe: Recipe, expert: str) -> str | None:
-    """Return held-out text of an expert's domain, where the recipe has it."""
+    """Return held-out text of an expert's domain, if the recipe has any."""
     path = Path(recipe.directory) / "heldout" / f"{expert}.txt"
     return path.read_text("utf-8") if path.exists() else None
 
@@ -162,13 +162,13 @@ for member in model.ensemble.members:
 print(json.dumps({"imports_bytes": before, "peak_bytes": after, "libraries_bytes": code,
                   "weights_bytes": sum(w.nbytes for w in weights), "caches_bytes": caches}))
 """
-"""In a process of its own. On Linux: getrusage would count the parent's memory."""
+"""Runs in a separate process, on Linux: getrusage would count the parent's memory."""
 
 
 def measure_memory(recipe: str, expert: str) -> dict[str, Any]:
-    """Return a process's peak memory, loading included, and what of it is what.
+    """Return a process's peak memory, loading included, and its parts.
 
-    Imports are its peak before the models are loaded; libraries are pages of their code that came in after.
+    `imports` is the peak before models are loaded; `libraries` are pages of their code loaded after that.
     """
     found = {}
     for name, flag in (("plain", "0"), ("speculative", "1")):
@@ -182,7 +182,7 @@ def measure_memory(recipe: str, expert: str) -> dict[str, Any]:
 
 
 def random_models(seed: int = 0) -> PlainModels:
-    """Return a Llama of 1.1B parameters and a pair of 135M with random weights, float32."""
+    """Return a Llama of 1.1B parameters and a pair of 135M with random float32 weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     def build(**options: int) -> Any:
@@ -216,7 +216,7 @@ def measure_random(shapes: Sequence[tuple[int, int, int]], rounds: int = 2) -> d
     models = random_models()
     rows = []
     times: dict[tuple[int, int, int], list[float]] = {}
-    for shape in shapes:  # before this project's layers take the plain ones' place
+    for shape in shapes:  # Before this project's layers replace the plain ones.
         prompts = torch.randint(32_000, (shape[2], shape[0]))
         times[shape] = [
             _seconds(lambda p=prompts, n=shape[1]: published_procedure(models, p, n))
@@ -278,7 +278,7 @@ def _seconds(what: Any) -> float:
 def forward_seconds(
     backend: Any, adapters: Sequence[str | None], widths: Sequence[int] = (1, 2, 3, 5, 9)
 ) -> dict[int, float]:
-    """Return the median seconds of a forward of one row per adapter, by tokens read, 64 cached."""
+    """Return the median seconds of a forward by tokens read, with a row per adapter and 64 cached tokens."""
     state = backend.prefill([[5] * 64] * len(adapters), adapters=adapters).state
     seconds: dict[int, list[float]] = {width: [] for width in widths}
     for _ in range(7):
@@ -290,11 +290,11 @@ def forward_seconds(
 
 
 def break_even(base: Mapping[int, float], pair: Mapping[int, float]) -> dict[str, Any]:
-    """Return what drafting by the expert brings by acceptance rate, and where it passes the base alone.
+    """Return the speed with the expert's drafts by acceptance rate, and where it exceeds the base alone.
 
     Args:
-        base: Seconds of a forward, by tokens read.
-        pair: The same of expert and anti-expert together.
+        base: Seconds of the base's forward, by tokens read.
+        pair: Seconds of the forward of expert and anti-expert together, by tokens read.
     """
 
     def at(seconds: Mapping[int, float], width: int) -> float:
@@ -581,7 +581,7 @@ def main() -> int:
     }
     folder = ROOT / "docs" / "performance" if is_smol else BUILD_DIR / "speed"
     write_whole(folder / "speed.json", json.dumps(results, indent=1) + "\n")
-    # Through JSON, so that a page made later from the file is the same.
+    # Through JSON, so that a page made from the file later is the same.
     results = json.loads((folder / "speed.json").read_text("utf-8"))
     write_whole(folder / "tables.md", tables(results))
     plot(results, folder / "speed.png")

@@ -1,10 +1,10 @@
-"""How fast steering GGUF files is in llama.cpp, against the sum of its models' times.
+"""How fast steering GGUF files is in llama.cpp, compared with the sum of its models' times.
 
-    make bench-gguf        about five minutes, in the environment that `make test-gguf` makes
+    make bench-gguf        about five minutes, in the environment of `make test-gguf`
 
 Four things alternate in every round: llama.cpp alone with the base, as its own benchmark runs it (`tg`: one
-token after another, nothing chosen); each of the three models alone; the three in turn; and steering. What is
-reported are medians of ratios within rounds. Files are made in `benchmarks/build/gguf` on first use.
+token after another, without sampling); each of the three models alone; the three in turn; and steering.
+Medians of ratios within rounds are reported. Files are created in `benchmarks/build/gguf` on first use.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TOKENS = 64
 
 
 def smol(dtype: str) -> Recipe:
-    """Return the smol family: the base as it is shipped, the small models in `dtype`."""
+    """Return the smol family: the base as shipped, the small models in `dtype`."""
     target = BUILD / f"smol-{dtype}"
     if not (target / "config.json").exists():
         export_recipe(Recipe.read("package:proxytune/smol"), target, dtype=dtype)
@@ -51,7 +51,7 @@ def smol(dtype: str) -> Recipe:
 def random_base() -> Recipe:
     """Return a base of 1.1 billion random weights in Q4_0, steered by SmolLM2-135M against itself.
 
-    What it writes means nothing; what it costs is what such models cost.
+    Its texts mean nothing; its cost is that of real models of this size.
     """
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -88,10 +88,10 @@ def random_base() -> Recipe:
 
 
 def llama_cpp_alone(backend: LlamaCppBackend, token_ids: list[int]) -> float:
-    """Return seconds a token of `llama_decode` in a loop, as llama.cpp's own benchmark measures."""
+    """Return the seconds per token of `llama_decode` in a loop, as in llama.cpp's own benchmark."""
     api = library()
     state, _ = backend.prefill([token_ids])
-    context = state.parts[0].context
+    context = state.contexts[0].context
     batch = context._batch
     started = time.perf_counter()
     for place in range(TOKENS):
@@ -104,7 +104,7 @@ def llama_cpp_alone(backend: LlamaCppBackend, token_ids: list[int]) -> float:
 
 
 def alone(backend: LlamaCppBackend, adapter: str | None, token_ids: list[int]) -> float:
-    """Return seconds a token of one model through the backend."""
+    """Return the seconds per token of one model through the backend."""
     state, _ = backend.prefill([token_ids], adapters=[adapter])
     token = torch.tensor([[500]])
     started = time.perf_counter()
@@ -114,7 +114,7 @@ def alone(backend: LlamaCppBackend, adapter: str | None, token_ids: list[int]) -
 
 
 def in_turn(members: Any, token_ids: list[int]) -> float:
-    """Return seconds a token of the models one after the other, as steering has to run them."""
+    """Return the seconds per token of the models one after another, as steering must run them."""
     states = [(m.backend, m.backend.prefill([token_ids], adapters=[m.adapter])[0]) for m in members]
     token = torch.tensor([[500]])
     started = time.perf_counter()
@@ -125,7 +125,7 @@ def in_turn(members: Any, token_ids: list[int]) -> float:
 
 
 def steered(model: ProxyTuned, alpha: float | None, *, speculative: bool = False) -> float:
-    """Return seconds a token of generation, after the first."""
+    """Return the seconds per token of generation, after the first token."""
     sampling = SamplingParams(max_new_tokens=TOKENS + 1, ignore_eos=True)
     times = [
         time.perf_counter()
@@ -135,7 +135,7 @@ def steered(model: ProxyTuned, alpha: float | None, *, speculative: bool = False
 
 
 def measure(name: str, recipe: Recipe, rounds: int) -> dict[str, Any]:
-    """Return medians of one recipe, and the range of the ratios."""
+    """Return one recipe's medians, and the range of its ratios."""
     model = ProxyTuned.load(recipe)
     pair = model.ensemble.pairs[0]
     members = [model.ensemble.members[i] for i in (0, pair.expert, pair.anti_expert)]

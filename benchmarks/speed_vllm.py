@@ -1,17 +1,17 @@
-"""How fast a recipe is inside vLLM, against the base alone in vLLM and the cost of its models.
+"""How fast a recipe is inside vLLM, compared with the base alone and with the cost of its models.
 
     make bench-vllm                       about twenty minutes on an idle machine
     make bench-vllm ARGS="--smoke"        one short round, into benchmarks/build: shows that it runs
 
-Three engines stand side by side in processes of their own: the base alone, the pair alone (a recipe whose
-base is the anti-expert, so that expert and anti-expert run and nothing else), and the recipe. In each round
-they take turns, in an order that changes, on the same prompts at one concurrency; all but the one at work
-sleep. What is reported are medians of ratios within rounds, and their smallest and largest.
+Three engines run in separate processes: the base alone, the pair alone (a recipe whose base is the
+anti-expert, so that only expert and anti-expert run), and the recipe. In each round they take turns, in a
+changing order, on the same prompts at one concurrency; the others sleep. Medians of ratios within rounds are
+reported, with the smallest and the largest ratio.
 
     floor = t_base / (t_base + t_pair)     the share of the base's throughput that is left
 
-The pair's time holds what any engine costs per step. A recipe pays that once, so steering can beat the
-floor.
+The pair's time includes an engine's fixed cost per step. A recipe pays that only once, so steering can beat
+the floor.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ GOAL = 0.85
 
 
 class Engine:
-    """A vLLM engine in a process group of its own, which can be put to sleep.
+    """A vLLM engine in a separate process group, which can be put to sleep.
 
     Args:
-        model: A directory.
+        model: Directory of the model.
     """
 
     def __init__(self, model: Path) -> None:
@@ -76,11 +76,11 @@ class Engine:
         raise RuntimeError("an engine ended; its output is above")
 
     def sleep(self) -> None:
-        """Stop all of its processes: an idle engine polls, and takes time from the others."""
+        """Stop all of its processes: an idle engine polls and takes time from the others."""
         os.killpg(self._process.pid, signal.SIGSTOP)
 
     def seconds(self, prompts: list[str]) -> float:
-        """Return how long these texts take at once, `NEW_TOKENS` new tokens each."""
+        """Return the seconds that these prompts take together, with `NEW_TOKENS` new tokens each."""
         assert self._process.stdin is not None
         os.killpg(self._process.pid, signal.SIGCONT)
         self._process.stdin.write(json.dumps(prompts) + "\n")
@@ -101,7 +101,7 @@ class Engine:
 
 
 def run_engine(model: str) -> None:
-    """Answer lines of prompts with seconds."""
+    """Answer each line of prompts with the seconds that it took."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
@@ -130,7 +130,7 @@ def parts() -> dict[str, Path]:
     tuned = replace(
         expert.expert, model=small.model, adapter=f"package:proxytune/smol/{expert.expert.adapter}"
     )
-    # Its anti-expert is its base, whose logits are there already: two models run, as in the pair.
+    # Its anti-expert is its base, whose logits are reused: only two models run.
     pair = Recipe(small, (ExpertSpec(EXPERT, tuned, ModelSpec(same_as="base")),))
     for name, recipe in (("steered", steered), ("pair", pair)):
         recipe.write(BUILD / name, overwrite=True)
@@ -139,7 +139,7 @@ def parts() -> dict[str, Path]:
 
 
 def prompts(count: int, offset: int) -> list[str]:
-    """Return different beginnings of about sixteen words."""
+    """Return different prompts of about sixteen words."""
     texts = sorted((Recipe.read("package:proxytune/smol").directory / "heldout").glob("*.txt"))
     words = [path.read_text(encoding="utf-8").split() for path in texts]
     found = []
@@ -165,7 +165,7 @@ def measure(engines: dict[str, Engine], concurrency: int, rounds: int) -> dict[s
         for name in names[turn % 3 :] + names[: turn % 3]:
             batches = [asked[i : i + concurrency] for i in range(0, count, concurrency)]
             seconds = sum(engines[name].seconds(batch) for batch in batches)
-            if turn:  # the first one warms up
+            if turn:  # The first round warms up.
                 times[name].append(seconds)
         if turn:
             last = ", ".join(f"{name} {times[name][-1]:.2f} s" for name in names)

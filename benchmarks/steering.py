@@ -3,8 +3,8 @@
     python benchmarks/steering.py --data-dir data
 
 `--data-dir` holds `corpora/medical_medquad/test.jsonl.gz` (questions of the NIH, held out in the expert's
-training) and `gsm8k/test.jsonl`. Both runs are `proxytune analyze` with the arguments below; about twenty
-minutes on two busy cores.
+training) and `gsm8k/test.jsonl`. Both runs are `proxytune analyze` with the arguments below. They take about
+twenty minutes on two busy cores.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def medical_prompts(data_dir: Path) -> list[str]:
 
 
 def gsm_prompts(data_dir: Path) -> list[str]:
-    """Return the first questions, with a beginning that makes a small model calculate."""
+    """Return the first questions, each with an answer started so that a small model calculates."""
     with (data_dir / "gsm8k" / "test.jsonl").open(encoding="utf-8") as file:
         questions = [json.loads(line)["question"].strip() for line in file]
     return [
@@ -49,7 +49,7 @@ def gsm_prompts(data_dir: Path) -> list[str]:
 
 
 def analyze(name: str, prompts: list[str], picture: Path | None) -> dict[str, Any]:
-    """Run the command and return its answer."""
+    """Run the command and return its JSON answer."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "prompts.jsonl"
         path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts), "utf-8")
@@ -64,7 +64,7 @@ def analyze(name: str, prompts: list[str], picture: Path | None) -> dict[str, An
 
 
 def main() -> None:
-    """Run both and write what they say."""
+    """Run both and write their results."""
     parser = argparse.ArgumentParser(description="Analyze what steering does on the smol family.")
     parser.add_argument("--data-dir", type=Path, required=True)
     data_dir = parser.parse_args().data_dir

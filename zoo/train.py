@@ -2,10 +2,10 @@
 
     python zoo/train.py
 
-The model is an ordinary Llama from transformers. The 49,152-way softmax is most of the work of a model this
-small, so most steps sample it: the loss runs over the batch's own targets and uniformly drawn negatives, each
-negative's logit corrected by the log of its chance to be in the sample (the logQ correction; Bengio and
-Senecal 2008, "Adaptive importance sampling"). The last steps use the full softmax, which calibrates the
+The model is an ordinary Llama of transformers. The 49,152-way softmax is most of the work of a model this
+small, so most steps sample it: the loss is over the batch's own targets and uniformly drawn negatives, and
+each negative's logit is corrected by the log of its probability of being sampled (the logQ correction; Bengio
+and Senecal 2008, "Adaptive importance sampling"). The last steps use the full softmax, which calibrates the
 probabilities that steering subtracts from each other.
 """
 
@@ -41,7 +41,7 @@ MAX_LENGTH = 1024
 def _normalise(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return each row's probs in bfloat16, its loss, and the gradient at its target.
 
-    Compiled, so that the float32 values between exist only in registers: 1.7 to 2.3 times faster.
+    Compiled, so that intermediate float32 values exist only in registers: 1.7 to 2.3 times faster.
     """
     wide = logits.float()
     highest = wide.amax(-1, keepdim=True)
@@ -51,7 +51,7 @@ def _normalise(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 class FullSoftmax(torch.autograd.Function):
-    """Cross-entropy over the whole vocabulary, logits made in chunks of rows and never kept.
+    """Cross-entropy over the whole vocabulary; logits are computed in chunks of rows and never kept.
 
     Matrix products run in bfloat16, which doubles the speed on CPUs that have it.
     """
@@ -68,7 +68,7 @@ class FullSoftmax(torch.autograd.Function):
             chunk = hidden[start : start + rows].detach().bfloat16()
             wanted = targets[start : start + rows]
             grad, losses, at_target = _normalise(torch.mm(chunk, transposed), wanted)
-            # Subtracted before rounding: near 1 bfloat16 has steps of 1/256.
+            # Subtract before rounding: near 1, bfloat16 has steps of 1/256.
             grad.scatter_(1, wanted[:, None], at_target.bfloat16())
             total += float(losses.sum())
             grad_hidden[start : start + rows] = torch.mm(grad, weights)
@@ -90,7 +90,7 @@ def sampled_softmax(
 ) -> Tensor:
     """Return the sampled cross-entropy of `hidden [rows, width]` against `targets [rows]`.
 
-    Candidates are the distinct targets of the batch and uniform negatives. A candidate's chance to be
+    Candidates are the batch's distinct targets and uniform negatives. A candidate's probability of being
     sampled is estimated from its count in the batch and the uniform share; a row's own target is certain.
     """
     num_words = len(embedding)
@@ -135,7 +135,7 @@ def load_base() -> LlamaForCausalLM:
 
 
 def principal_components(width: int, seed: int) -> Tensor:
-    """Return the base's embeddings `[vocab, width]` on their first principal components, at 0.02 std."""
+    """Return the base's embeddings on their first principal components, `[vocab, width]`, at 0.02 std."""
     torch.manual_seed(seed)
     base = load_base()
     embedding = base.get_input_embeddings().weight.detach()
@@ -231,7 +231,7 @@ def train_anti_expert(args: argparse.Namespace) -> None:
             optimizer.zero_grad(set_to_none=True)
         seen += targets.numel()
         step += 1
-        if full and step % 10 == 0:  # the average over the decay is what is shipped
+        if full and step % 10 == 0:  # The average over the decay is shipped.
             with torch.no_grad():
                 if average is None:
                     average = {n: p.detach().clone() for n, p in model.named_parameters()}

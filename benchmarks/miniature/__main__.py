@@ -8,10 +8,9 @@ How much of what tuning a model directly would bring does steering it with a sma
 
     gap closed = (base - steered) / (base - direct)
 
-in nats per token where a text is predicted, in accuracy where a question is answered. A finished stage leaves
-a JSON file below `benchmarks/build/` and is not repeated; a training that was interrupted goes on from its
-last checkpoint. Strengths are chosen on validation rows; test rows are read once, when all trainings of a
-data set are done.
+in nats per token for texts, in accuracy for questions. A finished stage leaves a JSON file in
+`benchmarks/build/` and is not repeated; an interrupted training continues from its last checkpoint. Strengths
+are chosen on validation rows; test rows are read once, after all trainings of a data set.
 
 This file knows the command line alone.
 
@@ -24,7 +23,7 @@ import argparse
 import sys
 from pathlib import Path
 
-# Python puts the folder that it runs here, where `data` and `train` would be names of libraries.
+# Python puts this script's folder first, where `data` and `train` would shadow libraries.
 sys.path[0] = str(Path(__file__).parents[2])
 
 from benchmarks.miniature.data import prepare  # noqa: E402

@@ -1,7 +1,8 @@
 """The rows of every data set: which text, which questions, in which split.
 
-A domain's training rows are whole documents, its validation rows pieces of text, its test split one text. The
-task is to name the area of medicine that a question of MedQuAD belongs to. No model reaches this file.
+A domain's training rows are whole documents, its validation rows pieces of text, and its test split is one
+text. The task is to name the area of medicine that a question of MedQuAD belongs to. No model reaches this
+file.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def corpus_rows(corpus: str, split: str) -> list[dict[str, Any]]:
     """Return the rows of one split, each with at least a `text`.
 
     Raises:
-        InputFileError: It is not in the data folder.
+        InputFileError: The split is not in the data folder.
     """
     folder = DATA_DIR / "corpora" / corpus
     text, lines = folder / f"{split}.txt", folder / f"{split}.jsonl.gz"
@@ -64,7 +65,7 @@ def corpus_rows(corpus: str, split: str) -> list[dict[str, Any]]:
 
 
 def pick_documents(rows: Sequence[Mapping[str, Any]], num_characters: int) -> list[dict[str, str]]:
-    """Return whole documents in random order until they have so many characters together."""
+    """Return whole documents in random order until they have this many characters together."""
     picked = []
     size = 0
     for row in random.Random(SEED).sample(rows, len(rows)):
@@ -76,7 +77,7 @@ def pick_documents(rows: Sequence[Mapping[str, Any]], num_characters: int) -> li
 
 
 def pick_pieces(text: str, num_pieces: int) -> list[dict[str, str]]:
-    """Return pieces evenly spaced over a text, each beginning with a line."""
+    """Return pieces evenly spaced over a text, each starting at the beginning of a line."""
     last = max(0, len(text) - PIECE_CHARACTERS)
     pieces = []
     for start in np.linspace(0, last, min(num_pieces, 1 + last // PIECE_CHARACTERS)).astype(int):
@@ -86,7 +87,7 @@ def pick_pieces(text: str, num_pieces: int) -> list[dict[str, str]]:
 
 
 def task_item(row: Mapping[str, Any]) -> dict[str, str] | None:
-    """Return one question of MedQuAD as a prompt with its area; None for a row that names no area."""
+    """Return one question of MedQuAD as a prompt with its area; None if the row names no area."""
     if row["source"] not in AREAS or not row["focus"].strip():
         return None
     question = row["text"].partition("\n")[0].removeprefix("Question: ").strip()
@@ -104,9 +105,9 @@ def task_items(
     """Return the task's items by split; no disease is in two of them.
 
     Args:
-        train_rows: Rows of MedQuAD. Those about a disease of the test rows are left out, and so are repeated
-            questions. Validation items are held out from them by disease.
-        test_rows: Every one that names an area becomes a test item.
+        train_rows: Rows of MedQuAD. Rows about a disease of the test rows and repeated questions are left
+            out. Validation items are held out from them by disease.
+        test_rows: Rows of MedQuAD. Every row that names an area becomes a test item.
     """
     test = [item for item in map(task_item, test_rows) if item]
     unseen = {item["focus"] for item in test}
@@ -141,8 +142,9 @@ def _capped(items: Iterable[dict[str, str]], most: int) -> list[dict[str, str]]:
 def guesses(items: Mapping[str, Sequence[Mapping[str, str]]]) -> dict[str, float]:
     """Return the test accuracies of two guesses that need no model.
 
-    `majority` always says the test items' most frequent area; `wording` the one that a question's wording,
-    without the disease, had most often in training. Both guesses use what a model cannot know or need not.
+    `majority` always answers the test items' most frequent area. `wording` answers the area that a question's
+    wording, without the disease, had most often in training. Both guesses use what a model cannot know or
+    does not need.
     """
     test = items["test"]
     areas = Counter(item["completion"] for item in test)
@@ -188,6 +190,6 @@ def _write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> dict[str, Any]
 
 def read_rows(plan: Plan, name: str, split: str) -> list[dict[str, str]]:
     """Return rows that `prepare` wrote."""
-    # Not splitlines(), which would also cut at the odd separators that texts hold.
+    # Not splitlines(), which would also cut at rare separators inside texts.
     lines = plan.rows_path(name, split).read_text("utf-8").split("\n")
     return [json.loads(line) for line in lines if line]

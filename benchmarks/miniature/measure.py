@@ -1,8 +1,8 @@
 """Every predictor's losses on test text and right answers to test questions, block by block.
 
 A *predictor* is a way to predict: the base, an expert by itself, the base steered in one of three ways, the
-base tuned directly. A *block* is what the bootstrap draws: tokens in a row, or questions about one disease.
-What the numbers amount to is `summary.py`'s to know.
+base tuned directly. A *block* is what the bootstrap draws: consecutive tokens, or questions about one
+disease. `summary.py` sums the numbers up.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from proxytune.text.prompts import render
 from proxytune.tune.run import ALPHAS
 
 WINDOW = 512
-"""Tokens of a window of test text."""
+"""Tokens per window of test text."""
 
 
 def load(plan: Plan, name: str) -> ProxyTuned:
@@ -59,9 +59,9 @@ def predictions(
     """Return every predictor's logits.
 
     Args:
-        ensemble: With the pairs `sft`, `cpt` and `direct`.
-        logits: Each member's, `[rows, vocab]`.
-        alphas: For each steered predictor, which pair steers and how strongly.
+        ensemble: An ensemble with the pairs `sft`, `cpt` and `direct`.
+        logits: Each member's logits, `[rows, vocab]`.
+        alphas: For each steered predictor, the pair that steers and its strength.
     """
 
     pairs = {pair.name: pair for pair in ensemble.pairs}
@@ -88,8 +88,8 @@ def text_losses(
 ) -> dict[str, np.ndarray]:
     """Return each predictor's negative log-likelihoods, `[len(token_ids) - 1]` nats.
 
-    `score.py` gives means and intervals of one predictor against the base; a gap needs the losses of three
-    in pairs, so they are taken from inside it.
+    `measure/score.py` compares one predictor with the base. A gap needs the paired losses of three, so this
+    uses its parts.
     """
 
     targets = torch.tensor(token_ids[1:])
@@ -115,7 +115,7 @@ def in_blocks(losses: np.ndarray) -> tuple[list[float], list[int]]:
 
 
 def windows_of(token_ids: Sequence[int], num_windows: int) -> list[list[int]]:
-    """Return windows evenly spaced over a text, none overlapping another."""
+    """Return windows evenly spaced over a text, without overlap."""
     count = min(num_windows, len(token_ids) // WINDOW)
     starts = np.linspace(0, len(token_ids) - WINDOW, count).astype(int)
     return [list(token_ids[s : s + WINDOW]) for s in starts]
@@ -188,7 +188,7 @@ def option_logits(
 def choose_alpha(
     ensemble: Ensemble, logits: Mapping[int, Tensor], right: Tensor, pair: str
 ) -> float:
-    """Return the strength with the most right answers on validation items; the likelier one of equals."""
+    """Return the strength with the most right answers on validation items; ties go to likelier answers."""
 
     def quality(alpha: float) -> tuple[int, float]:
         rows = predictions(ensemble, logits, {"steered": (pair, alpha)})["steered"]
@@ -234,7 +234,7 @@ def measure_task(
 
 
 def measure(plan: Plan, name: str, *, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measure one data set, all of whose trainings are done."""
+    """Measure one data set after all of its trainings are done."""
     with quietly():
         model = load(plan, name)
         if name == TASK:

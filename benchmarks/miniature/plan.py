@@ -1,6 +1,6 @@
-"""What is run: models, data sets, ways to train, how much of each, and where its files are.
+"""The plan: models, data sets, ways to train, how much of each, and where files go.
 
-No text and no model is here, and no measured number.
+It holds no text, no model and no measured number.
 
 Words: a *data set* is a domain, whose text is predicted, or the task, whose questions are answered. A *kind*
 is one way to train: `sft`, an expert by itself; `cpt`, an expert through the frozen ensemble (Consistent
@@ -41,7 +41,7 @@ SEARCH_STAGES = tuple(
 
 
 class Stale(UserError):
-    """A finished stage was made with other settings than the plan has now."""
+    """A finished stage was run with other settings than the plan has now."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,16 @@ class Plan:
     """How much is trained and measured.
 
     Args:
-        name: Of the folder below `benchmarks/build/`.
-        domains: Whose text is predicted.
-        max_tokens: Training tokens per data set.
-        epochs: Most passes over them.
-        max_steps: Optimizer steps; None for as many as the epochs have.
-        eval_every: Steps between evaluations, for text and task.
-        num_pieces: Pieces of validation text.
-        num_windows: Windows of test text.
-        max_items: Validation and test items of the task; None for all.
-        report: Where the report goes; None for the build folder.
+        name: Name of the folder in `benchmarks/build/`.
+        domains: The domains whose text is predicted.
+        max_tokens: Maximum number of training tokens per data set.
+        epochs: Maximum number of passes over them.
+        max_steps: Maximum number of optimizer steps; None sets no limit beyond the epochs.
+        eval_every: Steps between evaluations, for text and for the task.
+        num_pieces: Number of pieces of validation text.
+        num_windows: Number of windows of test text.
+        max_items: Maximum number of validation and of test items of the task; None takes all.
+        report: Folder of the report; None takes the build folder.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Plan:
 
     @property
     def build(self) -> Path:
-        """Where stages leave what they made."""
+        """The folder of all stages' files."""
         return BUILD_DIR / self.name
 
     def rows_path(self, name: str, split: str) -> Path:

@@ -1,6 +1,7 @@
-"""The page: what the results say in words, tables and a picture.
+"""The page: the results in words, tables and a picture.
 
-Every measured number on it is from `miniature.json`, which `summary.py` makes; here they are only compared.
+Every measured number on it comes from `miniature.json`, which `summary.py` makes; this file only compares
+them.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def duration(seconds: float) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{round(100 * value)} %"  # an integer, since a rounded float can be -0
+    return f"{round(100 * value)} %"  # An integer, because a rounded float can be -0.
 
 
 def _with_interval(value: str, ends: Iterable[str]) -> str:
@@ -97,7 +98,7 @@ def _is_better(part: Mapping[str, Any], predictor: str, than: str) -> bool:
 
 
 def meaning(results: Mapping[str, Any]) -> list[str]:
-    """Return what the numbers say, a sentence or two each."""
+    """Return the conclusions from the numbers, a sentence or two each."""
     sets, cost = results["data_sets"], results["cost"]
     said = _gap_sentences(results)
     for predictor, text in (
@@ -337,7 +338,7 @@ def _draw(axes: Any, part: Mapping[str, Any]) -> None:
         ends += interval
         colour = colours.get(predictor, "tab:blue")
         axes.plot(interval, [place, place], color=colour, linewidth=1.5)
-        # Filled where the base is steered, so that colour is not the only sign.
+        # Filled if the base is steered, so that colour is not the only distinction.
         face = colour if predictor in STEERED else "white"
         axes.plot(scale * row["value"], place, "o", color=colour, mfc=face, markersize=6)
     for bound, style in (("base", ":"), ("direct", "--")):
@@ -347,7 +348,7 @@ def _draw(axes: Any, part: Mapping[str, Any]) -> None:
     axes.set_xlabel(label, fontsize=8)
     if is_text and max(ends) > 5 * min(ends):
         axes.set_xscale("log")
-        # The usual labels of a narrow axis, such as 2 x 10^1 and 3 x 10^1, run into each other.
+        # Default labels of a narrow axis, such as 2 x 10^1 and 3 x 10^1, overlap.
         axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axes.xaxis.set_minor_locator(ticker.NullLocator())

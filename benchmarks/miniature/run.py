@@ -1,6 +1,7 @@
-"""The stages: which are done, each as a process of its own, and what they left, gathered for the report.
+"""The stages: which ones are done, running the others in separate processes, and gathering the results.
 
-A training has a process of its own so that its peak memory is its own. Nothing is trained or measured here.
+Each training has a separate process, so that its peak memory can be measured. Training and measuring
+themselves are in other files.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ from proxytune.measure.score import BLOCK_TOKENS
 
 
 def tell(text: str) -> None:
-    """Print progress, which is not the answer."""
+    """Print progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def fingerprint(plan: Plan, stage: str, prepared: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what decides a stage's result: settings, data and weights."""
+    """Return everything that a stage's result depends on: settings, data and weights."""
     name, kind, _ = parts_of(stage)
     weights = hashlib.sha256(_anti_expert_weights().read_bytes()).hexdigest()
     data = prepared[name]
@@ -81,10 +82,10 @@ def _anti_expert_weights() -> Path:
 
 
 def is_done(plan: Plan, stage: str, prepared: Mapping[str, Any]) -> bool:
-    """Return whether a stage need not be run.
+    """Whether a stage is done already.
 
     Raises:
-        Stale: A training is there that was made otherwise; it is not thrown away unasked.
+        Stale: A training with other settings exists; it is not deleted without being asked.
     """
     path = plan.stage_path(stage)
     if not path.exists():
@@ -115,7 +116,7 @@ def run_stage(plan: Plan, stage: str) -> None:
     """Run one stage in this process and write its file.
 
     Raises:
-        Stale: A training is there that was made otherwise.
+        Stale: A training with other settings exists.
         UserError: The data or a model is missing; see `tune` and `ProxyTuned.load`.
     """
     prepared = prepare(plan)
@@ -134,7 +135,7 @@ def run_stage(plan: Plan, stage: str) -> None:
         "stage": stage,
         "fingerprint": fingerprint(plan, stage, prepared),
         "commit": commit(),
-        # Of a training, also what it took before it was interrupted.
+        # For a training, including the time before an interruption.
         "seconds": max(
             time.perf_counter() - started, result.get("train_s", 0) + result.get("offsets_s", 0)
         ),
@@ -144,7 +145,7 @@ def run_stage(plan: Plan, stage: str) -> None:
 
 
 def expected_s(plan: Plan, stage: str) -> float:
-    """Return a guess of a stage's seconds on two cores; only the ratios between stages matter for long."""
+    """Return an estimate of a stage's seconds on two cores; soon only the ratios between stages matter."""
     _, kind, rate = parts_of(stage)
     whole = {"sft": 80, "cpt": 120, "direct": 420, "measure": 90}[kind]
     return whole * (SEARCH_TOKENS if rate else plan.max_tokens) / FULL.max_tokens
@@ -153,7 +154,7 @@ def expected_s(plan: Plan, stage: str) -> float:
 def run_all(
     plan: Plan, stages: Sequence[str], prepared: Mapping[str, Any], options: Sequence[str]
 ) -> int:
-    """Run what is left of some stages, each as this command with `options`; returns an exit code."""
+    """Run the stages that are not done, each as this command with `options`; returns an exit code."""
     left = [stage for stage in stages if not is_done(plan, stage, prepared)]
     if len(left) < len(stages):
         tell(f"{len(stages) - len(left)} of {len(stages)} stages are done already")
@@ -173,7 +174,7 @@ def run_all(
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
-    """Wait for a child, which gets Ctrl-C from the terminal as well and needs time to save its state."""
+    """Wait for a child process, which receives Ctrl-C too and needs time to save its state."""
     while True:
         try:
             return process.wait()
@@ -182,7 +183,7 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
 
 
 def read_search() -> dict[str, Any] | None:
-    """Return the validation losses of every learning rate that was tried; None before `--search`."""
+    """Return the validation loss of every learning rate tried; None before `--search`."""
     losses: dict[str, dict[str, float]] = {}
     for stage in SEARCH_STAGES:
         if not FULL.stage_path(stage).exists():
@@ -231,7 +232,7 @@ def collect(plan: Plan, prepared: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _num_parameters() -> int:
-    """Return how many weights the anti-expert has, from its file's header."""
+    """Return the anti-expert's number of weights, from its file's header."""
     with safe_open(_anti_expert_weights(), "np") as weights:
         shapes = (weights.get_slice(key).get_shape() for key in weights.keys())  # noqa: SIM118
         return sum(math.prod(shape) for shape in shapes)

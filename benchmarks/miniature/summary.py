@@ -15,7 +15,7 @@ from benchmarks.miniature.plan import KINDS, TASK, Stale
 
 NUM_RESAMPLES = 10_000
 STEERED = ("steered_1", "steered", "cpt")
-"""The predictors that are the base, steered."""
+"""The predictors that steer the base."""
 COSTS = {
     "num_parameters": max,
     "num_steps": sum,
@@ -23,13 +23,13 @@ COSTS = {
     "offsets_s": sum,
     "peak_memory_bytes": max,
 }
-"""What a training costs, and what the costs of several amount to."""
+"""The costs of a training, or of several together."""
 
 
 def gap_closed(base: Any, steered: Any, direct: Any) -> Any:
     """Return the share of direct tuning's gain that steering has: 0 is the base, 1 the tuned base.
 
-    Numbers or arrays, in nats or in accuracy: both signs cancel.
+    Takes numbers or arrays, in nats or in accuracy: the signs cancel.
     """
     return (base - steered) / (base - direct)
 
@@ -40,9 +40,9 @@ def resample(
     """Return every predictor's mean in each bootstrap resample; all predictors share the drawn blocks.
 
     Args:
-        sums: By predictor, the sum of what is averaged in each block, `[num_blocks]`.
-        sizes: How many tokens or items each block has, `[num_blocks]`.
-        seed: Of the resampling.
+        sums: By predictor, each block's sum of the averaged quantity, `[num_blocks]`.
+        sizes: Number of tokens or items per block, `[num_blocks]`.
+        seed: Random seed of the bootstrap.
 
     Source: Efron and Tibshirani 1993, sections 8.6 and 25.4, as in `score.py`.
     """
@@ -60,8 +60,8 @@ def interval(values: np.ndarray) -> list[float]:
 def summarise_set(measured: Mapping[str, Any], *, seed: int = 0) -> tuple[dict, dict]:
     """Return the rows of one data set, and the resampled gaps by steered predictor.
 
-    A gap is None, and has no resamples, where direct tuning is not better than the base in 97.5 % of
-    resamples: a share of nothing means nothing.
+    A gap is None, without resamples, unless direct tuning is better than the base in 97.5 % of resamples:
+    a share of no gain means nothing.
     """
     sums, sizes = measured["sums"], measured["sizes"]
     is_text = measured["measure"] == "perplexity"
@@ -93,9 +93,9 @@ def summarise_set(measured: Mapping[str, Any], *, seed: int = 0) -> tuple[dict, 
 def mean_gaps(
     rows: Mapping[str, Mapping[str, Any]], gaps: Mapping[str, Mapping[str, np.ndarray]]
 ) -> dict[str, Any]:
-    """Return the mean over data sets of the gap each steered predictor closes, with its interval.
+    """Return the gap that each steered predictor closes, mean over data sets, with its interval.
 
-    Data sets are independent, so resample i of the mean takes resample i of each.
+    Data sets are independent, so resample i of the mean combines resample i of each.
     """
     sets = [name for name in rows if gaps[name]]
     if not sets:
@@ -120,8 +120,8 @@ def summarise(
     """Return everything the report says.
 
     Args:
-        measured: By data set, what `measure` gave.
-        trained: By data set and kind, what `tune` gave.
+        measured: Results of `measure`, by data set.
+        trained: Results of `tune`, by data set and kind.
         about: Models, data, machine, commits and durations.
     """
     rows, gaps = {}, {}
@@ -163,7 +163,7 @@ def check_same_rows(trained: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> N
     """Check that all trainings of a data set read the same rows.
 
     Raises:
-        Stale: Two did not.
+        Stale: Two of them read different rows.
     """
     for name, kinds in trained.items():
         seen = {

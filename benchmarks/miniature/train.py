@@ -1,7 +1,7 @@
-"""One training: what it is asked for, and that its result is kept.
+"""One training: its settings, and its result kept.
 
-How training works is `proxytune.tune`'s to know; here every kind is given the same rows and the same rule for
-stopping, so that kinds can be compared.
+`proxytune.tune` does the training. Every kind gets the same rows and the same rule for stopping, so that
+kinds can be compared.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ SHARED: dict[str, Any] = {
 }
 """The same for every training, as are its rows, `max_tokens` and epochs."""
 BATCH_SIZES = {"text": 4, "task": 16}
-"""A row of text is 512 tokens, one of the task about 19."""
+"""A row of text has 512 tokens, a row of the task about 19."""
 
 
 def cpu_dtype() -> str:
-    """Return bfloat16 where the processor multiplies it, float32 elsewhere; the same for every training."""
+    """Return bfloat16 if the processor has instructions for it, otherwise float32, for every training."""
     with suppress(OSError):
         flags = Path("/proc/cpuinfo").read_text()
         if "avx512_bf16" in flags or "amx_bf16" in flags:
@@ -48,7 +48,7 @@ def cpu_dtype() -> str:
 
 
 def training_settings(plan: Plan, stage: str) -> dict[str, Any]:
-    """Return what `TuneSettings` is given for a stage such as `legal_dc_code.cpt` or `search.sft.0.002`."""
+    """Return arguments of `TuneSettings` for a stage such as `legal_dc_code.cpt` or `search.sft.0.002`."""
     name, kind, rate = parts_of(stage)
     form = "task" if name == TASK else "text"
     settings: dict[str, Any] = {
@@ -71,16 +71,16 @@ def training_settings(plan: Plan, stage: str) -> dict[str, Any]:
 
 
 def train(plan: Plan, stage: str, *, say: Callable[[str], None]) -> dict[str, Any]:
-    """Train, or go on with a training that was interrupted, and return what `tune` says of it.
+    """Train, or continue an interrupted training, and return the result of `tune`.
 
     Raises:
-        OutputFileError: It was trained and not measured.
+        OutputFileError: It was trained but not measured.
         UserError: See `tune`.
     """
     settings = TuneSettings(**training_settings(plan, stage))
     begun = (settings.training / "settings.json").exists()
     if not begun:
-        # Left by a process that was killed before it had written what it was asked for.
+        # Left by a process that was killed before it wrote its settings.
         shutil.rmtree(settings.directory, ignore_errors=True)
     result = tune(settings, resume=begun, display=Quarters(say)).to_dict()
     if result["valid"] is None:
@@ -88,7 +88,7 @@ def train(plan: Plan, stage: str, *, say: Callable[[str], None]) -> dict[str, An
             f"{stage} was trained and not measured on its validation rows, so no alpha could be chosen.\n"
             f"hint: see above for why, remove {settings.output}, and run again"
         )
-    # Where files stand says nothing about the result, and the report is read elsewhere.
+    # Local paths do not matter to the result, and the report is read elsewhere.
     del result["directory"]
     for part in result["data"].values():
         part["source"] = Path(part["source"]).name
@@ -96,7 +96,7 @@ def train(plan: Plan, stage: str, *, say: Callable[[str], None]) -> dict[str, An
 
 
 class Quarters(Display):
-    """Prints a line when a part of the training has come another quarter."""
+    """Prints a line after each quarter of a stage."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say

@@ -22,12 +22,7 @@ if TYPE_CHECKING:
     from proxytune.measure.score import ScoreReport
     from proxytune.model import Conversation, ProxyTuned
     from proxytune.recipe.recipe import Recipe
-    from proxytune.recipe.spec import (
-        ApiSettings,
-        ExpertSpec,
-        LlamaCppSettings,
-        ModelSpec,
-    )
+    from proxytune.recipe.spec import ApiSettings, ExpertSpec, LlamaCppSettings, ModelSpec
     from proxytune.request import Message, Request, SamplingParams
     from proxytune.trace import Step, Trace, Usage
 

@@ -7,6 +7,7 @@ run them are imported only by the commands that need them. Ctrl-C ends with exit
 from __future__ import annotations
 
 import io
+import os
 import sys
 from importlib.metadata import version
 from typing import Annotated, NoReturn
@@ -44,6 +45,9 @@ def main() -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             # A model writes any character, whatever the terminal's locale has.
             stream.reconfigure(encoding="utf-8", errors="replace")
+    # Libraries' own progress bars say nothing about the command's work and clutter a log file.
+    for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
     try:
         app()
     except KeyboardInterrupt:
@@ -62,7 +66,7 @@ def _root(
     show_version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_show_version, is_eager=True, help="Print the version and end"
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit"
         ),
     ] = False,
 ) -> None:

@@ -6,12 +6,12 @@ the experts it names is checked where a recipe resolves them (`Recipe.strengths`
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Annotated, TypedDict
 
 from proxytune.errors import InvalidRequest
+from proxytune.settings import Option, check, is_number, option, options_of
 
 Experts = str | tuple[str, ...] | Mapping[str, float]
 """Which experts steer: one name, several, or names with a strength for each."""
@@ -38,7 +38,7 @@ def check_alpha(alpha: float, name: str = "alpha") -> float:
     Raises:
         InvalidRequest: It is not a finite number, or larger than `MAX_ALPHA` either way.
     """
-    if not _is_number(alpha) or abs(alpha) > MAX_ALPHA:
+    if not is_number(alpha) or abs(alpha) > MAX_ALPHA:
         raise InvalidRequest(
             f"{name} is {alpha!r}, and the strength of steering must be a finite number between "
             f"-{MAX_ALPHA:g} and {MAX_ALPHA:g}.\n"
@@ -56,15 +56,6 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # A whole number beyond every float.
-        return False
-
-
 MIN_TEMPERATURE = 1e-4
 """Below it, logits divided by the temperature would leave float32; the draw has long become greedy."""
 MAX_TEMPERATURE = 1e4
@@ -74,138 +65,117 @@ MAX_EXPLAIN_TOP = 1000
 MAX_PENALTY = 1e4
 """Beyond it, penalised logits would lose their digits in float32 and then leave it."""
 
+SPECULATIVE = Option(
+    "Draft tokens ahead where that is faster; the text stays the same",
+    flag="--speculative/--no-speculative",
+)
+Alpha = Annotated[float, Option(at_least=-MAX_ALPHA, at_most=MAX_ALPHA)]
+TokenId = Annotated[int, Option(at_least=0)]
+Bias = Annotated[float, Option(at_least=-MAX_PENALTY, at_most=MAX_PENALTY)]
+StopString = Annotated[str, Option(at_least=1)]
+FILTERS = ("top_k", "top_p", "min_p")
+"""Options that leave some of the tokens to draw from; greedy decoding takes none of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen and when to stop. The default is greedy decoding.
 
-    Args:
-        max_new_tokens: Most tokens to generate, at least 1.
-        min_new_tokens: Tokens before an end-of-sequence token or a stop string may end the text.
-        temperature: 0 takes the most likely token; from 1e-4 to 1e4 it samples, with logits divided by it.
-        top_k: Keep the k most likely tokens; 0 keeps all.
-        top_p: Keep the smallest set of tokens whose probability reaches this; 1 keeps all.
-        min_p: Keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
-        repetition_penalty: Divide positive and multiply negative logits of tokens already in prompt or
-            output (Keskar et al. 2019, arXiv:1909.05858, section 4.1); 1 is off.
-        presence_penalty: Subtracted from the logits of tokens already in the output.
-        frequency_penalty: Subtracted once per occurrence in the output.
-        logit_bias: Token ids of the base's vocabulary, and what is added to their logits.
-        first_logit_bias: The same for the first new token alone, added to the other.
-        seed: Makes a sampled result repeatable, whatever else is in the batch. None draws one.
-        stop: Strings that end the text; the text is cut before them.
-        stop_token_ids: Token ids of the base's vocabulary that end the text, beside the models' own.
-        ignore_eos: Go on after end-of-sequence tokens until `max_new_tokens`.
-        logprobs: How many most likely tokens each step lists, 0 to 100; None lists none.
-        require_certified: End the text before a token that is not proved to be what the base's full logits
-            would give. Only a base behind an API hides any.
+    What each field does and may hold stands beside it; token ids are those of the base's vocabulary.
 
     Raises:
         InvalidRequest: A value is out of range, or two of them contradict each other.
+
+    Source: Keskar et al. 2019, arXiv:1909.05858, section 4.1 (`repetition_penalty`); the OpenAI API's
+    reference (`presence_penalty`, `frequency_penalty`, `logit_bias`).
     """
 
-    max_new_tokens: int = 128
-    min_new_tokens: int = 0
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    first_logit_bias: tuple[tuple[int, float], ...] = ()
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    require_certified: bool = False
+    max_new_tokens: int = option(128, "Maximum number of new tokens", at_least=1)
+    min_new_tokens: int = option(
+        0, "Minimum number of new tokens before anything may end the text", at_least=0
+    )
+    temperature: float = option(
+        0.0,
+        "Sampling temperature: 0 always takes the most likely token; higher values spread the choice",
+        at_least=MIN_TEMPERATURE,
+        at_most=MAX_TEMPERATURE,
+        or_zero=True,
+    )
+    top_k: int = option(
+        0, "Sample from the K most likely tokens; 0 keeps all", at_least=0, metavar="K"
+    )
+    top_p: float = option(
+        1.0,
+        "Sample from the smallest set of tokens whose probabilities add up to this; 1 keeps all",
+        above=0,
+        at_most=1,
+    )
+    min_p: float = option(
+        0.0,
+        "Sample from tokens at least this fraction as likely as the most likely one; 0 keeps all",
+        at_least=0,
+        at_most=1,
+    )
+    repetition_penalty: float = option(
+        1.0,
+        "Above 1, makes tokens that are already in the prompt or the text less likely; 1 is off",
+        at_least=1 / MAX_PENALTY,
+        at_most=MAX_PENALTY,
+    )
+    presence_penalty: float = option(
+        0.0,
+        "Subtract this from the logits of tokens that are already in the new text; 0 is off",
+        at_least=-MAX_PENALTY,
+        at_most=MAX_PENALTY,
+    )
+    frequency_penalty: float = option(
+        0.0,
+        "Subtract this from a token's logit for each time it is in the new text; 0 is off",
+        at_least=-MAX_PENALTY,
+        at_most=MAX_PENALTY,
+    )
+    logit_bias: tuple[tuple[TokenId, Bias], ...] = option(
+        (), "Add this bias to a token's logit", metavar="TOKEN_ID=BIAS"
+    )
+    first_logit_bias: tuple[tuple[TokenId, Bias], ...] = option(
+        (),
+        "Add this bias to a token's logit for the first new token only, on top of any other bias",
+        metavar="TOKEN_ID=BIAS",
+    )
+    seed: int | None = option(
+        None,
+        "Random seed: makes sampled text repeatable, whatever else is in the batch",
+        at_least=0,
+        at_most=2**63 - 1,
+        none_means="a new one each time",
+    )
+    stop: tuple[StopString, ...] = option((), "End the text before this string")
+    stop_token_ids: tuple[TokenId, ...] = option(
+        (), "End the text at this token", flag="--stop-token-id", metavar="TOKEN_ID"
+    )
+    ignore_eos: bool = option(False, "Continue after end-of-sequence tokens")
+    logprobs: int | None = option(
+        None, "List each token's logprob and the N most likely tokens", at_least=0, at_most=100
+    )
+    require_certified: bool = option(
+        False,
+        "End the text before a token that is not proven to be what the base's full logits would give; "
+        "matters only for a base behind an API",
+    )
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "min_new_tokens", "top_k"):
-            value = getattr(self, name)
-            _require(_is_count(value), f"{name} is {value!r}, and must be a whole number")
-        for name in (
-            "temperature",
-            "top_p",
-            "min_p",
-            "repetition_penalty",
-            "presence_penalty",
-            "frequency_penalty",
-        ):
-            value = getattr(self, name)
-            _require(_is_number(value), f"{name} is {value!r}, and must be a finite number")
+        check(self)
         _require(
-            self.max_new_tokens >= 1,
-            f"max_new_tokens is {self.max_new_tokens}, and must be at least 1",
-        )
-        _require(
-            0 <= self.min_new_tokens <= self.max_new_tokens,
-            f"min_new_tokens is {self.min_new_tokens}, and must lie between 0 and "
-            f"max_new_tokens ({self.max_new_tokens})",
-        )
-        _require(
-            self.temperature == 0 or MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE,
-            f"temperature is {self.temperature}, and must be 0 (greedy) or lie between {MIN_TEMPERATURE} "
-            f"and {MAX_TEMPERATURE:g}",
-        )
-        _require(
-            self.top_k >= 0, f"top_k is {self.top_k}, and must be at least 0 (0 keeps all tokens)"
-        )
-        _require(0 < self.top_p <= 1, f"top_p is {self.top_p}, and must lie in (0, 1]")
-        _require(0 <= self.min_p <= 1, f"min_p is {self.min_p}, and must lie in [0, 1]")
-        _require(
-            1 / MAX_PENALTY <= self.repetition_penalty <= MAX_PENALTY,
-            f"repetition_penalty is {self.repetition_penalty}, and must be above 0 (1 is off), from "
-            f"{1 / MAX_PENALTY} to {MAX_PENALTY:g}",
-        )
-        for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            _require(
-                abs(value) <= MAX_PENALTY,
-                f"{name} is {value}, and must lie between {-MAX_PENALTY:g} and {MAX_PENALTY:g}",
-            )
-        _require(
-            self.logprobs is None or (_is_count(self.logprobs) and 0 <= self.logprobs <= 100),
-            f"logprobs is {self.logprobs!r}, and must be a whole number from 0 to 100, or None",
-        )
-        _require(
-            self.seed is None or (_is_count(self.seed) and 0 <= self.seed < 2**63),
-            f"seed is {self.seed!r}, and must be a whole number from 0 to 2**63 - 1, or None",
-        )
-        _require(
-            isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
-            f"stop is {self.stop!r}, and must be a tuple of strings that are not empty",
-        )
-        _require(
-            isinstance(self.stop_token_ids, tuple)
-            and all(_is_count(i) and i >= 0 for i in self.stop_token_ids),
-            f"stop_token_ids is {self.stop_token_ids!r}, and must be a tuple of token ids",
+            self.min_new_tokens <= self.max_new_tokens,
+            f"min_new_tokens is {self.min_new_tokens}, and must be at most max_new_tokens "
+            f"({self.max_new_tokens})",
         )
         for name in ("logit_bias", "first_logit_bias"):
             bias = getattr(self, name)
-            _require(
-                isinstance(bias, tuple)
-                and all(
-                    isinstance(pair, tuple)
-                    and len(pair) == 2
-                    and _is_count(pair[0])
-                    and pair[0] >= 0
-                    and _is_number(pair[1])
-                    and abs(pair[1]) <= MAX_PENALTY
-                    for pair in bias
-                ),
-                f"{name} is {bias!r}, and must be a tuple of token ids and numbers from "
-                f"-{MAX_PENALTY:g} to {MAX_PENALTY:g}",
-            )
-            _require(
-                len({token_id for token_id, _ in bias}) == len(bias),
-                f"{name} names a token id twice",
-            )
+            _require(len(dict(bias)) == len(bias), f"{name} names a token id twice")
         if self.temperature == 0:
-            for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
-                value = getattr(self, name)
+            for name in FILTERS:
+                value, off = getattr(self, name), options_of(SamplingParams)[name].default
                 _require(
                     value == off,
                     f"{name} is {value} and temperature is 0: greedy decoding always takes the most likely "
@@ -216,7 +186,8 @@ class SamplingParams:
     @property
     def has_filters(self) -> bool:
         """Whether a draw is from some of the tokens only."""
-        return not self.is_greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+        off = options_of(SamplingParams)
+        return any(getattr(self, name) != off[name].default for name in FILTERS)
 
     @property
     def is_greedy(self) -> bool:

@@ -161,9 +161,8 @@ def check(settings: Any) -> None:
     Raises:
         InvalidRequest: A field cannot hold its value; the message begins with the field's name.
     """
-    kind: type = type(settings)
-    for declared in options_of(kind).values():
-        declared.check(getattr(settings, declared.name))
+    for each in options_of(settings.__class__).values():
+        each.check(getattr(settings, each.name))
 
 
 def is_number(value: object) -> bool:

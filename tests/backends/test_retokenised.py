@@ -21,12 +21,7 @@ from proxytune.backends.toy import ToyBackend, ToyTokenizer
 from proxytune.decode.batch import Batch
 from proxytune.decode.ensemble import Ensemble, Member, Pair
 from proxytune.decode.speculative import Drafting
-from proxytune.errors import (
-    PromptTooLong,
-    RecipeError,
-    UnsupportedModel,
-    VocabularyMismatch,
-)
+from proxytune.errors import PromptTooLong, RecipeError, UnsupportedModel, VocabularyMismatch
 from proxytune.loading.doctor import examine
 from proxytune.logits.steer import steer
 from proxytune.model import ProxyTuned
@@ -281,7 +276,7 @@ def test_tokens_are_compared_by_their_bytes():
     assert map_tokens(base, small).small_ids.tolist() == [0, 2, 3, -1]
 
 
-def test_a_text_that_outgrows_the_small_model_says_so():
+def test_a_text_that_outgrows_the_small_model_is_refused():
     model = mapped_model(max_context=40)
     # One token of the base, "er ", is three of the small model.
     ids = [BASE_TOKENS.index("er ")] * 20
@@ -346,7 +341,7 @@ def mapped_recipe(models: Path, **changes: object) -> Recipe:
     return replace(recipe, **changes)
 
 
-def test_a_recipe_maps_only_where_it_says_so(models):
+def test_a_recipe_maps_tokens_only_if_it_asks_for_it(models):
     with pytest.raises(VocabularyMismatch, match='"vocabulary": "map"'):
         ProxyTuned.load(mapped_recipe(models, vocabulary="same"))
     assert ProxyTuned.load(mapped_recipe(models)).generate("that thing", LONG).text
@@ -442,7 +437,7 @@ def test_sides_of_different_tokenizers_are_refused(models):
         ProxyTuned.load(mapped_recipe(models, experts=(sides,)))
 
 
-def test_a_damaged_side_is_a_problem_and_no_crash(models, tmp_path):
+def test_a_damaged_side_is_reported_as_a_problem(models, tmp_path):
     damaged = shutil.copytree(models / "small", tmp_path / "damaged")
     (damaged / "tokenizer.json").write_text("{")
     expert = ExpertSpec(

@@ -17,10 +17,7 @@ from safetensors.torch import load_file, save_file
 from proxytune.checkpoints.adapter import find_adapter
 from proxytune.checkpoints.checkpoint import find_checkpoint
 from proxytune.checkpoints.conversion import build_once, cache_directory
-from proxytune.checkpoints.headers import (
-    read_gguf_header,
-    read_safetensors_header,
-)
+from proxytune.checkpoints.headers import read_gguf_header, read_safetensors_header
 from proxytune.checkpoints.placement import running_device, running_dtype
 from proxytune.checkpoints.references import resolve_package
 from proxytune.errors import (

@@ -396,7 +396,7 @@ def test_only_the_chosen_experts_are_loaded(recipe: Path, monkeypatch: pytest.Mo
         (["--input-file", "i"], ["--output-file is not"]),
         (["--input-file", "i", "--output-file", "o", "--stream"], ["--stream"]),
         (["--input-file", "missing", "--output-file", "o"], ["missing cannot be read"]),
-        (["--input-file", __file__, "--output-file", "o", "--batch-size", "0"], ["batch_size"]),
+        (["--input-file", __file__, "--output-file", "o", "--batch-size", "0"], ["--batch-size"]),
     ],
 )
 def test_generate_refuses_what_cannot_be_meant_before_models_load(
@@ -575,12 +575,12 @@ def test_the_strength_that_is_set_is_the_one_that_answers(recipe: Path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("/alhpa 1", "there is no /alhpa; there are"),
+        ("/alhpa 1", "/alhpa is not a command; the commands are"),
         ("/alpha x", "must be a number"),
         ("/alpha nan", "finite"),
         ("/alpha 1 2", "takes one number"),
         ("/expert third", "first, second"),
-        ("/reset now", "takes nothing"),
+        ("/reset now", "takes no arguments"),
         ("/help", "/quit"),
         ("é", "no token"),
         ("a" * 300, "/reset forgets"),

@@ -223,7 +223,7 @@ def test_a_summary_of_nothing_is_words():
         (["RECIPE", "ab", "--what-if", "0=#999"], "999"),
         (["RECIPE", "ab", "--alpha", "1,x"], "--alpha"),
         (["RECIPE", "ab", "--alpha", "1,2", "--expert", "first=0.5"], "--alpha"),
-        (["RECIPE", "ab", "--top", "2000"], "explain_top"),
+        (["RECIPE", "ab", "--top", "2000"], "--top"),
         (["RECIPE", "ab", "--rows", "-1"], "--rows"),
         (["RECIPE", "ab", "--expert", "third"], "third"),
         (["RECIPE", "ab", "--trace-file", "/no/such/folder/t.jsonl"], "cannot be written"),

@@ -21,12 +21,7 @@ from hypothesis import strategies as st
 from proxytune.data.batch import BatchProgress, BatchReport, run_batch
 from proxytune.data.lines import BatchOptions, line_seed, parse_line
 from proxytune.data.resumable import number_list
-from proxytune.errors import (
-    InputFileError,
-    InvalidRequest,
-    OutputFileError,
-    UserError,
-)
+from proxytune.errors import InputFileError, InvalidRequest, OutputFileError, UserError
 from proxytune.model import ProxyTuned
 from proxytune.request import SamplingParams, Steering
 from tests.support.toys import toy_load, toy_recipe

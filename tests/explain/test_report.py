@@ -9,12 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from proxytune.errors import (
-    InvalidRequest,
-    MissingExtra,
-    PromptTooLong,
-    UnknownExpert,
-)
+from proxytune.errors import InvalidRequest, MissingExtra, PromptTooLong, UnknownExpert
 from proxytune.explain.moves import label, moves, pieces
 from proxytune.explain.notebook import frame, plot, show
 from proxytune.explain.report import Report, Run

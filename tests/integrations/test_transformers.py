@@ -22,10 +22,7 @@ from proxytune.errors import (
     UnsupportedModel,
     UserError,
 )
-from proxytune.integrations.transformers import (
-    ProxyTunedCache,
-    ProxyTunedForCausalLM,
-)
+from proxytune.integrations.transformers import ProxyTunedCache, ProxyTunedForCausalLM
 from proxytune.logits.steer import steer
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from proxytune import machine
+from proxytune.commands.doctor import rendered
 from proxytune.errors import (
     AdapterMismatch,
     CorruptModel,
@@ -55,7 +56,7 @@ def pair(name="x", *, expert=None, anti_expert=None):
 
 def printed(diagnosis, width=80):
     stream = io.StringIO()
-    Console(file=stream, width=width, no_color=True).print(diagnosis.render())
+    Console(file=stream, width=width, no_color=True).print(rendered(diagnosis))
     return stream.getvalue()
 
 

@@ -11,13 +11,7 @@ from typer.testing import CliRunner
 
 from proxytune.cli import app
 from proxytune.errors import InvalidRequest
-from proxytune.measure.rank import (
-    Sums,
-    candidate_sums,
-    rank_correlation,
-    rank_experts,
-    summarise,
-)
+from proxytune.measure.rank import Sums, candidate_sums, rank_correlation, rank_experts, summarise
 from proxytune.measure.score import passage_of
 from proxytune.model import ProxyTuned
 from proxytune.request import SamplingParams

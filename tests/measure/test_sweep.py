@@ -1,4 +1,4 @@
-"""Sweeps: metrics by hand, picking and telling, work that is shared, the command."""
+"""Sweeps: which point is picked, how it is tested, which work is shared, the command."""
 
 from __future__ import annotations
 
@@ -10,25 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from proxytune.cli import app
-from proxytune.data.passages import passages_of, rows_of, task_rows
+from proxytune.data.passages import rows_of, task_rows
 from proxytune.data.rows import read_rows
-from proxytune.errors import InvalidRequest, OutputFileError
-from proxytune.measure.curve import draw
-from proxytune.measure.metrics import (
-    METRICS,
-    Metric,
-    chrf,
-    contains,
-    exact_match,
-    last_number,
-)
+from proxytune.errors import InvalidRequest
+from proxytune.measure.metrics import METRICS, Metric
 from proxytune.measure.score import passage_of
-from proxytune.measure.sweep import (
-    Grid,
-    split,
-    sweep_generations,
-    sweep_likelihood,
-)
+from proxytune.measure.sweep import Grid, split, sweep_generations, sweep_likelihood
 from proxytune.model import ProxyTuned
 from proxytune.request import SamplingParams
 from proxytune.tasks.gsm8k import Gsm8k
@@ -42,57 +29,6 @@ TEXT = "the sea is a sea and a ship is a ship. a man at sea is a man. the end of
 
 def passages(model, *texts):
     return [passage for text in texts for passage in model.text_passages(text, window=16)]
-
-
-# Metrics ------------------------------------------------------------------------------------------------
-
-
-def test_metrics_of_a_few_texts_by_hand():
-    assert exact_match(" yes\n", "yes") == 1
-    assert exact_match("yes.", "yes") == 0
-    assert contains("It is Paris, of course", "paris") == 1
-    assert contains("It is Rome", "paris") == 0
-    assert last_number("3 and 4 make 7.00", "#### 7") == 1
-    assert last_number("1,000 in all", "1000") == 1
-    assert last_number("none", "7") == 0
-    assert last_number("seven", "seven") == 0  # no number is not the right number
-
-
-@pytest.mark.parametrize(
-    ("text", "reference"),
-    [
-        ("10-3", "3"),
-        ("between 3-5", "5"),
-        ("the years 1914\N{EN DASH}1918", "1918"),
-        ("x-7", "7"),
-        ("(20)-7", "7"),
-        ("it is -7", "-7"),
-        ("a loss of -$5", "-5"),
-        ("0.5", ".5"),
-        ("-.5", "-0.5"),
-        ("It costs $1,250.00.", "1250"),
-        ("12,500", "12,500"),
-        ("40%", "40"),
-        ("that is 1/2", "2"),
-    ],
-)
-def test_the_last_number_is_read_as_people_write_it(text, reference):
-    """A hyphen between numbers used to be a minus sign, and `.5` used to be 5."""
-    assert last_number(text, reference) == 1
-
-
-@pytest.mark.parametrize(("text", "reference"), [("-3", "3"), ("10-3", "-3"), (".5", "5")])
-def test_numbers_that_differ_in_sign_or_point_are_different(text, reference):
-    assert last_number(text, reference) == 0
-
-
-def test_chrf_of_two_texts_by_hand():
-    """ "ab" against "ac": of single characters one of two is shared, F2 = 0.5; of pairs none."""
-    assert chrf("ab", "ac") == pytest.approx((0.5 + 0) / 2)
-    assert chrf("a b", "ab") == 1
-    assert chrf("", "ab") == 0
-    # All of the reference and as much again: precision 1/2, recall 1, F2 = 5 * 0.5 / (4 * 0.5 + 1).
-    assert chrf("ax", "a") == pytest.approx(5 / 6)
 
 
 # Grids --------------------------------------------------------------------------------------------------
@@ -289,57 +225,6 @@ def test_of_points_that_score_alike_the_weakest_is_picked():
     assert report.best.alphas == {"first": -0.25}
 
 
-# Rows ---------------------------------------------------------------------------------------------------
-
-
-def test_rows_of_every_kind_become_what_is_to_be_predicted():
-    model = toy_model()
-    texts = passages_of(model, read_rows([{"text": "abcdef"}, {"text": "a"}]), window=4)
-    assert [len(p.token_ids) for p in texts] == [3, 2]  # the second text has nothing to predict
-    rows = read_rows([{"prompt": "ab", "completion": "cd"}])
-    (answer,) = passages_of(model, rows, window=4)
-    assert answer.prompts[0] == tuple(model.tokenizer.encode("ab", add_special_tokens=False))
-    talk = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
-    (row,) = rows_of(model, read_rows([{"messages": [*talk, {"role": "user", "content": "x"}]}]))
-    assert row.reference == "cd"
-    turns = passages_of(
-        model,
-        read_rows([{"prompt": talk[:1], "completion": [talk[1], talk[0], talk[1]]}]),
-        window=4,
-    )
-    assert [len(p.token_ids) for p in turns] == [3, 3]  # both replies, an end after each
-    assert len(turns[1].prompts[0]) > len(turns[0].prompts[0])
-    (liked,) = rows_of(model, read_rows([{"prompt": "a", "chosen": "b", "rejected": "c"}]))
-    assert liked.reference == "b"
-
-
-def test_texts_alone_have_no_answers_to_compare_with():
-    with pytest.raises(InvalidRequest, match="plain texts"):
-        rows_of(toy_model(), read_rows([{"text": "abc"}]))
-
-
-# Pictures -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "alphas",
-    [{"first": [0.0, 1.0], "second": [0.3]}, {"first": [0.0, 1.0], "second": [0.3, 0.6]}],
-    ids=["curve", "map"],
-)
-def test_a_picture_is_drawn_for_one_or_two_varied_experts(alphas, tmp_path):
-    pytest.importorskip("matplotlib")
-    model = toy_model(experts=TWO, eos_logit=-100.0)
-    parts = passages(model, TEXT[:80])
-    grid = Grid.of(("first", "second"), alphas)
-    report = sweep_likelihood(model.ensemble, grid, valid=parts, test=parts, own=(1.0, 0.7))
-    draw(report, grid, tmp_path / "sweep.png")
-    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(OutputFileError, match="nowhere"):
-        draw(report, grid, tmp_path / "nowhere" / "sweep.png")
-    with pytest.raises(OutputFileError, match=r"\.xyz"):
-        draw(report, grid, tmp_path / "sweep.xyz")
-
-
 # The command --------------------------------------------------------------------------------------------
 
 
@@ -448,7 +333,7 @@ def test_a_benchmark_is_swept_in_its_own_settings(recipe, tmp_path, monkeypatch)
         (["--task", "letters"], ("a", "b"), "the likelihood of given answers"),
         (["--task", "letters", "--metric", "chrf"], (), "its own items and metric"),
         (["--text-file", "text.txt"], (), "--data-dir is for --task"),
-        (["--task", "letters", "--max-new-tokens", "0"], (), "must be at least 1"),
+        (["--task", "letters", "--max-new-tokens", "0"], (), "a whole number of at least 1"),
     ],
 )
 def test_a_benchmark_that_cannot_be_swept_is_refused(
@@ -478,7 +363,7 @@ def test_a_benchmark_that_cannot_be_swept_is_refused(
         (["--text-file", "t", "--alphas", "frist=1"], "'first'"),
         (["--text-file", "t", "--alphas", "first=1", "--expert", "second"], "leave --expert out"),
         (["--text-file", "t", "--policy", "kl"], "must be one of constant"),
-        (["--text-file", "t", "--policy", "{"], "no JSON"),
+        (["--text-file", "t", "--policy", "{"], "not JSON"),
         (["--text-file", "t", "--combine", "sums"], "'sum'"),
     ],
 )

@@ -12,12 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxytune.errors import (
-    InvalidRequest,
-    OutputFileError,
-    RecipeError,
-    UnknownExpert,
-)
+from proxytune.errors import InvalidRequest, OutputFileError, RecipeError, UnknownExpert
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Steering

@@ -14,8 +14,16 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "run_notebook.py"
 
 
 def ran(path: Path, *cells: str) -> tuple[subprocess.CompletedProcess[str], list[Any]]:
+    pytest.importorskip("nbclient", reason="the notebook runner is not installed")
+    cell = {"cell_type": "code", "metadata": {}, "execution_count": None, "outputs": []}
     notebook = {
-        "cells": [{"cell_type": "code", "source": [source], "outputs": []} for source in cells]
+        "cells": [
+            {**cell, "id": f"cell-{number}", "source": [source]}
+            for number, source in enumerate(cells)
+        ],
+        "metadata": {},
+        "nbformat": 4,
+        "nbformat_minor": 5,
     }
     path.write_text(json.dumps(notebook), encoding="utf-8")
     done = subprocess.run(
@@ -40,6 +48,13 @@ def test_what_a_cell_draws_is_a_picture(tmp_path: Path):
     _, cells = ran(tmp_path / "n.ipynb", "from matplotlib import pyplot\npyplot.plot([1, 2])")
     (output,) = cells[0]["outputs"]
     assert output["data"]["image/png"].startswith("iVBOR")
+
+
+def test_stderr_is_passed_on_and_a_long_plain_text_beside_html_is_shortened(tmp_path: Path):
+    html = "class H:\n def _repr_html_(self): return 'x'\n def __repr__(self): return 'H(' + 'y' * 500\nH()"
+    done, cells = ran(tmp_path / "n.ipynb", "import sys; print('careful', file=sys.stderr)", html)
+    assert "careful" in done.stderr and cells[0]["outputs"] == []
+    assert cells[1]["outputs"][0]["data"] == {"text/html": ["x"], "text/plain": ["<shown as HTML>"]}
 
 
 def test_a_cell_that_fails_ends_the_run_and_leaves_the_notebook(tmp_path: Path):

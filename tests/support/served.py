@@ -19,7 +19,8 @@ import openai
 from proxytune.model import ProxyTuned
 from proxytune.server.app import make_app
 from proxytune.server.run import listen, make_server
-from proxytune.server.service import ServerSettings, Service
+from proxytune.server.service import Service
+from proxytune.server.settings import ServerSettings
 
 SETTINGS = ServerSettings(name="toy")
 

@@ -30,12 +30,7 @@ from proxytune.tasks.statistics import (
 )
 from proxytune.tasks.toxigen import GROUPS, ToxiGen
 from proxytune.tasks.triviaqa import TriviaQa, normalised
-from proxytune.tasks.truthfulqa import (
-    TruthfulQaChoice,
-    TruthfulQaOpen,
-    choices_of,
-    parse_letter,
-)
+from proxytune.tasks.truthfulqa import TruthfulQaChoice, TruthfulQaOpen, choices_of, parse_letter
 from proxytune.text.prompts import render_text
 from tests.support.tiny import tiny_tokenizer
 

@@ -1,15 +1,15 @@
 """GGUF files run by llama.cpp as they are: quantised, on a laptop's processor or a GPU.
 
-Token ids only: text never reaches this file, and llama.cpp's own tokenizer is not used. What is called is the
-low-level interface of llama-cpp-python: one `llama_decode` for all rows of a step.
+Token ids only: text never reaches this file, and llama.cpp's own tokenizer is not used. The calls go to the
+low-level interface of llama-cpp-python, one `llama_decode` for all rows of a step.
 
 Words: a *context* is llama.cpp's: a KV cache with room for some tokens of some *sequences*, one per row. An
 adapter belongs to a whole context, so rows with different adapters are in different contexts, which share the
-weights. A context's room is fixed; when it is full, its sequences are copied into a larger one, up to a
-largest size.
+weights. A context's room is fixed. When it is full, its sequences are copied into a larger one, up to a
+maximum size.
 
-The logits that `prefill` and `extend` return lie in llama.cpp's own memory where that is possible, and are
-overwritten by the next call on the same state (`Capabilities.reuses_logits`).
+If possible, the logits that `prefill` and `extend` return are in llama.cpp's own memory, and the next call on
+the same state overwrites them (`Capabilities.reuses_logits`).
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ if TYPE_CHECKING:
     from proxytune.recipe.spec import LlamaCppSettings, ModelSpec
 
 FIRST_ROOM = 512
-"""Tokens per row that a context has room for at first: making a large one takes long."""
+"""Tokens per row that a context has room for at first: it takes long to make a large one."""
 
 BATCH_TOKENS = 512
-"""Most tokens of one `llama_decode`, as llama.cpp has it by default."""
+"""Maximum number of tokens of one `llama_decode`: llama.cpp's default."""
 
 BATCH_OUTPUTS = 128
-"""Most tokens of one `llama_decode` whose logits are asked for: they bound its working memory."""
+"""Maximum number of tokens of one `llama_decode` with logits: it limits llama.cpp's working memory."""
 
 _CACHE_DTYPES = {"float32": "GGML_TYPE_F32", "float16": "GGML_TYPE_F16", "q8_0": "GGML_TYPE_Q8_0"}
 
@@ -79,7 +79,7 @@ def library() -> Any:
             "the file",
         ) from error
     if is_first:
-        # Its default is to print whatever llama.cpp says; a program that imported it before has chosen.
+        # By default it prints whatever llama.cpp logs. A program that imported it before has made its choice.
         with contextlib.suppress(ImportError, AttributeError):
             from llama_cpp import _logger
 
@@ -88,25 +88,25 @@ def library() -> Any:
 
 
 class _Handle:
-    """Owns a llama.cpp context, for as long as anything looks at its memory."""
+    """Owns a llama.cpp context for as long as anything uses its memory."""
 
     def __init__(self, api: Any, pointer: Any, model: _Model) -> None:
         self._api = api
         self.pointer = pointer
-        self._model = model  # has to outlive it
+        self._model = model  # has to outlive the context
 
     def __del__(self) -> None:
         self._api.llama_free(self.pointer)
 
 
 class _Context:
-    """A llama.cpp context with an adapter or none.
+    """A llama.cpp context with one adapter or none.
 
     Args:
-        backend: Whose weights it runs.
+        backend: Has the weights.
         adapter: The backend's name for the adapter.
-        num_sequences: Rows.
-        room: Tokens that each row needs room for.
+        num_sequences: Number of rows.
+        room: Number of tokens that each row needs room for.
     """
 
     def __init__(
@@ -125,9 +125,9 @@ class _Context:
         settings.n_threads = settings.n_threads_batch = backend.num_threads
         settings.type_k = settings.type_v = getattr(api, _CACHE_DTYPES[backend.cache_dtype])
         if backend.cache_dtype == "float32":
-            # llama.cpp's flash attention rounds to half precision on the way.
+            # llama.cpp's flash attention rounds to half precision internally.
             settings.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        # Every layer keeps all keys, also of a sliding window, so that any number can be taken back.
+        # Every layer keeps all keys, even with a sliding window, so that any number can be taken back.
         settings.swa_full = True
         settings.no_perf = True
         with _messages(api) as messages:
@@ -135,14 +135,14 @@ class _Context:
         if not pointer:
             raise NotEnoughMemory(
                 f"llama.cpp has no room for {num_sequences} rows of "
-                f"{settings.n_ctx // num_sequences} tokens of {backend.name}{_said(messages)}\n"
+                f"{settings.n_ctx // num_sequences} tokens of {backend.name}{_last_of(messages)}\n"
                 "hint: set a smaller context_size or cache_dtype in llama_cpp, or a smaller batch"
             )
         self._handle = _Handle(api, pointer, backend.model)
         self.pointer = pointer
         self._view: tuple[tuple[int, int], Tensor] | None = None
         self.has_pending_copy = False
-        """Whether `copy` was called since the last decode, at which llama.cpp really copies."""
+        """Whether `copy` was called since the last decode; llama.cpp copies only in the next one."""
         self._memory = api.llama_get_memory(pointer)
         self.room = int(api.llama_n_ctx_seq(pointer))
         if adapter is not None:
@@ -151,7 +151,7 @@ class _Context:
             if api.llama_set_adapters_lora(pointer, adapters, 1, scales):
                 raise BackendError(f"{backend.name} does not take the adapter {adapter}")
         size = int(settings.n_batch)
-        # What `llama_decode` reads; the pointers into these arrays stay the same.
+        # The arrays that `llama_decode` reads; the pointers into them stay the same.
         self._token_ids = np.zeros(size, np.int32)
         self._positions = np.zeros(size, np.int32)
         self._num_sequences_of = np.ones(size, np.int32)
@@ -171,16 +171,16 @@ class _Context:
         self._batch.logits = pointer_to(self._wanted, ctypes.c_int8)
 
     def run(self, token_ids: Any, positions: Any, sequences: Any, wanted: Any) -> list[Tensor]:
-        """Run tokens, in as few decodes as they need, and return logits of those that are wanted.
+        """Run tokens in as few decodes as possible, and return the logits that are wanted.
 
         Args:
-            token_ids: `[num_tokens]` int32, as are the others but `wanted`.
-            positions: Where each stands in its sequence.
-            sequences: Which one that is.
-            wanted: `[num_tokens]` bool.
+            token_ids: `[num_tokens]` int32.
+            positions: `[num_tokens]` int32, each token's position in its sequence.
+            sequences: `[num_tokens]` int32, each token's sequence.
+            wanted: `[num_tokens]` bool, whether to return the logits after each token.
 
         Returns:
-            `[num_wanted, vocab]` float32 in pieces, one a decode. A single piece lies in llama.cpp's memory.
+            `[num_wanted, vocab]` float32 in pieces, one per decode. A single piece is in llama.cpp's memory.
 
         Raises:
             BackendError: llama.cpp failed.
@@ -217,7 +217,7 @@ class _Context:
         code = self._api.llama_decode(self.pointer, self._batch)
         if code:
             raise BackendError(
-                f"{self.backend.name} failed: llama_decode gave {code} for {count} tokens of "
+                f"{self.backend.name} failed: llama_decode returned {code} for {count} tokens of "
                 f"{self.num_sequences} rows.\nhint: a smaller batch or context_size needs less memory"
             )
 
@@ -228,7 +228,7 @@ class _Context:
         if self._view is None or self._view[0] != place:
             size = num_rows * self.backend.vocab_size
             buffer: Any = (ctypes.c_float * size).from_address(place[0])
-            buffer.handle = self._handle  # stays as long as a tensor looks at it
+            buffer.handle = self._handle  # lives as long as a tensor uses its memory
             view = torch.frombuffer(buffer, dtype=torch.float32).view(num_rows, -1)
             self._view = place, view
         return self._view[1]
@@ -237,13 +237,13 @@ class _Context:
         """Drop all but the first `length` tokens of a sequence.
 
         Raises:
-            UnsupportedModel: The model cannot forget a part.
+            UnsupportedModel: The model cannot forget some of its tokens.
         """
         if not self._api.llama_memory_seq_rm(self._memory, sequence, length, -1):
             raise UnsupportedModel(f"{self.backend.name} cannot take back tokens")
 
     def copy(self, source: int, target: int) -> None:
-        """Let one sequence hold what another holds."""
+        """Make one sequence a copy of another."""
         self._api.llama_memory_seq_rm(self._memory, target, -1, -1)
         self._api.llama_memory_seq_cp(self._memory, source, target, -1, -1)
         self.has_pending_copy = True
@@ -251,11 +251,11 @@ class _Context:
     def enlarged(self, num_rows: int, room: int) -> _Context:
         """Return a context with more room that holds the first `num_rows` sequences.
 
-        It has as many sequences as this one: llama.cpp copies them only between such.
+        It has as many sequences as this one, because llama.cpp copies only between such contexts.
 
         Raises:
             BackendError: They could not be copied.
-            NotEnoughMemory: There is no room for both contexts.
+            NotEnoughMemory: There is not enough memory for both contexts.
         """
         other = _Context(self.backend, self.adapter, self.num_sequences, room)
         for sequence in range(num_rows):
@@ -270,8 +270,8 @@ class _Context:
 
 
 @dataclass(slots=True)
-class _Part:
-    """The rows of a state that share an adapter: sequence `i` of the context is row `rows[i]`."""
+class _ContextRows:
+    """The rows of a state that share an adapter, and so a context: its sequence `i` is row `rows[i]`."""
 
     context: _Context
     rows: list[int]
@@ -279,19 +279,19 @@ class _Part:
 
 @dataclass(slots=True)
 class LlamaCppState:
-    """What a batch has seen.
+    """What a batch has read.
 
     Args:
-        parts: Its rows by adapter.
+        contexts: Its rows by adapter.
         rows: Token ids of each row.
     """
 
-    parts: list[_Part]
+    contexts: list[_ContextRows]
     rows: list[list[int]]
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each row."""
+        """Number of tokens of each row."""
         return [len(row) for row in self.rows]
 
 
@@ -307,19 +307,19 @@ class _Model:
         with _messages(api) as messages:
             pointer = api.llama_model_load_from_file(str(path).encode(), options)
         if not pointer:
-            said = _said(messages)
-            if "allocate" in said or "out of memory" in said.lower():
+            reason = _last_of(messages)
+            if "allocate" in reason or "out of memory" in reason.lower():
                 raise NotEnoughMemory(
-                    f"the weights of {name} do not fit{said}\n"
-                    "hint: take a file that is quantised further, or set fewer gpu_layers"
+                    f"the weights of {name} do not fit{reason}\n"
+                    "hint: use a file with stronger quantisation, or set fewer gpu_layers"
                 )
-            if "unknown model architecture" in said:
+            if "unknown model architecture" in reason:
                 raise UnsupportedModel(
-                    f"the installed llama.cpp does not know {name}{said}\n"
+                    f"the installed llama.cpp does not know {name}{reason}\n"
                     "hint: pip install --upgrade llama-cpp-python"
                 )
             raise CorruptModel(
-                f"llama.cpp cannot load {name}{said}\nhint: copy or download {path} again"
+                f"llama.cpp cannot load {name}{reason}\nhint: copy or download {path} again"
             )
         self.pointer = pointer
 
@@ -334,8 +334,8 @@ class LlamaCppBackend(Backend[LlamaCppState]):
     Args:
         path: The file.
         settings: How to run it.
-        name: How errors call it.
-        stored_dtype: Of the file's weights; decides in what keys and values are kept, if the settings do not.
+        name: What errors call it.
+        stored_dtype: Dtype of the file's weights; it decides the KV cache's dtype unless the settings do.
         adapters: LoRA adapters as GGUF files, by the names that rows will use.
 
     Raises:
@@ -343,7 +343,7 @@ class LlamaCppBackend(Backend[LlamaCppState]):
         CorruptModel: llama.cpp cannot read the file.
         UnsupportedModel: llama.cpp does not know the model.
         NotEnoughMemory: The weights do not fit.
-        AdapterMismatch: An adapter is not one of this model.
+        AdapterMismatch: An adapter belongs to another model.
     """
 
     def __init__(
@@ -381,7 +381,7 @@ class LlamaCppBackend(Backend[LlamaCppState]):
                 adapter = api.llama_adapter_lora_init(pointer, str(file).encode())
             if not adapter:
                 raise AdapterMismatch(
-                    f"llama.cpp cannot put the adapter {file} on {name}{_said(messages)}\n"
+                    f"llama.cpp cannot put the adapter {file} on {name}{_last_of(messages)}\n"
                     "hint: an adapter fits only the model it was trained on"
                 )
             self.adapter_pointers[key] = adapter  # freed with the model
@@ -393,10 +393,10 @@ class LlamaCppBackend(Backend[LlamaCppState]):
         spec: ModelSpec,
         adapters: Mapping[str, AdapterFiles] | None = None,
     ) -> LlamaCppBackend:
-        """Load a recipe's model, and check that llama.cpp numbers its tokens as this package does.
+        """Load a recipe's model, and check that llama.cpp gives its tokens the ids that this package does.
 
         Raises:
-            VocabularyMismatch: It does not.
+            VocabularyMismatch: It gives them other ids.
             UserError: As the constructor raises them.
         """
         assert checkpoint.gguf_path is not None and spec.llama_cpp is not None
@@ -405,7 +405,7 @@ class LlamaCppBackend(Backend[LlamaCppState]):
             if not adapter.is_gguf:
                 raise UnsupportedModel(
                     f"{checkpoint.name} is run by llama.cpp, which takes adapters as .gguf files, and "
-                    f"{adapter.name} is none.\nhint: make one with `proxytune export-gguf`"
+                    f"{adapter.name} is not one.\nhint: make one with `proxytune export-gguf`"
                 )
             files[name] = adapter.path
         backend = cls(
@@ -434,7 +434,7 @@ class LlamaCppBackend(Backend[LlamaCppState]):
 
     @property
     def capabilities(self) -> Capabilities:
-        """Say what this model can do."""
+        """What this model can do."""
         return Capabilities(
             max_context=self.context_size,
             can_rewind=self._can_rewind,
@@ -456,15 +456,15 @@ class LlamaCppBackend(Backend[LlamaCppState]):
         check_prompts(self.name, prompts)
         self._check_length(max(map(len, prompts)))
         names = adapters_of(self.name, adapters, len(prompts), self.adapter_pointers)
-        parts: list[_Part] = []
+        contexts: list[_ContextRows] = []
         answers: list[Tensor] = []
         for adapter in dict.fromkeys(names):
             rows = [row for row, name in enumerate(names) if name == adapter]
             context, logits = self._read([prompts[row] for row in rows], adapter)
-            parts.append(_Part(context, rows))
+            contexts.append(_ContextRows(context, rows))
             answers.append(logits)
-        state = LlamaCppState(parts, [list(prompt) for prompt in prompts])
-        return Prefilled(state, _in_row_order(parts, answers))
+        state = LlamaCppState(contexts, [list(prompt) for prompt in prompts])
+        return Prefilled(state, _in_row_order(contexts, answers))
 
     def _read(
         self, rows: Sequence[Sequence[int]], adapter: str | None, *, room: int = 0
@@ -500,19 +500,19 @@ class LlamaCppBackend(Backend[LlamaCppState]):
         self._check_token_ids(new)
         lengths = np.asarray(state.lengths)
         answers = []
-        for part in state.parts:
-            own = lengths[part.rows]
-            self._make_room(state, part, int(own.max()) + num_new)
-            pieces = part.context.run(
-                new[part.rows].reshape(-1),
+        for held in state.contexts:
+            own = lengths[held.rows]
+            self._make_room(state, held, int(own.max()) + num_new)
+            pieces = held.context.run(
+                new[held.rows].reshape(-1),
                 (own[:, None] + np.arange(num_new)).reshape(-1),
-                np.repeat(np.arange(len(part.rows)), num_new),
-                np.ones(new[part.rows].size, bool),
+                np.repeat(np.arange(len(held.rows)), num_new),
+                np.ones(new[held.rows].size, bool),
             )
-            answers.append(_joined(pieces).view(len(part.rows), num_new, -1))
+            answers.append(_joined(pieces).view(len(held.rows), num_new, -1))
         for row, more in zip(state.rows, new.tolist(), strict=True):
             row.extend(more)
-        return _in_row_order(state.parts, answers)
+        return _in_row_order(state.contexts, answers)
 
     def rewind(self, state: LlamaCppState, num_tokens: Sequence[int]) -> None:
         """Forget the last tokens of each row; see `Backend.rewind`.
@@ -522,11 +522,11 @@ class LlamaCppBackend(Backend[LlamaCppState]):
             InvalidRequest: A row does not hold that many tokens.
         """
         check_rewind(self.name, num_tokens, state.lengths, can_rewind=self._can_rewind)
-        for part in state.parts:
-            for sequence, row in enumerate(part.rows):
+        for held in state.contexts:
+            for sequence, row in enumerate(held.rows):
                 if num_tokens[row]:
                     del state.rows[row][-num_tokens[row] :]
-                    part.context.forget(sequence, len(state.rows[row]))
+                    held.context.forget(sequence, len(state.rows[row]))
 
     def select(self, state: LlamaCppState, rows: Sequence[int]) -> LlamaCppState:
         """Return a state of the given rows in the given order; rows may repeat.
@@ -536,9 +536,9 @@ class LlamaCppBackend(Backend[LlamaCppState]):
         rows = list(rows)
         if rows == list(range(len(state.lengths))):
             return state
-        parts = []
-        for part in state.parts:
-            sequence_of = {row: sequence for sequence, row in enumerate(part.rows)}
+        contexts = []
+        for held in state.contexts:
+            sequence_of = {row: sequence for sequence, row in enumerate(held.rows)}
             kept = [
                 (place, sequence_of[row]) for place, row in enumerate(rows) if row in sequence_of
             ]
@@ -546,20 +546,22 @@ class LlamaCppBackend(Backend[LlamaCppState]):
                 continue
             sequences = [sequence for _, sequence in kept]
             if len(set(sequences)) < len(sequences):
-                # A context's number of sequences is fixed, and rarely has one to spare: read them again.
+                # A context has a fixed number of sequences and rarely one to spare, so read the rows again.
                 places = [place for place, _ in kept]
                 texts = [state.rows[rows[place]] for place in places]
-                parts.append(_Part(self._read(texts, part.context.adapter)[0], places))
+                contexts.append(_ContextRows(self._read(texts, held.context.adapter)[0], places))
             else:
-                parts.append(_Part(part.context, self._packed(part.context, part.rows, kept)))
-        return LlamaCppState(parts, [list(state.rows[row]) for row in rows])
+                contexts.append(
+                    _ContextRows(held.context, self._packed(held.context, held.rows, kept))
+                )
+        return LlamaCppState(contexts, [list(state.rows[row]) for row in rows])
 
     def _packed(
         self, context: _Context, rows: Sequence[int], kept: Sequence[tuple[int, int]]
     ) -> list[int]:
-        """Drop all sequences but those kept, and leave no gap in their numbers; return places by sequence.
+        """Drop all sequences but those kept, and renumber these from 0; return places by sequence.
 
-        llama.cpp runs sequences in one go only where their numbers follow each other.
+        llama.cpp runs sequences together only if their numbers are consecutive.
         """
         place_of = {sequence: place for place, sequence in kept}
         for sequence in range(len(rows)):
@@ -573,17 +575,17 @@ class LlamaCppBackend(Backend[LlamaCppState]):
                 place_of[target] = place_of.pop(last)
         return [place_of[sequence] for sequence in range(len(kept))]
 
-    def _make_room(self, state: LlamaCppState, part: _Part, length: int) -> None:
-        """Move the sequences into a larger context where a row of `length` tokens does not fit."""
-        if length <= part.context.room:
+    def _make_room(self, state: LlamaCppState, held: _ContextRows, length: int) -> None:
+        """Move the sequences into a larger context if a row of `length` tokens does not fit."""
+        if length <= held.context.room:
             return
-        room = min(max(length, 2 * part.context.room), self.context_size)
-        if part.context.has_pending_copy:
-            # What would be read of a sequence is not yet there.
-            rows = [state.rows[row] for row in part.rows]
-            part.context = self._read(rows, part.context.adapter, room=room)[0]
+        room = min(max(length, 2 * held.context.room), self.context_size)
+        if held.context.has_pending_copy:
+            # The copied sequences are not there yet, so their keys and values cannot be read.
+            rows = [state.rows[row] for row in held.rows]
+            held.context = self._read(rows, held.context.adapter, room=room)[0]
         else:
-            part.context = part.context.enlarged(len(part.rows), room)
+            held.context = held.context.enlarged(len(held.rows), room)
 
     def _check_length(self, num_tokens: int) -> None:
         more = ", or set a larger context_size"
@@ -597,9 +599,9 @@ def _joined(pieces: Sequence[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
-def _in_row_order(parts: Sequence[_Part], answers: Sequence[Tensor]) -> Tensor:
-    """Return what each part answered for its rows as one tensor, by row."""
-    rows = [row for part in parts for row in part.rows]
+def _in_row_order(contexts: Sequence[_ContextRows], answers: Sequence[Tensor]) -> Tensor:
+    """Return the logits of all contexts as one tensor, by row."""
+    rows = [row for held in contexts for row in held.rows]
     joined = _joined(answers)
     if rows == list(range(len(rows))):
         return joined
@@ -609,7 +611,7 @@ def _in_row_order(parts: Sequence[_Part], answers: Sequence[Tensor]) -> Tensor:
 
 @contextlib.contextmanager
 def _messages(api: Any) -> Iterator[list[str]]:
-    """Collect what llama.cpp would print; its own words say best why something failed."""
+    """Collect the errors that llama.cpp would print; they say best why something failed."""
     lines: list[str] = []
 
     def collect(level: int, text: bytes, _: Any) -> None:
@@ -621,13 +623,13 @@ def _messages(api: Any) -> Iterator[list[str]]:
     try:
         yield lines
     finally:
-        # llama-cpp-python puts its own callback in place when it is imported.
+        # Put back the callback that llama-cpp-python sets when it is imported.
         from llama_cpp import _logger
 
         api.llama_log_set(_logger.llama_log_callback, ctypes.c_void_p(0))
 
 
-def _said(messages: Sequence[str]) -> str:
-    """Return llama.cpp's last words for the end of an error's first line."""
+def _last_of(messages: Sequence[str]) -> str:
+    """Return llama.cpp's last messages, for the end of an error's first line."""
     last = [line for line in messages if line][-3:]
     return f": {'; '.join(last)}" if last else ""

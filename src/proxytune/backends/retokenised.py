@@ -1,15 +1,15 @@
-"""A small model of another tokenizer, which speaks the base's tokens.
+"""A small model with another tokenizer than the base's, answering in the base's tokens.
 
-It reads the text, cut by its own tokenizer: after each of the base's tokens the whole new text is cut again,
-what stays the same is kept, and the rest is taken back and read anew. What it answers are logprobs of the
-base's tokens: those that it has too keep what it gave them, all others get `UNMAPPED`. An expert and an
-anti-expert of one tokenizer thus differ by log p_expert - log p_anti_expert where a token is shared, and by
-exactly 0 elsewhere; logprobs, since only of them is 0 "as likely as before".
+It reads the text as its own tokenizer cuts it. After each of the base's tokens, the whole new text is cut
+again; what has not changed is kept, and the rest is taken back and read again. The answer is logprobs of the
+base's tokens. Tokens that the small model has, too, keep its logprobs; all others get `UNMAPPED`. An expert
+and an anti-expert with one tokenizer thus differ by log p_expert - log p_anti_expert at shared tokens, and by
+exactly 0 elsewhere. Logprobs are used because a difference of 0 means "as likely as before" only for them.
 
-Between the bytes of an unfinished character there is no text to cut: there, nothing is told apart.
+In the middle of a character there is no text to cut, so there every token gets `UNMAPPED`.
 
-Sources: the map of equal strings with no offset elsewhere is ThinkLogit's (Zhang et al. 2025,
-arXiv:2507.12759); cutting the text anew and keeping the longest common prefix is how universal assisted
+Sources: mapping equal strings, without an offset elsewhere, is ThinkLogit's (Zhang et al. 2025,
+arXiv:2507.12759). Cutting the text again and keeping the longest common prefix is how universal assisted
 generation drafts across tokenizers (Hugging Face and Intel, 2024).
 """
 
@@ -36,43 +36,53 @@ from proxytune.text.prompts import continuation_ids
 from proxytune.text.vocab import TokenMap, map_tokens, token_bytes
 
 UNMAPPED = -100.0
-"""Logprob of tokens that the small model does not have: next to no probability, and finite, so that two
-models differ there by 0 and not by NaN."""
+"""Logprob of tokens that the small model does not have: hardly any probability, but finite, so that two
+models differ by 0 and not by NaN."""
+
 READ_TOKENS = 64
-"""Most tokens that are read at once: each of them gives a whole row of logits."""
+"""Maximum number of tokens read at once: each of them gives a whole row of logits."""
 
 
 @dataclass(slots=True)
-class _Row:
+class _TextRow:
+    """One row's text, in the tokens of both models.
+
+    Args:
+        prompt: In the small model's tokens.
+        token_ids: What follows the prompt, in the base's tokens.
+        read: What the small model holds, in its own tokens: perhaps of a text that has been taken back since.
+    """
+
     prompt: list[int]
-    """In the small model's tokens."""
     token_ids: list[int]
-    """What follows the prompt, in the base's."""
     read: list[int]
-    """What the small model holds, in its own: perhaps of a text that was taken back since."""
 
 
 @dataclass(slots=True)
 class _State:
     inner: Any
-    rows: list[_Row]
+    rows: list[_TextRow]
 
 
 class _Reading(NamedTuple):
-    """What a row reads next."""
+    """What a row reads next.
+
+    Args:
+        num_kept: How many of the tokens that it holds stay.
+        token_ids: What comes after them.
+        answers: Positions of the base's tokens, each with the index of the one of `token_ids` after which it
+            is answered.
+        following: The first position that another reading has to answer.
+    """
 
     num_kept: int
-    """How much of what it holds stays."""
-    tokens: list[int]
-    """What comes after."""
+    token_ids: list[int]
     answers: list[tuple[int, int]]
-    """Positions of the base's tokens, and after which of `tokens` (by index) they are answered."""
     following: int
-    """The first position that another reading has to answer."""
 
 
 def token_map(base: Spelling, own: Spelling) -> TokenMap:
-    """Find which of the base's tokens a small model has too; what begins or ends a text counts as one."""
+    """Map the base's tokens to a small model's; the tokens that begin or end a text map to each other."""
 
     def ids(of: Spelling) -> tuple[int | None, int | None]:
         bos = of.tokenizer.bos_token
@@ -90,24 +100,24 @@ def token_map(base: Spelling, own: Spelling) -> TokenMap:
 class RetokenisedBackend(Backend[_State]):
     """A small model behind the base's vocabulary.
 
-    Prompts come in the small model's own tokens, as its format renders them, and stay cut as they are; all
+    Prompts come in the small model's own tokens, as its format renders them, and are not cut again. All
     tokens after them come in the base's.
 
     Args:
         inner: The small model.
-        own: How it spells.
-        base: How the base spells.
+        own: How it spells text.
+        base: How the base spells text.
 
     Raises:
-        UnsupportedModel: The model cannot take back what it has read.
+        UnsupportedModel: The model cannot rewind.
     """
 
     def __init__(self, inner: Backend[Any], own: Spelling, base: Spelling) -> None:
         if not inner.capabilities.can_rewind:
             raise UnsupportedModel(
-                f"{inner.name} cannot take back what it has read, and with another tokenizer than the "
-                "base's the end of a text is cut anew after every token.\n"
-                "hint: take small models with attention alone"
+                f"{inner.name} cannot take back tokens, and with another tokenizer than the base's the end "
+                "of a text is cut again after every token.\n"
+                "hint: use small models with attention layers only"
             )
         self.name = inner.name
         self.inner = inner
@@ -122,7 +132,7 @@ class RetokenisedBackend(Backend[_State]):
 
     @property
     def capabilities(self) -> Capabilities:
-        """Those of the model; its context counts its own tokens."""
+        """What the small model can do; its context counts its own tokens."""
         return self._capabilities
 
     @property
@@ -132,25 +142,25 @@ class RetokenisedBackend(Backend[_State]):
 
     @property
     def num_prompt_ids(self) -> int:
-        """How many ids prompts are made of."""
+        """Number of token ids that prompts are made of."""
         return self.inner.num_prompt_ids
 
     def own_ids(self, token_ids: Sequence[int], *, is_start: bool = False) -> list[int]:
-        """Return the small model's tokens of a text in the base's.
+        """Return the small model's tokens of a text that is given in the base's.
 
-        An unfinished character at its end becomes a replacement character.
+        An incomplete character at the end becomes a replacement character.
 
         Args:
-            token_ids: Of the base's vocabulary.
-            is_start: Whether the text begins here, so that the tokens which the small model's tokenizer
-                puts before texts come first.
+            token_ids: The text, in the base's tokens.
+            is_start: Whether the text begins here. Then the tokens that the small model's tokenizer puts
+                before every text come first.
         """
         found = self._cut(token_ids, is_final=True)
         assert found is not None
         start = self._starts_with if is_start else []
         if found[: len(start)] != start:
             found = [*start, *found]
-        if is_start and not found:  # a start token of the base, which the small model has not
+        if is_start and not found:  # a start token of the base that the small model does not have
             eos = self.own.tokenizer.eos_token_id
             found = [0 if eos is None else eos]
         return found
@@ -160,7 +170,7 @@ class RetokenisedBackend(Backend[_State]):
     ) -> Prefilled[_State]:
         """Run whole prompts, in the small model's tokens; see `Backend.prefill`."""
         state, logits = self.inner.prefill(prompts, adapters=adapters)
-        rows = [_Row(list(prompt), [], list(prompt)) for prompt in prompts]
+        rows = [_TextRow(list(prompt), [], list(prompt)) for prompt in prompts]
         return Prefilled(_State(state, rows), self._mapped(logits))
 
     def extend(self, state: _State, token_ids: Tensor) -> Tensor:
@@ -171,7 +181,7 @@ class RetokenisedBackend(Backend[_State]):
             BackendError: The model failed.
         """
         wanted: list[list[list[int] | None]] = []
-        # An expert and its anti-expert read the same: each text is cut once.
+        # An expert and its anti-expert read the same text, so cut each text once.
         rests: dict[tuple[int, ...], list[int] | None] = {}
         for row, given in zip(state.rows, token_ids.tolist(), strict=True):
             cuts: list[list[int] | None] = []
@@ -203,9 +213,12 @@ class RetokenisedBackend(Backend[_State]):
     def _read(
         self, state: _State, readings: Sequence[_Reading]
     ) -> tuple[list[tuple[int, int]], Tensor, list[int]]:
-        """Let every row read on; return which rows and positions are answered, the answers, what follows.
+        """Let every row read its tokens.
 
-        Rows that need less than others read their last token again, and forget it.
+        Rows that read fewer tokens than others read their last one again, and forget it.
+
+        Returns:
+            The rows and positions that are answered, the answers, and each row's first open position.
         """
         rows = state.rows
         limit = self.inner.capabilities.max_context
@@ -213,17 +226,17 @@ class RetokenisedBackend(Backend[_State]):
         for row, reading in zip(rows, readings, strict=True):
             is_idle = not reading.answers
             kept.append(len(row.read) - 1 if is_idle else reading.num_kept)
-            tokens.append(row.read[-1:] if is_idle else reading.tokens)
+            tokens.append(row.read[-1:] if is_idle else reading.token_ids)
         width = min(READ_TOKENS, max(map(len, tokens)))
         if limit is not None:
             for own, num_kept in zip(tokens, kept, strict=True):
                 if num_kept + len(own) > limit:
                     raise PromptTooLong(
-                        f"the text has come to {num_kept + len(own)} tokens of {self.name}, which has a "
-                        f"context of {limit}.\nhint: ask for fewer new tokens; this model's tokenizer needs "
-                        "others than the base's for the same text"
+                        f"the text has reached {num_kept + len(own)} tokens of {self.name}, which has a "
+                        f"context of {limit}.\nhint: ask for fewer new tokens; this model's tokenizer may "
+                        "need more tokens than the base's for the same text"
                     )
-            width = min(width, limit - max(kept))  # filling up must not exceed it either
+            width = min(width, limit - max(kept))  # padding must not exceed it either
         surplus = [len(row.read) - num_kept for row, num_kept in zip(rows, kept, strict=True)]
         if any(surplus):
             self.inner.rewind(state.inner, surplus)
@@ -249,7 +262,7 @@ class RetokenisedBackend(Backend[_State]):
         return places, found, following
 
     def rewind(self, state: _State, num_tokens: Sequence[int]) -> None:
-        """Forget the last of the base's tokens; the small model takes back what it must when it reads on."""
+        """Forget the last of the base's tokens; the small model takes back its own at the next reading."""
         for row, count in zip(state.rows, num_tokens, strict=True):
             assert 0 <= count <= len(row.token_ids)
             del row.token_ids[len(row.token_ids) - count :]
@@ -259,7 +272,7 @@ class RetokenisedBackend(Backend[_State]):
         return _State(self.inner.select(state.inner, rows), _copies(state.rows, rows))
 
     def copy(self, state: _State, rows: Sequence[int]) -> _State:
-        """Return a state of its own of the given rows; see `Backend.copy`."""
+        """Return a separate state of the given rows; see `Backend.copy`."""
         return _State(self.inner.copy(state.inner, rows), _copies(state.rows, rows))
 
     def merge(self, state: _State, other: _State, rows: Sequence[int]) -> _State:
@@ -270,7 +283,7 @@ class RetokenisedBackend(Backend[_State]):
     def _cut(self, token_ids: Sequence[int], *, is_final: bool = False) -> list[int] | None:
         """Return the small model's tokens of what follows a prompt; None in the middle of a character.
 
-        Special tokens are no text: one that the small model has too stands for itself, others are left out.
+        Special tokens are not text: those that the small model has, too, map to its own; others are left out.
         """
         found: list[int] = []
         text = bytearray()
@@ -308,11 +321,11 @@ class RetokenisedBackend(Backend[_State]):
 
 
 def _reading(read: Sequence[int], cuts: Sequence[list[int] | None], first: int) -> _Reading:
-    """Plan one run of the small model: as many positions as one text goes on through.
+    """Plan one run of the small model: as many positions as one text leads through.
 
     Args:
         read: What it holds.
-        cuts: The text after each position, in its tokens; None where it is not told.
+        cuts: The text after each position, in its tokens; None in the middle of a character.
         first: The position to begin with.
     """
     answers: list[tuple[int, int]] = []
@@ -323,7 +336,7 @@ def _reading(read: Sequence[int], cuts: Sequence[list[int] | None], first: int) 
         if cut is None:
             continue
         if not answers:
-            # The last token is read again if need be: what follows it is asked for.
+            # Read at least the last token, because what follows it is asked for.
             num_kept = min(num_shared_tokens(read, cut), len(cut) - 1)
         elif len(cut) <= len(text) or cut[: len(text)] != text:
             return _Reading(num_kept, text[num_kept:], answers, position)
@@ -332,8 +345,8 @@ def _reading(read: Sequence[int], cuts: Sequence[list[int] | None], first: int) 
     return _Reading(num_kept, text[num_kept:], answers, len(cuts))
 
 
-def _copies(rows: Sequence[_Row], which: Sequence[int]) -> list[_Row]:
+def _copies(rows: Sequence[_TextRow], which: Sequence[int]) -> list[_TextRow]:
     return [
-        _Row(list(row.prompt), list(row.token_ids), list(row.read))
+        _TextRow(list(row.prompt), list(row.token_ids), list(row.read))
         for row in (rows[index] for index in which)
     ]

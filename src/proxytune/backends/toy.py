@@ -107,7 +107,7 @@ class ToyBackend(Backend[ToyState]):
         )
 
     def copy(self, state: ToyState, rows: Sequence[int]) -> ToyState:
-        """Return a state of its own of the given rows; see `Backend.copy`."""
+        """Return a separate state of the given rows; see `Backend.copy`."""
         return self.select(state, rows)
 
     def merge(self, state: ToyState, other: ToyState, rows: Sequence[int]) -> ToyState:

@@ -37,12 +37,7 @@ from proxytune.checkpoints.hub import (
 )
 from proxytune.checkpoints.placement import max_context
 from proxytune.checkpoints.references import local_path, unpinned_path
-from proxytune.errors import (
-    CorruptModel,
-    ModelNotFound,
-    UnsafeModel,
-    UnsupportedModel,
-)
+from proxytune.errors import CorruptModel, ModelNotFound, UnsafeModel, UnsupportedModel
 
 if TYPE_CHECKING:
     from proxytune.text.vocab import Vocabulary

@@ -14,11 +14,7 @@ from proxytune.checkpoints.headers import (
     read_gguf_header,
     read_safetensors_header,
 )
-from proxytune.errors import (
-    CorruptModel,
-    ModelNotFound,
-    UnsupportedModel,
-)
+from proxytune.errors import CorruptModel, ModelNotFound, UnsupportedModel
 from proxytune.files import building, remove_unfinished, unwritable, write_whole
 
 CACHE_HINT = "make room there, or set XDG_CACHE_HOME to a directory that can be written"

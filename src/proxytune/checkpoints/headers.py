@@ -13,12 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from proxytune.errors import (
-    CorruptModel,
-    MissingExtra,
-    ModelNotFound,
-    UnsupportedModel,
-)
+from proxytune.errors import CorruptModel, MissingExtra, ModelNotFound, UnsupportedModel
 
 # Bits per element and the torch name, by the dtype names of safetensors headers.
 SAFETENSORS_DTYPES = {

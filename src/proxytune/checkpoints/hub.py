@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from proxytune.checkpoints.headers import SAFETENSORS_DTYPES, StoredTensor
-from proxytune.errors import (
-    ModelNotFound,
-)
+from proxytune.errors import ModelNotFound
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from proxytune.errors import (
-    UnsupportedModel,
-)
+from proxytune.errors import UnsupportedModel
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes in which a model can run."""

@@ -7,10 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from proxytune.errors import (
-    ModelNotFound,
-    RecipeError,
-)
+from proxytune.errors import ModelNotFound, RecipeError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 """A Hub id: `owner/name`, or a bare name for a few old models."""

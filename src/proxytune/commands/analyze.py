@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,222 +11,128 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import json_line, stderr, stdout
-from proxytune.commands.explain import TraceFileOption, TraceWriter, strengths_of
-from proxytune.commands.options import (
-    GREEDY,
-    ContextSizeOption,
-    DataDirOption,
-    DeviceOption,
-    DtypeOption,
-    ExpertOption,
-    GpuLayersOption,
-    JsonOption,
-    LlamaCppOption,
-    MaxCallsOption,
-    MaxCostOption,
-    MinPOption,
-    StopOption,
-    TemperatureOption,
-    ThreadsOption,
-    TopKOption,
-    TopPOption,
-    load_models,
-    read_recipe,
-    steering_of,
-)
+from proxytune.commands.console import json_line, plain_table, say, stderr, stdout
+from proxytune.commands.explain import TRACE_FILE, StrengthOptions, trace_writer
+from proxytune.commands.flags import Pick, given_flags
+from proxytune.commands.options import AS_JSON, PICTURE, ModelOptions, OptionalRecipe
+from proxytune.commands.progress import ProgressBars
 from proxytune.commands.shown import shown_token
 from proxytune.errors import InvalidRequest
+from proxytune.evaluate.plan import DATA_DIR
 from proxytune.request import Experts, Request, SamplingParams, Steering
+from proxytune.settings import option
 
 if TYPE_CHECKING:
     from proxytune.explain.analysis import Analysis, TraceGroup
     from proxytune.model import ProxyTuned
     from proxytune.trace import Trace
 
-ANALYZED_TOKENS = 128
 NUM_TOP = 2
 """Of each model's likeliest tokens: what changed needs the first, and a reader the second."""
 NUM_SHOWN = 12
 """Token types in the table; the JSON has all."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeOptions:
+    """What is analyzed, and where the analysis goes."""
+
+    prompts: Path | None = option(
+        None, "Generate from these prompts: JSON lines, as in proxytune generate"
+    )
+    task: str | None = option(
+        None,
+        "Generate from this benchmark's prompts, as proxytune eval does; gsm8k has equations",
+        metavar="NAME",
+    )
+    data_dir: Path | None = option(None, DATA_DIR)
+    traces: tuple[Path, ...] = option((), "Analyze the saved traces in this file, also as .gz")
+    limit: int | None = option(None, "Use only the first N prompts", at_least=1, none_means="all")
+    batch_size: int = option(8, "Number of texts that are generated together", at_least=1)
+    min_count: int | None = option(
+        None,
+        "Leave out token types that occur less often",
+        at_least=1,
+        none_means="100, or 1 in 2,000 tokens if that is less",
+    )
+    trace_file: Path | None = option(None, TRACE_FILE)
+    picture: Path | None = option(None, PICTURE)
+    as_json: bool = option(False, AS_JSON)
+
+
 @command("proxytune analyze --traces traces.jsonl --picture analysis.png")
 def analyze(
-    recipe: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="RECIPE",
-            help="A recipe's directory, package:NAME/PATH, or its id on the Hugging Face Hub; none is needed "
-            "with --traces",
-            show_default=False,
+    recipe: OptionalRecipe = None,
+    *,
+    options: AnalyzeOptions,
+    steering: StrengthOptions,
+    sampling: Annotated[
+        SamplingParams,
+        Pick(
+            leave_out=("logprobs",),
+            help={"seed": "Random seed: each line gets its own, made from this one and its number"},
+            none_means={"seed": "0"},
         ),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Generate from these prompts: JSON lines, as in proxytune generate",
-            show_default=False,
-        ),
-    ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Generate from this benchmark's prompts, as proxytune eval does; gsm8k has equations",
-            show_default=False,
-        ),
-    ] = None,
-    data_dir: DataDirOption = None,
-    traces: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE",
-            help="Analyze the saved traces in this file, also as .gz; repeat for more",
-            show_default=False,
-        ),
-    ] = None,
-    alpha: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B,...",
-            help="Strengths of steering; each makes a text from each prompt  [default: the recipe's]",
-            show_default=False,
-        ),
-    ] = None,
-    expert: ExpertOption = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Only the first N prompts  [default: all]", show_default=False
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Most tokens to generate")
-    ] = ANALYZED_TOKENS,
-    temperature: TemperatureOption = GREEDY.temperature,
-    top_k: TopKOption = GREEDY.top_k,
-    top_p: TopPOption = GREEDY.top_p,
-    min_p: MinPOption = GREEDY.min_p,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Each line gets a seed from it and the line's number  [default: 0]",
-            show_default=False,
-        ),
-    ] = None,
-    stop: StopOption = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Texts generated together")] = 8,
-    min_count: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Leave out token types that occur less often  [default: 100, or 1 in 2,000 tokens if that "
-            "is less]",
-            show_default=False,
-        ),
-    ] = None,
-    trace_file: TraceFileOption = None,
-    picture: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Draw all of it there: .png, .svg or .pdf", show_default=False
-        ),
-    ] = None,
-    as_json: JsonOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    llama_cpp: LlamaCppOption = False,
-    threads: ThreadsOption = None,
-    gpu_layers: GpuLayersOption = None,
-    context_size: ContextSizeOption = None,
-    max_calls: MaxCallsOption = None,
-    max_cost: MaxCostOption = None,
+    ],
+    models: Annotated[ModelOptions, Pick(leave_out=("cuda_graphs",))],
 ) -> None:
-    """Sum up what steering did over many texts.
+    """Summarise what steering did over many texts.
 
-    Shown are the share of changed first choices against the position, the token types whose probability
-    moved most, the two sides of equations, and with several strengths how much each changes. Traces are
-    read one at a time, so that a file may be larger than memory.
+    Shows the share of changed first choices by position, the token types whose probability moved most, the
+    two sides of equations, and, with several strengths, how much each changes. Traces are read one at a time,
+    so a file may be larger than memory.
     """
-    from proxytune.data.lines import read_lines
     from proxytune.explain.analysis import analyze as analyze_traces
 
-    _refuse_contradictions(
-        {
-            "RECIPE": recipe is not None,
-            "--prompts": prompts is not None,
-            "--task": task is not None,
-            "--data-dir": data_dir is not None,
-            "--traces": bool(traces),
-            "--alpha": alpha is not None,
-            "--expert": bool(expert),
-            "--limit": limit is not None,
-            "--trace-file": trace_file is not None,
-        }
-    )
-    for name, value, least in (("--limit", limit, 1), ("--min-count", min_count, 1)):
-        if value is not None and value < least:
-            raise InvalidRequest(f"{name} is {value}, and must be at least {least}")
-    if batch_size < 1:
-        raise InvalidRequest(f"--batch-size is {batch_size}, and must be at least 1")
-    if traces:
-        analysis = analyze_traces(_counted(_saved(traces)), min_count=min_count)
+    _refuse_contradictions(given_flags(RECIPE=recipe, options=options, steering=steering))
+    if options.traces:
+        traces = _counted(_saved(options.traces))
     else:
         assert recipe is not None
-        sampling = SamplingParams(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seed=seed,
-            stop=tuple(stop or ()),
-        )
-        strengths = strengths_of(alpha)
-        found = read_recipe(
-            recipe, llama_cpp, threads=threads, gpu_layers=gpu_layers, context_size=context_size
-        )
-        experts = steering_of(found, expert, strengths[0]).experts
-        if isinstance(experts, Mapping) and len(strengths) > 1:
-            raise InvalidRequest(
-                "--alpha has several strengths and an expert has one of its own, so it is unclear which "
-                "hold.\nhint: leave one of them out"
-            )
-        if task is not None:
-            asked = _task_requests(task, data_dir, sampling, experts)
-        else:
-            assert prompts is not None
-            lines = read_lines(
-                prompts, recipe=found, sampling=sampling, steering=Steering(experts=experts)
-            )
-            asked = [line.request for line in lines]
-        requests = [request for own in asked[:limit] for request in _at_strengths(own, strengths)]
-        used: set[str] = set()
-        for request in requests:
-            used |= set(found.named(request.experts))
-        model = load_models(
-            found, used, device=device, dtype=dtype, max_calls=max_calls, max_cost=max_cost
-        )
-        made = _generated(model, requests, batch_size, trace_file)
-        analysis = analyze_traces(made, min_count=min_count)
-    if picture is not None:
+        traces = _asked(recipe, options, steering, sampling, models)
+    analysis = analyze_traces(traces, min_count=options.min_count)
+    if options.picture is not None:
         from proxytune.explain.pictures import draw_analysis
 
-        draw_analysis(analysis, picture)
-        typer.echo(f"{picture} written", err=True)
-    if as_json:
+        draw_analysis(analysis, options.picture)
+        say(f"wrote {options.picture}")
+    if options.as_json:
         typer.echo(json_line(analysis.to_dict()))
     else:
         _show(analysis)
 
 
-def _refuse_contradictions(given: Mapping[str, bool]) -> None:
-    if given["--traces"]:
-        for name in (
-            "RECIPE",
+def _asked(
+    recipe: str,
+    options: AnalyzeOptions,
+    steering: StrengthOptions,
+    sampling: SamplingParams,
+    models: ModelOptions,
+) -> Iterator[Trace]:
+    """Yield the traces of prompts or of a benchmark's items, at each strength."""
+    from proxytune.data.lines import read_lines
+
+    found = models.read(recipe)
+    strengths, experts = steering.of(found)
+    if options.task is not None:
+        asked = _task_requests(options.task, options.data_dir, sampling, experts)
+    else:
+        assert options.prompts is not None
+        lines = read_lines(
+            options.prompts, recipe=found, sampling=sampling, steering=Steering(experts=experts)
+        )
+        asked = [line.request for line in lines]
+    requests = [
+        request for own in asked[: options.limit] for request in _at_strengths(own, strengths)
+    ]
+    used = {name for request in requests for name in found.named(request.experts)}
+    model = models.load(found, used)
+    return _generated(model, requests, options.batch_size, options.trace_file)
+
+
+def _refuse_contradictions(given: set[str]) -> None:
+    if "--traces" in given:
+        models = {
             "--prompts",
             "--task",
             "--data-dir",
@@ -234,33 +140,30 @@ def _refuse_contradictions(given: Mapping[str, bool]) -> None:
             "--expert",
             "--limit",
             "--trace-file",
-        ):
-            if given[name]:
-                raise InvalidRequest(
-                    f"--traces reads what is saved and runs no model, and {name} is given beside it.\n"
-                    "hint: leave one of them out"
-                )
+        }
+        for name in sorted(given & (models | {"RECIPE"})):
+            raise InvalidRequest(
+                f"--traces reads saved traces and runs no model, so {name} cannot be given as well.\n"
+                "hint: leave one of them out"
+            )
         return
-    if not given["RECIPE"] or not (given["--prompts"] or given["--task"]):
+    if "RECIPE" not in given or not given & {"--prompts", "--task"}:
         raise InvalidRequest(
             "there is nothing to analyze.\n"
             "hint: give a recipe and --prompts prompts.jsonl or --task gsm8k, or --traces traces.jsonl"
         )
-    if given["--prompts"] and given["--task"]:
+    if {"--prompts", "--task"} <= given:
         raise InvalidRequest(
             "--prompts and --task both say what to generate from.\nhint: leave one of them out"
         )
-    if given["--data-dir"] and not given["--task"]:
+    if "--data-dir" in given and "--task" not in given:
         raise InvalidRequest(
             "--data-dir belongs to --task, which is not given.\nhint: leave it out"
         )
 
 
 def _task_requests(
-    name: str,
-    data_dir: Path | None,
-    sampling: SamplingParams,
-    experts: Experts | None,
+    name: str, data_dir: Path | None, sampling: SamplingParams, experts: Experts | None
 ) -> list[Request]:
     """Return a request per item of a benchmark; its stop strings hold beside those that are given."""
     from proxytune.data.lines import line_seed
@@ -288,27 +191,16 @@ def _at_strengths(own: Request, strengths: Sequence[float | None]) -> Iterator[R
 def _generated(
     model: ProxyTuned, requests: Sequence[Request], batch_size: int, trace_file: Path | None
 ) -> Iterator[Trace]:
-    """Yield traces as they are made, with a progress bar on stderr."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = stderr()
-    with (
-        TraceWriter(trace_file) as writer,
-        Progress(
-            TextColumn("generating"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        ) as bar,
-    ):
-        task = bar.add_task("generating", total=len(requests))
+    """Yield traces as they are made, with their progress on stderr."""
+    with trace_writer(trace_file) as write, ProgressBars() as bars:
+        num_done = 0
+        bars.show("generating", num_done, len(requests), "texts,")
         rest = iter(requests)
         while block := list(islice(rest, batch_size)):
             made = model.generate_batch(block, batch_size=batch_size)
-            writer.write(made)
-            bar.advance(task, len(block))
+            write(made)
+            num_done += len(block)
+            bars.show("generating", num_done, len(requests), "texts,")
             yield from made
 
 
@@ -330,19 +222,13 @@ def _counted(traces: Iterator[Trace]) -> Iterator[Trace]:
             yield trace
 
 
-# The tables -----------------------------------------------------------------------------------------
-
-
 def _show(analysis: Analysis) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     console = stdout()
     console.print(Text("all tokens", style="italic"))
-    table = Table(box=None, pad_edge=False)
-    table.add_column("strengths")
-    for heading in ("texts", "tokens", "changed", "mean Delta", "mean shift", "mean KL"):
-        table.add_column(heading, justify="right")
+    headings = ("texts", "tokens", "changed", "mean Delta", "mean shift", "mean KL")
+    table = plain_table("strengths", numbers=headings)
     for group in analysis.groups:
         tally = group.tally
         table.add_row(
@@ -360,23 +246,18 @@ def _show(analysis: Analysis) -> None:
         if any(group.alphas.values()) or len(analysis.groups) == 1:
             _show_types(group)
     _show_equations(analysis)
-    typer.echo(
+    say(
         "changed: base and steered model put different tokens first; Delta: steered minus base probability "
-        "of the token",
-        err=True,
+        "of the token"
     )
 
 
 def _show_positions(analysis: Analysis) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     console = stdout()
     console.print(Text("\nchanged, by position in the text", style="italic"))
-    table = Table(box=None, pad_edge=False)
-    table.add_column("position")
-    for group in analysis.groups:
-        table.add_column(group.name, justify="right")
+    table = plain_table("position", numbers=[group.name for group in analysis.groups])
     bins = [group.position_bins() for group in analysis.groups]
     longest = max(bins, key=len)
     for row, place in enumerate(longest):
@@ -388,7 +269,6 @@ def _show_positions(analysis: Analysis) -> None:
 
 
 def _show_types(group: TraceGroup) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     console = stdout()
@@ -398,10 +278,7 @@ def _show_types(group: TraceGroup) -> None:
         console.print(Text(f"\nno token type occurs {least:,} times; --min-count lowers that"))
         return
     console.print(Text(title, style="italic"))
-    table = Table(box=None, pad_edge=False)
-    table.add_column("token")
-    for heading in ("times", "changed", "mean Delta", "mean shift"):
-        table.add_column(heading, justify="right")
+    table = plain_table("token", numbers=("times", "changed", "mean Delta", "mean shift"))
     table.add_column("commonest context")
     for kind in group.types[:NUM_SHOWN]:
         table.add_row(
@@ -416,7 +293,6 @@ def _show_types(group: TraceGroup) -> None:
 
 
 def _show_equations(analysis: Analysis) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     from proxytune.explain.welch import welch
@@ -426,10 +302,8 @@ def _show_equations(analysis: Analysis) -> None:
         return
     console = stdout()
     console.print(Text("\nequations: mean Delta of their tokens", style="italic"))
-    table = Table(box=None, pad_edge=False)
-    table.add_column("strengths")
-    for heading in ("equations", "left-hand", "right-hand", "Welch's t", "degrees", "p"):
-        table.add_column(heading, justify="right")
+    headings = ("equations", "left-hand", "right-hand", "Welch's t", "degrees", "p")
+    table = plain_table("strengths", numbers=headings)
     for group in groups:
         test = welch(group.left, group.right)
         table.add_row(

@@ -1,4 +1,4 @@
-"""What the commands share: the app they register with, options that several take, and how they speak.
+"""The app: how commands register, how their help is laid out, and how errors end them.
 
 Answers go to stdout, everything else to stderr. A user's mistake ends with its message and exit code 2, a
 failure of the work itself with 1; a bug keeps its traceback.
@@ -11,12 +11,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
-from proxytune.errors import (
-    BackendError,
-    UserError,
-)
+from proxytune.commands.flags import flattened
+from proxytune.commands.progress import sign_of_life
+from proxytune.errors import BackendError, UserError
 
 
 class _Commands(TyperGroup):
@@ -33,6 +32,37 @@ class _Commands(TyperGroup):
             raise typer.Exit(1) from None
 
 
+class _Command(TyperCommand):
+    """Shows options under headings, in plain text; where stderr is no terminal, says that it is running."""
+
+    is_endless = False
+
+    def invoke(self, ctx: Any) -> Any:
+        if self.is_endless:
+            return super().invoke(ctx)
+        with sign_of_life(str(self.name)):
+            return super().invoke(ctx)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                heading = getattr(parameter, "rich_help_panel", None) or usual
+                sections.setdefault(heading, []).append(record)
+        for heading, records in sections.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
+
+class _EndlessCommand(_Command):
+    """A command that runs until somebody ends it, so that there is no progress to report."""
+
+    is_endless = True
+
+
 # Plain help, without boxes: its first line is there to be copied.
 app = typer.Typer(
     cls=_Commands,
@@ -46,13 +76,23 @@ app = typer.Typer(
 Function = TypeVar("Function", bound=Callable[..., None])
 
 
-def command(example: str, *, name: str | None = None) -> Callable[[Function], Function]:
-    """Register a command whose help is a line to paste and then the function's docstring."""
+def command(
+    example: str, *, name: str | None = None, is_endless: bool = False
+) -> Callable[[Function], Function]:
+    """Register a command whose help is a line to paste and then the function's docstring.
+
+    Args:
+        example: The line to paste.
+        name: What the command is called. Default: the function's name.
+        is_endless: Whether it runs until somebody ends it, so that there is no progress to report.
+    """
 
     def register(function: Function) -> Function:
         text = inspect.cleandoc(function.__doc__ or "")
         help_text = f"\b\n  {example}\n\n{text}"
-        app.command(name, help=help_text, short_help=text.split("\n")[0])(function)
+        kind = _EndlessCommand if is_endless else _Command
+        short_help = text.split("\n")[0]
+        app.command(name, cls=kind, help=help_text, short_help=short_help)(flattened(function))
         return function
 
     return register

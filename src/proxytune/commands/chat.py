@@ -5,43 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import strengths_text
-from proxytune.commands.options import (
-    CHAT_TOKENS,
-    GREEDY,
-    AlphaOption,
-    ContextSizeOption,
-    CudaGraphsOption,
-    DeviceOption,
-    DtypeOption,
-    ExpertOption,
-    FrequencyPenaltyOption,
-    GpuLayersOption,
-    LlamaCppOption,
-    MaxCallsOption,
-    MaxCostOption,
-    MinPOption,
-    PresencePenaltyOption,
-    RecipeArgument,
-    RepetitionPenaltyOption,
-    SpeculativeOption,
-    StopOption,
-    TemperatureOption,
-    ThreadsOption,
-    TopKOption,
-    TopPOption,
-    load_models,
-    number_of,
-    read_recipe,
-    steering_of,
-)
+from proxytune.commands.console import say, strengths_text
+from proxytune.commands.flags import Pick, number_of
+from proxytune.commands.options import ModelOptions, RecipeArgument, SteeringOptions, steering_of
 from proxytune.errors import InvalidRequest, UserError
-from proxytune.request import SamplingParams, Steering
+from proxytune.request import SPECULATIVE, SamplingParams, Steering
+from proxytune.settings import option
 
 if TYPE_CHECKING:
     from proxytune.model import Conversation
@@ -49,82 +24,37 @@ if TYPE_CHECKING:
     from proxytune.trace import Step
 
 
-@command("proxytune chat my-recipe --alpha 0.5")
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """How a conversation begins, and how its answers are generated."""
+
+    system: str | None = option(None, "System message before the first turn")
+    speculative: bool = option(False, SPECULATIVE)
+
+
+@command("proxytune chat my-recipe --alpha 0.5", is_endless=True)
 def chat(
     recipe: RecipeArgument,
-    alpha: AlphaOption = None,
-    expert: ExpertOption = None,
-    system: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT", help="What the model is told before the first turn", show_default=False
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Most tokens of an answer")
-    ] = CHAT_TOKENS,
-    temperature: TemperatureOption = GREEDY.temperature,
-    top_k: TopKOption = GREEDY.top_k,
-    top_p: TopPOption = GREEDY.top_p,
-    min_p: MinPOption = GREEDY.min_p,
-    repetition_penalty: RepetitionPenaltyOption = GREEDY.repetition_penalty,
-    presence_penalty: PresencePenaltyOption = GREEDY.presence_penalty,
-    frequency_penalty: FrequencyPenaltyOption = GREEDY.frequency_penalty,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Makes drawn answers repeatable  [default: another each time]",
-            show_default=False,
-        ),
-    ] = None,
-    stop: StopOption = None,
-    speculative: SpeculativeOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    cuda_graphs: CudaGraphsOption = False,
-    llama_cpp: LlamaCppOption = False,
-    threads: ThreadsOption = None,
-    gpu_layers: GpuLayersOption = None,
-    context_size: ContextSizeOption = None,
-    max_calls: MaxCallsOption = None,
-    max_cost: MaxCostOption = None,
+    *,
+    options: ChatOptions,
+    steering: Annotated[SteeringOptions, Pick(leave_out=("policy", "combine"))],
+    sampling: Annotated[
+        SamplingParams, Pick(leave_out=("logprobs",), defaults={"max_new_tokens": 256})
+    ],
+    models: ModelOptions,
 ) -> None:
-    """Talk with a steered model.
+    """Chat with a steered model.
 
-    Strength and expert can be changed while talking: /help says how.
+    Strength and expert can be changed during the conversation: /help shows how.
     """
-    sampling = SamplingParams(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        seed=seed,
-        stop=tuple(stop or ()),
-    )
-    found = read_recipe(
-        recipe, llama_cpp, threads=threads, gpu_layers=gpu_layers, context_size=context_size
-    )
-    steering = steering_of(found, expert, alpha)
-    model = load_models(
-        found,
-        None,
-        device=device,
-        dtype=dtype,
-        cuda_graphs=cuda_graphs,
-        max_calls=max_calls,
-        max_cost=max_cost,
-    )
-    conversation = model.chat(
+    found = models.read(recipe)
+    wanted = steering.of(found)
+    conversation = models.load(found, None).chat(
         sampling,
-        system=system,
-        alpha=steering.alpha,
-        experts=steering.experts,
-        speculative=speculative,
+        system=options.system,
+        alpha=wanted.alpha,
+        experts=wanted.experts,
+        speculative=options.speculative,
     )
     _Chat(conversation, found).run()
 
@@ -133,9 +63,9 @@ class _Chat:
     """A conversation on the terminal, or on any pair of streams."""
 
     HELP = (
-        "/alpha A              strength of steering: 0 is the base alone; default takes the recipe's\n"
-        "/expert NAME[=A] ...  steer with these; none takes the base alone, default the recipe's; "
-        "alone it lists them\n"
+        "/alpha A              strength of steering: 0 is the base alone; default is the recipe's\n"
+        "/expert NAME[=A] ...  steer with these experts; none is the base alone, default the recipe's; "
+        "without a name, list them\n"
         "/reset                forget the conversation\n"
         "/help                 show this\n"
         "/quit                 end, as Ctrl-D does; Ctrl-C stops an answer"
@@ -152,7 +82,7 @@ class _Chat:
         if is_terminal:
             with suppress(ImportError):
                 import readline  # noqa: F401  # gives input() a history and arrow keys
-        self._say(f"{self._recipe.base.model}, {self._steering()}. /help lists the commands.")
+        say(f"{self._recipe.base.model}, {self._steering()}. /help lists the commands.")
         for line in _typed_lines(is_terminal):
             line = line.strip()
             if line == "/quit":
@@ -161,7 +91,7 @@ class _Chat:
                 try:
                     self._command(*line.split())
                 except UserError as error:
-                    self._say(str(error))
+                    say(str(error))
             elif line:
                 self._answer(line)
 
@@ -175,9 +105,9 @@ class _Chat:
             typer.echo()
         except KeyboardInterrupt:
             typer.echo()
-            self._say("stopped")
+            say("stopped")
         except UserError as error:
-            self._say(f"{error}\nhint: /reset forgets the conversation so far")
+            say(f"{error}\nhint: /reset forgets the conversation so far")
         finally:
             if steps is not None:
                 steps.close()  # type: ignore[attr-defined]  # a generator: this ends the turn
@@ -188,14 +118,14 @@ class _Chat:
         elif name == "/expert":
             self._set_experts(values)
         elif name in ("/reset", "/help") and values:
-            self._say(f"{name} takes nothing after it")
+            say(f"{name} takes no arguments")
         elif name == "/reset":
             self._conversation.messages = list(self._first_messages)
-            self._say("forgotten")
+            say("conversation forgotten")
         elif name == "/help":
-            self._say(self.HELP)
+            say(self.HELP)
         else:
-            self._say(f"there is no {name}; there are\n{self.HELP}")
+            say(f"{name} is not a command; the commands are\n{self.HELP}")
 
     def _set_alpha(self, values: Sequence[str]) -> None:
         if len(values) > 1:
@@ -206,12 +136,12 @@ class _Chat:
             if isinstance(experts, Mapping):
                 experts = tuple(experts)
             self._steer(Steering(alpha, experts))
-        self._say(self._steering())
+        say(self._steering())
 
     def _set_experts(self, values: Sequence[str]) -> None:
         known = [e.name for e in self._recipe.experts]
         if not values:
-            self._say(f"experts: {', '.join(known)}; now {self._steering()}")
+            say(f"experts: {', '.join(known)}; now {self._steering()}")
             return
         if values == ("none",) and "none" not in known:
             self._steer(Steering(0.0))
@@ -223,7 +153,7 @@ class _Chat:
             if all("=" in value for value in values):
                 alpha = None
             self._steer(steering_of(self._recipe, values, alpha))
-        self._say(self._steering())
+        say(self._steering())
 
     def _steer(self, steering: Steering) -> None:
         self._conversation.alpha, self._conversation.experts = steering.alpha, steering.experts
@@ -231,9 +161,6 @@ class _Chat:
     def _steering(self) -> str:
         steering = Steering(self._conversation.alpha, self._conversation.experts)
         return strengths_text(self._recipe.strengths(steering))
-
-    def _say(self, text: str) -> None:
-        typer.echo(text, err=True)
 
 
 def _typed_lines(is_terminal: bool) -> Iterator[str]:
@@ -245,7 +172,7 @@ def _typed_lines(is_terminal: bool) -> Iterator[str]:
         try:
             yield input("> ")
         except KeyboardInterrupt:
-            typer.echo("\n(Ctrl-D or /quit ends)", err=True)
+            say("\n(Ctrl-D or /quit ends)")
         except EOFError:
             typer.echo()
             return

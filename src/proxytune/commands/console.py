@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from proxytune.errors import (
-    InputFileError,
-    InvalidRequest,
-)
+from proxytune.errors import InputFileError, InvalidRequest, OutputFileError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 
 def stdout() -> Console:
@@ -35,38 +32,21 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-@contextmanager
-def progress(doing: str, units: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on stderr while something runs; give it how much is done, of how much in all."""
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+def say(text: str) -> None:
+    """Print a line on stderr."""
+    typer.echo(text, err=True)
 
-    console = stderr()
-    with Progress(
-        TextColumn(doing),
-        BarColumn(),
-        TextColumn(
-            f"{{task.percentage:>3.0f}}%, {{task.completed:,.0f}} of {{task.total:,.0f}} {units},"
-        ),
-        TimeElapsedColumn(),
-        TextColumn("elapsed,"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task(doing, total=1, start=False)
 
-        def advance(done: int, total: int) -> None:
-            bar.start_task(task)
-            bar.update(task, completed=done, total=total)
+def plain_table(*words: str, numbers: Sequence[str], title: str | None = None) -> Table:
+    """Return a table without lines: columns of words, then columns of numbers, set right."""
+    from rich.table import Table
 
-        yield advance
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    for heading in words:
+        table.add_column(heading)
+    for heading in numbers:
+        table.add_column(heading, justify="right")
+    return table
 
 
 def json_line(content: Mapping[str, Any]) -> str:
@@ -75,23 +55,43 @@ def json_line(content: Mapping[str, Any]) -> str:
 
 
 def rate_text(num_tokens: int, seconds: float) -> str:
-    """Say how many tokens took how long."""
+    """Return how many tokens took how long, in words."""
     rate = f" ({num_tokens / seconds:,.1f} tokens/s)" if seconds > 0 else ""
     return f"{num_tokens:,} tokens in {seconds:,.1f} s{rate}"
 
 
 def strengths_text(alphas: Mapping[str, float]) -> str:
-    """Say which experts steer how strongly."""
+    """Return which experts steer how strongly, in words."""
     if not any(alphas.values()):
         return "the base alone (alpha 0)"
     return "steered by " + ", ".join(f"{name} at alpha {alpha:g}" for name, alpha in alphas.items())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that the command line names.
+
+    Raises:
+        OutputFileError: It cannot be written.
+    """
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def unwritable(path: Path, error: OSError) -> OutputFileError:
+    """Return the error for a file that cannot be written."""
+    return OutputFileError(
+        f"{path} cannot be written: {error.strerror}.\n"
+        "hint: give a file in an existing directory that you can write to"
+    )
 
 
 def argument_text(text: str) -> str:
     """Return a prompt given as an argument.
 
     Raises:
-        InvalidRequest: It is no UTF-8 text.
+        InvalidRequest: It is not UTF-8 text.
     """
     try:
         text.encode()
@@ -106,17 +106,17 @@ def stdin_text() -> str:
     """Return what stdin holds, without the line's end.
 
     Raises:
-        InputFileError: It is no UTF-8 text.
+        InputFileError: It is not UTF-8 text.
     """
     content = typer.get_binary_stream("stdin").read()
     return _decoded(content, "stdin").removesuffix("\n").removesuffix("\r")
 
 
 def file_text(path: Path) -> str:
-    """Return the text of a file, unpacked if it is called .gz.
+    """Return the text of a file; one named .gz is unpacked.
 
     Raises:
-        InputFileError: It cannot be read, or is no UTF-8 text.
+        InputFileError: It cannot be read, or is not UTF-8 text.
     """
     import gzip
     import zlib
@@ -129,7 +129,7 @@ def file_text(path: Path) -> str:
         why = getattr(error, "strerror", None) or error
         raise InputFileError(
             f"{path} cannot be read: {why}.\n"
-            "hint: --text-file takes a text file, also packed with gzip as .gz"
+            "hint: --text-file takes a text file, which may be packed with gzip as .gz"
         ) from error
     return _decoded(content, str(path))
 

@@ -7,47 +7,25 @@ out: no model was trained on them or chosen by them. Every number is measured wh
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.columns import Columns
-from rich.console import Console
-from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
 
-from proxytune.checkpoints.references import resolve_package
 from proxytune.commands.app import command
 from proxytune.commands.console import json_line, stdout
-from proxytune.commands.options import JsonOption
-from proxytune.decode.batch import Event
-from proxytune.measure.score import ScoreReport
-from proxytune.model import ProxyTuned
+from proxytune.commands.options import AS_JSON
+from proxytune.commands.progress import ProgressBars, waiting
 from proxytune.request import Request, SamplingParams, Steering
+from proxytune.settings import option
 
+if TYPE_CHECKING:
+    from rich.console import Console
 
-@command("proxytune demo")
-def demo(
-    as_json: JsonOption = False,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the continuations")] = 1,
-    new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Length of each continuation, in tokens")
-    ] = 48,
-) -> None:
-    """Steer a real model offline, and show base and steered side by side.
-
-    What is shown is the perplexity of held-out text under base, expert and steered base, and what base and
-    steered base write. All numbers are measured now.
-    """
-    SamplingParams(max_new_tokens=new_tokens, seed=seed)  # refused before models load
-
-    answer = run(console=stdout(), json_output=as_json, seed=seed, new_tokens=new_tokens)
-    if as_json:
-        typer.echo(json_line(answer))
-
+    from proxytune.decode.batch import Event
+    from proxytune.measure.score import ScoreReport
+    from proxytune.model import ProxyTuned
+    from proxytune.trace import Trace
 
 RECIPE = "package:proxytune/smol"
 TEXT_ALPHA = 1.75
@@ -69,6 +47,32 @@ DOMAINS = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """What the demo generates, and how it is shown."""
+
+    as_json: bool = option(False, AS_JSON)
+    seed: int = option(1, "Random seed of the continuations")
+    new_tokens: int = option(48, "Length of each continuation in tokens")
+
+
+@command("proxytune demo")
+def demo(options: DemoOptions) -> None:
+    """Steer a real model offline, and show base and steered side by side.
+
+    Shows the perplexity of held-out text under base, expert and steered base, and what base and steered base
+    write. All numbers are measured now.
+    """
+    answer = run(
+        console=stdout(),
+        json_output=options.as_json,
+        seed=options.seed,
+        new_tokens=options.new_tokens,
+    )
+    if options.as_json:
+        typer.echo(json_line(answer))
+
+
 def run(
     *, console: Console, json_output: bool, seed: int = 1, new_tokens: int = 48
 ) -> dict[str, Any]:
@@ -77,50 +81,21 @@ def run(
     Args:
         console: Where the answer goes; progress goes to stderr.
         json_output: Return the numbers only; the caller prints them.
-        seed: Of the sampled continuations.
+        seed: Random seed of the sampled continuations.
         new_tokens: Length of each continuation.
 
     Returns:
         What was measured: per domain the perplexities, the change with its interval, and both texts.
     """
+    from proxytune.model import ProxyTuned
+
+    sampling = SamplingParams(max_new_tokens=new_tokens, temperature=0.7, seed=seed)
     started = time.perf_counter()
-    with Progress(
-        TextColumn("{task.description:<44}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    ) as progress:
-        task = progress.add_task("loading models (the first time converts one)", total=None)
+    with waiting("loading models (the first time converts one)"):
         model = ProxyTuned.load(RECIPE)
-        progress.remove_task(task)
-        results = []
-        for domain in DOMAINS:
-            text = resolve_package(f"{RECIPE}/heldout/{domain.expert}.txt").read_text("utf-8")
-            alpha = model.recipe.strengths(Steering(experts=domain.expert))[domain.expert]
-            task = progress.add_task(f"scoring held-out text: {domain.title}", total=1)
-            report = model.score(
-                text,
-                [alpha],
-                experts=domain.expert,
-                on_progress=_follow(progress, task),
-            )
-            progress.remove_task(task)
-            results.append(_measured(domain, alpha, report))
-        task = progress.add_task("generating, base and steered in one batch", total=new_tokens)
-        sampling = SamplingParams(max_new_tokens=new_tokens, temperature=0.7, seed=seed)
-        requests = [
-            Request(domain.prompt, sampling, experts={domain.expert: alpha})
-            for domain in DOMAINS
-            for alpha in (0.0, TEXT_ALPHA)
-        ]
-
-        def advance(_: int, event: Event) -> None:
-            if event.step is not None:
-                progress.update(task, completed=event.step.index + 1)
-
-        traces = model.generate_batch(requests, batch_size=len(requests), on_event=advance)
+    with ProgressBars() as bars:
+        results = [_scored(model, domain, bars) for domain in DOMAINS]
+        traces = _continued(model, sampling, bars)
     for index, result in enumerate(results):
         result["text_alpha"] = TEXT_ALPHA
         result["base_text"] = traces[2 * index].text
@@ -131,8 +106,39 @@ def run(
     return answer
 
 
-def _follow(progress: Progress, task: TaskID) -> Callable[[int, int], None]:
-    return lambda done, total: progress.update(task, completed=done, total=total)
+def _scored(model: ProxyTuned, domain: Domain, bars: ProgressBars) -> dict[str, Any]:
+    """Return what a domain's held-out text measures."""
+    from proxytune.checkpoints.references import resolve_package
+
+    text = resolve_package(f"{RECIPE}/heldout/{domain.expert}.txt").read_text("utf-8")
+    alpha = model.recipe.strengths(Steering(experts=domain.expert))[domain.expert]
+
+    def advance(done: int, total: int) -> None:
+        bars.show(f"scoring held-out text: {domain.title}", done, total, "tokens,")
+
+    report = model.score(text, [alpha], experts=domain.expert, on_progress=advance)
+    return _measured(domain, alpha, report)
+
+
+def _continued(model: ProxyTuned, sampling: SamplingParams, bars: ProgressBars) -> list[Trace]:
+    """Return each domain's prompt continued by base and steered base, in one batch."""
+    requests = [
+        Request(domain.prompt, sampling, experts={domain.expert: alpha})
+        for domain in DOMAINS
+        for alpha in (0.0, TEXT_ALPHA)
+    ]
+
+    def advance(_: int, event: Event) -> None:
+        if event.step is not None:
+            done = event.step.index + 1
+            bars.show(
+                "generating, base and steered in one batch",
+                done,
+                sampling.max_new_tokens,
+                "tokens,",
+            )
+
+    return model.generate_batch(requests, batch_size=len(requests), on_event=advance)
 
 
 def _measured(domain: Domain, alpha: float, report: ScoreReport) -> dict[str, Any]:
@@ -156,6 +162,11 @@ def _measured(domain: Domain, alpha: float, report: ScoreReport) -> dict[str, An
 
 
 def _show(console: Console, answer: dict[str, Any]) -> None:
+    from rich.columns import Columns
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(
         title="Perplexity of held-out text (lower is better)", title_justify="left", expand=False
     )

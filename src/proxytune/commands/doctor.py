@@ -1,35 +1,165 @@
-"""Todo."""
+"""`proxytune doctor`: what is known of a recipe's models, and what keeps it from running."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import json_line, stderr, stdout
-from proxytune.commands.options import (
-    JsonOption,
-    RecipeArgument,
-)
+from proxytune.commands.console import json_line, say, stdout
+from proxytune.commands.options import JsonOption, RecipeArgument
+from proxytune.commands.progress import waiting
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from proxytune.loading.doctor import Diagnosis, ModelReport
 
 
 @command("proxytune doctor my-recipe")
 def doctor(recipe: RecipeArgument, as_json: JsonOption = False) -> None:
     """Check a recipe without loading weights.
 
-    Shown are vocabularies, parameters, dtypes, prompt formats, and the memory needed and there. The exit
-    code is 2 where something keeps the recipe from running.
+    Shows vocabularies, parameters, dtypes, prompt formats, and the memory that is needed and available. The
+    exit code is 2 if something keeps the recipe from running.
     """
     from proxytune.recipe.recipe import Recipe
 
     found = Recipe.read(recipe)
-    with stderr().status("looking at the models"):
+    with waiting("examining the models"):
         from proxytune.loading.doctor import examine
 
         diagnosis = examine(found, ask_server=True)
     if as_json:
         typer.echo(json_line(diagnosis.to_dict()))
     else:
-        stdout().print(diagnosis.render())
+        stdout().print(rendered(diagnosis))
     if not diagnosis.is_healthy:
-        typer.echo("error: the recipe cannot run as it is", err=True)
+        say("error: the recipe cannot run as it is")
         raise typer.Exit(2)
+
+
+def rendered(diagnosis: Diagnosis) -> RenderableType:
+    """Return tables and paragraphs for a terminal of 80 columns or more."""
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from proxytune.loading.doctor import bytes_text
+
+    def paragraph(text: str, style: str = "") -> RenderableType:
+        return Padding(Text(text, style=style), (1, 0, 0, 0))
+
+    parts: list[RenderableType] = [_table(diagnosis.models), _legend(diagnosis.models)]
+    for device in diagnosis.devices:
+        free = "unknown" if device.free_bytes is None else bytes_text(device.free_bytes)
+        parts.append(
+            paragraph(
+                f"{device.device} ({device.name}): {bytes_text(device.weight_bytes)} of weights and "
+                f"{bytes_text(device.cache_bytes)} per 1,000 tokens of each sequence; free: {free}"
+            )
+        )
+    parts += [paragraph(f"note: {note}") for note in diagnosis.notes]
+    for problem in diagnosis.problems:
+        line = f"{problem.where}: {type(problem.error).__name__}: {problem.error}"
+        parts.append(paragraph(line, "red"))
+    num = len(diagnosis.problems)
+    verdict = "No problems." if not num else f"{num} problem{'s' if num > 1 else ''}."
+    return Group(*parts, paragraph(verdict, "bold"))
+
+
+def _table(models: tuple[ModelReport, ...]) -> Table:
+    """Return what is known of each model, a row each."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from proxytune.loading.doctor import bytes_text
+
+    def cell(*lines: str | None) -> Text:
+        return Text("\n".join(line for line in lines if line) or "?")
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), expand=False)
+    for heading in ("part", "parameters", "dtype", "context", "prompt", "vocabulary", "memory"):
+        is_number = heading in ("parameters", "context", "memory")
+        justify = "right" if is_number else "left"
+        table.add_column(heading, justify=justify, overflow="fold", no_wrap=is_number)  # type: ignore[arg-type]
+    for model in models:
+        adapter = model.num_adapter_parameters
+        is_stored = model.stored_dtype == model.running_dtype
+        is_shared = model.kind and model.shares and not model.weight_bytes
+        table.add_row(
+            Text(model.part, style="bold"),
+            cell(_count(model.num_parameters), f"+ {_count(adapter)}" if adapter else None),
+            cell(model.stored_dtype, None if is_stored else f"runs {model.running_dtype}")
+            if model.stored_dtype
+            else cell(),
+            cell(f"{model.max_context:,}" if model.max_context else None),
+            cell(model.prompt_format if model.prompt_format in ("plain", "chat") else "template"),
+            cell(model.vocabulary, f"{model.num_tokens:,}" if model.num_tokens else None),
+            cell("shared" if is_shared else bytes_text(model.weight_bytes)),
+        )
+    return table
+
+
+def _legend(models: tuple[ModelReport, ...]) -> Table:
+    """Return what each model is, and how it sees a prompt."""
+    from rich.table import Table
+    from rich.text import Text
+
+    legend = Table.grid(padding=(0, 2, 0, 0))
+    legend.add_column(no_wrap=True)
+    legend.add_column(overflow="fold")
+    for model in models:
+        what = model.reference + (f" + {model.adapter}" if model.adapter else "")
+        kind = ", ".join(filter(None, (model.architecture, model.kind))) or "not usable"
+        if model.kind and model.shares:
+            kind += f", shares the weights of {model.shares}"
+        lines = [f"{what} ({kind})"]
+        if model.prompt_sample is not None:
+            lines.append(f"sees {model.prompt_sample!r}")
+        lines += _api_lines(model.api)
+        if model.num_padding:
+            lines.append(f"{model.num_padding:,} padding ids, which are never sampled")
+        for number, line in enumerate(lines):
+            legend.add_row(Text("" if number else model.part), Text(line))
+    return legend
+
+
+def _count(number: int | None) -> str | None:
+    """Return a number of parameters with one decimal: 134.5 M."""
+    if number is None:
+        return None
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return str(number)
+
+
+def _api_lines(traits: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield what a server shows and takes, in words."""
+    if traits is None:
+        return
+    shown = f"{traits['top_logprobs']:,} logprobs at each position"
+    shown += "" if traits["is_limited"] else ", as many as were requested"
+    named = "token ids" if traits["takes_token_ids"] else "text"
+    yield f"serves {traits['served_model']} at {traits['endpoint']}: shows {shown}, takes {named}"
+    scoring = {
+        None: "does not score a given text",
+        "echo_shifted": "scores a given text (echo, one place late)",
+    }.get(traits["scoring"], f"scores a given text ({traits['scoring']})")
+    bias = {
+        None: "takes no logit_bias",
+        "hidden": "takes logit_bias, and shows logprobs without it",
+        "shown": "takes logit_bias, and shows logprobs with it",
+    }[traits["bias"]]
+    yield f"{scoring}; {bias}"
+    if traits["continues"] is not None:
+        yield (
+            "continues a partial answer"
+            if traits["continues"]
+            else "does not continue a partial answer, so only its first token can be steered"
+        )

@@ -6,36 +6,70 @@ import importlib.util
 import json
 import shlex
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import json_line, stderr, stdout
-from proxytune.commands.options import (
-    ContextSizeOption,
-    DataDirOption,
-    DeviceOption,
-    DtypeOption,
-    GpuLayersOption,
-    JsonOption,
-    LlamaCppOption,
-    MaxCallsOption,
-    MaxCostOption,
-    RecipeArgument,
-    SpeculativeOption,
-    ThreadsOption,
-    load_models,
-    number_of,
-    read_recipe,
-)
+from proxytune.commands.console import json_line, say, stdout
+from proxytune.commands.flags import Pick
+from proxytune.commands.options import AS_JSON, ModelOptions, RecipeArgument
+from proxytune.commands.progress import ProgressBars
 from proxytune.errors import InvalidRequest, install_command
+from proxytune.evaluate.plan import EvalOptions
+from proxytune.settings import option
 
 if TYPE_CHECKING:
+    from proxytune.evaluate.compare import EvalReport
+    from proxytune.evaluate.judges import JudgeSettings
     from proxytune.evaluate.run import EvalProgress
     from proxytune.model import ProxyTuned
     from proxytune.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeOptions:
+    """Which server judges open answers."""
+
+    judge_url: str | None = option(
+        None,
+        "OpenAI-compatible API whose model judges open answers, /v1 included; without it they stay "
+        "unscored",
+        metavar="URL",
+    )
+    judge_model: str | None = option(None, "Name of the judge on that server", metavar="NAME")
+    judge_key_env: str | None = option(
+        None, "Environment variable with the judge's key", metavar="NAME"
+    )
+    judge_max_calls: int | None = option(None, "Maximum number of calls to the judge")
+
+    def settings(self) -> JudgeSettings | None:
+        """Return the judge, or None if none is named."""
+        from proxytune.evaluate.judges import JudgeSettings
+
+        if (self.judge_url is None) != (self.judge_model is None):
+            raise InvalidRequest(
+                "--judge-url and --judge-model belong together, and one is missing.\nhint: give both"
+            )
+        if self.judge_url is None or self.judge_model is None:
+            return None
+        return JudgeSettings(
+            self.judge_url, self.judge_model, self.judge_key_env, self.judge_max_calls
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Where the results go."""
+
+    output: Path = option(
+        Path("eval"),
+        "Directory for samples and reports; a run that was interrupted continues there",
+        metavar="DIR",
+    )
+    as_json: bool = option(False, AS_JSON)
 
 
 @command(
@@ -43,281 +77,68 @@ if TYPE_CHECKING:
 )
 def evaluate(
     recipe: RecipeArgument,
-    tasks: Annotated[
-        str,
-        typer.Option(
-            metavar="A,B,...",
-            help="Benchmarks: gsm8k, truthfulqa_mc, truthfulqa_open, toxigen, alpaca_eval, humaneval, "
-            "ds1000, triviaqa, realtimeqa; or any task of lm-eval",
-            show_default=False,
-        ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            metavar="DIR",
-            help="Where samples and reports go; a run that was killed goes on there",
-        ),
-    ] = Path("eval"),
-    data_dir: DataDirOption = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Most items of each  [default: all]", show_default=False),
-    ] = None,
-    alphas: Annotated[
-        str, typer.Option(metavar="A,B,...", help="Strengths of the steered base")
-    ] = "1",
-    expert: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Steer with this expert; repeat to add up several  [default: the recipe's]",
-            show_default=False,
-        ),
-    ] = None,
-    rule: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="Score by paper, as published, or by numeric, what is right; samples have both",
-        ),
-    ] = "paper",
-    tuned: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Compare with this directly tuned model, and show the gap closed",
-            show_default=False,
-        ),
-    ] = None,
-    tuned_adapter: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADAPTER",
-            help="Compare with the base with this LoRA adapter on it",
-            show_default=False,
-        ),
-    ] = None,
-    tuned_prompt: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FORMAT",
-            help="Its prompt format: plain, chat or a Jinja template  [default: the expert's]",
-            show_default=False,
-        ),
-    ] = None,
-    nudge_below: Annotated[
-        float | None,
-        typer.Option(
-            metavar="P",
-            help="Compare with nudging: the expert chooses tokens where the base's likeliest has less than "
-            "this probability; its authors took 0.4",
-            show_default=False,
-        ),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Answers generated together")] = 8,
-    num_samples: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Answers to an item where a benchmark draws several  [default: as published]",
-            show_default=False,
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Cut answers here where the published limit is higher; the report says so  "
-            "[default: as published]",
-            show_default=False,
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of drawn answers")] = 0,
-    run_code: Annotated[
-        bool,
-        typer.Option(
-            "--run-code",
-            help="Run the programs that models write, each in a process with limits of time, memory, files "
-            "and network; without it they stay unscored",
-        ),
-    ] = False,
-    judge_url: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            help="An OpenAI-compatible API whose model judges open answers, /v1 included; without it they "
-            "stay unscored",
-            show_default=False,
-        ),
-    ] = None,
-    judge_model: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="What that server calls it", show_default=False),
-    ] = None,
-    judge_key_env: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="The environment variable with its key", show_default=False
-        ),
-    ] = None,
-    judge_max_calls: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Stop asking it after so many calls", show_default=False),
-    ] = None,
-    toxicity_model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="What classifies text as toxic, such as tomh/toxigen_roberta; without it ToxiGen stays "
-            "unscored",
-            show_default=False,
-        ),
-    ] = None,
-    as_json: JsonOption = False,
-    speculative: SpeculativeOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    llama_cpp: LlamaCppOption = False,
-    threads: ThreadsOption = None,
-    gpu_layers: GpuLayersOption = None,
-    context_size: ContextSizeOption = None,
-    max_calls: MaxCallsOption = None,
-    max_cost: MaxCostOption = None,
+    *,
+    options: EvalOptions,
+    judge: JudgeOptions,
+    report: ReportOptions,
+    models: Annotated[ModelOptions, Pick(leave_out=("cuda_graphs",))],
 ) -> None:
     """Compare base, expert, steered base and others on benchmarks.
 
-    Everyone answers the same items with the same settings. Prints a table for each benchmark with standard
-    errors, paired tests and the gap closed; DIR gets eval.json, eval.md, eval.png and every sample as JSON
-    lines.
+    All of them answer the same items with the same settings. Prints a table for each benchmark with standard
+    errors, paired tests and the gap closed; the output directory gets eval.json, eval.md, eval.png and every
+    sample as JSON lines.
     """
-    from proxytune.evaluate.judges import JudgeSettings
-    from proxytune.evaluate.plan import EvalOptions
     from proxytune.evaluate.run import evaluate as run
-    from proxytune.evaluate.tables import markdown, picture, terminal_table
-    from proxytune.files import write_whole
-    from proxytune.tasks.task import RULES
 
-    chosen_rule = next((name for name in RULES if name == rule), None)
-    if chosen_rule is None:
-        raise InvalidRequest(f"--rule is {rule!r}, and must be one of {', '.join(RULES)}")
-    if (judge_url is None) != (judge_model is None):
-        raise InvalidRequest(
-            "--judge-url and --judge-model belong together, and one is missing.\nhint: give both"
-        )
-    judge = None
-    if judge_url is not None and judge_model is not None:
-        judge = JudgeSettings(judge_url, judge_model, judge_key_env, judge_max_calls)
-    found = read_recipe(
-        recipe, llama_cpp, threads=threads, gpu_layers=gpu_layers, context_size=context_size
-    )
-    options = EvalOptions(
-        tasks=tuple(part.strip() for part in tasks.split(",") if part.strip()),
-        data_dir=data_dir,
-        limit=limit,
-        alphas=tuple(number_of(part, "--alphas") for part in alphas.split(",") if part.strip()),
-        experts=tuple(expert) if expert else None,
-        rule=chosen_rule,
-        tuned=tuned,
-        tuned_adapter=tuned_adapter,
-        tuned_prompt=tuned_prompt,
-        nudge_below=nudge_below,
-        batch_size=batch_size,
-        num_samples=num_samples,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        run_code=run_code,
-        judge=judge,
-        toxicity_model=toxicity_model,
-        dtype=dtype,
-        device=device,
-        speculative=speculative,
-    )
+    options = replace(options, judge=judge.settings(), dtype=models.dtype, device=models.device)
+    found = models.read(recipe)
 
     def load(wanted: Recipe, experts: tuple[str, ...] | None) -> ProxyTuned:
-        return load_models(
-            wanted,
-            experts,
-            device=device,
-            dtype=dtype,
-            max_calls=max_calls if wanted.base.api is not None else None,
-            max_cost=max_cost if wanted.base.api is not None else None,
-        )
+        own = models
+        if wanted.base.api is None:
+            own = replace(models, max_calls=None, max_cost=None)
+        return own.load(wanted, experts)
 
-    show = _Bar()
-    try:
-        report = run(
-            found,
-            output,
-            options,
-            load=load,
-            name=recipe,
-            on_progress=show,
-            say=lambda text: typer.echo(text, err=True),
+    def show(progress: EvalProgress) -> None:
+        stage = f"{progress.task}, {progress.predictor}"
+        bars.show(stage, progress.num_done, progress.num_samples)
+
+    with ProgressBars() as bars:
+        result = run(
+            found, report.output, options, load=load, name=recipe, on_progress=show, say=say
         )
-    finally:
-        show.close()
-    content = report.to_dict()
-    write_whole(output / "eval.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    write_whole(output / "eval.md", markdown(report, _command_line()))
+    _write(result, report.output)
+    if report.as_json:
+        typer.echo(json_line(result.to_dict()))
+    else:
+        _show(result)
+    resumed = f", {result.num_resumed:,} were there before" if result.num_resumed else ""
+    say(f"{result.num_generated:,} samples generated{resumed}; everything is in {report.output}")
+
+
+def _write(report: EvalReport, output: Path) -> None:
+    """Write the report's files."""
+    from proxytune.evaluate.tables import markdown, picture
+    from proxytune.files import write_whole
+
+    content = json.dumps(report.to_dict(), indent=1, ensure_ascii=False)
+    write_whole(output / "eval.json", content + "\n")
+    # The command as it was typed, without the interpreter's path.
+    line = " ".join(["proxytune", *map(shlex.quote, sys.argv[1:])])
+    write_whole(output / "eval.md", markdown(report, line))
     if importlib.util.find_spec("matplotlib") is not None:
         picture(report, output / "eval.png")
     else:
-        typer.echo(f"no picture: {install_command('eval')} brings matplotlib", err=True)
-    if as_json:
-        typer.echo(json_line(content))
-    else:
-        console = stdout()
-        for task in report.tasks:
-            console.print(terminal_table(task))
-            for note in task.notes:
-                typer.echo(f"  {note}")
-            typer.echo("")
-    resumed = f", {report.num_resumed:,} were there" if report.num_resumed else ""
-    typer.echo(
-        f"{report.num_generated:,} samples generated{resumed}; everything is in {output}", err=True
-    )
+        say(f"no picture: {install_command('eval')} brings matplotlib")
 
 
-def _command_line() -> str:
-    """Return the command as it was typed, without the interpreter's path."""
-    return " ".join(["proxytune", *map(shlex.quote, sys.argv[1:])])
+def _show(report: EvalReport) -> None:
+    from proxytune.evaluate.tables import terminal_table
 
-
-class _Bar:
-    """A progress bar on stderr, one line for each predictor and benchmark."""
-
-    def __init__(self) -> None:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        console = stderr()
-        self._bar = Progress(
-            TextColumn("{task.description:<32}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._tasks: dict[tuple[str, str], object] = {}
-        self._bar.start()
-
-    def __call__(self, progress: EvalProgress) -> None:
-        key = (progress.task, progress.predictor)
-        if key not in self._tasks:
-            self._tasks[key] = self._bar.add_task(
-                f"{progress.task}, {progress.predictor}", total=progress.num_samples
-            )
-        self._bar.update(self._tasks[key], completed=progress.num_done)  # type: ignore[arg-type]
-
-    def close(self) -> None:
-        self._bar.stop()
+    console = stdout()
+    for task in report.tasks:
+        console.print(terminal_table(task))
+        for note in task.notes:
+            typer.echo(f"  {note}")
+        typer.echo("")

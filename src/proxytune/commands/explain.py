@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,264 +15,191 @@ from proxytune.commands.app import command
 from proxytune.commands.console import (
     argument_text,
     json_line,
-    stderr,
+    say,
     stdin_text,
+    unwritable,
+    write_text,
 )
+from proxytune.commands.flags import Pick, given_flags
 from proxytune.commands.options import (
-    GREEDY,
-    ContextSizeOption,
-    DeviceOption,
-    DtypeOption,
-    ExpertOption,
-    GpuLayersOption,
-    JsonOption,
-    LlamaCppOption,
-    MaxCallsOption,
-    MaxCostOption,
-    MinPOption,
-    StopOption,
-    TemperatureOption,
-    ThreadsOption,
-    TopKOption,
-    TopPOption,
-    load_models,
-    number_of,
-    read_recipe,
+    AS_JSON,
+    EXPERT,
+    STRENGTH,
+    ModelOptions,
+    OptionalRecipe,
+    PromptArgument,
     steering_of,
 )
+from proxytune.commands.progress import waiting
 from proxytune.commands.shown import TABLE_ROWS, print_moves
-from proxytune.errors import InvalidRequest, OutputFileError
-from proxytune.request import Experts, Prompt, Request, SamplingParams, Steering
+from proxytune.errors import InvalidRequest
+from proxytune.request import MAX_EXPLAIN_TOP, Experts, Request, SamplingParams, Steering
+from proxytune.settings import Option, option
 
 if TYPE_CHECKING:
-    from proxytune.explain.report import Report, Run
-    from proxytune.model import ProxyTuned
+    from proxytune.explain.report import Report
+    from proxytune.explain.runs import Question
     from proxytune.recipe.recipe import Recipe
     from proxytune.trace import Trace
 
-EXPLAINED_TOKENS = 64
-"""New tokens unless said: what fits a screen."""
-BATCH_SIZE = 8
+TRACE_FILE = Option(
+    "Write the whole traces to this file, as JSON lines that --trace and proxytune analyze read",
+    metavar="FILE",
+)
 
-AlphasOption = Annotated[
-    str | None,
-    typer.Option(
-        "--alpha",
+
+@dataclass(frozen=True, kw_only=True)
+class StrengthOptions:
+    """Which experts steer, at one strength or several."""
+
+    alphas: tuple[float, ...] = option(
+        (),
+        f"{STRENGTH}; with several, one text for each",
+        flag="--alpha",
         metavar="A,B,...",
-        help="Strength of steering: 0 is the base alone, 1 the published method; several show where texts "
-        "part, and the first is explained  [default: the recipe's]",
-        show_default=False,
-    ),
-]
-TopOption = Annotated[
-    int,
-    typer.Option(
-        metavar="N",
-        help="How many of each model's likeliest tokens to keep; as many as the vocabulary has, up to 1,000",
-    ),
-]
-TraceFileOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="Write the whole traces there, as JSON lines that --trace and proxytune analyze read",
-        show_default=False,
-    ),
-]
-
-
-class _Question(NamedTuple):
-    """What is asked of one prompt."""
-
-    prompt: Prompt
-    continuation: str | None
-    sampling: SamplingParams
-    alphas: tuple[float | None, ...]
-    experts: Experts | None
-
-
-@command('proxytune explain my-recipe "Once upon a time" --html report.html')
-def explain(
-    recipe: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="RECIPE",
-            help="A recipe's directory, package:NAME/PATH, or its id on the Hugging Face Hub; none is needed "
-            "with --trace",
-            show_default=False,
-        ),
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="PROMPT",
-            help="The text to continue; - reads it from stdin, without its last line break",
-            show_default=False,
-        ),
-    ] = None,
-    continuation: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT",
-            help="Explain this text after the prompt, instead of generating one",
-            show_default=False,
-        ),
-    ] = None,
-    input_file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Prompts as JSON lines, as in proxytune generate; a line may have a continuation",
-            show_default=False,
-        ),
-    ] = None,
-    trace: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Explain the saved traces in this file, instead of running models",
-            show_default=False,
-        ),
-    ] = None,
-    alpha: AlphasOption = None,
-    expert: ExpertOption = None,
-    what_if: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="POSITION=TOKEN",
-            help="Go on from another token at this position, counted from 0: a text, or #ID; repeat for more",
-            show_default=False,
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Most tokens to generate")
-    ] = EXPLAINED_TOKENS,
-    temperature: TemperatureOption = GREEDY.temperature,
-    top_k: TopKOption = GREEDY.top_k,
-    top_p: TopPOption = GREEDY.top_p,
-    min_p: MinPOption = GREEDY.min_p,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Makes drawn text repeatable; all continuations share it  [default: another each time]",
-            show_default=False,
-        ),
-    ] = None,
-    stop: StopOption = None,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after end-of-sequence tokens")
-    ] = False,
-    top: TopOption = 5,
-    html: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Write a page that needs no network: the text coloured, each token's distributions, curves",
-            show_default=False,
-        ),
-    ] = None,
-    trace_file: TraceFileOption = None,
-    rows: Annotated[
-        int,
-        typer.Option(metavar="N", help="Tokens in the table of those moved most; 0 for no table"),
-    ] = TABLE_ROWS,
-    as_json: JsonOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    llama_cpp: LlamaCppOption = False,
-    threads: ThreadsOption = None,
-    gpu_layers: GpuLayersOption = None,
-    context_size: ContextSizeOption = None,
-    max_calls: MaxCallsOption = None,
-    max_cost: MaxCostOption = None,
-) -> None:
-    """Show what steering did to each token.
-
-    Tokens are coloured by how much likelier (orange) or less likely (blue) steering made them; those where
-    base and steered model put different tokens first stand in angle brackets. Beside the text stands the
-    base's own continuation. docs/guides/read-a-steering-report.md says how to read it.
-    """
-    _refuse_contradictions(
-        {
-            "PROMPT": prompt is not None,
-            "--input-file": input_file is not None,
-            "--trace": trace is not None,
-            "--continuation": continuation is not None,
-            "--what-if": bool(what_if),
-            "--alpha": alpha is not None,
-            "--expert": bool(expert),
-            "RECIPE": recipe is not None,
-        }
+        separator=",",
+        none_means="the recipe's",
     )
-    if rows < 0:
-        raise InvalidRequest(f"--rows is {rows}, and must be at least 0")
-    reports: Iterable[Report]
-    if trace is not None:
-        reports = _saved(trace)
-        name = trace.name
-    else:
-        assert recipe is not None
-        sampling = SamplingParams(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seed=secrets.randbits(31) if seed is None and temperature > 0 else seed,
-            stop=tuple(stop or ()),
-            ignore_eos=ignore_eos,
-        )
-        forks = [_fork(text) for text in what_if or ()]
-        strengths = strengths_of(alpha)
-        Request("any", sampling, explain_top=top)  # refused before anything is read
-        text = None
-        if prompt is not None:
-            text = stdin_text() if prompt == "-" else argument_text(prompt)
-            Request(text, sampling)
-        found = read_recipe(
-            recipe, llama_cpp, threads=threads, gpu_layers=gpu_layers, context_size=context_size
-        )
-        name = recipe
-        experts = steering_of(found, expert, strengths[0]).experts
+    experts: tuple[str, ...] = option((), EXPERT)
+
+    def of(self, recipe: Recipe) -> tuple[tuple[float | None, ...], Experts | None]:
+        """Return the strengths, each once, with None for the recipe's, and the experts.
+
+        Raises:
+            UnknownExpert: The recipe has no expert of that name.
+            InvalidRequest: Strengths contradict each other.
+        """
+        strengths: tuple[float | None, ...] = tuple(dict.fromkeys(self.alphas)) or (None,)
+        is_one = len(strengths) == 1
+        experts = steering_of(recipe, self.experts, strengths[0] if is_one else None).experts
         if isinstance(experts, Mapping):
-            if len(strengths) > 1:
+            if not is_one:
                 raise InvalidRequest(
                     "--alpha has several strengths and an expert has one of its own, so it is unclear which "
                     "hold.\nhint: leave one of them out"
                 )
             strengths = (None,)
-        if text is not None:
-            questions = [_Question(text, continuation, sampling, strengths, experts)]
+        return strengths, experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainOptions:
+    """What is explained, and where the explanation goes."""
+
+    continuation: str | None = option(
+        None, "Explain this text after the prompt, instead of generating one"
+    )
+    input_file: Path | None = option(
+        None, "Prompts as JSON lines, as in proxytune generate; a line may have a continuation"
+    )
+    trace: Path | None = option(
+        None, "Explain the saved traces in this file, without running models"
+    )
+    what_if: tuple[str, ...] = option(
+        (),
+        "Continue from another token at this position, counted from 0: its text, or #ID; repeat for more",
+        metavar="POSITION=TOKEN",
+    )
+    top: int = option(
+        5, "Number of each model's most likely tokens to keep", at_least=0, at_most=MAX_EXPLAIN_TOP
+    )
+    html: Path | None = option(
+        None,
+        "Write a page that works offline: the text in colours, each token's distributions, curves",
+    )
+    trace_file: Path | None = option(None, TRACE_FILE)
+    rows: int = option(
+        TABLE_ROWS,
+        "Number of rows in the table of tokens that moved most; 0 for no table",
+        at_least=0,
+    )
+    as_json: bool = option(False, AS_JSON)
+
+
+@command('proxytune explain my-recipe "Once upon a time" --html report.html')
+def explain(
+    recipe: OptionalRecipe = None,
+    prompt: PromptArgument = None,
+    *,
+    options: ExplainOptions,
+    steering: StrengthOptions,
+    sampling: Annotated[
+        SamplingParams,
+        Pick(
+            leave_out=("logprobs",),
+            defaults={"max_new_tokens": 64},  # what fits a screen
+            help={"seed": "Random seed, shared by all continuations"},
+        ),
+    ],
+    models: Annotated[ModelOptions, Pick(leave_out=("cuda_graphs",))],
+) -> None:
+    """Show what steering did to each token.
+
+    Tokens are coloured by how much more (orange) or less likely (blue) steering made them; angle brackets
+    mark those where base and steered model rank different tokens first. The base's own continuation is
+    printed beside the text. docs/guides/read-a-steering-report.md explains how to read it.
+    """
+    from proxytune.explain.runs import Question, explained, saved_reports
+
+    _refuse_contradictions(
+        given_flags(RECIPE=recipe, PROMPT=prompt, options=options, steering=steering)
+    )
+    if options.trace is not None:
+        reports = saved_reports(options.trace)
+        name = options.trace.name
+    else:
+        assert recipe is not None
+        name = recipe
+        if sampling.seed is None and not sampling.is_greedy:
+            sampling = replace(sampling, seed=secrets.randbits(31))
+        forks = [_fork(text) for text in options.what_if]
+        if prompt is not None:
+            prompt = stdin_text() if prompt == "-" else argument_text(prompt)
+            Request(prompt, sampling)  # An empty prompt needs no recipe to be refused.
+        found = models.read(recipe)
+        strengths, experts = steering.of(found)
+        if prompt is not None:
+            questions = [Question(prompt, options.continuation, sampling, strengths, experts)]
         else:
-            assert input_file is not None
-            questions = _read_questions(input_file, found, sampling, strengths, experts)
-        used: set[str] = set()
-        for question in questions:
-            used |= set(found.named(question.experts))
-        model = load_models(
-            found, used, device=device, dtype=dtype, max_calls=max_calls, max_cost=max_cost
-        )
-        reports = _explained(model, questions, forks, top)
-    with TraceWriter(trace_file) as writer:
+            assert options.input_file is not None
+            questions = _read_questions(options.input_file, found, sampling, strengths, experts)
+        used = {name for question in questions for name in found.named(question.experts)}
+        made = explained(models.load(found, used), questions, forks=forks, top=options.top)
+        reports = _awaited(made)
+    _show(reports, name, options)
+
+
+def _awaited(reports: Iterator[Report]) -> Iterator[Report]:
+    """Yield reports, with a sign of life on stderr before each."""
+    while True:
+        with waiting("explaining"):
+            report = next(reports, None)
+        if report is None:
+            return
+        yield report
+
+
+def _show(reports: Iterable[Report], name: str, options: ExplainOptions) -> None:
+    """Print reports as they come, and write the files that are asked for."""
+    with trace_writer(options.trace_file) as write:
         kept: list[Report] = []
         for number, report in enumerate(reports):
-            writer.write(run.trace for run in report.runs)
-            if html is not None or as_json:
+            write(run.trace for run in report.runs)
+            if options.html is not None or options.as_json:
                 kept.append(report)
-            if not as_json:
-                print_moves(report, rows, is_first=number == 0)
-    if as_json:
+            if not options.as_json:
+                print_moves(report, options.rows, is_first=number == 0)
+    if options.as_json:
         typer.echo(json_line({"recipe": name, "reports": [r.to_dict() for r in kept]}))
-    if html is not None:
-        _write_page(html, kept, name)
+    if options.html is not None:
+        from proxytune.explain.page import page
+
+        write_text(options.html, page(kept, recipe=name))
+        say(f"{options.html}: open it in a browser; it works offline")
 
 
-# What is asked --------------------------------------------------------------------------------------
-
-
-def _refuse_contradictions(given: Mapping[str, bool]) -> None:
-    if given["--trace"]:
+def _refuse_contradictions(given: set[str]) -> None:
+    if "--trace" in given:
         for name in (
             "PROMPT",
             "--input-file",
@@ -281,44 +208,30 @@ def _refuse_contradictions(given: Mapping[str, bool]) -> None:
             "--alpha",
             "--expert",
         ):
-            if given[name]:
+            if name in given:
                 raise InvalidRequest(
-                    f"--trace shows what is saved and runs no model, and {name} is given beside it.\n"
+                    f"--trace shows saved traces and runs no model, so {name} cannot be given as well.\n"
                     "hint: leave one of them out"
                 )
         return
-    if not given["RECIPE"]:
+    if "RECIPE" not in given:
         raise InvalidRequest(
             "there is nothing to explain.\nhint: give a recipe and a prompt, or --trace traces.jsonl"
         )
-    if given["PROMPT"] == given["--input-file"]:
+    if "PROMPT" in given and "--input-file" in given:
+        raise InvalidRequest("PROMPT and --input-file are both given.\nhint: leave one of them out")
+    if not given & {"PROMPT", "--input-file"}:
         raise InvalidRequest(
-            "PROMPT and --input-file are both given.\nhint: leave one of them out"
-            if given["PROMPT"]
-            else "there is no prompt.\nhint: give it as text, - for stdin, or --input-file prompts.jsonl"
+            "there is no prompt.\nhint: give it as text, - for stdin, or --input-file prompts.jsonl"
         )
-    if given["--input-file"]:
-        for name in ("--continuation", "--what-if"):
-            if given[name]:
-                raise InvalidRequest(
-                    f"{name} belongs to one prompt, and --input-file gives many.\nhint: "
-                    + (
-                        'put "continuation" into its lines'
-                        if name == "--continuation"
-                        else "leave it out"
-                    )
-                )
-
-
-def strengths_of(text: str | None) -> tuple[float | None, ...]:
-    """Return the strengths of `--alpha`, each once; None for the recipe's.
-
-    Raises:
-        InvalidRequest: One is no number.
-    """
-    if text is None:
-        return (None,)
-    return tuple(dict.fromkeys(number_of(part, "--alpha") for part in text.split(",")))
+    for name, hint in (
+        ("--continuation", 'put "continuation" into its lines'),
+        ("--what-if", "leave it out"),
+    ):
+        if "--input-file" in given and name in given:
+            raise InvalidRequest(
+                f"{name} belongs to one prompt, and --input-file gives many.\nhint: {hint}"
+            )
 
 
 def _fork(text: str) -> tuple[int, str]:
@@ -338,8 +251,9 @@ def _read_questions(
     sampling: SamplingParams,
     strengths: tuple[float | None, ...],
     experts: Experts | None,
-) -> list[_Question]:
+) -> list[Question]:
     from proxytune.data.lines import read_lines
+    from proxytune.explain.runs import Question
 
     questions = []
     for line in read_lines(
@@ -348,182 +262,34 @@ def _read_questions(
         given = line.fields.get("continuation")
         if given is not None and not isinstance(given, str):
             raise InvalidRequest(
-                f'line {line.number} of {path}: "continuation" must be text.\nhint: mend the line'
+                f'line {line.number} of {path}: "continuation" must be text.\nhint: fix the line'
             )
         request = line.request
         own = strengths if request.alpha is None else (request.alpha,)
         if isinstance(request.experts, Mapping):
             own = (None,)
-        questions.append(_Question(request.prompt, given, request.sampling, own, request.experts))
+        questions.append(Question(request.prompt, given, request.sampling, own, request.experts))
     return questions
 
 
-# What is answered -----------------------------------------------------------------------------------
+@contextmanager
+def trace_writer(path: Path | None) -> Iterator[Callable[[Iterable[Trace]], None]]:
+    """Open the file that traces go to, if there is one; give it traces, each becomes a line.
 
+    Raises:
+        OutputFileError: It cannot be written.
+    """
+    if path is None:
+        yield lambda traces: None
+        return
 
-def _saved(path: Path) -> Iterator[Report]:
-    """Yield saved traces as reports; those of one prompt that follow each other are shown together."""
-    from proxytune.explain.report import Report, Run
-    from proxytune.trace import read_traces
-
-    runs: list[Run] = []
-    for trace in read_traces(path):
-        is_base = not any(trace.alphas.values()) and trace.num_given == 0
-        is_forked = 0 < trace.num_given < trace.num_new_tokens
-        name = _run_name(trace)
-        if is_forked:
-            name = f"what if at {trace.num_given - 1}, {name}"
-        elif trace.num_given:
-            name = f"given, {name}"
-        run = Run(name, trace, is_base, is_forked)
-        if runs and (runs[0].trace.prompt != trace.prompt or not trace.prompt):
-            yield Report(tuple(sorted(runs, key=lambda run: run.is_base)))
-            runs = []
-        runs.append(run)
-    if not runs:
-        raise InvalidRequest(f"{path} holds no traces")
-    yield Report(tuple(sorted(runs, key=lambda run: run.is_base)))
-
-
-def _run_name(trace: Trace) -> str:
-    strengths = dict(trace.alphas)
-    if not any(strengths.values()):
-        return "base"
-    values = set(strengths.values())
-    if len(values) == 1:
-        return f"alpha {values.pop():g}"
-    return ", ".join(f"{name} {alpha:g}" for name, alpha in strengths.items())
-
-
-def _explained(
-    model: ProxyTuned, questions: Sequence[_Question], forks: Sequence[tuple[int, str]], top: int
-) -> Iterator[Report]:
-    """Yield a report per question, running several at once."""
-    from proxytune.explain.report import Report, Run
-
-    for start in range(0, len(questions), BATCH_SIZE):
-        block = questions[start : start + BATCH_SIZE]
-        requests: list[Request] = []
-        for question in block:
-            requests += _requests(model, question, top)
-        with stderr().status(f"explaining {len(block)} of {len(questions)} from {start + 1} on"):
-            made = iter(model.generate_batch(requests, batch_size=BATCH_SIZE))
-            for question in block:
-                runs = []
-                for strength in _steered(model, question):
-                    if question.continuation is None:
-                        trace = next(made)
-                    else:
-                        trace = model.explain(
-                            question.prompt,
-                            question.continuation,
-                            alpha=strength,
-                            experts=question.experts,
-                            top=top,
-                        )
-                    is_given = question.continuation is not None
-                    runs.append(Run("given, " * is_given + _run_name(trace), trace))
-                runs += [
-                    _forked(model, question, runs[0].trace, position, token, top)
-                    for position, token in forks
-                ]
-                runs.append(Run("base", next(made), is_base=True))
-                yield Report(tuple(runs))
-
-
-def _steered(model: ProxyTuned, question: _Question) -> list[float | None]:
-    """Return the strengths other than 0, which is the base; 0 too if there is no other or a text is given."""
-    steered = [
-        alpha
-        for alpha in question.alphas
-        if question.continuation is not None
-        or any(model.recipe.strengths(Steering(alpha, question.experts)).values())
-    ]
-    return steered or list(question.alphas[:1])
-
-
-def _requests(model: ProxyTuned, question: _Question, top: int) -> list[Request]:
-    requests = []
-    if question.continuation is None:
-        requests = [
-            Request(question.prompt, question.sampling, alpha, question.experts, True, top)
-            for alpha in _steered(model, question)
-        ]
-    names = model.recipe.named(question.experts)
-    base = Request(question.prompt, question.sampling, None, dict.fromkeys(names, 0.0), True, top)
-    return [*requests, base]
-
-
-def _forked(
-    model: ProxyTuned, question: _Question, trace: Trace, position: int, token: str, top: int
-) -> Run:
-    """Return the run that goes on from another token."""
-    from proxytune.explain.report import Run
-    from proxytune.text.prompts import continuation_ids
-
-    if position >= trace.num_new_tokens:
-        raise InvalidRequest(
-            f"--what-if names position {position}, and the text has {trace.num_new_tokens} tokens, from 0 to "
-            f"{trace.num_new_tokens - 1}.\nhint: name one of them, or raise --max-new-tokens"
-        )
-    if re.fullmatch(r"#\d+", token):
-        other = [int(token[1:])]
-        model.ensemble.vocabulary.check_token_ids(other)
-    else:
-        other = continuation_ids(token, model.tokenizer)
-    given = [*trace.token_ids[:position], *other]
-    num_left = question.sampling.max_new_tokens - len(given)
-    is_end = other[-1] in model.ensemble.eos_token_ids and not question.sampling.ignore_eos
-    further = None
-    if num_left > 0 and not is_end:
-        further = replace(question.sampling, max_new_tokens=num_left)
-    forked = model.explain(question.prompt, given, further, experts=dict(trace.alphas), top=top)
-    return Run(f"what if {position} = {token!r}", forked, is_forked=True)
-
-
-class TraceWriter:
-    """The file that traces go to, if there is one."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._file: IO[str] | None = None
-
-    def __enter__(self) -> TraceWriter:
-        if self._path is not None:
-            try:
-                self._file = self._path.open("w", encoding="utf-8")
-            except OSError as error:
-                raise _unwritable(self._path, error) from error
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def write(self, traces: Iterable[Trace]) -> None:
-        """Write traces, one a line, and flush them."""
-        if self._file is None or self._path is None:
-            return
-        try:
-            for trace in traces:
-                self._file.write(trace.to_json() + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise _unwritable(self._path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> OutputFileError:
-    return OutputFileError(
-        f"{path} cannot be written: {error.strerror}.\n"
-        "hint: give a file in a directory that is there, where you may write"
-    )
-
-
-def _write_page(path: Path, reports: Sequence[Report], name: str) -> None:
-    from proxytune.explain.page import page
+    def write(traces: Iterable[Trace]) -> None:
+        for trace in traces:
+            file.write(trace.to_json() + "\n")
+        file.flush()
 
     try:
-        path.write_text(page(reports, recipe=name), encoding="utf-8")
+        with path.open("w", encoding="utf-8") as file:
+            yield write
     except OSError as error:
-        raise _unwritable(path, error) from error
-    typer.echo(f"{path}: open it in a browser; it needs no network", err=True)
+        raise unwritable(path, error) from error

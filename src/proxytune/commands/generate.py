@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,264 +15,142 @@ from proxytune.commands.console import (
     argument_text,
     json_line,
     rate_text,
-    stderr,
+    say,
     stdin_text,
     strengths_text,
+    write_text,
 )
+from proxytune.commands.flags import Pick, given_flags
 from proxytune.commands.options import (
-    GREEDY,
-    AlphaOption,
-    CombineOption,
-    ContextSizeOption,
-    CudaGraphsOption,
-    DeviceOption,
-    DtypeOption,
-    ExpertOption,
-    FrequencyPenaltyOption,
-    GpuLayersOption,
-    JsonOption,
-    LlamaCppOption,
-    MaxCallsOption,
-    MaxCostOption,
-    MinNewTokensOption,
-    MinPOption,
-    PolicyOption,
-    PresencePenaltyOption,
+    AS_JSON,
+    ModelOptions,
+    PromptArgument,
     RecipeArgument,
-    RepetitionPenaltyOption,
-    SpeculativeOption,
-    StopOption,
-    TemperatureOption,
-    ThreadsOption,
-    TopKOption,
-    TopPOption,
-    load_models,
-    read_recipe,
-    steering_of,
+    SteeringOptions,
     with_policy,
 )
-from proxytune.errors import InvalidRequest, OutputFileError, ProxytuneError
-from proxytune.request import Request, SamplingParams, Steering
+from proxytune.commands.progress import ProgressBars
+from proxytune.data.lines import BatchOptions
+from proxytune.errors import InvalidRequest, ProxytuneError
+from proxytune.request import SPECULATIVE, Request, SamplingParams
+from proxytune.settings import option, options_of
 
 if TYPE_CHECKING:
+    from proxytune.data.batch import BatchProgress, BatchReport
     from proxytune.decode.batch import Event
     from proxytune.model import ProxyTuned
     from proxytune.recipe.recipe import Recipe
     from proxytune.trace import Trace
 
+_LINES = options_of(BatchOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Where prompts come from, and how answers are given."""
+
+    stream: bool | None = option(
+        None,
+        "Print text as it is generated, or all of it at the end",
+        flag="--stream/--no-stream",
+        none_means="--stream on a terminal",
+    )
+    speculative: bool = option(False, SPECULATIVE)
+    choice: tuple[str, ...] = option(
+        (),
+        "Answer with the most likely of these texts, told apart by their first tokens; repeat for each "
+        "of two or more",
+    )
+    as_json: bool = option(False, AS_JSON)
+    input_file: Path | None = option(None, "Prompts as JSON lines")
+    output_file: Path | None = option(
+        None, "Where to write the answers; FILE.progress.json beside it holds the settings"
+    )
+    trace_file: Path | None = option(
+        None,
+        "Write what each model gave each token to this file, for proxytune explain --trace and analyze",
+    )
+    batch_size: int | None = option(
+        None, replace(_LINES["batch_size"].option, none_means=str(_LINES["batch_size"].default))
+    )
+    skip_bad_lines: bool = option(False, _LINES["skip_bad_lines"].option)
+
+
+SAMPLING = Pick(
+    none_means={"seed": "a new one each time; 0 with --input-file"},
+    help={
+        "seed": "Random seed: makes sampled text repeatable; with --input-file, each line gets its own seed, "
+        "made from this one and the line's number",
+        "logprobs": "List each token's logprob and the N most likely tokens; with --json or --input-file",
+    },
+)
+
 
 @command('proxytune generate my-recipe "Once upon a time" --alpha 0.5')
 def generate(
     recipe: RecipeArgument,
-    prompt: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="PROMPT",
-            help="The text to continue; - reads it from stdin, without its last line break",
-            show_default=False,
-        ),
-    ] = None,
-    alpha: AlphaOption = None,
-    expert: ExpertOption = None,
-    policy: PolicyOption = None,
-    combine: CombineOption = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Most tokens to generate")
-    ] = GREEDY.max_new_tokens,
-    min_new_tokens: MinNewTokensOption = GREEDY.min_new_tokens,
-    temperature: TemperatureOption = GREEDY.temperature,
-    top_k: TopKOption = GREEDY.top_k,
-    top_p: TopPOption = GREEDY.top_p,
-    min_p: MinPOption = GREEDY.min_p,
-    repetition_penalty: RepetitionPenaltyOption = GREEDY.repetition_penalty,
-    presence_penalty: PresencePenaltyOption = GREEDY.presence_penalty,
-    frequency_penalty: FrequencyPenaltyOption = GREEDY.frequency_penalty,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Makes drawn text repeatable; with --input-file each line gets a seed from it and the "
-            "line's number  [default: another each time; 0 with --input-file]",
-            show_default=False,
-        ),
-    ] = None,
-    stop: StopOption = None,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after end-of-sequence tokens")
-    ] = False,
-    logprobs: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="List each token's logprob and the N likeliest tokens; with --json or --input-file",
-            show_default=False,
-        ),
-    ] = None,
-    stream: Annotated[
-        bool | None,
-        typer.Option(
-            "--stream/--no-stream",
-            help="Print text as it is made, or all at the end  [default: --stream on a terminal]",
-            show_default=False,
-        ),
-    ] = None,
-    speculative: SpeculativeOption = False,
-    require_certified: Annotated[
-        bool,
-        typer.Option(
-            "--require-certified",
-            help="End the text before a token that is not proved to be what all logits of a base behind an "
-            "API would give",
-        ),
-    ] = False,
-    choice: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TEXT",
-            help="Answer with the likeliest of these, told apart by their first tokens; give two or more",
-            show_default=False,
-        ),
-    ] = None,
-    as_json: JsonOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    cuda_graphs: CudaGraphsOption = False,
-    llama_cpp: LlamaCppOption = False,
-    threads: ThreadsOption = None,
-    gpu_layers: GpuLayersOption = None,
-    context_size: ContextSizeOption = None,
-    max_calls: MaxCallsOption = None,
-    max_cost: MaxCostOption = None,
-    input_file: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Prompts as JSON lines", show_default=False),
-    ] = None,
-    output_file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Where the answers go; FILE.progress.json beside it holds the settings",
-            show_default=False,
-        ),
-    ] = None,
-    trace_file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Write what each model gave each token there, for proxytune explain --trace and analyze",
-            show_default=False,
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", help="Lines generated together  [default: 8]", show_default=False
-        ),
-    ] = None,
-    skip_bad_lines: Annotated[
-        bool,
-        typer.Option("--skip-bad-lines", help="Leave out lines that cannot be used, and say which"),
-    ] = False,
+    prompt: PromptArgument = None,
+    *,
+    options: GenerateOptions,
+    steering: SteeringOptions,
+    sampling: Annotated[SamplingParams, SAMPLING],
+    models: ModelOptions,
 ) -> None:
     """Generate text from a prompt, or from a file of prompts.
 
-    A file has one JSON object a line, with prompt (text, messages or token ids) or messages, and perhaps
-    options that hold for this line alone; the output has the same objects with output added. A run that was
-    interrupted continues when the same command is given again, and leaves the file that an uninterrupted run
-    writes.
+    A file holds one JSON object per line, with prompt (text, messages or token ids) or messages, and
+    optionally options for this line alone; the output file holds the same objects with output added. After an
+    interruption, the same command continues the run, and the file becomes the same as without one.
     """
-    sampling = SamplingParams(
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        seed=seed,
-        stop=tuple(stop or ()),
-        ignore_eos=ignore_eos,
-        logprobs=logprobs,
-        require_certified=require_certified,
-    )
-    _refuse_contradictions(
-        {
-            "--choice": bool(choice),
-            "--require-certified": require_certified,
-            "--speculative": speculative,
-            "PROMPT": prompt is not None,
-            "--input-file": input_file is not None,
-            "--output-file": output_file is not None,
-            "--trace-file": trace_file is not None,
-            "--batch-size": batch_size is not None,
-            "--skip-bad-lines": skip_bad_lines,
-            "--stream": stream is True,
-            "--json": as_json,
-            "--logprobs": logprobs is not None,
-        }
-    )
-
-    def read() -> Recipe:
-        found = read_recipe(
-            recipe,
-            llama_cpp,
-            threads=threads,
-            gpu_layers=gpu_layers,
-            context_size=context_size,
-        )
-        return with_policy(found, policy, combine)
-
-    if input_file is not None and output_file is not None:
-        found = read()
-        steering = steering_of(found, expert, alpha)
-        _generate_file(
-            found,
-            input_file,
-            output_file,
+    _refuse_contradictions(given_flags(PROMPT=prompt, options=options, sampling=sampling))
+    if options.input_file is not None and options.output_file is not None:
+        found = with_policy(models.read(recipe), steering.policy, steering.combine)
+        size = options.batch_size
+        asked = BatchOptions(
             sampling=sampling,
-            steering=steering,
-            batch_size=8 if batch_size is None else batch_size,
-            skip_bad_lines=skip_bad_lines,
-            device=device,
-            dtype=dtype,
-            cuda_graphs=cuda_graphs,
-            speculative=speculative,
-            as_json=as_json,
-            max_calls=max_calls,
-            max_cost=max_cost,
+            steering=steering.of(found),
+            dtype=models.dtype,
+            batch_size=_LINES["batch_size"].default if size is None else size,
+            skip_bad_lines=options.skip_bad_lines,
+            speculative=options.speculative,
         )
+        report = _answer_file(found, options.input_file, options.output_file, asked, models)
+        _show_file(report, options.output_file, as_json=options.as_json)
         return
     assert prompt is not None
     text = stdin_text() if prompt == "-" else argument_text(prompt)
     Request(text, sampling)  # An empty prompt needs no recipe to be refused.
-    found = read()
-    steering = steering_of(found, expert, alpha)
-    request = Request(
-        text, sampling, steering.alpha, steering.experts, explain=trace_file is not None
-    )
-    model = load_models(
-        found,
-        found.named(steering.experts),
-        device=device,
-        dtype=dtype,
-        cuda_graphs=cuda_graphs,
-        max_calls=max_calls,
-        max_cost=max_cost,
-    )
-    if choice:
-        _show_choice(model, text, choice, steering, as_json=as_json)
+    found = with_policy(models.read(recipe), steering.policy, steering.combine)
+    wanted = steering.of(found)
+    is_traced = options.trace_file is not None
+    request = Request(text, sampling, wanted.alpha, wanted.experts, explain=is_traced)
+    model = models.load(found, found.named(wanted.experts))
+    if options.choice:
+        _show_choice(model, request, options)
         return
-    is_streamed = sys.stdout.isatty() and not as_json if stream is None else stream
+    trace = _generated(model, request, options)
+    if options.trace_file is not None:
+        write_text(options.trace_file, trace.to_json() + "\n")
+    _show(trace, options, logprobs=sampling.logprobs is not None)
+
+
+def _is_streamed(options: GenerateOptions) -> bool:
+    if options.stream is None:
+        return sys.stdout.isatty() and not options.as_json
+    return options.stream
+
+
+def _generated(model: ProxyTuned, request: Request, options: GenerateOptions) -> Trace:
+    """Generate one text, and print it on the way if that is asked for."""
+    is_streamed = _is_streamed(options)
 
     def show(_: int, event: Event) -> None:
         typer.echo((event.step.text if event.step else "") + event.tail, nl=False)
         sys.stdout.flush()
 
     try:
-        trace = model.generate_batch(
-            [request], on_event=show if is_streamed else None, speculative=speculative
+        return model.generate_batch(
+            [request], on_event=show if is_streamed else None, speculative=options.speculative
         )[0]
     except KeyboardInterrupt:
         if is_streamed:
@@ -280,33 +158,29 @@ def generate(
         raise
     except ProxytuneError as error:
         for kept in error.traces:  # what was generated until then
-            if as_json:
-                typer.echo(json_line(kept.summary(logprobs=logprobs is not None)))
+            if options.as_json:
+                has_logprobs = request.sampling.logprobs is not None
+                typer.echo(json_line(kept.summary(logprobs=has_logprobs)))
             else:
                 typer.echo("" if is_streamed else kept.text)
         raise
-    if trace_file is not None:
-        try:
-            trace_file.write_text(trace.to_json() + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OutputFileError(
-                f"{trace_file} cannot be written: {error.strerror}.\n"
-                "hint: give a file in a directory that is there, where you may write"
-            ) from error
-    if as_json:
-        summary = trace.summary(logprobs=logprobs is not None)
-        if speculative:
+
+
+def _show(trace: Trace, options: GenerateOptions, *, logprobs: bool) -> None:
+    if options.as_json:
+        summary = trace.summary(logprobs=logprobs)
+        if options.speculative:
             summary |= {"num_drafted": trace.num_drafted, "num_accepted": trace.num_accepted}
         typer.echo(json_line(summary))
         return
-    typer.echo("" if is_streamed else trace.text)
-    typer.echo(
+    typer.echo("" if _is_streamed(options) else trace.text)
+    drafted = f" · {trace.num_accepted} of {trace.num_drafted} drafted"
+    say(
         f"{rate_text(trace.num_new_tokens, trace.latency_s)} · {trace.finish_reason} · "
         + strengths_text(trace.alphas)
         + (f" · seed {trace.seed}" if trace.seed is not None else "")
-        + (f" · {trace.num_accepted} of {trace.num_drafted} drafted" if speculative else "")
-        + _calls(trace),
-        err=True,
+        + (drafted if options.speculative else "")
+        + _calls(trace)
     )
 
 
@@ -327,203 +201,124 @@ def _calls(trace: Trace) -> str:
     )
 
 
-def _show_choice(
-    model: ProxyTuned,
-    prompt: str,
-    options: Sequence[str],
-    steering: Steering,
-    *,
-    as_json: bool,
-) -> None:
+def _show_choice(model: ProxyTuned, request: Request, options: GenerateOptions) -> None:
     """Print which of a few answers the steered base prefers."""
-    found = model.choose(prompt, options, alpha=steering.alpha, experts=steering.experts)
-    if as_json:
-        probs = dict(zip(options, found.probs, strict=True))
+    assert isinstance(request.prompt, str)
+    answers = options.choice
+    found = model.choose(request.prompt, answers, alpha=request.alpha, experts=request.experts)
+    if options.as_json:
+        probs = dict(zip(answers, found.probs, strict=True))
         content = {"choice": found.option, "index": found.index, "probs": probs}
         typer.echo(json_line(content | {"is_certified": found.is_certified}))
         return
     typer.echo(found.option)
     shares = ", ".join(
-        f"{option.strip()} {prob:.3f}" for option, prob in zip(options, found.probs, strict=True)
+        f"{answer.strip()} {prob:.3f}" for answer, prob in zip(answers, found.probs, strict=True)
     )
     proof = {None: "", True: " · certified", False: " · not certified"}[found.is_certified]
-    typer.echo(f"{shares} · {strengths_text(found.alphas)}{proof}", err=True)
+    say(f"{shares} · {strengths_text(found.alphas)}{proof}")
 
 
-def _refuse_contradictions(given: Mapping[str, bool]) -> None:
+def _refuse_contradictions(given: set[str]) -> None:
     """Refuse options that exclude each other or do nothing without another."""
-    if given["PROMPT"] and given["--input-file"]:
-        raise InvalidRequest(
-            "PROMPT and --input-file are both given.\nhint: put the prompt into the file, or leave one out"
-        )
-    if not given["PROMPT"] and not given["--input-file"]:
+    for one, other, hint in (
+        ("PROMPT", "--input-file", "put the prompt into the file, or leave one out"),
+        ("--input-file", "--trace-file", "proxytune analyze RECIPE --prompts FILE --trace-file FILE traces "
+         "many prompts"),
+        ("--input-file", "--stream", "leave --stream out: the answers go to a file"),
+        ("--json", "--stream", "leave one of them out: --json prints one object at the end"),
+    ):  # fmt: skip
+        if {one, other} <= given:
+            raise InvalidRequest(f"{one} and {other} are both given.\nhint: {hint}")
+    if not given & {"PROMPT", "--input-file"}:
         raise InvalidRequest(
             "there is no prompt.\nhint: give it as text, - for stdin, or --input-file prompts.jsonl"
         )
-    if given["--input-file"] and not given["--output-file"]:
+    if "--input-file" in given and "--output-file" not in given:
         raise InvalidRequest(
             "--input-file is given and --output-file is not, so a run could not be continued.\n"
             "hint: --output-file answers.jsonl"
         )
-    if given["--input-file"] and given["--trace-file"]:
-        raise InvalidRequest(
-            "--trace-file holds one prompt's tokens, and --input-file gives many prompts.\n"
-            "hint: proxytune analyze RECIPE --prompts FILE --trace-file FILE traces them all"
-        )
-    if given["--input-file"] and given["--stream"]:
-        raise InvalidRequest(
-            "--stream prints text as it is made, and --input-file writes its answers to a file.\n"
-            "hint: leave --stream out"
-        )
-    if given["--json"] and given["--stream"]:
-        raise InvalidRequest(
-            "--json prints one object at the end, and --stream prints text as it is made.\n"
-            "hint: leave one of them out"
-        )
-    for name in (
+    single = (
         "--input-file",
         "--stream",
         "--logprobs",
         "--require-certified",
         "--speculative",
         "--trace-file",
-    ):
-        if given["--choice"] and given[name]:
+    )
+    for name in single:
+        if {"--choice", name} <= given:
             raise InvalidRequest(
-                f"--choice picks one of a few answers to one prompt, and {name} is given beside it.\n"
+                f"--choice picks one of a few answers to one prompt, so {name} cannot be given as well.\n"
                 f"hint: leave {name} out"
             )
-    if not given["--input-file"]:
-        for name in ("--output-file", "--batch-size", "--skip-bad-lines"):
-            if given[name]:
-                raise InvalidRequest(
-                    f"{name} belongs to --input-file, which is not given.\nhint: leave {name} out"
-                )
-        if given["--logprobs"] and not given["--json"]:
-            raise InvalidRequest("--logprobs has nowhere to go in plain text.\nhint: add --json")
+    if "--input-file" in given:
+        return
+    for name in ("--output-file", "--batch-size", "--skip-bad-lines"):
+        if name in given:
+            raise InvalidRequest(
+                f"{name} belongs to --input-file, which is not given.\nhint: leave {name} out"
+            )
+    if "--logprobs" in given and "--json" not in given:
+        raise InvalidRequest("plain text has no place for --logprobs.\nhint: add --json")
 
 
-def _generate_file(
-    recipe: Recipe,
-    input_file: Path,
-    output_file: Path,
-    *,
-    sampling: SamplingParams,
-    steering: Steering,
-    batch_size: int,
-    skip_bad_lines: bool,
-    device: str | None,
-    dtype: str | None,
-    cuda_graphs: bool,
-    speculative: bool,
-    as_json: bool,
-    max_calls: int | None,
-    max_cost: float | None,
-) -> None:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+def _answer_file(
+    recipe: Recipe, input_file: Path, output_file: Path, options: BatchOptions, models: ModelOptions
+) -> BatchReport:
+    """Answer every line of a file, with its progress on stderr."""
+    from proxytune.data.batch import run_batch
 
-    from proxytune.data.batch import BatchProgress, run_batch
-    from proxytune.data.lines import BatchOptions
-    from proxytune.data.resumable import number_list
-
-    options = BatchOptions(
-        sampling=sampling,
-        steering=steering,
-        dtype=dtype,
-        batch_size=batch_size,
-        skip_bad_lines=skip_bad_lines,
-        speculative=speculative,
-    )
-    console = stderr()
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TextColumn("elapsed,"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=console,
-        disable=not console.is_terminal,
-        speed_estimate_period=600,  # A block of long texts may take minutes, and ends all at once.
-    )
-    started = 0.0
-    seen: BatchProgress | None = None
-
-    def load(names: tuple[str, ...]) -> ProxyTuned:
-        return load_models(
-            recipe,
-            names,
-            device=device,
-            dtype=dtype,
-            cuda_graphs=cuda_graphs,
-            max_calls=max_calls,
-            max_cost=max_cost,
-        )
+    started: float | None = None
 
     def advance(progress: BatchProgress) -> None:
-        nonlocal started, seen
-        if seen is None:
-            started = time.perf_counter()
-            bar.add_task(
-                "generating", total=progress.num_lines, completed=progress.num_done, rate=""
-            )
-        seen = progress
+        nonlocal started
+        started = started or time.perf_counter()
         rate = progress.num_new_tokens / max(time.perf_counter() - started, 1e-9)
-        bar.update(bar.task_ids[0], completed=progress.num_done, rate=f"{rate:,.1f} tokens/s,")
+        bars.show(
+            "generating", progress.num_done, progress.num_lines, f"lines, {rate:,.1f} tokens/s,"
+        )
 
     try:
-        with bar:
-            report = run_batch(
+        with ProgressBars() as bars:
+            return run_batch(
                 input_file,
                 output_file,
                 recipe=recipe,
-                load=load,
+                load=lambda names: models.load(recipe, names),
                 options=options,
                 on_progress=advance,
             )
     except KeyboardInterrupt:
-        typer.echo(
-            f"interrupted; what {output_file} holds stays, and the same command continues it",
-            err=True,
-        )
+        say(f"interrupted; {output_file} keeps what is done, and the same command continues it")
         raise
+
+
+def _show_file(report: BatchReport, output_file: Path, *, as_json: bool) -> None:
+    from proxytune.data.resumable import number_list
+
     if report.was_complete:
-        typer.echo(f"already complete: {output_file} has {report.num_lines:,} lines", err=True)
+        say(f"already complete: {output_file} has {report.num_lines:,} lines")
     else:
         resumed = (
             f" ({report.num_resumed:,} of them by an earlier run)" if report.num_resumed else ""
         )
-        typer.echo(
+        say(
             f"{output_file}: {report.num_lines:,} lines{resumed}; "
-            f"{rate_text(report.num_new_tokens, report.latency_s)}",
-            err=True,
+            f"{rate_text(report.num_new_tokens, report.latency_s)}"
         )
     if report.bad_lines:
-        typer.echo(
-            f"left out {len(report.bad_lines):,} bad line(s): {number_list(report.bad_lines)}",
-            err=True,
-        )
+        say(f"left out {len(report.bad_lines):,} bad line(s): {number_list(report.bad_lines)}")
         for reason in report.reasons:
-            typer.echo(f"  {reason}", err=True)
+            say(f"  {reason}")
     if as_json:
-        typer.echo(
-            json_line(
-                {
-                    "output_file": str(output_file),
-                    "num_lines": report.num_lines,
-                    "num_resumed": report.num_resumed,
-                    "num_new_tokens": report.num_new_tokens,
-                    "bad_lines": list(report.bad_lines),
-                    "latency_s": round(report.latency_s, 4),
-                }
-            )
-        )
+        content = {
+            "output_file": str(output_file),
+            "num_lines": report.num_lines,
+            "num_resumed": report.num_resumed,
+            "num_new_tokens": report.num_new_tokens,
+            "bad_lines": list(report.bad_lines),
+            "latency_s": round(report.latency_s, 4),
+        }
+        typer.echo(json_line(content))

@@ -1,23 +1,101 @@
-"""Commands that write and check recipes: `new`, `doctor`, `export-gguf`."""
+"""`proxytune new`: a recipe, written."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from proxytune.commands.app import command
-from proxytune.commands.options import (
-    CombineOption,
-    PolicyOption,
-    with_policy,
-)
+from proxytune.commands.console import say
+from proxytune.commands.options import COMBINE, POLICY, STRENGTH, argument, with_policy
 from proxytune.errors import InvalidRequest
 from proxytune.request import check_alpha
+from proxytune.settings import declared, option
 
 if TYPE_CHECKING:
-    from proxytune.recipe.spec import ModelSpec
+    from proxytune.recipe.recipe import Recipe
+    from proxytune.recipe.spec import ExpertSpec, ModelSpec
+
+FORMAT = "Prompt format of the {}: plain, chat, or a Jinja template"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseOptions:
+    """The large model."""
+
+    base: str | None = option(
+        None,
+        "The large model, or the address of an API; required unless --add is given",
+        metavar="MODEL",
+    )
+    base_name: str | None = option(
+        None, "Name of the base on the API", metavar="NAME", none_means="the only model it lists"
+    )
+    key_env: str | None = option(
+        None, "Environment variable that holds the API's key", metavar="VARIABLE"
+    )
+    prompt: str = option("plain", FORMAT.format("base"), metavar="FORMAT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertOptions:
+    """The small model before and after tuning."""
+
+    anti_expert: str = field(metadata=declared("The small model before tuning", metavar="MODEL"))
+    expert: str | None = option(
+        None,
+        "The small model after tuning; not needed with --adapter on the anti-expert",
+        metavar="MODEL",
+    )
+    adapter: str | None = option(None, "A LoRA adapter that makes the expert", metavar="PATH")
+    anti_expert_adapter: str | None = option(
+        None, "A LoRA adapter on the anti-expert, tuned to do the opposite", metavar="PATH"
+    )
+    alpha: float = option(1.0, STRENGTH)
+    name: str | None = option(
+        None,
+        "Name of the expert in requests",
+        metavar="NAME",
+        none_means="the last part of its path",
+    )
+    expert_prompt: str = option("plain", FORMAT.format("expert"), metavar="FORMAT")
+    anti_expert_prompt: str = option("plain", FORMAT.format("anti-expert"), metavar="FORMAT")
+
+    def spec(self, directory: Path, *, llama_cpp: bool) -> ExpertSpec:
+        """Return the expert of a recipe in this directory."""
+        from proxytune.recipe.spec import ExpertSpec
+
+        name = _expert_name(self.adapter or self.expert or "") if self.name is None else self.name
+        return ExpertSpec(
+            name=name,
+            expert=_small_model(
+                self.expert, self.adapter, self.expert_prompt, directory, llama_cpp
+            ),
+            anti_expert=_small_model(
+                self.anti_expert,
+                self.anti_expert_adapter,
+                self.anti_expert_prompt,
+                directory,
+                llama_cpp,
+            ),
+            alpha=check_alpha(self.alpha),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """What else the recipe says, and what becomes of one that is already there."""
+
+    llama_cpp: bool = option(False, "Run every .gguf file directly with llama.cpp")
+    policy: str | None = option(None, POLICY)
+    combine: str | None = option(None, COMBINE)
+    map_vocabulary: bool = option(
+        False,
+        "Allow small models with another tokenizer than the base's; they steer the tokens that both have",
+    )
+    add: bool = option(False, "Add the expert to the recipe in DIR")
+    force: bool = option(False, "Replace the recipe in DIR")
 
 
 @command(
@@ -25,180 +103,82 @@ if TYPE_CHECKING:
     "--anti-expert Qwen/Qwen2.5-1.5B"
 )
 def new(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Where to write the recipe", show_default=False)
-    ],
-    anti_expert: Annotated[
-        str,
-        typer.Option(metavar="MODEL", help="The small model before tuning", show_default=False),
-    ],
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="The large model, or the address of an API; needed unless --add",
-            show_default=False,
-        ),
-    ] = None,
-    base_name: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="What the API calls the base  [default: the only model it lists]",
-            show_default=False,
-        ),
-    ] = None,
-    key_env: Annotated[
-        str | None,
-        typer.Option(
-            metavar="VARIABLE",
-            help="The environment variable that holds the API's key",
-            show_default=False,
-        ),
-    ] = None,
-    llama_cpp: Annotated[
-        bool,
-        typer.Option("--llama-cpp", help="Run every .gguf file with llama.cpp as it is"),
-    ] = False,
-    expert: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="The small model after tuning; left out where --adapter sits on the anti-expert",
-            show_default=False,
-        ),
-    ] = None,
-    adapter: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH", help="A LoRA adapter that makes the expert", show_default=False
-        ),
-    ] = None,
-    anti_expert_adapter: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH",
-            help="A LoRA adapter on the anti-expert, tuned to the opposite",
-            show_default=False,
-        ),
-    ] = None,
-    alpha: Annotated[
-        float,
-        typer.Option(
-            metavar="FLOAT",
-            help="Strength of steering: 0 is the base alone, 1 the published method",
-        ),
-    ] = 1.0,
-    name: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="What requests call the expert  [default: the last part of its path]",
-            show_default=False,
-        ),
-    ] = None,
-    prompt: Annotated[
-        str,
-        typer.Option(
-            metavar="FORMAT", help="How the base sees prompts: plain, chat, or a Jinja template"
-        ),
-    ] = "plain",
-    expert_prompt: Annotated[
-        str,
-        typer.Option(
-            metavar="FORMAT", help="How the expert sees prompts: plain, chat, or a Jinja template"
-        ),
-    ] = "plain",
-    anti_expert_prompt: Annotated[
-        str,
-        typer.Option(
-            metavar="FORMAT",
-            help="How the anti-expert sees prompts: plain, chat, or a Jinja template",
-        ),
-    ] = "plain",
-    policy: PolicyOption = None,
-    combine: CombineOption = None,
-    map_vocabulary: Annotated[
-        bool,
-        typer.Option(
-            "--map-vocabulary",
-            help="Take small models of another tokenizer than the base's: they steer the tokens both have",
-        ),
-    ] = False,
-    add: Annotated[
-        bool, typer.Option("--add", help="Add the expert to the recipe that is in DIR")
-    ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the recipe that is in DIR")
-    ] = False,
+    directory: Annotated[Path, argument("DIR", "Where to write the recipe")],
+    base: BaseOptions,
+    expert: ExpertOptions,
+    options: RecipeOptions,
 ) -> None:
     """Write a recipe.
 
-    It is a directory that names the base and an expert with its anti-expert, and holds none of their
+    A recipe is a directory that names the base and an expert with its anti-expert; it contains no model
     weights.
 
-    A model is a local directory, a .gguf file, package:NAME/PATH, or an id on the Hugging Face Hub; what is
-    there under the given path counts as local. The base may also be the address of an OpenAI-compatible API,
-    such as http://localhost:8000/v1. The word base, as expert or anti-expert, reuses the base itself.
+    A model is a local directory, a .gguf file, package:NAME/PATH, or an id on the Hugging Face Hub; an
+    existing path counts as local. The base may also be the address of an OpenAI-compatible API, such as
+    http://localhost:8000/v1. The word base, as expert or anti-expert, reuses the base itself.
     """
-    from dataclasses import replace
-
-    from proxytune.checkpoints.references import is_url, local_reference
     from proxytune.recipe.recipe import Recipe
-    from proxytune.recipe.spec import ApiSettings, ExpertSpec, ModelSpec
 
-    if expert is None and adapter is None:
-        raise InvalidRequest(
-            "neither --expert nor --adapter is given, so there is nothing that steers.\n"
-            "hint: --expert takes a whole model, --adapter a LoRA adapter on the anti-expert"
-        )
-    if add and force:
-        raise InvalidRequest(
-            "--add keeps the recipe that is there and --force replaces it.\nhint: give one of them"
-        )
-    if add and (base is not None or prompt != "plain"):
-        raise InvalidRequest(
-            "--add takes base and its prompt format from the recipe that is there.\n"
-            "hint: leave --base and --prompt out"
-        )
-    if base is None and not add:
-        raise InvalidRequest(
-            "--base is missing.\nhint: name the large model, or --add an expert to a recipe"
-        )
+    _refuse_contradictions(base, expert, options)
     directory = directory.expanduser().absolute()
-    spec = ExpertSpec(
-        name=name if name is not None else _expert_name(adapter or expert or ""),
-        expert=_small_model(expert, adapter, expert_prompt, directory, llama_cpp),
-        anti_expert=_small_model(
-            anti_expert, anti_expert_adapter, anti_expert_prompt, directory, llama_cpp
-        ),
-        alpha=check_alpha(alpha),
-    )
-    if add:
+    spec = expert.spec(directory, llama_cpp=options.llama_cpp)
+    if options.add:
         there = Recipe.read(directory)
         recipe = replace(there, experts=(*there.experts, spec))
     else:
-        api = None
-        if is_url(base or ""):
-            api = ApiSettings(model=base_name, key_env=key_env)
-        elif base_name is not None or key_env is not None:
-            raise InvalidRequest(
-                f"--base-name and --key-env are for an API, and the base is {base}.\n"
-                "hint: leave them out, or give the address of an API as --base"
-            )
-        recipe = Recipe(
-            base=ModelSpec(model=local_reference(base or "", directory), prompt=prompt, api=api),
-            experts=(spec,),
-            directory=directory,
-        )
-    if llama_cpp:
+        recipe = _new_recipe(base, spec, directory)
+    if options.llama_cpp:
         recipe = recipe.with_llama_cpp()
-    recipe = with_policy(recipe, policy, combine)
-    if map_vocabulary:
+    recipe = with_policy(recipe, options.policy, options.combine)
+    if options.map_vocabulary:
         recipe = replace(recipe, vocabulary="map")
-    recipe.write(directory, overwrite=add or force)
-    typer.echo(f"wrote {directory / 'config.json'}", err=True)
-    typer.echo(f"next: proxytune doctor {directory}", err=True)
+    recipe.write(directory, overwrite=options.add or options.force)
+    say(f"wrote {directory / 'config.json'}")
+    say(f"next: proxytune doctor {directory}")
+
+
+def _refuse_contradictions(
+    base: BaseOptions, expert: ExpertOptions, options: RecipeOptions
+) -> None:
+    if expert.expert is None and expert.adapter is None:
+        raise InvalidRequest(
+            "neither --expert nor --adapter is given, and a recipe needs an expert.\n"
+            "hint: --expert takes a whole model, --adapter a LoRA adapter on the anti-expert"
+        )
+    if options.add and options.force:
+        raise InvalidRequest(
+            "--add keeps the existing recipe and --force replaces it.\nhint: give one of them"
+        )
+    if options.add and (base.base is not None or base.prompt != "plain"):
+        raise InvalidRequest(
+            "--add takes the base and its prompt format from the existing recipe.\n"
+            "hint: leave --base and --prompt out"
+        )
+    if base.base is None and not options.add:
+        raise InvalidRequest(
+            "--base is missing.\nhint: name the large model, or --add an expert to a recipe"
+        )
+
+
+def _new_recipe(base: BaseOptions, spec: ExpertSpec, directory: Path) -> Recipe:
+    from proxytune.checkpoints.references import is_url, local_reference
+    from proxytune.recipe.recipe import Recipe
+    from proxytune.recipe.spec import ApiSettings, ModelSpec
+
+    api = None
+    if is_url(base.base or ""):
+        api = ApiSettings(model=base.base_name, key_env=base.key_env)
+    elif base.base_name is not None or base.key_env is not None:
+        raise InvalidRequest(
+            f"--base-name and --key-env are for an API, and the base is {base.base}.\n"
+            "hint: leave them out, or give the address of an API as --base"
+        )
+    reference = local_reference(base.base or "", directory)
+    return Recipe(
+        base=ModelSpec(model=reference, prompt=base.prompt, api=api),
+        experts=(spec,),
+        directory=directory,
+    )
 
 
 def _small_model(

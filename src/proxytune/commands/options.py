@@ -4,43 +4,43 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxytune.commands.console import stderr
-from proxytune.errors import (
-    InvalidRequest,
-    UserError,
-)
-from proxytune.request import SamplingParams, Steering, check_alpha
+from proxytune.commands.console import file_text
+from proxytune.commands.flags import Flag, number_of
+from proxytune.commands.progress import waiting
+from proxytune.errors import InvalidRequest, UserError
+from proxytune.request import Steering
+from proxytune.settings import Option, option
 
 if TYPE_CHECKING:
+    from proxytune.measure.score import Passage
     from proxytune.model import ProxyTuned
     from proxytune.recipe.recipe import Recipe
 
 
-GREEDY = SamplingParams()
-CHAT_TOKENS = 256
+def argument(metavar: str, help: str) -> Any:
+    """Return an argument of a command, which the help shows without a default."""
+    return typer.Argument(metavar=metavar, help=help, show_default=False)
 
 
-RecipeArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="RECIPE",
-        help="A recipe's directory, package:NAME/PATH, or its id on the Hugging Face Hub",
-        show_default=False,
-    ),
+RECIPE_HELP = "A recipe: its directory, package:NAME/PATH, or its id on the Hugging Face Hub"
+RecipeArgument = Annotated[str, argument("RECIPE", RECIPE_HELP)]
+OptionalRecipe = Annotated[
+    str | None, argument("RECIPE", f"{RECIPE_HELP}; not needed for saved traces")
 ]
-AlphaOption = Annotated[
-    float | None,
-    typer.Option(
-        metavar="FLOAT",
-        help="Strength of steering: 0 is the base alone, 1 the published method  [default: the recipe's]",
-        show_default=False,
-    ),
+PromptArgument = Annotated[
+    str | None,
+    argument("PROMPT", "The text to continue; - reads it from stdin, without its last line break"),
 ]
+AS_JSON = Option("Print one JSON object on one line", flag="--json")
+JsonOption = Annotated[bool, typer.Option(AS_JSON.flag, help=AS_JSON.help)]
+STRENGTH = "Strength of steering: 0 is the base alone, 1 the published method"
+PICTURE = Option("Draw a picture to this file: .png, .svg or .pdf", metavar="FILE")
 
 
 def _experts_to_complete(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -58,174 +58,172 @@ def _experts_to_complete(ctx: typer.Context, incomplete: str) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
 
-ExpertOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME[=ALPHA]",
-        autocompletion=_experts_to_complete,
-        help="Steer with this expert, at a strength of its own where one is given; repeat to add up several  "
-        "[default: the recipe's]",
-        show_default=False,
-    ),
-]
-DeviceOption = Annotated[
-    str | None,
-    typer.Option(
+EXPERT = Flag(
+    "Steer with this expert, with =ALPHA at a strength of its own; repeat to combine several",
+    flag="--expert",
+    metavar="NAME[=ALPHA]",
+    none_means="the recipe's",
+    complete=_experts_to_complete,
+)
+POLICY = Option(
+    "Steering policy: a name, or JSON as in the steering of a recipe",
+    metavar="NAME|JSON",
+    none_means="the recipe's",
+)
+COMBINE = Option(
+    "How several experts are combined: sum, union, majority, …",
+    metavar="NAME",
+    none_means="the recipe's",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeringOptions:
+    """Which experts steer, and how strongly."""
+
+    alpha: float | None = option(None, STRENGTH, none_means="the recipe's")
+    experts: tuple[str, ...] = option((), EXPERT)
+    policy: str | None = option(None, POLICY)
+    combine: str | None = option(None, COMBINE)
+
+    def of(self, recipe: Recipe) -> Steering:
+        """Return what `--alpha` and `--expert` ask for; see `steering_of`."""
+        return steering_of(recipe, self.experts, self.alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Where and how a recipe's models run."""
+
+    device: str | None = option(
+        None,
+        "Device for every model: cpu, cuda, cuda:1, or auto to spread each over several",
         metavar="NAME",
-        help="Run every model there: cpu, cuda, cuda:1, or auto to spread each  [default: the recipe's]",
-        show_default=False,
-    ),
-]
-DtypeOption = Annotated[
-    str | None,
-    typer.Option(
+        none_means="the recipe's",
+    )
+    dtype: str | None = option(
+        None,
+        "Dtype for every model: float32, bfloat16, float16, or auto for the stored one",
         metavar="NAME",
-        help="Run every model in it: float32, bfloat16, float16, or auto for the stored one  "
-        "[default: the recipe's]",
-        show_default=False,
-    ),
-]
-CudaGraphsOption = Annotated[
-    bool,
-    typer.Option(
-        "--cuda-graphs",
-        help="Launch all kernels of a token at once, on a CUDA device; meant for small models, takes memory",
-    ),
-]
-LlamaCppOption = Annotated[
-    bool,
-    typer.Option(
-        "--llama-cpp",
-        help="Run every .gguf file with llama.cpp as it is, whatever the recipe says, where transformers "
-        "would unpack it",
-    ),
-]
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help="Processor threads of llama.cpp  [default: the recipe's]",
-        show_default=False,
-    ),
-]
-GpuLayersOption = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help="Layers that llama.cpp puts on a GPU, -1 for all  [default: the recipe's]",
-        show_default=False,
-    ),
-]
-ContextSizeOption = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help="Most tokens of prompt and text in llama.cpp  [default: the recipe's]",
-        show_default=False,
-    ),
-]
-MaxCallsOption = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help="Stop before calls to a base behind an API exceed this  [default: no limit]",
-        show_default=False,
-    ),
-]
-MaxCostOption = Annotated[
-    float | None,
-    typer.Option(
-        metavar="FLOAT",
-        help="Stop once calls to a base behind an API have cost this, by the recipe's prices  "
-        "[default: no limit]",
-        show_default=False,
-    ),
-]
-MinNewTokensOption = Annotated[
-    int, typer.Option(metavar="N", help="Let nothing end the text before it has so many tokens")
-]
-TemperatureOption = Annotated[
-    float,
-    typer.Option(
-        metavar="FLOAT",
-        help="0 takes the likeliest token; above 0 draws, more evenly the higher it is",
-    ),
-]
-TopKOption = Annotated[
-    int, typer.Option(metavar="K", help="Draw from the K likeliest tokens; 0 keeps all")
-]
-TopPOption = Annotated[
-    float,
-    typer.Option(
-        metavar="FLOAT",
-        help="Draw from the fewest tokens that together have this probability; 1 keeps all",
-    ),
-]
-MinPOption = Annotated[
-    float,
-    typer.Option(
-        metavar="FLOAT",
-        help="Draw from tokens at least this fraction as likely as the likeliest; 0 keeps all",
-    ),
-]
-RepetitionPenaltyOption = Annotated[
-    float,
-    typer.Option(
-        metavar="FLOAT", help="Make tokens of the prompt and the text less likely above 1; 1 is off"
-    ),
-]
-PresencePenaltyOption = Annotated[
-    float,
-    typer.Option(
-        metavar="FLOAT", help="Take this from the logits of tokens that the new text has; 0 is off"
-    ),
-]
-FrequencyPenaltyOption = Annotated[
-    float,
-    typer.Option(
-        metavar="FLOAT",
-        help="Take this from the logits once per occurrence in the new text; 0 is off",
-    ),
-]
-StopOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="TEXT", help="End before this string; may be repeated", show_default=False
-    ),
-]
-PolicyOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME|JSON",
-        help="Steer by this policy: its name, or what a recipe's steering may hold, as JSON  "
-        "[default: the recipe's]",
-        show_default=False,
-    ),
-]
-CombineOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="How several experts steer together: sum, union, majority, …  [default: the recipe's]",
-        show_default=False,
-    ),
-]
-DataDirOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="DIR",
-        help="The benchmarks' files, a folder each  [default: from the Hugging Face Hub]",
-        show_default=False,
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on one line")]
-SpeculativeOption = Annotated[
-    bool,
-    typer.Option(
-        "--speculative/--no-speculative",
-        help="Guess tokens ahead where that is faster; the text stays the same",
-    ),
-]
+        none_means="the recipe's",
+    )
+    cuda_graphs: bool = option(
+        False,
+        "Launch all kernels of a token at once on a CUDA device; for small models, uses more memory",
+    )
+    llama_cpp: bool = option(
+        False,
+        "Run every .gguf file directly with llama.cpp, whatever the recipe says; transformers would "
+        "unpack it",
+    )
+    threads: int | None = option(
+        None, "Number of processor threads for llama.cpp", none_means="the recipe's"
+    )
+    gpu_layers: int | None = option(
+        None, "Number of layers that llama.cpp puts on a GPU; -1 for all", none_means="the recipe's"
+    )
+    context_size: int | None = option(
+        None,
+        "Maximum number of tokens of prompt and text together in llama.cpp",
+        none_means="the recipe's",
+    )
+    max_calls: int | None = option(
+        None, "Maximum number of calls to a base behind an API", none_means="no limit"
+    )
+    max_cost: float | None = option(
+        None,
+        "Stop once calls to a base behind an API have cost this much, by the recipe's prices",
+        none_means="no limit",
+    )
+
+    def read(self, reference: str) -> Recipe:
+        """Read a recipe, with what these options say of llama.cpp.
+
+        Raises:
+            RecipeError: There is none, or it is malformed.
+            InvalidRequest: They say something of llama.cpp, which the recipe does not use.
+        """
+        from proxytune.recipe.recipe import Recipe
+
+        recipe = Recipe.read(reference)
+        settings = {
+            "threads": self.threads,
+            "gpu_layers": self.gpu_layers,
+            "context_size": self.context_size,
+        }
+        given = [name for name, value in settings.items() if value is not None]
+        models = recipe.models.values()
+        if given and not self.llama_cpp and all(model.llama_cpp is None for model in models):
+            raise InvalidRequest(
+                f"--{given[0].replace('_', '-')} is for llama.cpp, and the recipe runs nothing with it.\n"
+                "hint: add --llama-cpp to run its .gguf files that way"
+            )
+        if not self.llama_cpp and not given:
+            return recipe
+        return recipe.with_llama_cpp(only_where_set=not self.llama_cpp, **settings)
+
+    def load(self, recipe: Recipe, experts: Collection[str] | None) -> ProxyTuned:
+        """Load a recipe's models, with a sign of life on stderr.
+
+        Args:
+            recipe: What to load.
+            experts: The only experts to load; None for all.
+
+        Raises:
+            InvalidRequest: A limit is for a base behind an API, and this one runs here.
+        """
+        limits = {"--max-calls": self.max_calls, "--max-cost": self.max_cost}
+        given = [name for name, limit in limits.items() if limit is not None]
+        if given and recipe.base.api is None:
+            raise InvalidRequest(
+                f"{given[0]} is for a base behind an API, and this one runs here.\nhint: leave it out"
+            )
+        with waiting("loading models"):
+            from proxytune.backends.api.client import Budget
+            from proxytune.model import ProxyTuned
+
+            return ProxyTuned.load(
+                recipe,
+                device=self.device,
+                dtype=self.dtype,
+                cuda_graphs=self.cuda_graphs,
+                experts=None if experts is None else tuple(experts),
+                budget=Budget(self.max_calls, self.max_cost) if given else None,
+            )
+
+
+WINDOW = Option("Tokens per window of a text", none_means="512, or the smallest context")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """A text or rows that models are measured on."""
+
+    text_file: Path | None = option(None, "Plain text: UTF-8, also as .gz; it is cut into windows")
+    data: str | None = option(
+        None,
+        "Rows, as `proxytune tune` takes them: a file, a directory or a Hub id; texts, prompts with "
+        "completions, conversations",
+        metavar="SOURCE",
+    )
+    window: int | None = option(None, WINDOW)
+    limit: int | None = option(None, "Use only the first N windows or rows", none_means="all")
+
+    def passages(self, model: ProxyTuned, window: int) -> list[Passage]:
+        """Return the passages of the text or of the rows."""
+        from proxytune.data.passages import passages_of
+        from proxytune.data.rows import read_rows
+
+        if self.text_file is not None:
+            return model.text_passages(file_text(self.text_file), window=window)
+        assert self.data is not None
+        return passages_of(model, read_rows(self.data), window=window)
+
+    def of(self, source: str) -> DataOptions:
+        """Return other data of the same kind."""
+        if self.text_file is not None:
+            return DataOptions(text_file=Path(source))
+        return DataOptions(data=source)
 
 
 def steering_of(recipe: Recipe, names: Sequence[str] | None, alpha: float | None) -> Steering:
@@ -266,82 +264,10 @@ def with_policy(recipe: Recipe, policy: str | None, combine: str | None) -> Reci
             try:
                 settings = json.loads(policy)
             except json.JSONDecodeError as error:
-                raise InvalidRequest(f"--policy is no JSON: {error}") from error
+                raise InvalidRequest(f"--policy is not JSON: {error}") from error
     assert isinstance(settings, dict)
     own = recipe.policy.combine if combine is None else combine
     return replace(recipe, policy=Policy.from_dict(settings, combine=own))
-
-
-def number_of(text: str, name: str) -> float:
-    """Return a strength typed as text.
-
-    Raises:
-        InvalidRequest: It is no number, or too large.
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        raise InvalidRequest(
-            f"{name} is {text.strip()!r}, and must be a number.\n"
-            "hint: 0 is the base alone, 1 the published method"
-        ) from None
-    return check_alpha(value, name)
-
-
-def read_recipe(
-    reference: str,
-    llama_cpp: bool,
-    *,
-    threads: int | None,
-    gpu_layers: int | None,
-    context_size: int | None,
-) -> Recipe:
-    """Read a recipe, with what the command line says about llama.cpp."""
-    from proxytune.recipe.recipe import Recipe
-
-    recipe = Recipe.read(reference)
-    settings = {"threads": threads, "gpu_layers": gpu_layers, "context_size": context_size}
-    given = [name for name, value in settings.items() if value is not None]
-    if given and not llama_cpp and all(m.llama_cpp is None for m in recipe.models.values()):
-        raise InvalidRequest(
-            f"--{given[0].replace('_', '-')} is for llama.cpp, and the recipe runs nothing with it.\n"
-            "hint: add --llama-cpp to run its .gguf files that way"
-        )
-    if not llama_cpp and not given:
-        return recipe
-    return recipe.with_llama_cpp(only_where_set=not llama_cpp, **settings)
-
-
-def load_models(
-    recipe: Recipe,
-    experts: Collection[str] | None,
-    *,
-    device: str | None,
-    dtype: str | None,
-    cuda_graphs: bool = False,
-    max_calls: int | None = None,
-    max_cost: float | None = None,
-) -> ProxyTuned:
-    """Load a recipe's models, only these experts', with a sign of life on stderr."""
-    limits = {"max_calls": max_calls, "max_cost": max_cost}
-    given = [name for name, limit in limits.items() if limit is not None]
-    if given and recipe.base.api is None:
-        raise InvalidRequest(
-            f"--{given[0].replace('_', '-')} is for a base behind an API, and this one runs here.\n"
-            "hint: leave it out"
-        )
-    with stderr().status("loading models"):
-        from proxytune.backends.api.client import Budget
-        from proxytune.model import ProxyTuned
-
-        return ProxyTuned.load(
-            recipe,
-            device=device,
-            dtype=dtype,
-            cuda_graphs=cuda_graphs,
-            experts=None if experts is None else tuple(experts),
-            budget=Budget(max_calls, max_cost) if given else None,
-        )
 
 
 def whole_numbers(text: str, name: str, separator: str, count: int | None = None) -> list[int]:

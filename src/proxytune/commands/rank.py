@@ -2,107 +2,89 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import json_line, progress, stdout
-from proxytune.commands.options import (
-    ContextSizeOption,
-    DeviceOption,
-    DtypeOption,
-    GpuLayersOption,
-    JsonOption,
-    LlamaCppOption,
-    RecipeArgument,
-    ThreadsOption,
-    load_models,
-    number_of,
-    read_recipe,
-)
-from proxytune.commands.sweep import (
-    DataOption,
-    LimitOption,
-    TextFileOption,
-    WindowOption,
-    between,
-    passages_from,
-)
+from proxytune.commands.console import json_line, plain_table, say, stdout
+from proxytune.commands.flags import Pick
+from proxytune.commands.options import AS_JSON, DataOptions, ModelOptions, RecipeArgument
+from proxytune.commands.progress import progress
+from proxytune.commands.sweep import between
 from proxytune.errors import InvalidRequest
-from proxytune.measure.score import scoring_window
+from proxytune.settings import option
 
 if TYPE_CHECKING:
     from proxytune.measure.rank import Ranking
 
 
+@dataclass(frozen=True, kw_only=True)
+class RankOptions:
+    """Which experts are ranked, at which strengths."""
+
+    experts: tuple[str, ...] = option(
+        (),
+        "Rank this expert; repeat for several",
+        flag="--expert",
+        metavar="NAME",
+        none_means="all of the recipe's",
+    )
+    alphas: tuple[float, ...] = option(
+        (0.25, 0.5, 0.75, 1.0, 1.25, 1.5),
+        "Strengths to try for each expert",
+        metavar="A,B,...",
+        separator=",",
+    )
+    seed: int = option(0, "Random seed of the bootstrap")
+    as_json: bool = option(False, AS_JSON)
+
+
 @command("proxytune rank-experts my-recipe --text-file sample.txt", name="rank-experts")
 def rank_experts(
     recipe: RecipeArgument,
-    text_file: TextFileOption = None,
-    data: DataOption = None,
-    expert: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Rank this expert; repeat for several  [default: all of the recipe's]",
-            show_default=False,
-        ),
-    ] = None,
-    alphas: Annotated[
-        str, typer.Option(metavar="A,B,...", help="Strengths to try for each expert")
-    ] = "0.25,0.5,0.75,1,1.25,1.5",
-    window: WindowOption = None,
-    limit: LimitOption = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the bootstrap")] = 0,
-    as_json: JsonOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    llama_cpp: LlamaCppOption = False,
-    threads: ThreadsOption = None,
-    gpu_layers: GpuLayersOption = None,
-    context_size: ContextSizeOption = None,
+    *,
+    data: DataOptions,
+    options: RankOptions,
+    models: Annotated[ModelOptions, Pick(leave_out=("cuda_graphs", "max_calls", "max_cost"))],
 ) -> None:
-    """Rank experts by how much each alone would help with text of a kind, without generating.
+    """Rank experts by how much each alone would help with a kind of text, without generating.
 
-    Each model reads a sample of that text once; a few thousand tokens do. Each expert is judged at strengths
-    picked on the other half of the sample.
+    Each model reads a sample of that text once; a few thousand tokens are enough. Each expert is judged at
+    strengths picked on the other half of the sample.
     """
-    if (text_file is None) == (data is None):
+    if (data.text_file is None) == (data.data is None):
         raise InvalidRequest(
             "--text-file is a plain text and --data are rows, and one of them is needed.\n"
             "hint: proxytune rank-experts DIR --text-file sample.txt"
         )
-    tried = tuple(dict.fromkeys(number_of(part, "--alphas") for part in alphas.split(",")))
-    found = read_recipe(
-        recipe, llama_cpp, threads=threads, gpu_layers=gpu_layers, context_size=context_size
-    )
-    names = tuple(expert or (e.name for e in found.experts))
-    chosen = found.named(names)
-    model = load_models(found, chosen, device=device, dtype=dtype)
-    passages = passages_from(model, text_file, data, scoring_window(model.ensemble, window))[:limit]
+    found = models.read(recipe)
+    chosen = found.named(options.experts or tuple(e.name for e in found.experts))
+    model = models.load(found, chosen)
     from proxytune.measure.rank import rank_experts as ranked
+    from proxytune.measure.score import scoring_window
 
+    passages = data.passages(model, scoring_window(model.ensemble, data.window))[: data.limit]
     with progress("reading", "tokens") as advance:
         ranking = ranked(
-            model.steered_by(chosen), passages, alphas=tried, seed=seed, on_progress=advance
+            model.steered_by(chosen),
+            passages,
+            alphas=tuple(dict.fromkeys(options.alphas)),
+            seed=options.seed,
+            on_progress=advance,
         )
-    if as_json:
+    if options.as_json:
         typer.echo(json_line(ranking.to_dict()))
     else:
         _show(ranking)
 
 
 def _show(ranking: Ranking) -> None:
-    from rich.table import Table
-
     from proxytune.measure.rank import MEASURED_CORRELATION
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("expert")
     headings = ("alpha", "nats saved", "95 % interval", "perplexity", "first in", "gain", "slope")
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    table = plain_table("expert", numbers=headings)
     for each in ranking.candidates:
         table.add_row(
             each.name,
@@ -115,15 +97,13 @@ def _show(ranking: Ranking) -> None:
             f"{each.slope:+.3f}",
         )
     stdout().print(table)
-    typer.echo(
+    say(
         f"{ranking.num_tokens:,} tokens in {ranking.num_passages:,} windows or rows, {ranking.base_nats:.3f} "
-        "nats per token under the base; nats saved per token, at strengths picked on the other half",
-        err=True,
+        "nats per token under the base; nats saved per token, at strengths picked on the other half"
     )
-    typer.echo(
-        f"how far to trust it: on the smol family such rankings had a rank correlation of "
-        f"{MEASURED_CORRELATION:.2f} with the benefit on other text of the kind",
-        err=True,
+    say(
+        f"on the smol family, such rankings had a rank correlation of {MEASURED_CORRELATION:.2f} with the "
+        "benefit on other text of the same kind"
     )
     for note in ranking.notes:
-        typer.echo(f"note: {note}", err=True)
+        say(f"note: {note}")

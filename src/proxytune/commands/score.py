@@ -2,124 +2,96 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import (
-    file_text,
-    json_line,
-    progress,
-    stdin_text,
-    stdout,
-)
+from proxytune.commands.console import file_text, json_line, plain_table, say, stdin_text, stdout
+from proxytune.commands.flags import Pick
 from proxytune.commands.options import (
-    CombineOption,
-    ContextSizeOption,
-    DeviceOption,
-    DtypeOption,
-    GpuLayersOption,
-    JsonOption,
-    LlamaCppOption,
-    MaxCallsOption,
-    MaxCostOption,
-    PolicyOption,
+    AS_JSON,
+    COMBINE,
+    POLICY,
+    WINDOW,
+    ModelOptions,
     RecipeArgument,
-    ThreadsOption,
-    load_models,
-    number_of,
-    read_recipe,
     with_policy,
 )
-from proxytune.measure.score import SCORE_WINDOW, scoring_window
+from proxytune.commands.progress import progress
+from proxytune.settings import declared, option
 
 if TYPE_CHECKING:
     from proxytune.measure.score import ScoreReport
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """What is scored, by whom."""
+
+    text_file: str = field(
+        metadata=declared("The text: UTF-8, also as .gz; - reads stdin", metavar="FILE")
+    )
+    alphas: tuple[float, ...] = option(
+        (0.0, 0.5, 1.0), "Strengths of the steered base", metavar="A,B,...", separator=","
+    )
+    experts: tuple[str, ...] = option(
+        (),
+        "Score this expert; repeat to combine several",
+        flag="--expert",
+        metavar="NAME",
+        none_means="the recipe's",
+    )
+    policy: str | None = option(None, POLICY)
+    combine: str | None = option(None, COMBINE)
+    window: int | None = option(
+        None,
+        replace(
+            WINDOW, help="Tokens per window; each is predicted from those before it in the window"
+        ),
+    )
+    seed: int = option(0, "Random seed of the bootstrap")
+    as_json: bool = option(False, AS_JSON)
+
+
 @command("proxytune score my-recipe --text-file heldout.txt --alphas 0,0.5,1")
 def score(
     recipe: RecipeArgument,
-    text_file: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE",
-            help="The text: UTF-8, also as .gz; - reads stdin",
-            show_default=False,
-        ),
-    ],
-    alphas: Annotated[
-        str, typer.Option(metavar="A,B,...", help="Strengths of the steered rows")
-    ] = "0,0.5,1",
-    expert: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Score this expert; repeat to add up several  [default: the recipe's]",
-            show_default=False,
-        ),
-    ] = None,
-    policy: PolicyOption = None,
-    combine: CombineOption = None,
-    window: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help=f"Tokens per window, predicted from those before in it  [default: {SCORE_WINDOW}, or the "
-            "smallest context]",
-            show_default=False,
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the bootstrap")] = 0,
-    as_json: JsonOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    llama_cpp: LlamaCppOption = False,
-    threads: ThreadsOption = None,
-    gpu_layers: GpuLayersOption = None,
-    context_size: ContextSizeOption = None,
-    max_calls: MaxCallsOption = None,
-    max_cost: MaxCostOption = None,
+    *,
+    options: ScoreOptions,
+    models: Annotated[ModelOptions, Pick(leave_out=("cuda_graphs",))],
 ) -> None:
     """Measure how well base, expert and steered base predict a text.
 
-    Each model runs once over it, for all strengths. Every model sees the plain text.
+    Each model reads the text once, for all strengths. Every model sees the plain text.
     """
-    strengths = list(dict.fromkeys(number_of(part, "--alphas") for part in alphas.split(",")))
-    text = stdin_text() if text_file == "-" else file_text(Path(text_file))
-    found = read_recipe(
-        recipe, llama_cpp, threads=threads, gpu_layers=gpu_layers, context_size=context_size
-    )
-    found = with_policy(found, policy, combine)
-    experts = tuple(expert) if expert else None
-    model = load_models(
-        found,
-        found.named(experts),
-        device=device,
-        dtype=dtype,
-        max_calls=max_calls,
-        max_cost=max_cost,
-    )
-    window = scoring_window(model.ensemble, window)
+    from_stdin = options.text_file == "-"
+    text = stdin_text() if from_stdin else file_text(Path(options.text_file))
+    found = with_policy(models.read(recipe), options.policy, options.combine)
+    experts = options.experts or None
+    model = models.load(found, found.named(experts))
+    from proxytune.measure.score import scoring_window
+
     with progress("scoring", "tokens") as advance:
         report = model.score(
-            text, strengths, experts=experts, window=window, seed=seed, on_progress=advance
+            text,
+            list(dict.fromkeys(options.alphas)),
+            experts=experts,
+            window=scoring_window(model.ensemble, options.window),
+            seed=options.seed,
+            on_progress=advance,
         )
-    if as_json:
+    if options.as_json:
         typer.echo(json_line(report.to_dict()))
     else:
         _show_scores(report)
 
 
 def _show_scores(report: ScoreReport) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("model")
-    for heading in ("alpha", "nats/token", "perplexity", "95 % interval", "against base"):
-        table.add_column(heading, justify="right")
+    headings = ("alpha", "nats/token", "perplexity", "95 % interval", "against base")
+    table = plain_table("model", numbers=headings)
     for row in report.rows:
         interval = (
             "" if row.interval is None else f"{row.interval.low:.2f} to {row.interval.high:.2f}"
@@ -131,13 +103,11 @@ def _show_scores(report: ScoreReport) -> None:
         table.add_row(row.name, alpha, f"{row.nats:.4f}", f"{row.perplexity:.2f}", interval, change)
     stdout().print(table)
     for own in report.mapped:
-        typer.echo(
+        say(
             f"{own.name} has {own.share:.0%} of the base's tokens; the base gives them {own.base:.1%} of its "
-            f"probability, and {own.name} gives the base's {own.small:.1%} of its own",
-            err=True,
+            f"probability, and {own.name} gives the base's {own.small:.1%} of its own"
         )
-    typer.echo(
+    say(
         f"{report.num_tokens:,} tokens in {report.num_windows:,} windows of up to {report.window}; "
-        "perplexity against base, intervals by block bootstrap",
-        err=True,
+        "perplexity compared with the base, intervals by block bootstrap"
     )

@@ -6,10 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from proxytune.commands.console import (
-    stdout,
-    strengths_text,
-)
+from proxytune.commands.console import plain_table, stdout, strengths_text
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -37,9 +34,6 @@ INVISIBLE = re.compile(
 """What could move a terminal's cursor, or turn the letters around it."""
 
 
-# On the terminal ------------------------------------------------------------------------------------
-
-
 def print_moves(report: Report, num_rows: int, *, is_first: bool) -> None:
     """Print what steering did to the tokens of a report's first run."""
     from rich.text import Text
@@ -49,17 +43,17 @@ def print_moves(report: Report, num_rows: int, *, is_first: bool) -> None:
 
     console = stdout()
     run = report.runs[0]
-    told = moves(run.trace)
+    moved = moves(run.trace)
     if not is_first:
         console.print()
         console.rule(style="dim")
     title = "given text, " if run.trace.finish_reason == "given" else ""
     console.print(Text(title + strengths_text(run.trace.alphas), style="bold"))
     text = Text(safe(run.trace.prompt), style="dim")
-    text.append_text(coloured(told))
+    text.append_text(coloured(moved))
     console.print(text)
     if num_rows:
-        _show_moved(told, run.trace, num_rows)
+        _show_moved(moved, run.trace, num_rows)
     for other in report.runs[1:]:
         console.print()
         place = first_difference(other.trace, run.trace)
@@ -72,15 +66,15 @@ def print_moves(report: Report, num_rows: int, *, is_first: bool) -> None:
         body.append(safe("".join(move.piece for move in shown[at:])))
         console.print(body)
     console.print()
-    console.print(Text(summary_line(told)))
+    console.print(Text(summary_line(moved)))
 
 
-def coloured(told: Sequence[Move]) -> Text:
+def coloured(moved: Sequence[Move]) -> Text:
     """Return a text with each token coloured by its shift, changed ones in angle brackets."""
     from rich.text import Text
 
     text = Text(end="")
-    for move in told:
+    for move in moved:
         piece = safe(move.piece)
         if move.is_special:
             piece += f"[{safe(move.label)}]"
@@ -100,26 +94,22 @@ def coloured(told: Sequence[Move]) -> Text:
     return text
 
 
-def _show_moved(told: Sequence[Move], trace: Trace, num_rows: int) -> None:
-    from rich.table import Table
+def _show_moved(moved: Sequence[Move], trace: Trace, num_rows: int) -> None:
     from rich.text import Text
 
     from proxytune.explain.moves import label
 
     known = [
-        move for move in told if move.prob_change is not None and move.base_logprob is not None
+        move for move in moved if move.prob_change is not None and move.base_logprob is not None
     ]
     most = sorted(known, key=lambda move: -abs(move.prob_change or 0.0))[:num_rows]
     if not most:
         return
     names = list(trace.alphas) if len(trace.alphas) > 1 else []
-    table = Table(box=None, pad_edge=False, title="moved most", title_justify="left")
-    table.add_column("position", justify="right")
-    table.add_column("token")
-    table.add_column("base would say")
-    table.add_column("steered would say")
-    for heading in ("rank in base", "base", "steered", "shift", "KL", *names):
-        table.add_column(heading, justify="right")
+    words = ("position", "token", "base would say", "steered would say")
+    numbers = ("rank in base", "base", "steered", "shift", "KL", *names)
+    table = plain_table(*words, numbers=numbers, title="moved most")
+    table.columns[0].justify = "right"
     for move in sorted(most, key=lambda move: move.index):
         base_prob, steered_prob = probs(move)
         firsts = ["", ""]
@@ -152,11 +142,11 @@ def probs(move: Move) -> tuple[float, float]:
     return exp(move.base_logprob), exp(move.steered_logprob)
 
 
-def summary_line(told: Sequence[Move]) -> str:
+def summary_line(moved: Sequence[Move]) -> str:
     """Return what steering did to a text in one line."""
     from proxytune.explain.summary import EARLY_TOKENS, summarise
 
-    summary = summarise(told)
+    summary = summarise(moved)
     tally = summary.tally
     parts = []
     if tally.share_changed is not None:
@@ -170,7 +160,7 @@ def summary_line(told: Sequence[Move]) -> str:
         )
     if tally.mean_kl is not None:
         parts.append(f"KL {tally.mean_kl:.2f} nats")
-    if summary.early_share is not None and len(told) > EARLY_TOKENS:
+    if summary.early_share is not None and len(moved) > EARLY_TOKENS:
         parts.append(
             f"{summary.early_share:.0%} of the log-odds change in the first {EARLY_TOKENS} tokens"
         )

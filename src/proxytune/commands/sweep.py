@@ -2,77 +2,146 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import file_text, json_line, progress, stdout
+from proxytune.commands.console import json_line, plain_table, say, stdout
+from proxytune.commands.flags import Pick, number_of
 from proxytune.commands.options import (
-    CombineOption,
-    ContextSizeOption,
-    DataDirOption,
-    DeviceOption,
-    DtypeOption,
-    GpuLayersOption,
-    JsonOption,
-    LlamaCppOption,
-    PolicyOption,
+    AS_JSON,
+    COMBINE,
+    PICTURE,
+    POLICY,
+    DataOptions,
+    ModelOptions,
     RecipeArgument,
-    ThreadsOption,
-    load_models,
-    number_of,
-    read_recipe,
     with_policy,
 )
+from proxytune.commands.progress import progress
 from proxytune.errors import InvalidRequest
-from proxytune.measure.score import SCORE_WINDOW, scoring_window
+from proxytune.evaluate.plan import DATA_DIR
 from proxytune.request import SamplingParams, Steering
+from proxytune.settings import option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from proxytune.measure.score import Interval, Passage
-    from proxytune.measure.sweep import Point, PromptWithReference, SweepReport
+    from proxytune.decode.ensemble import Ensemble
+    from proxytune.measure.metrics import Metric
+    from proxytune.measure.score import Interval
+    from proxytune.measure.sweep import Grid, Point, PromptWithReference, SweepReport
     from proxytune.model import ProxyTuned
+    from proxytune.recipe.recipe import Recipe
+    from proxytune.tasks.task import Task
 
-METRIC_NAMES = "perplexity, exact_match, contains, last_number, chrf"
+DEFAULT_ALPHAS = "0.25,0.5,0.75,1,1.25,1.5"
 
-TextFileOption = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="A plain text: UTF-8, also as .gz; cut into windows",
-        show_default=False,
-    ),
-]
-DataOption = Annotated[
-    str | None,
-    typer.Option(
+
+@dataclass(frozen=True, kw_only=True)
+class SweepOptions:
+    """What is swept, and how it is judged."""
+
+    task: str | None = option(
+        None,
+        "A benchmark of `proxytune eval`, with its own settings: gsm8k, triviaqa, truthfulqa_mc",
+        metavar="NAME",
+    )
+    data_dir: Path | None = option(None, DATA_DIR)
+    test_data: str | None = option(
+        None,
+        "The test part, of the same kind as the data",
         metavar="SOURCE",
-        help="Rows, as `proxytune tune` takes them: a file, a directory or a Hub id; texts, prompts with "
-        "completions, conversations",
-        show_default=False,
-    ),
-]
-WindowOption = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help=f"Tokens per window of a text  [default: {SCORE_WINDOW}, or the smallest context]",
-        show_default=False,
-    ),
-]
-LimitOption = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N",
-        help="Take only so many windows or rows, the first of them  [default: all]",
-        show_default=False,
-    ),
-]
+        none_means="a share of the data",
+    )
+    test_share: float = option(
+        0.5, "Share of the data for the test part: a text's end, or rows drawn at random"
+    )
+    metric: str = option(
+        "perplexity",
+        "perplexity, exact_match, contains, last_number, chrf; all but the first generate text and compare "
+        "it with the rows' completions",
+        metavar="NAME",
+    )
+    alphas: tuple[str, ...] = option(
+        (),
+        "Strengths to try; with a name, for that expert: repeat to try every combination",
+        metavar="[NAME=]A,B,...",
+        none_means=DEFAULT_ALPHAS,
+    )
+    experts: tuple[str, ...] = option(
+        (),
+        "Steer with this expert; repeat for several, all at one strength",
+        flag="--expert",
+        metavar="NAME",
+        none_means="those named in --alphas, or the recipe's",
+    )
+    policy: str | None = option(None, POLICY)
+    combine: str | None = option(None, COMBINE)
+    max_new_tokens: int | None = option(
+        None,
+        "Maximum number of new tokens in a generated text",
+        none_means="64, or the benchmark's",
+    )
+    stop: tuple[str, ...] = option((), "End a generated text before this string")
+    batch_size: int = option(8, "Number of prompts that are answered together")
+    seed: int = option(0, "Random seed of the split and the bootstrap")
+    picture: Path | None = option(
+        None, replace(PICTURE, help=f"{PICTURE.help}; needs proxytune[tune]")
+    )
+    as_json: bool = option(False, AS_JSON)
+
+    def check(self, data: DataOptions) -> None:
+        """Refuse options that contradict each other, before anything is read."""
+        from proxytune.measure.metrics import METRICS
+
+        if self.metric not in METRICS:
+            raise InvalidRequest(
+                f"--metric is {self.metric!r}, and must be one of {', '.join(METRICS)}.\n"
+                "hint: perplexity needs no generation"
+            )
+        if sum(source is not None for source in (data.text_file, data.data, self.task)) != 1:
+            raise InvalidRequest(
+                "--text-file is a plain text, --data are rows, --task is a benchmark, and one of them is "
+                "needed.\n"
+                "hint: proxytune sweep DIR --text-file heldout.txt"
+            )
+        if self.task is None and self.data_dir is not None:
+            raise InvalidRequest("--data-dir is for --task.\nhint: leave it out")
+        if data.text_file is not None and self.metric != "perplexity":
+            raise InvalidRequest(
+                f"--metric {self.metric} compares generated texts with given answers, and a plain text has "
+                "none.\n"
+                "hint: give rows of prompts and completions with --data"
+            )
+        if not 0 < self.test_share < 1:
+            raise InvalidRequest(f"--test-share is {self.test_share}, and must be between 0 and 1")
+        if data.limit is not None and data.limit < 2:
+            raise InvalidRequest(
+                f"--limit is {data.limit}, and both parts need a window or row.\nhint: give 2 or more"
+            )
+
+    def benchmark(self) -> Task | None:
+        """Return the benchmark that is named, if one is."""
+        from proxytune.tasks.registry import find_task
+
+        if self.task is None:
+            return None
+        found = find_task(self.task)
+        if self.test_data is not None or self.metric != "perplexity":
+            raise InvalidRequest(
+                "--task brings its own items and metric.\nhint: leave --metric and --test-data out"
+            )
+        return found
+
+    def sampling(self, benchmark: Task | None) -> SamplingParams:
+        """Return how texts are generated."""
+        usual = SamplingParams(max_new_tokens=64) if benchmark is None else benchmark.sampling
+        most = usual.max_new_tokens if self.max_new_tokens is None else self.max_new_tokens
+        return replace(usual, max_new_tokens=most, stop=self.stop or usual.stop)
 
 
 @command(
@@ -80,216 +149,122 @@ LimitOption = Annotated[
 )
 def sweep(
     recipe: RecipeArgument,
-    text_file: TextFileOption = None,
-    data: DataOption = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="A benchmark of `proxytune eval`, in its own settings: gsm8k, triviaqa, truthfulqa_mc",
-            show_default=False,
-        ),
-    ] = None,
-    data_dir: DataDirOption = None,
-    test_data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SOURCE",
-            help="The test part, of the same kind  [default: a share of the data]",
-            show_default=False,
-        ),
-    ] = None,
-    test_share: Annotated[
-        float,
-        typer.Option(
-            metavar="FLOAT",
-            help="Share of the data that is the test part: a text's end, rows drawn",
-        ),
-    ] = 0.5,
-    metric: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help=f"{METRIC_NAMES}; all but the first generate and compare with the rows' completions",
-        ),
-    ] = "perplexity",
-    alphas: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME=]A,B,...",
-            help="Strengths to try; with a name, of that expert: repeat it to try every combination  "
-            "[default: 0.25,0.5,0.75,1,1.25,1.5]",
-            show_default=False,
-        ),
-    ] = None,
-    expert: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Steer with this expert; repeat for several, all of one strength  [default: those "
-            "named in --alphas, or the recipe's]",
-            show_default=False,
-        ),
-    ] = None,
-    policy: PolicyOption = None,
-    combine: CombineOption = None,
-    window: WindowOption = None,
-    limit: LimitOption = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Most tokens of a generated text  [default: 64, or the benchmark's]",
-            show_default=False,
-        ),
-    ] = None,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TEXT",
-            help="End a generated text before this string; may be repeated",
-            show_default=False,
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option(metavar="N", help="Prompts that are written to together")
-    ] = 8,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the split and the bootstrap")] = 0,
-    picture: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Draw the curve there: .png, .svg or .pdf; needs the extra tune",
-            show_default=False,
-        ),
-    ] = None,
-    as_json: JsonOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    llama_cpp: LlamaCppOption = False,
-    threads: ThreadsOption = None,
-    gpu_layers: GpuLayersOption = None,
-    context_size: ContextSizeOption = None,
+    *,
+    data: DataOptions,
+    options: SweepOptions,
+    models: Annotated[ModelOptions, Pick(leave_out=("cuda_graphs", "max_calls", "max_cost"))],
 ) -> None:
-    """Try strengths against a metric: pick the best on one part of the data, and tell its worth on another.
+    """Try strengths against a metric: pick the best on one part of the data, and measure it on another.
 
-    For perplexity each model reads the data once, for all strengths. Generated texts are greedy, and what
-    several strengths write alike is written once.
+    For perplexity, each model reads the data once, for all strengths. Generated texts are greedy, and a
+    beginning that several strengths share is generated once.
     """
-    from proxytune.data.passages import task_rows
-    from proxytune.measure import sweep as sweeping
     from proxytune.measure.curve import draw
-    from proxytune.measure.metrics import METRICS
 
-    if metric not in METRICS:
-        raise InvalidRequest(
-            f"--metric is {metric!r}, and must be one of {', '.join(METRICS)}.\n"
-            "hint: perplexity needs no generation"
-        )
-    if sum(source is not None for source in (text_file, data, task)) != 1:
-        raise InvalidRequest(
-            "--text-file is a plain text, --data are rows, --task is a benchmark, and one of them is "
-            "needed.\n"
-            "hint: proxytune sweep DIR --text-file heldout.txt"
-        )
-    benchmark = None
-    if task is not None:
-        from proxytune.tasks.registry import find_task
-
-        benchmark = find_task(task)
-        if test_data is not None or metric != "perplexity":
-            raise InvalidRequest(
-                "--task brings its own items and metric.\nhint: leave --metric and --test-data out"
-            )
-    elif data_dir is not None:
-        raise InvalidRequest("--data-dir is for --task.\nhint: leave it out")
-    if text_file is not None and metric != "perplexity":
-        raise InvalidRequest(
-            f"--metric {metric} compares generated texts with given answers, and a plain text has none.\n"
-            "hint: give rows of prompts and completions with --data"
-        )
-    if not 0 < test_share < 1:
-        raise InvalidRequest(f"--test-share is {test_share}, and must lie between 0 and 1")
-    if limit is not None and limit < 2:
-        raise InvalidRequest(
-            f"--limit is {limit}, and both parts need a window or row.\nhint: give 2 or more"
-        )
-    found = read_recipe(
-        recipe, llama_cpp, threads=threads, gpu_layers=gpu_layers, context_size=context_size
-    )
-    found = with_policy(found, policy, combine)
-    shared, own = _strengths(alphas)
-    if own and expert:
-        raise InvalidRequest(
-            "--alphas names experts and --expert is given too.\nhint: leave --expert out"
-        )
-    chosen = found.named(own or expert or None)
-    usual_settings = SamplingParams(max_new_tokens=64) if benchmark is None else benchmark.sampling
-    sampling = replace(
-        usual_settings,
-        max_new_tokens=(
-            usual_settings.max_new_tokens if max_new_tokens is None else max_new_tokens
-        ),
-        stop=tuple(stop or usual_settings.stop),
-    )
-    grid = sweeping.Grid.of(
-        [e.name for e in found.experts if e.name in chosen], own if own else shared
-    )
-    model = load_models(found, chosen, device=device, dtype=dtype)
-    ensemble = model.steered_by(chosen)
+    options.check(data)
+    benchmark = options.benchmark()
+    found = with_policy(models.read(recipe), options.policy, options.combine)
+    sampling = options.sampling(benchmark)
+    grid, chosen = _grid(found, options)
+    model = models.load(found, chosen)
     strengths = found.strengths(Steering(experts=chosen))
     usual = [strengths[name] for name in grid.names]
-    if metric == "perplexity" and benchmark is None:
-        window = scoring_window(model.ensemble, window)
-        passages = passages_from(model, text_file, data, window)[:limit]
-        if test_data is None:
-            valid, test = sweeping.split(
-                passages, test_share, seed=seed, in_order=text_file is not None
-            )
-        else:
-            valid, test = passages, _test_passages(model, text_file, test_data, window)
-        with progress("sweeping", "tokens") as advance:
-            report = sweeping.sweep_likelihood(
-                ensemble, grid, valid=valid, test=test, own=usual, seed=seed, on_progress=advance
-            )
+    if options.metric == "perplexity" and benchmark is None:
+        report = _sweep_likelihood(model, model.steered_by(chosen), grid, usual, data, options)
     else:
-        judged = METRICS[metric]
-        if benchmark is None:
-            rows = _rows(model, data or "")[:limit]
-        else:
-            rows, judged = task_rows(model, benchmark, data_dir, limit=limit)
-        valid_rows, test_rows = (
-            sweeping.split(rows, test_share, seed=seed, in_order=False)
-            if test_data is None
-            else (rows, _rows(model, test_data))
-        )
+        valid, test, metric = _rows_and_metric(model, benchmark, data, options)
+        from proxytune.measure.sweep import sweep_generations
+
         with progress("sweeping", "prompts") as advance:
-            report = sweeping.sweep_generations(
-                ensemble,
+            report = sweep_generations(
+                model.steered_by(chosen),
                 grid,
-                judged,
-                valid=valid_rows,
-                test=test_rows,
+                metric,
+                valid=valid,
+                test=test,
                 own=usual,
                 sampling=sampling,
-                batch_size=batch_size,
-                seed=seed,
+                batch_size=options.batch_size,
+                seed=options.seed,
                 on_progress=advance,
             )
-    if picture is not None:
-        draw(report, grid, picture)
-        typer.echo(f"drew {picture}", err=True)
-    if as_json:
+    if options.picture is not None:
+        draw(report, grid, options.picture)
+        say(f"wrote {options.picture}")
+    if options.as_json:
         typer.echo(json_line(report.to_dict()))
     else:
         _show(report)
+
+
+def _grid(recipe: Recipe, options: SweepOptions) -> tuple[Grid, tuple[str, ...]]:
+    """Return the points to try, and the experts that steer."""
+    from proxytune.measure.sweep import Grid
+
+    shared, own = _strengths(options.alphas)
+    if own and options.experts:
+        raise InvalidRequest(
+            "--alphas names experts and --expert is given too.\nhint: leave --expert out"
+        )
+    chosen = recipe.named(tuple(own or options.experts) or None)
+    names = [e.name for e in recipe.experts if e.name in chosen]
+    return Grid.of(names, own if own else shared), chosen
+
+
+def _sweep_likelihood(
+    model: ProxyTuned,
+    ensemble: Ensemble,
+    grid: Grid,
+    usual: Sequence[float],
+    data: DataOptions,
+    options: SweepOptions,
+) -> SweepReport:
+    from proxytune.measure.score import scoring_window
+    from proxytune.measure.sweep import split, sweep_likelihood
+
+    window = scoring_window(model.ensemble, data.window)
+    passages = data.passages(model, window)[: data.limit]
+    if options.test_data is None:
+        in_order = data.text_file is not None
+        valid, test = split(passages, options.test_share, seed=options.seed, in_order=in_order)
+    else:
+        valid, test = passages, data.of(options.test_data).passages(model, window)
+    with progress("sweeping", "tokens") as advance:
+        return sweep_likelihood(
+            ensemble,
+            grid,
+            valid=valid,
+            test=test,
+            own=usual,
+            seed=options.seed,
+            on_progress=advance,
+        )
+
+
+def _rows_and_metric(
+    model: ProxyTuned, benchmark: Task | None, data: DataOptions, options: SweepOptions
+) -> tuple[list[PromptWithReference], list[PromptWithReference], Metric]:
+    """Return rows to pick a strength on, rows to measure it on, and the metric."""
+    from proxytune.data.passages import task_rows
+    from proxytune.measure.metrics import METRICS
+    from proxytune.measure.sweep import split
+
+    metric = METRICS[options.metric]
+    if benchmark is None:
+        rows = _rows(model, data.data or "")[: data.limit]
+    else:
+        rows, metric = task_rows(model, benchmark, options.data_dir, limit=data.limit)
+    if options.test_data is not None:
+        return rows, _rows(model, options.test_data), metric
+    valid, test = split(rows, options.test_share, seed=options.seed, in_order=False)
+    return valid, test, metric
 
 
 def _strengths(given: Sequence[str] | None) -> tuple[list[float], dict[str, list[float]]]:
     """Return strengths for all experts, or those of each that is named."""
     shared: list[float] = []
     own: dict[str, list[float]] = {}
-    for item in given or ["0.25,0.5,0.75,1,1.25,1.5"]:
+    for item in given or [DEFAULT_ALPHAS]:
         name, has_name, values = item.rpartition("=")
         numbers = [number_of(part, "--alphas") for part in values.split(",")]
         (own.setdefault(name, []) if has_name else shared).extend(numbers)
@@ -302,27 +277,6 @@ def _strengths(given: Sequence[str] | None) -> tuple[list[float], dict[str, list
     return list(dict.fromkeys(shared)), unique
 
 
-def passages_from(
-    model: ProxyTuned, text_file: Path | None, data: str | None, window: int
-) -> list[Passage]:
-    """Return the passages of a text file or of rows."""
-    from proxytune.data.passages import passages_of
-    from proxytune.data.rows import read_rows
-
-    if text_file is not None:
-        return model.text_passages(file_text(text_file), window=window)
-    assert data is not None
-    return passages_of(model, read_rows(data), window=window)
-
-
-def _test_passages(
-    model: ProxyTuned, text_file: Path | None, test_data: str, window: int
-) -> list[Passage]:
-    if text_file is not None:
-        return passages_from(model, Path(test_data), None, window)
-    return passages_from(model, None, test_data, window)
-
-
 def _rows(model: ProxyTuned, source: str) -> list[PromptWithReference]:
     from proxytune.data.passages import rows_of
     from proxytune.data.rows import read_rows
@@ -331,15 +285,9 @@ def _rows(model: ProxyTuned, source: str) -> list[PromptWithReference]:
 
 
 def _show(report: SweepReport) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
     names = list(report.points[0].alphas)
-    table.add_column("")
-    for name in names:
-        table.add_column("alpha" if len(names) == 1 else name, justify="right")
-    for heading in (report.metric, "95 % interval", "against base"):
-        table.add_column(heading, justify="right")
+    strengths = ["alpha"] if len(names) == 1 else names
+    table = plain_table("", numbers=(*strengths, report.metric, "95 % interval", "against base"))
 
     def add(label: str, point: Point) -> None:
         strengths = [f"{alpha:g}" for alpha in point.alphas.values()]
@@ -359,22 +307,20 @@ def _show(report: SweepReport) -> None:
     for name, point in report.test.items():
         add(f"test, {name}", point)
     stdout().print(table)
-    told = report.test["picked"]
-    verdict = ", ".join(f"{name} at alpha {alpha:g}" for name, alpha in told.alphas.items())
-    typer.echo(
-        f"picked {verdict} on {report.num_valid:,} validation windows or rows; told on {report.num_test:,}; "
-        "intervals by bootstrap over them",
-        err=True,
+    best = report.test["picked"]
+    verdict = ", ".join(f"{name} at alpha {alpha:g}" for name, alpha in best.alphas.items())
+    say(
+        f"picked {verdict} on {report.num_valid:,} validation windows or rows, and measured it on "
+        f"{report.num_test:,}; intervals by bootstrap over them"
     )
     if report.num_read is not None:
         saved = 1 - report.num_read / max(1, report.num_tokens)
-        typer.echo(
-            f"{report.num_tokens:,} tokens of all texts, {report.num_read:,} read: {saved:.0%} saved by "
-            "what they have in common",
-            err=True,
+        say(
+            f"{report.num_tokens:,} tokens in all texts, {report.num_read:,} of them read: shared beginnings "
+            f"saved {saved:.0%}"
         )
     for note in report.notes:
-        typer.echo(f"note: {note}", err=True)
+        say(f"note: {note}")
 
 
 def between(interval: Interval | None, form: str) -> str:

@@ -25,13 +25,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from proxytune.data.lines import BatchOptions, InputFile, Line
 from proxytune.data.resumable import ResumableOutput
-from proxytune.errors import (
-    OutputFileError,
-)
+from proxytune.errors import OutputFileError
 from proxytune.recipe.recipe import Recipe
 from proxytune.trace import Trace
 
-if TYPE_CHECKING:  # It brings torch, which a malformed file should not wait for.
+if TYPE_CHECKING:  # Importing it loads torch, which a malformed file should not wait for.
     from proxytune.model import ProxyTuned
 
 

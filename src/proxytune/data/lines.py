@@ -5,23 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from proxytune.errors import (
-    InputFileError,
-    InvalidRequest,
-    UserError,
-    did_you_mean,
-)
-from proxytune.recipe.recipe import Recipe
-from proxytune.request import Experts, Request, SamplingParams, Steering
+from proxytune.errors import InputFileError, UserError, did_you_mean
+from proxytune.request import SPECULATIVE, Experts, Request, SamplingParams, Steering
+from proxytune.settings import check, option, options_of
 
 if TYPE_CHECKING:  # Importing it loads torch, which a malformed file should not wait for.
     from proxytune.model import ProxyTuned
+    from proxytune.recipe.recipe import Recipe
 
-SAMPLING_OPTIONS = tuple(f.name for f in fields(SamplingParams))
+SAMPLING_OPTIONS = options_of(SamplingParams)
 LINE_OPTIONS = ("alpha", "expert", *SAMPLING_OPTIONS)
 """What `options` of a line may hold."""
 
@@ -31,28 +27,27 @@ class BatchOptions:
     """How a file is run.
 
     Args:
-        sampling: For lines that do not say otherwise.
-        steering: For lines that do not say otherwise.
-        dtype: Of the models, where it is not the recipe's; a run is continued only in the same one.
-        batch_size: Lines generated together. May change when a run is continued: results do not depend on it,
-            apart from ties within rounding.
-        skip_bad_lines: Leave out lines that cannot be used, instead of refusing the file.
-        speculative: Draft tokens, as in `ProxyTuned.generate`. May change when a run is continued.
+        sampling: For lines without options of their own.
+        steering: For lines that do not say how they are steered.
+        dtype: The models' dtype, where it is not the recipe's. A run is continued only in the same one.
+        batch_size: Results do not depend on it, apart from ties within rounding, so that a run may be
+            continued with another one.
+        skip_bad_lines: Otherwise a line that cannot be used makes the whole file refused.
+        speculative: As in `ProxyTuned.generate`. May change when a run is continued.
 
     Raises:
-        InvalidRequest: The batch size is below 1.
+        InvalidRequest: A field is out of range.
     """
 
     sampling: SamplingParams
     steering: Steering = field(default_factory=Steering)
     dtype: str | None = None
-    batch_size: int = 8
-    skip_bad_lines: bool = False
-    speculative: bool = False
+    batch_size: int = option(8, "Number of lines that are generated together", at_least=1)
+    skip_bad_lines: bool = option(False, "Leave out lines that cannot be used, and report them")
+    speculative: bool = option(False, SPECULATIVE)
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise InvalidRequest(f"batch_size is {self.batch_size}, and must be at least 1")
+        check(self)
 
 
 class Line(NamedTuple):
@@ -140,12 +135,11 @@ def _request(prompt: Any, own: Mapping[str, Any], number: int, options: BatchOpt
                 f'"options" has {name!r}, which is not an option'
                 f"{did_you_mean(name, LINE_OPTIONS, otherwise=known)}"
             )
-    changes = {name: value for name, value in own.items() if name in SAMPLING_OPTIONS}
-    if isinstance(changes.get("stop"), str):
-        changes["stop"] = (changes["stop"],)
-    for name in ("stop", "stop_token_ids"):
-        if isinstance(changes.get(name), list):
-            changes[name] = tuple(changes[name])
+    changes = {
+        name: SAMPLING_OPTIONS[name].from_json(value)
+        for name, value in own.items()
+        if name in SAMPLING_OPTIONS
+    }
     sampling = replace(options.sampling, **changes)
     if changes.get("seed") is None and not sampling.is_greedy:
         sampling = replace(sampling, seed=line_seed(options.sampling.seed, number))

@@ -481,7 +481,9 @@ def _messages(value: Any, what: str) -> list[Message]:
             raise _Refused(f"the content of {place} is {_called(content)}, and must be text")
         _check_characters(content, f"the content of {place}")
         if role == "assistant" and not content.strip():
-            raise _Refused(f"{place} is empty and of the assistant, so there is nothing to learn")
+            raise _Refused(
+                f"{place} is an empty message of the assistant, so there is nothing to learn"
+            )
         messages.append({"role": role, "content": content})
     return messages
 

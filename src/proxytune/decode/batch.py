@@ -9,7 +9,7 @@ forward, whichever members and rows they belong to (`decode/lanes.py`).
 A row's last token is *pending*: chosen, and not read by any model yet. A *block* is what the models read at
 once: the pending token, then a draft, which is empty in plain decoding. Each step *plans* (a drafter fills in
 the draft, `decode/drafting.py`), *reads* (the models run, `decode/reading.py`), *chooses* tokens position by
-position for as long as the draft had guessed them (`decode/steering.py`), and *takes back* what was read
+position for as long as the draft had guessed them (`decode/outlook.py`), and *takes back* what was read
 beyond.
 
 Rows do not influence each other: each has its own prompt, experts, strengths, seed, stop rules and length. A
@@ -24,14 +24,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from proxytune.decode.drafting import drafting_of
+from proxytune.decode.drafting import drafter_of
 from proxytune.decode.ensemble import Ensemble, Job, check_job
 from proxytune.decode.lanes import Block, Kept, Lanes, Row, grouped
-from proxytune.decode.partial import PartialSteering
+from proxytune.decode.outlook import Steerer
+from proxytune.decode.partial import PartialSteerer
 from proxytune.decode.reading import prefill
 from proxytune.decode.record import Recorder
 from proxytune.decode.speculative import Speculator
-from proxytune.decode.steering import Steering
 from proxytune.logits.sample import BatchSampler
 from proxytune.trace import FinishReason, Step, Usage
 
@@ -100,18 +100,19 @@ class Batch:
         self.seeds = list(sampler.seeds)
         """The seed of each job, drawn if it has none; None for greedy ones."""
         self._lanes = Lanes(ensemble, rows, groups, sampler, device)
-        self._reader, self._drafter = drafting_of(self._lanes, speculator)
+        self._drafter = drafter_of(self._lanes, speculator)
+        self._reader = self._drafter.reader
         for row in rows:
             self._drafter.begin(row)
         partial = groups[0].backend.partial
-        self._steering = (
-            Steering(self._lanes) if partial is None else PartialSteering(self._lanes, partial)
+        self._steerer = (
+            Steerer(self._lanes) if partial is None else PartialSteerer(self._lanes, partial)
         )
         self.draft_counts: dict[int, DraftCount] = {}
-        """Of rows that have ended, by their numbers."""
+        """How many tokens were drafted for rows that have ended, by their numbers."""
         self._usages: dict[int, Usage | None] = {}
         self.left: dict[int, Kept] = {}
-        """What rows that have ended leave, by their numbers."""
+        """What the models have read of rows that have ended, by their numbers."""
         self._keeps = keeps and self.can_join
         self._num_begun = len(jobs)
         self._last_ended: Row | None = None
@@ -188,7 +189,7 @@ class Batch:
         """
         lanes, drafter = self._lanes, self._drafter
         rows = lanes.rows
-        outlook = self._steering.outlook(block, position, alive)
+        outlook = self._steerer.outlook(block, position, alive)
         guesses = drafter.guess(outlook, drafted)
         token_ids, logprobs = lanes.sampler.sample(outlook.steered, alive).as_lists()
         recorder = Recorder(lanes, outlook)
@@ -201,7 +202,7 @@ class Batch:
                 ended.add(place)
                 continue
             if logprob != logprob:  # not a number
-                raise self._steering.no_choice(row)
+                raise self._steerer.no_choice(row)
             drafter.observe(row, token_id, at, guesses)
             reason, text = row.push(token_id)
             step = recorder.step(at, row, token_id, logprob, reason, text)
@@ -211,9 +212,9 @@ class Batch:
         return events
 
     def _end(self, place: int) -> None:
-        """Note what a row leaves."""
+        """Take note of a row's counts and costs, and keep what the models have read of it."""
         row = self._lanes.rows[place]
-        self._usages[row.index] = self._steering.usage(place)
+        self._usages[row.index] = self._steerer.usage(place)
         self.draft_counts[row.index] = DraftCount(row.num_drafted, row.num_accepted)
         self._drafter.end(row)
         # A row that was cancelled before its first token has nothing pending.
@@ -230,12 +231,12 @@ class Batch:
         return all(group.backend.capabilities.can_merge for group in self._lanes.groups)
 
     def join(self, other: Batch) -> int:
-        """Take over the rows of another batch of the same ensemble, which must not be used after.
+        """Take over the rows of another batch of the same ensemble, which must not be used any more.
 
         What they generate stays the same. Both batches must have taken a step, and `can_join`.
 
         Returns:
-            What is added to the numbers that the other's rows had.
+            What is added to the numbers of the other's rows.
         """
         assert self._lanes.ensemble is other._lanes.ensemble and self.can_join and other.can_join
         assert self._first is None and other._first is None
@@ -246,7 +247,7 @@ class Batch:
         return offset
 
     def drop_cancelled(self) -> list[Event]:
-        """End the rows that were cancelled, as the next step would."""
+        """End the rows that were cancelled, as the next step would do."""
         events, live = [], []
         for place, row in enumerate(self._lanes.rows):
             if row.job.cancelled is not None and row.job.cancelled():
@@ -265,10 +266,10 @@ class Batch:
         self._usages.pop(row, None)
 
     def usage(self, row: int) -> Usage | None:
-        """Return what a row's calls to a base behind an API have cost so far; None if the base runs here."""
+        """Return what a row's calls to an API have cost so far; None if the base runs here."""
         for place, live in enumerate(self._lanes.rows):
             if live.index == row:
-                return self._steering.usage(place)
+                return self._steerer.usage(place)
         return self._usages.get(row)
 
     def kept(self) -> Kept | None:
@@ -279,16 +280,16 @@ class Batch:
         return self._lanes.kept(row, self._lanes.groups)
 
     def first_logits(self, token_ids: Sequence[int]) -> tuple[Tensor, bool]:
-        """Return the steered logits of certain tokens as the only row's first, and if the best is certain.
+        """Return the steered logits of some tokens as the only row's first token, and if the best is certain.
 
-        Call it before `step`. A partial base is asked about those it did not show; what stays unknown is
-        -inf.
+        Call it before `step`. A partial base is asked about tokens that it did not show; logits that stay
+        unknown are -inf.
 
         Args:
-            token_ids: Of the base's vocabulary.
+            token_ids: The tokens, in the base's vocabulary.
 
         Returns:
-            `[num token_ids]` float32, and whether no unknown one of them can be higher than the highest.
+            `[num token_ids]` float32, and whether no unknown one of them can exceed the highest known one.
         """
         assert self._first is not None and self.num_rows == 1
-        return self._steering.first_logits(self._first, token_ids)
+        return self._steerer.first_logits(self._first, token_ids)

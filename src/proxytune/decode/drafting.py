@@ -8,6 +8,7 @@ fixed length; drafts that last as long as they pay; and drafts that save calls t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from proxytune.backends.base import NO_TOKEN, PartialBackend
 from proxytune.decode.ensemble import members_of
 from proxytune.decode.lanes import Block, LaneGroup, LaneRef, Lanes, Row
 from proxytune.decode.lookup import PromptLookup
+from proxytune.decode.outlook import Outlook
 from proxytune.decode.reading import Reader, TimedReader
 from proxytune.decode.speculative import (
     RATE_MEMORY,
@@ -29,7 +31,6 @@ from proxytune.decode.speculative import (
     is_time_to_look,
     is_worth_drafting,
 )
-from proxytune.decode.steering import Outlook
 
 AHEAD_TOKENS = 16
 """How many tokens of a partial base's known continuation the small models read at once, at most."""
@@ -66,8 +67,23 @@ class Guesses(NamedTuple):
 NO_GUESSES = Guesses((), {})
 
 
+@dataclass(slots=True)
+class _Ahead:
+    """A draft on its way."""
+
+    plan: Plan
+    guesser: Guesser
+    chances: list[float]
+    """By row, that the draft is right so far."""
+    length: int = 0
+
+
 class Drafter:
     """Never drafts: plain decoding."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        """Runs the models."""
 
     def begin(self, row: Row) -> None:
         """Prepare a new row."""
@@ -108,8 +124,8 @@ class FixedDrafter(Drafter):
     """
 
     def __init__(self, lanes: Lanes, reader: Reader, speculator: Speculator) -> None:
+        super().__init__(reader)
         self._lanes = lanes
-        self._reader = reader
         self._speculator = speculator
         self._drafting = speculator.drafting
         self._is_learning = False
@@ -249,7 +265,7 @@ class FixedDrafter(Drafter):
             assert row.lookup is not None
             # A row without a match guesses its last token again, so that rows stay as long as each other.
             drafts.append(row.lookup.propose(length) or [row.new_ids[-1]] * length)
-        return list(self._reader.upload(drafts).t())
+        return list(self.reader.upload(drafts).t())
 
     def _run_ahead(self, block: Block, plan: Plan) -> None:
         """Let one group read token by token, and guess the next one after each."""
@@ -260,9 +276,9 @@ class FixedDrafter(Drafter):
         is_overwritten = group.backend.capabilities.reuses_logits
         steps = block.stepwise[group] = []
         token_ids = block.pending
-        chances = [0.0 if ref is None else 1.0 for ref in guesser.refs]
+        ahead = _Ahead(plan, guesser, [0.0 if ref is None else 1.0 for ref in guesser.refs])
         while True:
-            logits = self._reader.run(group, token_ids)
+            logits = self.reader.run(group, token_ids)
             if is_overwritten:
                 logits = logits.clone()  # needed until the whole draft is verified
             steps.append(logits)
@@ -272,49 +288,25 @@ class FixedDrafter(Drafter):
             if len(covered) < len(lanes.rows):
                 token_ids = torch.full_like(block.pending, NO_TOKEN)
                 token_ids[covered] = guessed
-            longer = self._chances_with(plan, guesser, chances, logits, guessed)
-            if not self._is_worth(plan, group, len(block.draft), chances, longer):
+            if not self._admits(ahead, logits, guessed):
                 block.unused = token_ids
                 return
-            chances = longer
             block.draft.append(token_ids)
-            if len(block.draft) >= plan.length:
-                return  # what follows the last guess is asked for only if that was right
-            another = self._chances_with(plan, guesser, chances)
-            if not self._is_worth(plan, group, len(block.draft), chances, another):
+            # What follows the last guess is asked for only if that was right.
+            if len(block.draft) >= plan.length or not self._goes_on(ahead):
                 return
 
-    def _chances_with(
-        self,
-        plan: Plan,
-        guesser: Guesser,
-        chances: list[float],
-        logits: Tensor | None = None,
-        guessed: Tensor | None = None,
-    ) -> list[float]:
-        """Return each row's chance that the draft is right, the next guess included."""
-        return chances
+    def _admits(self, ahead: _Ahead, logits: Tensor, guessed: Tensor) -> bool:
+        """Whether to draft guesses, `[covered rows]`, made from logits, `[covered rows, vocab]`."""
+        return True
 
-    def _is_worth(
-        self,
-        plan: Plan,
-        group: LaneGroup,
-        length: int,
-        chances: Sequence[float],
-        longer: Sequence[float],
-    ) -> bool:
-        """Whether to draft one token more than `length`: always, up to the planned length."""
+    def _goes_on(self, ahead: _Ahead) -> bool:
+        """Whether to run the drafting model for another guess."""
         return True
 
 
 class AdaptiveDrafter(FixedDrafter):
-    """Drafts as far as it pays, by measured costs and acceptance rates, down to not at all.
-
-    Args:
-        lanes: The rows.
-        reader: Runs the models, and knows what that costs.
-        speculator: What is allowed, and what earlier rows have taught.
-    """
+    """Drafts as far as it pays, by measured costs and acceptance rates, down to not at all."""
 
     def __init__(self, lanes: Lanes, reader: TimedReader, speculator: Speculator) -> None:
         super().__init__(lanes, reader, speculator)
@@ -341,7 +333,7 @@ class AdaptiveDrafter(FixedDrafter):
             for source in ("expert", "base")
             if self._drafting.allows(source) and self._guesser(source) is not None
         ]
-        rates = {source: [row.rates[source].value for row in rows] for source in able}
+        rates = {source: self._rates(source) for source in able}
         has_match = [row.lookup is not None and bool(row.lookup.propose(1)) for row in rows]
         if self._drafting.allows("lookup") and any(has_match):
             rates["lookup"] = [
@@ -370,28 +362,29 @@ class AdaptiveDrafter(FixedDrafter):
             total += seconds * (length + whole_chance) if is_drafting else seconds
         return total
 
-    def _chances_with(
-        self,
-        plan: Plan,
-        guesser: Guesser,
-        chances: list[float],
-        logits: Tensor | None = None,
-        guessed: Tensor | None = None,
-    ) -> list[float]:
-        """Return each row's chance that the draft is right, the next guess included.
+    def _admits(self, ahead: _Ahead, logits: Tensor, guessed: Tensor) -> bool:
+        assert ahead.plan.source is not None
+        chosen = logits.gather(1, guessed[:, None])[:, 0]
+        probs: list[float] = (chosen - logits.logsumexp(-1)).float().exp().tolist()
+        mean = max(self._mean_confidence(ahead.plan.source, probs), 1e-3)
+        rates = self._rates(ahead.plan.source)
+        chances = [0.0] * len(rates)
+        for place, prob in zip(ahead.guesser.covered, probs, strict=True):
+            # The rate is right on average; guesses that the model is surer of are right more often.
+            chances[place] = ahead.chances[place] * min(1.0, rates[place] * prob / mean)
+        if not self._is_worth(ahead, chances):
+            return False
+        ahead.chances = chances
+        ahead.length += 1
+        return True
 
-        A source's rate is right on average. Once it has guessed, guesses that it is surer of than usual count
-        as right more often.
-        """
-        assert plan.source is not None
-        rates = [row.rates[plan.source].value for row in self._lanes.rows]
-        if logits is not None and guessed is not None:
-            chosen = logits.gather(1, guessed[:, None])[:, 0]
-            probs: list[float] = (chosen - logits.logsumexp(-1)).float().exp().tolist()
-            mean = max(self._mean_confidence(plan.source, probs), 1e-3)
-            for place, prob in zip(guesser.covered, probs, strict=True):
-                rates[place] = min(1.0, rates[place] * prob / mean)
-        return [chance * rate for chance, rate in zip(chances, rates, strict=True)]
+    def _goes_on(self, ahead: _Ahead) -> bool:
+        assert ahead.plan.source is not None
+        rates = self._rates(ahead.plan.source)
+        return self._is_worth(ahead, [c * r for c, r in zip(ahead.chances, rates, strict=True)])
+
+    def _rates(self, source: Source) -> list[float]:
+        return [row.rates[source].value for row in self._lanes.rows]
 
     def _mean_confidence(self, source: Source, probs: Sequence[float]) -> float:
         """Return the running mean of the probability that a source gives its guesses."""
@@ -400,29 +393,24 @@ class AdaptiveDrafter(FixedDrafter):
             self._confidences[source] = mean + (prob - mean) / RATE_MEMORY
         return self._confidences[source]
 
-    def _is_worth(
-        self,
-        plan: Plan,
-        group: LaneGroup,
-        length: int,
-        chances: Sequence[float],
-        longer: Sequence[float],
-    ) -> bool:
-        """Whether to draft one token more than `length`; see `is_worth_drafting`."""
-        clock, num_rows = self._clock, len(chances)
-        step = clock.forward_seconds(group, 1)
+    def _is_worth(self, ahead: _Ahead, chances: Sequence[float]) -> bool:
+        """Whether to draft one token more, with which the draft is right with these chances by row."""
+        clock, length, num_rows = self._clock, ahead.length, len(chances)
+        step = clock.forward_seconds(ahead.guesser.group, 1)
         if step is None:
             return False
         widening = clock.rest_seconds(length + 2) - clock.rest_seconds(length + 1)
-        for other in self._lanes.groups:
-            if other is not group:
-                now, then = (clock.forward_seconds(other, length + n) for n in (1, 2))
+        for group in self._lanes.groups:
+            if group is not ahead.guesser.group:
+                now, then = (clock.forward_seconds(group, length + n) for n in (1, 2))
                 widening += max(0.0, (then or 0.0) - (now or 0.0))
         # A forward of the drafting model is needed anyway if its guess proves right.
-        in_vain = 1 - sum(chances) / num_rows + sum(longer) / num_rows if length else max(longer)
+        in_vain = max(chances)
+        if length:
+            in_vain = 1 - sum(ahead.chances) / num_rows + sum(chances) / num_rows
         return is_worth_drafting(
-            longer,
-            seconds_per_token=plan.seconds_per_token,
+            chances,
+            seconds_per_token=ahead.plan.seconds_per_token,
             draft_seconds=step * in_vain,
             widening_seconds=widening,
         )
@@ -434,22 +422,10 @@ class CallDrafter(FixedDrafter):
     If the base's continuation is known from an earlier answer, it is drafted: that costs no call. Otherwise
     the next call returns either the base's own continuation, which serves for as long as steering agrees with
     it, or the base's logprobs along a draft of the expert: whichever was right more often lately.
-
-    Args:
-        lanes: The rows.
-        reader: Runs the models.
-        speculator: What is allowed, and what earlier rows have taught.
-        backend: The base.
     """
 
-    def __init__(
-        self,
-        lanes: Lanes,
-        reader: Reader,
-        speculator: Speculator,
-        backend: PartialBackend[Any],
-    ) -> None:
-        super().__init__(lanes, reader, speculator)
+    def __init__(self, lanes: Lanes, speculator: Speculator, backend: PartialBackend[Any]) -> None:
+        super().__init__(lanes, Reader(lanes), speculator)
         self._is_learning = self._drafting.is_adaptive
         self._backend = backend
 
@@ -473,7 +449,7 @@ class CallDrafter(FixedDrafter):
         if not longest:
             return []
         filled = [ids + [NO_TOKEN] * (longest - len(ids)) for ids in ahead]
-        return list(self._reader.upload(filled).t())
+        return list(self.reader.upload(filled).t())
 
     def _plan(self) -> Plan | None:
         length = self._longest(self._drafting.max_tokens)
@@ -489,26 +465,21 @@ class CallDrafter(FixedDrafter):
         return Plan("expert", length, 0.0)
 
 
-def drafting_of(lanes: Lanes, speculator: Speculator | None) -> tuple[Reader, Drafter]:
-    """Return what runs a batch's models and who drafts for it.
+def drafter_of(lanes: Lanes, speculator: Speculator | None) -> Drafter:
+    """Return who drafts for a batch.
 
     Args:
         lanes: The rows.
         speculator: What is allowed; None for plain decoding.
     """
-    if not all(group.backend.capabilities.can_rewind for group in lanes.groups):
-        # A wrong draft could not be taken back.
-        return Reader(lanes), Drafter()
     partial = lanes.base.backend.partial
+    if not all(group.backend.capabilities.can_rewind for group in lanes.groups):
+        return Drafter(Reader(lanes))  # A wrong draft could not be taken back.
     if partial is not None:
-        reader = Reader(lanes)
         # Plain decoding of a partial base also drafts, but only the base's known continuation.
-        allowed = speculator or Speculator(Drafting(max_tokens=0))
-        return reader, CallDrafter(lanes, reader, allowed, partial)
+        return CallDrafter(lanes, speculator or Speculator(Drafting(max_tokens=0)), partial)
     if speculator is None:
-        return Reader(lanes), Drafter()
+        return Drafter(Reader(lanes))
     if speculator.drafting.is_adaptive:
-        clock = TimedReader(lanes, speculator.costs)
-        return clock, AdaptiveDrafter(lanes, clock, speculator)
-    reader = Reader(lanes)
-    return reader, FixedDrafter(lanes, reader, speculator)
+        return AdaptiveDrafter(lanes, TimedReader(lanes, speculator.costs), speculator)
+    return FixedDrafter(lanes, Reader(lanes), speculator)

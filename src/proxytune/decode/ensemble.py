@@ -115,19 +115,16 @@ def check_job(ensemble: Ensemble, job: Job) -> None:
         PromptTooLong: Prompt and new tokens exceed a member's context.
         InvalidRequest: A token id is outside the vocabulary, or the base cannot honour an option.
     """
-    for stop_id in job.sampling.stop_token_ids:
-        if stop_id >= ensemble.vocabulary.width:
+    vocabulary, sampling = ensemble.vocabulary, job.sampling
+    for name, token_ids in (
+        ("stop_token_ids", sampling.stop_token_ids),
+        ("logit_bias", [token_id for token_id, _ in sampling.logit_bias]),
+        ("first_logit_bias", [token_id for token_id, _ in sampling.first_logit_bias]),
+    ):
+        if token_ids and max(token_ids) >= vocabulary.width:
             raise InvalidRequest(
-                f"stop_token_ids holds {stop_id}, but {ensemble.vocabulary.name} has only "
-                f"{ensemble.vocabulary.width} token ids"
+                f"{name} holds {max(token_ids)}, but {vocabulary.name} has only {vocabulary.width} token ids"
             )
-    for name in ("logit_bias", "first_logit_bias"):
-        for token_id, _ in getattr(job.sampling, name):
-            if token_id >= ensemble.vocabulary.width:
-                raise InvalidRequest(
-                    f"{name} holds {token_id}, but {ensemble.vocabulary.name} has only "
-                    f"{ensemble.vocabulary.width} token ids"
-                )
     is_partial = ensemble.members[0].backend.partial is not None
     if is_partial and job.sampling.repetition_penalty != 1.0:
         raise InvalidRequest(

@@ -111,7 +111,7 @@ class Row:
 
 @dataclass(slots=True)
 class Block:
-    """What the models say after each token of a block: the pending one, then the draft.
+    """What the models read at once and what they say after each token: the pending one, then the draft.
 
     Args:
         pending: Every row's pending token, `[rows]`; None after the prompts.
@@ -261,7 +261,7 @@ class Lanes:
     def contributions(
         self, logits: Mapping[LaneGroup, Tensor], places: Sequence[int]
     ) -> list[Contribution]:
-        """Return what steers the rows at `places`: the nth contribution is each row's nth pair."""
+        """Return what steers the rows at `places`; in each contribution, every row has a pair of its own."""
         is_all = len(places) == len(self.rows)
         return [
             Contribution(
@@ -326,8 +326,8 @@ class Lanes:
         """Keep the rows at the given places.
 
         Args:
-            places: Ascending.
-            block: What was read and not chosen from yet; it keeps these rows, too.
+            places: The places, ascending.
+            block: A block from which no token was chosen yet, if any; it keeps the same rows.
         """
         if len(places) == len(self.rows):
             return
@@ -351,8 +351,8 @@ class Lanes:
         """Take over another batch's rows, after the own ones; the other must not be used after.
 
         Args:
-            other: Of the same ensemble, on backends that can merge.
-            offset: Added to the other rows' numbers.
+            other: Lanes of the same ensemble, on backends that can merge.
+            offset: Added to the numbers of the other rows.
         """
         for row in other.rows:
             row.index += offset

@@ -9,11 +9,7 @@ from typing import Any, NamedTuple
 
 from proxytune.evaluate.plan import EvalOptions
 from proxytune.evaluate.predictors import Predictor
-from proxytune.tasks.statistics import (
-    Gap,
-    paired_p_value,
-    resampled_gap,
-)
+from proxytune.tasks.statistics import Gap, paired_p_value, resampled_gap
 from proxytune.tasks.task import Grade, Task
 
 

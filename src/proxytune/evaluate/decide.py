@@ -8,16 +8,8 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from proxytune.errors import (
-    BackendError,
-    InputFileError,
-)
-from proxytune.evaluate.judges import (
-    ChatJudge,
-    CodeRunner,
-    Judge,
-    ToxicityClassifier,
-)
+from proxytune.errors import BackendError, InputFileError
+from proxytune.evaluate.judges import ChatJudge, CodeRunner, Judge, ToxicityClassifier
 from proxytune.evaluate.plan import EvalOptions, Work
 from proxytune.evaluate.predictors import Predictor, file_name
 from proxytune.tasks.humaneval import CodeTask

@@ -3,96 +3,130 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from proxytune.data.lines import line_seed
-from proxytune.errors import (
-    InvalidRequest,
+from proxytune.errors import InvalidRequest
+from proxytune.request import SPECULATIVE, Alpha, SamplingParams
+from proxytune.settings import Option, check, declared, option
+from proxytune.tasks.task import Item, Rule, Task
+
+if TYPE_CHECKING:  # It brings the client of an API, which the command line's help does not need.
+    from proxytune.evaluate.judges import JudgeSettings
+
+
+DATA_DIR = Option(
+    "Directory with the benchmarks' files, a folder for each",
+    metavar="DIR",
+    none_means="from the Hugging Face Hub",
 )
-from proxytune.evaluate.judges import (
-    JudgeSettings,
+EXPERTS = Option(
+    "Steer with this expert; repeat to combine several",
+    flag="--expert",
+    metavar="NAME",
+    none_means="the recipe's",
 )
-from proxytune.request import SamplingParams, check_alpha
-from proxytune.tasks.registry import TASKS
-from proxytune.tasks.task import RULES, Item, Rule, Task
+RUN_CODE = Option(
+    "Run the programs that models write, each in a process with limited time, memory, files and network; "
+    "without it they stay unscored"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class EvalOptions:
-    """What is compared, and how.
+    """What is compared, and how; what each option does and may hold stands beside it.
 
     Args:
-        tasks: Names of benchmarks, or of tasks of lm-eval.
-        data_dir: Where their files are; None for the Hub.
-        limit: Most items of each; None for all.
-        alphas: Strengths of the steered base.
-        experts: Which experts steer; None for the recipe's default.
-        rule: By which the tables score; samples carry both scores.
-        tuned: A directly tuned model, by reference; None for none.
-        tuned_adapter: An adapter on the base, in its place; None for none.
-        tuned_prompt: The prompt format of the tuned model; None for the expert's.
-        nudge_below: The threshold of nudging (the policy `nudge` of `logits/policy.py`); None leaves it out.
-        batch_size: Answers generated together.
-        num_samples: Answers to each item of a benchmark that draws them; None for the published number.
-        max_new_tokens: Most tokens of an answer, where the published number is larger; None for that.
-        seed: Of drawn answers.
-        run_code: Run generated programs.
         judge: Whom to ask about open answers; None leaves them unscored.
-        toxicity_model: A classifier of toxic text; None leaves ToxiGen unscored.
-        dtype: Of the models, where it is not the recipe's.
-        device: Likewise.
-        speculative: Draft tokens.
+        dtype: The models' dtype, where it is not the recipe's.
+        device: The models' device, where it is not the recipe's.
 
     Raises:
         InvalidRequest: A value cannot be used, or two exclude each other.
     """
 
-    tasks: tuple[str, ...]
-    data_dir: Path | None = None
-    limit: int | None = None
-    alphas: tuple[float, ...] = (1.0,)
-    experts: tuple[str, ...] | None = None
-    rule: Rule = "paper"
-    tuned: str | None = None
-    tuned_adapter: str | None = None
-    tuned_prompt: str | None = None
-    nudge_below: float | None = None
-    batch_size: int = 8
-    num_samples: int | None = None
-    max_new_tokens: int | None = None
-    seed: int = 0
-    run_code: bool = False
+    tasks: tuple[str, ...] = field(
+        metadata=declared(
+            "Benchmarks: gsm8k, truthfulqa_mc, truthfulqa_open, toxigen, alpaca_eval, humaneval, ds1000, "
+            "triviaqa, realtimeqa; or any task of lm-eval",
+            separator=",",
+            metavar="A,B,...",
+        )
+    )
+    data_dir: Path | None = option(None, DATA_DIR)
+    limit: int | None = option(
+        None, "Maximum number of items of each benchmark", at_least=1, none_means="all"
+    )
+    alphas: tuple[Alpha, ...] = option(
+        (1.0,), "Strengths of the steered base", separator=",", metavar="A,B,..."
+    )
+    experts: tuple[str, ...] | None = option(None, EXPERTS)
+    rule: Rule = option(
+        "paper",
+        "Scoring rule: paper scores exactly as published, numeric by what is right; samples record both",
+        metavar="NAME",
+    )
+    tuned: str | None = option(
+        None, "Compare with this directly tuned model, and show the gap closed", metavar="MODEL"
+    )
+    tuned_adapter: str | None = option(
+        None, "Compare with this LoRA adapter on the base", metavar="ADAPTER"
+    )
+    tuned_prompt: str | None = option(
+        None,
+        "Prompt format of the tuned model: plain, chat, or a Jinja template",
+        metavar="FORMAT",
+        none_means="the expert's",
+    )
+    nudge_below: float | None = option(
+        None,
+        "Compare with nudging: the expert chooses the token wherever the base's most likely token has "
+        "less than this probability; its authors used 0.4",
+        above=0,
+        at_most=1,
+        metavar="P",
+    )
+    batch_size: int = option(8, "Number of answers that are generated together", at_least=1)
+    num_samples: int | None = option(
+        None,
+        "Number of answers to each item of a benchmark that samples several",
+        at_least=1,
+        none_means="as published",
+    )
+    max_new_tokens: int | None = option(
+        None,
+        "Cut answers here where the published limit is higher; the report says so",
+        at_least=1,
+        none_means="as published",
+    )
+    seed: int = option(0, "Random seed of sampled answers")
+    run_code: bool = option(False, RUN_CODE)
     judge: JudgeSettings | None = None
-    toxicity_model: str | None = None
+    toxicity_model: str | None = option(
+        None,
+        "Classifier of toxic text, such as tomh/toxigen_roberta; without it, ToxiGen stays unscored",
+        metavar="MODEL",
+    )
     dtype: str | None = None
     device: str | None = None
-    speculative: bool = False
+    speculative: bool = option(False, SPECULATIVE)
 
     def __post_init__(self) -> None:
+        check(self)
         if not self.tasks:
+            from proxytune.tasks.registry import TASKS
+
             raise InvalidRequest(f"no benchmark is named.\nhint: some of {', '.join(TASKS)}")
         if len(set(self.tasks)) < len(self.tasks):
             raise InvalidRequest("a benchmark is named twice.\nhint: name each once")
-        for name in ("limit", "batch_size", "num_samples", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidRequest(f"{name} is {value}, and must be at least 1")
-        for alpha in self.alphas:
-            check_alpha(alpha)
-        if self.rule not in RULES:
-            raise InvalidRequest(f"rule is {self.rule!r}, and must be one of {', '.join(RULES)}")
         if self.tuned is not None and self.tuned_adapter is not None:
             raise InvalidRequest(
                 "a tuned model and an adapter on the base are both given, and only one can be compared.\n"
                 "hint: leave one of them out"
             )
         if self.tuned_prompt is not None and self.tuned is None and self.tuned_adapter is None:
-            raise InvalidRequest("tuned_prompt is given and no tuned model.\nhint: leave it out")
-        if self.nudge_below is not None and not 0 < self.nudge_below <= 1:
-            raise InvalidRequest(
-                f"nudge_below is {self.nudge_below:g}, and must be a probability above 0"
-            )
+            raise InvalidRequest("tuned_prompt is given without a tuned model.\nhint: leave it out")
 
     @property
     def has_tuned(self) -> bool:
@@ -116,6 +150,8 @@ class Work:
         Raises:
             InputFileError: Its data is missing or malformed.
         """
+        from proxytune.tasks.registry import TASKS
+
         task = TASKS[name]
         items = task.items(options.data_dir)[: options.limit]
         sampling = task.sampling
@@ -126,6 +162,8 @@ class Work:
 
     def samples(self, seed: int) -> Iterator[tuple[Item, int, SamplingParams]]:
         """Yield every sample's item, number and settings; each sampled answer has a seed of its own."""
+        from proxytune.data.lines import line_seed
+
         number = 0
         for item in self.items:
             for which in range(self.num_samples):

@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from proxytune.errors import (
-    InvalidRequest,
-)
+from proxytune.errors import InvalidRequest
 from proxytune.evaluate.plan import EvalOptions
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
@@ -184,13 +182,13 @@ class Speaker:
             BackendError: A model failed.
         """
         if items[0].options:
-            return [self._choose(item) for item in items]
+            return [self._likeliest(item) for item in items]
         traces = self.model.generate_batch(
             requests, batch_size=len(requests), speculative=self._options.speculative
         )
         return [Output(t.text, t.num_new_tokens, t.finish_reason) for t in traces]
 
-    def _choose(self, item: Item) -> Output:
+    def _likeliest(self, item: Item) -> Output:
         options = item.options
         first = {tuple(continuation_ids(option, self.model.tokenizer)[:1]) for option in options}
         if len(first) < len(options):

@@ -28,21 +28,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from proxytune.data.lines import Line
 from proxytune.data.resumable import ResumableOutput
 from proxytune.errors import InvalidRequest, OutputFileError, install_command
-from proxytune.evaluate.compare import (
-    EvalReport,
-    Measured,
-    Result,
-    TaskReport,
-    compared,
-)
+from proxytune.evaluate.compare import EvalReport, Measured, Result, TaskReport, compared
 from proxytune.evaluate.decide import decide
-from proxytune.evaluate.harness import (
-    HarnessRun,
-    is_installed,
-    known_names,
-    run_task,
-    sample_line,
-)
+from proxytune.evaluate.harness import HarnessRun, is_installed, known_names, run_task, sample_line
 from proxytune.evaluate.plan import EvalOptions, Work
 from proxytune.evaluate.predictors import (
     LazyModel,
@@ -58,9 +46,7 @@ from proxytune.recipe.recipe import Recipe
 from proxytune.request import Request, SamplingParams
 from proxytune.tasks.registry import TASKS, find_task
 from proxytune.tasks.rows import Row
-from proxytune.tasks.statistics import (
-    mean_gap,
-)
+from proxytune.tasks.statistics import mean_gap
 from proxytune.tasks.task import RULES, Item, Rule, Task
 
 if TYPE_CHECKING:

@@ -29,6 +29,7 @@ from proxytune.decode.ensemble import Job
 from proxytune.decode.speculative import Drafting
 from proxytune.errors import InvalidRequest
 from proxytune.logits.steer import steer
+from proxytune.measure.score import by_backend, needed_members
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ModelSpec
@@ -372,15 +373,9 @@ def _wait() -> None:
 
 def _groups(model: ProxyTuned, jobs: Sequence[Job]) -> list[tuple[Any, list[int]]]:
     """Return the backends that the jobs need, each with its members; the base's comes first."""
-    needed = {0}
-    for which, pair in enumerate(model.ensemble.pairs):
-        if jobs[0].alphas[which]:
-            needed |= {pair.expert, pair.anti_expert}
-    groups: dict[int, tuple[Any, list[int]]] = {}
-    for index in sorted(needed):
-        backend = model.ensemble.members[index].backend
-        groups.setdefault(id(backend), (backend, []))[1].append(index)
-    return list(groups.values())
+    pairs = model.ensemble.pairs
+    used = (pair for pair, alpha in zip(pairs, jobs[0].alphas, strict=True) if alpha)
+    return by_backend(model.ensemble, needed_members(used))
 
 
 def _prefill(model: ProxyTuned, backend: Any, members: Sequence[int], jobs: Sequence[Job]) -> Any:

@@ -1,4 +1,4 @@
-"""An adapter."""
+"""A LoRA adapter as a GGUF file that llama.cpp applies to its model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from typing import TYPE_CHECKING
 
 from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
-from proxytune.errors import (
-    CorruptModel,
-    UnsafeModel,
-    UnsupportedModel,
-)
+from proxytune.errors import CorruptModel, UnsafeModel, UnsupportedModel
 from proxytune.export.layout import check_model, gguf_name, rotated_rows
 from proxytune.export.write import (
     ExportedFile,
@@ -33,10 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ADAPTER_DTYPES = ("F32", "F16")
-"""What an adapter's weights can be stored in."""
-
-
-# Adapters ------------------------------------------------------------------------------------------
+"""Dtypes that an adapter's weights can be stored in, by GGUF's names."""
 
 
 def export_adapter(
@@ -47,17 +40,17 @@ def export_adapter(
     dtype: str = "F16",
     overwrite: bool = False,
 ) -> ExportedFile:
-    """Write a LoRA adapter as the GGUF file that llama.cpp puts onto its model.
+    """Write a LoRA adapter as a GGUF file that llama.cpp applies to its model.
 
-    llama.cpp adds `alpha / rank * b @ a` to a weight, with one alpha for the file; where the adapter has
-    several, what they differ by is multiplied into `b`.
+    llama.cpp adds `alpha / rank * b @ a` to a weight, with one alpha per file. If the adapter has several
+    alphas, the ratio is multiplied into `b`.
 
     Args:
         adapter: As PEFT saves it.
         model: The small model that the adapter belongs to; its weights are not read.
-        output: The file, whose name ends in `.gguf`; its directory is made if it is not there.
+        output: Path of the file, ending in `.gguf`; its directory is made if needed.
         dtype: One of `ADAPTER_DTYPES`.
-        overwrite: Replace another file that is there.
+        overwrite: Whether to replace another file at `output`.
 
     Raises:
         UnsupportedModel: It changes more than linear layers, or the model cannot be written as GGUF.
@@ -73,7 +66,13 @@ def export_adapter(
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """One layer's adapter: `a` is `[rank, inputs]`, `b` is `[outputs, rank]`, both float32."""
+    """One layer's adapter, which adds `scale * b @ a` to its weight.
+
+    Args:
+        a: `[rank, inputs]`, float32.
+        b: `[outputs, rank]`, float32.
+        scale: No unit.
+    """
 
     a: Tensor
     b: Tensor
@@ -81,18 +80,18 @@ class Factors:
 
     @property
     def alpha(self) -> float:
-        """What llama.cpp has to divide by the rank to get the scale."""
+        """The number that llama.cpp divides by the rank to get the scale."""
         return self.scale * self.a.shape[0]
 
 
 def plan_adapter(adapter: AdapterFiles, model: Checkpoint, *, dtype: str) -> PlannedFile:
-    """Return the GGUF file of an adapter, planned but not written."""
+    """Plan the GGUF file of an adapter; see `export_adapter` for arguments and errors."""
     from gguf import GGMLQuantizationType, GGUFType
 
     check_dtype(dtype, ADAPTER_DTYPES, "an adapter")
     check_model(model, weights_are_read=False)
     factors = lora_factors(adapter, model)
-    # llama.cpp takes an alpha of 0 for "not said" and a scale of 1.
+    # llama.cpp reads an alpha of 0 as "not given", and uses a scale of 1.
     alphas = Counter(layer.alpha for layer in factors.values() if layer.alpha)
     alpha = alphas.most_common(1)[0][0] if alphas else 1.0
     kind = GGMLQuantizationType[dtype]
@@ -118,7 +117,7 @@ def _constant(values: Tensor) -> Callable[[], Tensor]:
     return lambda: values
 
 
-# What makes an adapter more than two factors for each of some layers, by its name in adapter_config.json.
+# Keys of adapter_config.json that make an adapter more than two factors for each of some layers.
 _BEYOND_LORA = (
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
     "modules_to_save", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora",
@@ -127,12 +126,13 @@ _BEYOND_LORA = (
 
 
 def lora_factors(adapter: AdapterFiles, model: Checkpoint) -> dict[str, Factors]:
-    """Return what an adapter adds to each layer, by module name in the Hugging Face layout.
+    """Read what an adapter adds to each layer, by module name in the Hugging Face layout.
 
     Raises:
-        UnsupportedModel: It changes more than linear layers.
+        UnsupportedModel: It changes more than linear layers, or a head that is the embedding too.
+        UnsafeModel: It has only pickled weights.
         AdapterMismatch: It belongs to another model.
-        CorruptModel: A factor is missing.
+        CorruptModel: A factor is missing, or the factors of a layer do not match.
     """
     import torch
     from peft.utils.other import get_pattern_key
@@ -156,7 +156,7 @@ def lora_factors(adapter: AdapterFiles, model: Checkpoint) -> dict[str, Factors]
             layers.setdefault(match["module"], {})[match["side"]] = name
     if beyond:
         raise UnsupportedModel(
-            f"the adapter {adapter.name} changes more than LoRA's two factors of linear layers: "
+            f"the adapter {adapter.name} is more than LoRA's two factors per linear layer: "
             f"{', '.join(beyond[:3])}.\n"
             "hint: merge it into its model with PEFT's merge_and_unload, and export that model"
         )
@@ -168,8 +168,8 @@ def lora_factors(adapter: AdapterFiles, model: Checkpoint) -> dict[str, Factors]
     adapter.check_fits(model)
     if "lm_head" in layers and model.config.tie_word_embeddings:
         raise UnsupportedModel(
-            f"the adapter {adapter.name} changes the output head of {model.name}, which is its embedding "
-            "too, and a GGUF file holds one of them.\nhint: tune an adapter without lm_head"
+            f"the adapter {adapter.name} changes the output head of {model.name}, which is its embedding, "
+            "too, and a GGUF file holds only one of them.\nhint: tune an adapter without lm_head"
         )
     path = adapter.path / "adapter_model.safetensors"
     try:
@@ -181,9 +181,7 @@ def lora_factors(adapter: AdapterFiles, model: Checkpoint) -> dict[str, Factors]
     factors: dict[str, Factors] = {}
     for module, names in layers.items():
         if len(names) != 2:
-            raise CorruptModel(
-                f"{path} has one of the two factors of {module}, and lacks the other"
-            )
+            raise CorruptModel(f"{path} has only one of the two factors of {module}")
         a, b = (weights[names[side]].to(torch.float32) for side in "AB")
         if a.shape[0] != b.shape[1]:
             raise CorruptModel(

@@ -1,4 +1,8 @@
-"""How the two layouts differ."""
+"""A Llama's weights in the Hugging Face layout and in GGUF: names, shapes, order of rows, what is refused.
+
+transformers rotates the first half of a head's rows against the second, llama.cpp each row against its
+neighbour. So the rows of queries and keys are interleaved in GGUF, in adapters too.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +11,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxytune.checkpoints.checkpoint import Checkpoint
-from proxytune.errors import (
-    CorruptModel,
-    UnsafeModel,
-    UnsupportedModel,
-)
+from proxytune.errors import CorruptModel, UnsafeModel, UnsupportedModel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CONVERTER = "convert_hf_to_gguf.py, which comes with llama.cpp, knows more kinds of model"
+"""The hint for a model that cannot be written here."""
 
 
 def check_model(model: Checkpoint, *, weights_are_read: bool = True) -> None:
-    """Check that llama.cpp computes this model as transformers does."""
+    """Check that llama.cpp computes the same as transformers for this model.
+
+    Args:
+        model: In the Hugging Face layout.
+        weights_are_read: Whether its weights are needed; for an adapter, its config is enough.
+
+    Raises:
+        UnsupportedModel: It is not a Llama, or a Llama that llama.cpp computes differently, or its weights
+            are not in their original precision.
+        UnsafeModel: It has only pickled weights.
+    """
     config = model.config
     if model.architecture != "LlamaForCausalLM" or config.model_type != "llama":
         raise UnsupportedModel(
@@ -30,7 +41,7 @@ def check_model(model: Checkpoint, *, weights_are_read: bool = True) -> None:
     if weights_are_read and model.kind == "gguf":
         raise UnsupportedModel(
             f"{model.name} is a GGUF file already.\n"
-            "hint: use it as it is; llama-quantize, which comes with llama.cpp, changes its type"
+            "hint: use it as it is; llama-quantize, which comes with llama.cpp, changes its dtype"
         )
     biased = [key for key in ("attention_bias", "mlp_bias") if getattr(config, key, False)]
     if biased:
@@ -51,7 +62,7 @@ def check_model(model: Checkpoint, *, weights_are_read: bool = True) -> None:
     packed = getattr(config, "quantization_config", None)
     if weights_are_read and packed is not None:
         raise UnsupportedModel(
-            f"{model.name} is stored quantised, and its weights as they were trained are needed.\n"
+            f"{model.name} is stored quantised, and export needs its original weights.\n"
             "hint: name the model it was made from, and choose a quantised dtype here"
         )
 
@@ -64,7 +75,7 @@ def head_size(config: Any) -> int:
 
 
 def weight_shapes(model: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Return the weights that the config asks for, by their names in the Hugging Face layout."""
+    """Return the shapes of the weights that the config asks for, by name in the Hugging Face layout."""
     config = model.config
     hidden, inner, head_dim = config.hidden_size, config.intermediate_size, head_size(config)
     queries = config.num_attention_heads * head_dim
@@ -94,23 +105,23 @@ def weight_places(model: Checkpoint) -> dict[str, Path]:
 
     Raises:
         CorruptModel: A weight is missing or has another shape.
-        UnsupportedModel: There are weights that a Llama does not have.
+        UnsupportedModel: A weight is quantised, or one that a Llama does not have.
     """
     shapes = weight_shapes(model)
     for name, shape in shapes.items():
         stored = model.tensors.get(name)
         if stored is None or stored.shape != shape:
-            there = "missing" if stored is None else f"of the shape {list(stored.shape)}"
+            actual = "is missing" if stored is None else f"has the shape {list(stored.shape)}"
             raise CorruptModel(
-                f"{model.name}: by its config {name} has the shape {list(shape)}, and it is {there}.\n"
+                f"{model.name}: by its config, {name} has the shape {list(shape)}, but it {actual}.\n"
                 "hint: save the model again with save_pretrained"
             )
         if not stored.dtype.startswith(("float", "bfloat")) or stored.dtype.startswith("float8"):
             raise UnsupportedModel(
                 f"{model.name}: {name} is stored in {stored.dtype}, and only weights in float16, bfloat16, "
-                "float32 or float64 are exported.\nhint: name the model it was made from"
+                "float32 or float64 can be exported.\nhint: name the model it was made from"
             )
-    # Old checkpoints store the frequencies of RoPE, and a tied head beside the embedding.
+    # Old checkpoints also store the frequencies of RoPE, and a tied head beside the embedding.
     extra = [
         name
         for name in model.tensors
@@ -125,7 +136,7 @@ def weight_places(model: Checkpoint) -> dict[str, Path]:
 
 
 def gguf_name(hf_name: str, model: Checkpoint) -> str:
-    """Return the name that a weight has in a GGUF file."""
+    """Return the GGUF name of a weight, given its name in the Hugging Face layout."""
     name: str | None = _tensor_names(model.config.num_hidden_layers).get_name(
         hf_name, try_suffixes=(".weight",)
     )
@@ -141,7 +152,13 @@ def _tensor_names(num_layers: int) -> Any:
 
 
 def rotated_rows(values: Tensor, hf_name: str, config: Any) -> Tensor:
-    """Return the rows of queries or keys in llama.cpp's order, others as they are."""
+    """Return the rows of a query or key projection in llama.cpp's order, and other weights unchanged.
+
+    Args:
+        values: `[rows, columns]`, a weight or an adapter's `b`; or a vector, which is never a projection.
+        hf_name: Its name in the Hugging Face layout, which says whether it is a projection.
+        config: The model's config.
+    """
     if ".self_attn.q_proj" in hf_name:
         num_heads = config.num_attention_heads
     elif ".self_attn.k_proj" in hf_name:

@@ -1,20 +1,7 @@
-"""Models, adapters and recipes as GGUF files, which llama.cpp runs: how they are laid out, what is refused.
+"""A Llama-shaped model with its tokenizer as one GGUF file, optionally with an adapter merged into it.
 
-A Llama-shaped model in the Hugging Face layout becomes one file of the architecture `llama`; a LoRA
-adapter becomes a file that llama.cpp puts onto it; a recipe becomes a directory with both and a recipe that
-names them.
-
-The two layouts differ in three points:
-
-- transformers rotates the first half of a head's rows against the second, llama.cpp each row against its
-  neighbour; so the rows of queries and keys are interleaved, in adapters too.
-- How text is cut into words before tokens are merged is a rule in `tokenizer.json`, and in GGUF the name of
-  a rule built into llama.cpp. The name is found by comparing rules; a rule without a name is refused.
-- Every row of the embedding has a token in GGUF; rows that no token has are called `[PAD7]`, by their id.
-
-What the format leaves open: vectors stay in float32. Rows that do not divide into a quantised type's blocks
-are stored in float16. At 4 bits, embedding and output head are stored in Q8_0, because every logit passes
-through them and they are what a small model is mostly made of.
+What the format leaves open: at 4 bits, embedding and output head are stored in Q8_0, because every logit
+passes through them and they are most of a small model. `write.py` has the rule for other tensors.
 """
 
 from __future__ import annotations
@@ -25,10 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
-from proxytune.errors import (
-    CorruptModel,
-    UnsupportedModel,
-)
+from proxytune.errors import CorruptModel, UnsupportedModel
 from proxytune.export.adapter import Factors, lora_factors
 from proxytune.export.layout import (
     CONVERTER,
@@ -56,9 +40,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# Models --------------------------------------------------------------------------------------------
-
-
 def export_model(
     model: Checkpoint,
     output: Path,
@@ -70,20 +51,20 @@ def export_model(
 ) -> ExportedFile:
     """Write a Llama-shaped model with its tokenizer as one GGUF file.
 
-    transformers' own GGUF reader gives the same weights back, and does not read how RoPE is scaled; llama.cpp
-    reads both.
+    llama.cpp reads the weights and how RoPE is scaled. transformers' own GGUF reader gives the same weights
+    back, but ignores how RoPE is scaled.
 
     Args:
         model: In the Hugging Face layout.
-        output: The file, whose name ends in `.gguf`; its directory is made if it is not there.
+        output: Path of the file, ending in `.gguf`; its directory is made if needed.
         dtype: One of `DTYPES`.
-        adapter: Merged into the weights.
-        pre: llama.cpp's name for the rule that cuts text into words (`tokenizer.ggml.pre`), taken as given;
-            None finds it.
-        overwrite: Replace another file that is there.
+        adapter: An adapter to merge into the weights; None for none.
+        pre: llama.cpp's name for the rule that cuts text into words (`tokenizer.ggml.pre`), used as given;
+            None to find it.
+        overwrite: Whether to replace another file at `output`.
 
     Raises:
-        UnsupportedModel: llama.cpp would compute or tokenise something else, or the file cannot say it.
+        UnsupportedModel: llama.cpp would compute or tokenise something else, or GGUF cannot express it.
         AdapterMismatch: The adapter belongs to another model.
         CorruptModel: Weights are missing, misshapen or not finite.
         InvalidRequest: The dtype is unknown, or the output is not called `.gguf`.
@@ -97,7 +78,7 @@ def export_model(
 def plan_model(
     model: Checkpoint, *, dtype: str, adapter: AdapterFiles | None = None, pre: str | None = None
 ) -> PlannedFile:
-    """Return the GGUF file of a model, planned but not written."""
+    """Plan the GGUF file of a model; see `export_model` for arguments and errors."""
     from gguf import GGMLQuantizationType
 
     check_dtype(dtype, DTYPES, "a model")
@@ -125,10 +106,7 @@ def plan_model(
         tensors.insert(
             0,
             PlannedTensor(
-                "rope_freqs.weight",
-                tuple(vector.shape),
-                GGMLQuantizationType.F32,
-                lambda: vector,
+                "rope_freqs.weight", tuple(vector.shape), GGMLQuantizationType.F32, lambda: vector
             ),
         )
 
@@ -142,7 +120,7 @@ def plan_model(
 def _fitting_kind(
     kind: GGMLQuantizationType, shape: tuple[int, ...]
 ) -> tuple[GGMLQuantizationType, bool]:
-    """Return what a tensor is stored in, and whether its rows were too short for the wanted type."""
+    """Return what a tensor is stored in, and whether its rows do not divide into the wanted kind's blocks."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if len(shape) == 1:
@@ -172,10 +150,10 @@ def _reader(
 
 
 def _rotary_factors(model: Checkpoint) -> Tensor | None:
-    """Return what llama.cpp divides each of RoPE's frequencies by, None where they are not scaled apart.
+    """Return what llama.cpp divides each of RoPE's frequencies by; None if all are scaled alike.
 
     Raises:
-        UnsupportedModel: RoPE is scaled in a way that is not known here.
+        UnsupportedModel: RoPE is scaled by an unknown rule.
     """
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -185,7 +163,7 @@ def _rotary_factors(model: Checkpoint) -> Tensor | None:
     rope_type = rope.get("rope_type", "default")
     if rope_type not in ("default", "linear", "llama3"):
         raise UnsupportedModel(
-            f"{model.name} scales RoPE by the rule {rope_type!r}, and default, linear and llama3 can be "
+            f"{model.name} scales RoPE by the rule {rope_type!r}, and only default, linear and llama3 can be "
             f"written.\nhint: {CONVERTER}"
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:

@@ -1,4 +1,4 @@
-"""A recipe."""
+"""A recipe whose small models become GGUF files, each written once however many experts share it."""
 
 from __future__ import annotations
 
@@ -9,22 +9,12 @@ from pathlib import Path
 from proxytune.checkpoints.adapter import find_adapter
 from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from proxytune.checkpoints.references import is_gguf
-from proxytune.errors import (
-    RecipeError,
-)
+from proxytune.errors import RecipeError
 from proxytune.export.adapter import plan_adapter
 from proxytune.export.model import plan_model
-from proxytune.export.write import (
-    ExportedFile,
-    PlannedFile,
-    check_output,
-    last_part,
-    write_file,
-)
+from proxytune.export.write import ExportedFile, PlannedFile, check_output, last_part, write_file
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, LlamaCppSettings, ModelSpec
-
-# Recipes -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +22,8 @@ class ExportedRecipe:
     """A recipe whose small models are GGUF files.
 
     Args:
-        directory: Where the recipe stands.
-        files: The small models and adapters below it.
+        directory: The recipe's directory.
+        files: The small models and adapters in it.
     """
 
     directory: Path
@@ -50,25 +40,25 @@ def export_recipe(
 ) -> ExportedRecipe:
     """Write every small model and adapter of a recipe as a GGUF file, and a recipe that names them.
 
-    Models stand in `models/`, adapters in `adapters/`; weights that several experts share are written once.
-    The base stays the file it is, and so do small models that are GGUF files already. How the models ran in
-    transformers (dtype, device, quantization) is left behind.
+    Models go to `models/`, adapters to `adapters/`; weights that several experts share are written once. The
+    base is not converted, and neither are small models that are GGUF files already. Settings for running
+    models in transformers (dtype, device, quantization) are left out of the new recipe.
 
     Args:
-        recipe: As `Recipe.read` gives it.
-        output: The new recipe's directory, made if it is not there.
-        dtype: One of `DTYPES`, for the models; adapters are in F32 beside F32, else in F16.
+        recipe: As `Recipe.read` returns it.
+        output: The new recipe's directory, made if needed.
+        dtype: One of `DTYPES`, for the models. Adapters are in F32 if that is F32, otherwise in F16.
         pre: As for `export_model`, for all small models.
-        overwrite: Replace another recipe, and other files, that are there.
+        overwrite: Whether to replace another recipe, and other files, in `output`.
 
     Raises:
         UserError: As for `export_model` and `export_adapter`, before anything is written.
-        RecipeError: Another recipe is there, or a model.
+        RecipeError: `output` holds another recipe, or a model.
     """
     target = Path(os.path.abspath(os.path.expanduser(output)))
     if target == Path(os.path.abspath(recipe.directory)):
         raise RecipeError(
-            f"{target} is the recipe that is to be exported.\nhint: name another directory"
+            f"{target} is the recipe that is to be exported.\nhint: choose another directory"
         )
     plans = _RecipePlans(recipe, target, dtype, pre)
     experts = tuple(
@@ -96,7 +86,7 @@ def export_recipe(
 
 
 def _in_llama_cpp(spec: ModelSpec, model: str, adapter: str | None) -> ModelSpec:
-    """Return a GGUF file's place in a recipe, without what the model's settings in transformers were."""
+    """Return the spec of a GGUF file, without the settings for running the model in transformers."""
     settings = spec.llama_cpp or LlamaCppSettings()
     return ModelSpec(model=model, adapter=adapter, prompt=spec.prompt, llama_cpp=settings)
 

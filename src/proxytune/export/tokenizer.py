@@ -1,4 +1,9 @@
-"""Its tokenizer."""
+"""A byte-level BPE tokenizer as the fields of a GGUF header.
+
+How text is cut into words before tokens are merged is a rule in `tokenizer.json`; in GGUF it is the name of a
+rule built into llama.cpp. The name is found by comparing rules, and a rule without a name is refused. Every
+row of the embedding has a token in GGUF; rows without a token are called `[PAD7]`, by their id.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from proxytune.checkpoints.checkpoint import Checkpoint
-from proxytune.errors import (
-    UnsupportedModel,
-)
+from proxytune.errors import UnsupportedModel
 from proxytune.export.layout import CONVERTER
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-# Where llama.cpp cuts text before it merges tokens, by its name for the rule. `words` is GPT-2's rule,
-# `bytes` spells bytes and cuts nothing; other rules are regular expressions.
+# The regular expressions of two rules, as llama.cpp has them.
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -27,11 +29,12 @@ _QWEN_2 = _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 @dataclass(frozen=True, slots=True)
 class _TextRule:
-    """How a tokenizer prepares text; llama.cpp's names stand for these.
+    """How a tokenizer cuts text before it merges tokens.
 
     Args:
-        steps: What cuts text, in order.
-        ignore_merges: Whether a word that is a token is taken whole, whatever the merges say.
+        steps: What cuts text, in order: `words` is GPT-2's rule, `digits` cuts off single digits, `split`
+            cuts by a regular expression, `bytes` spells bytes and cuts nothing.
+        ignore_merges: Whether a word that is a token is kept whole, whatever the merges say.
     """
 
     steps: tuple[tuple[str, ...], ...]
@@ -45,14 +48,23 @@ _PRE_TOKENIZERS = {
     _TextRule((("split", _LLAMA_3), ("bytes",))): "smaug-bpe",
     _TextRule((("split", _QWEN_2), ("bytes",))): "qwen2",
 }
-
-
-# The tokenizer -------------------------------------------------------------------------------------
+"""llama.cpp's names for rules (`tokenizer.ggml.pre`)."""
 
 
 @dataclass(frozen=True, slots=True)
-class _TokenizerFields:
-    """What a GGUF file says of a tokenizer."""
+class TokenizerFields:
+    """What a GGUF header says about a tokenizer.
+
+    Args:
+        pre: llama.cpp's name for the rule that cuts text into words.
+        tokens: The token of each id.
+        types: The `TokenType` of each id.
+        merges: Pairs to merge, in order, each as two tokens with a space between them.
+        special_ids: Ids of special tokens, by GGUF's names.
+        adds_bos: Whether the tokenizer puts its begin-of-sequence token before a text.
+        adds_eos: Whether it puts its end-of-sequence token after a text.
+        chat_template: One template, or several with names; None if there is none.
+    """
 
     pre: str
     tokens: list[str]
@@ -64,7 +76,8 @@ class _TokenizerFields:
     chat_template: str | list[dict[str, str]] | None
 
     def add_to(self, writer: GGUFWriter) -> None:
-        writer.add_tokenizer_model("gpt2")  # byte-level BPE, whatever rule cuts the text
+        """Add the fields to a header."""
+        writer.add_tokenizer_model("gpt2")  # byte-level BPE, with any rule for cutting text
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
         writer.add_token_types(self.types)
@@ -77,24 +90,32 @@ class _TokenizerFields:
             writer.add_chat_template(self.chat_template)
 
 
-def tokenizer_fields(model: Checkpoint, pre: str | None) -> _TokenizerFields:
-    """Return a tokenizer as the fields of a GGUF header."""
+def tokenizer_fields(model: Checkpoint, pre: str | None) -> TokenizerFields:
+    """Return a model's tokenizer as the fields of a GGUF header.
+
+    Args:
+        model: The model.
+        pre: llama.cpp's name for the rule that cuts text into words, used as given; None to find it.
+
+    Raises:
+        UnsupportedModel: llama.cpp would make other tokens of some texts, or the header cannot hold it.
+    """
     from gguf import TokenType
 
     tokenizer = model.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UnsupportedModel(
-            f"{model.name} has a tokenizer without tokenizer.json, whose rules are code.\nhint: {CONVERTER}"
+            f"{model.name} has a tokenizer without tokenizer.json: its rules are code.\nhint: {CONVERTER}"
         )
     rules: dict[str, Any] = json.loads(backend.to_str())
     bpe = rules["model"]
     kind = bpe.get("type")
     affixes = [k for k in ("continuing_subword_prefix", "end_of_word_suffix") if bpe.get(k)]
     if kind != "BPE" or bpe.get("byte_fallback") or affixes or not _is_byte_level(rules):
-        style = "in the manner of SentencePiece" if bpe.get("byte_fallback") else "not byte-level"
+        style = "as in SentencePiece" if bpe.get("byte_fallback") else "not byte-level"
         raise UnsupportedModel(
-            f"{model.name} has a tokenizer of the kind {kind}, {style}, and only byte-level BPE can be "
+            f"{model.name} has a tokenizer of the kind {kind} ({style}), and only byte-level BPE can be "
             f"written as GGUF here.\nhint: {CONVERTER}"
         )
     added = tokenizer.added_tokens_decoder
@@ -103,8 +124,8 @@ def tokenizer_fields(model: Checkpoint, pre: str | None) -> _TokenizerFields:
     beyond = sorted(token for token, token_id in vocabulary.items() if token_id >= model.width)
     if beyond:
         raise UnsupportedModel(
-            f"{model.name} has {len(beyond)} tokens beyond the {model.width} rows of its embedding, "
-            f"{beyond[0]!r} among them, and a GGUF file has one token for each row.\n"
+            f"{model.name} has {len(beyond)} tokens beyond the {model.width} rows of its embedding, such as "
+            f"{beyond[0]!r}, and a GGUF file has one token for each row.\n"
             "hint: call resize_token_embeddings(len(tokenizer)), and save the model again"
         )
     tokens = [f"[PAD{token_id}]" for token_id in range(model.width)]
@@ -118,7 +139,7 @@ def tokenizer_fields(model: Checkpoint, pre: str | None) -> _TokenizerFields:
         merge if isinstance(merge, str) else f"{merge[0]} {merge[1]}" for merge in bpe["merges"]
     ]
     adds_bos, adds_eos = _added_around(model)
-    return _TokenizerFields(
+    return TokenizerFields(
         pre,
         tokens,
         types,
@@ -145,7 +166,7 @@ def _is_byte_level(rules: Mapping[str, Any]) -> bool:
 
 
 def _step(step: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return a step in the words of `_PRE_TOKENIZERS`, or its JSON where they have none for it."""
+    """Return a step as `_TextRule` names it, or its JSON if that has no name for it."""
     kind = step.get("type")
     if kind == "ByteLevel" and not step.get("add_prefix_space"):
         return ("words",) if step.get("use_regex", True) else ("bytes",)
@@ -167,35 +188,35 @@ def _pre_tokenizer(name: str, rules: Mapping[str, Any], added: Any) -> str:
     """Return llama.cpp's name for how a tokenizer cuts text.
 
     Raises:
-        UnsupportedModel: It has none, so llama.cpp would make other tokens of some texts.
+        UnsupportedModel: There is none, so llama.cpp would make other tokens of some texts.
     """
     steps = tuple(_step(step) for step in _flat_steps(rules.get("pre_tokenizer")))
     rule = _TextRule(steps, bool(rules["model"].get("ignore_merges")))
     found = _PRE_TOKENIZERS.get(rule)
     normalizer = (rules.get("normalizer") or {}).get("type")
-    # Qwen composes characters (NFC) first. llama.cpp leaves that out for all Qwen models, and text is rarely
-    # written with loose accents.
+    # Qwen first composes characters (NFC). llama.cpp does not, for any Qwen model, and text is rarely written
+    # with separate accents.
     is_prepared = normalizer is not None and not (normalizer == "NFC" and found == "qwen2")
     stripping = [t.content for t in added if t.lstrip or t.rstrip or t.single_word]
     if found is not None and not is_prepared and not stripping:
         return found
     if found is None:
         shown = " + ".join(" ".join(step) for step in rule.steps) or "nothing"
-        more = ", words that are tokens taken whole" if rule.ignore_merges else ""
-        why = f"cuts text by a rule that has no name in llama.cpp as far as is known here ({shown}{more})"
+        more = ", keeping words that are tokens whole" if rule.ignore_merges else ""
+        why = f"cuts text by a rule without a known name in llama.cpp ({shown}{more})"
     elif stripping:
         why = f"swallows what is around the token {stripping[0]!r}"
     else:
         why = f"changes text before it cuts it ({normalizer})"
     raise UnsupportedModel(
         f"the tokenizer of {name} {why}, so llama.cpp would make other tokens of the same text.\n"
-        "hint: if llama.cpp knows its rule under a name, give that name with --pre; known here are "
+        "hint: if llama.cpp has a name for the rule, give it with --pre; the names known here are "
         f"{', '.join(sorted(_PRE_TOKENIZERS.values()))}"
     )
 
 
 def _added_around(model: Checkpoint) -> tuple[bool, bool]:
-    """Return whether the tokenizer puts its begin-of-sequence token before a text, and its end one after.
+    """Return whether the tokenizer adds a begin-of-sequence token before a text, and an end one after it.
 
     Raises:
         UnsupportedModel: It adds something else.
@@ -215,7 +236,7 @@ def _added_around(model: Checkpoint) -> tuple[bool, bool]:
 
 
 def _special_ids(model: Checkpoint) -> dict[str, int]:
-    """Return ids of special tokens by GGUF's names; what else ends a text is called eot, then eom."""
+    """Return ids of special tokens by GGUF's names; further tokens that end a text are `eot` and `eom`."""
     tokenizer = model.tokenizer
     ids = {
         "bos": tokenizer.bos_token_id,

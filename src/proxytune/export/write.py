@@ -1,4 +1,8 @@
-"""A planned file, written."""
+"""GGUF files: planned tensor by tensor, then written whole or not at all.
+
+What the format leaves open: vectors stay in float32, and rows that do not divide into a quantised dtype's
+blocks are stored in float16.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proxytune.errors import (
-    CorruptModel,
-    InvalidRequest,
-    OutputFileError,
-    UnsupportedModel,
-)
+from proxytune.errors import CorruptModel, InvalidRequest, OutputFileError, UnsupportedModel
 from proxytune.files import replacing
 
 if TYPE_CHECKING:
@@ -30,13 +29,13 @@ ARCHITECTURE = "llama"
 
 @dataclass(frozen=True, slots=True)
 class ExportedFile:
-    """A GGUF file that was written, or was there already with the same content.
+    """A GGUF file that was written, or that was there already with the same content.
 
     Args:
-        path: Where it stands.
+        path: Its path.
         num_bytes: Its size.
-        num_tensors: How many tensors it holds.
-        num_unquantized: How many of them are in float16 because their rows do not divide into blocks.
+        num_tensors: Number of tensors.
+        num_unquantized: Number of tensors in float16 because their rows do not divide into blocks.
     """
 
     path: Path
@@ -47,7 +46,14 @@ class ExportedFile:
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """One tensor of a file to write; `read` gives its values in float32 when their turn comes."""
+    """One tensor of a file to write.
+
+    Args:
+        name: Its GGUF name.
+        shape: Its shape, as in the Hugging Face layout.
+        kind: What it is stored in.
+        read: Returns its values in float32; called when its turn comes.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -57,7 +63,14 @@ class PlannedTensor:
 
 @dataclass(slots=True)
 class PlannedFile:
-    """A file that can be written: all that a user can get wrong has been checked."""
+    """A file that can be written: everything that a user can get wrong has been checked.
+
+    Args:
+        tensors: In the order of the file.
+        add_fields: Adds the fields of the header.
+        source: What errors call the model or adapter.
+        num_unquantized: See `ExportedFile`.
+    """
 
     tensors: list[PlannedTensor]
     add_fields: Callable[[GGUFWriter], None]
@@ -66,51 +79,63 @@ class PlannedFile:
 
 
 def check_dtype(dtype: str, known: Sequence[str], what: str) -> None:
-    """Refuse a dtype that is not known, naming those that are."""
+    """Refuse a dtype that is not one of `known`.
+
+    Raises:
+        InvalidRequest: It is not; the message lists those that are. `what` is what it was chosen for.
+    """
     if dtype not in known:
         raise InvalidRequest(
-            f"the dtype {dtype!r} cannot be written for {what}; known are {', '.join(known)}"
+            f"the dtype {dtype!r} cannot be written for {what}; choose from {', '.join(known)}"
         )
 
 
-# Files ---------------------------------------------------------------------------------------------
-
-
 def last_part(reference: str) -> str:
-    """Return the last part of a reference, with what a file's name should not hold left out."""
+    """Return the last part of a reference as the stem of a file name, with unsuitable characters replaced."""
     last = re.split(r"[/\\:]", reference.rstrip("/\\"))[-1]
     kept = re.sub(r"[^A-Za-z0-9._-]", "-", re.sub(r"\.gguf$", "", last, flags=re.IGNORECASE))
     return kept.lstrip("._-") or "model"
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuse an output that is no GGUF file's name, or that exists and may not be replaced."""
+    """Refuse an output that is not called `.gguf`, or that cannot be a file.
+
+    Raises:
+        InvalidRequest: Its name does not end in `.gguf`.
+        OutputFileError: It is a directory, or something else that is not a file.
+    """
     if output.suffix.lower() != ".gguf":
         raise InvalidRequest(
-            f"the output is called {output.name!r}, and a model's file must end in .gguf to be known as "
+            f"the output is called {output.name!r}, and a model's file must end in .gguf to be recognised as "
             f"one.\nhint: {output.name}.gguf"
         )
     if output.is_dir():
         raise OutputFileError(f"{output} is a directory, and a file is to be written.")
     if output.exists() and not overwrite and not output.is_file():
-        raise OutputFileError(f"{output} is no file.\nhint: name another place")
+        raise OutputFileError(f"{output} is not a file.\nhint: choose another path")
 
 
 def write_file(plan: PlannedFile, output: Path, *, overwrite: bool) -> ExportedFile:
-    """Write a planned file, whole or not at all."""
+    """Write a planned file, whole or not at all.
+
+    Raises:
+        OutputFileError: It cannot be written, or another file is there and `overwrite` is not set.
+        CorruptModel: A value is not finite.
+        UnsupportedModel: A value is too large for the dtype.
+    """
     with replacing(output) as part:
         _write_gguf(plan, part)
         if output.exists() and not overwrite and not filecmp.cmp(part, output, shallow=False):
             raise OutputFileError(
-                f"{output} is there with another content, which would be lost.\n"
-                "hint: name another place, or give --force to replace it"
+                f"{output} exists with other content, which would be lost.\n"
+                "hint: choose another path, or give --force to replace it"
             )
         num_bytes = part.stat().st_size
     return ExportedFile(output, num_bytes, len(plan.tensors), plan.num_unquantized)
 
 
 def _write_gguf(plan: PlannedFile, path: Path) -> None:
-    """Write a file tensor by tensor, so that one of them at a time is in memory."""
+    """Write a file tensor by tensor, so that only one of them is in memory at a time."""
     import numpy as np
     from gguf import GGML_QUANT_SIZES, GGUFWriter
 

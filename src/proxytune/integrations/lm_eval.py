@@ -3,12 +3,12 @@
     python -m proxytune.integrations.lm_eval run --model proxytune --model_args recipe=DIR,alpha=0.7 --tasks
     arc_easy
 
-is `lm_eval` with this model registered: the harness finds no models by itself that it does not bring. In
-Python, importing this module registers it.
+runs `lm_eval` with this model registered, because the harness itself only finds its own models. In Python,
+importing this module registers it.
 
-At alpha 0 everything is what the harness's own `hf` model gives for the base, as far as it prints digits. A
-context is shown to every model in its own prompt format; with `--apply_chat_template` messages stay
-messages until then. What is scored is always tokens of the base's vocabulary.
+At alpha 0 all results equal those of the harness's own `hf` model for the base, to the digits it prints. Each
+model reads a context in its own prompt format; with `--apply_chat_template` it is rendered only then. Scores
+are always of tokens of the base's vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from proxytune.data.lines import line_seed
 from proxytune.errors import InvalidRequest, missing_extra
 from proxytune.measure.likelihood import likelihoods
-from proxytune.measure.score import Passage, smallest_context
+from proxytune.measure.score import Passage, needed_members, smallest_context
 from proxytune.model import ProxyTuned
 from proxytune.request import Message, Prompt, Request, SamplingParams, Steering
 from proxytune.text.prompts import continuation_ids, render
@@ -33,13 +33,14 @@ except ImportError as error:
     raise missing_extra("lm-eval is not installed", "eval") from error
 
 CHAT_MARK = "\x02messages:"
-"""Begins a context that is a conversation as JSON: the harness hands contexts on as text."""
+"""Prefix of a context that is a conversation as JSON, because the harness passes contexts as text."""
 MAX_NEW_TOKENS = 256
-"""Where a task says nothing; the harness's own models take as many."""
+"""Maximum number of new tokens if a task gives none, as in the harness's own models."""
 DEFAULT_LENGTH = 2048
-"""Longest window where no model has a limit; likewise."""
+"""Maximum length if no model has a limit, as in the harness's own models."""
 HARNESS_DEVICE = "cuda:0"
-_ALIASES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""The device that the harness passes if the user names none, whether or not there is a GPU."""
+_LENGTH_OPTIONS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 @register_model("proxytune")
@@ -47,15 +48,15 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     """A steered base for lm-eval.
 
     Args:
-        recipe: A recipe's reference, or models that are loaded already.
+        recipe: A recipe's reference, or a loaded model.
         alpha: Strength of steering; None for the recipe's.
-        expert: Which expert steers, several joined with `+`; None for the recipe's.
-        batch_size: Rows side by side.
-        max_length: Longest prompt and continuation; None for the smallest context.
-        seed: Of drawn answers.
-        device: Runs every model there; None, and `cuda:0`, for the recipe's.
-        dtype: Runs every model in it; None for the recipe's.
-        speculative: Draft tokens when generating.
+        expert: The expert that steers, or several joined with `+`; None for the recipe's default.
+        batch_size: Number of rows per batch.
+        max_length: Maximum length of prompt and continuation, in tokens; None for the smallest context.
+        seed: Random seed of sampled answers.
+        device: Device of all models; None or `cuda:0` for the recipe's.
+        dtype: Dtype of all models; None for the recipe's.
+        speculative: Use speculative decoding when generating.
 
     Raises:
         InvalidRequest: A value cannot be used.
@@ -76,13 +77,12 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     ) -> None:
         super().__init__()
         if not recipe:
-            raise InvalidRequest("no recipe is named.\nhint: --model_args recipe=DIR")
+            raise InvalidRequest("no recipe was given.\nhint: --model_args recipe=DIR")
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise InvalidRequest(
-                f"batch_size is {batch_size!r}, and must be a whole number above 0; none is found out here.\n"
+                f"batch_size is {batch_size!r}, but must be a whole number above 0; auto is not supported.\n"
                 "hint: --batch_size 8"
             )
-        # The harness hands this on where no device was named, GPU or not; the recipe knows better.
         device = None if device == HARNESS_DEVICE else device
         names = tuple(expert.split("+")) if isinstance(expert, str) else expert
         if isinstance(recipe, ProxyTuned):
@@ -96,42 +96,41 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         strengths = self.model.recipe.strengths(self._steering)
         self._alphas = tuple(strengths.get(pair.name, 0.0) for pair in self.model.ensemble.pairs)
         self._max_length = max_length or self._smallest_context()
-        self._number = 0
+        self._num_requests = 0
 
     def _smallest_context(self) -> int:
         ensemble = self.model.ensemble
-        used = {0}
-        for pair, alpha in zip(ensemble.pairs, self._alphas, strict=True):
-            used |= {pair.expert, pair.anti_expert} if alpha else set()
+        steering = zip(ensemble.pairs, self._alphas, strict=True)
+        used = needed_members(pair for pair, alpha in steering if alpha)
         return smallest_context(ensemble.members[i] for i in used) or DEFAULT_LENGTH
 
     # What the harness asks about the model ---------------------------------------------------------------
 
     @property
     def max_length(self) -> int:
-        """Longest prompt and continuation together, in tokens."""
+        """Maximum length of prompt and continuation together, in tokens."""
         return self._max_length
 
     @property
     def max_gen_toks(self) -> int:
-        """New tokens where a task says nothing."""
+        """Maximum number of new tokens if a task gives none."""
         return MAX_NEW_TOKENS
 
     @property
     def eot_token_id(self) -> int:
         """The token that ends a text."""
-        found = self.tokenizer.eos_token_id
-        return found if found is not None else self.model.ensemble.eos_token_ids[0]
+        eos = self.tokenizer.eos_token_id
+        return eos if eos is not None else self.model.ensemble.eos_token_ids[0]
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text that has nothing before it."""
+        """The token that stands before a text without context."""
         bos = self.tokenizer.bos_token
         return self.eot_token_id if bos is None else self.tokenizer.get_vocab()[bos]
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness calls the tokenizer."""
+        """The tokenizer's name in the harness's cache."""
         return self.model.ensemble.members[0].name.replace("/", "__")
 
     def tok_encode(
@@ -142,10 +141,10 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return list(self.tokenizer.encode(string, add_special_tokens=special))
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """Return what stands for the chat template in the harness's records: every model has its own."""
+        """Return what the harness records as the chat template: the prompt format of each model."""
         if isinstance(chat_template, str):
             raise InvalidRequest(
-                f"a chat template is named ({chat_template}), and each model of a recipe has its own.\n"
+                f"a chat template was given ({chat_template}), but each model of a recipe has its own.\n"
                 'hint: set "prompt" in the recipe'
             )
         return " | ".join(f.prompt_format for f in self.model.formats) if chat_template else ""
@@ -153,11 +152,11 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def apply_chat_template(
         self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Return a conversation as a context; each model renders it in its own format later."""
+        """Return a conversation as a context, which each model later renders in its own format."""
         if not add_generation_prompt:
             raise InvalidRequest(
-                "the task begins the assistant's answer itself (gen_prefix), and a recipe's formats cannot "
-                "go on with it.\nhint: leave --apply_chat_template out for this task"
+                "the task begins the assistant's answer itself (gen_prefix), but a recipe's prompt formats "
+                "cannot continue it.\nhint: leave --apply_chat_template out for this task"
             )
         return CHAT_MARK + json.dumps(list(chat_history), ensure_ascii=False)
 
@@ -166,14 +165,14 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Return the log-probability of each continuation, and whether it is the greedy one."""
+        """Return the log-probability of each continuation, and whether greedy decoding would give it."""
         arguments = [request.args for request in requests]
         return self._score([self._passage(*pair) for pair in arguments], arguments, disable_tqdm)
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Return the log-probability of each whole text, cut into windows as the harness cuts them."""
+        """Return the log-probability of each whole text, split into the harness's windows."""
         passages, owners = [], []
         for owner, request in enumerate(requests):
             windows = utils.get_rolling_token_windows(
@@ -196,7 +195,7 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """Return the same for token ids, which every model sees as they are."""
+        """Return the same as `loglikelihood` for token ids, which all models read as they are."""
         passages = [self._plain_passage(context, rest) for _, context, rest in requests]
         return self._score(passages, [None] * len(passages), True)
 
@@ -205,34 +204,31 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     ) -> list[tuple[float, bool]]:
         from tqdm import tqdm
 
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(passages)
+        scores: list[tuple[float, bool]] = [(0.0, True)] * len(passages)
         scored = likelihoods(
             self.model.ensemble, passages, self._alphas, batch_size=self.batch_size
         )
         for index, each in tqdm(
             scored, total=len(passages), disable=disable_tqdm, desc="Scoring continuations"
         ):
-            found[index] = (each.logprob, each.is_greedy)
+            scores[index] = (each.logprob, each.is_greedy)
             if keys[index] is not None:
-                self.cache_hook.add_partial("loglikelihood", keys[index], found[index])
-        return found
+                self.cache_hook.add_partial("loglikelihood", keys[index], scores[index])
+        return scores
 
     def _passage(self, context: str, continuation: str) -> Passage:
         prompt = self._prompt(context)
         formats = self.model.formats
         if isinstance(prompt, str) and not prompt:
-            # As the harness does: a start token before the text, unless the text brings it.
+            # As in the harness: a start token before the text, unless the text begins with it.
             ids = self.tok_encode(continuation, add_special_tokens=False)
             if ids[0] == self.prefix_token_id:
                 return self._plain_passage(ids[:1], ids[1:])
             return self._plain_passage([self.prefix_token_id], ids)
         if isinstance(prompt, str) and formats[0].prompt_format == "plain":
-            context_ids, continuation_token_ids = self._encode_pair(prompt, continuation)
+            context_ids, continued = self._encode_pair(prompt, continuation)
         else:
-            context_ids, continuation_token_ids = (
-                None,
-                continuation_ids(continuation, self.tokenizer),
-            )
+            context_ids, continued = None, continuation_ids(continuation, self.tokenizer)
         prompts = []
         for index, (member, each) in enumerate(
             zip(self.model.ensemble.members, formats, strict=True)
@@ -247,15 +243,15 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
                     name=member.name,
                 )
             prompts.append(ids)
-        return self._fitting(prompts, continuation_token_ids)
+        return self._truncated(prompts, continued)
 
     def _plain_passage(self, context: Sequence[int], continuation: Sequence[int]) -> Passage:
         members = self.model.ensemble.members
-        return self._fitting([m.own_ids(context, is_start=True) for m in members], continuation)
+        return self._truncated([m.own_ids(context, is_start=True) for m in members], continuation)
 
-    def _fitting(self, prompts: Sequence[Sequence[int]], continuation: Sequence[int]) -> Passage:
-        """Return a passage that fits: what is too long loses its beginning, as the harness cuts it."""
-        # The last token is predicted and not read, so one more has room.
+    def _truncated(self, prompts: Sequence[Sequence[int]], continuation: Sequence[int]) -> Passage:
+        """Return a passage of at most `max_length`; a longer one loses its beginning, as in the harness."""
+        # The last token is predicted but not read, so there is room for one more.
         kept = tuple(continuation)[-self.max_length :]
         room = self.max_length + 1 - len(kept)
         return Passage(tuple(tuple(prompt)[-max(1, room) :] for prompt in prompts), kept)
@@ -263,17 +259,17 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     # Generation ------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return an answer to each context, cut before the first of its stop strings."""
+        """Return an answer to each context, cut before the first stop string."""
         from tqdm import tqdm
 
-        asked = [self._request(*request.args) for request in requests]
-        order = sorted(range(len(asked)), key=lambda i: -len(str(requests[i].args[0])))
-        texts = [""] * len(asked)
-        with tqdm(total=len(asked), disable=disable_tqdm, desc="Generating") as bar:
+        wanted = [self._request(*request.args) for request in requests]
+        order = sorted(range(len(wanted)), key=lambda i: -len(str(requests[i].args[0])))
+        texts = [""] * len(wanted)
+        with tqdm(total=len(wanted), disable=disable_tqdm, desc="Generating") as bar:
             for start in range(0, len(order), self.batch_size):
                 block = order[start : start + self.batch_size]
                 traces = self.model.generate_batch(
-                    [asked[i] for i in block],
+                    [wanted[i] for i in block],
                     batch_size=len(block),
                     speculative=self._speculative,
                 )
@@ -287,28 +283,26 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         given = dict(settings)
         until = given.pop("until", None) or []
         until = [until] if isinstance(until, str) else list(until)
-        lengths = [given.pop(name) for name in _ALIASES if given.get(name) is not None]
+        lengths = [given.pop(name) for name in _LENGTH_OPTIONS if given.get(name) is not None]
         temperature = float(given.pop("temperature", 0.0) or 0.0)
-        is_drawn = given.pop("do_sample", None)
-        if is_drawn is None:
-            is_drawn = temperature > 0
-        temperature = (temperature or 1.0) if is_drawn else 0.0
+        is_sampled = given.pop("do_sample", None)
+        if is_sampled is None:
+            is_sampled = temperature > 0
+        temperature = (temperature or 1.0) if is_sampled else 0.0
         top_p, top_k = given.pop("top_p", None), given.pop("top_k", None)
-        others = {
-            key: value for key, value in given.items() if value is not None and key not in _ALIASES
-        }
+        others = [k for k, v in given.items() if v is not None and k not in _LENGTH_OPTIONS]
         if others:
             raise InvalidRequest(
-                f"the task asks for {', '.join(map(repr, others))} when generating, which is not done here.\n"
+                f"the task generates with {', '.join(map(repr, others))}, which proxytune does not support.\n"
                 "hint: change the task's generation_kwargs, or --gen_kwargs"
             )
-        self._number += 1
+        self._num_requests += 1
         sampling = SamplingParams(
             max_new_tokens=int(lengths[0]) if lengths else MAX_NEW_TOKENS,
             temperature=temperature,
-            top_p=float(top_p) if top_p is not None and is_drawn else 1.0,
-            top_k=int(top_k) if top_k is not None and is_drawn else 0,
-            seed=line_seed(self._seed, self._number) if is_drawn else None,
+            top_p=float(top_p) if top_p is not None and is_sampled else 1.0,
+            top_k=int(top_k) if top_k is not None and is_sampled else 0,
+            seed=line_seed(self._seed, self._num_requests) if is_sampled else None,
             stop=tuple(text for text in until if text),
         )
         prompt = self._prompt(context)

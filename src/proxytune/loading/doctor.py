@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from proxytune.backends.retokenised import token_map
 from proxytune.checkpoints.adapter import AdapterFiles
@@ -33,9 +33,6 @@ from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ModelSpec
 from proxytune.text.prompts import render
 from proxytune.text.vocab import align
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 SAMPLE_PROMPT = "What is steering?"
 """The prompt on which each prompt format is shown."""
@@ -188,83 +185,6 @@ class Diagnosis:
             "problems": [problem.to_dict() for problem in self.problems],
             "notes": list(self.notes),
         }
-
-    def render(self) -> RenderableType:
-        """Return tables and paragraphs for a terminal of 80 columns or more."""
-        from rich import box
-        from rich.console import Group
-        from rich.padding import Padding
-        from rich.table import Table
-        from rich.text import Text
-
-        def cell(*lines: str | None) -> Text:
-            return Text("\n".join(line for line in lines if line) or "?")
-
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), expand=False)
-        for heading, is_number in (
-            ("part", False), ("parameters", True), ("dtype", False), ("context", True),
-            ("prompt", False), ("vocabulary", False), ("memory", True),
-        ):  # fmt: skip
-            table.add_column(
-                heading,
-                justify="right" if is_number else "left",
-                overflow="fold",
-                no_wrap=heading in ("parameters", "context", "memory"),
-            )
-        for model in self.models:
-            adapter = model.num_adapter_parameters
-            is_stored = model.stored_dtype == model.running_dtype
-            table.add_row(
-                Text(model.part, style="bold"),
-                cell(_count(model.num_parameters), f"+ {_count(adapter)}" if adapter else None),
-                cell(model.stored_dtype, None if is_stored else f"runs {model.running_dtype}")
-                if model.stored_dtype
-                else cell(),
-                cell(f"{model.max_context:,}" if model.max_context else None),
-                cell(_format_name(model.prompt_format)),
-                cell(model.vocabulary, f"{model.num_tokens:,}" if model.num_tokens else None),
-                cell(
-                    "shared"
-                    if model.kind and model.shares and not model.weight_bytes
-                    else _bytes(model.weight_bytes)
-                ),
-            )
-        parts: list[RenderableType] = [table]
-
-        legend = Table.grid(padding=(0, 2, 0, 0))
-        legend.add_column(no_wrap=True)
-        legend.add_column(overflow="fold")
-        for model in self.models:
-            what = model.reference + (f" + {model.adapter}" if model.adapter else "")
-            kind = ", ".join(filter(None, (model.architecture, model.kind))) or "not usable"
-            if model.kind and model.shares:
-                kind += f", shares the weights of {model.shares}"
-            legend.add_row(Text(model.part), Text(f"{what} ({kind})"))
-            if model.prompt_sample is not None:
-                legend.add_row(Text(""), Text(f"sees {model.prompt_sample!r}"))
-            for line in _api_lines(model.api):
-                legend.add_row(Text(""), Text(line))
-            if model.num_padding:
-                legend.add_row(
-                    Text(""), Text(f"{model.num_padding:,} padding ids, which are never sampled")
-                )
-        parts.append(legend)
-
-        for device in self.devices:
-            free = "unknown" if device.free_bytes is None else _bytes(device.free_bytes)
-            line = (
-                f"{device.device} ({device.name}): {_bytes(device.weight_bytes)} of weights and "
-                f"{_bytes(device.cache_bytes)} per 1,000 tokens of each sequence; free: {free}"
-            )
-            parts.append(Padding(Text(line), (1, 0, 0, 0)))
-        parts += [Padding(Text(f"note: {note}"), (1, 0, 0, 0)) for note in self.notes]
-        for problem in self.problems:
-            line = f"{problem.where}: {type(problem.error).__name__}: {problem.error}"
-            parts.append(Padding(Text(line, style="red"), (1, 0, 0, 0)))
-        num = len(self.problems)
-        verdict = "No problems." if not num else f"{num} problem{'s' if num > 1 else ''}."
-        parts.append(Padding(Text(verdict, style="bold"), (1, 0, 0, 0)))
-        return Group(*parts)
 
 
 def examine(recipe: Recipe, *, ask_server: bool = False) -> Diagnosis:
@@ -576,9 +496,9 @@ class _Examination:
                 self._fail(
                     largest.part,
                     NotEnoughMemory(
-                        f"the weights on {device} need {_bytes(needed)}, and {_bytes(free_bytes)} are free "
-                        f"there; {largest.part} ({largest.reference}, {largest.running_dtype}) alone needs "
-                        f"{_bytes(largest.weight_bytes)}.\n"
+                        f"the weights on {device} need {bytes_text(needed)}, and "
+                        f"{bytes_text(free_bytes)} are free there; {largest.part} ({largest.reference}, "
+                        f"{largest.running_dtype}) alone needs {bytes_text(largest.weight_bytes)}.\n"
                         'hint: set its "dtype" to "bfloat16", quantize it, or name a smaller model'
                     ),
                 )
@@ -625,56 +545,11 @@ def _check_quantization(quantization: Mapping[str, Any]) -> None:
         )
 
 
-# Words ---------------------------------------------------------------------------------------------
-
-
-def _count(number: int | None) -> str | None:
-    """Return a number of parameters in three digits: 134.5 M."""
-    if number is None:
-        return None
-    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return str(number)
-
-
-def _bytes(number: int | None) -> str:
+def bytes_text(number: int | None) -> str:
+    """Return a number of bytes with one decimal: 1.2 GB; a question mark for None."""
     if number is None:
         return "?"
     for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if number >= size:
             return f"{number / size:.1f} {unit}"
     return f"{number} B"
-
-
-def _api_lines(traits: Mapping[str, Any] | None) -> list[str]:
-    """Return what a server shows and takes, in words."""
-    if traits is None:
-        return []
-    shown = f"{traits['top_logprobs']:,} logprobs at each position"
-    shown += "" if traits["is_limited"] else ", as many as were asked for"
-    named = "token ids" if traits["takes_token_ids"] else "text"
-    scoring = {
-        None: "does not score a given text",
-        "echo_shifted": "scores a given text (echo, one place late)",
-    }.get(traits["scoring"], f"scores a given text ({traits['scoring']})")
-    bias = {
-        None: "takes no logit_bias",
-        "hidden": "takes logit_bias, and shows logprobs without it",
-        "shown": "takes logit_bias, and shows logprobs with it",
-    }[traits["bias"]]
-    lines = [
-        f"serves {traits['served_model']} at {traits['endpoint']}: shows {shown}, takes {named}",
-        f"{scoring}; {bias}",
-    ]
-    if traits["continues"] is not None:
-        lines.append(
-            "continues an answer that was begun"
-            if traits["continues"]
-            else "does not continue an answer that was begun, so only its first token can be steered"
-        )
-    return lines
-
-
-def _format_name(prompt_format: str | None) -> str:
-    return prompt_format if prompt_format in ("plain", "chat") else "template"

@@ -185,6 +185,7 @@ def log_ratio(expert_logprobs: Tensor, anti_expert_logprobs: Tensor) -> Tensor:
 def entropy(logprobs: Tensor) -> Tensor:
     """Return the entropy of distributions over the last axis, nats."""
     probs = logprobs.exp()
+    # 0 log 0 is 0, but the product of 0 and -inf is not.
     return -(probs * logprobs.masked_fill(probs == 0, 0.0)).sum(-1)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from proxytune.logits.rules import entropy
 from proxytune.trace import View
 
 
@@ -21,12 +22,9 @@ def view(logits: Tensor, token_id: int, *, num_top: int) -> View:
     """
     logprobs = logits.float().log_softmax(-1)
     own = logprobs[token_id]
-    probs = logprobs.exp()
-    # 0 log 0 is 0, which the product of 0 and -inf is not.
-    entropy = -(probs * logprobs.masked_fill(probs == 0, 0.0)).sum()
     # Equal logits count in the order of their ids, as in the choice.
     rank = int((logprobs > own).sum()) + int((logprobs[:token_id] == own).sum()) + 1
-    return View(_finite(float(own)), rank, float(entropy), _top(logprobs, num_top))
+    return View(_finite(float(own)), rank, float(entropy(logprobs)), _top(logprobs, num_top))
 
 
 def partial_view(logprobs: Tensor, token_id: int, *, ceiling: float, num_top: int) -> View:

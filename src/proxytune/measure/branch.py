@@ -19,8 +19,7 @@ from torch import Tensor
 from proxytune.backends.base import Backend
 from proxytune.decode.ensemble import Ensemble, Job, check_job
 from proxytune.errors import InvalidRequest
-from proxytune.logits.rules import apply_policy
-from proxytune.logits.steer import Contribution
+from proxytune.measure.score import by_backend, needed_members, steered_rows
 from proxytune.request import SamplingParams
 from proxytune.text.detokenize import TextStream
 
@@ -133,17 +132,10 @@ class _Tree:
             _Branch(prompt, list(range(len(points))), self._stream(prompt))
             for prompt in range(len(prompts))
         ]
-        needed = sorted(
-            {0} | {m for pair in ensemble.pairs for m in (pair.expert, pair.anti_expert)}
-        )
-        self._readers: list[_Reader] = []
-        for member in needed:
-            backend = ensemble.members[member].backend
-            reader = next((r for r in self._readers if r.backend is backend), None)
-            if reader is None:
-                self._readers.append(_Reader(backend, [member]))
-            else:
-                reader.members.append(member)
+        self._readers = [
+            _Reader(backend, members)
+            for backend, members in by_backend(ensemble, needed_members(ensemble.pairs))
+        ]
         self._texts = [[""] * len(points) for _ in prompts]
         self._token_ids: list[list[tuple[int, ...]]] = [[()] * len(points) for _ in prompts]
         self._num_read = 0
@@ -219,22 +211,13 @@ class _Tree:
 
     def _best(self, logits: dict[int, Tensor], point: int, rows: Sequence[int]) -> list[int]:
         ensemble = self._ensemble
-        base = logits[0][list(rows)]
-        contributions = [
-            Contribution(
-                logits[pair.expert][list(rows)].to(base.device),
-                logits[pair.anti_expert][list(rows)].to(base.device),
-                alpha,
-            )
-            for pair, alpha in zip(ensemble.pairs, self._points[point], strict=True)
-        ]
-        padding_ids = ensemble.vocabulary.padding_ids.to(base.device)
+        device = logits[0].device
+        chosen = {member: part[list(rows)].to(device) for member, part in logits.items()}
         positions = torch.tensor(
-            [len(self._branches[row].token_ids) for row in rows], device=base.device
+            [len(self._branches[row].token_ids) for row in rows], device=device
         )
-        steered = apply_policy(
-            ensemble.policy, base, contributions, positions=positions, padding_ids=padding_ids
-        ).logits
+        steered = steered_rows(ensemble, chosen, self._points[point], positions=positions).logits
+        padding_ids = ensemble.vocabulary.padding_ids.to(device)
         if len(padding_ids):
             steered = steered.index_fill(-1, padding_ids, -torch.inf)
         best: list[int] = steered.argmax(-1).tolist()

@@ -1,4 +1,4 @@
-"""What the models make of given answers: token by token, or which of a few the steered base prefers."""
+"""Given answers: what the models give each of their tokens, and which of a few the steered base prefers."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from proxytune.trace import Trace, Usage
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which of a few answers a steered base prefers.
+    """The answer that a steered base prefers among a few.
 
     Args:
-        option: The likeliest.
-        index: Its place among the options.
-        probs: Probability of each option, in order; the sum is 1. 0 for one that the base did not show.
+        option: The likeliest option.
+        index: Its index among the options.
+        probs: Probability of each option, in order; the sum is 1. 0 for an option that the base did not
+            show.
         alphas: Strength of steering by expert.
-        is_certified: Whether the full logits are proved to prefer the same; None where all were seen.
-        usage: What calls to a base behind an API have cost.
+        is_certified: Whether the full logits provably prefer the same option; None if all of them were seen.
+        usage: The cost of calls to a base behind an API.
     """
 
     option: str
@@ -50,20 +51,20 @@ def first_tokens(options: Sequence[str], tokenizer: Tokenizer) -> list[int]:
     first = [ids[0] for ids in token_ids if ids]
     if len(options) < 2 or len(set(first)) < len(options):
         raise InvalidRequest(
-            f"the options {', '.join(map(repr, options))} are not two or more that begin with different "
-            "tokens.\nhint: let them begin with letters, and list in the prompt what these stand for"
+            f"the options {', '.join(map(repr, options))} must be at least two, and begin with different "
+            "tokens.\nhint: start each option with a letter, and explain the letters in the prompt"
         )
     return first
 
 
 def choose(ensemble: Ensemble, job: Job, options: Sequence[str], *, shows_all: bool) -> Choice:
-    """Return the option that the steered base prefers, by the first token of each.
+    """Return the option that the steered base prefers, judged by the first token of each.
 
     Args:
         ensemble: The models.
-        job: Prompt and strengths.
+        job: The prompt and the strengths.
         options: The answers, as they would follow the prompt.
-        shows_all: Whether the base shows all its logits, so that there is nothing to prove.
+        shows_all: Whether the base shows all its logits, so that nothing needs a proof.
 
     Raises:
         InvalidRequest: The options do not begin with different tokens.
@@ -73,8 +74,8 @@ def choose(ensemble: Ensemble, job: Job, options: Sequence[str], *, shows_all: b
     logits, is_certified = batch.first_logits(first_tokens(options, ensemble.tokenizer))
     if bool(torch.isneginf(logits).all()):
         raise BackendError(
-            "none of the options is among the tokens that the base shows, and it cannot be asked about "
-            "them.\nhint: a larger top_logprobs shows more; say in the prompt which answers are wanted"
+            "none of the options is among the tokens that the base shows, and it cannot be asked for "
+            "others.\nhint: raise top_logprobs, or name the possible answers in the prompt"
         )
     probs: list[float] = logits.softmax(-1).tolist()
     best = max(range(len(options)), key=probs.__getitem__)
@@ -85,13 +86,13 @@ def choose(ensemble: Ensemble, job: Job, options: Sequence[str], *, shows_all: b
 def trace_given(
     ensemble: Ensemble, job: Job, given: Sequence[int], sampling: SamplingParams | None
 ) -> Trace:
-    """Return what each model gives each token of a given continuation, and perhaps go on from there.
+    """Return what each model gives each token of a given continuation, and generate more if asked to.
 
     Args:
-        ensemble: The models; the base shows all its logits.
-        job: Prompt, strengths, and how much to record.
+        ensemble: The models. The base must show all its logits.
+        job: The prompt, the strengths, and how much to record.
         given: Token ids of the base's vocabulary that follow the prompt.
-        sampling: How to go on after them; None ends there.
+        sampling: How to continue after them; None ends there.
 
     Returns:
         A trace whose first `num_given` steps are the continuation's.
@@ -116,7 +117,7 @@ def trace_given(
         for _ in run(ensemble, [collector]):
             pass
         trace = collector.trace()
-        # A character that was given by half is completed by the text that follows.
+        # The generated text completes a character of which only a part was given.
         trace = replace(
             trace,
             text=content + trace.text,

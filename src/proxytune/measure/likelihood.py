@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 from proxytune.decode.ensemble import Ensemble
-from proxytune.logits.rules import apply_policy
-from proxytune.logits.steer import Contribution
-from proxytune.measure.score import Passage, passage_logits
+from proxytune.measure.score import (
+    Passage,
+    by_backend,
+    needed_members,
+    passage_logits,
+    steered_rows,
+)
 
 CHUNK_TOKENS = 256
 """Number of positions, over all rows, whose logits are in memory at once."""
@@ -54,8 +58,8 @@ def likelihoods(
         UnsupportedModel: The base is behind an API that does not score a given text.
         BackendError: A model failed.
     """
-    pairs = [(pair, alpha) for pair, alpha in zip(ensemble.pairs, alphas, strict=True) if alpha]
-    needed = sorted({0, *(i for pair, _ in pairs for i in (pair.expert, pair.anti_expert))})
+    used = [alpha or None for alpha in alphas]
+    needed = needed_members(pair for pair, alpha in zip(ensemble.pairs, used, strict=True) if alpha)
     order = sorted(
         range(len(passages)), key=lambda i: (-len(passages[i].token_ids), -_length(passages[i]))
     )
@@ -71,23 +75,12 @@ def likelihoods(
         )
         totals, greedy = [0.0] * len(rows), [True] * len(rows)
         for start, logits in source:
-            base = _rows(logits[0])
-            num_positions = base.shape[1]
-            padding_ids = ensemble.vocabulary.padding_ids.to(base.device)
-            steered = apply_policy(
-                ensemble.policy,
-                base.flatten(0, 1),
-                [
-                    Contribution(
-                        _rows(logits[pair.expert]).flatten(0, 1),
-                        _rows(logits[pair.anti_expert]).flatten(0, 1),
-                        alpha,
-                    )
-                    for pair, alpha in pairs
-                ],
-                positions=torch.arange(start, start + num_positions).repeat(len(rows)),
-                padding_ids=padding_ids,
-            ).logits.reshape(len(rows), num_positions, -1)
+            flat = {i: part.reshape(-1, part.shape[-1]) for i, part in logits.items()}
+            num_positions = len(flat[0]) // len(rows)
+            padding_ids = ensemble.vocabulary.padding_ids.to(flat[0].device)
+            positions = torch.arange(start, start + num_positions).repeat(len(rows))
+            steered = steered_rows(ensemble, flat, used, positions=positions).logits
+            steered = steered.reshape(len(rows), num_positions, -1)
             logprobs = steered.index_fill(-1, padding_ids, -torch.inf).log_softmax(-1)
             for row, passage in enumerate(rows):
                 targets = torch.tensor(
@@ -103,11 +96,6 @@ def likelihoods(
 
 def _length(passage: Passage) -> int:
     return len(passage.prompts[0])
-
-
-def _rows(logits: Tensor) -> Tensor:
-    """Return logits as `[rows, positions, vocab]`; a single passage's have no rows."""
-    return logits if logits.dim() == 3 else logits[None]
 
 
 def _batch(
@@ -140,19 +128,16 @@ def _batch_logits(
 
     Shorter rows are padded on the right with any token, which no earlier position sees.
     """
-    groups: dict[int, list[int]] = {}
-    for index in needed:
-        groups.setdefault(id(ensemble.members[index].backend), []).append(index)
-    states: dict[int, Any] = {}
+    groups = by_backend(ensemble, needed)
+    states: list[Any] = []
     pieces: dict[int, Tensor] = {}
-    for key, indices in groups.items():
-        members = [ensemble.members[index] for index in indices]
-        states[key], logits = members[0].backend.prefill(
+    for backend, indices in groups:
+        state, logits = backend.prefill(
             [row.prompts[index] for index in indices for row in rows],
-            adapters=[member.adapter for member in members for _ in rows],
+            adapters=[ensemble.members[index].adapter for index in indices for _ in rows],
         )
-        for place, index in enumerate(indices):
-            part = logits[place * len(rows) : (place + 1) * len(rows)]
+        states.append(state)
+        for index, part in zip(indices, logits.chunk(len(indices)), strict=True):
             pieces[index] = ensemble.members[index].alignment.logits_to_base(part)[:, None].float()
     yield 0, {i: piece.to(pieces[0].device) for i, piece in pieces.items()}
     longest = max(len(row.token_ids) for row in rows)
@@ -162,10 +147,9 @@ def _batch_logits(
     step = max(1, CHUNK_TOKENS // len(rows))
     for start in range(0, ids.shape[1], step):
         chunk = ids[:, start : start + step]
-        for key, indices in groups.items():
+        for (backend, indices), state in zip(groups, states, strict=True):
             tokens = torch.cat([ensemble.members[i].alignment.ids_to_small(chunk) for i in indices])
-            logits = ensemble.members[indices[0]].backend.extend(states[key], tokens)
-            for place, index in enumerate(indices):
-                part = logits[place * len(rows) : (place + 1) * len(rows)]
+            logits = backend.extend(state, tokens)
+            for index, part in zip(indices, logits.chunk(len(indices)), strict=True):
                 pieces[index] = ensemble.members[index].alignment.logits_to_base(part).float()
         yield start + 1, {i: piece.to(pieces[0].device) for i, piece in pieces.items()}

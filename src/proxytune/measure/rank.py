@@ -21,12 +21,7 @@ from numpy.typing import NDArray
 
 from proxytune.decode.ensemble import Ensemble
 from proxytune.errors import InvalidRequest
-from proxytune.measure.score import (
-    NUM_RESAMPLES,
-    Interval,
-    Passage,
-    passage_losses,
-)
+from proxytune.measure.score import NUM_RESAMPLES, Interval, Passage, passage_losses
 
 ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 """Strengths tried for each candidate."""

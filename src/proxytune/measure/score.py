@@ -13,7 +13,7 @@ pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,15 +22,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from proxytune.backends.base import PartialBackend
-from proxytune.decode.ensemble import Ensemble, Member
-from proxytune.errors import (
-    InvalidRequest,
-    PromptTooLong,
-    UnsupportedModel,
-)
+from proxytune.backends.base import Backend, PartialBackend
+from proxytune.decode.ensemble import Ensemble, Member, Pair
+from proxytune.errors import InvalidRequest, PromptTooLong, UnsupportedModel
 from proxytune.logits.certificate import spread_rest
-from proxytune.logits.rules import apply_policy, has_conflict
+from proxytune.logits.rules import Steered, apply_policy, has_conflict
 from proxytune.logits.steer import Contribution
 from proxytune.logits.views import kl_divergence, view
 from proxytune.machine import return_free_memory
@@ -419,7 +415,7 @@ def passage_losses(
     for alphas in strengths:
         for alpha in alphas:
             check_alpha(alpha)
-    needed = sorted({0} | {i for pair in ensemble.pairs for i in (pair.expert, pair.anti_expert)})
+    needed = needed_members(ensemble.pairs)
     for index in needed:
         member = ensemble.members[index]
         limit = member.backend.capabilities.max_context
@@ -438,32 +434,19 @@ def passage_losses(
     for passage in passages:
         ids = torch.tensor(passage.token_ids)
         for where, logits in passage_logits(ensemble, passage, needed):
-            base = logits[0]
-            targets = ids[where : where + base.shape[0]].to(base.device)
-            padding_ids = ensemble.vocabulary.padding_ids.to(base.device)
-            for first in range(0, len(targets), SLICE_TOKENS):
-                part = slice(first, first + SLICE_TOKENS)
+            num_positions, device = len(logits[0]), logits[0].device
+            padding_ids = ensemble.vocabulary.padding_ids.to(device)
+            for first in range(0, num_positions, SLICE_TOKENS):
+                rows = {i: part[first : first + SLICE_TOKENS] for i, part in logits.items()}
+                positions = torch.arange(where + first, where + first + len(rows[0]))
+                targets = ids[positions].to(device)
                 for column, side in enumerate(sides):
-                    collected[column].append(
-                        token_losses(logits[side][part].float(), targets[part], padding_ids)
-                    )
-                places = torch.arange(where + first, where + first + len(targets[part]))
+                    losses = token_losses(rows[side].float(), targets, padding_ids)
+                    collected[column].append(losses)
                 for column, alphas in enumerate(strengths, start=num_sides):
-                    parts = [
-                        Contribution(
-                            logits[pair.expert][part], logits[pair.anti_expert][part], alpha
-                        )
-                        for pair, alpha in zip(ensemble.pairs, alphas, strict=True)
-                    ]
-                    steered = apply_policy(
-                        ensemble.policy,
-                        base[part],
-                        parts,
-                        positions=places,
-                        padding_ids=padding_ids,
-                    ).logits
-                    collected[column].append(token_losses(steered, targets[part], padding_ids))
-            done += len(targets)
+                    steered = steered_rows(ensemble, rows, alphas, positions=positions).logits
+                    collected[column].append(token_losses(steered, targets, padding_ids))
+            done += num_positions
             if on_progress is not None:
                 on_progress(done, total)
         return_free_memory()
@@ -496,20 +479,10 @@ def explain_passage(
         for place in range(logits[0].shape[0]):
             index = first + place
             token_id = passage.token_ids[index]
-            rows = {member: part[place] for member, part in logits.items()}
-            parts = [
-                Contribution(rows[pair.expert][None], rows[pair.anti_expert][None], alpha)
-                for pair, alpha in used
-            ]
-            found = apply_policy(
-                ensemble.policy,
-                rows[0][None],
-                parts,
-                positions=torch.tensor([index]),
-                padding_ids=padding_ids,
-            )
+            batch = {member: part[place : place + 1] for member, part in logits.items()}
+            found = steered_rows(ensemble, batch, alphas, positions=torch.tensor([index]))
             steered = found.logits[0].index_fill(-1, padding_ids, -torch.inf)
-            rows = {m: row.index_fill(-1, padding_ids, -torch.inf) for m, row in rows.items()}
+            rows = {m: row[0].index_fill(-1, padding_ids, -torch.inf) for m, row in batch.items()}
             views = {
                 "base": view(rows[0], token_id, num_top=num_top),
                 "steered": view(steered, token_id, num_top=num_top),
@@ -522,7 +495,10 @@ def explain_passage(
             if not ensemble.policy.is_plain:
                 names = [pair.name for pair, _ in used]
                 weights = dict(zip(names, found.weights[:, 0].tolist(), strict=True))
-            disagree = bool(has_conflict(rows[0][None], parts)[0]) if len(used) > 1 else None
+            disagree = None
+            if len(used) > 1:
+                parts = contributions(ensemble, batch, alphas)
+                disagree = bool(has_conflict(rows[0][None], parts)[0])
             yield Step(
                 index,
                 token_id,
@@ -555,6 +531,54 @@ def _row(
     )
 
 
+def needed_members(pairs: Iterable[Pair]) -> list[int]:
+    """Return the members that pairs need: the base, and the pairs' experts and anti-experts."""
+    return sorted({0, *(member for pair in pairs for member in (pair.expert, pair.anti_expert))})
+
+
+def by_backend(ensemble: Ensemble, members: Iterable[int]) -> list[tuple[Backend[Any], list[int]]]:
+    """Return the backends of members, each with its members; these are rows of the same forwards."""
+    groups: dict[int, list[int]] = {}
+    for member in members:
+        groups.setdefault(id(ensemble.members[member].backend), []).append(member)
+    return [(ensemble.members[group[0]].backend, group) for group in groups.values()]
+
+
+def contributions(
+    ensemble: Ensemble, logits: Mapping[int, Tensor], alphas: Sequence[float | None]
+) -> list[Contribution]:
+    """Return what each pair contributes; a pair whose strength is None contributes nothing."""
+    return [
+        Contribution(logits[pair.expert], logits[pair.anti_expert], alpha)
+        for pair, alpha in zip(ensemble.pairs, alphas, strict=True)
+        if alpha is not None
+    ]
+
+
+def steered_rows(
+    ensemble: Ensemble,
+    logits: Mapping[int, Tensor],
+    alphas: Sequence[float | None],
+    *,
+    positions: Tensor,
+) -> Steered:
+    """Steer the base by the ensemble's policy.
+
+    Args:
+        ensemble: The models.
+        logits: Each needed member's logits, `[rows, vocab]`, on one device.
+        alphas: Strength of each of the ensemble's pairs; None leaves a pair out.
+        positions: `[rows]`, number of new tokens before each row's.
+    """
+    return apply_policy(
+        ensemble.policy,
+        logits[0],
+        contributions(ensemble, logits, alphas),
+        positions=positions,
+        padding_ids=ensemble.vocabulary.padding_ids.to(logits[0].device),
+    )
+
+
 def passage_logits(
     ensemble: Ensemble, passage: Passage, needed: Sequence[int]
 ) -> Iterator[tuple[int, dict[int, Tensor]]]:
@@ -571,13 +595,10 @@ def passage_logits(
     Raises:
         UnsupportedModel: The base is behind an API that does not score a given text.
     """
-    groups: dict[int, list[int]] = {}
-    for index in needed:
-        groups.setdefault(id(ensemble.members[index].backend), []).append(index)
-    states = {}
+    groups = by_backend(ensemble, needed)
+    states: list[Any] = []
     pieces: dict[int, Tensor] = {}
-    for key, indices in groups.items():
-        backend = ensemble.members[indices[0]].backend
+    for backend, indices in groups:
         prompts = [passage.prompts[i] for i in indices]
         if (partial := backend.partial) is not None:
             if not partial.can_score:
@@ -585,24 +606,24 @@ def passage_logits(
                     f"{ensemble.members[0].name} does not score a given text, and each of its tokens would "
                     "cost a call.\nhint: the servers of vLLM and llama-cpp-python score texts"
                 )
-            states[key], logits = partial.prefill(prompts, num_new_tokens=[1], is_scored=True)
-            logits = _with_first_token(partial, states[key], logits, passage.token_ids[0])
+            state, logits = partial.prefill(prompts, num_new_tokens=[1], is_scored=True)
+            logits = _with_first_token(partial, state, logits, passage.token_ids[0])
         else:
-            states[key], logits = backend.prefill(
+            state, logits = backend.prefill(
                 prompts, adapters=[ensemble.members[i].adapter for i in indices]
             )
+        states.append(state)
         for i, row in zip(indices, logits, strict=True):
-            pieces[i] = _whole(ensemble, i, states[key], row[None])
+            pieces[i] = _whole(ensemble, i, state, row[None])
     yield 0, {i: p.to(pieces[0].device) for i, p in pieces.items()}
     # The logits after the last token predict nothing, so it is not run.
     ids = torch.tensor(passage.token_ids[:-1], dtype=torch.long)
     for start in range(0, len(ids), CHUNK_TOKENS):
         chunk = ids[start : start + CHUNK_TOKENS]
-        for key, indices in groups.items():
-            backend = ensemble.members[indices[0]].backend
+        for (backend, indices), state in zip(groups, states, strict=True):
             rows = torch.stack([ensemble.members[i].alignment.ids_to_small(chunk) for i in indices])
-            for i, row in zip(indices, backend.extend(states[key], rows), strict=True):
-                pieces[i] = _whole(ensemble, i, states[key], row)
+            for i, row in zip(indices, backend.extend(state, rows), strict=True):
+                pieces[i] = _whole(ensemble, i, state, row)
         yield start + 1, {i: p.to(pieces[0].device) for i, p in pieces.items()}
 
 

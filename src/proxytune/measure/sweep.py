@@ -24,12 +24,7 @@ from proxytune.decode.ensemble import Ensemble
 from proxytune.errors import InvalidRequest
 from proxytune.measure.branch import branch
 from proxytune.measure.metrics import METRICS, Metric
-from proxytune.measure.score import (
-    NUM_RESAMPLES,
-    Interval,
-    Passage,
-    passage_losses,
-)
+from proxytune.measure.score import NUM_RESAMPLES, Interval, Passage, passage_losses
 from proxytune.request import SamplingParams, check_alpha
 
 MAX_POINTS = 1000

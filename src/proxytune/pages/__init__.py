@@ -1,1 +1,1 @@
-"""The playground and the steering report: each one HTML file, put together from the files of this folder."""
+"""The playground and the steering report: each is one HTML file, assembled from the files of this folder."""

@@ -1,7 +1,8 @@
-"""A page put together from its files, and the policy of what may run in it.
+"""A page assembled from its files, and the policy of what may run in it.
 
-A page is one HTML file with one style and one script. Here they are files of their own, some of them shared:
-`assemble` puts them in, and `page_policy` allows exactly what it put in, by hash, and nothing else.
+A page is served or written as one HTML file with one style and one script. In this folder, style and script
+have files of their own, some of which both pages share. `assemble` inserts them, and `page_policy` allows
+exactly what was inserted, by its hashes.
 """
 
 from __future__ import annotations
@@ -17,22 +18,18 @@ SCRIPTS = {
     "playground": ("tokens.js", "requests.js", "playground.js"),
     "report": ("tokens.js", "report.js"),
 }
-"""The files of a page's script, in order; they share one scope, which the browser's names are not in."""
+"""The files of a page's script, in order. They share one scope, apart from the browser's global names."""
 
 
 def assemble(name: str) -> str:
-    """Return a page, `playground` or `report`, with its style and its script in it."""
+    """Return a page, `playground` or `report`, with its style and script."""
+    script = "\n".join(_read(part) for part in SCRIPTS[name])
     parts = {
         "style": "\n" + "\n".join(_read(part) for part in STYLES[name]),
-        "script": f'\n"use strict";\n{{\n{script(name)}}}\n',
+        "script": f'\n"use strict";\n{{\n{script}}}\n',
     }
-    # One pass: what is put in is not looked at again.
+    # In one pass, so that the inserted text is not searched for marks.
     return re.sub("@(style|script)@", lambda mark: parts[mark[1]], _read(f"{name}.html"))
-
-
-def script(name: str) -> str:
-    """Return a page's script as its files hold it, one after the other."""
-    return "\n".join(_read(part) for part in SCRIPTS[name])
 
 
 def page_policy(page: str, *further: str) -> str:

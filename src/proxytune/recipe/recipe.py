@@ -16,12 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from proxytune.checkpoints.references import is_gguf
-from proxytune.errors import (
-    InvalidRequest,
-    RecipeError,
-    UnknownExpert,
-    did_you_mean,
-)
+from proxytune.errors import InvalidRequest, RecipeError, UnknownExpert, did_you_mean
 from proxytune.files import building, unwritable, write_whole
 from proxytune.logits.policy import COMBINATIONS, Policy
 from proxytune.recipe.card import model_card

@@ -9,10 +9,7 @@ from urllib.parse import urlsplit
 
 from proxytune.checkpoints.placement import DTYPES
 from proxytune.checkpoints.references import is_gguf, is_url
-from proxytune.errors import (
-    InvalidRequest,
-    RecipeError,
-)
+from proxytune.errors import InvalidRequest, RecipeError
 from proxytune.recipe.checks import (
     as_json,
     as_object,

@@ -40,13 +40,8 @@ from proxytune.model import ProxyTuned
 from proxytune.pages.policy import assemble, page_policy
 from proxytune.server.answer import Json, error_body
 from proxytune.server.schema import ChatRequest, CompletionRequest, Generation
-from proxytune.server.service import (
-    Answer,
-    ServerSettings,
-    Service,
-    TimeIsUp,
-    UnknownModel,
-)
+from proxytune.server.service import Answer, Service, TimeIsUp, UnknownModel
+from proxytune.server.settings import ServerSettings
 
 logger = logging.getLogger("proxytune.server")
 

@@ -22,7 +22,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from proxytune.server.answer import error_body
 from proxytune.server.engine import Engine
-from proxytune.server.service import ServerSettings
+from proxytune.server.settings import ServerSettings
 
 HEAD_TIMEOUT_S = 20.0
 """Time limit for the head of a request: from the connection or, on an open one, from its first bytes."""

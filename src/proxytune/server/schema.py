@@ -15,15 +15,17 @@ from pydantic import (
     Field,
     StrictBool,
     StringConstraints,
+    create_model,
     model_validator,
 )
 
-from proxytune.request import MAX_ALPHA, MAX_PENALTY
+from proxytune.request import FILTERS, MAX_ALPHA, MIN_TEMPERATURE, SamplingParams
+from proxytune.settings import options_of
 
 MAX_CHOICES = 8
-"""Most answers to one prompt, each of which takes a row."""
+"""Maximum number of answers to one prompt, each of which takes a row."""
 MAX_PROMPTS = 64
-"""Most prompts in one request."""
+"""Maximum number of prompts in one request."""
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 MAX_EXPLAIN_TOP = 20
@@ -42,12 +44,46 @@ def _check_text(text: str) -> str:
 Text = Annotated[str, AfterValidator(_check_text)]
 # Strict: "1" and true are no numbers, as in the API.
 Alpha = Annotated[float, Field(strict=True, ge=-MAX_ALPHA, le=MAX_ALPHA, allow_inf_nan=False)]
-Penalty = Annotated[float, Field(strict=True, ge=-2, le=2, allow_inf_nan=False)]
 Bias = Annotated[float, Field(strict=True, ge=-100, le=100, allow_inf_nan=False)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 TokenKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+SAMPLING = options_of(SamplingParams)
+"""The library's options, which are fields of requests too."""
+API_OPTIONS = frozenset(
+    {"max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "presence_penalty"}
+    | {
+        "frequency_penalty",
+        "logit_bias",
+        "first_logit_bias",
+        "seed",
+        "stop",
+        "stop_token_ids",
+        "logprobs",
+    }
+)
+"""Those whose name, limits or form in the API are others: `Generation` and the requests declare them."""
+
+
+def _option(name: str, **own: Any) -> Any:
+    """Return a field with an option's default, limits and help, but for what the API has of its own."""
+    declared = SAMPLING[name]
+    option = declared.option
+    limits = {"ge": option.at_least, "gt": option.above, "le": option.at_most, "lt": option.below}
+    given: dict[str, Any] = {
+        "default": declared.default,
+        "description": option.help,
+        **limits,
+        **own,
+    }
+    if declared.type is float:
+        given["allow_inf_nan"] = False
+    if declared.type in (int, float):
+        given["strict"] = True
+    return Field(
+        **{key: value for key, value in given.items() if value is not None or key == "default"}
+    )
 
 
 class _Fields(BaseModel):
@@ -55,7 +91,7 @@ class _Fields(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-class Steering(_Fields):
+class SteeringFields(_Fields):
     """How this request is steered.
 
     `expert` names one expert, `experts` several with their own strengths, which are summed. Without either
@@ -65,13 +101,17 @@ class Steering(_Fields):
     alpha: Alpha | None = Field(None, description="0 is the base alone, 1 the published method")
     expert: Name | None = None
     experts: dict[Name, Alpha] | None = Field(None, min_length=1, max_length=64)
-    explain: StrictBool = Field(False, description="Tell what each model gave each token")
+    explain: StrictBool = Field(False, description="Report what each model gave each token")
     explain_top: int = Field(
-        5, strict=True, ge=0, le=MAX_EXPLAIN_TOP, description="How many likeliest tokens of each"
+        5,
+        strict=True,
+        ge=0,
+        le=MAX_EXPLAIN_TOP,
+        description="Number of likeliest tokens to report of each model",
     )
 
     @model_validator(mode="after")
-    def _check(self) -> Steering:
+    def _check(self) -> SteeringFields:
         if self.experts is not None and (self.expert is not None or self.alpha is not None):
             raise ValueError(
                 "experts have strengths of their own, so neither expert nor alpha may be given beside them"
@@ -92,39 +132,55 @@ class TextFormat(_Fields):
     type: Literal["text"]
 
 
-class Generation(_Fields):
+def _extension(name: str) -> tuple[Any, Any]:
+    """Return the type and the field of an option that requests take under the library's own name."""
+    declared = SAMPLING[name]
+    kind: Any = {bool: StrictBool, int: int, float: float}[declared.type]
+    return (kind | None if declared.is_optional else kind), _option(name)
+
+
+_EXTENSIONS: dict[str, Any] = {
+    name: _extension(name) for name in SAMPLING if name not in API_OPTIONS
+}
+_Extensions: Any = create_model("_Extensions", __base__=_Fields, **_EXTENSIONS)
+
+
+class Generation(_Extensions):
     """What completions and chats have in common."""
 
     model: Name
     n: int = Field(1, strict=True, ge=1, le=MAX_CHOICES)
-    temperature: Annotated[float, Field(strict=True, ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
-    logit_bias: (
-        Annotated[
-            dict[TokenKey, Bias],
-            Field(max_length=MAX_BIASED_TOKENS),
-        ]
-        | None
-    ) = None
+    temperature: float | None = _option("temperature", default=None, ge=0, le=2)
+    top_p: float | None = _option("top_p", default=None)
+    presence_penalty: float | None = _option("presence_penalty", default=None, ge=-2, le=2)
+    frequency_penalty: float | None = _option("frequency_penalty", default=None, ge=-2, le=2)
+    seed: int | None = _option("seed", ge=-(2**63), le=None, lt=2**63)
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = _option(
+        "stop", default=None
+    )
+    logit_bias: dict[TokenKey, Bias] | None = _option(
+        "logit_bias", default=None, max_length=MAX_BIASED_TOKENS
+    )
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
     user: Annotated[str, StringConstraints(max_length=200)] | None = Field(
-        None, description="Requests of one user wait for each other, not for those of others"
+        None, description="Requests of one user wait for each other, not for those of other users"
     )
-    proxytune: Steering | None = None
+    proxytune: SteeringFields | None = None
     # Extensions that other servers have under the same names.
-    top_k: int = Field(0, strict=True, ge=-1, le=2**31, description="0 or -1 keeps all tokens")
-    min_p: float = Field(0.0, strict=True, ge=0, le=1, allow_inf_nan=False)
-    repetition_penalty: float = Field(
-        1.0, strict=True, ge=1 / MAX_PENALTY, le=MAX_PENALTY, allow_inf_nan=False
+    top_k: int = _option(
+        "top_k",
+        ge=-1,
+        le=2**31,
+        description="Sample from this many most likely tokens; 0 or -1 keeps all",
     )
-    min_tokens: int = Field(0, strict=True, ge=0, le=2**31)
-    stop_token_ids: list[TokenId] | None = Field(None, max_length=MAX_STOPS)
-    ignore_eos: StrictBool = False
+    min_tokens: int = _option("min_new_tokens", le=2**31)
+    stop_token_ids: list[TokenId] | None = _option(
+        "stop_token_ids", default=None, max_length=MAX_STOPS
+    )
+    first_logit_bias: dict[TokenKey, Bias] | None = _option(
+        "first_logit_bias", default=None, max_length=MAX_BIASED_TOKENS
+    )
 
     @model_validator(mode="after")
     def _check_stream(self) -> Generation:
@@ -133,14 +189,39 @@ class Generation(_Fields):
         return self
 
     @property
-    def steering(self) -> Steering:
+    def steering(self) -> SteeringFields:
         """How the request is steered, with defaults where it says nothing."""
-        return self.proxytune or Steering()
+        return self.proxytune or SteeringFields()
 
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def sampling(
+        self, max_new_tokens: int, *, stops: tuple[str, ...], logprobs: int | None
+    ) -> SamplingParams:
+        """Return the library's options for the API's fields; the defaults are the API's."""
+        values: dict[str, Any] = {}
+        for name, declared in SAMPLING.items():
+            value = getattr(self, name, None)
+            if isinstance(value, dict):  # Of "1" and "01", which are one token, the last counts.
+                value = {int(key): bias for key, bias in value.items()}
+            values[name] = declared.default if value is None else declared.from_json(value)
+        temperature = 1.0 if self.temperature is None else self.temperature
+        values |= {
+            "max_new_tokens": max_new_tokens,
+            "min_new_tokens": min(self.min_tokens, max_new_tokens),
+            "temperature": temperature,
+            "top_k": max(0, self.top_k),
+            "seed": None if self.seed is None else self.seed % 2**63,
+            "stop": stops,
+            "logprobs": logprobs,
+        }
+        if temperature < MIN_TEMPERATURE:
+            # Greedy: the API takes filters beside it, and they change nothing.
+            values |= {"temperature": 0.0} | {name: SAMPLING[name].default for name in FILTERS}
+        return SamplingParams(**values)
 
 
 class CompletionRequest(Generation):
@@ -155,8 +236,8 @@ class CompletionRequest(Generation):
             Field(min_length=1, max_length=MAX_PROMPTS),
         ]
     )
-    max_tokens: int | None = Field(16, strict=True, ge=1, le=2**31)
-    logprobs: int | None = Field(None, strict=True, ge=0, le=MAX_LOGPROBS)
+    max_tokens: int | None = _option("max_new_tokens", default=16, le=2**31)
+    logprobs: int | None = _option("logprobs", le=MAX_LOGPROBS)
     echo: StrictBool = Field(False, description="Begin the text with the prompt")
     best_of: int | None = Field(None, strict=True, ge=1, le=MAX_CHOICES)
     suffix: Literal[""] | None = Field(
@@ -207,10 +288,10 @@ class ChatRequest(Generation):
     """`POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
-    max_tokens: Annotated[int, Field(strict=True, ge=1, le=2**31)] | None = None
-    max_completion_tokens: Annotated[int, Field(strict=True, ge=1, le=2**31)] | None = None
+    max_tokens: int | None = _option("max_new_tokens", default=None, le=2**31)
+    max_completion_tokens: int | None = _option("max_new_tokens", default=None, le=2**31)
     logprobs: StrictBool | None = None
-    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: int | None = _option("logprobs", le=MAX_LOGPROBS)
     response_format: TextFormat | None = None
     # What clients send by habit, with the values that change nothing.
     tools: Annotated[list[Any], Field(max_length=0)] | None = None

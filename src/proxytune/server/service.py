@@ -18,10 +18,10 @@ from typing import Any
 
 from proxytune.decode.batch import Event
 from proxytune.decode.ensemble import Job
-from proxytune.decode.speculative import Drafting
 from proxytune.errors import InvalidRequest, PromptTooLong, ShuttingDown
+from proxytune.measure.score import smallest_context
 from proxytune.model import ProxyTuned
-from proxytune.request import MIN_TEMPERATURE, Request, SamplingParams, Steering
+from proxytune.request import Request, SamplingParams, Steering
 from proxytune.server.answer import (
     Json,
     Tokens,
@@ -39,6 +39,7 @@ from proxytune.server.schema import (
     CompletionRequest,
     Generation,
 )
+from proxytune.server.settings import ServerSettings
 from proxytune.text.prompts import PLAIN_USER_TURN
 from proxytune.text.vocab import token_bytes
 from proxytune.trace import Step
@@ -50,45 +51,6 @@ class UnknownModel(InvalidRequest):
 
 class TimeIsUp(Exception):
     """A text was not finished within the time limit of a request."""
-
-
-@dataclass(frozen=True, slots=True)
-class ServerSettings:
-    """What a server allows.
-
-    Args:
-        name: What clients call the recipe.
-        api_keys: One of them must come with a request to `/v1`; none asks for nothing.
-        hosts: Names under which it may be called, so that no web page on another name can; None for any.
-        cors_origins: Web pages of these origins may call it; `*` for all.
-        max_rows: Most texts at once.
-        max_waiting: Most texts that wait.
-        kept_tokens: How many tokens of ended texts the models remember; see `Engine`.
-        max_tokens: Most new tokens of a text.
-        max_prompt_tokens: Longest prompt, in the base's tokens; None for what the models hold.
-        max_body_bytes: Largest body of a request.
-        body_timeout_s: Longest time that a request may take to arrive.
-        send_timeout_s: Longest time that a client may take to read a piece of its stream.
-        request_timeout_s: Longest time from a request to the end of its text.
-        speculative: Draft tokens; see `ProxyTuned.generate`.
-        log_prompts: Write requests to the log with their prompts.
-    """
-
-    name: str
-    api_keys: tuple[str, ...] = ()
-    hosts: tuple[str, ...] | None = None
-    cors_origins: tuple[str, ...] = ()
-    max_rows: int = 8
-    max_waiting: int = 64
-    kept_tokens: int = 4096
-    max_tokens: int = 2048
-    max_prompt_tokens: int | None = None
-    max_body_bytes: int = 2 * 2**20
-    body_timeout_s: float = 20.0
-    send_timeout_s: float = 60.0
-    request_timeout_s: float = 600.0
-    speculative: bool | Drafting = False
-    log_prompts: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -195,8 +157,7 @@ class Service:
     def about(self) -> Json:
         """Return a description of the recipe and of what a request may ask for."""
         recipe = self.model.recipe
-        contexts = [m.backend.capabilities.max_context for m in self.model.ensemble.members]
-        context = min((limit for limit in contexts if limit is not None), default=None)
+        context = smallest_context(self.model.ensemble.members)
         longest = self.settings.max_prompt_tokens or (None if context is None else context - 1)
         base = recipe.base
         return {
@@ -330,8 +291,6 @@ class Service:
 
     def _sampling(self, wanted: Generation, max_new_tokens: int) -> SamplingParams:
         """Return the library's settings for the API's fields; its defaults are the API's."""
-        temperature = 1.0 if wanted.temperature is None else wanted.temperature
-        is_greedy = temperature < MIN_TEMPERATURE
         num_top: int | None
         stops = wanted.stops
         if isinstance(wanted, ChatRequest):
@@ -342,26 +301,7 @@ class Service:
         else:
             assert isinstance(wanted, CompletionRequest)
             num_top = wanted.logprobs
-        return SamplingParams(
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=min(wanted.min_tokens, max_new_tokens),
-            temperature=0.0 if is_greedy else temperature,
-            # At temperature 0 the API takes filters, and they change nothing.
-            top_k=0 if is_greedy else max(0, wanted.top_k),
-            top_p=1.0 if is_greedy or wanted.top_p is None else wanted.top_p,
-            min_p=0.0 if is_greedy else wanted.min_p,
-            repetition_penalty=wanted.repetition_penalty,
-            presence_penalty=wanted.presence_penalty or 0.0,
-            frequency_penalty=wanted.frequency_penalty or 0.0,
-            logit_bias=tuple(
-                {int(key): value for key, value in (wanted.logit_bias or {}).items()}.items()
-            ),
-            seed=None if wanted.seed is None else wanted.seed % 2**63,
-            stop=stops,
-            stop_token_ids=tuple(wanted.stop_token_ids or ()),
-            ignore_eos=wanted.ignore_eos,
-            logprobs=num_top or None,
-        )
+        return wanted.sampling(max_new_tokens, stops=stops, logprobs=num_top or None)
 
     def _room(self, job: Job) -> int:
         """Return how many new tokens fit after a prompt."""

@@ -95,7 +95,8 @@ def kernel_filter(machine: str, *, may_write: bool) -> bytes:
     lines += [(_JUMP_AT_LEAST, 0, 1, 0x40000000), refuse(errno.EPERM)]
     for numbers in (*_NEVER.values(), *(() if may_write else _WRITING.values())):
         when(numbers[column], refuse(errno.EPERM))
-    # A filter cannot inspect the arguments of these. Callers told that they do not exist use the older calls.
+    # A filter cannot inspect the arguments of these. They are reported as unknown, so that callers use the
+    # older calls.
     for numbers in (_CLONE3, _OPENAT2):
         when(numbers[column], refuse(errno.ENOSYS))
     when_flags(_CLONE[column], 0, _CLONE_THREAD, refused_if_set=False)

@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from proxytune.errors import InputFileError
 from proxytune.request import Message, SamplingParams
 from proxytune.tasks.rows import Row
-from proxytune.tasks.statistics import standard_error
-from proxytune.text.prompts import AskedPrompt
+
+if TYPE_CHECKING:
+    from proxytune.text.prompts import AskedPrompt
 
 Rule = Literal["paper", "numeric"]
 RULES: tuple[Rule, ...] = ("paper", "numeric")
@@ -212,6 +213,8 @@ class Task(ABC):
         Raises:
             InputFileError: A row is malformed, or an item has too many or too few rows.
         """
+        from proxytune.tasks.statistics import standard_error
+
         rows = self.spread(rows)
         by_item: dict[str, list[float | None]] = {}
         places: dict[str, list[int]] = {}
@@ -282,5 +285,7 @@ def asked(
         answer_start: The beginning of a chat model's answer, given with the prompt.
         system: The system message to chat models; None sends none.
     """
+    from proxytune.text.prompts import AskedPrompt
+
     messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     return AskedPrompt(text, [*messages, {"role": "user", "content": question}], answer_start)

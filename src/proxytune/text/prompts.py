@@ -21,10 +21,7 @@ from typing import Any, Literal, NoReturn, Protocol
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from proxytune.errors import (
-    InvalidRequest,
-    PromptFormatError,
-)
+from proxytune.errors import InvalidRequest, PromptFormatError
 from proxytune.request import Message, Prompt
 
 

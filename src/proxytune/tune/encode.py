@@ -14,19 +14,9 @@ from functools import cached_property
 from typing import Any
 
 from proxytune.data.rows import Rows, answers_of
-from proxytune.errors import (
-    InputFileError,
-    InvalidRequest,
-    PromptFormatError,
-)
+from proxytune.errors import InputFileError, InvalidRequest, PromptFormatError
 from proxytune.request import Message, Prompt
-from proxytune.text.prompts import (
-    Tokenizer,
-    check_syntax,
-    continuation_ids,
-    render,
-    render_text,
-)
+from proxytune.text.prompts import Tokenizer, check_syntax, continuation_ids, render, render_text
 
 IGNORED = -100
 """The label of a position that is not trained on."""

@@ -36,13 +36,7 @@ from proxytune.errors import OutputFileError, VocabularyMismatch
 from proxytune.files import unwritable, write_json
 from proxytune.text.vocab import Alignment
 from proxytune.tune.encode import IGNORED, Example
-from proxytune.tune.heads import (
-    FrozenHeads,
-    FrozenPart,
-    base_ids,
-    head_of,
-    run_body,
-)
+from proxytune.tune.heads import FrozenHeads, FrozenPart, base_ids, head_of, run_body
 
 FORMAT = 1
 """Version of the files. It counts up when they change, so that no version continues another's."""

@@ -45,13 +45,7 @@ from proxytune.measure.score import scoring_window
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.tune.encode import Encoded, encode, limited
-from proxytune.tune.settings import (
-    LOSS_LOG,
-    Display,
-    TuneResult,
-    TuneSettings,
-    expert_path,
-)
+from proxytune.tune.settings import LOSS_LOG, Display, TuneResult, TuneSettings, expert_path
 
 if TYPE_CHECKING:
     from proxytune.checkpoints.checkpoint import Checkpoint

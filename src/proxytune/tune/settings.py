@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from proxytune.errors import (
-    InvalidRequest,
-    ProxytuneError,
-)
+from proxytune.errors import InvalidRequest, ProxytuneError
+from proxytune.settings import check, declared, option
 
 LOSS_LOG = "log.jsonl"
 """The name of the file with a run's losses, in `TuneSettings.training`."""
@@ -42,130 +39,176 @@ def expert_path(settings: TuneSettings) -> str:
 Method = Literal["sft", "dpo", "cpt"]
 Form = Literal["steered", "paper"]
 
+_PROMPT = "Prompt format of the {}: plain, chat, or a Jinja template"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TuneSettings:
-    """What a run is asked for.
-
-    Args:
-        output: The recipe's directory.
-        data: Training rows: a file, a directory of `datasets`, or a Hub id.
-        anti_expert: The small model to start from; None tunes the base itself.
-        base: The large model that the expert shall steer; None writes a recipe of the small model alone.
-        method: `sft`, `dpo`, or `cpt` (through the frozen ensemble).
-        name: What requests call the expert; None takes the output directory's name.
-        valid_data: Validation rows; None takes `valid_share` of the training rows.
-        valid_share: In [0, 1); 0 trains without validation.
-        test_data: Rows that are measured once, at the strength chosen on the validation rows.
-        split: Of a data set that has several.
-        prompt: The expert's prompt format; None is `chat` for messages and `plain` for the rest.
-        base_prompt: The base's; None is the expert's.
-        full: Train all weights; otherwise a LoRA adapter.
-        lora_rank: Of the adapter.
-        lora_targets: Names of the linear layers that get an adapter; empty for all but the head.
-        lora_dropout: In training only.
-        learning_rate: At its peak; None takes `default_learning_rate`.
-        epochs: Passes over the rows.
-        max_tokens: Train on at most so many tokens, in rows drawn by the seed; None for all.
-        max_valid_tokens: Evaluate on at most so many tokens, drawn likewise.
-        max_steps: Optimizer steps; None for as many as the epochs have.
-        batch_size: Rows per forward.
-        accumulate: Forwards per optimizer step.
-        max_length: Tokens per row; longer rows are cut. None is 1024 or the context.
-        eval_every: Steps between evaluations and checkpoints; None is a tenth of the run, at most 100.
-        patience: Evaluations without a lower validation loss before training ends early; 0 never does.
-        beta: DPO's: how much leaving the untuned model costs.
-        alpha: The recipe's strength; None chooses it on the validation rows where there is a base. For
-            `cpt` also the strength that is trained at; None is 1.
-        cpt_form: `steered`: base + alpha * (expert - anti_expert); `paper`: expert + alpha * (base -
-            anti_expert). They are one at alpha 1.
-        offsets_dir: Where `cpt` keeps what it computes of the frozen models, to be used again by another run
-            on the same rows; None keeps it for this run only.
-        measure_tokens: Base, expert and steered base are measured on at most about so many tokens of the
-            validation rows, and of the test rows; 0 measures nothing and chooses no strength.
-        gradient_checkpointing: Less memory, more time.
-        seed: Of everything drawn.
-        device: As torch names it; None is CUDA where there is some.
-        dtype: `float32` or `bfloat16`; None is bfloat16 on an accelerator, float32 on the CPU.
+    """What a run is asked for; what each field does and may hold stands beside it.
 
     Raises:
         InvalidRequest: A setting cannot be used, or two contradict each other.
     """
 
-    output: str
-    data: str
-    anti_expert: str | None = None
-    base: str | None = None
-    method: Method = "sft"
-    name: str | None = None
-    valid_data: str | None = None
-    valid_share: float = 0.05
-    test_data: str | None = None
-    split: str = "train"
-    prompt: str | None = None
-    base_prompt: str | None = None
-    full: bool = False
-    lora_rank: int = 32
-    lora_targets: tuple[str, ...] = ()
-    lora_dropout: float = 0.05
-    learning_rate: float | None = None
-    epochs: float = 3.0
-    max_tokens: int | None = None
-    max_valid_tokens: int = 32_768
-    max_steps: int | None = None
-    batch_size: int = 8
-    accumulate: int = 1
-    max_length: int | None = None
-    eval_every: int | None = None
-    patience: int = 3
-    beta: float = 0.1
-    alpha: float | None = None
-    cpt_form: Form = "steered"
-    offsets_dir: str | None = None
-    measure_tokens: int = 15_000
-    gradient_checkpointing: bool = False
-    seed: int = 0
-    device: str | None = None
-    dtype: str | None = None
+    data: str = field(
+        metadata=declared(
+            "Training rows: JSON lines, JSON or text, also as .gz; a data set saved by `datasets`; "
+            "or a Hub id",
+            metavar="FILE",
+        )
+    )
+    output: str = field(metadata=declared("Directory to write the recipe to", metavar="DIR"))
+    anti_expert: str | None = option(
+        None, "The small model to start from; without it, the base itself is tuned", metavar="MODEL"
+    )
+    base: str | None = option(
+        None,
+        "The large model that the expert is to steer; without it, the recipe holds the small model alone",
+        metavar="MODEL",
+    )
+    method: Method = option(
+        "sft",
+        "sft trains the small model by itself, cpt through the frozen base and anti-expert, dpo on "
+        "preference pairs",
+        metavar="NAME",
+    )
+    name: str | None = option(
+        None,
+        "Name of the expert in requests",
+        metavar="NAME",
+        none_means="the last part of --output",
+    )
+    valid_data: str | None = option(
+        None, "Validation rows", metavar="FILE", none_means="--valid-share of the training rows"
+    )
+    valid_share: float = option(
+        0.05,
+        "Share of the rows that is held out for validation, at most 500 of them; 0 for none",
+        at_least=0,
+        below=1,
+    )
+    test_data: str | None = option(
+        None, "Rows to measure once, at the strength chosen on the validation rows", metavar="FILE"
+    )
+    split: str = option("train", "Split to train on, if the data set has several", metavar="NAME")
+    prompt: str | None = option(
+        None,
+        _PROMPT.format("expert"),
+        metavar="FORMAT",
+        none_means="chat for messages, otherwise plain",
+    )
+    base_prompt: str | None = option(
+        None, _PROMPT.format("base"), metavar="FORMAT", none_means="the expert's"
+    )
+    full: bool = option(False, "Train all weights instead of a LoRA adapter")
+    lora_rank: int = option(32, "Rank of the LoRA adapter", at_least=1, metavar="R")
+    lora_targets: tuple[str, ...] = option(
+        (),
+        "Names of the linear layers that get an adapter",
+        separator=",",
+        metavar="A,B,...",
+        none_means="all but the head",
+    )
+    lora_dropout: float = option(
+        0.05, "Dropout of the adapter during training", at_least=0, below=1
+    )
+    learning_rate: float | None = option(
+        None,
+        "Peak learning rate",
+        above=0,
+        none_means="2e-4 for wide models up to 2e-3 for narrow ones; a tenth of that with --full, and for "
+        "dpo",
+    )
+    epochs: float = option(3.0, "Passes over the rows", above=0, metavar="N")
+    max_tokens: int | None = option(
+        None,
+        "Maximum number of tokens to train on, in rows drawn by the seed",
+        at_least=1,
+        none_means="all",
+    )
+    max_valid_tokens: int = option(
+        32_768, "Maximum number of tokens to evaluate on, in rows drawn by the seed", at_least=1
+    )
+    max_steps: int | None = option(
+        None, "Number of optimizer steps, instead of --epochs", at_least=1
+    )
+    batch_size: int = option(8, "Rows per forward pass", at_least=1)
+    accumulate: int = option(1, "Forward passes per optimizer step", at_least=1)
+    max_length: int | None = option(
+        None,
+        "Tokens per row: longer rows are cut, and text is packed to this length",
+        at_least=2,
+        none_means="1024, or the context if that is shorter",
+    )
+    eval_every: int | None = option(
+        None,
+        "Steps between evaluations, each with a checkpoint",
+        at_least=1,
+        none_means="a tenth of the run, at most 100",
+    )
+    patience: int = option(
+        3, "Stop after this many evaluations without a lower loss; 0 never stops", at_least=0
+    )
+    beta: float = option(
+        0.1, "For dpo: how strongly training is kept close to the untuned model", above=0
+    )
+    alpha: float | None = option(
+        None,
+        "Strength of the recipe, and the strength that cpt trains at",
+        above=0,
+        none_means="chosen on the validation rows; cpt trains at 1",
+    )
+    cpt_form: Form = option(
+        "steered",
+        "For cpt at an alpha other than 1: steered is base + alpha * (expert - anti-expert), as in "
+        "decoding; paper is expert + alpha * (base - anti-expert)",
+        metavar="NAME",
+    )
+    offsets_dir: str | None = option(
+        None,
+        "For cpt: directory to keep the frozen models' outputs in, for other runs on the same rows",
+        metavar="DIR",
+    )
+    measure_tokens: int = option(
+        15_000,
+        "Measure base, expert and steered base on about this many held-out tokens; 0 measures nothing "
+        "and chooses no strength",
+        at_least=0,
+    )
+    gradient_checkpointing: bool = option(
+        False, "Save memory and spend time: recompute activations in the backward pass"
+    )
+    seed: int = option(0, "Random seed", at_least=0)
+    device: str | None = option(
+        None,
+        "Device to train on: cpu, cuda, cuda:1",
+        metavar="NAME",
+        none_means="CUDA if available",
+    )
+    dtype: Literal["float32", "bfloat16"] | None = option(
+        None,
+        "Dtype to train in: float32 or bfloat16",
+        metavar="NAME",
+        none_means="bfloat16 on a GPU, float32 on the CPU",
+    )
 
     def __post_init__(self) -> None:
+        check(self)
         if self.anti_expert is None and self.base is None:
             raise InvalidRequest(
-                "neither a small model nor a base is named, so there is nothing to tune.\n"
+                "neither a small model nor a base is given, so there is nothing to tune.\n"
                 "hint: --anti-expert names the small model; --base alone tunes the base itself"
             )
-        if self.method not in ("sft", "dpo", "cpt"):
-            raise InvalidRequest(f"method is {self.method!r}, and must be sft, dpo or cpt")
         if self.method == "cpt" and (self.anti_expert is None or self.base is None):
             raise InvalidRequest(
                 "method cpt trains the expert through base and anti-expert, and one of them is missing.\n"
                 "hint: give --anti-expert and --base"
             )
-        if self.cpt_form not in ("steered", "paper"):
-            raise InvalidRequest(f"cpt_form is {self.cpt_form!r}, and must be steered or paper")
         if self.method == "cpt" and self.base_prompt not in (None, self.prompt):
             raise InvalidRequest(
                 "method cpt adds logits over one sequence of tokens, and base and expert have different "
                 "prompt formats.\nhint: leave --base-prompt out"
             )
-        if self.dtype not in (None, "float32", "bfloat16"):
-            raise InvalidRequest(f"dtype is {self.dtype!r}, and must be float32 or bfloat16")
-        for key, lowest in (
-            ("lora_rank", 1), ("max_tokens", 1), ("max_valid_tokens", 1), ("max_steps", 1),
-            ("batch_size", 1), ("accumulate", 1), ("max_length", 2), ("eval_every", 1),
-            ("patience", 0), ("measure_tokens", 0), ("seed", 0),
-        ):  # fmt: skip
-            value = getattr(self, key)
-            if value is not None and value < lowest:
-                raise InvalidRequest(f"{key} is {value}, and must be at least {lowest}")
-        for key in ("learning_rate", "epochs", "beta", "alpha"):
-            value = getattr(self, key)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise InvalidRequest(f"{key} is {value}, and must be a positive number")
-        for key in ("valid_share", "lora_dropout"):
-            value = getattr(self, key)
-            if not 0 <= value < 1:
-                raise InvalidRequest(f"{key} is {value}, and must be at least 0 and below 1")
 
     @property
     def directory(self) -> Path:

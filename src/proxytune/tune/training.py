@@ -162,7 +162,8 @@ class Training:
     ) -> FrozenHeads:
         own = head_of(anti_expert)
         base_head = align_base_head(head_of(base), alignment, self.small.vocabulary)
-        # The anti-expert's head stays the expert's tensor where it can: one product then gives both logits.
+        # Unless all weights are trained, expert and anti-expert share their head: one product gives both
+        # models' logits.
         return FrozenHeads.of(
             base_head.to(self._device, torch.bfloat16 if self._dtype == "bfloat16" else None),
             own.copy() if self.settings.full else own,
@@ -286,7 +287,7 @@ class Training:
     @cached_property
     def _stopper(self) -> trainers.StopOnSignal:
         return trainers.StopOnSignal(
-            lambda: self.display.say("stopping after this step; again to stop at once")
+            lambda: self.display.say("stopping after this step; press Ctrl-C again to stop at once")
         )
 
     # Running it --------------------------------------------------------------------------------

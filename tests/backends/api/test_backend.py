@@ -18,13 +18,7 @@ from proxytune.backends.api.backend import ApiBackend
 from proxytune.backends.api.client import ApiClient, Budget
 from proxytune.backends.api.positions import Position, position_of
 from proxytune.decode.speculative import Drafting
-from proxytune.errors import (
-    ApiError,
-    BackendError,
-    BudgetSpent,
-    InvalidRequest,
-    UnsupportedModel,
-)
+from proxytune.errors import ApiError, BackendError, BudgetSpent, InvalidRequest, UnsupportedModel
 from proxytune.model import ProxyTuned
 from proxytune.recipe.spec import ApiSettings, ModelSpec
 from proxytune.request import SamplingParams
@@ -309,7 +303,7 @@ def test_traits_are_those_of_the_server():
         assert backend.traits.bias is None
 
 
-def test_a_chat_endpoint_is_continued_where_the_server_can():
+def test_a_chat_answer_is_continued_if_the_server_can():
     local = in_process()
     traits = replace(VLLM_CHAT, max_top_logprobs=None, endpoint="chat")
     with behind(local, traits) as (remote, server, backend):
@@ -325,7 +319,7 @@ def test_a_chat_endpoint_is_continued_where_the_server_can():
             assert remote.generate(prompt, greedy(16), alpha=1.0).num_certified == 16
 
 
-def test_a_chat_endpoint_that_cannot_be_continued_is_refused_where_it_has_to_be():
+def test_a_server_that_does_not_continue_chat_answers_is_refused_when_it_has_to():
     with behind(in_process(), OPENAI_CHAT) as (remote, _, backend):
         assert backend.traits.endpoint == "chat" and backend.traits.continues is False
         assert remote.generate("the cat", greedy(1)).num_new_tokens == 1
@@ -518,8 +512,8 @@ def position(backend: ApiBackend, top: dict[str, float], token: str) -> Position
     return position_of(shown, server.tokens, top_logprobs=server.top_logprobs)
 
 
-def test_tokens_of_one_text_that_fell_together_prove_nothing():
-    """Of five tokens shown, two had no text: the less likely one is left and hides the other."""
+def test_tokens_that_share_one_entry_prove_nothing():
+    """Two of five tokens shown have no text. The entry for both has the less likely logprob."""
     with behind(in_process(), replace(ALL, max_top_logprobs=5)) as (_, _, backend):
         whole = {"a": -0.6, "b": -2.0, "c": -3.0, "d": -4.0, "e": -5.0}
         assert position(backend, whole, "a").bounds.ceiling <= -4.0
@@ -595,7 +589,7 @@ def test_a_full_context_is_reached_token_by_token_and_the_text_kept():
     assert trace.token_ids == wanted[: trace.num_new_tokens]
 
 
-def test_options_that_are_not_shown_are_no_answer():
+def test_answers_that_the_server_does_not_show_cannot_be_chosen():
     local = in_process()
     traits = replace(ALL, max_top_logprobs=1, logit_bias="none")
     with behind(local, traits) as (remote, _, _):
@@ -606,7 +600,7 @@ def test_options_that_are_not_shown_are_no_answer():
 
 
 @pytest.mark.parametrize("key", ["line\nbreak", "with space", "ünïcode"])
-def test_a_key_that_is_none_is_refused_unseen(monkeypatch, key):
+def test_what_cannot_be_a_key_is_refused_and_not_shown(monkeypatch, key):
     monkeypatch.setenv("TEST_KEY", key)
     with pytest.raises(InvalidRequest, match="no API key has") as refusal:
         ApiClient("http://localhost:1/v1", ApiSettings(key_env="TEST_KEY"))
@@ -629,8 +623,8 @@ def test_a_failed_batch_stops_asking():
         assert time.perf_counter() - started < 20
 
 
-def test_answers_of_one_name_are_believed_the_second_time():
-    """A gateway may call all its answers the same."""
+def test_answers_with_the_same_id_are_believed_the_second_time():
+    """A gateway may give all its answers the same id."""
     local = in_process()
     with behind(local) as (remote, _, backend):
         wanted = local.generate("the cat", greedy(8)).token_ids
@@ -647,7 +641,7 @@ def test_answers_of_one_name_are_believed_the_second_time():
 @pytest.mark.parametrize("shown", [1, 3, 5])
 @pytest.mark.parametrize("traits", [ALL, replace(VLLM, logit_bias="none")], ids=["echo", "vllm"])
 def test_what_is_guessed_changes_nothing_where_little_is_shown(traits, shown):
-    """A guessed token is listed with the likeliest ones, and must not count as seen for that."""
+    """A guessed token is listed beside the most likely ones, but does not count as seen."""
     for seed in range(4):
         local = in_process(seed=seed)
         limited = replace(traits, max_top_logprobs=shown)
@@ -662,7 +656,7 @@ def test_what_is_guessed_changes_nothing_where_little_is_shown(traits, shown):
 
 
 def test_a_guess_that_does_not_count_is_still_possible():
-    """Shown is the likeliest token, and listed a guess: what is left includes the guess."""
+    """The server shows the likeliest token and lists a guess, which is still part of the rest."""
     with behind(in_process(), replace(ALL, max_top_logprobs=1)) as (_, _, backend):
         guessed = position(backend, {"a": -0.7, "b": -0.95}, "b")
         assert guessed.token_ids == [0]

@@ -178,7 +178,7 @@ def test_old_graphs_make_room_for_new_ones(monkeypatch):
     assert recorder.num_graphs == 4 and len(backend._graphs._graphs) == 2
 
 
-def test_wide_forwards_are_no_graphs():
+def test_wide_forwards_run_without_graphs():
     backend, recorder = recorded("llama")
     state = backend.prefill(draw(4)).state
     for _ in range(3):
@@ -387,7 +387,7 @@ def test_a_graph_that_only_garbage_holds_outlives_the_recording_into_its_pool(mo
     assert kept and cuda.num_pools == 1
 
 
-def test_a_recording_that_failed_lends_its_pool_to_none(monkeypatch):
+def test_a_failed_recording_leaves_no_pool_to_share(monkeypatch):
     cuda = FakeCuda(monkeypatch)
     record = CudaRecorder(torch.device("cuda"))
     calls = iter([None, RuntimeError("it waits for the device"), None, None])
@@ -431,7 +431,7 @@ def texts(model: ProxyTuned, sampling: SamplingParams, **options: Any) -> list[l
 
 @pytest.mark.parametrize("choice", [{}, {"temperature": 0.9, "top_p": 0.9, "seed": 5}])
 @pytest.mark.parametrize("drafting", [False, *(Drafting(n, "expert", False) for n in (1, 3, 6))])
-def test_a_recipe_gives_the_texts_that_it_gives_without(recipe, choice, drafting):
+def test_a_recipe_gives_the_same_texts_with_graphs_as_without(recipe, choice, drafting):
     sampling = SamplingParams(max_new_tokens=24, ignore_eos=True, **choice)
     expected = texts(ProxyTuned.load(recipe), sampling)
     ours = ProxyTuned.load(recipe)
@@ -449,7 +449,7 @@ def test_graphs_are_for_one_cuda_device(recipe):
         ProxyTuned.load(recipe.with_settings(cuda_graphs=True, device="cpu"))
 
 
-def test_a_recipe_says_who_runs_as_graphs():
+def test_a_recipe_says_which_models_run_as_graphs():
     assert ModelSpec("x", cuda_graphs=True).to_dict() == {"model": "x", "cuda_graphs": True}
     with pytest.raises(RecipeError, match="cuda_graphs"):
         ModelSpec("x", cuda_graphs="yes")  # type: ignore[arg-type]

@@ -11,12 +11,7 @@ import transformers
 from torch import nn
 
 from proxytune.backends.transformers.backend import TransformersBackend
-from proxytune.backends.transformers.lora import (
-    PLAIN,
-    ROW_ADAPTERS,
-    RowAdapters,
-    RowLora,
-)
+from proxytune.backends.transformers.lora import PLAIN, ROW_ADAPTERS, RowAdapters, RowLora
 from proxytune.checkpoints.adapter import find_adapter
 from proxytune.checkpoints.checkpoint import find_checkpoint
 from proxytune.errors import UnsupportedModel
@@ -172,11 +167,11 @@ def test_the_adapters_product_by_hand():
 
 
 def test_a_layer_that_sees_other_rows_than_the_batchs_is_refused():
-    """Experts of a mixture are given tokens of all rows in one list, where no row can be told."""
+    """The experts of a mixture get the tokens of all rows in one list, which does not say whose they are."""
     layer = RowLora(_Layer(nn.Linear(4, 4), 2))
     token = ROW_ADAPTERS.set(RowAdapters([PLAIN, "a"]))
     try:
-        with pytest.raises(UnsupportedModel, match="6 rows where the batch has 2"):
+        with pytest.raises(UnsupportedModel, match="6 rows while the batch has 2"):
             layer(torch.ones(6, 4))
     finally:
         ROW_ADAPTERS.reset(token)

@@ -32,12 +32,7 @@ from proxytune.integrations.vllm.weights import share_equal_parameters
 from proxytune.logits.policy import Policy
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
-from proxytune.recipe.spec import (
-    ApiSettings,
-    ExpertSpec,
-    LlamaCppSettings,
-    ModelSpec,
-)
+from proxytune.recipe.spec import ApiSettings, ExpertSpec, LlamaCppSettings, ModelSpec
 from proxytune.request import Request, SamplingParams
 from tests.support.real_servers import free_port, running
 from tests.support.tiny import NUM_TOKENS, tiny_adapter, tiny_model, tiny_tokenizer

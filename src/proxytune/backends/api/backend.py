@@ -20,13 +20,7 @@ from proxytune.backends.api.positions import ApiRow, ApiState, Position
 from proxytune.backends.api.server import ApiServer, ApiTraits
 from proxytune.backends.api.stretches import StretchReader
 from proxytune.backends.api.tokens import ApiTokens
-from proxytune.backends.base import (
-    NO_TOKEN,
-    Bounds,
-    Capabilities,
-    PartialBackend,
-    Prefilled,
-)
+from proxytune.backends.base import NO_TOKEN, Bounds, Capabilities, PartialBackend, Prefilled
 from proxytune.backends.checks import check_prompts
 from proxytune.errors import InvalidRequest
 from proxytune.recipe.spec import ApiSettings

@@ -23,12 +23,7 @@ from typing import Any
 
 import httpx2
 
-from proxytune.errors import (
-    ApiError,
-    BudgetSpent,
-    InvalidRequest,
-    UnsupportedModel,
-)
+from proxytune.errors import ApiError, BudgetSpent, InvalidRequest, UnsupportedModel
 from proxytune.recipe.spec import ApiSettings
 from proxytune.trace import Usage
 

@@ -341,11 +341,7 @@ class ApiServer:
         Raises:
             BudgetSpent, UnsupportedModel, ApiError: See `ApiClient.post`.
         """
-        body: dict[str, Any] = {
-            "model": self._model,
-            "max_tokens": max_tokens,
-            "temperature": 0,
-        }
+        body: dict[str, Any] = {"model": self._model, "max_tokens": max_tokens, "temperature": 0}
         if bias is not None:
             body["logit_bias"] = {str(token_id): value for token_id, value in bias.items()}
         read: list[ServerAnswer] = []

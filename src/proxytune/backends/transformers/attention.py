@@ -132,8 +132,9 @@ _AS_IT_IS = contextlib.nullcontext()
 def eager_attention(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Return the context in which a forward that is not recorded as a graph runs.
 
-    On CUDA it turns cuDNN's attention off. cuDNN plans its kernels anew for each number of keys, which grows
+    On CUDA it turns cuDNN's attention off. cuDNN plans its kernels again for each number of keys, which grows
     with every token: 25 ms and more of CPU time per model and step on an H200. Without it, eager steps were
-    1.07 to 1.5 times faster. Graphs have few sizes and plan once, and were 1.03 times faster with it.
+    1.07 to 1.5 times faster. Graphs have few sizes and plan once, and were 1.03 times faster with it. (The
+    switch is the process's, so a graph recorded in another thread meanwhile also goes without.)
     """
     return _WITHOUT_CUDNN if device.type == "cuda" else _AS_IT_IS

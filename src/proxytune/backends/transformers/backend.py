@@ -31,11 +31,7 @@ from proxytune.backends.checks import (
     check_token_ids,
 )
 from proxytune.backends.transformers.attention import eager_attention, share_keys
-from proxytune.backends.transformers.cuda_graphs import (
-    CudaRecorder,
-    GraphRunner,
-    Recorder,
-)
+from proxytune.backends.transformers.cuda_graphs import CudaRecorder, GraphRunner, Recorder
 from proxytune.backends.transformers.kinds import (
     allows_gaps,
     cache_option,
@@ -43,10 +39,7 @@ from proxytune.backends.transformers.kinds import (
     is_pure_attention,
 )
 from proxytune.backends.transformers.kv_cache import RoomyCache
-from proxytune.backends.transformers.linear import (
-    pack_linear_layers,
-    speed_up_linear_layers,
-)
+from proxytune.backends.transformers.linear import pack_linear_layers, speed_up_linear_layers
 from proxytune.backends.transformers.lora import (
     PLAIN,
     ROW_ADAPTERS,
@@ -54,14 +47,8 @@ from proxytune.backends.transformers.lora import (
     run_rows_through_adapters,
 )
 from proxytune.backends.transformers.state import TransformersState
-from proxytune.backends.transformers.weights import (
-    add_adapters,
-    load_model,
-    quietly,
-)
-from proxytune.checkpoints.placement import (
-    max_context,
-)
+from proxytune.backends.transformers.weights import add_adapters, load_model, quietly
+from proxytune.checkpoints.placement import max_context
 from proxytune.errors import BackendError, ProxytuneError, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -159,11 +146,7 @@ class TransformersBackend(Backend[TransformersState]):
             return self._forward(token_ids, cache, options, adapters)
 
         return GraphRunner(
-            self.name,
-            forward,
-            recorder,
-            dtype=self.model.dtype,
-            max_context=self._max_context,
+            self.name, forward, recorder, dtype=self.model.dtype, max_context=self._max_context
         )
 
     @classmethod
@@ -401,10 +384,10 @@ class TransformersBackend(Backend[TransformersState]):
 
     @torch.inference_mode()
     def copy(self, state: TransformersState, rows: Sequence[int]) -> TransformersState:
-        """Return a state of its own of the given rows; see `Backend.copy`.
+        """Return a separate state of the given rows; see `Backend.copy`.
 
         Raises:
-            UnsupportedModel: The model has layers without a KV cache of their own for each token.
+            UnsupportedModel: The model has layers without a KV cache entry per token.
         """
         if not self._is_pure_attention:
             return super().copy(state, rows)
@@ -417,7 +400,7 @@ class TransformersBackend(Backend[TransformersState]):
         """Return a state of the rows of two; see `Backend.merge`.
 
         Raises:
-            UnsupportedModel: The model has layers without a KV cache of their own for each token.
+            UnsupportedModel: The model has layers without a KV cache entry per token.
         """
         if not self._is_pure_attention:
             return super().merge(state, other, rows)

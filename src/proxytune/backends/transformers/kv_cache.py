@@ -126,7 +126,7 @@ class RoomyLayer(DynamicLayer):
         return copied
 
     def merge(self, other: RoomyLayer, rows: Sequence[int]) -> None:
-        """Add the rows of another layer, the last slots of both aligned, and zeros before the fewer slots.
+        """Add another layer's rows; those with fewer slots get zeros in front.
 
         Args:
             other: A layer of the same model, with keys.

@@ -13,10 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from proxytune.checkpoints.placement import (
-    running_device,
-    running_dtype,
-)
+from proxytune.checkpoints.placement import running_device, running_dtype
 from proxytune.errors import (
     AdapterMismatch,
     CorruptModel,

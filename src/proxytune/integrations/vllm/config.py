@@ -17,11 +17,7 @@ from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
 from proxytune.decode.ensemble import Pair
 from proxytune.errors import UnsupportedModel
-from proxytune.integrations.auto import (
-    ProxyTunedConfig,
-    ProxyTunedTokenizer,
-    check_one_prompt,
-)
+from proxytune.integrations.auto import ProxyTunedConfig, ProxyTunedTokenizer, check_one_prompt
 from proxytune.integrations.vllm.request import Menu, RowStrengths, set_menu
 from proxytune.loading.members import find_members
 from proxytune.recipe.recipe import ARCHITECTURE, Recipe

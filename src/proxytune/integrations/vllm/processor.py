@@ -10,12 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from proxytune.integrations.vllm.request import (
-    Menu,
-    RowStrengths,
-    Strengths,
-    check_request,
-)
+from proxytune.integrations.vllm.request import Menu, RowStrengths, Strengths, check_request
 
 
 def _interfaces() -> tuple[type, ...]:

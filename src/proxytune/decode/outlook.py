@@ -23,14 +23,14 @@ class Outlook:
 
     Args:
         block: What was read.
-        places: The rows.
-        logits: Of every lane, in its member's vocabulary.
-        base: The base's, `[rows, vocab]`.
-        contributions: What steers it.
-        steered: What tokens are chosen from, `[rows, vocab]` float32, padding ids at -inf.
+        places: The rows' places among the live ones.
+        logits: Every lane's logits, in its member's vocabulary.
+        base: The base's logits, `[rows, vocab]`.
+        contributions: What steers the base.
+        steered: The logits that tokens are chosen from, `[rows, vocab]` float32, padding ids at -inf.
         weights: What the policy multiplied the strengths with, `[contributions, rows]`.
         bounds: What is known of the tokens that a partial base did not show, by row.
-        proofs: What follows for the tokens chosen from the others, by row.
+        proofs: What a partial base's logits prove about the choice, by row.
     """
 
     block: Block
@@ -50,7 +50,7 @@ class Outlook:
         )
 
 
-class Steering:
+class Steerer:
     """Steers a base that shows all its logits."""
 
     def __init__(self, lanes: Lanes) -> None:
