@@ -5,7 +5,7 @@ Backends read the weights, and the recipe decides which models belong together. 
 
 A GGUF file is converted to the Hugging Face layout once and kept in the cache directory, in two steps: config
 and tokenizer (seconds, enough for every check), and weights in float32 (the only dtype that holds every
-dequantized value exactly). Each copy is there whole or not at all.
+dequantised value exactly). Each copy is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class Checkpoint:
 
     @cached_property
     def stored_dtype(self) -> str:
-        """The dtype of most weights: torch's name, or GGUF's for quantized blocks (`Q4_1`)."""
+        """The dtype of most weights: torch's name, or GGUF's for quantised blocks (`Q4_1`)."""
         counts: dict[str, int] = {}
         for tensor in self.tensors.values():
             counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.num_elements

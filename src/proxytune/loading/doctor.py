@@ -499,7 +499,7 @@ class _Examination:
                         f"the weights on {device} need {bytes_text(needed)}, and "
                         f"{bytes_text(free_bytes)} are free there; {largest.part} ({largest.reference}, "
                         f"{largest.running_dtype}) alone needs {bytes_text(largest.weight_bytes)}.\n"
-                        'hint: set its "dtype" to "bfloat16", quantize it, or name a smaller model'
+                        'hint: set its "dtype" to "bfloat16", quantise it, or name a smaller model'
                     ),
                 )
         return tuple(devices)
@@ -508,7 +508,7 @@ class _Examination:
 def _weight_bytes(
     checkpoint: Checkpoint, element: int, quantization: Mapping[str, Any] | None
 ) -> int:
-    """Return the memory of a model's weights, estimated if they are quantized."""
+    """Return the memory of a model's weights, estimated if they are quantised."""
     num = checkpoint.num_parameters
     if quantization is None:
         return element * num
@@ -541,7 +541,7 @@ def _check_quantization(quantization: Mapping[str, Any]) -> None:
         method = "bitsandbytes"
     if method in ("bitsandbytes", "torchao") and importlib.util.find_spec(method) is None:
         raise missing_extra(
-            f"the quantization {method} is asked for, and that package is not installed", "quantize"
+            f"the quantisation {method} is asked for, and that package is not installed", "quantize"
         )
 
 

@@ -180,7 +180,7 @@ def render_each(
         formats: Prompt format and tokenizer of each model.
         names: The name of each in errors.
     """
-    # Models that share a tokenizer and a format see the same; a long prompt takes a while to tokenize.
+    # Models that share a tokenizer and a format see the same; a long prompt takes a while to tokenise.
     known: dict[tuple[str, int], Sequence[int]] = {}
     for own, name in zip(formats, names, strict=True):
         key = own.prompt_format, id(own.tokenizer)
@@ -226,7 +226,7 @@ def render_text(
     name: str,
     add_generation_prompt: bool = True,
 ) -> str:
-    """Return the text that `render` tokenizes; arguments and errors are the same.
+    """Return the text that `render` tokenises; arguments and errors are the same.
 
     Args:
         prompt: Text or messages.

@@ -586,7 +586,7 @@ def changed(
             "a prompt template of its own.*\n.*--chat-template",
         ),
         ({"base": {"model": "http://localhost/v1", "api": ApiSettings()}}, "behind an API"),
-        ({"base": {"quantization": {"load_in_4bit": True}}}, "base is to be quantized"),
+        ({"base": {"quantization": {"load_in_4bit": True}}}, "base is to be quantised"),
         ({"base": {"device": "cuda:0"}}, "base sets device"),
         ({"base": {"attn_implementation": "sdpa"}}, "base sets attn_implementation"),
         ({"policy": Policy(schedule=((0, 0.0), (8, 1.0)))}, "steering has a schedule"),

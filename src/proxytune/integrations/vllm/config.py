@@ -132,8 +132,8 @@ def _check_spec(title: str, spec: ModelSpec) -> None:
         )
     if spec.quantization is not None:
         raise UnsupportedModel(
-            f"{title} is to be quantized by transformers, but vLLM has its own ways.\n"
-            "hint: name a copy that is stored quantized (AWQ, GPTQ, FP8, compressed-tensors), or leave "
+            f"{title} is to be quantised by transformers, but vLLM has its own ways.\n"
+            "hint: name a copy that is stored quantised (AWQ, GPTQ, FP8, compressed-tensors), or leave "
             "quantization out and give vLLM --quantization, which is for the base"
         )
     for key, instead in (

@@ -205,8 +205,8 @@ class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
 def _build(vllm_config: Any, member: Member) -> nn.Module:
     """Build a member with vLLM's layers.
 
-    The base's layers keep the names that they have in the model alone, since quantized checkpoints list by
-    name what they leave unquantized. vLLM's quantization settings are for the base; a small model uses
+    The base's layers keep the names that they have in the model alone, since quantised checkpoints list by
+    name what they leave unquantised. vLLM's quantisation settings are for the base; a small model uses
     those of its own checkpoint.
     """
     from vllm.compilation.backends import set_model_tag
