@@ -165,11 +165,7 @@ class TruthfulQaChoice(Task):
                 not parse_letter(field(row, place, "mc_output", "parsed_output"))
                 for place, row in enumerate(rows, 1)
             )
-        return {
-            "acc": self.mean(scores),
-            "num_invalid_predictions": num_invalid,
-            "tot": len(rows),
-        }
+        return {"acc": self.mean(scores), "num_invalid_predictions": num_invalid, "tot": len(rows)}
 
     @override
     def notes(self, rows: Sequence[Row], rule: Rule) -> list[str]:
