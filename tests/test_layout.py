@@ -64,7 +64,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "speculative",
         "lanes",
         "reading",
-        "steering",
+        "outlook",
         "drafting",
         "partial",
         "record",

@@ -194,13 +194,13 @@ def _generated(
     """Yield traces as they are made, with their progress on stderr."""
     with trace_writer(trace_file) as write, ProgressBars() as bars:
         num_done = 0
-        bars.show("generating", num_done, len(requests), "texts,")
+        bars.show("generating", num_done, len(requests), "texts")
         rest = iter(requests)
         while block := list(islice(rest, batch_size)):
             made = model.generate_batch(block, batch_size=batch_size)
             write(made)
             num_done += len(block)
-            bars.show("generating", num_done, len(requests), "texts,")
+            bars.show("generating", num_done, len(requests), "texts")
             yield from made
 
 

@@ -277,7 +277,7 @@ def _answer_file(
         started = started or time.perf_counter()
         rate = progress.num_new_tokens / max(time.perf_counter() - started, 1e-9)
         bars.show(
-            "generating", progress.num_done, progress.num_lines, f"lines, {rate:,.1f} tokens/s,"
+            "generating", progress.num_done, progress.num_lines, f"lines, {rate:,.1f} tokens/s"
         )
 
     try:

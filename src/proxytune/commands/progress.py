@@ -169,7 +169,7 @@ def _bars() -> Progress:
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        TextColumn("{task.fields[count]}", markup=False),
+        TextColumn("{task.fields[count]},", markup=False),
         TimeElapsedColumn(),
         TextColumn("elapsed,"),
         TimeRemainingColumn(),

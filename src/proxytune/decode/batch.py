@@ -9,7 +9,7 @@ forward, whichever members and rows they belong to (`decode/lanes.py`).
 A row's last token is *pending*: chosen, and not read by any model yet. A *block* is what the models read at
 once: the pending token, then a draft, which is empty in plain decoding. Each step *plans* (a drafter fills in
 the draft, `decode/drafting.py`), *reads* (the models run, `decode/reading.py`), *chooses* tokens position by
-position for as long as the draft had guessed them (`decode/steering.py`), and *takes back* what was read
+position for as long as the draft had guessed them (`decode/outlook.py`), and *takes back* what was read
 beyond.
 
 Rows do not influence each other: each has its own prompt, experts, strengths, seed, stop rules and length. A
@@ -27,11 +27,11 @@ from torch import Tensor
 from proxytune.decode.drafting import drafter_of
 from proxytune.decode.ensemble import Ensemble, Job, check_job
 from proxytune.decode.lanes import Block, Kept, Lanes, Row, grouped
-from proxytune.decode.partial import PartialSteering
+from proxytune.decode.outlook import Steerer
+from proxytune.decode.partial import PartialSteerer
 from proxytune.decode.reading import prefill
 from proxytune.decode.record import Recorder
 from proxytune.decode.speculative import Speculator
-from proxytune.decode.steering import Steering
 from proxytune.logits.sample import BatchSampler
 from proxytune.trace import FinishReason, Step, Usage
 
@@ -105,8 +105,8 @@ class Batch:
         for row in rows:
             self._drafter.begin(row)
         partial = groups[0].backend.partial
-        self._steering = (
-            Steering(self._lanes) if partial is None else PartialSteering(self._lanes, partial)
+        self._steerer = (
+            Steerer(self._lanes) if partial is None else PartialSteerer(self._lanes, partial)
         )
         self.draft_counts: dict[int, DraftCount] = {}
         """How many tokens were drafted for rows that have ended, by their numbers."""
@@ -189,7 +189,7 @@ class Batch:
         """
         lanes, drafter = self._lanes, self._drafter
         rows = lanes.rows
-        outlook = self._steering.outlook(block, position, alive)
+        outlook = self._steerer.outlook(block, position, alive)
         guesses = drafter.guess(outlook, drafted)
         token_ids, logprobs = lanes.sampler.sample(outlook.steered, alive).as_lists()
         recorder = Recorder(lanes, outlook)
@@ -202,7 +202,7 @@ class Batch:
                 ended.add(place)
                 continue
             if logprob != logprob:  # not a number
-                raise self._steering.no_choice(row)
+                raise self._steerer.no_choice(row)
             drafter.observe(row, token_id, at, guesses)
             reason, text = row.push(token_id)
             step = recorder.step(at, row, token_id, logprob, reason, text)
@@ -214,7 +214,7 @@ class Batch:
     def _end(self, place: int) -> None:
         """Take note of a row's counts and costs, and keep what the models have read of it."""
         row = self._lanes.rows[place]
-        self._usages[row.index] = self._steering.usage(place)
+        self._usages[row.index] = self._steerer.usage(place)
         self.draft_counts[row.index] = DraftCount(row.num_drafted, row.num_accepted)
         self._drafter.end(row)
         # A row that was cancelled before its first token has nothing pending.
@@ -269,7 +269,7 @@ class Batch:
         """Return what a row's calls to an API have cost so far; None if the base runs here."""
         for place, live in enumerate(self._lanes.rows):
             if live.index == row:
-                return self._steering.usage(place)
+                return self._steerer.usage(place)
         return self._usages.get(row)
 
     def kept(self) -> Kept | None:
@@ -292,4 +292,4 @@ class Batch:
             `[num token_ids]` float32, and whether no unknown one of them can exceed the highest known one.
         """
         assert self._first is not None and self.num_rows == 1
-        return self._steering.first_logits(self._first, token_ids)
+        return self._steerer.first_logits(self._first, token_ids)

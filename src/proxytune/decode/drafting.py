@@ -18,6 +18,7 @@ from proxytune.backends.base import NO_TOKEN, PartialBackend
 from proxytune.decode.ensemble import members_of
 from proxytune.decode.lanes import Block, LaneGroup, LaneRef, Lanes, Row
 from proxytune.decode.lookup import PromptLookup
+from proxytune.decode.outlook import Outlook
 from proxytune.decode.reading import Reader, TimedReader
 from proxytune.decode.speculative import (
     RATE_MEMORY,
@@ -30,7 +31,6 @@ from proxytune.decode.speculative import (
     is_time_to_look,
     is_worth_drafting,
 )
-from proxytune.decode.steering import Outlook
 
 AHEAD_TOKENS = 16
 """How many tokens of a partial base's known continuation the small models read at once, at most."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from proxytune.backends.base import Bounds, PartialBackend
 from proxytune.decode.lanes import Block, Lanes, Row
-from proxytune.decode.steering import Outlook, Steering
+from proxytune.decode.outlook import Outlook, Steerer
 from proxytune.errors import BackendError
 from proxytune.logits.certificate import Proof, max_lost_prob, upper_logits
 from proxytune.trace import Usage
@@ -19,7 +19,7 @@ MAX_REVEALED = 4
 """How many tokens a partial base is asked about to certify one choice, at most: each may cost a call."""
 
 
-class PartialSteering(Steering):
+class PartialSteerer(Steerer):
     """Steers a base that shows the logprobs of a few tokens.
 
     A token is chosen from those that are known. If what is known does not prove that the full logits give

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from proxytune.decode.lanes import Lanes, Row
-from proxytune.decode.steering import Outlook
+from proxytune.decode.outlook import Outlook
 from proxytune.logits.rules import has_conflict
 from proxytune.logits.views import kl_divergence, partial_view, view
 from proxytune.trace import FinishReason, Step, View

@@ -91,7 +91,7 @@ class _Fields(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-class Steering(_Fields):
+class SteeringFields(_Fields):
     """How this request is steered.
 
     `expert` names one expert, `experts` several with their own strengths, which are summed. Without either
@@ -111,7 +111,7 @@ class Steering(_Fields):
     )
 
     @model_validator(mode="after")
-    def _check(self) -> Steering:
+    def _check(self) -> SteeringFields:
         if self.experts is not None and (self.expert is not None or self.alpha is not None):
             raise ValueError(
                 "experts have strengths of their own, so neither expert nor alpha may be given beside them"
@@ -166,7 +166,7 @@ class Generation(_Extensions):
     user: Annotated[str, StringConstraints(max_length=200)] | None = Field(
         None, description="Requests of one user wait for each other, not for those of other users"
     )
-    proxytune: Steering | None = None
+    proxytune: SteeringFields | None = None
     # Extensions that other servers have under the same names.
     top_k: int = _option(
         "top_k",
@@ -189,9 +189,9 @@ class Generation(_Extensions):
         return self
 
     @property
-    def steering(self) -> Steering:
+    def steering(self) -> SteeringFields:
         """How the request is steered, with defaults where it says nothing."""
-        return self.proxytune or Steering()
+        return self.proxytune or SteeringFields()
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ class Outlook:
         )
 
 
-class Steering:
+class Steerer:
     """Steers a base that shows all its logits."""
 
     def __init__(self, lanes: Lanes) -> None:
