@@ -351,7 +351,7 @@ def test_the_recipe_keeps_it(models, tmp_path):
     written = mapped_recipe(models).write(tmp_path / "recipe")
     assert json.loads((tmp_path / "recipe" / "config.json").read_text())["vocabulary"] == "map"
     assert Recipe.read(tmp_path / "recipe") == written
-    with pytest.raises(RecipeError, match=r'vocabulary is "mapp".*same or map'):
+    with pytest.raises(RecipeError, match=r'vocabulary is "mapp".*one of same, map'):
         mapped_recipe(models, vocabulary="mapp")
 
 

@@ -1,1 +1,1 @@
-"""A model's files: found, read and converted, all but running it."""
+"""A model's files: found, read and converted. Nothing is run here."""

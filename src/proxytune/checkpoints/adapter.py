@@ -1,4 +1,4 @@
-"""A lora adapter's files."""
+"""The files of a LoRA adapter: found, and checked against the model they belong to."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class AdapterFiles:
     """A LoRA adapter's files, without its values.
 
     Args:
-        name: The reference, as the recipe says it.
+        name: The reference as the recipe has it.
         path: A directory with `adapter_config.json` and `adapter_model.safetensors`, or a `.gguf` file.
         config: The content of `adapter_config.json`, or the file's metadata.
         tensors: Names and shapes of its weights.
@@ -49,20 +49,20 @@ class AdapterFiles:
 
     @property
     def num_parameters(self) -> int:
-        """How many weights it adds."""
+        """Number of weights that it adds."""
         return sum(tensor.num_elements for tensor in self.tensors.values())
 
     @property
     def trained_on(self) -> str | None:
-        """The model it says it was trained on."""
+        """The model that it was trained on, by its own account."""
         model = self.config.get("base_model_name_or_path")
         return model if isinstance(model, str) and model else None
 
     def check_fits(self, small: Checkpoint) -> None:
-        """Check that every tensor of the adapter finds its layer, of its size, in the small model.
+        """Check that every tensor of the adapter has its layer in the small model, with the same size.
 
         Raises:
-            AdapterMismatch: A layer is missing or of another size.
+            AdapterMismatch: A layer is missing or has another size.
         """
         problems = self._gguf_problems(small) if self.is_gguf else self._problems(small)
         if problems:
@@ -84,7 +84,7 @@ class AdapterFiles:
                 continue
             outputs, inputs = there.shape[0], there.shape[-1]
             if layer == "token_embd.weight":
-                continue  # lies on its side, and llama.cpp checks it
+                continue  # it is transposed, and llama.cpp checks it
             given, wanted, what = (
                 (tensor.shape[1], inputs, "inputs")
                 if part == "a"
@@ -133,16 +133,16 @@ def find_adapter(
 
     Args:
         reference: A local directory, a `.gguf` file, `package:NAME/PATH`, or a Hub id.
-        root: What relative paths start from.
+        root: The directory from which relative paths start.
         revision: Branch, tag or commit of a Hub id.
-        allow_pickle: Accept pickled weights, which can run any code when they are read.
+        allow_pickle: Accept pickled weights, which can run any code when they are loaded.
 
     Raises:
         ModelNotFound: It leads to no adapter.
-        CorruptModel: Files are there and cannot be read.
-        UnsafeModel: Only pickled weights, and not allowed.
+        CorruptModel: Files exist but cannot be read.
+        UnsafeModel: There are only pickled weights, and those are not allowed.
         UnsupportedModel: It is not LoRA.
-        RecipeError: The reference is of a kind that cannot be used here.
+        RecipeError: This kind of reference cannot be used here.
     """
     directory = unpinned_path(reference, root=root, revision=revision)
     if directory is not None and directory.is_file():

@@ -1,13 +1,11 @@
-"""Model references: finds a model's or an adapter's files and reads everything but the weights.
+"""Finds a model's files by reference and reads everything but the weights.
 
-Here are the kinds of reference (local directory, `.gguf` file, `package:NAME/PATH`, Hub id), the headers of
-weight files, and the one policy for dtype and device. Weights are read by the backends; which models belong
-together is the recipe's business.
+Backends read the weights, and the recipe decides which models belong together. Kinds of reference are in
+`references.py`, weight files' headers in `headers.py`, dtype and device in `placement.py`.
 
 A GGUF file is converted to the Hugging Face layout once and kept in the cache directory, in two steps: config
 and tokenizer (seconds, enough for every check), and weights in float32 (the only dtype that holds every
-dequantised value exactly). Both are built beside their place and renamed into it, so that a copy is either
-whole or not there.
+dequantised value exactly). Each copy is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -49,7 +47,7 @@ _NOT_PARAMETERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
 
 _HEAD = re.compile(r"output\.weight|(.+\.)?(lm_head|embed_out)\.weight")
 _EMBEDDING = re.compile(r"token_embd\.weight|(.+\.)?(embed_tokens|embed_in|wte)\.weight")
-"""Names of the output head, and of the embedding that serves as one where there is no head."""
+"""Names of the output head, and of the embedding that takes its place if there is none."""
 
 
 # Models --------------------------------------------------------------------------------------------
@@ -57,22 +55,22 @@ _EMBEDDING = re.compile(r"token_embd\.weight|(.+\.)?(embed_tokens|embed_in|wte)\
 
 @dataclass(eq=False)
 class Checkpoint:
-    """A model's files, and what they say without the weights being read.
+    """A model's files, and what can be known without reading the weights.
 
-    Made by `find_checkpoint`, which has checked it. Reading `tokenizer` or `config` of a GGUF file converts
+    `find_checkpoint` makes and checks it. Reading `tokenizer` or `config` of a GGUF file converts
     both on first use; `weights_path` converts or downloads the weights.
 
     Args:
-        name: The reference, as the recipe says it.
+        name: The reference as the recipe has it.
         kind: Where the weights come from.
-        directory: Of the Hugging Face layout; for a GGUF file its converted config and tokenizer.
+        directory: The files in the Hugging Face layout; for a GGUF file its converted config and tokenizer.
         gguf_path: The GGUF file.
         tensors: Names, shapes and dtypes of the stored weights; empty for pickled ones.
         hub_id: Where missing weights can be downloaded from.
         revision: The commit or branch on the Hub.
         trust_remote_code: Whether code that comes with the model may run.
         allow_pickle: Whether pickled weights may be read.
-        gguf_header: What the GGUF file says before its weights.
+        gguf_header: The GGUF file's header.
     """
 
     name: str
@@ -120,7 +118,7 @@ class Checkpoint:
 
     @cached_property
     def architecture(self) -> str:
-        """The model's class, such as `LlamaForCausalLM`, or its type where no class is named."""
+        """The model's class, such as `LlamaForCausalLM`, or its type if no class is named."""
         named = getattr(self.config, "architectures", None)
         if named:
             return str(named[0])
@@ -137,7 +135,7 @@ class Checkpoint:
         Raises:
             ModelNotFound: There is none.
             CorruptModel: It cannot be read.
-            UnsafeModel: It brings code of its own, which was not allowed.
+            UnsafeModel: It needs its own code, which was not allowed.
         """
         from transformers import AutoTokenizer
 
@@ -160,15 +158,15 @@ class Checkpoint:
 
     @cached_property
     def width(self) -> int:
-        """Rows of the output head, padding included."""
+        """Number of rows of the output head, including padding."""
         return int(self._text_config.vocab_size)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """Which token each id is; a GGUF file's own list, where there is one.
+        """Which token each id is; a GGUF file's own list if it has one.
 
         Raises:
-            CorruptModel: Its tokenizer has other ids than the file says.
+            CorruptModel: The tokenizer's ids differ from the file's.
         """
         from proxytune.text.vocab import Vocabulary
 
@@ -187,7 +185,7 @@ class Checkpoint:
 
     @cached_property
     def num_parameters(self) -> int:
-        """Weights in the model, from the headers; counted in an empty model where they are packed."""
+        """Number of weights, from the headers; counted in an empty model if they are packed."""
         stored = {n: t for n, t in self.tensors.items() if not _NOT_PARAMETERS.search(n)}
         is_packed = self.kind == "directory" and not self.stored_dtype.startswith(
             ("float", "bfloat")
@@ -208,12 +206,12 @@ class Checkpoint:
 
     @property
     def max_context(self) -> int | None:
-        """Positions the model has; None where its config names no limit."""
+        """Maximum number of positions; None if the config names no limit."""
         return max_context(self._text_config)
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids that end a text, by config, generation config, GGUF header and tokenizer, in order."""
+        """Ids that end a text, from config, generation config, GGUF header and tokenizer, in that order."""
         ids: set[int] = set()
         sources: list[Any] = [
             getattr(self.config, "eos_token_id", None),
@@ -233,7 +231,7 @@ class Checkpoint:
 
     @property
     def cache_elements_per_token(self) -> int:
-        """Numbers that the KV cache holds for one token, over all layers."""
+        """Number of elements that the KV cache holds for one token, over all layers."""
         config = self._text_config
         num_layers = int(getattr(config, "num_hidden_layers", 0) or 0)
         num_heads = int(getattr(config, "num_attention_heads", 0) or 0)
@@ -246,7 +244,7 @@ class Checkpoint:
 
     @cached_property
     def _empty_model(self) -> Any:
-        """The model without values: names and shapes only."""
+        """The model without values, with names and shapes only."""
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -322,17 +320,17 @@ def find_checkpoint(
 
     Args:
         reference: A local directory, a `.gguf` file, `package:NAME/PATH`, or a Hub id.
-        root: What relative paths start from.
+        root: The directory from which relative paths start.
         revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Run code that comes with the model.
-        allow_pickle: Accept pickled weights, which can run any code when they are read.
+        allow_pickle: Accept pickled weights, which can run any code when they are loaded.
 
     Raises:
         ModelNotFound: It leads to no usable files.
-        CorruptModel: Files are there and cannot be read.
-        UnsafeModel: Only pickled weights, or code of its own, and not allowed.
-        UnsupportedModel: No causal language model that transformers knows.
-        RecipeError: The reference is of a kind that cannot be used here.
+        CorruptModel: Files exist but cannot be read.
+        UnsafeModel: It has only pickled weights or needs its own code, and that is not allowed.
+        UnsupportedModel: It is not a causal language model that transformers knows.
+        RecipeError: This kind of reference cannot be used here.
     """
     path = unpinned_path(reference, root=root, revision=revision)
     if path is not None and path.is_file():
@@ -361,7 +359,7 @@ def find_checkpoint(
 
 
 def holds_recipe(reference: str, *, root: Path) -> bool:
-    """Whether a reference leads to a recipe; False where it leads to a model, an adapter or a file.
+    """Whether a reference leads to a recipe, and not to a model, an adapter or a file.
 
     Raises:
         ModelNotFound: It leads nowhere.
@@ -434,7 +432,7 @@ def _directory_checkpoint(
 
 
 def _refuse_remote_code(name: str, raw: Mapping[str, Any], *, trust_remote_code: bool) -> None:
-    """Refuse a model that needs code of its own; many bring some that transformers has long had itself."""
+    """Refuse a model that needs its own code; many bring code that transformers has had for long."""
     if trust_remote_code or not raw.get("auto_map"):
         return
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -451,7 +449,7 @@ def _remote_code_refused(name: str, file: str) -> UnsafeModel:
 
 
 def _check_usable(checkpoint: Checkpoint) -> None:
-    """Check that the model is a causal language model whose head has the width that its config says."""
+    """Check that this is a causal language model whose head has the width in its config."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = checkpoint.config
@@ -471,7 +469,7 @@ def _check_usable(checkpoint: Checkpoint) -> None:
         if not is_packed and tensor.shape[:1] != (checkpoint.width,):
             raise CorruptModel(
                 f"{checkpoint.name}: its config says vocab_size {checkpoint.width}, and {name} has "
-                f"the shape {list(tensor.shape)}, so config and weights are of two models.\n"
+                f"the shape {list(tensor.shape)}, so config and weights belong to two models.\n"
                 "hint: copy or download the model again"
             )
         break

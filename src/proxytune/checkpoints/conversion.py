@@ -1,4 +1,4 @@
-"""Gguf files unpacked once, in the cache."""
+"""GGUF files converted to the Hugging Face layout, once, in the cache directory."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def cache_directory() -> Path:
 
 
 def _conversion_key(digest: str) -> str:
-    """Return a directory name for what this transformers makes of a file with this digest.
+    """Return the name of the directory for this transformers' conversion of a file with this digest.
 
-    Another version may convert differently, so it makes its own copy.
+    Another version may convert differently, so it gets its own copy.
     """
     import transformers
 
@@ -41,12 +41,12 @@ def _conversion_key(digest: str) -> str:
 def build_once(
     target: Path, build: Callable[[Path], None], *, is_whole: Callable[[], bool]
 ) -> Path:
-    """Return `target`, built beside its place and renamed into it if it is not there.
+    """Return the directory `target`, built first if it is not there.
 
-    A lock keeps a second process from doing the work again; the rename alone keeps the result whole.
+    A lock keeps a second process from repeating the work.
 
     Raises:
-        OutputFileError: The place cannot be written.
+        OutputFileError: It cannot be written.
     """
     from filelock import FileLock
 
@@ -68,7 +68,7 @@ def build_once(
 
 
 def convert_small_files(path: Path, header: GgufHeader) -> Path:
-    """Return a directory with config and tokenizer of a GGUF file, made on first use."""
+    """Return a directory with a GGUF file's config and tokenizer, converted on first use."""
 
     def build(part: Path) -> None:
         from transformers import AutoConfig, AutoTokenizer
@@ -90,7 +90,7 @@ def convert_small_files(path: Path, header: GgufHeader) -> Path:
 
 
 def _content_digest(path: Path, *, memory: Path) -> str:
-    """Return the SHA-256 of a file's content, remembered in `memory` while its size and time stay."""
+    """Return the SHA-256 of a file's content, cached in `memory` until its size or time changes."""
     state = path.stat()
     identity = f"{path.resolve()} {state.st_size} {state.st_mtime_ns} {state.st_ino}"
     remembered = memory / f"content-{hashlib.sha256(identity.encode()).hexdigest()[:32]}"
@@ -108,7 +108,7 @@ def _content_digest(path: Path, *, memory: Path) -> str:
 
 
 def convert_weights(path: Path, *, small_files: Path) -> Path:
-    """Return a directory with the whole model of a GGUF file in float32, made on first use."""
+    """Return a directory with a GGUF file's whole model in float32, converted on first use."""
 
     def build(part: Path) -> None:
         import torch

@@ -1,4 +1,4 @@
-"""Headers of safetensors and gguf files."""
+"""Headers of safetensors and GGUF files: which tensors there are, without their values."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _GGUF_SCALARS = {
 _TOKENS, _TOKEN_KINDS = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 _UNUSED = 5
 _GGUF_PADDING = re.compile(r"\[PAD-?\d+\]")
-"""What converters call the ids that no token has."""
+"""Converters' names for ids that no token has."""
 
 
 # Headers of weight files ---------------------------------------------------------------------------
@@ -64,7 +64,7 @@ class StoredTensor:
 
     @property
     def num_elements(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
@@ -128,14 +128,14 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """What a GGUF file says before its weights.
+    """The header of a GGUF file.
 
     Args:
-        metadata: Numbers and strings by key; arrays are left out, but for the two below.
-        tensors: By GGUF's names, shapes in torch's order.
+        metadata: Numbers and strings by key, without arrays except the two below.
+        tensors: Tensors by GGUF's names, with shapes in torch's order.
         digest: SHA-256 of the header's bytes, which decide config and tokenizer.
         tokens: The vocabulary, by token id; empty in an adapter.
-        token_kinds: llama.cpp's kind of each token: 3 is control, 5 unused.
+        token_kinds: llama.cpp's type of each token: 3 is control, 5 unused.
     """
 
     metadata: Mapping[str, Any]
@@ -145,7 +145,7 @@ class GgufHeader:
     token_kinds: Sequence[int] = field(default=(), repr=False)
 
     def token_to_id(self) -> dict[str, int]:
-        """Return the vocabulary without what only fills it up to the width of the output head."""
+        """Return the vocabulary without tokens that only pad it to the width of the output head."""
         kinds = self.token_kinds or [1] * len(self.tokens)
         return {
             token: index
@@ -158,7 +158,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
     """Return the header of a GGUF file, checked against the file's size.
 
     Raises:
-        CorruptModel: It is no GGUF file, or is cut off.
+        CorruptModel: It is not a GGUF file, or is cut off.
         UnsupportedModel: Its version, byte order or a tensor type is unknown, or it is one of several parts.
         MissingExtra: The `gguf` package is not installed.
     """
@@ -304,7 +304,11 @@ def _ggml_types(path: Path) -> tuple[Any, Any]:
 
 
 def read_json_file(path: Path) -> dict[str, Any]:
-    """Return the object in a model's JSON file; raises CorruptModel where there is none."""
+    """Return the object in a model's JSON file.
+
+    Raises:
+        CorruptModel: It cannot be read, or holds no object.
+    """
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
@@ -319,7 +323,7 @@ def read_json_file(path: Path) -> dict[str, Any]:
 
 
 def find_weight_files(directory: Path, *, stem: str = "model") -> list[Path]:
-    """Return the safetensors files that make up a model, [] if there are none.
+    """Return the safetensors files of a model; none if it has none.
 
     Raises:
         ModelNotFound: The index names a file that is not there.
@@ -345,7 +349,7 @@ def find_weight_files(directory: Path, *, stem: str = "model") -> list[Path]:
 
 
 def weight_files_are_there(directory: Path) -> bool:
-    """Return whether a directory holds weights in any format that can be named."""
+    """Whether a directory has weights in any known format."""
     try:
         return bool(find_weight_files(directory)) or any(directory.glob("pytorch_model*.bin"))
     except ModelNotFound:

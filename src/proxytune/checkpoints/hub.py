@@ -1,4 +1,4 @@
-"""What the hub gives."""
+"""Files from the Hugging Face Hub, or from its cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from proxytune.errors import ModelNotFound
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merges.txt")
-"""Config, tokenizer, prompt template and index of a Hub model: all but weights."""
+"""Small files of a Hub model: config, tokenizer, prompt template and index; no weights."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 

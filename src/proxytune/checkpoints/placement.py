@@ -1,4 +1,4 @@
-"""Which device, which dtype."""
+"""The one policy for the device and the dtype in which a model runs."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any
 from proxytune.errors import UnsupportedModel
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""What a model can run in."""
+"""Dtypes in which a model can run."""
 
 
 # Dtype and device ---------------------------------------------------------------------------------
 
 
 def running_device(device: str | None) -> str:
-    """Return where a model runs: as asked, or on CUDA where there is some, or on the CPU.
+    """Return the device for a model: the one asked for, otherwise CUDA if available, otherwise the CPU.
 
-    `auto` spreads a model over all devices, and is left to the loader.
+    `auto` spreads a model over all devices; the loader does that.
 
     Raises:
-        UnsupportedModel: The device is not one of this machine.
+        UnsupportedModel: This machine does not have the device.
     """
     import torch
 
@@ -38,7 +38,7 @@ def running_device(device: str | None) -> str:
     if kind.type == "cuda" and (kind.index or 0) >= num_cuda:
         raise UnsupportedModel(
             f"the device {device!r} was asked for, and torch sees {num_cuda} CUDA devices here.\n"
-            "hint: leave the device out to take what there is"
+            "hint: leave the device out to use what is available"
         )
     if kind.type == "mps" and not torch.backends.mps.is_available():
         raise UnsupportedModel(
@@ -49,14 +49,15 @@ def running_device(device: str | None) -> str:
 
 
 def running_dtype(dtype: str | None, *, stored_dtype: str, device: str) -> str:
-    """Return the dtype a model's weights run in: `float32`, `bfloat16` or `float16`.
+    """Return the dtype in which a model's weights run: `float32`, `bfloat16` or `float16`.
 
     Args:
-        dtype: As the recipe asks. `auto` is the stored one on any device; None is the stored one on an
+        dtype: The recipe's dtype. `auto` is the stored one on any device; None is the stored one on an
             accelerator and float32 on the CPU, where half precision is slower and less exact.
-        stored_dtype: As `Checkpoint.stored_dtype` says it. Quantised weights are unpacked to bfloat16,
-            whose range holds every activation of models trained in it.
-        device: As `running_device` returned it.
+        stored_dtype: `Checkpoint.stored_dtype`. Quantised weights are unpacked to bfloat16, whose range
+        covers
+            every activation of models trained in it.
+        device: The device from `running_device`.
     """
     if dtype in DTYPES:
         return str(dtype)
@@ -68,6 +69,6 @@ def running_dtype(dtype: str | None, *, stored_dtype: str, device: str) -> str:
 
 
 def max_context(config: Any) -> int | None:
-    """Return how many tokens a model of this text config can hold; None where positions do not end."""
+    """Return the maximum number of tokens of a model with this text config; None if there is no limit."""
     positions = getattr(config, "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None

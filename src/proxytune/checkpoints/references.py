@@ -1,4 +1,4 @@
-"""Kinds of reference, and where they lead."""
+"""Kinds of model reference, and the local files or Hub ids that they lead to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from proxytune.errors import ModelNotFound, RecipeError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-"""How a Hub id looks: `owner/name`, or a bare name for a few old models."""
+"""A Hub id: `owner/name`, or a bare name for a few old models."""
 
 
 # Its dependencies would compile llama.cpp, and only the model file inside is used.
@@ -51,7 +51,7 @@ def resolve_package(reference: str) -> Path:
 
 
 def local_path(reference: str, *, root: Path) -> Path | None:
-    """Return the existing file or directory that a reference names, None if it can only be a Hub id.
+    """Return the file or directory that a reference names; None if it can only be a Hub id.
 
     Raises:
         ModelNotFound: It can only be local, and nothing is there.
@@ -76,7 +76,7 @@ def local_path(reference: str, *, root: Path) -> Path | None:
 
 
 def unpinned_path(reference: str, *, root: Path, revision: str | None) -> Path | None:
-    """Return a local path, or None for a Hub id; refuse a revision of local files."""
+    """Return a local path, or None for a Hub id. Refuse a revision of local files."""
     if re.match(r"https?://", reference):
         raise RecipeError(
             f"{reference} is a model behind HTTP, and this version cannot steer one.\n"
@@ -92,10 +92,9 @@ def unpinned_path(reference: str, *, root: Path, revision: str | None) -> Path |
 
 
 def local_reference(given: str, directory: Path) -> str:
-    """Return a reference typed somewhere as the recipe in `directory` needs it.
+    """Return a reference that was typed in the working directory as a recipe in `directory` needs it.
 
-    What is there under the given path counts as local, and is written absolute, or relative to the recipe
-    where it lies inside it.
+    An existing path counts as local. It is made relative to the recipe if it lies inside, otherwise absolute.
 
     Raises:
         ModelNotFound: It can only be a path, and nothing is there.

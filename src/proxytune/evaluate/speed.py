@@ -103,8 +103,7 @@ def load_plain_models(recipe: Recipe, expert: str) -> PlainModels:
     with quietly():
         base = load(recipe.base)
         return PlainModels(
-            base,
-            *(base if s.same_as else load(s) for s in (chosen.expert, chosen.anti_expert)),
+            base, *(base if s.same_as else load(s) for s in (chosen.expert, chosen.anti_expert))
         )
 
 

@@ -1,4 +1,4 @@
-"""What transformers' `AutoConfig` and `AutoTokenizer` make of a recipe: a config, and the base's tokenizer.
+"""Recipes in transformers' `AutoConfig` and `AutoTokenizer`: a config, and the base's tokenizer.
 
 Nothing here loads torch models; `integrations/__init__.py` says why that matters.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from proxytune.recipe.recipe import Recipe
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-"""Options of `from_pretrained` that say where a recipe comes from."""
+"""Options of `from_pretrained` about where a recipe comes from."""
 
 
 class ProxyTunedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
@@ -32,7 +32,7 @@ class ProxyTunedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         combine: As in the recipe.
         steering: As in the recipe.
         default_expert: As in the recipe.
-        **kwargs: What transformers keeps in any config.
+        **kwargs: Attributes that transformers keeps in any config.
     """
 
     model_type = "proxytune"
@@ -65,7 +65,7 @@ class ProxyTunedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         """Return the recipe.
 
         Args:
-            directory: Where relative references start; None for where the config was read.
+            directory: Directory from which relative references start; None for the config's own.
 
         Raises:
             RecipeError: A value cannot be used; the message names its place.
@@ -79,7 +79,7 @@ class ProxyTunedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
-        """Do nothing: transformers would copy this file beside what is saved, and recipes bring their own."""
+        """Do nothing: transformers would copy this file beside what is saved, but recipes bring their own."""
 
     def _content(self) -> dict[str, Any]:
         content: dict[str, Any] = {
@@ -104,12 +104,12 @@ class ProxyTunedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         return copy.deepcopy({**self._content(), "transformers_version": transformers.__version__})
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """Return the content of config.json: there is no default to leave out."""
+        """Return the content of config.json, which has no defaults to leave out."""
         return self.to_dict()
 
 
 class ProxyTunedTokenizer:
-    """What `AutoTokenizer` calls for a recipe: `from_pretrained` returns the base's own tokenizer."""
+    """The tokenizer class of a recipe: `from_pretrained` returns the base's own tokenizer."""
 
     SETTINGS = (
         "bos_token",
@@ -158,10 +158,10 @@ class ProxyTunedTokenizer:
 
 
 def check_one_prompt(recipe: Recipe, *, engine: str, hint: str) -> None:
-    """Refuse a recipe whose models want different prompts or tokens, for an engine with one stream of them.
+    """Refuse a recipe whose models need different prompts or tokens, for an engine with one token stream.
 
     Raises:
-        UnsupportedModel: They do.
+        UnsupportedModel: They need different ones.
     """
     if recipe.vocabulary != "same":
         raise UnsupportedModel(
@@ -195,27 +195,27 @@ def read_recipe(reference: str | os.PathLike[str], hub: dict[str, Any]) -> Recip
 
 
 def refuse_options(options: dict[str, Any], *, ignored: Sequence[str] = ()) -> None:
-    """Refuse options of `from_pretrained` that would be without effect.
+    """Refuse options of `from_pretrained` that would have no effect.
 
-    Options that begin with an underscore are transformers' own; those without a value ask for nothing.
+    Options that begin with an underscore are transformers' own, and those without a value ask for nothing.
     """
     for key, value in options.items():
         if value and not key.startswith("_") and key not in ignored:
             raise UnsupportedModel(
                 f"{key} was given, and a recipe decides this for each of its models.\n"
-                "hint: leave it out, and set what it stands for in the recipe's config.json"
+                "hint: leave it out, and set the matching key in the recipe's config.json"
             )
 
 
 def register_config() -> None:
-    """Tell `AutoConfig` of recipes."""
+    """Register recipes with `AutoConfig`."""
     from transformers.models.auto.configuration_auto import AutoConfig
 
     AutoConfig.register("proxytune", ProxyTunedConfig, exist_ok=True)
 
 
 def register_tokenizer() -> None:
-    """Tell `AutoTokenizer` of recipes."""
+    """Register recipes with `AutoTokenizer`."""
     from transformers.models.auto.tokenization_auto import AutoTokenizer
 
     register: Any = AutoTokenizer.register

@@ -1,10 +1,10 @@
-"""The check of a whole recipe before any weight is read: models, vocabularies, prompts, adapters, memory.
+"""Checks a whole recipe before any weight is read: models, vocabularies, prompts, adapters, memory.
 
-`examine` gathers everything that is wrong instead of stopping at the first, because a person mends a
-recipe in one go. `model.py` calls it before loading, and the command line shows it.
+`examine` collects everything that is wrong instead of stopping at the first problem, so that a recipe can be
+fixed in one go. `load.py` calls it before loading, and the command line shows the result.
 
-Memory is an estimate of what stays: weights in the dtype they run in, each copy counted once, and the KV
-cache by length. What a forward needs for a moment comes on top.
+Memory is an estimate of what stays allocated: weights in their running dtype, each copy counted once, and the
+KV cache by length. Temporary memory of a forward comes on top.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from proxytune.text.prompts import render
 from proxytune.text.vocab import align
 
 SAMPLE_PROMPT = "What is steering?"
-"""What each prompt format is shown on."""
+"""The prompt on which each prompt format is shown."""
 
 SAMPLE_TEXT = (
     "She had not meant to stay so long, but the rain went on, and nobody in the kitchen seemed to mind. "
@@ -43,7 +43,7 @@ SAMPLE_TEXT = (
     "The treatment lowered blood pressure by 12.5 mmHg in 38% of patients; headaches were rare.\n\n"
     "def area(width: float, height: float = 1.0) -> float:\n    return width * height  # square metres\n"
 )
-"""What is cut into tokens to see how many of them another tokenizer has too."""
+"""A text to find out how many of its tokens another tokenizer has too."""
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _CACHE_BYTES = {"float32": 4.0, "float16": 2.0, "q8_0": 34 / 32}
@@ -51,46 +51,47 @@ _CACHE_BYTES = {"float32": 4.0, "float16": 2.0, "q8_0": 34 / 32}
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that keeps a recipe from running.
+    """One reason why a recipe cannot run.
 
     Args:
         where: The part of the recipe, such as `base` or `NAME.expert`.
-        error: What loading would raise.
+        error: The error that loading would raise.
     """
 
     where: str
     error: UserError | BackendError
 
     def to_dict(self) -> dict[str, str]:
-        """Return it for JSON: the error's class, the place and the message."""
+        """Return a JSON object: the error's class, the place and the message."""
         return {"error": type(self.error).__name__, "where": self.where, "message": str(self.error)}
 
 
 @dataclass(frozen=True, slots=True)
 class ModelReport:
-    """What is known of one model of a recipe. None where it cannot be known because of a problem.
+    """What is known about one model of a recipe; None for what a problem leaves unknown.
 
     Args:
         part: `base`, `NAME.expert` or `NAME.anti_expert`.
-        reference: As the recipe says it; of the base where the part is the same.
+        reference: The reference in the recipe; the base's if the part is the base itself.
         adapter: The adapter's reference.
         kind: `directory`, `gguf` or `api`.
         architecture: The model's class.
-        num_parameters: In the model, without the adapter.
-        num_adapter_parameters: In the adapter.
-        stored_dtype: Of the weights on disk.
-        running_dtype: Of the weights in memory.
-        device: Where it runs.
-        max_context: Most tokens of prompt and text.
+        num_parameters: Number of the model's parameters, without the adapter.
+        num_adapter_parameters: Number of the adapter's parameters.
+        stored_dtype: Dtype of the weights on disk.
+        running_dtype: Dtype of the weights in memory.
+        device: The device it runs on.
+        max_context: Maximum number of tokens of prompt and text.
         prompt_format: `plain`, `chat` or a template.
         prompt_sample: A short prompt as this model sees it.
-        vocabulary: `same`, `padded`, `permuted`, `mapped` or `differs` against the base; `base` for itself.
-        num_tokens: Tokens in the vocabulary.
-        num_padding: Rows of the output head that no token has.
-        weight_bytes: Memory of weights and adapter; 0 where the weights are shared.
+        vocabulary: How it compares with the base's: `same`, `padded`, `permuted`, `mapped` or `differs`;
+            `base` for the base.
+        num_tokens: Number of tokens in the vocabulary.
+        num_padding: Number of rows of the output head without a token.
+        weight_bytes: Memory of weights and adapter; 0 if the weights are shared.
         cache_bytes: Memory of the KV cache per 1,000 tokens of one sequence.
-        shares: The part whose weights it uses too.
-        api: What the server of an API shows and takes (`backends.api.ApiTraits`), if it was asked.
+        shares: The part whose weights it shares.
+        api: What the API's server shows and accepts (`ApiTraits`), if it was called.
     """
 
     part: str
@@ -124,11 +125,11 @@ class DeviceReport:
     """Memory on one device.
 
     Args:
-        device: As the recipe or the policy names it.
+        device: Its name in torch.
         name: What it is.
-        weight_bytes: What the weights need there.
-        cache_bytes: What the KV caches need per 1,000 tokens of one sequence.
-        free_bytes: What is free there now; None where that cannot be found out.
+        weight_bytes: Memory of the weights there.
+        cache_bytes: Memory of the KV caches per 1,000 tokens of one sequence.
+        free_bytes: Free memory; None if unknown.
     """
 
     device: str
@@ -147,11 +148,11 @@ class Diagnosis:
     """The result of `examine`.
 
     Args:
-        directory: Of the recipe.
+        directory: The recipe's directory.
         models: One report for each part, the base first.
         devices: One report for each device that is used.
-        problems: What keeps the recipe from running; empty when it can.
-        notes: What is worth knowing and does not keep it from running.
+        problems: Why the recipe cannot run; empty if it can.
+        notes: What else is worth knowing.
     """
 
     directory: Path
@@ -162,11 +163,11 @@ class Diagnosis:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether nothing keeps the recipe from running."""
+        """Whether the recipe can run."""
         return not self.problems
 
     def raise_first(self) -> None:
-        """Raise the first problem, if there is one.
+        """Raise the first problem if there is one.
 
         Raises:
             UserError: The exact class of that problem.
@@ -175,7 +176,7 @@ class Diagnosis:
             raise self.problems[0].error
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything for JSON."""
+        """Return a JSON object."""
         return {
             "recipe": str(self.directory),
             "is_healthy": self.is_healthy,
@@ -189,12 +190,12 @@ class Diagnosis:
 def examine(recipe: Recipe, *, ask_server: bool = False) -> Diagnosis:
     """Check a whole recipe without reading weights.
 
-    A GGUF file's config and tokenizer are converted on first use, which takes seconds; of a Hub model the
-    small files are fetched if they are not in its cache.
+    On first use a GGUF file's config and tokenizer are converted, which takes seconds, and the small files
+    of a Hub model are downloaded.
 
     Args:
         recipe: What to check.
-        ask_server: Find out what the server of a base behind an API shows and takes, with a few short calls.
+        ask_server: Whether to find out, with a few short calls, what a base behind an API shows and accepts.
     """
     return _Examination(recipe, ask_server).run()
 
@@ -266,7 +267,7 @@ class _Examination:
         self.reports.append(ModelReport(part=part, **values))
 
     def _find(self, part: str, spec: ModelSpec) -> Checkpoint | None:
-        """Return a model's files; None if they are not usable, which is a problem of the first part."""
+        """Return a model's files; None if they are unusable, a problem that counts for the first part."""
         try:
             return self.files.checkpoint(spec)
         except UserError as error:
@@ -339,7 +340,7 @@ class _Examination:
         return values
 
     def _examine_map(self, part: str, base: Checkpoint, small: Checkpoint) -> None:
-        """Say how much of the base's vocabulary, and of usual text, another tokenizer has too."""
+        """Note how much of the base's vocabulary, and of ordinary text, another tokenizer covers."""
         found = token_map(base, small)
         if not found.num_mapped:
             self._fail(
@@ -360,7 +361,7 @@ class _Examination:
         )
 
     def _check_sides(self) -> None:
-        """Refuse a pair of which one side speaks the base's tokens and the other does not."""
+        """Refuse a pair if only one side uses the base's tokens."""
         kinds = {report.part: report.vocabulary for report in self.reports}
         for expert in self.recipe.experts:
             sides = expert.expert, expert.anti_expert
@@ -368,7 +369,7 @@ class _Examination:
             mapped = [kinds[part] == "mapped" for part in parts]
             if not any(mapped):
                 continue
-            # Of a side that is not mapped nothing is asked: its vocabulary may be what is damaged.
+            # A side that is not mapped is left alone: its vocabulary may be the damaged one.
             found = [self.files.checkpoint(spec) for spec in sides] if all(mapped) else []
             tokens = [checkpoint.vocabulary.token_to_id for checkpoint in found]
             if not tokens or tokens[0] != tokens[1]:
@@ -422,14 +423,14 @@ class _Examination:
         }
 
     def _once(self, spec: ModelSpec, adapter: AdapterFiles, num_bytes: int) -> int:
-        """Return the memory of an adapter, 0 if it was counted before."""
+        """Return the memory of an adapter; 0 if it was counted before."""
         key = (spec.weights, str(adapter.path))
         is_counted = key in self.counted
         self.counted.add(key)
         return 0 if is_counted else num_bytes
 
     def _examine_api(self, part: str, spec: ModelSpec, tokens: Checkpoint) -> dict[str, Any]:
-        """Return what a server shows and takes, if it may be asked; else only look for the key."""
+        """Return what a server shows and accepts if it may be called; otherwise only look for the key."""
         from proxytune.backends.api.backend import ApiBackend
         from proxytune.backends.api.client import ApiClient
 
@@ -459,7 +460,7 @@ class _Examination:
         adapter: AdapterFiles | None,
         is_first: bool,
     ) -> dict[str, Any]:
-        """Return what llama.cpp needs for a file, which it runs as it is."""
+        """Return the memory that llama.cpp needs for a file."""
         from proxytune.backends.llama_cpp import library
 
         assert spec.llama_cpp is not None and checkpoint.gguf_path is not None
@@ -473,7 +474,7 @@ class _Examination:
             weight_bytes += self._once(spec, adapter, adapter.path.stat().st_size)
         element = _CACHE_BYTES[spec.llama_cpp.cache_dtype_of(checkpoint.stored_dtype)]
         return {
-            # A GPU that llama.cpp was built for is known to it alone.
+            # Only llama.cpp knows which GPU it was built for.
             "device": "cpu",
             "running_dtype": checkpoint.stored_dtype,
             "max_context": spec.llama_cpp.context_of(checkpoint.max_context),
@@ -507,7 +508,7 @@ class _Examination:
 def _weight_bytes(
     checkpoint: Checkpoint, element: int, quantization: Mapping[str, Any] | None
 ) -> int:
-    """Return the memory of a model's weights; with quantisation an estimate."""
+    """Return the memory of a model's weights, estimated if they are quantised."""
     num = checkpoint.num_parameters
     if quantization is None:
         return element * num
@@ -540,7 +541,7 @@ def _check_quantization(quantization: Mapping[str, Any]) -> None:
         method = "bitsandbytes"
     if method in ("bitsandbytes", "torchao") and importlib.util.find_spec(method) is None:
         raise missing_extra(
-            f"the quantization {method} is asked for, and that package is not installed", "quantize"
+            f"the quantisation {method} is asked for, and that package is not installed", "quantize"
         )
 
 

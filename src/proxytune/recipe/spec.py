@@ -51,7 +51,7 @@ class LlamaCppSettings:
         context_size: Maximum number of tokens of a row; None for the model's own limit, at most
             `DEFAULT_CONTEXT`.
         cache_dtype: Dtype of keys and values: `float32`, `float16` or `q8_0`; None is float32 for a file
-            that is not quantized, otherwise float16.
+            that is not quantised, otherwise float16.
 
     Raises:
         RecipeError: A value cannot be used.

@@ -380,8 +380,7 @@ def _key_check(keys: tuple[str, ...]) -> Callable[..., Awaitable[None]]:
     digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def check(
-        request: Request,
-        bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)],
+        request: Request, bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(BEARER)]
     ) -> None:
         if not digests:
             return

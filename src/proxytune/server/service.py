@@ -364,10 +364,7 @@ class Service:
             choices.append(choice)
         return self._envelope(
             answer, "chat.completion" if answer.is_chat else "text_completion"
-        ) | {
-            "choices": choices,
-            "usage": answer.usage,
-        }
+        ) | {"choices": choices, "usage": answer.usage}
 
     def first_chunks(self, answer: Answer) -> list[Json]:
         """Return the first chunks of a stream: the roles of a chat, or the prompts that `echo` asks for."""

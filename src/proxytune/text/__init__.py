@@ -1,1 +1,1 @@
-"""Text and messages to token ids and back, and vocabularies."""
+"""Text and messages as token ids, token ids as text, and vocabularies."""

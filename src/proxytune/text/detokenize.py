@@ -1,21 +1,21 @@
-"""Token ids become text, one at a time, for streaming and for the whole alike.
+"""Turns token ids into text one at a time, with the same result for streams and whole texts.
 
-Words: *settled* text cannot be changed by later tokens; *unsettled* text ends in U+FFFD, which may be half a
-character still to be completed. *Held-back* text is settled and could be the beginning of a stop string.
+Words: later tokens cannot change *settled* text. *Unsettled* text ends in U+FFFD, which may be half a
+character that is still to be completed. *Held-back* text is settled but may begin a stop string.
 
 The text of new tokens has one definition, and every front end gets it from `TextStream`: what
-`decode(prompt_ids + new_ids)` adds after its common beginning with `decode(prompt_ids)`, special tokens
-skipped and spaces not cleaned up. Without a prompt that is `decode(new_ids)`. A prompt makes a difference for
-tokenizers that drop the space before a text's first word (SentencePiece): the space is part of the new text.
-And where the prompt ends within a character, the character belongs to the new text, which completes it.
+`decode(prompt_ids + new_ids)` adds to its common beginning with `decode(prompt_ids)`, with special tokens
+skipped and spaces not cleaned up. Without a prompt that is `decode(new_ids)`. The prompt matters for
+tokenizers that drop the space before a text's first word (SentencePiece): the space is part of the new
+text. If the prompt ends within a character, the new text completes that character, which then belongs to it.
 
-One departure: decoders with byte fallback show each byte of a run of byte tokens as U+FFFD when any byte of
-the run is invalid, complete characters before it included. Those have been given out by then, and stay. Where
-such a run goes on for more than 64 tokens, its number of U+FFFD may differ, too.
+There is one exception. If any byte of a run of byte tokens is invalid, decoders with byte fallback show every
+byte of the run as U+FFFD, including complete characters before it. Those were returned earlier, and stay. If
+such a run is longer than 64 tokens, its number of U+FFFD may differ as well.
 
-A stop string ends the text where it completes first; of several that complete with one character the longest
-counts, and the text is cut before it. This is what a reader sees who gets the text character by character, so
-it does not depend on how characters were spread over tokens. A stop string that completes within the first
+The stop string that completes first ends the text, which is cut before it; of several that complete with the
+same character the longest counts. A reader who gets the text character by character sees the same, so it does
+not depend on how characters are spread over tokens. A stop string that completes within the first
 `min_tokens` tokens does not end the text and stays in it.
 
 Models, logits and end-of-sequence tokens never reach this file: `decode/batch.py` decides what to push.
@@ -30,30 +30,32 @@ from proxytune.text.prompts import Tokenizer
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
-# Most U+FFFD at the end of an endless run of them that can still change: half a character is at most 3 bytes,
-# and a decoder shows it as one U+FFFD (byte-level BPE) or as one per byte (byte fallback).
+# How many U+FFFD at the end of a long run of them can still change: half a character is at most 3 bytes, and
+# a decoder shows it as one U+FFFD (byte-level BPE) or as one per byte (byte fallback).
 _MAX_UNSETTLED = 3
 
-# Tokens of context kept when the window is shortened; any visible one would do for a leading space.
+# Tokens of context that are kept when the window is shortened; one visible token would do for a leading
+# space.
 _CONTEXT = 8
 
-# The window is shortened when it is this long, so that a push decodes 8 to 16 tokens. A long run of U+FFFD
-# makes it grow to the second length, where all but the last of them are settled and it is shortened by force.
+# The window is shortened when it is this long, so that a push decodes 8 to 16 tokens. With a long run of
+# U+FFFD it grows to the second length. Then all but the last of them are settled, and it is shortened anyway.
 _WINDOW = 16
 _MAX_WINDOW = 64
 
 
 class TextStream:
-    """Turns the token ids of one row into text as they come.
+    """Turns the token ids of one row into text as they arrive.
 
-    The pushes joined, and `finish`, are the whole text (see the module's docstring). What a push costs does
-    not grow with the text: a window of the last tokens is decoded, whose beginning gives the context.
+    The results of all pushes and of `finish`, joined, are the whole text (see the module's docstring). The
+    cost of a push does not grow with the text: only a window of the last tokens is decoded, whose beginning
+    is context.
 
     Args:
-        tokenizer: The base's.
+        tokenizer: The base's tokenizer.
         stop: Strings that end the text.
         prompt_ids: The tokens before the first new one.
-        min_tokens: Pushes before a stop string may end the text.
+        min_tokens: Minimum number of pushes before a stop string may end the text.
 
     Raises:
         ValueError: A stop string is empty.
@@ -87,18 +89,18 @@ class TextStream:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string completed, so that the text is at its end."""
+        """Whether a stop string has ended the text."""
         return self._stops.matched
 
     @property
     def text(self) -> str:
-        """Everything given out so far."""
+        """The text returned so far."""
         return "".join(self._pieces)
 
     def push(self, token_id: int) -> str:
-        """Take the next token and return the text that is now certain, often empty.
+        """Take the next token and return the text that is now certain, often none.
 
-        After a stop string nothing more comes.
+        After a stop string nothing more is returned.
         """
         if self.stopped:
             return ""
@@ -106,7 +108,7 @@ class TextStream:
         return self._give(self._stops.push(self._settle(token_id), self._may_stop))
 
     def finish(self) -> str:
-        """Return what was kept back, half a character as the U+FFFD that the tokenizer makes of it."""
+        """Return what was held back, with half a character as the tokenizer's U+FFFD."""
         if self.stopped:
             return ""
         rest = self._window_text[self._num_settled :]
@@ -136,7 +138,7 @@ class TextStream:
                 # The prompt's last character was incomplete, and is no longer.
                 self._num_settled = _common_length(self._prompt_text, text)
             else:
-                # Byte fallback takes back characters that were given out: go on with what came after them.
+                # Byte fallback takes back characters that were returned: go on with what came after them.
                 del self._window[: self._num_settled_ids]
                 text = self._decode(self._window)
                 self._num_settled = 0
@@ -157,7 +159,7 @@ class TextStream:
         return new
 
     def _shorten(self) -> None:
-        """Drop the window's oldest ids, if its newest text stays as it is without them."""
+        """Drop the window's oldest ids if its newest text stays the same without them."""
         settled = self._window_text[: self._num_settled]
         num_unsettled = len(self._window_text) - self._num_settled
         # The last settled character must be there again. If it is U+FFFD, four must be: a window that begins
@@ -176,13 +178,13 @@ class TextStream:
         self._num_settled_ids = max(0, self._num_settled_ids - num_dropped)
 
     def _context_of(self, prompt_ids: Sequence[int]) -> tuple[list[int], str]:
-        """Return the last prompt ids that have text, and that text."""
+        """Return the last prompt ids that have text, and their text."""
         visible = (int(i) for i in reversed(prompt_ids) if not self._is_skipped(int(i)))
         context = list(islice(visible, _CONTEXT))[::-1]
         return context, self._decode(context)
 
     def _is_skipped(self, token_id: int) -> bool:
-        """Whether this is a special token, which has no text and does not part its neighbours."""
+        """Whether this is a special token, which has no text and does not separate its neighbours."""
         if token_id not in self._skipped:
             shown = self._tokenizer.decode(
                 [token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False
@@ -205,7 +207,7 @@ def _common_length(one: str, other: str) -> int:
 
 
 class _StopMatcher:
-    """Passes text on up to the first stop string, and holds back what could begin one."""
+    """Passes on text up to the first stop string, and holds back what may begin one."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
@@ -214,10 +216,10 @@ class _StopMatcher:
         self.matched = False
 
     def push(self, new: str, may_stop: bool) -> str:
-        """Take more text and return what is certain; stop strings that end in it count if `may_stop`."""
+        """Take more text and return what is certain. Stop strings that end in it count if `may_stop`."""
         text = self._held + new
         if may_stop:
-            # (end, start): a stop string that lies within held-back text was seen before, and did not count.
+            # (end, start). A stop string within held-back text was seen before and did not count.
             matches = []
             for stop in self._stop:
                 start = text.find(stop, max(0, len(self._held) - len(stop) + 1))
@@ -239,6 +241,6 @@ class _StopMatcher:
         return text[: len(text) - num_held]
 
     def finish(self) -> str:
-        """Return what was held back: nothing will complete it."""
+        """Return what was held back, since nothing will complete it."""
         held, self._held = self._held, ""
         return held

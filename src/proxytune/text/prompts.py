@@ -1,14 +1,14 @@
-"""From text or a conversation to each model's token ids.
+"""Turns text or a conversation into each model's token ids.
 
-Every model of a recipe has a prompt format, and renders the same prompt in its own way: the expert may
-want its chat template where the base sees plain text. A format is
+Every model of a recipe has a prompt format and renders the same prompt in its own way: the expert may need
+its chat template where the base sees plain text. A format is
 
 - `plain`: the text as it is, with the special tokens that the tokenizer usually adds;
 - `chat`: the tokenizer's chat template, ready for the assistant's turn;
 - a Jinja template, recognised by `{{` or `{%`. It sees `messages`, `prompt` (the text of the last user
   message), `bos_token`, `eos_token` and `add_generation_prompt`, and writes its special tokens itself.
 
-Prompts that are token ids already do not come here.
+Prompts given as token ids do not pass through here.
 """
 
 from __future__ import annotations
@@ -27,49 +27,49 @@ from proxytune.request import Message, Prompt
 
 @dataclass(frozen=True, slots=True)
 class PromptFormat:
-    """How one member wants its prompts."""
+    """One member's prompt format and tokenizer."""
 
     prompt_format: str
     tokenizer: Tokenizer
 
 
 PLAIN_USER_TURN = "\n\nUser:"
-"""How a user's next turn begins in a longer conversation in the `plain` format."""
+"""The beginning of the user's next turn in a longer conversation in the `plain` format."""
 
 
 class ChatPrompt(tuple[int, ...]):
-    """Token ids that remember the messages they were rendered from.
+    """Token ids together with the messages they were rendered from.
 
-    A base behind a chat endpoint renders messages itself; nobody else looks at them.
+    Only a base behind a chat endpoint uses the messages, since it renders them itself.
     """
 
     messages: tuple[Message, ...]
 
     @classmethod
     def of(cls, token_ids: Sequence[int], prompt: Prompt) -> ChatPrompt:
-        """Return the token ids of a prompt that is text or messages."""
+        """Return these token ids with the text or messages they come from."""
         itself = cls(token_ids)
         itself.messages = tuple(_messages(prompt))
         return itself
 
 
 class AskedPrompt(str):
-    """A text for plain models, and how models that chat are asked the same.
+    """A question as text for plain models, and as messages for chat models.
 
     The text ends where the answer begins, such as with `Answer:`. In a chat the question is the user's
-    message and the assistant's turn has begun with that word. Everything that takes a text takes this.
+    message, and the assistant's turn begins with that word. It can be used wherever a text can.
 
     Args:
-        text: What the `plain` format shows.
-        messages: What the other formats show, a user's message last.
-        answer_start: What they put after it, in the assistant's turn.
+        text: The prompt in the `plain` format.
+        messages: The prompt in the other formats; the last message is the user's.
+        answer_start: The beginning of the assistant's turn in those.
     """
 
     messages: tuple[Message, ...]
     answer_start: str
 
     def __new__(cls, text: str, messages: Sequence[Message], answer_start: str = "") -> AskedPrompt:
-        """Keep the text, and beside it how it is asked in a chat."""
+        """Make the text, with its messages beside it."""
         itself = super().__new__(cls, text)
         itself.messages = tuple(messages)
         itself.answer_start = answer_start
@@ -77,7 +77,7 @@ class AskedPrompt(str):
 
 
 class Tokenizer(Protocol):
-    """What this package needs of a tokenizer; those of transformers have it."""
+    """What this package needs of a tokenizer; the ones of transformers have it."""
 
     @property
     def chat_template(self) -> Any:
@@ -124,7 +124,7 @@ class Tokenizer(Protocol):
 
 
 def behave_alike(one: Tokenizer, other: Tokenizer) -> bool:
-    """Whether two tokenizers do the same with every text and chat, as far as that can be told by looking."""
+    """Whether two tokenizers treat every text and chat alike, as far as their settings show."""
     names = (
         "chat_template",
         "bos_token",
@@ -136,25 +136,24 @@ def behave_alike(one: Tokenizer, other: Tokenizer) -> bool:
         getattr(one, name, None) != getattr(other, name, None) for name in names
     ):
         return False
-    # What cuts a text: tokens, normaliser, rules, merges, and what is put around it.
+    # What decides how a text is cut: tokens, normaliser, rules, merges, and what is added around it.
     mine, theirs = (getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (one, other))
     return mine is not None and theirs is not None and mine.to_str() == theirs.to_str()
 
 
 def render(prompt: Prompt, *, prompt_format: str, tokenizer: Tokenizer, name: str) -> list[int]:
-    """Return the token ids that one model gets to see.
+    """Return the token ids that one model sees.
 
-    A conversation in the `plain` format becomes its text: a single user message is its content, after the
-    system message and a blank line if there is one. Longer ones are written as `User: …`, `Assistant: …`,
-    with blank lines between and an open `Assistant:` at the end. That is a choice: models without a chat
-    template have no convention. In every format the assistant begins a new turn, also after a message of its
-    own.
+    In the `plain` format, a single user message is its content, after the system message and a blank line if
+    there is one. Longer conversations are written as `User: …`, `Assistant: …`, with blank lines between
+    them and an open `Assistant:` at the end. That is our choice: models without a chat template have no
+    convention. In every format the assistant begins a new turn, even after a message of its own.
 
     Args:
         prompt: Text or messages.
         prompt_format: `plain`, `chat` or a Jinja template.
-        tokenizer: The model's.
-        name: How errors call the model.
+        tokenizer: The model's tokenizer.
+        name: The model's name in errors.
 
     Raises:
         InvalidRequest: The result has no tokens.
@@ -174,12 +173,12 @@ def render(prompt: Prompt, *, prompt_format: str, tokenizer: Tokenizer, name: st
 def render_each(
     prompt: Prompt, formats: Sequence[PromptFormat], names: Sequence[str]
 ) -> list[Sequence[int]]:
-    """Return the token ids that each of several models gets to see; see `render`.
+    """Return the token ids that each of several models sees; see `render`.
 
     Args:
         prompt: Text or messages.
-        formats: How each model wants its prompts.
-        names: How errors call each.
+        formats: Prompt format and tokenizer of each model.
+        names: The name of each in errors.
     """
     # Models that share a tokenizer and a format see the same; a long prompt takes a while to tokenise.
     known: dict[tuple[str, int], Sequence[int]] = {}
@@ -198,7 +197,7 @@ def text_ids(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def start_id(tokenizer: Tokenizer) -> int | None:
-    """Return the token that the tokenizer puts before a text; None if it puts none there."""
+    """Return the token that the tokenizer puts before a text; None if there is none."""
     with_start = tokenizer.encode("a", add_special_tokens=True)
     bos = getattr(tokenizer, "bos_token", None)
     bos_id = None if bos is None else tokenizer.get_vocab().get(bos)
@@ -206,10 +205,10 @@ def start_id(tokenizer: Tokenizer) -> int | None:
 
 
 def continuation_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Return the token ids of a text that goes on after others.
+    """Return the token ids of a text that continues another.
 
-    Tokenizers of the SentencePiece kind write a space before any text they are given, which only belongs
-    before the first; it is kept off by putting a line break there and taking it away again.
+    SentencePiece tokenizers put a space before any text, which belongs only before the first. A line break
+    put before the text, and removed again, prevents that.
     """
     start = list(tokenizer.encode("\n", add_special_tokens=False))
     if len(start) > 1 and tokenizer.convert_ids_to_tokens(start)[0] == "\u2581":
@@ -234,8 +233,8 @@ def render_text(
         prompt_format: `plain`, `chat` or a Jinja template.
         tokenizer: The model's.
         name: How errors call the model.
-        add_generation_prompt: Begin the assistant's turn at the end, as generation needs it. Without it, a
-            conversation that ends with the assistant's message shows how a format ends that turn.
+        add_generation_prompt: Whether to begin the assistant's turn at the end, for generation. Without it, a
+            conversation that ends with the assistant's message shows how the format ends that turn.
     """
     kind = check_syntax(prompt_format, name)
     if kind == "plain":
@@ -254,10 +253,10 @@ def render_text(
 
 
 def check_syntax(prompt_format: str, name: str) -> Literal["plain", "chat", "jinja"]:
-    """Return the kind of a prompt format. Needs no tokenizer.
+    """Return the kind of a prompt format, without a tokenizer.
 
     Raises:
-        PromptFormatError: It is of no known kind, or a template that is malformed.
+        PromptFormatError: It is of no known kind, or a malformed template.
     """
     if prompt_format == "plain":
         return "plain"
@@ -266,20 +265,18 @@ def check_syntax(prompt_format: str, name: str) -> Literal["plain", "chat", "jin
     if "{{" in prompt_format or "{%" in prompt_format:
         try:
             _compile(prompt_format)
-        except (
-            Exception
-        ) as error:  # Jinja may also exhaust the recursion limit, or Python's own parser.
+        except Exception as error:  # A template may break Jinja, or Python's own parser.
             line = (
                 f" in line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             )
             raise PromptFormatError(
                 f"the prompt template of {name} is malformed{line}: {error}\n"
-                "hint: a template that shows the prompt alone is {{ prompt }}"
+                "hint: the simplest template is {{ prompt }}"
             ) from error
         return "jinja"
     raise PromptFormatError(
         f'the prompt format of {name} is {_shorten(prompt_format)}, which is not "plain", "chat" or a Jinja '
-        "template.\nhint: a template holds {{ prompt }}, or goes through messages with {% for %}"
+        "template.\nhint: a template contains {{ prompt }}, or loops over messages with {% for %}"
     )
 
 
@@ -324,11 +321,11 @@ def _apply_chat_template(
         text = tokenizer.apply_chat_template(
             messages, add_generation_prompt=add_generation_prompt, tokenize=False
         )
-    except Exception as error:  # A template is foreign code, and may fail in any way.
+    except Exception as error:  # A template is foreign code and may fail in any way.
         raise PromptFormatError(
             f"the chat template of {name} fails on this prompt (roles {_roles(messages)}): {error}\n"
-            "hint: some templates allow no system message, or only user and assistant in turn; "
-            'a Jinja template of your own as "prompt" may do otherwise'
+            "hint: some templates allow no system message, or only alternating user and assistant turns; "
+            'set "prompt" to a Jinja template of your own to change that'
         ) from error
     return str(text)
 
@@ -357,9 +354,9 @@ def _apply_jinja(
 
 
 class _Unprintable(jinja2.Undefined):
-    """An unknown variable: may be tested, as chat templates do, but not shown or gone through.
+    """An unknown variable: it may be tested, as chat templates do, but not shown or looped over.
 
-    By default Jinja shows it as nothing, and a misspelt `{{ promt }}` would silently leave the prompt out.
+    By default Jinja renders it as nothing, and a misspelt `{{ promt }}` would silently leave the prompt out.
     """
 
     __slots__ = ()
@@ -369,8 +366,8 @@ class _Unprintable(jinja2.Undefined):
 
 @lru_cache(maxsize=64)
 def _compile(source: str) -> jinja2.Template:
-    # As transformers compiles chat templates, so that one can be copied; but a final newline stays, since in
-    # a recipe it was written on purpose ("### Response:\n").
+    # Compiled as transformers compiles chat templates, so that one can be copied. But a final newline
+    # stays: in a recipe it was written on purpose ("### Response:\n").
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,

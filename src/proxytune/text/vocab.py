@@ -1,9 +1,9 @@
-"""Whether two models share one set of tokens, and how to carry logits and token ids between them.
+"""Whether two models share one set of tokens, and how to translate logits and token ids between them.
 
 Words: a *vocabulary* maps token strings to ids. Its *width* is the number of rows of the model's output head,
-which is often rounded up; a *padding id* is an id below the width that no token has. Two vocabularies are
-*aligned* when each token of one is a token of the other. Maps are compared, never sizes: Qwen2.5 comes with
-heads of 151,936 and of 152,064 rows over one tokenizer.
+which is often rounded up. A *padding id* is an id below the width that no token has. Two vocabularies are
+*aligned* if each token of one is a token of the other. The maps are compared, never the sizes: Qwen2.5 has
+heads of 151,936 and of 152,064 rows for one tokenizer.
 
 Text and models never reach this file.
 """
@@ -23,11 +23,11 @@ from torch import Tensor
 from proxytune.errors import InvalidRequest, VocabularyMismatch
 
 NUM_EXAMPLES = 5
-"""How many differences a `VocabularyMismatch` shows."""
+"""Maximum number of differences that a `VocabularyMismatch` shows."""
 
 
 class HasVocab(Protocol):
-    """Anything that tells its tokens: every Hugging Face tokenizer does."""
+    """Anything that lists its tokens, as every Hugging Face tokenizer does."""
 
     def get_vocab(self) -> Mapping[str, int]:
         """Return token strings and their ids, added tokens included."""
@@ -38,9 +38,9 @@ class Vocabulary:
     """The tokens of one model.
 
     Args:
-        name: How errors call the model.
-        token_to_id: Each token's id, added tokens included.
-        width: Rows of the output head, above every id.
+        name: The model's name in errors.
+        token_to_id: The id of each token, including added tokens.
+        width: Number of rows of the output head, above every id.
 
     Raises:
         ValueError: An id does not lie between 0 and `width`.
@@ -62,8 +62,8 @@ class Vocabulary:
     def from_tokenizer(cls, tokenizer: HasVocab, *, name: str, width: int) -> Vocabulary:
         """Read the tokens of a tokenizer whose model has `width` output rows.
 
-        Tokens beyond the head (a pad token added to the tokenizer alone, for one) are left out: the model
-        can neither read nor produce them.
+        Tokens beyond the head, such as a pad token added only to the tokenizer, are left out: the model can
+        neither read nor produce them.
         """
         vocab = tokenizer.get_vocab()
         return cls(name, {token: i for token, i in vocab.items() if 0 <= i < width}, width)
@@ -80,7 +80,7 @@ class Vocabulary:
         return has_token
 
     def check_token_ids(self, token_ids: Sequence[int]) -> None:
-        """Check ids that came from outside, such as a prompt given as token ids.
+        """Check ids that come from a caller, such as a prompt given as token ids.
 
         Raises:
             InvalidRequest: An id is out of range or belongs to no token.
@@ -101,9 +101,9 @@ class Vocabulary:
 def token_bytes(vocabulary: Vocabulary) -> dict[int, bytes]:
     """Return the bytes that each token stands for, by id.
 
-    Tokens are written in one of three ways: in the characters that byte-level BPE gives to bytes (a space is
-    `Ġ`), in those of SentencePiece (a space is `▁`, a lone byte `<0x0A>`), or as they are. Which it is shows
-    in how the vocabulary writes a space. A special token stands for its own name.
+    Tokens are written in one of three ways: in the characters that byte-level BPE assigns to bytes (a space
+    is `Ġ`), in those of SentencePiece (a space is `▁`, a lone byte `<0x0A>`), or as plain text. The
+    vocabulary's way of writing a space shows which. A special token stands for its own name.
     """
     tokens = vocabulary.token_to_id
     if any(token.startswith("Ġ") for token in tokens):
@@ -127,8 +127,8 @@ def token_bytes(vocabulary: Vocabulary) -> dict[int, bytes]:
 def _byte_level_characters() -> dict[str, int]:
     """Return the byte of each character of byte-level BPE.
 
-    Printable characters of Latin-1 stand for themselves; the other bytes, in order, for those from U+0100 on
-    (Radford et al. 2019, the code of GPT-2).
+    Printable characters of Latin-1 stand for themselves; the other bytes, in order, for the characters from
+    U+0100 on (Radford et al. 2019, the code of GPT-2).
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
@@ -157,16 +157,15 @@ class Alignment:
     _tables: dict[torch.device, _Tables] = field(default_factory=dict, init=False, repr=False)
 
     def logits_to_base(self, logits: Tensor) -> Tensor:
-        """Bring a small model's logits into the base's order and width.
+        """Arrange a small model's logits in the base's order and width.
 
         Args:
             logits: `[..., small_width]`, any dtype and device.
 
         Returns:
-            `[..., base_width]`; the same tensor for `same`, and possibly a view for `padded`. Base ids that
-            only the head's padding has are 0 where this method makes them, so an expert and its anti-expert
-            differ by nothing there; for `same` they keep what the model gave. `decode/batch.py` never
-            samples them.
+            `[..., base_width]`; the same tensor for `same`, possibly a view for `padded`. Padding ids of the
+            base that this method adds are 0, so that expert and anti-expert do not differ there; for `same`
+            they keep the model's logits. `decode/batch.py` never samples them.
         """
         assert logits.shape[-1] == self.small_width, (tuple(logits.shape), self.small_width)
         if self.kind == "same":
@@ -182,8 +181,8 @@ class Alignment:
     def ids_to_small(self, token_ids: Tensor) -> Tensor:
         """Translate the base's token ids, a LongTensor of any shape, to the small model's.
 
-        Ids must belong to tokens (`Vocabulary.check_token_ids`). A padding id becomes -1 where ids are
-        permuted, so that the model's embedding refuses it instead of reading another token.
+        Ids must belong to tokens (`Vocabulary.check_token_ids`). If ids are permuted, a padding id becomes
+        -1, so that the model's embedding refuses it instead of reading another token.
         """
         if self.small_ids is None:
             return token_ids
@@ -236,11 +235,11 @@ def align(base: Vocabulary, small: Vocabulary) -> Alignment:
 
 @dataclass(frozen=True, eq=False)
 class TokenMap:
-    """Which of the base's tokens a small model of another tokenizer has too. `map_tokens` makes one.
+    """Which of the base's tokens a small model with another tokenizer has too. `map_tokens` makes one.
 
     Args:
         small_ids: `[base_width]`, the small model's id of each base id, -1 where it has no such token.
-        num_base_tokens: How many tokens the base has.
+        num_base_tokens: Number of the base's tokens.
     """
 
     small_ids: Tensor = field(repr=False)
@@ -248,22 +247,22 @@ class TokenMap:
 
     @property
     def num_mapped(self) -> int:
-        """How many of the base's tokens the small model has too."""
+        """Number of the base's tokens that the small model has too."""
         return int((self.small_ids >= 0).sum())
 
     @property
     def share(self) -> float:
-        """What share of the base's tokens that is."""
+        """Their share of the base's tokens."""
         return self.num_mapped / max(1, self.num_base_tokens)
 
     @cached_property
     def distinct(self) -> Tensor:
-        """`[num]`, base ids of which each has another small id: some tokens of the base mean the same."""
+        """`[num]`, base ids with distinct small ids: some tokens of the base mean the same."""
         found = {own: base for base, own in enumerate(self._list) if own >= 0}
         return torch.tensor(sorted(found.values()), dtype=torch.long)
 
     def small_id(self, token_id: int) -> int | None:
-        """Return the small model's id of one of the base's tokens; None where it has none."""
+        """Return the small model's id of one of the base's tokens; None if it has none."""
         own = self._list[token_id]
         return own if own >= 0 else None
 
@@ -286,14 +285,14 @@ def map_tokens(
     Args:
         base: The base's tokens.
         small: The small model's.
-        base_special_ids: Tokens that are no text; one is only ever mapped to another of the same name.
-        small_special_ids: The same of the small model.
-        roles: Ids of both that mean the same whatever they are called, such as those that end a text; the
-            first pair with a base id counts.
+        base_special_ids: Tokens that are not text; each is mapped only to one with the same name.
+        small_special_ids: The same for the small model.
+        roles: Pairs of ids that mean the same whatever their names, such as those that end a text. The first
+            pair with a base id counts.
     """
     small_bytes = token_bytes(small)
     ordinary: dict[bytes, int] = {}
-    # Of two that stand for the same bytes, tokenizers write the one that is not `<0x41>`.
+    # Of two tokens for the same bytes, tokenizers use the one that is not written as `<0x41>`.
     for _, token_id in sorted(small.token_to_id.items(), key=lambda item: item[0][:3] != "<0x"):
         if token_id not in small_special_ids:
             ordinary[small_bytes[token_id]] = token_id

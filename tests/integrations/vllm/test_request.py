@@ -73,8 +73,8 @@ def test_a_request_that_asks_for_nothing_is_left_to_the_recipe(asked):
         ({"expert": "legal=inf"}, "expert 'legal' is inf"),
         ({"expert": "=1"}, "expert is '=1'"),
         ({"expert": "legal=0.5", "alpha": 1}, "alpha is given, and every expert brings its own"),
-        ({"experts": "legal"}, "experts is no field.*\n.*expert"),
-        ({"Alpha": 1}, "Alpha is no field.*\n.*alpha"),
+        ({"experts": "legal"}, "experts is not a field.*\n.*expert"),
+        ({"Alpha": 1}, "Alpha is not a field.*\n.*alpha"),
     ],
 )
 def test_a_wrong_value_is_refused_with_the_name_of_its_field(asked, said):

@@ -171,7 +171,7 @@ def _require(module: str, name: str) -> Any:
     except ImportError as error:
         package = module.partition(".")[0]
         raise missing_extra(
-            f"{name} is to be quantized with {package}, which cannot be imported: {error}",
+            f"{name} is to be quantised with {package}, which cannot be imported: {error}",
             "quantize",
         ) from error
 

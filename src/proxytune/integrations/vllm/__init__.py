@@ -3,13 +3,13 @@
     LLM("my-recipe", dtype="float32")
     vllm serve my-recipe
 
-vLLM finds `register` by the entry point `vllm.general_plugins` and calls it in each of its processes. The
-parts: `config.py` makes vLLM's config of a recipe and refuses what vLLM cannot honour, `weights.py` reads the
-models' weights and merges adapters, `request.py` reads what a request asks for and `processor.py` keeps it
-with its row, `model.py` is the ensemble as one model of vLLM, `draft.py` an expert as a draft model,
+vLLM finds `register` by the entry point `vllm.general_plugins` and calls it in each of its processes.
+`config.py` makes vLLM's config from a recipe and refuses what vLLM cannot honour. `weights.py` reads the
+models' weights and merges adapters. `request.py` reads what a request asks for, and `processor.py` keeps it
+with its row. `model.py` is the ensemble as one model of vLLM, `draft.py` an expert as a draft model, and
 `server.py` the command that starts vLLM's server.
 
-vLLM is told of them by what its documentation gives to plugins: `ModelRegistry.register_model`,
+They are registered through vLLM's documented interfaces for plugins: `ModelRegistry.register_model`,
 `register_model_loader`, and the entry point `vllm.logits_processors`.
 """
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """Tell vLLM of recipes; may be called more than once."""
+    """Register recipes with vLLM. It may be called more than once."""
     from proxytune.integrations.vllm.config import register_config
     from proxytune.integrations.vllm.weights import register_loader
 

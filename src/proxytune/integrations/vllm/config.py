@@ -1,7 +1,7 @@
 """A recipe as vLLM's model config: its models found and checked, and what vLLM cannot honour refused.
 
 vLLM asks a config for the shape of one text model. It gets the base's, with the shortest context of all
-models and the base's end-of-sequence tokens. The recipe's own content stays what it is.
+models and the base's end-of-sequence tokens. The recipe's own content stays unchanged.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from proxytune.text.vocab import Alignment, align
 _log = logging.getLogger(__name__)
 
 LOAD_FORMAT = "proxytune"
-"""What vLLM calls the loader of `weights.py`."""
+"""The name in vLLM of the loader in `weights.py`."""
 
 _OWN_FORMATS = ("auto", "hf", "safetensors", LOAD_FORMAT)
 _DRAFTS = ("draft_model", "ngram", "ngram_gpu", "suffix")
-"""Ways to draft that need nothing of the model but its tokens."""
+"""Drafting methods that need only the model's tokens."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Member:
 
     Args:
         name: `base`, or `small_0` and so on; vLLM takes numbers between dots for layers.
-        title: How messages call it, such as `legal.expert`.
+        title: Its name in messages, such as `legal.expert`.
         checkpoint: Its files.
         adapter: A LoRA adapter to merge into its weights.
-        alignment: The way from its tokens to the base's.
+        alignment: How its tokens correspond to the base's.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Ensemble:
 
     @property
     def max_context(self) -> int | None:
-        """Most tokens that every model can hold; None where no model has a limit."""
+        """Maximum number of tokens for every model; None if no model has a limit."""
         limits = [member.checkpoint.max_context for member in self.members]
         return min((limit for limit in limits if limit is not None), default=None)
 
@@ -80,7 +80,7 @@ def find_ensemble(recipe: Recipe) -> Ensemble:
         UserError: A model is missing, unsafe, corrupt or does not match; see `errors.py`.
     """
     _check_recipe(recipe)
-    # One dtype for all, which vLLM is given, so that it keeps no models apart.
+    # vLLM runs all models in one dtype, so a recipe's dtype must not make two members of one.
     found, pairs = find_members(recipe.with_models(lambda spec: replace(spec, dtype=None)))
     base = found[0].checkpoint
     members: list[Member] = []
@@ -96,7 +96,7 @@ def find_ensemble(recipe: Recipe) -> Ensemble:
 
 
 def _check_recipe(recipe: Recipe) -> None:
-    """Refuse what a recipe asks for and vLLM cannot do."""
+    """Refuse a recipe that asks for what vLLM cannot do."""
     for part, spec in recipe.models.items():
         _check_spec(part, spec)
     check_one_prompt(
@@ -119,7 +119,7 @@ def _check_recipe(recipe: Recipe) -> None:
 
 
 def _check_spec(title: str, spec: ModelSpec) -> None:
-    """Refuse settings of a model that are for another engine."""
+    """Refuse settings of a model that belong to another engine."""
     if spec.api is not None:
         raise UnsupportedModel(
             "the base is behind an API, and vLLM steers models whose weights it loads.\n"
@@ -132,7 +132,7 @@ def _check_spec(title: str, spec: ModelSpec) -> None:
         )
     if spec.quantization is not None:
         raise UnsupportedModel(
-            f"{title} is to be quantised as transformers does it, and vLLM has its own ways.\n"
+            f"{title} is to be quantised by transformers, but vLLM has its own ways.\n"
             "hint: name a copy that is stored quantised (AWQ, GPTQ, FP8, compressed-tensors), or leave "
             "quantization out and give vLLM --quantization, which is for the base"
         )
@@ -229,14 +229,14 @@ class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
         return self.text_config
 
     def serve(self, experts: Any, *, is_fixed: str) -> None:
-        """Set which experts are served (None for all), and why no request may choose, if none may."""
+        """Set which experts are served (None for all), and the reason if requests may not choose."""
         self.__dict__["_served"] = experts
         self.__dict__["_is_fixed"] = is_fixed
         self.__dict__.pop("_ensemble", None)
         set_menu(self.menu)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the content of config.json, and what generation needs."""
+        """Return the content of config.json, with what generation needs."""
         return {**super().to_dict(), "eos_token_id": self.text_config.eos_token_id}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -246,12 +246,12 @@ class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
         self.__dict__.update(state)
         if (
             "_is_fixed" in state
-        ):  # checked in another process: requests of this one are checked like there
+        ):  # Checked in another process; requests of this one are checked the same way.
             set_menu(self.menu)
 
 
 def check_engine(vllm_config: Any) -> None:
-    """Refuse settings of vLLM that a recipe cannot honour, and set those that it needs.
+    """Refuse settings of vLLM that a recipe cannot honour, and make those that it needs.
 
     Args:
         vllm_config: vLLM's whole config, changed in place.
@@ -277,12 +277,12 @@ def check_engine(vllm_config: Any) -> None:
         )
     if vllm_config.lora_config is not None:
         raise UnsupportedModel(
-            "vLLM's own adapters (enable_lora) are of one model, and a recipe has several.\n"
+            "vLLM's own adapters (enable_lora) belong to one model, and a recipe has several.\n"
             'hint: make the adapter an expert of the recipe, and choose it per request with "expert"'
         )
     if model.enable_prompt_embeds:
         raise UnsupportedModel(
-            "prompt embeddings are of one model, and a recipe has several.\n"
+            "prompt embeddings belong to one model, and a recipe has several.\n"
             "hint: leave enable_prompt_embeds out"
         )
     load_format = str(vllm_config.load_config.load_format)
@@ -321,13 +321,13 @@ def check_engine(vllm_config: Any) -> None:
 
 
 def register_config() -> None:
-    """Tell vLLM, and transformers in this process, how to read a recipe."""
+    """Register recipes with vLLM, and with transformers in this process."""
     from transformers import AutoConfig, AutoTokenizer
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
     from vllm.model_executor.models.registry import ModelRegistry
 
     class RecipeChecks(VerifyAndUpdateConfig):  # type: ignore[misc]
-        """vLLM's hook for a model's demands on its config."""
+        """vLLM's hook for a model's requirements on the config."""
 
         @staticmethod
         def verify_and_update_config(vllm_config: Any) -> None:

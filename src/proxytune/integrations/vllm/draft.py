@@ -1,7 +1,7 @@
 """An expert as vLLM's draft model: one directory, in the base's vocabulary, adapters merged.
 
 vLLM's `draft_model` method takes a whole model whose token ids are the target's. An expert that is a LoRA
-adapter, or whose ids or width are not the base's, is written as such a model once and kept in the cache
+adapter, or whose ids or width differ from the base's, is written as such a model once and kept in the cache
 directory. Drafts are guesses: whatever an expert drafts, the steered model decides.
 """
 
@@ -24,8 +24,8 @@ def speculative_config(
 
     Args:
         recipe: The recipe that vLLM will serve.
-        expert: Its name; None for the default one, or the first.
-        num_tokens: How many tokens it drafts at a time.
+        expert: The expert's name; None for the default expert, otherwise the first.
+        num_tokens: Number of tokens to draft at a time.
 
     Raises:
         UnknownExpert: The recipe has no expert of that name.
@@ -48,7 +48,7 @@ def speculative_config(
 
 
 def draft_model(ensemble: Ensemble, member: Member) -> Path:
-    """Return a directory with a member as a model in the base's vocabulary, written if it is not there.
+    """Return a directory with a member as a model in the base's vocabulary, written on first use.
 
     Raises:
         OutputFileError: The cache directory cannot be written.

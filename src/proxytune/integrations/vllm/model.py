@@ -1,13 +1,12 @@
 """The ensemble as one model of vLLM: `SteeredModel`.
 
-Its members are models of vLLM's own, made with its parallel layers. They read the same tokens at the same
-places, so one block table serves all of them: paging, prefix caching, chunked prefill and preemption stay
-vLLM's. Every member reads every token, whatever the request asks for: a cached prefix can then be reused
-under any strength.
+Its members are vLLM's own models, made with its parallel layers. They read the same tokens at the same
+positions, so one block table serves all of them, and vLLM keeps doing paging, prefix caching, chunked prefill
+and preemption. Every member reads every token, whatever the request asks for, so that a cached prefix can be
+reused with any strength.
 
-`forward` returns the members' hidden states side by side; `compute_logits` takes them apart, and only there
-are strengths applied, with the formula of `logits/steer.py`. An expert that no row asks for computes no
-logits.
+`forward` returns the members' hidden states side by side. `compute_logits` splits them and applies the
+strengths, with the formula of `logits/steer.py`. An expert that no row asks for computes no logits.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ from proxytune.logits.steer import Contribution, offset
 
 @dataclass(frozen=True)
 class _RowLogits:
-    """One member's logits in the base's vocabulary, of some of the rows.
+    """One member's logits for some of the rows, in the base's vocabulary.
 
     Args:
-        values: `[len(places), vocab]`; None on a rank that others gather logits for.
-        places: The rows they are of, ascending.
+        values: `[len(places), vocab]`; None on a rank that does not gather logits.
+        places: Their rows, ascending.
     """
 
     values: Tensor | None
@@ -43,7 +42,7 @@ class _RowLogits:
 
     @classmethod
     def compute(cls, member: Member, model: Any, states: Tensor, places: list[int]) -> _RowLogits:
-        """Have a member compute the logits of some rows of its hidden states."""
+        """Compute a member's logits for some rows of its hidden states."""
         if len(places) < states.shape[0]:
             states = states[torch.tensor(places, device=states.device)]
         values: Tensor | None = model.compute_logits(states.contiguous())
@@ -63,8 +62,8 @@ class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
     """A base steered by experts.
 
     Args:
-        vllm_config: Of a recipe.
-        prefix: vLLM's; recipes are not part of other models.
+        vllm_config: vLLM's config for a recipe.
+        prefix: vLLM's prefix of names; recipes are not part of other models.
     """
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
@@ -100,10 +99,10 @@ class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
         """Run all members over the same tokens.
 
         Args:
-            input_ids: `[num_tokens]`, the base's; None on later ranks of a pipeline.
+            input_ids: `[num_tokens]`, of the base's vocabulary; None on later ranks of a pipeline.
             positions: `[num_tokens]`.
-            intermediate_tensors: From the rank before, in a pipeline.
-            inputs_embeds: Not used: each member has embeddings of its own.
+            intermediate_tensors: What the previous rank of a pipeline returned.
+            inputs_embeds: Not used, since each member has its own embeddings.
 
         Returns:
             `[num_tokens, sum of hidden sizes]`, or what the next rank of the pipeline needs.
@@ -118,7 +117,7 @@ class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
                 )
             ids = input_ids
             if ids is not None and member.alignment.kind == "permuted":
-                # vLLM pads batches with tokens that may have no counterpart; their logits are not used.
+                # vLLM pads batches with tokens that may have no counterpart. Their logits are not used.
                 ids = member.alignment.ids_to_small(ids.long()).clamp_(min=0).to(ids.dtype)
             outputs.append(model(ids, positions, own, None))
         if isinstance(outputs[0], IntermediateTensors):
@@ -130,7 +129,7 @@ class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
         """Return each row's steered logits, `[rows, vocab]`, float32, -inf at ids that no token has.
 
         Args:
-            hidden_states: `[rows, sum of hidden sizes]`, of the rows that `RowStrengths` expects.
+            hidden_states: `[rows, sum of hidden sizes]`, for the rows that `RowStrengths` expects.
         """
         num_rows = hidden_states.shape[0]
         rows = self._rows.take(num_rows) or [self._rows.default] * num_rows
@@ -139,14 +138,14 @@ class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
             for index, pair in enumerate(self._pairs)
         ]
         parts = [part for part in parts if part[2]]
-        if not self._policy.is_plain:  # it looks at all experts of a row at once
+        if not self._policy.is_plain:  # a policy looks at all experts of a row at once
             parts = [(pair, index, list(range(num_rows))) for pair, index, _ in parts]
         wanted: dict[int, set[int]] = {0: set(range(num_rows))}
         for pair, _, places in parts:
             for member in (pair.expert, pair.anti_expert):
                 wanted.setdefault(member, set()).update(places)
         states = torch.split(hidden_states, self._widths, dim=-1)
-        # In one order on all ranks: each computes a part of every member's logits.
+        # The same order on all ranks: each computes a part of every member's logits.
         logits = {
             index: _RowLogits.compute(
                 self._members[index], self._models[index], states[index], sorted(wanted[index])
@@ -187,13 +186,13 @@ class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
         return loaded
 
     def get_model_state_cls(self) -> type:
-        """Return what vLLM's second model runner keeps of each request; the first does not ask."""
+        """Return what vLLM's second model runner keeps of each request; the first does not call this."""
         return _follow_rows(self._vllm_config, self)
 
     def make_empty_intermediate_tensors(
         self, batch_size: int, dtype: torch.dtype, device: torch.device
     ) -> IntermediateTensors:
-        """Return what a later rank of a pipeline gets, without values."""
+        """Return what a later rank of a pipeline receives, without values."""
         return _joined(
             self._members,
             [
@@ -206,9 +205,9 @@ class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
 def _build(vllm_config: Any, member: Member) -> nn.Module:
     """Build a member with vLLM's layers.
 
-    The base's layers have the names they would have alone, by which quantised checkpoints list what they
-    leave unquantised. vLLM's quantisation settings are for the base; a small model has those of its own
-    checkpoint.
+    The base's layers keep the names that they have in the model alone, since quantised checkpoints list by
+    name what they leave unquantised. vLLM's quantisation settings are for the base; a small model uses
+    those of its own checkpoint.
     """
     from vllm.compilation.backends import set_model_tag
     from vllm.model_executor.model_loader.utils import initialize_model
@@ -226,7 +225,7 @@ def _build(vllm_config: Any, member: Member) -> nn.Module:
         inner.quant_config = type(inner).get_quantization_config(
             inner.model_config, inner.load_config
         )
-    # Compiled models are told apart by their tag.
+    # vLLM distinguishes compiled models by their tag.
     with set_model_tag(member.name):
         built: nn.Module = initialize_model(
             vllm_config=inner, prefix="" if is_base else member.name
@@ -235,7 +234,7 @@ def _build(vllm_config: Any, member: Member) -> nn.Module:
 
 
 def _alpha(strengths: Sequence[float]) -> float | Tensor:
-    """Return strengths of rows as `Contribution` takes them: a number where they are one."""
+    """Return strengths of rows as `Contribution` takes them: a number if they are all the same."""
     return strengths[0] if len(set(strengths)) == 1 else torch.tensor(strengths)
 
 
@@ -250,9 +249,9 @@ def _joined(members: Sequence[Member], tensors: Sequence[Any]) -> Any:
 
 
 def _follow_rows(vllm_config: Any, steered: SteeredModel) -> type:
-    """Return the base's state class of vLLM's second model runner, which also says whose row is whose.
+    """Return the base's state class for vLLM's second model runner, extended to follow the rows.
 
-    That runner keeps requests in slots, and tells before each forward which slot each row of logits is of.
+    That runner keeps requests in numbered places and reports, before each forward, the place of each row.
     """
     from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 

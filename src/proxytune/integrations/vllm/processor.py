@@ -1,9 +1,9 @@
-"""What vLLM calls a logits processor: checks requests, and follows which row of a batch is whose.
+"""vLLM's logits processor for recipes: it checks requests, and follows which request each row belongs to.
 
-It has the shape of both of vLLM's interfaces: that of the first model runner, where `update_state` says how
-the batch changed, and that of the second, where only checking is left to do (`model.py` follows the batch
-there). It changes no logits itself: the model steers each row as it computes its logits, so that penalties,
-grammars and logprobs see what the row asked for.
+It fits both of vLLM's interfaces. In that of the first model runner, `update_state` reports changes of the
+batch. In that of the second only checking is left, since `model.py` follows the batch. It changes no
+logits: the model steers each row as it computes its logits, so that penalties, grammars and logprobs see
+steered logits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from proxytune.integrations.vllm.request import Menu, RowStrengths, Strengths, c
 
 
 def _interfaces() -> tuple[type, ...]:
-    """Return vLLM's interfaces for logits processors, that of the first model runner and of the second."""
+    """Return vLLM's interfaces for logits processors, of the first and the second model runner."""
     from vllm.v1.sample.logits_processor import LogitsProcessor
 
     try:
@@ -27,12 +27,12 @@ def _interfaces() -> tuple[type, ...]:
 
 
 class RequestSteering(*_interfaces()):  # type: ignore[misc]
-    """Checks requests, and tells the model which row is whose. For any model but a recipe it does nothing.
+    """Checks requests, and passes each row's strengths to the model. Without a recipe it does nothing.
 
     Args:
-        vllm_config: vLLM's.
-        state: The device (first interface) or vLLM's request slots (second); not needed.
-        is_pin_memory: Of the first interface; not needed.
+        vllm_config: vLLM's config.
+        state: The device (first interface) or vLLM's requests (second); not needed.
+        is_pin_memory: Part of the first interface; not needed.
     """
 
     def __init__(self, vllm_config: Any, state: Any, is_pin_memory: bool | None = None) -> None:
@@ -52,11 +52,11 @@ class RequestSteering(*_interfaces()):  # type: ignore[misc]
         check_request(sampling_params)
 
     def is_argmax_invariant(self) -> bool:
-        """Whether greedy decoding can leave it out."""
+        """Whether greedy decoding can skip this."""
         return self._rows is None
 
     def update_state(self, batch_update: Any) -> None:
-        """Follow the batch, before each forward (first interface)."""
+        """Follow changes of the batch before each forward (first interface)."""
         if self._rows is None or self._menu is None:
             return
         if batch_update is not None:
@@ -73,9 +73,9 @@ class RequestSteering(*_interfaces()):  # type: ignore[misc]
         self._rows.expect([self._batch.get(index) for index in range(self._num_rows)])
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
-        """Say that the logits need no change (second interface)."""
+        """Report that the logits need no change (second interface)."""
         return False
 
     def apply(self, logits: Any, ctx: Any = None) -> Any:
-        """Return the logits as they are: the model has steered them."""
+        """Return the logits unchanged: the model has steered them."""
         return logits

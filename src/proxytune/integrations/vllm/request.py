@@ -1,11 +1,11 @@
-"""What a request asks for: its strengths, read from `extra_args`, and which row of a batch they belong to.
+"""A request's strengths, read from `extra_args`, and the row of a batch that they belong to.
 
     SamplingParams(extra_args={"alpha": 0.5, "expert": "legal"})          in Python
     extra_body={"vllm_xargs": {"alpha": 0.5, "expert": ["a=0.5", "b"]}}   over HTTP
 
-vLLM checks a request in its front end, which has no model, and batches rows in its workers. So there is a
-`Menu` of what the recipe offers, known in every process, and in each worker `RowStrengths`, which
-`processor.py` fills and the model reads.
+vLLM checks a request in its front end, which has no model, and batches rows in its workers. So every process
+has a `Menu` of what the recipe offers, and each worker `RowStrengths`, which `processor.py` fills and the
+model reads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from proxytune.recipe.recipe import Recipe
 
 KEYS = ("alpha", "expert")
-"""What a request's `extra_args` may hold for this plugin."""
+"""Keys of a request's `extra_args` that this plugin reads."""
 
 Strengths = tuple[float, ...]
 """The strength of each served expert, in the recipe's order; 0 where it does not steer."""
@@ -32,8 +32,8 @@ class Menu:
     """What requests can choose from.
 
     Args:
-        recipe: With the served experts alone.
-        is_fixed: Why no request may choose; empty where they may.
+        recipe: The recipe with only the served experts.
+        is_fixed: Why requests may not choose; empty if they may.
     """
 
     recipe: Recipe
@@ -45,11 +45,12 @@ class Menu:
         return self._in_order(self.recipe.strengths())
 
     def strengths(self, extra_args: Mapping[str, Any] | None) -> Strengths | None:
-        """Return what a request asks for; None where it leaves it to the recipe.
+        """Return the strengths that a request asks for; None if it leaves them to the recipe.
 
         Args:
-            extra_args: `alpha` is a number. `expert` is a name, or names in a list or with commas between,
-                each with its own strength (`legal=0.5`) or without; or an object of strengths by name.
+            extra_args: `alpha` is a number. `expert` is a name, several in a list or separated by commas,
+            each
+                with or without its own strength (`legal=0.5`), or an object of strengths by name.
 
         Raises:
             InvalidRequest: A value cannot be used; the message names the field.
@@ -60,7 +61,7 @@ class Menu:
             # Other keys may be another plugin's.
             if key not in KEYS and closest(key.lower(), KEYS, cutoff=0.7):
                 raise InvalidRequest(
-                    f"{key} is no field of a request{did_you_mean(key.lower(), KEYS)}"
+                    f"{key} is not a field of a request{did_you_mean(key.lower(), KEYS)}"
                 )
         if not any(key in given for key in KEYS):
             return None
@@ -77,10 +78,10 @@ class Menu:
 
 
 def _named(value: Any) -> dict[str, float | None]:
-    """Return names with the strengths they bring, None where they bring none.
+    """Return names with their own strengths, None for those without.
 
     Raises:
-        InvalidRequest: It is not of any of the forms.
+        InvalidRequest: It has none of the forms.
     """
     if isinstance(value, Mapping):
         items: Sequence[Any] = list(value.items())
@@ -113,11 +114,11 @@ def _named(value: Any) -> dict[str, float | None]:
 
 
 MENU: Menu | None = None
-"""Of the recipe that this process serves; None in a process that serves another model."""
+"""The menu of the recipe that this process serves; None in a process that serves another model."""
 
 
 def set_menu(menu: Menu) -> None:
-    """Have requests of this process choose from `menu`."""
+    """Let requests of this process choose from `menu`."""
     global MENU
     MENU = menu
 
@@ -149,7 +150,7 @@ class RowStrengths:
     """The strengths of the rows whose logits a worker computes next.
 
     Args:
-        default: Of rows that ask for nothing.
+        default: Strengths of rows that ask for nothing.
     """
 
     def __init__(self, default: Strengths) -> None:
@@ -157,15 +158,15 @@ class RowStrengths:
         self._next: list[Strengths] | None = None
 
     def expect(self, rows: Sequence[Strengths | None] | None) -> None:
-        """Say what the next computed rows are; None where they ask for nothing, or are of no request."""
+        """Set the strengths of the rows to be computed next; None for rows that ask for nothing."""
         if rows is not None and all(row is None for row in rows):
             rows = None
         self._next = None if rows is None else [row or self.default for row in rows]
 
     def take(self, num_rows: int) -> list[Strengths] | None:
-        """Return the strengths of the rows being computed, None for the default in all of them.
+        """Return the strengths of the rows being computed; None for the default in all of them.
 
-        What was expected is used up: rows of a prompt that is scored may follow in the same step.
+        They are returned once: rows of a prompt that is scored may follow in the same step.
         """
         rows, self._next = self._next, None
         if rows is not None and len(rows) != num_rows:

@@ -1,7 +1,7 @@
 """The command that starts vLLM's OpenAI-compatible server on a recipe.
 
-vLLM's own command `vllm serve` needs a distribution called `vllm`, and its CPU builds are called otherwise;
-the module behind it starts under any name.
+vLLM's own command `vllm serve` needs a distribution named `vllm`, and CPU builds have other names. The module
+behind it starts under any name.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def vllm_server_command(
         recipe: A directory, `package:NAME/PATH`, a Hub id, or a recipe already read.
         host: Address to listen on.
         port: Port to listen on.
-        name: What clients call the model; None for the name of the recipe's directory.
+        name: The model's name for clients; None for the name of the recipe's directory.
         experts: Serve only these; None serves all.
-        dtype: Of all models; None leaves it to vLLM.
-        max_model_len: Most tokens of a row; None for the shortest context of the models.
-        num_drafted: Tokens that the default expert drafts at a time; 0 for no speculative decoding. Where it
-            drafts, no request can choose its strength or experts.
-        options: Further options of vLLM's server, as they are.
+        dtype: Dtype of all models; None leaves it to vLLM.
+        max_model_len: Maximum number of tokens of a row; None for the shortest context of the models.
+        num_drafted: Number of tokens that the default expert drafts at a time; 0 turns speculative decoding
+            off. With drafts, requests cannot choose strength or experts.
+        options: Further options of vLLM's server, passed on unchanged.
 
     Raises:
         MissingExtra: vLLM is not installed.

@@ -1,7 +1,7 @@
-"""The weights of a recipe's models for vLLM: read from each model's own files, adapters merged on the way.
+"""The weights of a recipe's models for vLLM, read from each model's own files, with adapters merged.
 
-Each tensor comes under the name of its member (`small_0.model.layers.0…`); vLLM's own layers take them from
-there, cut for their rank. A GGUF file is read from its unpacked copy.
+Each tensor has a name that begins with its member (`small_0.model.layers.0…`). vLLM's own layers take them
+from there and cut them for their rank. A GGUF file is read from its converted copy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class LowRank:
     Args:
         down: `[rank, inputs]`.
         up: `[outputs, rank]`.
-        scaling: Its factor.
+        scaling: Factor of the product.
         is_transposed: Whether the layer's weight is `[inputs, outputs]`, as in GPT-2.
     """
 
@@ -39,7 +39,7 @@ class LowRank:
     is_transposed: bool
 
     def merged(self, weight: Tensor) -> Tensor:
-        """Return the weight with this added, in float32: the layer that takes it rounds it once."""
+        """Return the weight with this added, in float32; the layer that takes it rounds it once."""
         change = self.scaling * (self.up.float() @ self.down.float())
         change = change.t() if self.is_transposed else change
         return weight.float() + change.to(weight.device)
@@ -49,7 +49,7 @@ def low_rank_changes(adapter: AdapterFiles, *, allow_pickle: bool) -> dict[str, 
     """Return what an adapter adds to the weights of its model, by module name.
 
     Raises:
-        UnsupportedModel: It changes more than what products of two matrices can.
+        UnsupportedModel: It contains more than products of two matrices.
         UserError: Its files are missing, unsafe or corrupt.
     """
     from peft.utils.other import get_pattern_key
@@ -87,7 +87,7 @@ def merge(
     waiting = set(changes)
     for name, weight in weights:
         module = name.removesuffix(".weight")
-        # Checkpoints of a model without its head may leave the first part of the names out.
+        # Checkpoints of a model without its head may leave out the first part of the names.
         place = next((m for m in changes if m == module or m.endswith(f".{module}")), None)
         if place is not None and module != name:
             waiting.discard(place)
@@ -102,7 +102,7 @@ def merge(
 
 
 def register_loader() -> None:
-    """Tell vLLM how the weights of a recipe are read."""
+    """Register the loader with vLLM."""
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
@@ -115,7 +115,7 @@ def register_loader() -> None:
             super().__init__(load_config)
 
         def download_model(self, model_config: Any) -> None:
-            """Fetch or unpack what is not there yet."""
+            """Fetch or convert files that are not there yet."""
             if not isinstance(model_config.hf_config, RecipeConfig):
                 super().download_model(model_config)
                 return
@@ -148,9 +148,9 @@ def register_loader() -> None:
 
 
 def share_equal_parameters(models: Iterable[torch.nn.Module]) -> int:
-    """Have models of one shape share the parameters in which they do not differ; return the bytes saved.
+    """Let models of one shape share the parameters that are equal; return the bytes saved.
 
-    Experts made with LoRA on one small model differ from it in some layers only; its embedding and output
+    Experts made with LoRA on one small model differ from it only in some layers, and embedding and output
     head are most of a small model.
     """
     seen: dict[tuple[Any, ...], list[torch.nn.Parameter]] = {}
