@@ -180,7 +180,7 @@ def test_what_a_server_decides_cannot_be_set_here(server):
         ModelSpec(model="http://user:word@localhost/v1")
     with pytest.raises(RecipeError, match="must never hold the key itself"):
         ApiSettings(key_env="sk-12345-abc")
-    with pytest.raises(RecipeError, match="only a base can"):
+    with pytest.raises(RecipeError, match="only a base may be"):
         ExpertSpec("a", ModelSpec(model=server.url), ModelSpec(model="small"))
 
 
