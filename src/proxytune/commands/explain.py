@@ -67,7 +67,7 @@ class StrengthOptions:
             if not is_one:
                 raise InvalidRequest(
                     "--alpha has several strengths and an expert has one of its own, so it is unclear which "
-                    "hold.\nhint: leave one of them out"
+                    "apply.\nhint: leave one of them out"
                 )
             strengths = (None,)
         return strengths, experts

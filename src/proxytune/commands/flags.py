@@ -144,7 +144,7 @@ def number_of(text: str, name: str) -> float:
     """Return a strength typed as text.
 
     Raises:
-        InvalidRequest: It is no number, or too large.
+        InvalidRequest: It is not a number, or too large.
     """
     try:
         value = float(text)

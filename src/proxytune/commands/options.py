@@ -184,7 +184,7 @@ class ModelOptions:
         models = recipe.models.values()
         if given and not self.llama_cpp and all(model.llama_cpp is None for model in models):
             raise InvalidRequest(
-                f"--{given[0].replace('_', '-')} is for llama.cpp, and the recipe runs nothing with it.\n"
+                f"--{given[0].replace('_', '-')} is for llama.cpp, which the recipe does not use.\n"
                 "hint: add --llama-cpp to run its .gguf files that way"
             )
         if not self.llama_cpp and not given:
