@@ -11,7 +11,8 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
+from operator import add
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,16 +50,7 @@ class Usage:
     unmatched_prob: float = 0.0
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.num_calls + other.num_calls,
-            self.num_retries + other.num_retries,
-            self.num_prompt_tokens + other.num_prompt_tokens,
-            self.num_completion_tokens + other.num_completion_tokens,
-            self.cost + other.cost,
-            self.num_recut + other.num_recut,
-            self.num_positions + other.num_positions,
-            self.unmatched_prob + other.unmatched_prob,
-        )
+        return Usage(*map(add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,21 +47,17 @@ class CodeRunner:
     Args:
         task: The benchmark that the rows belong to.
         limits: Limits of each program; None takes the benchmark's.
-        num_workers: Number of programs at once; None runs one per processor.
     """
 
-    def __init__(
-        self, task: CodeTask, limits: Limits | None = None, *, num_workers: int | None = None
-    ) -> None:
+    def __init__(self, task: CodeTask, limits: Limits | None = None) -> None:
         self._task = task
         self._limits = limits or task.limits
-        self._num_workers = num_workers
         self.name = f"a run of the code, {self._limits.timeout_s:g} s each"
 
     def decide(self, items: Sequence[Item], rows: Sequence[Row]) -> list[Row | None]:
         """Run every row's program; see `Judge`."""
         programs = [self._task.program(item, row) for item, row in zip(items, rows, strict=True)]
-        outcomes = run_programs(programs, self._limits, num_workers=self._num_workers)
+        outcomes = run_programs(programs, self._limits)
         return [{"result": outcome.result, "passed": outcome.passed} for outcome in outcomes]
 
 
