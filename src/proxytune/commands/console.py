@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from proxytune import files
 from proxytune.errors import InputFileError, InvalidRequest, OutputFileError
 
 if TYPE_CHECKING:
@@ -81,10 +82,8 @@ def write_text(path: Path, text: str) -> None:
 
 def unwritable(path: Path, error: OSError) -> OutputFileError:
     """Return the error for a file that cannot be written."""
-    return OutputFileError(
-        f"{path} cannot be written: {error.strerror}.\n"
-        "hint: give a file in an existing directory that you can write to"
-    )
+    hint = "give a file in an existing directory that you can write to"
+    return files.unwritable(path, error, hint)
 
 
 def argument_text(text: str) -> str:
