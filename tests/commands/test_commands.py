@@ -18,8 +18,9 @@ from proxytune.errors import BackendError
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from proxytune.request import Request, SamplingParams
+from proxytune.testing import toy_recipe
 from tests.support.tiny import tiny_adapter, tiny_model
-from tests.support.toys import toy_load, toy_recipe
+from tests.support.toys import toy_load
 
 COMMANDS = (
     "new",
