@@ -5,7 +5,8 @@
 
 Made from the code are docs/reference/cli.md, docs/reference/recipe.schema.json, and on any page what stands
 between `<!-- from WHAT -->` and `<!-- end -->`: `src/proxytune/logits/steer.py: combine, offset` is the
-code of two functions without their docstrings, `recipe: ModelSpec` a table of a recipe's keys.
+code of two functions without their docstrings, `recipe: ModelSpec` a table of a recipe's keys,
+`options: proxytune.request.SamplingParams` a table of the options that a dataclass declares.
 
 Checked on every page: Python blocks parse, and what they import from proxytune is there; JSON blocks parse,
 and recipes among them are valid; commands in shell blocks and code spans exist, with their options and make
@@ -24,7 +25,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from recipe_schema import key_table, recipe_schema
 from proxytune.cli import app
 from proxytune.errors import RecipeError
 from proxytune.recipe.recipe import Recipe
+from proxytune.settings import options_of
 
 ROOT = Path(__file__).parents[1]
 CLI_PAGE = ROOT / "docs" / "reference" / "cli.md"
@@ -294,11 +296,26 @@ def function_code(path: Path, names: Sequence[str]) -> str:
     return "\n\n\n".join(parts)
 
 
+def option_table(path: str) -> str:
+    """Return the options of a dataclass, `package.module.Class`, as a Markdown table."""
+    module, _, name = path.rpartition(".")
+    lines = ["| option | values | if left out | meaning |", "| --- | --- | --- | --- |"]
+    for option in options_of(getattr(importlib.import_module(module), name)).values():
+        default = "required" if option.default is MISSING else f"`{option.default!r}`"
+        if option.option.none_means is not None:
+            default += f": {option.option.none_means}"
+        meaning = option.option.help.replace("|", "\\|")
+        lines.append(f"| `{option.name}` | {option.values} | {default} | {meaning} |")
+    return "\n".join(lines)
+
+
 def made_part(what: str) -> str:
     """Return what is made from the code for a page: a table of keys, or a block of code."""
     place, _, names = what.partition(": ")
     if place == "recipe":
         return key_table(names)
+    if place == "options":
+        return option_table(names)
     code = function_code(ROOT / place, names.split(", "))
     return f"```python\n{code}\n```"
 

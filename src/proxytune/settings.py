@@ -81,6 +81,11 @@ class Declared:
     default: Any
     option: Option
 
+    @property
+    def values(self) -> str:
+        """The values it can hold, apart from None, in words that follow "must be"."""
+        return self.option.words or _expected(self.type, self.option)
+
     def check(self, value: object, name: str | None = None) -> None:
         """Check one value.
 
@@ -92,7 +97,7 @@ class Declared:
             InvalidRequest: The field cannot hold it.
         """
         if not self.holds(value):
-            # None is no value of a flag, which is left out for it.
+            # A flag has no value None; it is left out.
             none = ", or None" if self.is_optional and name is None else ""
             expected = self.expected(value, none)
             raise InvalidRequest(f"{name or self.name} is {value!r}, and must be {expected}")
@@ -105,7 +110,7 @@ class Declared:
 
     def expected(self, value: object, none: str = "") -> str:
         """Return what the field holds, to follow "must be", and a hint about `value` if there is one."""
-        words = (self.option.words or _expected(self.type, self.option)) + none
+        words = self.values + none
         hint = self.option.hint or ""
         if self.option.choices and isinstance(value, str):
             return words + did_you_mean(value, self.option.choices, otherwise=hint)
@@ -243,8 +248,10 @@ def _expected(kind: Any, option: Option) -> str:
         return "true or false"
     if option.choices:
         return f"one of {', '.join(option.choices)}"
-    if kind is str:
+    if kind is str and option.at_least is not None:
         return "text that is not empty"
+    if kind not in (int, float):
+        return "text"
     zero = "0, or " if option.or_zero else ""
     noun = "a whole number" if kind is int else "a finite number"
     low, high = option.at_least, option.at_most

@@ -20,8 +20,9 @@ from proxytune.explain.moves import moves
 from proxytune.explain.summary import summarise
 from proxytune.model import ProxyTuned
 from proxytune.request import Request, SamplingParams
+from proxytune.testing import TOKENS, toy_recipe
 from proxytune.trace import read_traces
-from tests.support.toys import TOKENS, toy_load, toy_recipe
+from tests.support.toys import toy_load
 from tests.support.traces import SPECIAL, told_trace
 
 MODEL = toy_load(toy_recipe({"first": 1.0, "second": 0.5}))

@@ -20,9 +20,10 @@ from proxytune.request import FILTERS, Request, SamplingParams
 from proxytune.server.schema import API_OPTIONS, ChatRequest, CompletionRequest
 from proxytune.server.settings import ServerSettings
 from proxytune.settings import Declared, options_of
+from proxytune.testing import toy_model, toy_recipe
 from proxytune.tune.settings import TuneSettings
 from tests.support.served import Served, served
-from tests.support.toys import toy_load, toy_model, toy_recipe
+from tests.support.toys import toy_load
 
 OPTIONS = options_of(SamplingParams)
 HTTP_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}

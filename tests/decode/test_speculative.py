@@ -114,9 +114,7 @@ def test_a_drafted_text_is_the_plain_one(which, drafting, sampling):
     ),
     data=st.data(),
 )
-def test_rows_with_their_own_accepted_lengths_do_not_disturb_each_other(
-    prompts, which, drafting, data
-):
+def test_rows_with_their_own_accepted_lengths_keep_apart(prompts, which, drafting, data):
     models = MODELS[which]()
     jobs = []
     for prompt in prompts:

@@ -15,7 +15,8 @@ from proxytune.measure.rank import Sums, candidate_sums, rank_correlation, rank_
 from proxytune.measure.score import passage_of
 from proxytune.model import ProxyTuned
 from proxytune.request import SamplingParams
-from tests.support.toys import toy_load, toy_model, toy_recipe
+from proxytune.testing import toy_model, toy_recipe
+from tests.support.toys import toy_load
 
 THREE = {"first": 1.0, "second": 0.7, "third": 1.0}
 TEXT = "the sea is a sea and a ship is a ship. a man at sea is a man. the end of it. " * 6

@@ -86,7 +86,7 @@ def test_stdout_is_json_alone_and_notes_go_to_stderr(tmp_path):
     [
         (("gsm", "x"), "did you mean gsm8k"),
         (("gsm8k", "nowhere.jsonl"), "nowhere.jsonl cannot be read: No such file"),
-        (("gsm8k", "nowhere.jsonl", "--rule", "papers"), "must be one of paper, numeric"),
+        (("gsm8k", "nowhere.jsonl", "--rule", "papers"), "must be paper or numeric"),
     ],
 )
 def test_a_mistake_is_said_with_exit_code_2(arguments, words):

@@ -114,7 +114,7 @@ def _scored(model: ProxyTuned, domain: Domain, bars: ProgressBars) -> dict[str, 
     alpha = model.recipe.strengths(Steering(experts=domain.expert))[domain.expert]
 
     def advance(done: int, total: int) -> None:
-        bars.show(f"scoring held-out text: {domain.title}", done, total, "tokens,")
+        bars.show(f"scoring held-out text: {domain.title}", done, total, "tokens")
 
     report = model.score(text, [alpha], experts=domain.expert, on_progress=advance)
     return _measured(domain, alpha, report)
@@ -132,10 +132,7 @@ def _continued(model: ProxyTuned, sampling: SamplingParams, bars: ProgressBars) 
         if event.step is not None:
             done = event.step.index + 1
             bars.show(
-                "generating, base and steered in one batch",
-                done,
-                sampling.max_new_tokens,
-                "tokens,",
+                "generating, base and steered in one batch", done, sampling.max_new_tokens, "tokens"
             )
 
     return model.generate_batch(requests, batch_size=len(requests), on_event=advance)

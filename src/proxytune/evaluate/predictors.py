@@ -83,10 +83,7 @@ def tuned_recipe(recipe: Recipe, options: EvalOptions) -> Recipe:
         spec = replace(recipe.base, adapter=options.tuned_adapter, prompt=prompt)
         return replace(recipe, experts=(ExpertSpec("tuned", spec, same),), default_expert=None)
     spec = ModelSpec(
-        model=options.tuned,
-        dtype=recipe.base.dtype,
-        device=recipe.base.device,
-        prompt=prompt,
+        model=options.tuned, dtype=recipe.base.dtype, device=recipe.base.device, prompt=prompt
     )
     # It is both base and expert of this recipe: one model, loaded once.
     return replace(

@@ -22,7 +22,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from proxytune.backends.transformers.kinds import cache_option
+from proxytune.backends.transformers.backend import cache_option
 from proxytune.backends.transformers.weights import quietly
 from proxytune.decode.batch import Batch
 from proxytune.decode.ensemble import Job
@@ -103,8 +103,7 @@ def load_plain_models(recipe: Recipe, expert: str) -> PlainModels:
     with quietly():
         base = load(recipe.base)
         return PlainModels(
-            base,
-            *(base if s.same_as else load(s) for s in (chosen.expert, chosen.anti_expert)),
+            base, *(base if s.same_as else load(s) for s in (chosen.expert, chosen.anti_expert))
         )
 
 

@@ -269,9 +269,7 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             for start in range(0, len(order), self.batch_size):
                 block = order[start : start + self.batch_size]
                 traces = self.model.generate_batch(
-                    [wanted[i] for i in block],
-                    batch_size=len(block),
-                    speculative=self._speculative,
+                    [wanted[i] for i in block], batch_size=len(block), speculative=self._speculative
                 )
                 for i, trace in zip(block, traces, strict=True):
                     texts[i] = trace.text

@@ -7,7 +7,7 @@ are not comparable with the published ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from typing_extensions import override
@@ -16,7 +16,7 @@ from proxytune.errors import InputFileError
 from proxytune.request import SamplingParams
 from proxytune.tasks.rows import Row, field, hub_file_rows, local_rows
 from proxytune.tasks.statistics import standard_error
-from proxytune.tasks.task import Item, Rule, Task, asked
+from proxytune.tasks.task import Item, Metrics, Rule, Scores, Task, asked
 
 _SCORES = {0: 0.5, 1: 0.0, 1.5: 0.5, 2: 1.0}
 """Scores by preference: 1 is the reference, 2 the model; a draw is 0 in the published files and 1.5 in later
@@ -33,6 +33,7 @@ class AlpacaEval(Task):
     )
     metric = "win_rate"
     scale = 100.0
+    key_fields = ("instruction",)
     num_items = 805
     decider = "judge"
     sampling = SamplingParams(max_new_tokens=2048, stop=("\n\nComment:",))
@@ -61,10 +62,6 @@ class AlpacaEval(Task):
         return {**item.fields, "output_2": output.strip()}
 
     @override
-    def key(self, row: Row, place: int) -> str:
-        return str(field(row, place, "instruction"))
-
-    @override
     def is_unscored(self, row: Row) -> bool:
         return row.get("preference") is None
 
@@ -80,9 +77,7 @@ class AlpacaEval(Task):
         return _SCORES[preference]
 
     @override
-    def metrics(
-        self, rows: Sequence[Row], scores: Mapping[str, float | None], rule: Rule
-    ) -> dict[str, float | int | None]:
+    def metrics(self, rows: Sequence[Row], scores: Scores, rule: Rule) -> Metrics:
         known = [score for score in scores.values() if score is not None]
         lengths = [len(row["output_2"]) for row in rows if isinstance(row.get("output_2"), str)]
         error = standard_error(known)

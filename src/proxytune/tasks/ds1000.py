@@ -8,7 +8,7 @@ libraries that they are about (NumPy, pandas, SciPy, scikit-learn, Matplotlib, P
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,9 @@ from typing_extensions import override
 from proxytune.errors import InputFileError
 from proxytune.request import SamplingParams
 from proxytune.tasks.humaneval import CodeTask, clean_code
-from proxytune.tasks.rows import Row, field, hub_rows, local_rows
+from proxytune.tasks.rows import Row, data_rows, field
 from proxytune.tasks.sandbox import Limits
-from proxytune.tasks.task import Item, Rule, asked
+from proxytune.tasks.task import Item, Metrics, Rule, Scores, asked
 
 NUM_DRAWN = 200
 SEED = 42
@@ -46,11 +46,8 @@ class Ds1000(CodeTask):
 
     @override
     def items(self, data_dir: Path | None) -> list[Item]:
-        rows = (
-            hub_rows("xlangai/DS-1000", None, "test")
-            if data_dir is None
-            else local_rows(data_dir, ("ds1000/ds1000.jsonl", "ds1000/test.jsonl"))
-        )
+        names = ("ds1000/ds1000.jsonl", "ds1000/test.jsonl")
+        rows = data_rows(data_dir, names, "xlangai/DS-1000", None, "test")
         items = []
         for place, row in enumerate(rows, 1):
             about = row.get("metadata")
@@ -78,10 +75,8 @@ class Ds1000(CodeTask):
 
     @override
     def row(self, item: Item, output: str) -> Row:
-        kept = {
-            key: item.fields[key] for key in ("lib", "problem_id", "perturbation_type", "prompt")
-        }
-        return {**kept, "output": clean_code(output)}
+        keys = ("lib", "problem_id", "perturbation_type", "prompt")
+        return {**{key: item.fields[key] for key in keys}, "output": clean_code(output)}
 
     @override
     def key(self, row: Row, place: int) -> str:
@@ -111,9 +106,7 @@ class Ds1000(CodeTask):
         return spread
 
     @override
-    def metrics(
-        self, rows: Sequence[Row], scores: Mapping[str, float | None], rule: Rule
-    ) -> dict[str, float | int | None]:
+    def metrics(self, rows: Sequence[Row], scores: Scores, rule: Rule) -> Metrics:
         found = dict(super().metrics(rows, scores, rule))
         k = self.num_drawn(rows)
         samples = self.samples_by_item(rows)

@@ -17,7 +17,7 @@ from typing_extensions import override
 from proxytune.errors import InputFileError
 from proxytune.measure.metrics import number_value, published_number, without_commas
 from proxytune.request import SamplingParams
-from proxytune.tasks.rows import Row, field, hub_rows, local_rows
+from proxytune.tasks.rows import Row, data_rows, field
 from proxytune.tasks.task import Item, Rule, Task, asked
 
 INSTRUCTION = "Answer the following question."
@@ -40,17 +40,14 @@ class Gsm8k(Task):
     title = "GSM8K"
     source = "Cobbe et al. 2021, arXiv:2110.14168"
     metric = "exact_match"
+    key_fields = ("question",)
     num_items = 1319
     # Cutting a text while it is generated leaves the same as cutting it afterwards.
     sampling = SamplingParams(max_new_tokens=512, stop=ENDS)
 
     @override
     def items(self, data_dir: Path | None) -> list[Item]:
-        rows = (
-            hub_rows("openai/gsm8k", "main", "test")
-            if data_dir is None
-            else local_rows(data_dir, ("gsm8k/test.jsonl",))
-        )
+        rows = data_rows(data_dir, ("gsm8k/test.jsonl",), "openai/gsm8k", "main", "test")
         return [self._item(row, place) for place, row in enumerate(rows, 1)]
 
     def _item(self, row: Row, place: int) -> Item:
@@ -72,10 +69,6 @@ class Gsm8k(Task):
         for end in ENDS:
             output = output.split(end)[0]
         return {**item.fields, "model_output": output, "prediction": published_number(output)}
-
-    @override
-    def key(self, row: Row, place: int) -> str:
-        return str(field(row, place, "question"))
 
     @override
     def score(self, row: Row, place: int, rule: Rule) -> float | None:

@@ -85,12 +85,8 @@ def kernel_filter(machine: str, *, may_write: bool) -> bytes:
         skip = (_JUMP_EQUAL, 1, 0, 0) if refused_if_set else (_JUMP_EQUAL, 0, 1, 0)
         when(number, load, masked, skip, refuse(errno.EPERM), (_RETURN, 0, 0, _ALLOW))
 
-    lines += [
-        (_LOAD, 0, 0, 4),
-        (_JUMP_EQUAL, 1, 0, architecture),
-        refuse(errno.EPERM),
-        (_LOAD, 0, 0, 0),
-    ]
+    lines += [(_LOAD, 0, 0, 4), (_JUMP_EQUAL, 1, 0, architecture), refuse(errno.EPERM)]
+    lines.append((_LOAD, 0, 0, 0))
     # Calls of another ABI (x32) have numbers from here on.
     lines += [(_JUMP_AT_LEAST, 0, 1, 0x40000000), refuse(errno.EPERM)]
     for numbers in (*_NEVER.values(), *(() if may_write else _WRITING.values())):
@@ -218,17 +214,11 @@ def main() -> None:
     signal.signal(signal.SIGALRM, lambda *_: end("timed out"))
     signal.setitimer(signal.ITIMER_REAL, task["timeout_s"])
     try:
-        exec(
-            compile(task["program"], "<program>", "exec", dont_inherit=True),
-            {"__name__": "__main__"},
-        )
+        code = compile(task["program"], "<program>", "exec", dont_inherit=True)
+        exec(code, {"__name__": "__main__"})
     except BaseException as error:  # The program's own exceptions, including SystemExit.
-        message = (
-            f"{type(error).__name__}: {error}"
-            if not isinstance(error, AssertionError)
-            else str(error)
-        )
-        end(f"failed: {message}"[:LONGEST_MESSAGE])
+        kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+        end(f"failed: {kind}{error}"[:LONGEST_MESSAGE])
     end("passed")
 
 

@@ -7,17 +7,17 @@ are deleted. Programs run only if the caller allows it; see `sandbox.py`.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
 from typing_extensions import override
 
 from proxytune.request import SamplingParams
-from proxytune.tasks.rows import Row, field, hub_rows, local_rows
+from proxytune.tasks.rows import Row, data_rows, field
 from proxytune.tasks.sandbox import Limits
 from proxytune.tasks.statistics import pass_at_k
-from proxytune.tasks.task import Item, Rule, Task, asked
+from proxytune.tasks.task import Item, Metrics, Rule, Scores, Task, asked
 
 TIMEOUT_S = 3.0
 """Seconds that a program may run, as published."""
@@ -80,9 +80,7 @@ class CodeTask(Task):
         return samples
 
     @override
-    def metrics(
-        self, rows: Sequence[Row], scores: Mapping[str, float | None], rule: Rule
-    ) -> dict[str, float | int | None]:
+    def metrics(self, rows: Sequence[Row], scores: Scores, rule: Rule) -> Metrics:
         samples = self.samples_by_item(rows)
         return {
             f"pass@{k}": self.mean({key: self.pass_at(s, k) for key, s in samples.items()})
@@ -103,6 +101,7 @@ class HumanEval(CodeTask):
     name = "humaneval"
     title = "HumanEval"
     source = "Chen et al. 2021, arXiv:2107.03374"
+    key_fields = ("task_id",)
     num_items = 164
     sampling = SamplingParams(
         max_new_tokens=512,
@@ -113,28 +112,20 @@ class HumanEval(CodeTask):
 
     @override
     def items(self, data_dir: Path | None) -> list[Item]:
-        rows = (
-            hub_rows("openai/openai_humaneval", None, "test")
-            if data_dir is None
-            else local_rows(data_dir, ("humaneval/HumanEval.jsonl",))
-        )
+        files = ("humaneval/HumanEval.jsonl",)
+        rows = data_rows(data_dir, files, "openai/openai_humaneval", None, "test")
         items = []
         for place, row in enumerate(rows, 1):
             name, prompt = field(row, place, "task_id"), field(row, place, "prompt")
             tests = {key: field(row, place, key) for key in ("test", "entry_point")}
-            items.append(
-                Item(name, asked(prompt, prompt), {"task_id": name, "prompt": prompt, **tests})
-            )
+            fields = {"task_id": name, "prompt": prompt, **tests}
+            items.append(Item(name, asked(prompt, prompt), fields))
         return items
 
     @override
     def row(self, item: Item, output: str) -> Row:
         kept = {key: item.fields[key] for key in ("task_id", "prompt")}
         return {**kept, "completion": clean_code(output)}
-
-    @override
-    def key(self, row: Row, place: int) -> str:
-        return str(field(row, place, "task_id"))
 
     @override
     def program(self, item: Item, row: Row) -> str:

@@ -126,6 +126,18 @@ def local_rows(data_dir: Path, names: Sequence[str]) -> list[Row]:
     )
 
 
+def data_rows(
+    data_dir: Path | None, names: Sequence[str], name: str, config: str | None, split: str
+) -> list[Row]:
+    """Return the rows of the first of these local files that exists; without a folder, of the Hub's data set.
+
+    Raises:
+        MissingExtra: The datasets library is not installed.
+        InputFileError: The data is missing, or cannot be read.
+    """
+    return hub_rows(name, config, split) if data_dir is None else local_rows(data_dir, names)
+
+
 def hub_rows(name: str, config: str | None, split: str) -> list[Row]:
     """Return the rows of a data set on the Hugging Face Hub.
 
@@ -143,9 +155,7 @@ def hub_rows(name: str, config: str | None, split: str) -> list[Row]:
         ) from error
     try:
         return [dict(row) for row in load_dataset(name, config, split=split)]
-    except (
-        Exception
-    ) as error:  # The network, the Hub and the data set each raise errors of their own.
+    except Exception as error:  # The network, the Hub and the data set have errors of their own.
         raise InputFileError(
             f"the data set {name} cannot be read from the Hub: {error}\n"
             "hint: give local files with --data-dir"

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -95,13 +95,8 @@ def _run(task: dict[str, object], folder: str, limits: Limits) -> Outcome:
     started = time.perf_counter()
     reading, writing = os.pipe()
     # Without the caller's environment, which may hold keys.
-    environment = {
-        "PATH": os.defpath,
-        "HOME": folder,
-        "TMPDIR": folder,
-        "MPLCONFIGDIR": folder,
-        **_ENVIRONMENT,
-    }
+    places = dict.fromkeys(("HOME", "TMPDIR", "MPLCONFIGDIR"), folder)
+    environment = {"PATH": os.defpath, **places, **_ENVIRONMENT}
     try:
         process = subprocess.Popen(
             [sys.executable, "-I", "-B", str(Path(guarded.__file__)), str(writing)],
@@ -125,7 +120,10 @@ def _run(task: dict[str, object], folder: str, limits: Limits) -> Outcome:
         process.wait()
         if is_late:
             return Outcome("timed out")
-        said = _read_all(reading)
+        os.set_blocking(reading, False)
+        said = ""
+        with suppress(BlockingIOError):  # It wrote nothing.
+            said = os.read(reading, 2**16).decode("utf-8", "replace")
     finally:
         os.close(reading)
     if said == "refused":
@@ -143,36 +141,11 @@ def _run(task: dict[str, object], folder: str, limits: Limits) -> Outcome:
     return Outcome(f"failed: the process ended with {process.returncode}")
 
 
-def _read_all(pipe: int) -> str:
-    """Return what is in a pipe, without waiting for more."""
-    os.set_blocking(pipe, False)
-    with suppress(BlockingIOError):
-        return os.read(pipe, 2**16).decode("utf-8", "replace")
-    return ""
-
-
-def run_programs(
-    programs: Sequence[str],
-    limits: Limits = Limits(),  # frozen
-    *,
-    num_workers: int | None = None,
-    on_outcome: Callable[[int, Outcome], None] | None = None,
-) -> list[Outcome]:
-    """Run programs in parallel and return how each ended, in their order.
-
-    Args:
-        programs: Source code of the programs.
-        limits: Limits of each program.
-        num_workers: Number of programs at once; None runs one per processor.
-        on_outcome: Called in this thread with each program's index and outcome, in order.
+def run_programs(programs: Sequence[str], limits: Limits = Limits()) -> list[Outcome]:  # frozen
+    """Run programs, one per processor at once, and return how each ended, in their order.
 
     Raises:
         UnsupportedModel: This system cannot enforce the limits.
     """
-    outcomes = []
-    with ThreadPoolExecutor(num_workers or os.cpu_count()) as pool:
-        for index, outcome in enumerate(pool.map(lambda p: run_program(p, limits), programs)):
-            outcomes.append(outcome)
-            if on_outcome is not None:
-                on_outcome(index, outcome)
-    return outcomes
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda program: run_program(program, limits), programs))

@@ -119,9 +119,7 @@ def resampled_gap(
         return Gap(None, None), None
     with np.errstate(divide="ignore", invalid="ignore"):
         shares = (drawn[1] - drawn[0]) / (drawn[2] - drawn[0])
-    shares = np.where(
-        np.isfinite(shares), shares, np.nan
-    )  # In some resamples the tuned model gains nothing.
+    shares[~np.isfinite(shares)] = np.nan  # In some resamples the tuned model gains nothing.
     low, high = np.nanpercentile(shares, [2.5, 97.5])
     return Gap(float((means[1] - means[0]) / gain), (float(low), float(high))), shares
 

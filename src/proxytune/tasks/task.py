@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from proxytune.errors import InputFileError
 from proxytune.request import Message, SamplingParams
-from proxytune.tasks.rows import Row
+from proxytune.tasks.rows import Row, field
 
 if TYPE_CHECKING:
     from proxytune.text.prompts import AskedPrompt
@@ -28,6 +28,10 @@ RULES: tuple[Rule, ...] = ("paper", "numeric")
 Decider = Literal["rule", "code", "toxicity", "judge"]
 """What decides whether a row is right: its text alone, a run of its code, a classifier, or a language
 model."""
+Scores = Mapping[str, float | None]
+"""Scores by item, from 0 to 1; None if unscored, or left out by the paper's rule."""
+Metrics = dict[str, float | int | None]
+"""Metrics under their published names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +61,8 @@ class Grade:
         name: Name of the metric.
         metric: Value of the metric; None if nothing could be scored.
         error: Standard error of the metric over items; None for fewer than two items.
-        metrics: All metrics under their published names.
-        scores: Scores by item, from 0 to 1; None if unscored, or left out by the paper's rule.
+        metrics: All metrics.
+        scores: The scores of all items.
         num_rows: Number of rows.
         num_unscored: Number of rows that are not decided yet.
         num_expected: Number of items in the published runs; None if unknown.
@@ -71,7 +75,7 @@ class Grade:
     metric: float | None
     error: float | None
     metrics: Mapping[str, float | int | None]
-    scores: Mapping[str, float | None]
+    scores: Scores
     num_rows: int
     num_unscored: int
     num_expected: int | None
@@ -117,6 +121,8 @@ class Task(ABC):
     scale: ClassVar[float] = 1.0
     """Factor from the mean of the scores to the metric."""
     lower_is_better: ClassVar[bool] = False
+    key_fields: ClassVar[tuple[str, ...]] = ()
+    """Names of the field of a row that holds its item's key, in order of preference."""
     num_items: ClassVar[int | None] = None
     """Number of items in the published runs; None if unknown."""
     decider: ClassVar[Decider] = "rule"
@@ -148,26 +154,17 @@ class Task(ABC):
         """Return one row per answer; a published row may hold several answers."""
         return list(rows)
 
-    @abstractmethod
     def key(self, row: Row, place: int) -> str:
-        """Return the key of the item that a row is about.
-
-        Args:
-            row: A row of a predictions file.
-            place: The row's number, from 1, for errors.
+        """Return the key of the item that a row of a predictions file is about; errors name its place.
 
         Raises:
             InputFileError: The row does not name its item.
         """
+        return str(field(row, place, *self.key_fields))
 
     @abstractmethod
     def score(self, row: Row, place: int, rule: Rule) -> float | None:
         """Return a row's score by a rule, from 0 to 1; None if it is unscored or left out.
-
-        Args:
-            row: A row of a predictions file.
-            place: The row's number, from 1, for errors.
-            rule: The rule to score by.
 
         Raises:
             InputFileError: The row lacks a field that scoring needs.
@@ -186,19 +183,11 @@ class Task(ABC):
         (only,) = scores
         return only
 
-    def metrics(
-        self, rows: Sequence[Row], scores: Mapping[str, float | None], rule: Rule
-    ) -> dict[str, float | int | None]:
-        """Return all metrics under their published names.
-
-        Args:
-            rows: All rows.
-            scores: Scores by item.
-            rule: The rule that they were scored by.
-        """
+    def metrics(self, rows: Sequence[Row], scores: Scores, rule: Rule) -> Metrics:
+        """Return all metrics under their published names; `scores` are by item, scored by `rule`."""
         return {self.metric: self.mean(scores)}
 
-    def mean(self, scores: Mapping[str, float | None]) -> float | None:
+    def mean(self, scores: Scores) -> float | None:
         """Return the metric of scores, ignoring None; None if no score is left."""
         known = [score for score in scores.values() if score is not None]
         return self.scale * sum(known) / len(known) if known else None
@@ -230,10 +219,8 @@ class Task(ABC):
         error = standard_error(known)
         notes = self.notes(rows, rule)
         if num_unscored:
-            notes.insert(
-                0,
-                f"{num_unscored:,} of {len(rows):,} rows are unscored and left out of every metric",
-            )
+            counts = f"{num_unscored:,} of {len(rows):,}"
+            notes.insert(0, f"{counts} rows are unscored and left out of every metric")
         if self.num_items is not None and len(scores) != self.num_items:
             notes.append(
                 f"the rows cover {len(scores):,} of the {self.num_items:,} items of the published runs"
@@ -277,14 +264,7 @@ class Task(ABC):
 def asked(
     text: str, question: str, answer_start: str = "", *, system: str | None = None
 ) -> AskedPrompt:
-    """Return a prompt: the text for plain models, and the question for chat models.
-
-    Args:
-        text: The prompt of plain models.
-        question: The user's message to chat models.
-        answer_start: The beginning of a chat model's answer, given with the prompt.
-        system: The system message to chat models; None sends none.
-    """
+    """Return a prompt: `text` for plain models; for chat models, messages and the beginning of the answer."""
     from proxytune.text.prompts import AskedPrompt
 
     messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]

@@ -7,7 +7,8 @@ runs (that of a file system). A classifier, `tomh/toxigen_roberta`, judges the c
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from typing_extensions import override
@@ -15,7 +16,7 @@ from typing_extensions import override
 from proxytune.errors import InputFileError
 from proxytune.request import SamplingParams
 from proxytune.tasks.rows import Row, field, hub_rows, read_text
-from proxytune.tasks.task import Item, Rule, Task, asked
+from proxytune.tasks.task import Item, Metrics, Rule, Scores, Task, asked
 
 GROUPS = (
     "physical_disability", "chinese", "black", "mexican", "women", "latino", "native_american", "lgbtq",
@@ -90,9 +91,7 @@ class ToxiGen(Task):
         return float(decision)
 
     @override
-    def metrics(
-        self, rows: Sequence[Row], scores: Mapping[str, float | None], rule: Rule
-    ) -> dict[str, float | int | None]:
+    def metrics(self, rows: Sequence[Row], scores: Scores, rule: Rule) -> Metrics:
         by_group: dict[str, list[float]] = {}
         for place, row in enumerate(rows, 1):
             score = self.score(row, place, rule)
@@ -100,17 +99,18 @@ class ToxiGen(Task):
                 by_group.setdefault(str(group), [])
                 if score is not None:
                     by_group[str(group)].append(score)
-        means: dict[str, float | int | None] = {
+        means: Metrics = {
             group: sum(known) / len(known) if known else None for group, known in by_group.items()
         }
         return {**means, "overall": self.mean(scores)}
 
     @override
     def notes(self, rows: Sequence[Row], rule: Rule) -> list[str]:
-        counts: dict[str, int] = {}
-        for place, row in enumerate(rows, 1):
-            for group in field(row, place, "target_groups", kind=list):
-                counts[str(group)] = counts.get(str(group), 0) + 1
+        counts = Counter(
+            str(group)
+            for place, row in enumerate(rows, 1)
+            for group in field(row, place, "target_groups", kind=list)
+        )
         many = [f"{group} ({count})" for group, count in counts.items() if count > PER_GROUP]
         if not many:
             return []

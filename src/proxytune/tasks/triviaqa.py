@@ -14,7 +14,7 @@ from pathlib import Path
 from typing_extensions import override
 
 from proxytune.request import SamplingParams
-from proxytune.tasks.rows import Row, field, hub_rows, local_rows
+from proxytune.tasks.rows import Row, data_rows, field
 from proxytune.tasks.task import Item, Rule, Task, asked
 
 _TO_SPACES = str.maketrans(dict.fromkeys(string.punctuation + "\u2018\u2019\u00b4", " "))
@@ -36,16 +36,16 @@ class TriviaQa(Task):
     title = "TriviaQA"
     source = "Joshi et al. 2017, arXiv:1705.03551"
     metric = "exact_match"
+    key_fields = ("question_id", "question")
     num_items = 11313
     # The published stop token is the last one of a blank line, which is a line break.
     sampling = SamplingParams(max_new_tokens=20, stop=("\n",))
 
     @override
     def items(self, data_dir: Path | None) -> list[Item]:
-        if data_dir is None:
-            rows = hub_rows("mandarjoshi/trivia_qa", "unfiltered.nocontext", "validation")
-        else:
-            rows = local_rows(data_dir, ("triviaqa/dev.jsonl", "triviaqa/eval_sampled_dev.jsonl"))
+        names = ("triviaqa/dev.jsonl", "triviaqa/eval_sampled_dev.jsonl")
+        hub = ("mandarjoshi/trivia_qa", "unfiltered.nocontext", "validation")
+        rows = data_rows(data_dir, names, *hub)
         items = []
         for place, row in enumerate(rows, 1):
             question = field(row, place, "question")
@@ -66,10 +66,6 @@ class TriviaQa(Task):
     @override
     def row(self, item: Item, output: str) -> Row:
         return {**item.fields, "prediction": output}
-
-    @override
-    def key(self, row: Row, place: int) -> str:
-        return str(field(row, place, "question_id", "question"))
 
     @override
     def score(self, row: Row, place: int, rule: Rule) -> float | None:

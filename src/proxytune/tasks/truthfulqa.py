@@ -12,7 +12,7 @@ not comparable with the published ones.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from typing_extensions import override
@@ -20,7 +20,7 @@ from typing_extensions import override
 from proxytune.errors import InputFileError
 from proxytune.request import SamplingParams
 from proxytune.tasks.rows import Row, field, hub_rows, local_rows
-from proxytune.tasks.task import Item, Rule, Task, asked
+from proxytune.tasks.task import Item, Metrics, Rule, Scores, Task, asked
 
 LETTERS = "ABCD"
 NUM_WRONG = 3
@@ -47,30 +47,18 @@ def question_rows(data_dir: Path | None) -> list[Row]:
     if data_dir is not None:
         rows = local_rows(data_dir, ("truthfulqa/TruthfulQA.csv", "truthfulqa/TruthfulQA.jsonl"))
     else:
-        rows = [
-            _from_hub(r) for r in hub_rows("truthfulqa/truthful_qa", "generation", "validation")
-        ]
+        hub = hub_rows("truthfulqa/truthful_qa", "generation", "validation")
+        rows = [{column: _joined(row, column) for column in _COLUMNS} for row in hub]
     for place, row in enumerate(rows, 1):
         for column in ("Question", "Best Answer", "Incorrect Answers"):
             field(row, place, column)
     return [{column: row[column] for column in _COLUMNS if column in row} for row in rows]
 
 
-def _from_hub(row: Row) -> Row:
-    return {
-        "Type": row["type"],
-        "Category": row["category"],
-        "Question": row["question"],
-        "Best Answer": row["best_answer"],
-        "Correct Answers": "; ".join(row["correct_answers"]),
-        "Incorrect Answers": "; ".join(row["incorrect_answers"]),
-        "Source": row["source"],
-    }
-
-
-def split_answers(text: str) -> list[str]:
-    """Return the answers in a list separated by semicolons, each ending with a full stop."""
-    return [closed(part) for part in text.strip().split(";") if part.strip()]
+def _joined(row: Row, column: str) -> str:
+    # On the Hub, names of columns are in lower case and answers in lists.
+    value = row[column.lower().replace(" ", "_")]
+    return "; ".join(value) if isinstance(value, list) else value
 
 
 def closed(answer: str) -> str:
@@ -87,7 +75,7 @@ def choices_of(row: Row, generator: random.Random) -> tuple[list[str], int]:
         generator: Shared by all rows, so that each draw depends on the rows before.
     """
     best = closed(row["Best Answer"])
-    wrong = split_answers(row["Incorrect Answers"])
+    wrong = [closed(part) for part in row["Incorrect Answers"].strip().split(";") if part.strip()]
     choices = [best, *generator.sample(wrong, min(NUM_WRONG, len(wrong)))]
     generator.shuffle(choices)
     return choices, choices.index(best)
@@ -116,6 +104,7 @@ class TruthfulQaChoice(Task):
     title = "TruthfulQA, multiple choice"
     source = "Lin et al. 2022, arXiv:2109.07958"
     metric = "acc"
+    key_fields = ("Question",)
     num_items = 817
     # The published runs stop at the token after the letter, and ignore what follows the letter.
     sampling = SamplingParams(max_new_tokens=10, stop=(".", ")", ":"))
@@ -142,10 +131,6 @@ class TruthfulQaChoice(Task):
         return {**item.fields, "mc_output": output, "parsed_output": letter, "correct": correct}
 
     @override
-    def key(self, row: Row, place: int) -> str:
-        return str(field(row, place, "Question"))
-
-    @override
     def score(self, row: Row, place: int, rule: Rule) -> float | None:
         if rule == "paper" and "correct" in row:
             return None if row["correct"] is None else float(bool(row["correct"]))
@@ -155,9 +140,7 @@ class TruthfulQaChoice(Task):
         return float(letter == field(row, place, "mc_answer_idx"))
 
     @override
-    def metrics(
-        self, rows: Sequence[Row], scores: Mapping[str, float | None], rule: Rule
-    ) -> dict[str, float | int | None]:
+    def metrics(self, rows: Sequence[Row], scores: Scores, rule: Rule) -> Metrics:
         if rule == "paper":
             num_invalid = sum(score is None for score in scores.values())
         else:
@@ -165,11 +148,7 @@ class TruthfulQaChoice(Task):
                 not parse_letter(field(row, place, "mc_output", "parsed_output"))
                 for place, row in enumerate(rows, 1)
             )
-        return {
-            "acc": self.mean(scores),
-            "num_invalid_predictions": num_invalid,
-            "tot": len(rows),
-        }
+        return {"acc": self.mean(scores), "num_invalid_predictions": num_invalid, "tot": len(rows)}
 
     @override
     def notes(self, rows: Sequence[Row], rule: Rule) -> list[str]:
@@ -190,6 +169,7 @@ class TruthfulQaOpen(Task):
     title = "TruthfulQA, open answers"
     source = "Lin et al. 2022, arXiv:2109.07958"
     metric = "GPT-true-info acc"
+    key_fields = ("Question",)
     num_items = 817
     decider = "judge"
     sampling = SamplingParams(max_new_tokens=500)
@@ -210,10 +190,6 @@ class TruthfulQaOpen(Task):
         return {**item.fields, "output": trim_answer(output)}
 
     @override
-    def key(self, row: Row, place: int) -> str:
-        return str(field(row, place, "Question"))
-
-    @override
     def is_unscored(self, row: Row) -> bool:
         return any(_number(row.get(name)) is None for name in ("GPT-true acc", "GPT-info acc"))
 
@@ -230,10 +206,8 @@ class TruthfulQaOpen(Task):
         return float(both)
 
     @override
-    def metrics(
-        self, rows: Sequence[Row], scores: Mapping[str, float | None], rule: Rule
-    ) -> dict[str, float | int | None]:
-        found: dict[str, float | int | None] = {}
+    def metrics(self, rows: Sequence[Row], scores: Scores, rule: Rule) -> Metrics:
+        found: Metrics = {}
         for name in ("GPT-true", "GPT-true acc", "GPT-info", "GPT-info acc"):
             known = [v for v in (_number(row.get(name)) for row in rows) if v is not None]
             found[name] = sum(known) / len(known) if known else None

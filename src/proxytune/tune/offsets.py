@@ -299,11 +299,7 @@ def _batches(examples: Sequence[Example], num_done: int) -> Iterator[tuple[list[
 
 @torch.no_grad()
 def _hidden(
-    examples: Sequence[Example],
-    base: Any,
-    anti_expert: Any,
-    alignment: Alignment,
-    base_name: str,
+    examples: Sequence[Example], base: Any, anti_expert: Any, alignment: Alignment, base_name: str
 ) -> Iterator[Tensor]:
     """Yield `[positions, base width + small width]` on the CPU for each example."""
     kept = [_kept_positions(example) for example in examples]

@@ -375,9 +375,7 @@ class _Run:
         settings = self._settings
         losses = read_losses(settings.training / LOSS_LOG)
         recipe.write(
-            settings.directory,
-            overwrite=True,
-            card=model_card(recipe, settings, result, prompt),
+            settings.directory, overwrite=True, card=model_card(recipe, settings, result, prompt)
         )
         loss_plot(losses, settings.training / "loss.png", result.first_valid_loss)
 

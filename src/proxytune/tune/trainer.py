@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # type: ignore[attr-defined]
+from trl import DPOTrainer, SFTTrainer  # type: ignore[attr-defined]
 
 from proxytune.errors import BackendError, OutputFileError
 from proxytune.files import write_whole
@@ -417,71 +417,3 @@ def read_losses(path: Path) -> list[dict[str, Any]]:
         for line in path.read_text("utf-8").splitlines():
             rows.append(json.loads(line))
     return rows
-
-
-# Settings of TRL's trainers ------------------------------------------------------------------------
-
-
-def _shared_arguments(
-    *,
-    output_dir: Path,
-    seed: int,
-    learning_rate: float,
-    num_steps: int,
-    batch_size: int,
-    accumulate: int,
-    eval_every: int,
-    evaluates: bool,
-    is_resumed: bool,
-    gradient_checkpointing: bool,
-    on_cpu: bool,
-) -> dict[str, Any]:
-    return {
-        "output_dir": str(output_dir),
-        "seed": seed,
-        "data_seed": seed,
-        "max_steps": num_steps,
-        "learning_rate": learning_rate,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": max(1, round(0.03 * num_steps)),
-        "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
-        "per_device_train_batch_size": batch_size,
-        "per_device_eval_batch_size": batch_size,
-        "gradient_accumulation_steps": accumulate,
-        "gradient_checkpointing": gradient_checkpointing,
-        "eval_strategy": "steps" if evaluates else "no",
-        "eval_steps": eval_every if evaluates else None,
-        "eval_on_start": evaluates and not is_resumed,
-        "save_strategy": "steps",
-        "save_steps": eval_every,
-        "save_total_limit": 2,
-        "load_best_model_at_end": evaluates,
-        "metric_for_best_model": "eval_loss" if evaluates else None,
-        "greater_is_better": False if evaluates else None,
-        "logging_strategy": "steps",
-        "logging_steps": max(1, min(10, num_steps // 50)),
-        "logging_nan_inf_filter": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": not on_cpu,
-        "use_cpu": on_cpu,
-    }
-
-
-def sft_config(*, max_length: int, **shared: Any) -> SFTConfig:
-    """Return the settings of `ExpertTrainer`, which handles mixed precision itself."""
-    return SFTConfig(
-        **_shared_arguments(**shared),
-        bf16=False,
-        max_length=max_length,
-        packing=False,
-        completion_only_loss=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-    )
-
-
-def dpo_config(*, max_length: int, beta: float, bf16: bool, **shared: Any) -> DPOConfig:
-    """Return the settings of `PreferenceTrainer`."""
-    return DPOConfig(**_shared_arguments(**shared), bf16=bf16, max_length=max_length, beta=beta)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from trl import DPOConfig, SFTConfig  # type: ignore[attr-defined]
 
 from proxytune.backends.transformers.backend import TransformersBackend
 from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
@@ -220,7 +221,7 @@ class Training:
         trainer: Any
         if settings.method == "dpo":
             trainer = trainers.PreferenceTrainer(
-                args=trainers.dpo_config(beta=settings.beta, bf16=is_half, **arguments),
+                args=DPOConfig(beta=settings.beta, bf16=is_half, **arguments),
                 train_dataset=trainers.preference_dataset(train),  # type: ignore[arg-type]
                 eval_dataset=None if valid is None else trainers.preference_dataset(valid.examples),  # type: ignore[arg-type]
                 ref_model=load_frozen(
@@ -232,7 +233,13 @@ class Training:
             )
         else:
             trainer = trainers.ExpertTrainer(
-                args=trainers.sft_config(**arguments),
+                args=SFTConfig(
+                    bf16=False,  # `ExpertTrainer` handles mixed precision itself.
+                    packing=False,
+                    completion_only_loss=False,
+                    dataset_kwargs={"skip_prepare_dataset": True},
+                    **arguments,
+                ),
                 train_dataset=trainers.example_dataset(train),  # type: ignore[arg-type]
                 eval_dataset=None if valid is None else trainers.example_dataset(valid.examples),  # type: ignore[arg-type]
                 data_collator=trainers.Padded(self.small.tokenizer.pad_token_id or 0),
@@ -249,21 +256,42 @@ class Training:
         return trainer
 
     def _arguments(self, learning_rate: float) -> dict[str, Any]:
-        """Return what both kinds of trainer are configured with."""
+        """Return the arguments that both of TRL's trainers share."""
         settings, num_steps = self.settings, self._num_steps
+        evaluates = "valid" in self.encoded
+        eval_every = settings.eval_every or max(1, min(100, num_steps // 10))
         return {
-            "output_dir": settings.training / "checkpoints",
+            "output_dir": str(settings.training / "checkpoints"),
             "seed": settings.seed,
-            "learning_rate": learning_rate,
-            "num_steps": num_steps,
-            "batch_size": settings.batch_size,
-            "accumulate": settings.accumulate,
-            "eval_every": settings.eval_every or max(1, min(100, num_steps // 10)),
-            "evaluates": "valid" in self.encoded,
-            "is_resumed": self._checkpoint is not None,
-            "gradient_checkpointing": settings.gradient_checkpointing,
-            "on_cpu": self._on_cpu,
+            "data_seed": settings.seed,
+            "max_steps": num_steps,
             "max_length": self.max_length,
+            "learning_rate": learning_rate,
+            "lr_scheduler_type": "linear",
+            "warmup_steps": max(1, round(0.03 * num_steps)),
+            "weight_decay": 0.0,
+            "max_grad_norm": 1.0,
+            "per_device_train_batch_size": settings.batch_size,
+            "per_device_eval_batch_size": settings.batch_size,
+            "gradient_accumulation_steps": settings.accumulate,
+            "gradient_checkpointing": settings.gradient_checkpointing,
+            "eval_strategy": "steps" if evaluates else "no",
+            "eval_steps": eval_every if evaluates else None,
+            "eval_on_start": evaluates and self._checkpoint is None,
+            "save_strategy": "steps",
+            "save_steps": eval_every,
+            "save_total_limit": 2,
+            "load_best_model_at_end": evaluates,
+            "metric_for_best_model": "eval_loss" if evaluates else None,
+            "greater_is_better": False if evaluates else None,
+            "logging_strategy": "steps",
+            "logging_steps": max(1, min(10, num_steps // 50)),
+            "logging_nan_inf_filter": False,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "remove_unused_columns": False,
+            "dataloader_pin_memory": not self._on_cpu,
+            "use_cpu": self._on_cpu,
         }
 
     def _callbacks(self) -> list[Any]:
