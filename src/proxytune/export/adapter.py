@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,16 +65,10 @@ def export_adapter(
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """One layer's adapter, which adds `scale * b @ a` to its weight.
+    """One layer's adapter, which adds `scale * b @ a` to its weight."""
 
-    Args:
-        a: `[rank, inputs]`, float32.
-        b: `[outputs, rank]`, float32.
-        scale: No unit.
-    """
-
-    a: Tensor
-    b: Tensor
+    a: Tensor  # [rank, inputs], float32
+    b: Tensor  # [outputs, rank], float32
     scale: float
 
     @property
@@ -100,9 +93,8 @@ def plan_adapter(adapter: AdapterFiles, model: Checkpoint, *, dtype: str) -> Pla
         name = gguf_name(f"{module}.weight", model)
         b = rotated_rows(layer.b, module, model.config) * (layer.alpha / alpha)
         for suffix, values in (("lora_a", layer.a), ("lora_b", b)):
-            tensors.append(
-                PlannedTensor(f"{name}.{suffix}", tuple(values.shape), kind, _constant(values))
-            )
+            planned = PlannedTensor.of(f"{name}.{suffix}", values, kind)
+            tensors.append(planned)
 
     def add_fields(writer: GGUFWriter) -> None:
         writer.add_type(GGUFType.ADAPTER)
@@ -111,10 +103,6 @@ def plan_adapter(adapter: AdapterFiles, model: Checkpoint, *, dtype: str) -> Pla
         writer.add_float32("adapter.lora.alpha", alpha)
 
     return PlannedFile(tensors, add_fields, adapter.name)
-
-
-def _constant(values: Tensor) -> Callable[[], Tensor]:
-    return lambda: values
 
 
 # Keys of adapter_config.json that make an adapter more than two factors for each of some layers.
