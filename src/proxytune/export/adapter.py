@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxytune.checkpoints.adapter import AdapterFiles
+from proxytune.checkpoints.adapter import AdapterFiles, beyond_factors
 from proxytune.checkpoints.checkpoint import Checkpoint
 from proxytune.errors import CorruptModel, UnsafeModel, UnsupportedModel
 from proxytune.export.layout import check_model, gguf_name, rotated_rows
@@ -128,11 +128,7 @@ def lora_factors(adapter: AdapterFiles, model: Checkpoint) -> dict[str, Factors]
     from safetensors.torch import load_file
 
     config = adapter.config
-    beyond = [key for key in _BEYOND_LORA if config.get(key)]
-    if config.get("bias", "none") != "none":
-        beyond.append(f"bias {config['bias']!r}")
-    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
-        beyond.append(f"init_lora_weights {config['init_lora_weights']!r}")
+    beyond = beyond_factors(config, _BEYOND_LORA)
     layers: dict[str, dict[str, str]] = {}
     for name in adapter.tensors:
         match = re.fullmatch(
