@@ -59,7 +59,6 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     ),
     "decode": (
         "ensemble",
-        "lookup",
         "speculative",
         "lanes",
         "reading",

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from proxytune.backends.toy import ToyBackend
 from proxytune.decode.batch import Batch, Event
 from proxytune.decode.ensemble import Ensemble, Job, Member, Pair
-from proxytune.decode.lookup import PromptLookup
 from proxytune.decode.speculative import (
     Costs,
     Drafting,
+    PromptLookup,
     Rate,
     Speculator,
     best_plan,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,17 @@ class AdapterFiles:
             if given != wanted:
                 problems.append(f"{module} has {wanted} {what} instead of {given}")
         return problems
+
+
+def beyond_factors(config: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    """Return what an adapter's config sets beyond two factors per layer: `keys`, biases, initialisation."""
+    found = [key for key in keys if config.get(key)]
+    if config.get("bias", "none") != "none":
+        found.append(f"bias {config['bias']!r}")
+    # Other initialisations change the weights under the adapter.
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
+        found.append(f"init_lora_weights {config['init_lora_weights']!r}")
+    return found
 
 
 def find_adapter(

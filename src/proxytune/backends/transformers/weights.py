@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from proxytune.checkpoints.adapter import AdapterFiles, beyond_factors
 from proxytune.checkpoints.placement import running_device, running_dtype
 from proxytune.errors import (
     AdapterMismatch,
@@ -27,7 +28,6 @@ from proxytune.errors import (
 )
 
 if TYPE_CHECKING:
-    from proxytune.checkpoints.adapter import AdapterFiles
     from proxytune.checkpoints.checkpoint import Checkpoint
     from proxytune.recipe.spec import ModelSpec
 
@@ -180,9 +180,6 @@ _BEYOND_FACTORS = (
 )  # fmt: skip
 """Keys of an adapter's config that change more than each row's own factors can."""
 
-_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
-"""Values of `init_lora_weights` that leave the weights under an adapter as they are."""
-
 
 def add_adapters(
     model: Any, model_name: str, adapters: Mapping[str, AdapterFiles], allow_pickle: bool
@@ -269,11 +266,7 @@ def _check_adapter_kind(config: Any, weights: Mapping[str, Tensor], name: str) -
             f"adapter {name} is of kind {kind}, and only LORA adapters can share a forward with plain rows\n"
             "hint: merge the adapter into a copy of its model and give that as the expert's model"
         )
-    changes = [key for key in _BEYOND_FACTORS if getattr(config, key, None)]
-    if getattr(config, "bias", "none") != "none":
-        changes.append(f"bias {config.bias!r}")
-    if getattr(config, "init_lora_weights", True) not in _INITIALISATIONS:
-        changes.append(f"init_lora_weights {config.init_lora_weights!r}")
+    changes = beyond_factors(vars(config), _BEYOND_FACTORS)
     changes += [key for key in weights if ".lora_A." not in key and ".lora_B." not in key][:1]
     if changes:
         raise UnsupportedModel(
