@@ -161,36 +161,19 @@ def compared(
                 changes["p_expert"] = paired_p_value(own, others)
         if role not in ("base", "tuned") and tuned is not None:
             three = paired(base, scores, tuned)
-            gap, drawn = resampled_gap(*three) if three[0] else (Gap(None, None), None)
-            changes["gap"] = gap
-            gaps[result.predictor.name] = (gap, drawn)
+            found = resampled_gap(*three) if three[0] else (Gap(None, None), None)
+            gaps[result.predictor.name], changes["gap"] = found, found[0]
         full.append(replace(result, **changes))
-    grades = [result.grade for result in results]
     unscored = [
         f"{r.predictor.name}: {r.grade.num_unscored:,} of {r.grade.num_rows:,} samples unscored"
         for r in results
         if 0 < r.grade.num_unscored < r.grade.num_rows
     ]
-    return TaskReport(
-        task.name,
-        task.title,
-        grades[0].name,
-        task.scale,
-        task.lower_is_better,
-        num_items,
-        tuple(full),
-        (*notes, *unscored),
-        gaps,
-    )
+    about = task.name, task.title, results[0].grade.name, task.scale, task.lower_is_better
+    return TaskReport(*about, num_items, tuple(full), (*notes, *unscored), gaps)
 
 
 def paired(*scores: Mapping[str, float | None]) -> list[list[float]]:
     """Return the scores of the items that all predictors have one for, in the same order."""
-    lists: list[list[float]] = [[] for _ in scores]
-    for key in scores[0]:
-        values = [each.get(key) for each in scores]
-        if None not in values:
-            for column, value in zip(lists, values, strict=True):
-                assert value is not None
-                column.append(value)
-    return lists
+    keys = [key for key in scores[0] if all(each.get(key) is not None for each in scores)]
+    return [[each[key] or 0.0 for key in keys] for each in scores]

@@ -20,7 +20,6 @@ DECIDED_AT_ONCE = 16
 
 
 def _judge(work: Work, options: EvalOptions) -> Judge | None:
-    """Return the judge of a benchmark's rows; None if there is none."""
     task = work.task
     if task.decider == "code" and options.run_code:
         assert isinstance(task, CodeTask)
@@ -49,13 +48,7 @@ def decide(
 ) -> list[str]:
     """Add a judge's decisions to rows, and return notes about them for the report.
 
-    Args:
-        output: The evaluation's folder, where decisions are kept.
-        work: The benchmark.
-        predictors: All of them.
-        rows_of: Rows by predictor; replaced by rows with decisions.
-        options: The run's options, which name the judge.
-        say: Called with notes for the user, one sentence each.
+    The rows of each predictor in `rows_of` are replaced by rows with decisions, which `output` keeps.
 
     Raises:
         InputFileError: A kept decision cannot be read.
@@ -72,7 +65,8 @@ def decide(
         rows = rows_of[predictor.name]
         path = output / "decided" / task.name / f"{file_name(predictor.name)}.jsonl"
         kept = _Decisions(path, judge.name)
-        keys = [_digest(row) for row in rows]
+        texts = [json.dumps(row, sort_keys=True) for row in rows]
+        keys = [hashlib.sha256(text.encode()).hexdigest()[:32] for text in texts]
         open_rows = [i for i, key in enumerate(keys) if key not in kept.by_row]
         # Equal answers to an item are decided once.
         first = list({keys[i]: i for i in reversed(open_rows)}.values())[::-1]
@@ -86,17 +80,12 @@ def decide(
         except BackendError as error:
             message = str(error).split("\n")[0]
             say(f"{task.name}, {predictor.name}: the judge failed: {message}")
-            notes.append(
-                f"the judge failed on {predictor.name} ({message}); the same command continues"
-            )
+            failed = f"the judge failed on {predictor.name} ({message})"
+            notes.append(f"{failed}; the same command continues")
         rows_of[predictor.name] = [
             {**row, **kept.by_row.get(key, {})} for row, key in zip(rows, keys, strict=True)
         ]
     return notes
-
-
-def _digest(row: Row) -> str:
-    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class _Decisions:

@@ -64,7 +64,7 @@ def run_task(
     cache: Path,
     rule: Rule,
 ) -> HarnessRun:
-    """Run a task or a group of the harness.
+    """Run a task or a group of the harness, which scores by rules of its own.
 
     Args:
         task: Name or configuration of the task.
@@ -75,7 +75,7 @@ def run_task(
         batch_size: Maximum number of rows per batch.
         seed: Random seed of sampled answers.
         cache: Path of the cache; the harness appends to the name.
-        rule: The rule that the grade names. The harness scores by rules of its own.
+        rule: The rule that the grade names.
 
     Raises:
         InputFileError: The task's data is missing.
@@ -119,18 +119,14 @@ def _grade(name: str, found: Mapping[str, Any], rule: Rule) -> tuple[Grade, bool
             if key in samples:
                 continue  # the same item, its answer read by another filter
             samples[key] = record
-            numbers = [
-                each for each in record["metrics"] if isinstance(record.get(each), int | float)
-            ]
-            metric = metric or (numbers[0] if numbers else "")
+            numbers = (m for m in record["metrics"] if isinstance(record.get(m), int | float))
+            metric = metric or next(numbers, "")
             value = record.get(metric)
             scores[key] = float(value) if isinstance(value, int | float) else None
     for better in found.get("higher_is_better", {}).values():
         lower_is_better = lower_is_better or better.get(metric) is False
     all_numbers = {
-        f"{task}/{each.removesuffix(',none')}"
-        if task != name
-        else each.removesuffix(",none"): value
+        ("" if task == name else f"{task}/") + each.removesuffix(",none"): value
         for task, values in found["results"].items()
         for each, value in values.items()
         if isinstance(value, float)

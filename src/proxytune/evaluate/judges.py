@@ -130,13 +130,9 @@ class ToxicityClassifier:
         """Classify every row's text; see `Judge`."""
         import torch
 
-        batch = self._tokenizer(
-            [row["prediction"] for row in rows],
-            padding=True,
-            truncation=True,
-            max_length=512,
-            return_tensors="pt",
-        ).to(self._device)
+        texts = [row["prediction"] for row in rows]
+        lengths = {"padding": True, "truncation": True, "max_length": 512}
+        batch = self._tokenizer(texts, return_tensors="pt", **lengths).to(self._device)
         with torch.inference_mode():
             classes: list[int] = self._model(**batch).logits.argmax(-1).tolist()
         return [{"is_toxic": int(each == 1)} for each in classes]
@@ -178,15 +174,13 @@ class ChatJudge:
         self.name = f"{settings.model} at {settings.url}"
         self._task = task
         self._model = settings.model
-        self._client = ApiClient(
-            settings.url,
-            ApiSettings(
-                key_env=settings.key_env,
-                timeout_s=settings.timeout_s,
-                max_retries=settings.max_retries,
-            ),
-            budget=None if settings.max_calls is None else Budget(settings.max_calls, None),
+        api = ApiSettings(
+            key_env=settings.key_env,
+            timeout_s=settings.timeout_s,
+            max_retries=settings.max_retries,
         )
+        budget = None if settings.max_calls is None else Budget(settings.max_calls, None)
+        self._client = ApiClient(settings.url, api, budget=budget)
 
     def decide(self, items: Sequence[Item], rows: Sequence[Row]) -> list[Row | None]:
         """Ask about every row; see `Judge`."""
@@ -221,8 +215,7 @@ class ChatJudge:
 
     def _preference(self, row: Row) -> Row | None:
         # Judges favour a position, so a hash of the instruction decides which answer comes first.
-        digest = hashlib.sha256(row["instruction"].encode()).digest()
-        is_swapped = digest[0] % 2 == 1
+        is_swapped = hashlib.sha256(row["instruction"].encode()).digest()[0] % 2 == 1
         first, second = row["output_1"], row["output_2"]
         if is_swapped:
             first, second = second, first

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -80,24 +80,19 @@ def tuned_recipe(recipe: Recipe, options: EvalOptions) -> Recipe:
     prompt = options.tuned_prompt or (first.expert.prompt if first.expert.model else "plain")
     same = ModelSpec(same_as="base")
     if options.tuned_adapter is not None:
-        spec = replace(recipe.base, adapter=options.tuned_adapter, prompt=prompt)
-        return replace(recipe, experts=(ExpertSpec("tuned", spec, same),), default_expert=None)
-    spec = ModelSpec(
-        model=options.tuned, dtype=recipe.base.dtype, device=recipe.base.device, prompt=prompt
-    )
-    # It is both base and expert of this recipe: one model, loaded once.
-    return replace(
-        recipe, base=spec, experts=(ExpertSpec("tuned", spec, same),), default_expert=None
-    )
+        base, spec = recipe.base, replace(recipe.base, adapter=options.tuned_adapter, prompt=prompt)
+    else:
+        spec = ModelSpec(model=options.tuned, dtype=recipe.base.dtype, device=recipe.base.device)
+        # It is both base and expert of this recipe: one model, loaded once.
+        base = spec = replace(spec, prompt=prompt)
+    experts = (ExpertSpec("tuned", spec, same),)
+    return replace(recipe, base=base, experts=experts, default_expert=None)
 
 
 def nudged(model: ProxyTuned, expert: str, threshold: float) -> ProxyTuned:
     """Return the base nudged by an expert, whatever the recipe's policy; the anti-expert does not run.
 
-    Args:
-        model: The recipe's models.
-        expert: The expert that nudges.
-        threshold: The base's top probability below which the expert nudges it; see `logits/policy.py`.
+    `threshold` is the base's top probability below which the expert nudges it; see `logits/policy.py`.
 
     Raises:
         InvalidRequest: The threshold is out of range.
@@ -138,10 +133,6 @@ class Speaker:
             self.alpha, self.experts = 1.0, (predictor.expert,)
         self.model = model
 
-    def request(self, item: Item, sampling: SamplingParams) -> Request:
-        """Return the request for an item."""
-        return Request(item.prompt, sampling, self.alpha, self.experts)
-
     def bias(self, banned: Sequence[str]) -> tuple[tuple[int, float], ...]:
         """Return a logit bias that bans those texts that are a single token, with or without a space."""
         tokenizer = self.model.tokenizer
@@ -158,10 +149,11 @@ class Speaker:
     ) -> list[Request]:
         """Return a request for each sample, with the texts banned that the task bans."""
         bias, first = self.bias(task.banned), self.bias(task.banned_first)
-        return [
-            self.request(item, replace(sampling, logit_bias=bias, first_logit_bias=first))
-            for item, _, sampling in samples
-        ]
+        requests = []
+        for item, _, sampling in samples:
+            sampling = replace(sampling, logit_bias=bias, first_logit_bias=first)
+            requests.append(Request(item.prompt, sampling, self.alpha, self.experts))
+        return requests
 
     def check(self, requests: Sequence[Request]) -> None:
         """Check that every prompt fits the models.
@@ -195,21 +187,6 @@ class Speaker:
             item.prompt, options, alpha=self.alpha, experts=self.experts
         ).index
         return Output(item.options[index], 1, "length")
-
-
-class LazyModel:
-    """Models that are loaded when they are first needed."""
-
-    def __init__(self, load: Callable[[], ProxyTuned]) -> None:
-        self._load = load
-        self._model: ProxyTuned | None = None
-
-    @property
-    def model(self) -> ProxyTuned:
-        """The models, loaded on first use."""
-        if self._model is None:
-            self._model = self._load()
-        return self._model
 
 
 def file_name(predictor: str) -> str:

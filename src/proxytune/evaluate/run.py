@@ -21,7 +21,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,7 +33,6 @@ from proxytune.evaluate.decide import decide
 from proxytune.evaluate.harness import HarnessRun, is_installed, known_names, run_task, sample_line
 from proxytune.evaluate.plan import EvalOptions, Work
 from proxytune.evaluate.predictors import (
-    LazyModel,
     Predictor,
     Speaker,
     file_name,
@@ -124,11 +123,6 @@ def evaluate(
 
 
 def _check_names(names: Sequence[str]) -> None:
-    """Check that every name is a benchmark here or a task of lm-eval.
-
-    Raises:
-        InvalidRequest: A name is neither; lists similar names.
-    """
     unknown = [name for name in names if name not in TASKS]
     if not unknown:
         return
@@ -136,9 +130,8 @@ def _check_names(names: Sequence[str]) -> None:
         try:
             find_task(unknown[0])
         except InvalidRequest as error:
-            raise InvalidRequest(
-                f"{error}; for tasks of lm-eval, {install_command('eval')}"
-            ) from None
+            more = f"for tasks of lm-eval, {install_command('eval')}"
+            raise InvalidRequest(f"{error}; {more}") from None
     foreign = known_names()
     for name in unknown:
         if name not in foreign:
@@ -169,32 +162,24 @@ class _Answering:
         load: Callable[[], ProxyTuned],
     ) -> None:
         """Let predictors that share loaded models answer every benchmark and every task of lm-eval."""
-        lazy = LazyModel(load)
+        model = cache(load)  # on first use: an earlier run may have answered everything
         for work in works:
             for predictor in predictors:
                 key = work.task.name, predictor.name
-                self.answers[key] = self._generate(work, predictor, recipe, lazy)
+                self.answers[key] = self._generate(work, predictor, recipe, model)
         for task in foreign:
             for predictor in predictors:
-                self.runs[task, predictor.name] = self._run_foreign(task, predictor, recipe, lazy)
+                self.runs[task, predictor.name] = self._run_foreign(task, predictor, recipe, model)
 
     def _run_foreign(
-        self, task: str, predictor: Predictor, recipe: Recipe, lazy: LazyModel
+        self, task: str, predictor: Predictor, recipe: Recipe, model: Callable[[], ProxyTuned]
     ) -> HarnessRun:
         """Run a task of lm-eval for one predictor, and write its samples."""
         options = self.options
-        speaker = Speaker(predictor, lazy.model, options)
-        settings = json.dumps(
-            [
-                recipe.to_dict(),
-                str(recipe.directory.resolve()),
-                asdict(predictor),
-                options.dtype,
-                options.seed,
-            ],
-            sort_keys=True,
-            default=str,
-        )
+        speaker = Speaker(predictor, model(), options)
+        where = str(recipe.directory.resolve())
+        content = [recipe.to_dict(), where, asdict(predictor), options.dtype, options.seed]
+        settings = json.dumps(content, sort_keys=True, default=str)
         digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
         name = file_name(predictor.name)
         run = run_task(
@@ -213,7 +198,7 @@ class _Answering:
         return run
 
     def _generate(
-        self, work: Work, predictor: Predictor, recipe: Recipe, lazy: LazyModel
+        self, work: Work, predictor: Predictor, recipe: Recipe, model: Callable[[], ProxyTuned]
     ) -> list[dict[str, Any]]:
         """Return the answer to every sample, as a line of the predictor's file each."""
         options, name = self.options, predictor.name
@@ -233,7 +218,7 @@ class _Answering:
             self.num_resumed += num_done
             self._report(EvalProgress(work.task.name, name, num_done, len(lines)))
             if num_done < len(lines):
-                speaker = Speaker(predictor, lazy.model, options)
+                speaker = Speaker(predictor, model(), options)
                 requests = speaker.requests(work.task, samples)
                 speaker.check(requests[num_done:])
             while num_done < len(lines):
@@ -289,18 +274,12 @@ def _line(number: int, item: Item, which: int, sampling: SamplingParams) -> Line
 def _foreign_report(
     task: str, predictors: Sequence[Predictor], runs: Mapping[tuple[str, str], HarnessRun]
 ) -> TaskReport:
-    results = [
-        Result(p, run.grade, run.grade, num_new_tokens=0, seconds=run.seconds)
-        for p in predictors
-        for run in [runs[task, p.name]]
-    ]
-    first = runs[task, predictors[0].name]
-    return compared(
-        Measured(task, f"{task} (lm-eval)", 1.0, first.lower_is_better),
-        results,
-        ["scored by lm-eval's own rules"],
-        num_items=first.grade.num_items,
-    )
+    own = [runs[task, p.name] for p in predictors]
+    pairs = zip(predictors, own, strict=True)
+    results = [Result(p, run.grade, run.grade, 0, run.seconds) for p, run in pairs]
+    measured = Measured(task, f"{task} (lm-eval)", 1.0, own[0].lower_is_better)
+    notes = ["scored by lm-eval's own rules"]
+    return compared(measured, results, notes, num_items=own[0].grade.num_items)
 
 
 def _task_report(
@@ -330,15 +309,10 @@ def _task_report(
         rows = rows_of[predictor.name]
         _write_samples(output, task, predictor, rows, given[predictor.name])
         outputs = [answer["output"] for answer in given[predictor.name]]
-        results.append(
-            Result(
-                predictor,
-                task.grade(rows, options.rule),
-                task.grade(rows, other),
-                num_new_tokens=sum(o["num_new_tokens"] for o in outputs) if has_text else 0,
-                seconds=sum(o["seconds"] for o in outputs),
-            )
-        )
+        grades = task.grade(rows, options.rule), task.grade(rows, other)
+        num_new_tokens = sum(o["num_new_tokens"] for o in outputs) if has_text else 0
+        seconds = sum(o["seconds"] for o in outputs)
+        results.append(Result(predictor, *grades, num_new_tokens, seconds))
     return compared(task, results, [*work.deviations(), *notes], num_items=len(work.items))
 
 
@@ -353,18 +327,14 @@ def _write_samples(
     path = output / "samples" / task.name / f"{file_name(predictor.name)}.jsonl"
     lines = []
     for place, (row, answer) in enumerate(zip(rows, given, strict=True), 1):
-        lines.append(
-            json.dumps(
-                {
-                    **row,
-                    "item": answer["item"],
-                    "sample": answer["sample"],
-                    "predictor": predictor.name,
-                    "prompt": answer["prompt"],
-                    "generated": answer["output"],
-                    "scores": {rule: task.score(row, place, rule) for rule in RULES},
-                },
-                ensure_ascii=False,
-            )
-        )
+        sample = {
+            **row,
+            "item": answer["item"],
+            "sample": answer["sample"],
+            "predictor": predictor.name,
+            "prompt": answer["prompt"],
+            "generated": answer["output"],
+            "scores": {rule: task.score(row, place, rule) for rule in RULES},
+        }
+        lines.append(json.dumps(sample, ensure_ascii=False))
     write_whole(path, "\n".join(lines) + "\n")

@@ -165,11 +165,6 @@ class Spread:
         """Return the spread of a value over rounds."""
         return cls(statistics.median(values), min(values), max(values))
 
-    @classmethod
-    def of_ratio(cls, above: Sequence[float], below: Sequence[float]) -> Spread:
-        """Return the spread of a ratio within rounds."""
-        return cls.of([a / b for a, b in zip(above, below, strict=True)])
-
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -224,7 +219,7 @@ def ratios_of(seconds: Mapping[str, Sequence[float]]) -> dict[str, Spread]:
             `library`.
     """
     ratios = {
-        name: Spread.of_ratio(seconds[above], seconds[below])
+        name: Spread.of([a / b for a, b in zip(seconds[above], seconds[below], strict=True)])
         for name, (above, below) in RATIOS.items()
         if above in seconds and below in seconds
     }
@@ -246,10 +241,8 @@ def prompts_of(model: ProxyTuned, text: str, shape: Shape) -> list[list[int]]:
         raise InvalidRequest("the prompt has no tokens.\nhint: give a text")
     wanted = shape.num_prompt * shape.batch_size
     repeated = token_ids * -(-wanted // len(token_ids))
-    return [
-        repeated[row * shape.num_prompt : (row + 1) * shape.num_prompt]
-        for row in range(shape.batch_size)
-    ]
+    size = shape.num_prompt
+    return [repeated[row * size : (row + 1) * size] for row in range(shape.batch_size)]
 
 
 def measure(
@@ -346,14 +339,10 @@ def _plain_work(
     models: PlainModels, prompts: Sequence[Sequence[int]], num_new: int, alpha: float
 ) -> dict[str, Callable[[], object]]:
     """Return the comparisons to time: transformers' own generation, and the published procedure."""
-    token_ids = torch.tensor(prompts)
+    token_ids = torch.tensor(prompts, device=models.base.device)
     return {
-        "library": lambda: _library_generate(
-            models.base, token_ids.to(models.base.device), num_new
-        ),
-        "published": lambda: published_procedure(
-            models, token_ids.to(models.base.device), num_new, alpha
-        ),
+        "library": lambda: _library_generate(models.base, token_ids, num_new),
+        "published": lambda: published_procedure(models, token_ids, num_new, alpha),
     }
 
 

@@ -13,28 +13,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 COLUMNS = (
-    "predictor",
-    "metric",
-    "± SE",
-    "n",
-    "change",
-    "p base",
-    "p expert",
-    "gap closed",
-    "tokens/s",
-)
+    "predictor", "metric", "± SE", "n", "change", "p base", "p expert", "gap closed", "tokens/s",
+)  # fmt: skip
 COLOURS = {
-    "base": "#9aa5b1",
-    "expert": "#0f766e",
-    "steered": "#1f6feb",
-    "tuned": "#c2410c",
-    "nudged": "#7c3aed",
-}
+    "base": "#9aa5b1", "expert": "#0f766e", "steered": "#1f6feb", "tuned": "#c2410c", "nudged": "#7c3aed",
+}  # fmt: skip
 
 
-def percent(value: float | None, scale: float, digits: int = 1) -> str:
+def percent(value: float | None, scale: float) -> str:
     """Return a metric in percent, or `-` for None."""
-    return "-" if value is None else f"{value * 100 / scale:.{digits}f}"
+    return "-" if value is None else f"{value * 100 / scale:.1f}"
 
 
 def p_text(value: float | None) -> str:
@@ -75,12 +63,8 @@ def terminal_table(task: TaskReport) -> Table:
     from rich.table import Table
 
     better = ", lower is better" if task.lower_is_better else ""
-    table = Table(
-        title=f"{task.title}: {task.metric} in %{better}; {task.num_items:,} items",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-    )
+    title = f"{task.title}: {task.metric} in %{better}; {task.num_items:,} items"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for index, column in enumerate(COLUMNS):
         table.add_column(column, justify="right" if index else "left")
     for result in task.results:
@@ -89,12 +73,7 @@ def terminal_table(task: TaskReport) -> Table:
 
 
 def markdown(report: EvalReport, command: str) -> str:
-    """Return the whole evaluation as a page.
-
-    Args:
-        report: What was measured.
-        command: The command that repeats the measurement.
-    """
+    """Return the whole evaluation as a page; `command` repeats it."""
     lines = [
         f"# {report.recipe}",
         "",
@@ -145,9 +124,8 @@ def picture(report: EvalReport, path: Path) -> None:
     from matplotlib import pyplot
 
     tasks = [task for task in report.tasks if any(r.grade.metric is not None for r in task.results)]
-    figure, axes = pyplot.subplots(
-        1, max(1, len(tasks)), figsize=(3.4 * max(1, len(tasks)), 3.4), dpi=120, squeeze=False
-    )
+    count = max(1, len(tasks))
+    figure, axes = pyplot.subplots(1, count, figsize=(3.4 * count, 3.4), dpi=120, squeeze=False)
     if not tasks:
         axes[0][0].text(0.5, 0.5, "nothing is scored", ha="center")
         axes[0][0].set_axis_off()
@@ -164,17 +142,10 @@ def _draw(axis: Any, task: TaskReport, results: Sequence[Result]) -> None:
     values = [(result.grade.metric or 0.0) * 100 / task.scale for result in shown]
     errors = [(result.grade.error or 0.0) * 100 / task.scale for result in shown]
     places = range(len(shown))
-    axis.bar(
-        places,
-        values,
-        yerr=errors,
-        capsize=3,
-        color=[COLOURS[result.predictor.role] for result in shown],
-        width=0.7,
-    )
-    axis.set_xticks(
-        list(places), [result.predictor.name for result in shown], rotation=30, ha="right"
-    )
+    colours = [COLOURS[result.predictor.role] for result in shown]
+    names = [result.predictor.name for result in shown]
+    axis.bar(places, values, yerr=errors, capsize=3, color=colours, width=0.7)
+    axis.set_xticks(list(places), names, rotation=30, ha="right")
     axis.set_title(task.title, fontsize=10)
     better = ", lower is better" if task.lower_is_better else ""
     axis.set_ylabel(f"{task.metric}, %{better}", fontsize=9)

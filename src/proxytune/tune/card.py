@@ -19,21 +19,14 @@ _METHODS = {
 
 def model_card(recipe: Recipe, settings: TuneSettings, result: TuneResult, prompt: str) -> str:
     """Return the recipe's model card with data, settings and measurements."""
-    lines = [
-        recipe.model_card().rstrip(),
-        "",
-        *_measured(result),
-        *_training(settings, result, prompt),
-    ]
-    return "\n".join(lines).rstrip() + "\n"
+    lines = [*_measured(result), *_training(settings, result, prompt)]
+    return "\n".join([recipe.model_card().rstrip(), "", *lines]).rstrip() + "\n"
 
 
 def _measured(result: TuneResult) -> list[str]:
     lines: list[str] = []
-    for title, key, report in (
-        ("validation", "valid", result.valid),
-        ("test", "test", result.test),
-    ):
+    parts = (("validation", "valid", result.valid), ("test", "test", result.test))
+    for title, key, report in parts:
         if report is None:
             continue
         lines += [
@@ -96,22 +89,17 @@ def _training(settings: TuneSettings, result: TuneResult, prompt: str) -> list[s
             shown[setting.name] = value
     shown["learning_rate"] = result.learning_rate
     shown["prompt"] = prompt if prompt in ("plain", "chat") else "a template of its own"
-    shown["epochs"] = settings.epochs
-    shown["batch_size"] = settings.batch_size
-    shown["seed"] = settings.seed
-    if not settings.full:
-        shown["lora_rank"] = settings.lora_rank
+    for name in ("epochs", "batch_size", "seed", *(() if settings.full else ("lora_rank",))):
+        shown[name] = getattr(settings, name)
     lines += [f"| {key} | {_shown(value)} |" for key, value in shown.items()]
+    frozen = ""
+    if result.offsets_s >= 1:
+        frozen = f"; {result.offsets_s:,.0f} s before it for the frozen models"
     memory = result.peak_memory_bytes / 2**30
     lines += [
         "",
         f"- {result.num_steps:,} optimizer steps, {result.num_parameters:,} trainable parameters",
-        f"- {result.train_s:,.0f} s of training, evaluations included"
-        + (
-            f"; {result.offsets_s:,.0f} s before it for the frozen models"
-            if result.offsets_s >= 1
-            else ""
-        ),
+        f"- {result.train_s:,.0f} s of training, evaluations included{frozen}",
         f"- peak memory: {memory:.2f} GiB",
     ]
     if result.valid_loss is not None and result.first_valid_loss is not None:
@@ -134,13 +122,7 @@ def _shown(value: Any) -> str:
 def loss_plot(
     losses: Sequence[Mapping[str, Any]], path: Path, first_valid_loss: float | None
 ) -> None:
-    """Draw training and validation loss over the steps, as a PNG.
-
-    Args:
-        losses: Rows with `step`, and `loss` or `valid_loss`.
-        path: Path of the picture.
-        first_valid_loss: The untuned model's validation loss, drawn as a line; None draws none.
-    """
+    """Draw training and validation loss over the steps as a PNG, the untuned model's loss as a line."""
     import matplotlib
 
     matplotlib.use("Agg")

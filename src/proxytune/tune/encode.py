@@ -158,8 +158,12 @@ def encode(
         return encoder.packed() if packed else encoder.examples(encoder.text)
     if rows.kind == "preference":
         return encoder.preferences()
-    is_conversation = rows.kind == "messages" or isinstance(rows.rows[0]["prompt"], list)
-    return encoder.examples(encoder.conversation if is_conversation else encoder.completion)
+    return encoder.examples(encoder.conversation if is_conversation(rows) else encoder.completion)
+
+
+def is_conversation(rows: Rows) -> bool:
+    """Whether prompts are lists of messages."""
+    return rows.kind == "messages" or isinstance(rows.rows[0].get("prompt"), list)
 
 
 class _Encoder:
@@ -168,11 +172,8 @@ class _Encoder:
     ) -> None:
         self._rows = rows
         self._tokenizer = tokenizer
-        self._format: dict[str, Any] = {
-            "prompt_format": prompt_format,
-            "tokenizer": tokenizer,
-            "name": name,
-        }
+        self._format: dict[str, Any] = {"prompt_format": prompt_format, "tokenizer": tokenizer}
+        self._format["name"] = name
         self._is_chat = rows.kind != "text" and check_syntax(prompt_format, name) == "chat"
         self._max_length = max_length
         eos_id = tokenizer.eos_token_id
@@ -183,9 +184,8 @@ class _Encoder:
     def packed(self) -> Encoded:
         stream = [i for index in range(len(self._rows)) for i in self._document(index)]
         step = self._max_length - 1
-        windows = [
-            stream[start : start + self._max_length] for start in range(0, len(stream) - 1, step)
-        ]
+        starts = range(0, len(stream) - 1, step)
+        windows = [stream[start : start + self._max_length] for start in starts]
         if not windows:
             raise InputFileError(
                 f"{self._rows.source} has {len(stream)} token(s), and training needs at least two: one to "
@@ -199,15 +199,13 @@ class _Encoder:
         num_truncated = num_dropped = 0
         for index in range(len(self._rows)):
             whole = self._of(index, of_row)
-            cut = [
-                Example(e.token_ids[: self._max_length], e.labels[: self._max_length])
-                for e in whole
-            ]
+            most = self._max_length
+            cut = [Example(e.token_ids[:most], e.labels[:most]) for e in whole]
             left = [e for e in cut if e.num_trained]
             kept += left
             if not left:
                 num_dropped += 1
-            elif any(len(e.token_ids) > self._max_length for e in whole):
+            elif any(len(e.token_ids) > most for e in whole):
                 num_truncated += 1
         return self._encoded(kept, num_truncated, num_dropped)
 
@@ -220,12 +218,9 @@ class _Encoder:
             if room <= 0:
                 num_dropped += 1
                 continue
-            num_truncated += max(len(whole.chosen_ids), len(whole.rejected_ids)) > room
-            kept.append(
-                PreferenceExample(
-                    whole.prompt_ids, whole.chosen_ids[:room], whole.rejected_ids[:room]
-                )
-            )
+            answers = whole.chosen_ids, whole.rejected_ids
+            num_truncated += max(map(len, answers)) > room
+            kept.append(PreferenceExample(whole.prompt_ids, *(ids[:room] for ids in answers)))
         return self._encoded(kept, num_truncated, num_dropped)
 
     def _encoded(
@@ -298,9 +293,8 @@ class _Encoder:
     # Tokens
 
     def _document(self, index: int) -> list[int]:
-        token_ids = list(
-            self._tokenizer.encode(self._rows.rows[index]["text"], add_special_tokens=True)
-        )
+        text = self._rows.rows[index]["text"]
+        token_ids = list(self._tokenizer.encode(text, add_special_tokens=True))
         if self._end and token_ids[-1:] == self._end:
             token_ids.pop()  # Some tokenizers add it themselves.
         return token_ids + self._end

@@ -253,12 +253,8 @@ class FrozenHeads:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> FrozenHeads:
         """Return the heads on a device; `dtype` None keeps their dtype."""
-        return FrozenHeads(
-            self.base.to(device, dtype),
-            self.anti_expert.to(device, dtype),
-            self.base_factor,
-            self.anti_expert_factor,
-        )
+        base, anti_expert = self.base.to(device, dtype), self.anti_expert.to(device, dtype)
+        return replace(self, base=base, anti_expert=anti_expert)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

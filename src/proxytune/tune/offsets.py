@@ -189,9 +189,8 @@ class Offsets:
             with (directory / HIDDEN_NAME).open("r+b") as file:
                 flushed = time.monotonic()
                 for batch, num_done in batches:
-                    rows = _hidden(
-                        [examples[i] for i in batch], base, anti_expert, alignment, base_name
-                    )
+                    block = [examples[i] for i in batch]
+                    rows = _hidden(block, base, anti_expert, alignment, base_name)
                     for index, values in zip(batch, rows, strict=True):
                         file.seek(int(starts[index]) * header.row_bytes)
                         file.write(_raw(values, header.dtype))
@@ -217,16 +216,13 @@ class Offsets:
         """
         width = self._header.base_width + self._header.small_width
         is_half = self._header.dtype == "bfloat16"
-        kind = np.dtype(
-            "<i2" if is_half else "<f4"
-        )  # NumPy has no bfloat16; its bits travel as integers.
+        kind = np.dtype("<i2" if is_half else "<f4")  # NumPy has no bfloat16, only its bits.
         spans = [(int(self._starts[i]), int(self._starts[i + 1])) for i in indices]
         values = np.empty((sum(end - start for start, end in spans), width), dtype=kind)
         if len(values):
             # Mapped anew each time: the pages of a lasting mapping count as this process's memory.
-            stored = np.memmap(
-                self._directory / HIDDEN_NAME, kind, "r", shape=(self.num_positions, width)
-            )
+            shape = (self.num_positions, width)
+            stored = np.memmap(self._directory / HIDDEN_NAME, kind, "r", shape=shape)
             first = 0
             for start, end in spans:
                 values[first : first + end - start] = stored[start:end]
@@ -251,12 +247,8 @@ def _begin(directory: Path, header: _Header, starts: NDArray[np.int64]) -> _Head
     size = header.num_positions * header.row_bytes
     begun = _Header.read(directory)
     hidden = directory / HIDDEN_NAME
-    if (
-        begun is not None
-        and replace(begun, num_done=0) == header
-        and hidden.exists()
-        and hidden.stat().st_size == size
-    ):
+    is_ours = begun is not None and replace(begun, num_done=0) == header
+    if begun is not None and is_ours and hidden.exists() and hidden.stat().st_size == size:
         np.save(directory / STARTS_NAME, starts)
         return begun
     directory.mkdir(parents=True, exist_ok=True)

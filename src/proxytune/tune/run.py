@@ -24,6 +24,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ from proxytune.machine import versions
 from proxytune.measure.score import scoring_window
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
-from proxytune.tune.encode import Encoded, encode, limited
+from proxytune.tune.encode import encode, is_conversation, limited
 from proxytune.tune.settings import LOSS_LOG, Display, TuneResult, TuneSettings, expert_path
 
 if TYPE_CHECKING:
@@ -82,9 +83,8 @@ def tune(
     display = display or Display()
     for library in ("trl", "datasets", "matplotlib"):
         if importlib.util.find_spec(library) is None:
-            raise missing_extra(
-                f"tuning needs the library {library}, which is not installed", "tune"
-            )
+            message = f"tuning needs the library {library}, which is not installed"
+            raise missing_extra(message, "tune")
     from proxytune.backends.transformers.weights import quietly
 
     run = _Run(settings, display)
@@ -109,16 +109,11 @@ class _Run:
         self._check_directory(resume=resume)
         small, base = self._check_models()
         train, valid, test = self._read_rows()
-        prompt = settings.prompt or ("chat" if _is_conversation(train) else "plain")
-        data = {
-            name: {
-                "source": rows.source,
-                "kind": rows.kind,
-                "rows": len(rows),
-                "digest": rows.digest,
-            }
-            for name, rows in (("train", train), ("valid", valid), ("test", test))
-            if rows is not None
+        prompt = settings.prompt or ("chat" if is_conversation(train) else "plain")
+        data: dict[str, dict[str, Any]] = {
+            name: {"source": r.source, "kind": r.kind, "rows": len(r), "digest": r.digest}
+            for name, r in (("train", train), ("valid", valid), ("test", test))
+            if r is not None
         }
         max_length = self._max_length(small, base)
         encoded = {
@@ -134,7 +129,9 @@ class _Run:
         limits = {"train": settings.max_tokens, "valid": settings.max_valid_tokens}
         encoded = {k: limited(part, limits[k], settings.seed) for k, part in encoded.items()}
         for name, part in encoded.items():
-            data[name] |= _counts(part)
+            for key in ("num_truncated", "num_dropped", "num_tokens", "num_trained"):
+                data[name][key] = getattr(part, key)
+            data[name]["num_examples"] = len(part.examples)
             display.say(f"{name}: {_shown_counts(data[name], max_length)}")
         outcome = Training(settings, small, base, encoded, max_length, display).run()
         display.say("writing the recipe")
@@ -153,7 +150,7 @@ class _Run:
         )
         self._publish(recipe, result, prompt)
         result = self._measured(recipe, result, valid, test)
-        recipe = _with_alpha(recipe, result.alpha)
+        recipe = replace(recipe, experts=(replace(recipe.experts[0], alpha=result.alpha),))
         self._publish(recipe, result, prompt)
         write_json(settings.training / "result.json", result.to_dict())
         for leftover in ("checkpoints", "offsets"):
@@ -174,11 +171,8 @@ class _Run:
                 f"{directory} holds another run, which this one would overwrite.\n"
                 "hint: continue it with --resume, or name another directory"
             )
-        if (
-            not there
-            and directory.exists()
-            and (not directory.is_dir() or any(directory.iterdir()))
-        ):
+        is_used = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+        if is_used and not there:
             raise OutputFileError(
                 f"{directory} already exists and is not a tuning run.\nhint: name a new directory"
             )
@@ -194,12 +188,9 @@ class _Run:
         if settings.anti_expert is None or settings.base is None:
             return small, None
         whole = ModelSpec(model=settings.anti_expert)
-        examine(
-            Recipe(
-                base=ModelSpec(model=settings.base),
-                experts=(ExpertSpec(settings.expert_name, whole, whole),),
-            ).with_settings(device=settings.device)
-        ).raise_first()
+        experts = (ExpertSpec(settings.expert_name, whole, whole),)
+        recipe = Recipe(base=ModelSpec(model=settings.base), experts=experts)
+        examine(recipe.with_settings(device=settings.device)).raise_first()
         return small, find_checkpoint(settings.base, root=Path.cwd())
 
     def _check_targets(self, small: Checkpoint) -> None:
@@ -230,13 +221,12 @@ class _Run:
                     f"have the format {train.kind}.\nhint: convert both to one format"
                 )
         if (train.kind == "preference") != (settings.method == "dpo"):
-            wanted = (
-                "preference pairs" if settings.method == "dpo" else "text, completions or messages"
-            )
+            is_dpo = settings.method == "dpo"
+            wanted = "preference pairs" if is_dpo else "text, completions or messages"
             raise InputFileError(
                 f"method {settings.method} trains on {wanted}, and the rows of {train.source} have the "
                 f"format {train.kind}.\nhint: give another file, or "
-                f"--method {'sft' if settings.method == 'dpo' else 'dpo'}"
+                f"--method {'sft' if is_dpo else 'dpo'}"
             )
         return train, valid, test
 
@@ -294,30 +284,17 @@ class _Run:
         anti_expert = ModelSpec(model=reference, prompt=prompt)
         if base is None:
             # The tuned model by itself: small + 1 * (tuned - small).
-            return Recipe(
-                base=ModelSpec(model=reference, prompt=prompt),
-                experts=(
-                    ExpertSpec(
-                        settings.expert_name,
-                        expert,
-                        ModelSpec(same_as="base"),
-                        settings.alpha or 1.0,
-                    ),
-                ),
-                directory=directory,
-            )
+            same = ModelSpec(same_as="base")
+            pair = ExpertSpec(settings.expert_name, expert, same, settings.alpha or 1.0)
+            return Recipe(base=anti_expert, experts=(pair,), directory=directory)
         base_prompt = settings.base_prompt or prompt
         if settings.base_prompt is None and prompt == "chat":
             template = small.tokenizer.chat_template
             if isinstance(template, str) and base.tokenizer.chat_template != template:
                 base_prompt = template  # so that base and expert see the same text
-        return Recipe(
-            base=ModelSpec(
-                model=local_reference(settings.base or "", directory), prompt=base_prompt
-            ),
-            experts=(ExpertSpec(settings.expert_name, expert, anti_expert, settings.alpha or 1.0),),
-            directory=directory,
-        )
+        large = ModelSpec(model=local_reference(settings.base or "", directory), prompt=base_prompt)
+        pair = ExpertSpec(settings.expert_name, expert, anti_expert, settings.alpha or 1.0)
+        return Recipe(base=large, experts=(pair,), directory=directory)
 
     def _measured(
         self, recipe: Recipe, result: TuneResult, valid: Rows | None, test: Rows | None
@@ -351,9 +328,7 @@ class _Run:
     def _score(
         self, model: ProxyTuned, rows: Rows, alphas: Sequence[float], name: str
     ) -> ScoreReport:
-        def advance(done: int, total: int) -> None:
-            self._display.stage(name, done, total)
-
+        advance = partial(self._display.stage, name)
         num_characters = CHARACTERS_PER_TOKEN * self._settings.measure_tokens
         if rows.kind == "text":
             text = "\n\n".join(row["text"].strip() for row in rows.rows)[:num_characters]
@@ -378,24 +353,6 @@ class _Run:
             settings.directory, overwrite=True, card=model_card(recipe, settings, result, prompt)
         )
         loss_plot(losses, settings.training / "loss.png", result.first_valid_loss)
-
-
-def _with_alpha(recipe: Recipe, alpha: float) -> Recipe:
-    return replace(recipe, experts=(replace(recipe.experts[0], alpha=alpha),))
-
-
-def _is_conversation(rows: Rows) -> bool:
-    return rows.kind == "messages" or isinstance(rows.rows[0].get("prompt"), list)
-
-
-def _counts(part: Encoded) -> dict[str, int]:
-    return {
-        "num_truncated": part.num_truncated,
-        "num_dropped": part.num_dropped,
-        "num_tokens": part.num_tokens,
-        "num_trained": part.num_trained,
-        "num_examples": len(part.examples),
-    }
 
 
 def _shown_counts(part: Mapping[str, Any], max_length: int) -> str:

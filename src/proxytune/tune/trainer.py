@@ -63,11 +63,6 @@ def last_checkpoint(directory: Path) -> Path | None:
     return max(whole, key=checkpoint_step, default=None)
 
 
-def _is_write_error(error: BaseException) -> bool:
-    """Whether an error while saving came from the disk; torch and safetensors wrap such errors."""
-    return isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in str(error)
-
-
 class _DurableCheckpoints:
     """Keeps checkpoints whole or absent, and stops before a non-finite loss reaches the weights."""
 
@@ -88,14 +83,14 @@ class _DurableCheckpoints:
             (folder / MARKER).touch()
         except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
-            if not _is_write_error(error):
+            # Errors of the disk; torch and safetensors wrap them.
+            is_disk = isinstance(error, OSError | SafetensorError)
+            if not is_disk and "PytorchStreamWriter" not in str(error):
                 raise
             kept = last_checkpoint(folder.parent)
-            state = (
-                f"that of step {checkpoint_step(kept)} is whole"
-                if kept
-                else "there is no earlier one"
-            )
+            state = "there is no earlier one"
+            if kept:
+                state = f"that of step {checkpoint_step(kept)} is whole"
             raise OutputFileError(
                 f"the checkpoint of step {self.state.global_step} cannot be written to {folder.parent}: "
                 f"{getattr(error, 'strerror', None) or error}; {state}.\n"
@@ -135,13 +130,9 @@ class ExpertTrainer(_DurableCheckpoints, SFTTrainer):
     """
 
     def __init__(
-        self,
-        *args: Any,
-        ensemble: FrozenEnsemble | None,
-        autocast: torch.dtype | None,
-        **kwargs: Any,
+        self, *, ensemble: FrozenEnsemble | None, autocast: torch.dtype | None, **kwargs: Any
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(**kwargs)
         self._ensemble = ensemble
         self._autocast = autocast
 
@@ -221,13 +212,8 @@ def example_dataset(examples: Sequence[Example]) -> Dataset:
 
 def preference_dataset(examples: Sequence[PreferenceExample]) -> Dataset:
     """Return preference pairs as the trainer expects them."""
-    return Dataset.from_dict(
-        {
-            "prompt_ids": [e.prompt_ids for e in examples],
-            "chosen_ids": [e.chosen_ids for e in examples],
-            "rejected_ids": [e.rejected_ids for e in examples],
-        }
-    )
+    keys = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return Dataset.from_dict({key: [getattr(e, key) for e in examples] for key in keys})
 
 
 class Padded:
@@ -320,9 +306,8 @@ class EarlyStop(TrainerCallback):
     ) -> None:
         """Compare the last evaluations with the best one before them."""
         losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
-        if len(losses) > self._patience and min(losses[-self._patience :]) >= min(
-            losses[: -self._patience]
-        ):
+        last, before = losses[-self._patience :], losses[: -self._patience]
+        if before and min(last) >= min(before):
             control.should_training_stop = True
 
 

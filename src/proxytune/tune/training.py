@@ -84,9 +84,8 @@ class Training:
         stored = "float32" if self._on_cpu or settings.full else self._dtype
         model = load_frozen(settings.small, device=self._device, dtype=stored)
         width = model.config.get_text_config(decoder=True).hidden_size
-        rate = settings.learning_rate or default_learning_rate(
-            settings.method, full=settings.full, width=width
-        )
+        rate = default_learning_rate(settings.method, full=settings.full, width=width)
+        rate = settings.learning_rate or rate
         started = time.perf_counter()
         ensemble = None
         if settings.method == "cpt":
@@ -154,9 +153,8 @@ class Training:
             )
         del big
         gc.collect()
-        return trainers.FrozenEnsemble(
-            heads, factors.expert, offsets["train"], offsets.get("valid")
-        )
+        parts = offsets["train"], offsets.get("valid")
+        return trainers.FrozenEnsemble(heads, factors.expert, *parts)
 
     def _frozen_heads(
         self, base: Any, anti_expert: Any, alignment: Alignment, factors: Coefficients
@@ -195,7 +193,6 @@ class Training:
 
     @cached_property
     def _checkpoint(self) -> Path | None:
-        """The checkpoint to resume from."""
         return trainers.last_checkpoint(self.settings.training / "checkpoints")
 
     @cached_property
@@ -220,13 +217,12 @@ class Training:
         }
         trainer: Any
         if settings.method == "dpo":
+            device = "cpu" if self._on_cpu else None
             trainer = trainers.PreferenceTrainer(
                 args=DPOConfig(beta=settings.beta, bf16=is_half, **arguments),
                 train_dataset=trainers.preference_dataset(train),  # type: ignore[arg-type]
                 eval_dataset=None if valid is None else trainers.preference_dataset(valid.examples),  # type: ignore[arg-type]
-                ref_model=load_frozen(
-                    settings.small, device="cpu" if self._on_cpu else None, dtype="float32"
-                )
+                ref_model=load_frozen(settings.small, device=device, dtype="float32")
                 if settings.full
                 else None,
                 **common,
@@ -326,16 +322,13 @@ class Training:
         self._load_adapter(trainer, self._checkpoint)
         try:
             with self._stopper.listening():
-                trainer.train(
-                    resume_from_checkpoint=str(self._checkpoint) if self._checkpoint else None
-                )
+                checkpoint = self._checkpoint
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except trainers.NonFiniteLoss as error:
             kept = trainers.last_checkpoint(Path(trainer.args.output_dir))
-            where = (
-                f"the state after step {trainers.checkpoint_step(kept)} is in {kept}"
-                if kept
-                else "no checkpoint had been written yet"
-            )
+            where = "no checkpoint had been written yet"
+            if kept:
+                where = f"the state after step {trainers.checkpoint_step(kept)} is in {kept}"
             raise BackendError(
                 f"{error}, so training stopped before it reached the weights; {where}.\n"
                 "hint: start a new run with a lower --learning-rate"
