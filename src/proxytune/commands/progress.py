@@ -40,7 +40,7 @@ class Lines:
 
     @contextmanager
     def about(self, latest: Callable[[], str]) -> Iterator[None]:
-        """Report the latest state of this work, and the time since its start; outer work is silent meanwhile."""
+        """Report how far this work is, and the time since its start; outer work is silent meanwhile."""
         work = latest, time.monotonic()
         with self._lock:
             self._running.append(work)

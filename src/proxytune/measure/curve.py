@@ -12,8 +12,6 @@ from proxytune.errors import InvalidRequest, OutputFileError, missing_extra
 from proxytune.measure.metrics import METRICS
 from proxytune.measure.sweep import Grid, SweepReport
 
-# Drawing ------------------------------------------------------------------------------------------------
-
 
 def draw(report: SweepReport, grid: Grid, path: Path) -> None:
     """Draw a sweep: a curve with its error band, or a map if the strengths of two experts vary.

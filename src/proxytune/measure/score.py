@@ -427,7 +427,7 @@ def explain_passage(
 
 
 def sides_of(pairs: Iterable[Pair]) -> dict[str, int]:
-    """Return the members that pairs need by name: `base`, and `NAME.expert` and `NAME.anti_expert` of each."""
+    """Return the members of pairs by name: `base`, and `NAME.expert` and `NAME.anti_expert` of each."""
     sides = {"base": 0}
     for pair in pairs:
         sides |= {f"{pair.name}.expert": pair.expert, f"{pair.name}.anti_expert": pair.anti_expert}
