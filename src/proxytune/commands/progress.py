@@ -24,12 +24,7 @@ LINE_EVERY_S = 8.0
 
 
 class Lines:
-    """Writes a line about the innermost running work, at regular intervals while anything is running.
-
-    Args:
-        every_s: Time between two lines, in seconds.
-        write: Called with each line. Default: print it to stderr.
-    """
+    """Writes a line about the innermost running work, every `every_s` seconds while anything is running."""
 
     def __init__(self, every_s: float = LINE_EVERY_S, write: Callable[[str], None] = say) -> None:
         self._every_s = every_s

@@ -38,11 +38,7 @@ class Likelihood(NamedTuple):
 
 
 def likelihoods(
-    ensemble: Ensemble,
-    passages: Sequence[Passage],
-    alphas: Sequence[float],
-    *,
-    batch_size: int = 8,
+    ensemble: Ensemble, passages: Sequence[Passage], alphas: Sequence[float], *, batch_size: int = 8
 ) -> Iterator[tuple[int, Likelihood]]:
     """Yield every passage's index and likelihood.
 

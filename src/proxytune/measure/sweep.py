@@ -307,16 +307,8 @@ def _swept(
 ) -> SweepReport:
     """Pick a point on the validation units and measure it on the test units.
 
-    Args:
-        metric: What is measured.
-        policy: Description of the recipe's policy.
-        grid: The points to try.
-        measure: Returns sums and counts by point and unit, `[points, units, 2]`.
-        parts: Validation and test units.
-        sizes: How much of what `measure` counts as its progress is in each part.
-        own: The recipe's own strengths.
-        seed: Random seed of the bootstrap.
-        on_progress: Called with how much is done, and the total.
+    `measure` returns sums and counts by point and unit, `[points, units, 2]`; `sizes` are the amounts of the
+    two `parts` as its progress counts them.
     """
     valid, test = parts
     if not valid or not test:
@@ -339,8 +331,7 @@ def _swept(
     sign = 1.0 if metric.is_lower_better else -1.0
     # Of equally good points, the weakest.
     picked = min(
-        range(len(points)),
-        key=lambda n: (sign * points[n].value, sum(map(abs, grid.points[n]))),
+        range(len(points)), key=lambda n: (sign * points[n].value, sum(map(abs, grid.points[n])))
     )
     best = grid.points[picked]
     wanted = {"base": none, "picked": best, "recipe": tuple(own)}
