@@ -357,23 +357,15 @@ class ProxyTuned:
             UnknownExpert: It names an expert the recipe does not have.
             PromptTooLong: The window exceeds a model's context.
         """
-        passages = self.text_passages(text, window=window)
-        report = self._scored(passages, alphas, experts, seed, on_progress)
-        return replace(report, window=window)
-
-    def _scored(
-        self,
-        passages: Sequence[Passage],
-        alphas: Sequence[float],
-        experts: str | tuple[str, ...] | None,
-        seed: int,
-        on_progress: Callable[[int, int], None] | None,
-    ) -> ScoreReport:
         ensemble = self.steered_by(experts)
-        strengths = [(alpha, (alpha,) * len(ensemble.pairs)) for alpha in alphas]
-        return score_passages(
-            ensemble, passages, strengths=strengths, seed=seed, on_progress=on_progress
+        report = score_passages(
+            ensemble,
+            self.text_passages(text, window=window),
+            strengths=[(alpha, (alpha,) * len(ensemble.pairs)) for alpha in alphas],
+            seed=seed,
+            on_progress=on_progress,
         )
+        return replace(report, window=window)
 
     def steered_by(self, experts: str | Sequence[str] | None) -> Ensemble:
         """Return the ensemble with these experts only; None takes the recipe's default.
@@ -423,8 +415,14 @@ class ProxyTuned:
             UnknownExpert: It names an expert the recipe does not have.
             PromptFormatError: A prompt cannot be rendered.
         """
-        passages = self.completion_passages(pairs, max_tokens=max_tokens)
-        return self._scored(passages, alphas, experts, seed, on_progress)
+        ensemble = self.steered_by(experts)
+        return score_passages(
+            ensemble,
+            self.completion_passages(pairs, max_tokens=max_tokens),
+            strengths=[(alpha, (alpha,) * len(ensemble.pairs)) for alpha in alphas],
+            seed=seed,
+            on_progress=on_progress,
+        )
 
     def completion_passages(
         self, pairs: Sequence[tuple[Prompt, str]], *, max_tokens: int | None = None
@@ -526,11 +524,7 @@ def _completion_passages(
 
 
 def as_request(
-    prompt: Prompt | Request,
-    sampling: SamplingParams | None,
-    steering: Steering,
-    *,
-    explain: bool,
+    prompt: Prompt | Request, sampling: SamplingParams | None, steering: Steering, *, explain: bool
 ) -> Request:
     """Return the request that the arguments describe.
 

@@ -223,23 +223,19 @@ class Steering:
     def __post_init__(self) -> None:
         if self.alpha is not None:
             check_alpha(self.alpha)
+        if isinstance(self.experts, Mapping | tuple):
+            kind = "tuple" if isinstance(self.experts, tuple) else "mapping"
+            why = f"experts is an empty {kind}; leave it out for the recipe's default"
+            _require(bool(self.experts), why)
         if isinstance(self.experts, Mapping):
             for name, alpha in self.experts.items():
                 check_alpha(alpha, f"alpha of expert {name!r}")
-            _require(
-                bool(self.experts),
-                "experts is an empty mapping; leave it out for the recipe's default",
-            )
             _require(
                 self.alpha is None,
                 "alpha and experts with their own alphas were both given, so the strength is given twice.\n"
                 "hint: leave alpha out, or name the experts without alphas",
             )
         elif isinstance(self.experts, tuple):
-            _require(
-                bool(self.experts),
-                "experts is an empty tuple; leave it out for the recipe's default",
-            )
             _require(
                 len(set(self.experts)) == len(self.experts),
                 f"experts names one expert twice: {', '.join(self.experts)}",

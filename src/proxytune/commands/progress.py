@@ -24,12 +24,7 @@ LINE_EVERY_S = 8.0
 
 
 class Lines:
-    """Writes a line about the innermost running work, at regular intervals while anything is running.
-
-    Args:
-        every_s: Time between two lines, in seconds.
-        write: Called with each line. Default: print it to stderr.
-    """
+    """Writes a line about the innermost running work, every `every_s` seconds while anything is running."""
 
     def __init__(self, every_s: float = LINE_EVERY_S, write: Callable[[str], None] = say) -> None:
         self._every_s = every_s
@@ -40,7 +35,7 @@ class Lines:
 
     @contextmanager
     def about(self, latest: Callable[[], str]) -> Iterator[None]:
-        """Report the latest state of this work and its time so far; outer work is silent meanwhile."""
+        """Report how far this work is, and the time since its start; outer work is silent meanwhile."""
         work = latest, time.monotonic()
         with self._lock:
             self._running.append(work)
