@@ -311,11 +311,7 @@ class Recipe:
         return content
 
     def write(
-        self,
-        directory: str | os.PathLike[str],
-        *,
-        overwrite: bool = False,
-        card: str | None = None,
+        self, directory: str | os.PathLike[str], *, overwrite: bool = False, card: str | None = None
     ) -> Recipe:
         """Write the recipe into a directory and return it as written there.
 
