@@ -13,7 +13,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from proxytune.cli import app
-from proxytune.commands.options import with_policy
+from proxytune.commands.options import PolicyOptions
 from proxytune.decode.speculative import Drafting
 from proxytune.errors import InvalidRequest, RecipeError, UnsupportedModel
 from proxytune.logits.policy import Policy
@@ -321,10 +321,10 @@ def test_generate_follows_a_policy_named_on_the_command_line(toy_directory):
 
 def test_combine_alone_keeps_the_recipes_other_settings(toy_directory):
     recipe = replace(toy_recipe(TWO), policy=Policy(clip=1.5))
-    changed = with_policy(recipe, None, "intersection")
+    changed = PolicyOptions(combine="intersection").applied_to(recipe)
     assert changed.policy == Policy("intersection", clip=1.5)
-    assert with_policy(recipe, "gate_agree", None).policy == Policy(name="gate_agree")
-    assert with_policy(recipe, None, None) is recipe
+    assert PolicyOptions(policy="gate_agree").applied_to(recipe).policy == Policy(name="gate_agree")
+    assert PolicyOptions().applied_to(recipe) is recipe
 
 
 def test_score_follows_a_policy_named_on_the_command_line(toy_directory, tmp_path):

@@ -27,8 +27,8 @@ from proxytune.measure.score import (
     SCORE_WINDOW,
     Passage,
     ScoreReport,
-    completion_passages,
     score_passages,
+    smallest_context,
     windows,
 )
 from proxytune.recipe.recipe import Recipe
@@ -357,15 +357,23 @@ class ProxyTuned:
             UnknownExpert: It names an expert the recipe does not have.
             PromptTooLong: The window exceeds a model's context.
         """
-        ensemble = self.steered_by(experts)
-        report = score_passages(
-            ensemble,
-            self.text_passages(text, window=window),
-            strengths=[(alpha, (alpha,) * len(ensemble.pairs)) for alpha in alphas],
-            seed=seed,
-            on_progress=on_progress,
-        )
+        passages = self.text_passages(text, window=window)
+        report = self._scored(passages, alphas, experts, seed, on_progress)
         return replace(report, window=window)
+
+    def _scored(
+        self,
+        passages: Sequence[Passage],
+        alphas: Sequence[float],
+        experts: str | tuple[str, ...] | None,
+        seed: int,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> ScoreReport:
+        ensemble = self.steered_by(experts)
+        strengths = [(alpha, (alpha,) * len(ensemble.pairs)) for alpha in alphas]
+        return score_passages(
+            ensemble, passages, strengths=strengths, seed=seed, on_progress=on_progress
+        )
 
     def steered_by(self, experts: str | Sequence[str] | None) -> Ensemble:
         """Return the ensemble with these experts only; None takes the recipe's default.
@@ -415,20 +423,14 @@ class ProxyTuned:
             UnknownExpert: It names an expert the recipe does not have.
             PromptFormatError: A prompt cannot be rendered.
         """
-        ensemble = self.steered_by(experts)
-        return score_passages(
-            ensemble,
-            self.completion_passages(pairs, max_tokens=max_tokens),
-            strengths=[(alpha, (alpha,) * len(ensemble.pairs)) for alpha in alphas],
-            seed=seed,
-            on_progress=on_progress,
-        )
+        passages = self.completion_passages(pairs, max_tokens=max_tokens)
+        return self._scored(passages, alphas, experts, seed, on_progress)
 
     def completion_passages(
         self, pairs: Sequence[tuple[Prompt, str]], *, max_tokens: int | None = None
     ) -> list[Passage]:
         """Return prompts with given answers as each model sees them; see `score_completions`."""
-        return completion_passages(self.ensemble, self.formats, pairs, max_tokens=max_tokens)
+        return _completion_passages(self.ensemble, self.formats, pairs, max_tokens)
 
     def alone(self, member: int) -> ProxyTuned:
         """Return one of the models by itself, unsteered and with its own prompt format; weights are shared.
@@ -499,6 +501,28 @@ class Conversation:
                 yield step
         finally:
             self.messages = [*messages, {"role": "assistant", "content": answer.strip()}]
+
+
+def _completion_passages(
+    ensemble: Ensemble,
+    formats: Sequence[PromptFormat],
+    pairs: Sequence[tuple[Prompt, str]],
+    max_tokens: int | None,
+) -> list[Passage]:
+    tokenizer, names = ensemble.tokenizer, [member.name for member in ensemble.members]
+    limits = [smallest_context(ensemble.members), max_tokens]
+    limit = min([n for n in limits if n is not None], default=None)
+    passages = []
+    for prompt, answer in pairs:
+        prompts = tuple(map(tuple, render_each(prompt, formats, names)))
+        token_ids = continuation_ids(answer, tokenizer)
+        if tokenizer.eos_token_id is not None:
+            token_ids.append(tokenizer.eos_token_id)
+        if limit is not None:
+            token_ids = token_ids[: max(0, limit - max(map(len, prompts)))]
+        if token_ids:
+            passages.append(Passage(prompts, tuple(token_ids)))
+    return passages
 
 
 def as_request(

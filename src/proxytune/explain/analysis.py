@@ -15,7 +15,7 @@ from __future__ import annotations
 import array
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any, NamedTuple
 
 from proxytune.errors import InvalidRequest
@@ -88,22 +88,9 @@ class TraceGroup:
         while first < len(self.positions):
             width = max(1, first // 5) if first >= 10 else 1
             part = self.positions[first : first + width]
-            whole = Tally()
-            for tally in part:
-                whole.num_tokens += tally.num_tokens
-                whole.num_known += tally.num_known
-                whole.num_changed += tally.num_changed
-                whole.num_shifts += tally.num_shifts
-                whole.sum_prob_change += tally.sum_prob_change
-            bins.append(
-                PositionBin(
-                    first,
-                    first + len(part) - 1,
-                    whole.num_tokens,
-                    whole.share_changed,
-                    whole.mean_prob_change,
-                )
-            )
+            whole = Tally(*map(sum, zip(*map(astuple, part), strict=True)))
+            means = whole.share_changed, whole.mean_prob_change
+            bins.append(PositionBin(first, first + len(part) - 1, whole.num_tokens, *means))
             first += width
         return bins
 
@@ -167,10 +154,9 @@ def analyze(
     builders: dict[tuple[tuple[str, float], ...], _GroupBuilder] = {}
     for trace in traces:
         key = tuple(sorted(trace.alphas.items()))
-        builder = builders.get(key)
-        if builder is None:
-            builder = builders[key] = _GroupBuilder(trace.alphas)
-        builder.add(trace)
+        if key not in builders:
+            builders[key] = _GroupBuilder(trace.alphas)
+        builders[key].add(trace)
     if not any(builder.group.tally.num_tokens for builder in builders.values()):
         raise InvalidRequest("no trace contains any tokens, so there is nothing to analyze")
     order = sorted(builders, key=lambda key: [alpha for _, alpha in key])
@@ -198,13 +184,11 @@ class _GroupBuilder:
         for position, move in enumerate(token_moves):
             group.tally.add(move)
             group.positions[position].add(move)
-            tally = self._types.get(move.token_id)
-            if tally is None:
-                tally = self._types[move.token_id] = Tally()
-                token = trace.tokens.get(move.token_id)
-                if token is not None:
-                    self._texts[move.token_id] = token
-            tally.add(move)
+            if move.token_id not in self._types:
+                self._types[move.token_id] = Tally()
+                if move.token_id in trace.tokens:
+                    self._texts[move.token_id] = trace.tokens[move.token_id]
+            self._types[move.token_id].add(move)
         self._add_equations(token_moves)
         array.array("i", [*trace.token_ids, END_OF_TEXT]).tofile(self._ids)
 
@@ -245,9 +229,8 @@ class _GroupBuilder:
             contexts = common_contexts(self._saved_texts(), [token_id for token_id, _ in types])
         for token_id, tally in types:
             window, count = contexts[token_id]
-            self.group.types.append(
-                TokenType(token_id, self._label(token_id), tally, self._text(window), count)
-            )
+            found = TokenType(token_id, self._label(token_id), tally, self._text(window), count)
+            self.group.types.append(found)
         return self.group
 
     def _saved_texts(self) -> Iterator[list[int]]:
@@ -270,7 +253,5 @@ class _GroupBuilder:
         parts = [self._texts.get(token_id) for token_id in token_ids]
         if any(part is None for part in parts):
             return "".join(map(self._label, token_ids))
-        content = b"".join(
-            part if isinstance(part, bytes) else (part or "").encode() for part in parts
-        )
-        return label(content, -1)
+        raw = (part if isinstance(part, bytes) else (part or "").encode() for part in parts)
+        return label(b"".join(raw), -1)

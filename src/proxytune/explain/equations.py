@@ -78,7 +78,9 @@ def _left_side(line: str, words: Sequence[tuple[int, int]]) -> tuple[int, int] |
         if _NUMBER.fullmatch(word):
             if not has_operator:
                 break
-            num_operations += (begin is not None) + _has_operation(word)
+            digits = [index for index, c in enumerate(word) if c.isdecimal()]
+            has_operation = _OPERATION.search(word, digits[0], digits[-1]) is not None
+            num_operations += (begin is not None) + has_operation
             begin, has_operator, num_units = start, False, 0
         elif word in _OPERATORS:
             has_operator, num_units = True, 0
@@ -87,12 +89,6 @@ def _left_side(line: str, words: Sequence[tuple[int, int]]) -> tuple[int, int] |
             if num_units > MAX_UNIT_WORDS:
                 break
     return (begin, words[-1][1]) if begin is not None and num_operations else None
-
-
-def _has_operation(word: str) -> bool:
-    """Whether a word has an operator between digits."""
-    digits = [index for index, c in enumerate(word) if c.isdecimal()]
-    return bool(_OPERATION.search(word, digits[0], digits[-1]))
 
 
 def _right_side(line: str, words: Sequence[tuple[int, int]]) -> tuple[int, int, bool] | None:
@@ -105,7 +101,7 @@ def _right_side(line: str, words: Sequence[tuple[int, int]]) -> tuple[int, int, 
         bare = word.rstrip("".join(_END_OF_CLAUSE))
         if _NUMBER.fullmatch(bare):
             if not has_operator:
-                return (first, last, False) if first is not None else None
+                break
             first = start if first is None else first
             last, has_operator, num_units = start + len(bare), False, 0
         elif word in _OPERATORS:
@@ -113,5 +109,7 @@ def _right_side(line: str, words: Sequence[tuple[int, int]]) -> tuple[int, int, 
         else:
             num_units += 1
         if num_units > MAX_UNIT_WORDS or (first is None and num_units) or bare != word:
-            return (first, last, False) if first is not None else None
-    return (first, last, True) if first is not None else None
+            break
+    else:
+        return None if first is None else (first, last, True)
+    return None if first is None else (first, last, False)

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING
 
 from proxytune.errors import missing_extra
 from proxytune.explain.moves import Move, label, moves
-from proxytune.explain.pictures import draw_trace
+from proxytune.explain.pictures import draw_trace as plot
 from proxytune.explain.report import move_row
 from proxytune.explain.summary import summarise
 from proxytune.trace import Trace
 
 if TYPE_CHECKING:
     import pandas
-    from matplotlib.axes import Axes
+
+__all__ = ["frame", "plot", "show"]
 
 
 def frame(trace: Trace) -> pandas.DataFrame:
@@ -35,9 +36,8 @@ def frame(trace: Trace) -> pandas.DataFrame:
     try:
         import pandas
     except ImportError as error:
-        raise missing_extra(
-            "tables of traces need pandas, which is not installed", "explain"
-        ) from error
+        message = "tables of traces need pandas, which is not installed"
+        raise missing_extra(message, "explain") from error
     rows = []
     for move, step in zip(token_moves, trace.steps, strict=True):
         row = move_row(move, trace)
@@ -51,20 +51,6 @@ def frame(trace: Trace) -> pandas.DataFrame:
         rows.append(row)
     table = pandas.DataFrame(rows)
     return table.set_index("index") if rows else table
-
-
-def plot(trace: Trace, axes: Axes | None = None) -> Axes:
-    """Draw how far steering moved each token, against its position.
-
-    Args:
-        trace: An explained trace.
-        axes: Where to draw; None makes a new figure.
-
-    Raises:
-        InvalidRequest: The trace is not explained.
-        MissingExtra: matplotlib is not installed.
-    """
-    return draw_trace(trace, axes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +99,8 @@ def fragment(trace: Trace) -> str | None:
         if move.is_changed:
             style += "text-decoration:underline 2px;text-underline-offset:4px;"
         text = html.escape(move.piece) or ("⏹" if move.is_special else "·")
-        parts.append(
-            f'<span style="{style}" title="{html.escape(_hint(trace, move))}">{text}</span>'
-        )
+        hint = html.escape(_hint(trace, move))
+        parts.append(f'<span style="{style}" title="{hint}">{text}</span>')
     facts = []
     if tally.share_changed is not None:
         facts.append(f"{tally.share_changed:.0%} of first choices changed (underlined)")

@@ -40,15 +40,15 @@ def page(reports: Sequence[Report], *, recipe: str) -> str:
         "recipe": recipe,
         "made": f"Made by proxytune {version('proxytune')}. Probabilities are before temperature, "
         "filters and penalties; entropies and shifts are in nats.",
-        "reports": [_report_data(report) for report in reports],
+        "reports": [
+            {"prompt": r.prompt, "runs": [_run_data(run, r.base) for run in r.runs]}
+            for r in reports
+        ],
     }
-    prompt = " ".join(reports[0].runs[0].trace.prompt.split())
+    prompt = " ".join(reports[0].prompt.split())
     title = "Steering report" + (f": {prompt[:60]}" if prompt else "")
-    contents = {
-        "policy": page_policy(template),
-        "title": html.escape(title),
-        "data": _script_json(data),
-    }
+    policy, escaped = page_policy(template), html.escape(title)
+    contents = {"policy": policy, "title": escaped, "data": _script_json(data)}
     # One pass, so that placeholders in the inserted text stay as they are.
     return re.sub("@(policy|title|data)@", lambda mark: contents[mark[1]], template)
 
@@ -59,14 +59,6 @@ def _script_json(data: Any) -> str:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
-
-
-def _report_data(report: Report) -> dict[str, Any]:
-    base = report.base
-    return {
-        "prompt": report.runs[0].trace.prompt,
-        "runs": [_run_data(run, base) for run in report.runs],
-    }
 
 
 def _run_data(run: Run, base: Run | None) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from proxytune.errors import OutputFileError, missing_extra
 from proxytune.explain.moves import moves
@@ -24,6 +24,10 @@ LINES = ("#4a90c9", "#d9822b", "#54399d", "#2f7d5b", "#8b867c", "#a3260f")
 
 def draw_trace(trace: Trace, axes: Axes | None = None) -> Axes:
     """Draw each token's shift against its position, and the share of changed first choices around it.
+
+    Args:
+        trace: An explained trace.
+        axes: Where to draw; None makes a new figure.
 
     Raises:
         InvalidRequest: The trace is not explained.
@@ -47,9 +51,8 @@ def draw_trace(trace: Trace, axes: Axes | None = None) -> Axes:
     beside.set_ylim(0, 1.02)
     beside.set_ylabel("first choices changed")
     beside.spines[["top"]].set_visible(False)
-    axes.set_title(
-        "orange: more likely than under the base; blue: less likely", fontsize=9, loc="left"
-    )
+    title = "orange: more likely than under the base; blue: less likely"
+    axes.set_title(title, fontsize=9, loc="left")
     return axes
 
 
@@ -68,24 +71,17 @@ def draw_analysis(analysis: Analysis, path: Path) -> None:
     groups = analysis.groups
     has_equations = any(group.left.num_tokens and group.right.num_tokens for group in groups)
     with_alphas = [group for group in groups if group.strength is not None]
-    panels = ["positions", "types"]
-    panels += ["equations"] if has_equations else []
-    panels += ["alphas"] if len(with_alphas) > 1 else []
+    panels = [_draw_positions, _draw_types]
+    panels += [_draw_equations] if has_equations else []
+    panels += [_draw_alphas] if len(with_alphas) > 1 else []
     rows = (len(panels) + 1) // 2
     figure, grid = pyplot.subplots(
         rows, 2, figsize=(11, 4.1 * rows), dpi=100, layout="constrained", squeeze=False
     )
     cells = [cell for row in grid for cell in row]
-    for cell, panel in zip(cells, panels, strict=False):
+    for cell, draw in zip(cells, panels, strict=False):
         cell.spines[["top", "right"]].set_visible(False)
-        if panel == "positions":
-            _draw_positions(cell, analysis)
-        elif panel == "types":
-            _draw_types(cell, analysis)
-        elif panel == "equations":
-            _draw_equations(cell, analysis)
-        else:
-            _draw_alphas(cell, analysis)
+        draw(cell, analysis)
     for cell in cells[len(panels) :]:
         cell.set_visible(False)
     try:
@@ -100,18 +96,12 @@ def draw_analysis(analysis: Analysis, path: Path) -> None:
 
 
 def _draw_positions(axes: Axes, analysis: Analysis) -> None:
-    for group, colour in zip(analysis.groups, _colours(len(analysis.groups)), strict=True):
+    for group, colour in zip(analysis.groups, cycle(LINES), strict=False):
         points = [point for point in group.position_bins() if point.share_changed is not None]
         middles = [(point.first + point.last) / 2 for point in points]
-        axes.plot(
-            middles,
-            [100 * (point.share_changed or 0.0) for point in points],
-            color=colour,
-            marker="o",
-            markersize=3,
-            linewidth=1.4,
-            label=group.name,
-        )
+        shares = [100 * (point.share_changed or 0.0) for point in points]
+        style: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 3, "linewidth": 1.4}
+        axes.plot(middles, shares, **style, label=group.name)
     axes.set_xscale("symlog", linthresh=10)
     axes.set_xlim(left=0)
     axes.set_ylim(0, 100)
@@ -166,32 +156,18 @@ def _draw_alphas(axes: Axes, analysis: Analysis) -> None:
         key=lambda group: group.strength or 0.0,
     )
     strengths = [group.strength or 0.0 for group in groups]
-    axes.plot(
-        strengths,
-        [100 * (group.tally.share_changed or 0.0) for group in groups],
-        color=INK,
-        marker="o",
-        label="first choices changed, %",
-    )
+    shares = [100 * (group.tally.share_changed or 0.0) for group in groups]
+    axes.plot(strengths, shares, color=INK, marker="o", label="first choices changed, %")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("alpha")
     axes.set_ylabel("first choices changed, %")
     beside = axes.twinx()
-    beside.plot(
-        strengths,
-        [group.tally.mean_kl or 0.0 for group in groups],
-        color=MORE,
-        marker="s",
-        linestyle="--",
-    )
+    means = [group.tally.mean_kl or 0.0 for group in groups]
+    beside.plot(strengths, means, color=MORE, marker="s", linestyle="--")
     beside.set_ylim(bottom=0)
     beside.spines[["top"]].set_visible(False)
     beside.set_ylabel("mean KL(steered ‖ base), nats (dashed)", color="#9a5a12")
     axes.set_title("Change against alpha", loc="left")
-
-
-def _colours(count: int) -> Sequence[str]:
-    return [LINES[place % len(LINES)] for place in range(count)]
 
 
 def _printable(text: str) -> str:
@@ -204,7 +180,6 @@ def _pyplot() -> ModuleType:
     try:
         from matplotlib import pyplot
     except ImportError as error:
-        raise missing_extra(
-            "pictures need matplotlib, which is not installed", "explain"
-        ) from error
+        message = "pictures need matplotlib, which is not installed"
+        raise missing_extra(message, "explain") from error
     return pyplot

@@ -39,25 +39,21 @@ class Report:
     runs: tuple[Run, ...]
 
     @property
+    def prompt(self) -> str:
+        """The prompt."""
+        return self.runs[0].trace.prompt
+
+    @property
     def base(self) -> Run | None:
         """The base's own continuation, if there is one."""
         return next((run for run in self.runs if run.is_base), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all numbers for JSON."""
-        return {
-            "prompt": self.runs[0].trace.prompt,
-            "runs": [run_dict(run, self.base) for run in self.runs],
-        }
+        return {"prompt": self.prompt, "runs": [_run_dict(run, self.base) for run in self.runs]}
 
 
-def run_dict(run: Run, base: Run | None) -> dict[str, Any]:
-    """Return all numbers of a run for JSON.
-
-    Args:
-        run: The run.
-        base: The base's own continuation, to find the first difference.
-    """
+def _run_dict(run: Run, base: Run | None) -> dict[str, Any]:
     trace = run.trace
     token_moves = moves(trace)
     return {
@@ -83,10 +79,8 @@ def move_row(move: Move, trace: Trace) -> dict[str, Any]:
     row = asdict(move)
     row["token"] = row.pop("label")
     for side in ("base_choice", "steered_choice"):
-        token_id = row[side]
-        row[f"{side}_token"] = (
-            None if token_id is None else label(trace.tokens.get(token_id), token_id)
-        )
+        i = row[side]
+        row[f"{side}_token"] = None if i is None else label(trace.tokens.get(i), i)
     return row
 
 

@@ -56,13 +56,12 @@ def saved_reports(path: Path) -> Iterator[Report]:
 
 
 def _run_name(trace: Trace) -> str:
-    strengths = dict(trace.alphas)
-    if not any(strengths.values()):
+    values = set(trace.alphas.values())
+    if not any(values):
         return "base"
-    values = set(strengths.values())
     if len(values) == 1:
         return f"alpha {values.pop():g}"
-    return ", ".join(f"{name} {alpha:g}" for name, alpha in strengths.items())
+    return ", ".join(f"{name} {alpha:g}" for name, alpha in trace.alphas.items())
 
 
 def explained(
@@ -151,8 +150,7 @@ def _forked(
     given = [*trace.token_ids[:position], *other]
     num_left = question.sampling.max_new_tokens - len(given)
     is_end = other[-1] in model.ensemble.eos_token_ids and not question.sampling.ignore_eos
-    further = None
-    if num_left > 0 and not is_end:
-        further = replace(question.sampling, max_new_tokens=num_left)
+    goes_on = num_left > 0 and not is_end
+    further = replace(question.sampling, max_new_tokens=num_left) if goes_on else None
     forked = model.explain(question.prompt, given, further, experts=dict(trace.alphas), top=top)
     return Run(f"what if {position} = {token!r}", forked, is_forked=True)

@@ -120,21 +120,13 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class TokenType:
-    """All occurrences of one token.
-
-    Args:
-        token_id: Id of the token.
-        label: Its text.
-        tally: Its occurrences.
-        context: The most common `CONTEXT_TOKENS` consecutive tokens that contain it, as text.
-        num_context: How often this context occurs.
-    """
+    """All occurrences of one token."""
 
     token_id: int
     label: str
     tally: Tally
-    context: str
-    num_context: int
+    context: str  # the most common `CONTEXT_TOKENS` consecutive tokens that contain it
+    num_context: int  # how often the context occurs
 
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers for JSON."""
@@ -197,14 +189,7 @@ def common_contexts(
 ) -> dict[int, tuple[tuple[int, ...], int]]:
     """Return, for the given tokens, the most common `CONTEXT_TOKENS` consecutive tokens that contain them.
 
-    A shorter text is one context. Of equally common contexts the first is returned.
-
-    Args:
-        texts: Texts as token ids.
-        token_ids: The tokens.
-
-    Returns:
-        For each token, its context as token ids, and how often that occurs.
+    A shorter text is one context. Of equally common contexts the first is returned, with its count.
     """
     wanted = set(token_ids)
     counts: dict[int, Counter[tuple[int, ...]]] = {token_id: Counter() for token_id in wanted}

@@ -73,14 +73,8 @@ def _log_incomplete_beta(a: float, b: float, x: float) -> float:
         return 0.0
     if x > (a + 1) / (a + b + 2):
         return math.log(-math.expm1(_log_incomplete_beta(b, a, 1 - x)))
-    front = (
-        math.lgamma(a + b)
-        - math.lgamma(a)
-        - math.lgamma(b)
-        + a * math.log(x)
-        + b * math.log1p(-x)
-        - math.log(a)
-    )
+    front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    front = front + a * math.log(x) + b * math.log1p(-x) - math.log(a)
     tiny = 1e-300
     c, d = 1.0, 1.0 / max(tiny, 1 - (a + b) * x / (a + 1))
     total = d

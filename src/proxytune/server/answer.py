@@ -26,11 +26,8 @@ class Tokens:
 
     def with_logprob(self, token_id: int, logprob: float) -> Json:
         """Return a token and its logprob as an entry of a chat's `logprobs`."""
-        return {
-            "token": self.text(token_id),
-            "logprob": logprob,
-            "bytes": list(self.bytes_by_id.get(token_id, b"")),
-        }
+        raw = list(self.bytes_by_id.get(token_id, b""))
+        return {"token": self.text(token_id), "logprob": logprob, "bytes": raw}
 
 
 def chat_logprobs(steps: Sequence[Step], tokens: Tokens) -> Json:
@@ -50,14 +47,7 @@ def chat_logprobs(steps: Sequence[Step], tokens: Tokens) -> Json:
 def completion_logprobs(
     steps: Sequence[Step], tokens: Tokens, *, offset: int, has_top: bool
 ) -> Json:
-    """Return `choices[].logprobs` of a completion.
-
-    Args:
-        steps: Steps of one text.
-        tokens: The bytes of the tokens.
-        offset: Number of characters before the first step.
-        has_top: Whether the most likely tokens were requested.
-    """
+    """Return `choices[].logprobs` of a completion; `offset` characters of the text come before the steps."""
     offsets = []
     for step in steps:
         offsets.append(offset)
@@ -92,16 +82,6 @@ def _view(view: View, tokens: Tokens) -> Json:
             {"token_id": token_id, "token": tokens.text(token_id), "logprob": logprob}
             for token_id, logprob in view.top
         ],
-    }
-
-
-def usage_field(num_prompt_tokens: int, num_new_tokens: int, num_reused: int) -> Json:
-    """Return `usage`; prompt tokens are the base's and include the reused ones."""
-    return {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_new_tokens,
-        "total_tokens": num_prompt_tokens + num_new_tokens,
-        "prompt_tokens_details": {"cached_tokens": num_reused},
     }
 
 

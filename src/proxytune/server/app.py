@@ -23,6 +23,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -64,12 +65,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def make_app(model: ProxyTuned, settings: ServerSettings) -> FastAPI:
-    """Return the application, which starts and stops an engine of its own.
-
-    Args:
-        model: The model that answers.
-        settings: The server's settings and limits.
-    """
+    """Return the application, which starts and stops an engine of its own."""
     service = Service(model, settings)
 
     @asynccontextmanager
@@ -182,10 +178,9 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
 
 def _add_playground(app: FastAPI) -> None:
     page = assemble("playground")
+    policy = page_policy(page, "connect-src 'self'", "frame-ancestors 'none'")
     headers = {
-        "Content-Security-Policy": page_policy(
-            page, "connect-src 'self'", "frame-ancestors 'none'"
-        ),
+        "Content-Security-Policy": policy,
         "Cache-Control": "no-cache",
         "Referrer-Policy": "no-referrer",
     }
@@ -292,8 +287,7 @@ def _error(
     code: str | None = None,
     headers: dict[str, str] | None = None,
 ) -> JSONResponse:
-    body = error_body(message, kind=kind, param=param, code=code)
-    return JSONResponse(body, status, headers)
+    return JSONResponse(error_body(message, kind=kind, param=param, code=code), status, headers)
 
 
 def _refusal(error: Exception) -> JSONResponse:
@@ -306,13 +300,11 @@ def _refusal(error: Exception) -> JSONResponse:
         headers = {"Retry-After": "5"}
         return _error(503, str(error), kind="server_error", code=code, headers=headers)
     if isinstance(error, TimeIsUp):
-        return _error(
-            504,
+        message = (
             "the text was not finished within this server's time limit for a request.\n"
-            "hint: ask for fewer tokens, or stream the answer",
-            kind="server_error",
-            code="timeout",
+            "hint: ask for fewer tokens, or stream the answer"
         )
+        return _error(504, message, kind="server_error", code="timeout")
     if isinstance(error, UnknownModel):
         return _error(404, str(error), param="model", code="model_not_found")
     if isinstance(error, PromptTooLong):
@@ -326,9 +318,8 @@ def _refusal(error: Exception) -> JSONResponse:
         logger.error("a model failed: %s", error)
     else:
         logger.error("a request failed", exc_info=error)
-    return _error(
-        500, "the models failed on this request; the server's log says why", kind="server_error"
-    )
+    message = "the models failed on this request; the server's log says why"
+    return _error(500, message, kind="server_error")
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -388,11 +379,8 @@ def _key_check(keys: tuple[str, ...]) -> Callable[..., Awaitable[None]]:
         # Compare all keys, each in constant time, so that the time taken reveals nothing.
         matches = [hmac.compare_digest(own, digest) for digest in digests]
         if not any(matches):
-            raise HTTPException(
-                401,
-                "this server asks for a key; send it as `Authorization: Bearer KEY`",
-                {"WWW-Authenticate": "Bearer"},
-            )
+            message = "this server asks for a key; send it as `Authorization: Bearer KEY`"
+            raise HTTPException(401, message, {"WWW-Authenticate": "Bearer"})
         request.state.key = matches.index(True)
 
     return check
@@ -479,19 +467,16 @@ class _RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [
-                    *message["headers"],
-                    (b"x-content-type-options", b"nosniff"),
-                    (b"x-frame-options", b"DENY"),
-                ]
+                own = [(b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")]
+                message["headers"] = [*message["headers"], *own]
             await send(message)
 
         try:
-            if self._hosts is not None and _host(scope) not in self._hosts:
+            host = re.sub(r":\d*$", "", Headers(scope=scope).get("host", "")).strip("[]").lower()
+            if self._hosts is not None and host not in self._hosts:
                 # A page of another site may resolve its own host name to this machine (DNS rebinding).
-                await _close(
-                    421, "this server does not serve that host name", scope, receive, record_status
-                )
+                message = "this server does not serve that host name"
+                await _close(421, message, scope, receive, record_status)
             else:
                 await self._app(scope, receive, record_status)
         except Exception as error:
@@ -505,11 +490,3 @@ class _RequestLog:
             self._on_answer(path, status)
             latency_ms = (time.perf_counter() - started) * 1000
             logger.info("%s %s %d %.0f ms", scope["method"], path, status, latency_ms)
-
-
-def _host(scope: Scope) -> str:
-    for name, value in scope["headers"]:
-        if name == b"host":
-            text: str = value.decode("latin-1")
-            return re.sub(r":\d*$", "", text).strip("[]").lower()
-    return ""

@@ -204,12 +204,8 @@ class Engine:
 
     def _all_tickets(self) -> list[Ticket]:
         running = [t for running in self._running for t in running.tickets.values()]
-        return [
-            *running,
-            *self._arriving,
-            *self._suspects,
-            *(t for queue in self._waiting.values() for t in queue),
-        ]
+        waiting = [t for queue in self._waiting.values() for t in queue]
+        return [*running, *self._arriving, *self._suspects, *waiting]
 
     def _loop(self) -> None:
         while True:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -24,53 +24,26 @@ class Metrics:
 
     def __init__(self, num_running: Callable[[], int], num_waiting: Callable[[], int]) -> None:
         self._registry = registry = CollectorRegistry()
-        self._requests = Counter(
-            "proxytune_requests", "Requests answered.", ["path", "status"], registry=registry
+
+        def counter(name: str, text: str, labels: Sequence[str] = ()) -> Counter:
+            return Counter(f"proxytune_{name}", text, labels, registry=registry)
+
+        def seconds(name: str, text: str) -> Histogram:
+            return Histogram(f"proxytune_{name}_seconds", text, buckets=SECONDS, registry=registry)
+
+        self._requests = counter("requests", "Requests answered.", ["path", "status"])
+        self._finished = counter("texts", "Texts finished, by the reason.", ["reason"])
+        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens read by the base.")
+        self._reused_tokens = counter(
+            "reused_prompt_tokens", "Prompt tokens reused from earlier texts."
         )
-        self._finished = Counter(
-            "proxytune_texts", "Texts finished, by the reason.", ["reason"], registry=registry
-        )
-        self._prompt_tokens = Counter(
-            "proxytune_prompt_tokens", "Prompt tokens read by the base.", registry=registry
-        )
-        self._reused_tokens = Counter(
-            "proxytune_reused_prompt_tokens",
-            "Prompt tokens reused from earlier texts.",
-            registry=registry,
-        )
-        self._new_tokens = Counter(
-            "proxytune_generated_tokens", "Tokens generated.", registry=registry
-        )
-        self._drafted = Counter(
-            "proxytune_drafted_tokens", "Tokens drafted by speculative decoding.", registry=registry
-        )
-        self._accepted = Counter(
-            "proxytune_accepted_tokens", "Draft tokens accepted.", registry=registry
-        )
-        self._steps = Histogram(
-            "proxytune_step_seconds",
-            "Duration of one decoding step.",
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self._waits = Histogram(
-            "proxytune_queue_seconds",
-            "Time from a request to the start of its text.",
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self._first_tokens = Histogram(
-            "proxytune_first_token_seconds",
-            "Time from a request to its first token.",
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self._totals = Histogram(
-            "proxytune_text_seconds",
-            "Time from a request to the end of its text.",
-            buckets=SECONDS,
-            registry=registry,
-        )
+        self._new_tokens = counter("generated_tokens", "Tokens generated.")
+        self._drafted = counter("drafted_tokens", "Tokens drafted by speculative decoding.")
+        self._accepted = counter("accepted_tokens", "Draft tokens accepted.")
+        self._steps = seconds("step", "Duration of one decoding step.")
+        self._waits = seconds("queue", "Time from a request to the start of its text.")
+        self._first_tokens = seconds("first_token", "Time from a request to its first token.")
+        self._totals = seconds("text", "Time from a request to the end of its text.")
         running = Gauge("proxytune_running", "Texts being generated.", registry=registry)
         running.set_function(num_running)
         waiting = Gauge("proxytune_waiting", "Texts waiting to be generated.", registry=registry)

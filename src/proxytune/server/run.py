@@ -12,7 +12,6 @@ import contextlib
 import json
 import socket
 import threading
-from typing import Any
 
 import h11
 import uvicorn
@@ -123,11 +122,8 @@ async def _answer_too_many(scope: Scope, receive: Receive, send: Send) -> None:
     with contextlib.suppress(asyncio.TimeoutError):
         await asyncio.wait_for(_drain(receive), REFUSED_BODY_S)
     message = "too many connections are open.\nhint: try again later, or open fewer connections"
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"retry-after", b"5"),
-        (b"connection", b"close"),
-    ]
+    headers = [(b"content-type", b"application/json"), (b"retry-after", b"5")]
+    headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": 503, "headers": headers})
     await send({"type": "http.response.body", "body": _error_bytes(message, "server_error")})
 
@@ -139,14 +135,9 @@ async def _drain(receive: Receive) -> None:
 
 
 class StoppingServer(uvicorn.Server):
-    """uvicorn's server, which at shutdown lets the engine finish or cancel its texts.
+    """uvicorn's server, which at shutdown gives the engine `timeout_s` to finish its texts.
 
     uvicorn alone would drop the connections whose texts are still running.
-
-    Args:
-        config: uvicorn's configuration.
-        engine: The engine that runs the texts.
-        timeout_s: How long running texts may take after the server is stopped.
     """
 
     def __init__(self, config: uvicorn.Config, engine: Engine, timeout_s: float) -> None:
@@ -168,7 +159,6 @@ def make_server(
     port: int,
     max_connections: int = 1000,
     shutdown_timeout_s: int = 60,
-    **options: Any,
 ) -> uvicorn.Server:
     """Return the server; its method `run` serves until the server is stopped.
 
@@ -178,7 +168,6 @@ def make_server(
         port: Port to listen on; 0 for a free one.
         max_connections: Maximum number of open connections; requests on further ones are answered 503.
         shutdown_timeout_s: How long running texts may take after the server is stopped.
-        options: Further options of `uvicorn.Config`.
     """
     settings: ServerSettings = app.state.service.settings
 
@@ -198,7 +187,6 @@ def make_server(
         access_log=False,
         log_level="warning",
         server_header=False,
-        **options,
     )
     return StoppingServer(config, app.state.service.engine, shutdown_timeout_s)
 

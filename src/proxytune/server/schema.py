@@ -51,18 +51,10 @@ TokenKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 SAMPLING = options_of(SamplingParams)
 """The library's options, which are fields of requests too."""
-API_OPTIONS = frozenset(
-    {"max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "presence_penalty"}
-    | {
-        "frequency_penalty",
-        "logit_bias",
-        "first_logit_bias",
-        "seed",
-        "stop",
-        "stop_token_ids",
-        "logprobs",
-    }
-)
+API_OPTIONS = (
+    "max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "presence_penalty",
+    "frequency_penalty", "logit_bias", "first_logit_bias", "seed", "stop", "stop_token_ids", "logprobs",
+)  # fmt: skip
 """Those whose name, limits or form in the API are others: `Generation` and the requests declare them."""
 
 
@@ -71,19 +63,13 @@ def _option(name: str, **own: Any) -> Any:
     declared = SAMPLING[name]
     option = declared.option
     limits = {"ge": option.at_least, "gt": option.above, "le": option.at_most, "lt": option.below}
-    given: dict[str, Any] = {
-        "default": declared.default,
-        "description": option.help,
-        **limits,
-        **own,
-    }
+    default = own.pop("default", declared.default)
+    given: dict[str, Any] = {"description": option.help, **limits, **own}
     if declared.type is float:
         given["allow_inf_nan"] = False
     if declared.type in (int, float):
         given["strict"] = True
-    return Field(
-        **{key: value for key, value in given.items() if value is not None or key == "default"}
-    )
+    return Field(default, **{key: value for key, value in given.items() if value is not None})
 
 
 class _Fields(BaseModel):

@@ -22,14 +22,7 @@ from proxytune.errors import InvalidRequest, PromptTooLong, ShuttingDown
 from proxytune.measure.score import smallest_context
 from proxytune.model import ProxyTuned
 from proxytune.request import Request, SamplingParams, Steering
-from proxytune.server.answer import (
-    Json,
-    Tokens,
-    chat_logprobs,
-    completion_logprobs,
-    explained,
-    usage_field,
-)
+from proxytune.server.answer import Json, Tokens, chat_logprobs, completion_logprobs, explained
 from proxytune.server.engine import Engine, Ticket
 from proxytune.server.metrics import Metrics
 from proxytune.server.schema import (
@@ -102,33 +95,22 @@ class Answer:
             text.ticket.cancel()
 
     @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens of the prompts as the base reads them; a prompt with several answers counts once."""
-        return sum(len(text.ticket.job.prompts[0]) for text in self.texts[:: self.wanted.n])
-
-    @property
-    def num_reused_tokens(self) -> int:
-        """Tokens of the prompts that were reused from earlier texts."""
-        return sum(text.ticket.num_reused for text in self.texts)
-
-    @property
     def usage(self) -> Json:
-        """The `usage` field, counting what was generated so far."""
-        return usage_field(self.num_prompt_tokens, self.num_new_tokens, self.num_reused_tokens)
-
-    @property
-    def num_new_tokens(self) -> int:
-        """Tokens generated so far."""
-        return sum(text.num_steps for text in self.texts)
+        """The `usage` field, counting what was generated so far; prompts are as the base reads them."""
+        # A prompt with several answers counts once.
+        num_prompt = sum(len(text.ticket.job.prompts[0]) for text in self.texts[:: self.wanted.n])
+        num_new = sum(text.num_steps for text in self.texts)
+        num_reused = sum(text.ticket.num_reused for text in self.texts)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_new,
+            "total_tokens": num_prompt + num_new,
+            "prompt_tokens_details": {"cached_tokens": num_reused},
+        }
 
 
 class Service:
-    """What the server does, without HTTP.
-
-    Args:
-        model: The model that answers.
-        settings: The server's settings and limits.
-    """
+    """What the server does, without HTTP."""
 
     def __init__(self, model: ProxyTuned, settings: ServerSettings) -> None:
         self.model = model
@@ -160,12 +142,11 @@ class Service:
         context = smallest_context(self.model.ensemble.members)
         longest = self.settings.max_prompt_tokens or (None if context is None else context - 1)
         base = recipe.base
+        # Only the last part: a path would reveal where files are on the server.
+        name = base.api.model if base.api is not None else (base.model or "").rsplit("/", 1)[-1]
         return {
             "name": self.settings.name,
-            # Only the last part: a path would reveal where files are on the server.
-            "base": base.api.model
-            if base.api is not None
-            else (base.model or "").rsplit("/", 1)[-1],
+            "base": name,
             # A base without a chat format reads conversations as plain text, and few such models answer well.
             "has_chat": base.prompt != "plain",
             "default_experts": list(recipe.named()),
@@ -212,14 +193,8 @@ class Service:
         for prompt in prompts:
             # Without a limit, a chat answer may be as long as the models and the server allow.
             sampling = self._sampling(wanted, 1 if asked is None else asked)
-            request = Request(
-                prompt,
-                sampling,
-                steering.alpha,
-                steering.experts,
-                wanted.steering.explain,
-                wanted.steering.explain_top,
-            )
+            explain = wanted.steering.explain, wanted.steering.explain_top
+            request = Request(prompt, sampling, steering.alpha, steering.experts, *explain)
             with self._rendering:
                 job = self.model.job(request)
             longest = self.settings.max_prompt_tokens
@@ -261,12 +236,11 @@ class Service:
             texts.append(text)
         prompts: Sequence[str] = [""] * len(texts)
         if isinstance(wanted, CompletionRequest) and wanted.echo:
-            prompts = [self._prompt_text(p) for p in wanted.prompts for _ in range(wanted.n)]
+            decode = self.model.tokenizer.decode
+            shown = [p if isinstance(p, str) else decode(p) for p in wanted.prompts]
+            prompts = [text for text in shown for _ in range(wanted.n)]
         self.engine.submit([text.ticket for text in texts])
         return Answer(wanted, texts, events, prompts)
-
-    def _prompt_text(self, prompt: str | list[int]) -> str:
-        return prompt if isinstance(prompt, str) else self.model.tokenizer.decode(prompt)
 
     def _steering(self, wanted: Generation) -> Steering:
         names = self.model_names
@@ -333,9 +307,8 @@ class Service:
                     if owner.ticket.is_late:
                         raise TimeIsUp
                     if not self.engine.is_alive:
-                        raise ShuttingDown(
-                            "the server is stopping, and the text was not finished in time"
-                        )
+                        message = "the server is stopping, and the text was not finished in time"
+                        raise ShuttingDown(message)
                 owner.finish_reason = event.finish_reason
             text = event.tail if event.step is None else event.step.text
             yield AnswerPart(owner, text, () if event.step is None else (event.step,))
@@ -362,9 +335,7 @@ class Service:
                     "tokens": self._explained(answer, steps),
                 }
             choices.append(choice)
-        return self._envelope(
-            answer, "chat.completion" if answer.is_chat else "text_completion"
-        ) | {"choices": choices, "usage": answer.usage}
+        return self._envelope(answer) | {"choices": choices, "usage": answer.usage}
 
     def first_chunks(self, answer: Answer) -> list[Json]:
         """Return the first chunks of a stream: the roles of a chat, or the prompts that `echo` asks for."""
@@ -396,20 +367,16 @@ class Service:
 
     def usage_chunk(self, answer: Answer) -> Json:
         """Return the last chunk of a stream whose request asked for `usage`."""
-        return self._chunk(answer, None) | {"choices": [], "usage": answer.usage}
+        return self._envelope(answer, ".chunk") | {"choices": [], "usage": answer.usage}
 
-    def _chunk(self, answer: Answer, choice: Json | None, finish_reason: str | None = None) -> Json:
-        kind = "chat.completion.chunk" if answer.is_chat else "text_completion"
-        envelope = self._envelope(answer, kind)
-        if choice is not None:
-            envelope["choices"] = [{"logprobs": None} | choice | {"finish_reason": finish_reason}]
-        return envelope
+    def _chunk(self, answer: Answer, choice: Json, finish_reason: str | None = None) -> Json:
+        whole = {"logprobs": None} | choice | {"finish_reason": finish_reason}
+        return self._envelope(answer, ".chunk") | {"choices": [whole]}
 
-    def _envelope(self, answer: Answer, kind: str) -> Json:
-        prefix = "chatcmpl" if answer.is_chat else "cmpl"
+    def _envelope(self, answer: Answer, ending: str = "") -> Json:
         return {
-            "id": f"{prefix}-{answer.id}",
-            "object": kind,
+            "id": f"{'chatcmpl' if answer.is_chat else 'cmpl'}-{answer.id}",
+            "object": f"chat.completion{ending}" if answer.is_chat else "text_completion",
             "created": answer.created,
             "model": answer.wanted.model,
             "system_fingerprint": f"proxytune-{version('proxytune')}",

@@ -141,21 +141,11 @@ def _run(task: dict[str, object], folder: str, limits: Limits) -> Outcome:
     return Outcome(f"failed: the process ended with {process.returncode}")
 
 
-def run_programs(
-    programs: Sequence[str],
-    limits: Limits = Limits(),  # frozen
-    *,
-    num_workers: int | None = None,
-) -> list[Outcome]:
-    """Run programs in parallel and return how each ended, in their order.
-
-    Args:
-        programs: Source code of the programs.
-        limits: Limits of each program.
-        num_workers: Number of programs at once; None runs one per processor.
+def run_programs(programs: Sequence[str], limits: Limits = Limits()) -> list[Outcome]:  # frozen
+    """Run programs, one per processor at once, and return how each ended, in their order.
 
     Raises:
         UnsupportedModel: This system cannot enforce the limits.
     """
-    with ThreadPoolExecutor(num_workers or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda program: run_program(program, limits), programs))
