@@ -118,7 +118,7 @@ app()
         assert is_heard or done.stderr == ""
 
 
-def test_the_command_line_turns_the_bars_of_libraries_off_and_the_import_changes_nothing():
+def test_only_the_command_line_turns_the_bars_of_libraries_off():
     code = """
 import os
 import proxytune.cli as cli

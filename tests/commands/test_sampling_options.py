@@ -153,9 +153,7 @@ def test_a_sampling_option_arrives_over_http(name, server, seen):
 @pytest.mark.parametrize(
     ("name", "value"), [(name, value) for name in OPTIONS for value in outside(OPTIONS[name])]
 )
-def test_a_value_beyond_its_limits_is_refused_alike_at_every_door(
-    name, value, recipe, server, seen
-):
+def test_a_value_beyond_its_limits_is_refused_at_every_door(name, value, recipe, server, seen):
     with pytest.raises(InvalidRequest) as refusal:
         SamplingParams(**{name: value})
     assert str(refusal.value).startswith(f"{name} is {value!r}, and must be ")
