@@ -30,6 +30,7 @@ from proxytune.recipe.recipe import Recipe
 from proxytune.trace import Trace
 
 if TYPE_CHECKING:  # Importing it loads torch, which a malformed file should not wait for.
+    from proxytune.decode.batch import Event
     from proxytune.model import ProxyTuned
 
 
@@ -126,8 +127,6 @@ def _generate(
     on_progress: Callable[[BatchProgress], None] | None,
 ) -> int:
     """Generate and write the blocks after `num_resumed` lines; return the number of new tokens."""
-    from proxytune.decode.batch import Event
-
     num_new_tokens, num_done = 0, num_resumed
 
     def report() -> None:

@@ -142,11 +142,9 @@ def _request(prompt: Any, own: Mapping[str, Any], number: int, options: BatchOpt
 
 
 def _experts(value: object) -> Experts:
-    if isinstance(value, str):
-        return value
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return tuple(value)
-    if isinstance(value, dict):
+    if isinstance(value, str | dict):
         return value
     raise InputFileError(
         f"expert is {json.dumps(value)}, and must be a name, a list of names, or an object of names and "

@@ -253,8 +253,7 @@ class _Examination:
             values["kind"] = "api"
             if checkpoint is not None:
                 values |= self._examine_tokens(part, spec, checkpoint, is_first)
-                tokens = checkpoint
-                values["api"] = self._tried(part, lambda: self._examine_api(part, spec, tokens))
+                values["api"] = self._tried(part, lambda: self._examine_api(part, spec, checkpoint))
             self.reports.append(ModelReport(part=part, **values))
             return
         adapter = self._tried(part, lambda: self._find_adapter(part, spec, checkpoint))

@@ -7,19 +7,12 @@ whether greedy decoding would write it. `measure/score.py` measures long texts a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from proxytune.decode.ensemble import Ensemble
-from proxytune.measure.score import (
-    Passage,
-    by_backend,
-    needed_members,
-    passage_logits,
-    steered_rows,
-)
+from proxytune.measure.score import Passage, batch_logits, needed_members, steered_rows
 
 CHUNK_TOKENS = 256
 """Number of positions, over all rows, whose logits are in memory at once."""
@@ -63,14 +56,10 @@ def likelihoods(
         batch = _batch(ensemble, passages, order, 1 if is_partial else batch_size, needed)
         del order[: len(batch)]
         rows = [passages[i] for i in batch]
-        source = (
-            passage_logits(ensemble, rows[0], needed)
-            if is_partial
-            else _batch_logits(ensemble, rows, needed)
-        )
+        chunk_tokens = max(1, CHUNK_TOKENS // len(rows))
         totals, greedy = [0.0] * len(rows), [True] * len(rows)
-        for start, logits in source:
-            flat = {i: part.reshape(-1, part.shape[-1]) for i, part in logits.items()}
+        for start, logits in batch_logits(ensemble, rows, needed, chunk_tokens=chunk_tokens):
+            flat = {i: part.flatten(0, 1).float() for i, part in logits.items()}
             num_positions = len(flat[0]) // len(rows)
             padding_ids = ensemble.vocabulary.padding_ids.to(flat[0].device)
             positions = torch.arange(start, start + num_positions).repeat(len(rows))
@@ -110,37 +99,3 @@ def _batch(
             break
         batch.append(i)
     return batch
-
-
-def _batch_logits(
-    ensemble: Ensemble, rows: Sequence[Passage], needed: Sequence[int]
-) -> Iterator[tuple[int, dict[int, Tensor]]]:
-    """Yield the index of the first predicted token and each member's logits, `[rows, positions, vocab]`.
-
-    Shorter rows are padded on the right with any token, which no earlier position sees.
-    """
-    groups = by_backend(ensemble, needed)
-    states: list[Any] = []
-    pieces: dict[int, Tensor] = {}
-    for backend, indices in groups:
-        state, logits = backend.prefill(
-            [row.prompts[index] for index in indices for row in rows],
-            adapters=[ensemble.members[index].adapter for index in indices for _ in rows],
-        )
-        states.append(state)
-        for index, part in zip(indices, logits.chunk(len(indices)), strict=True):
-            pieces[index] = ensemble.members[index].alignment.logits_to_base(part)[:, None].float()
-    yield 0, {i: piece.to(pieces[0].device) for i, piece in pieces.items()}
-    longest = max(len(row.token_ids) for row in rows)
-    ids = torch.tensor(
-        [[*row.token_ids, *[row.token_ids[0]] * (longest - len(row.token_ids))] for row in rows]
-    )[:, :-1]
-    step = max(1, CHUNK_TOKENS // len(rows))
-    for start in range(0, ids.shape[1], step):
-        chunk = ids[:, start : start + step]
-        for (backend, indices), state in zip(groups, states, strict=True):
-            tokens = torch.cat([ensemble.members[i].alignment.ids_to_small(chunk) for i in indices])
-            logits = backend.extend(state, tokens)
-            for index, part in zip(indices, logits.chunk(len(indices)), strict=True):
-                pieces[index] = ensemble.members[index].alignment.logits_to_base(part).float()
-        yield start + 1, {i: piece.to(pieces[0].device) for i, piece in pieces.items()}

@@ -485,15 +485,26 @@ def steered_rows(
 def passage_logits(
     ensemble: Ensemble, passage: Passage, needed: Sequence[int]
 ) -> Iterator[tuple[int, dict[int, Tensor]]]:
+    """Yield as `batch_logits` does for one passage, logits `[chunk, base vocab]`."""
+    for start, logits in batch_logits(ensemble, [passage], needed, chunk_tokens=CHUNK_TOKENS):
+        yield start, {i: part[0] for i, part in logits.items()}
+
+
+def batch_logits(
+    ensemble: Ensemble, passages: Sequence[Passage], needed: Sequence[int], *, chunk_tokens: int
+) -> Iterator[tuple[int, dict[int, Tensor]]]:
     """Yield, chunk by chunk, the index of the chunk's first predicted token and each member's logits.
+
+    Shorter passages are padded on the right with any token, which no earlier position sees.
 
     Args:
         ensemble: The models.
-        passage: The text.
+        passages: The texts; only one if the base is behind an API.
         needed: Indices of the members to run.
+        chunk_tokens: Positions per chunk.
 
     Yields:
-        The index, and logits `[chunk, base vocab]` by member, not normalised.
+        The index, and logits `[passages, chunk, base vocab]` by member, not normalised.
 
     Raises:
         UnsupportedModel: The base is behind an API that does not score a given text.
@@ -501,8 +512,13 @@ def passage_logits(
     groups = by_backend(ensemble, needed)
     states: list[Any] = []
     pieces: dict[int, Tensor] = {}
+
+    def enter(indices: Sequence[int], state: Any, logits: Tensor) -> None:
+        for i, part in zip(indices, logits.chunk(len(indices)), strict=True):
+            pieces[i] = _whole(ensemble, i, state, part)
+
     for backend, indices in groups:
-        prompts = [passage.prompts[i] for i in indices]
+        prompts = [passage.prompts[i] for i in indices for passage in passages]
         if (partial := backend.partial) is not None:
             if not partial.can_score:
                 raise UnsupportedModel(
@@ -510,33 +526,32 @@ def passage_logits(
                     "cost a call.\nhint: the servers of vLLM and llama-cpp-python score texts"
                 )
             state, logits = partial.prefill(prompts, num_new_tokens=[1], is_scored=True)
-            logits = _with_first_token(partial, state, logits, passage.token_ids[0])
+            logits = _with_first_token(partial, state, logits, passages[0].token_ids[0])
         else:
-            state, logits = backend.prefill(
-                prompts, adapters=[ensemble.members[i].adapter for i in indices]
-            )
+            adapters = [ensemble.members[i].adapter for i in indices for _ in passages]
+            state, logits = backend.prefill(prompts, adapters=adapters)
         states.append(state)
-        for i, row in zip(indices, logits, strict=True):
-            pieces[i] = _whole(ensemble, i, state, row[None])
+        enter(indices, state, logits[:, None])
     yield 0, {i: p.to(pieces[0].device) for i, p in pieces.items()}
+    longest = max(len(passage.token_ids) for passage in passages)
+    rows = [[*p.token_ids, *p.token_ids[:1] * (longest - len(p.token_ids))] for p in passages]
     # The logits after the last token predict nothing, so it is not run.
-    ids = torch.tensor(passage.token_ids[:-1], dtype=torch.long)
-    for start in range(0, len(ids), CHUNK_TOKENS):
-        chunk = ids[start : start + CHUNK_TOKENS]
+    ids = torch.tensor(rows)[:, :-1]
+    for start in range(0, longest - 1, chunk_tokens):
+        chunk = ids[:, start : start + chunk_tokens]
         for (backend, indices), state in zip(groups, states, strict=True):
-            rows = torch.stack([ensemble.members[i].alignment.ids_to_small(chunk) for i in indices])
-            for i, row in zip(indices, backend.extend(state, rows), strict=True):
-                pieces[i] = _whole(ensemble, i, state, row)
+            tokens = torch.cat([ensemble.members[i].alignment.ids_to_small(chunk) for i in indices])
+            enter(indices, state, backend.extend(state, tokens))
         yield start + 1, {i: p.to(pieces[0].device) for i, p in pieces.items()}
 
 
 def _whole(ensemble: Ensemble, index: int, state: Any, logits: Tensor) -> Tensor:
-    """Return a member's logits `[chunk, vocab]` in the base's vocabulary, none of them missing."""
+    """Return a member's logits `[passages, chunk, vocab]` in the base's vocabulary, none of them missing."""
     member = ensemble.members[index]
     if (partial := member.backend.partial) is not None:
         (bounds,) = partial.bounds(state)
         rests = torch.tensor([each.rest for each in bounds])
-        return spread_rest(logits, rests, ensemble.vocabulary.padding_ids)
+        return spread_rest(logits[0], rests, ensemble.vocabulary.padding_ids)[None]
     return member.alignment.logits_to_base(logits)
 
 
