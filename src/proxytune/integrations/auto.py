@@ -24,15 +24,8 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "s
 class ProxyTunedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """A recipe as transformers' config: the content of its config.json, unchanged.
 
-    Attributes that transformers adds while a model runs are not saved.
-
-    Args:
-        base: As in the recipe.
-        experts: As in the recipe.
-        combine: As in the recipe.
-        steering: As in the recipe.
-        default_expert: As in the recipe.
-        **kwargs: Attributes that transformers keeps in any config.
+    Attributes that transformers adds while a model runs are not saved. `kwargs` are attributes that it keeps
+    in any config.
     """
 
     model_type = "proxytune"

@@ -238,9 +238,8 @@ class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if (
-            "_is_fixed" in state
-        ):  # Checked in another process; requests of this one are checked the same way.
+        # Checked in another process; requests of this one are checked the same way.
+        if "_is_fixed" in state:
             set_menu(self.menu)
 
 
