@@ -27,8 +27,9 @@ test: setup ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
 # What touches transformers; the other tests would say the same again.
-OLD_TRANSFORMERS_TESTS := $(patsubst %,tests/test_%.py,attention backend_transformers batch_file bench checkpoint decode doctor \
-	exactness explain integration_transformers join kv_cache linear lora model prompts recipe score smol tune vocab)
+OLD_TRANSFORMERS_TESTS := $(addprefix tests/,backends/transformers checkpoints/test_checkpoint.py commands/test_explain.py \
+	data/test_batch.py decode/test_batch.py decode/test_join.py evaluate/test_speed.py integrations/test_transformers.py loading \
+	measure/test_score.py recipe test_exactness.py test_model.py test_smol.py text/test_prompts.py text/test_vocab.py tune/test_run.py)
 
 test-transformers-5.19: .venv-tf519/.installed ## Run quick tests with the oldest transformers that is supported
 	.venv-tf519/bin/python -m pytest -m "not slow and not network and not gpu" $(OLD_TRANSFORMERS_TESTS) $(ARGS)
@@ -37,7 +38,7 @@ test-gguf: .venv-gguf/.installed ## Run the tests of llama.cpp, in process and b
 	.venv-gguf/bin/python -m pytest tests/backends/test_llama_cpp.py tests/backends/api/test_llama_cpp_server.py $(ARGS)
 
 test-vllm: .venv-vllm/.installed ## Run the tests of recipes inside vLLM, and of a base behind it
-	.venv-vllm/bin/python -m pytest tests/integrations/vllm/test_plugin.py tests/integrations/vllm/test_request.py tests/backends/api/test_vllm_server.py $(ARGS)
+	.venv-vllm/bin/python -m pytest tests/integrations/vllm tests/backends/api/test_vllm_server.py $(ARGS)
 
 test-lm-eval: .venv-lm-eval/.installed ## Run the tests of recipes in lm-eval
 	.venv-lm-eval/bin/python -m pytest tests/integrations/test_lm_eval.py $(ARGS)

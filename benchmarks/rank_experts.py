@@ -25,6 +25,7 @@ import numpy as np
 # Python puts this script's folder first, from which siblings can be imported but not their package.
 sys.path[0] = str(Path(__file__).parents[1])
 
+from benchmarks.rank_correlation import rank_correlation  # noqa: E402
 from benchmarks.smol_texts import (  # noqa: E402
     DOMAINS,
     RECIPE,
@@ -41,7 +42,6 @@ from proxytune.measure.rank import (  # noqa: E402
     Ranking,
     Sums,
     candidate_sums,
-    rank_correlation,
     summarise,
 )
 from proxytune.model import ProxyTuned  # noqa: E402

@@ -49,7 +49,6 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "api.stretches",
         "api.backend",
         "transformers.attention",
-        "transformers.kinds",
         "transformers.kv_cache",
         "transformers.linear",
         "transformers.lora",
@@ -60,7 +59,6 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     ),
     "decode": (
         "ensemble",
-        "lookup",
         "speculative",
         "lanes",
         "reading",

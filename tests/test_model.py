@@ -7,7 +7,7 @@ import pytest
 from proxytune.decode.speculative import Drafting
 from proxytune.errors import InvalidRequest, PromptTooLong, UnknownExpert
 from proxytune.request import Request, SamplingParams
-from tests.support.toys import toy_model
+from proxytune.testing import toy_model
 
 SHORT = SamplingParams(max_new_tokens=12)
 

@@ -13,7 +13,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from proxytune.cli import app
-from proxytune.commands.options import with_policy
+from proxytune.commands.options import PolicyOptions
 from proxytune.decode.speculative import Drafting
 from proxytune.errors import InvalidRequest, RecipeError, UnsupportedModel
 from proxytune.logits.policy import Policy
@@ -24,9 +24,10 @@ from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams
+from proxytune.testing import TOKENS, toy_model, toy_recipe, toy_table
 from proxytune.trace import Trace
 from tests.support.tiny import tiny_adapter, tiny_model
-from tests.support.toys import TOKENS, toy_load, toy_model, toy_recipe, toy_table
+from tests.support.toys import toy_load
 
 TWO = {"first": 1.0, "second": 0.7}
 POLICIES = [
@@ -98,12 +99,20 @@ def test_strength_zero_is_the_base_under_every_policy():
         assert found.token_ids == base.token_ids
 
 
-def test_an_explained_trace_says_how_much_each_expert_counted_and_where_they_disagreed():
+@pytest.fixture(scope="module")
+def routed_trace():
     model = steered_toy(Policy("route_entropy"))
-    trace = model.generate("a", SamplingParams(max_new_tokens=16), explain=True)
-    for step in trace.steps:
+    return model.generate("a", SamplingParams(max_new_tokens=16), explain=True)
+
+
+def test_an_explained_trace_says_how_much_each_expert_counted(routed_trace):
+    for step in routed_trace.steps:
         assert step.weights is not None
         assert sorted(step.weights.values()) == [0.0, 1.0]
+
+
+def test_an_explained_trace_says_where_the_experts_disagreed(routed_trace):
+    trace = routed_trace
     conflicts = [step.has_conflict for step in trace.steps]
     assert None not in conflicts
     assert trace.conflict_rate == sum(conflicts) / 16
@@ -312,10 +321,10 @@ def test_generate_follows_a_policy_named_on_the_command_line(toy_directory):
 
 def test_combine_alone_keeps_the_recipes_other_settings(toy_directory):
     recipe = replace(toy_recipe(TWO), policy=Policy(clip=1.5))
-    changed = with_policy(recipe, None, "intersection")
+    changed = PolicyOptions(combine="intersection").applied_to(recipe)
     assert changed.policy == Policy("intersection", clip=1.5)
-    assert with_policy(recipe, "gate_agree", None).policy == Policy(name="gate_agree")
-    assert with_policy(recipe, None, None) is recipe
+    assert PolicyOptions(policy="gate_agree").applied_to(recipe).policy == Policy(name="gate_agree")
+    assert PolicyOptions().applied_to(recipe) is recipe
 
 
 def test_score_follows_a_policy_named_on_the_command_line(toy_directory, tmp_path):
@@ -338,9 +347,7 @@ def test_score_follows_a_policy_named_on_the_command_line(toy_directory, tmp_pat
         (["--policy", "nudge", "--combine", "union"], "which expert counts"),
     ],
 )
-def test_a_policy_that_cannot_be_used_is_refused_with_exit_code_2(
-    toy_directory, arguments, message
-):
+def test_an_unusable_policy_is_refused_with_exit_code_2(toy_directory, arguments, message):
     result = run("generate", toy_directory, "ab", *arguments)
     assert result.exit_code == 2
     assert message in result.stderr

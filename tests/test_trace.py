@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 
-from proxytune.trace import Step, Trace, View
+import pytest
+
+from proxytune.errors import OutputFileError
+from proxytune.trace import Step, Trace, View, read_traces, trace_writer
 
 STEPS = (
     Step(
@@ -48,3 +51,24 @@ def test_several_experts_are_listed_with_their_strengths():
     several = Trace("", "length", (), 1, alphas={"a": 0.5, "b": 1.0})
     assert several.summary()["expert"] == ["a", "b"]
     assert several.summary()["alpha"] == {"a": 0.5, "b": 1.0}
+
+
+def test_traces_are_written_one_a_line_as_they_come(tmp_path):
+    path = tmp_path / "traces.jsonl"
+    with trace_writer(path) as write:
+        write([TRACE])
+        assert list(read_traces(path)) == [TRACE]
+        write([TRACE, TRACE])
+    assert list(read_traces(path)) == [TRACE] * 3
+    with trace_writer(None) as write:
+        write([TRACE])
+
+
+def test_a_trace_file_is_blamed_for_its_own_failures_only(tmp_path):
+    with (
+        pytest.raises(OutputFileError, match="cannot be written"),
+        trace_writer(tmp_path / "no" / "traces.jsonl"),
+    ):
+        pass
+    with pytest.raises(OSError, match="elsewhere"), trace_writer(tmp_path / "t.jsonl"):
+        raise OSError("elsewhere")

@@ -15,8 +15,8 @@ from typing import Any
 # Memory --------------------------------------------------------------------------------------------
 
 
-def device_memory(device: str) -> tuple[str, int | None]:
-    """Return what a device is and its free bytes, None where they are not known.
+def device_memory(device: str) -> tuple[str, int]:
+    """Return what a device is and its free bytes.
 
     `auto` counts all CUDA devices and the CPU together, since it fills one after another.
     """
@@ -24,8 +24,7 @@ def device_memory(device: str) -> tuple[str, int | None]:
 
     if device == "auto":
         places = [f"cuda:{index}" for index in range(torch.cuda.device_count())] + ["cpu"]
-        known = [free for _, free in map(device_memory, places) if free is not None]
-        return f"{len(places)} devices", sum(known) if known else None
+        return f"{len(places)} devices", sum(device_memory(place)[1] for place in places)
     if device.startswith("cuda"):
         index = torch.device(device).index
         index = torch.cuda.current_device() if index is None else index
@@ -33,31 +32,13 @@ def device_memory(device: str) -> tuple[str, int | None]:
     return f"{os.cpu_count()} cores" if device == "cpu" else device, _free_main_memory()
 
 
-def _free_main_memory() -> int | None:
+def _free_main_memory() -> int:
     """Return free bytes of main memory: what the system has free, or what a container's limit leaves."""
-    bounds = [
-        bound for bound in (_free_system_memory(), _free_container_memory()) if bound is not None
-    ]
-    return min(bounds) if bounds else None
+    import psutil
 
-
-def _free_system_memory() -> int | None:
-    try:
-        import psutil
-    except ImportError:
-        pass
-    else:
-        return int(psutil.virtual_memory().available)
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    except (OSError, ValueError, IndexError):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None
+    free = int(psutil.virtual_memory().available)
+    left = _free_container_memory()
+    return free if left is None else min(free, left)
 
 
 def _free_container_memory(group: Path = Path("/sys/fs/cgroup")) -> int | None:

@@ -27,8 +27,8 @@ from proxytune.measure.score import (
     SCORE_WINDOW,
     Passage,
     ScoreReport,
-    completion_passages,
     score_passages,
+    smallest_context,
     windows,
 )
 from proxytune.recipe.recipe import Recipe
@@ -428,7 +428,7 @@ class ProxyTuned:
         self, pairs: Sequence[tuple[Prompt, str]], *, max_tokens: int | None = None
     ) -> list[Passage]:
         """Return prompts with given answers as each model sees them; see `score_completions`."""
-        return completion_passages(self.ensemble, self.formats, pairs, max_tokens=max_tokens)
+        return _completion_passages(self.ensemble, self.formats, pairs, max_tokens)
 
     def alone(self, member: int) -> ProxyTuned:
         """Return one of the models by itself, unsteered and with its own prompt format; weights are shared.
@@ -501,12 +501,30 @@ class Conversation:
             self.messages = [*messages, {"role": "assistant", "content": answer.strip()}]
 
 
+def _completion_passages(
+    ensemble: Ensemble,
+    formats: Sequence[PromptFormat],
+    pairs: Sequence[tuple[Prompt, str]],
+    max_tokens: int | None,
+) -> list[Passage]:
+    tokenizer, names = ensemble.tokenizer, [member.name for member in ensemble.members]
+    limits = [smallest_context(ensemble.members), max_tokens]
+    limit = min([n for n in limits if n is not None], default=None)
+    passages = []
+    for prompt, answer in pairs:
+        prompts = tuple(map(tuple, render_each(prompt, formats, names)))
+        token_ids = continuation_ids(answer, tokenizer)
+        if tokenizer.eos_token_id is not None:
+            token_ids.append(tokenizer.eos_token_id)
+        if limit is not None:
+            token_ids = token_ids[: max(0, limit - max(map(len, prompts)))]
+        if token_ids:
+            passages.append(Passage(prompts, tuple(token_ids)))
+    return passages
+
+
 def as_request(
-    prompt: Prompt | Request,
-    sampling: SamplingParams | None,
-    steering: Steering,
-    *,
-    explain: bool,
+    prompt: Prompt | Request, sampling: SamplingParams | None, steering: Steering, *, explain: bool
 ) -> Request:
     """Return the request that the arguments describe.
 

@@ -223,23 +223,19 @@ class Steering:
     def __post_init__(self) -> None:
         if self.alpha is not None:
             check_alpha(self.alpha)
+        if isinstance(self.experts, Mapping | tuple):
+            kind = "tuple" if isinstance(self.experts, tuple) else "mapping"
+            why = f"experts is an empty {kind}; leave it out for the recipe's default"
+            _require(bool(self.experts), why)
         if isinstance(self.experts, Mapping):
             for name, alpha in self.experts.items():
                 check_alpha(alpha, f"alpha of expert {name!r}")
-            _require(
-                bool(self.experts),
-                "experts is an empty mapping; leave it out for the recipe's default",
-            )
             _require(
                 self.alpha is None,
                 "alpha and experts with their own alphas were both given, so the strength is given twice.\n"
                 "hint: leave alpha out, or name the experts without alphas",
             )
         elif isinstance(self.experts, tuple):
-            _require(
-                bool(self.experts),
-                "experts is an empty tuple; leave it out for the recipe's default",
-            )
             _require(
                 len(set(self.experts)) == len(self.experts),
                 f"experts names one expert twice: {', '.join(self.experts)}",
@@ -269,14 +265,14 @@ class Request:
         prompt: Text, a conversation (`[{"role": …, "content": …}]`), or token ids. Text and conversations
             are rendered for each model in its own format; token ids go to every model as they are.
         sampling: How tokens are chosen.
-        alpha: Strength of steering for this request; None takes each expert's own from the recipe.
-            With several experts it is given to each that does not bring its own.
-        experts: None for the recipe's default, a name, or names with their own alphas.
+        alpha: Strength of every expert; None takes each expert's own from the recipe.
+        experts: A name, names, or names with strengths; None takes the recipe's default.
         explain: Record in each step what base, expert, anti-expert and steered model gave.
-        explain_top: How many of each one's likeliest tokens to record, 0 to 1,000.
+        explain_top: Number of likeliest tokens of each model to record, 0 to 1,000.
 
     Raises:
-        InvalidRequest: The prompt is empty or of no known kind, or an alpha is not finite.
+        InvalidRequest: The prompt is empty or of no known kind, or a strength is not a finite number or is
+            given twice.
     """
 
     prompt: Prompt

@@ -9,13 +9,15 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, field
 from operator import add
 from pathlib import Path
 from typing import Any, Literal
 
 from proxytune.errors import InputFileError
+from proxytune.files import unwritable
 
 FinishReason = Literal["stop", "length", "cancelled", "uncertified", "failed", "given"]
 """Why generation ended: an end-of-sequence token or a stop string; the token limit; the caller cancelled it;
@@ -248,6 +250,33 @@ def read_traces(path: Path) -> Iterator[Trace]:
         raise InputFileError(
             f"line {line_number} of {path} is not a trace ({error}).\n{hint}"
         ) from error
+
+
+@contextmanager
+def trace_writer(path: Path | None) -> Iterator[Callable[[Iterable[Trace]], None]]:
+    """Open a file of JSON lines, and yield what writes traces to it; without a path, it writes nothing.
+
+    Raises:
+        OutputFileError: The file cannot be written.
+    """
+    if path is None:
+        yield lambda traces: None
+        return
+    try:
+        file = path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+    def write(traces: Iterable[Trace]) -> None:
+        lines = "".join(trace.to_json() + "\n" for trace in traces)
+        try:
+            file.write(lines)
+            file.flush()
+        except OSError as error:
+            raise unwritable(path, error) from error
+
+    with file:
+        yield write
 
 
 def _top(pairs: Sequence[Sequence[float]]) -> tuple[tuple[int, float], ...]:

@@ -28,10 +28,10 @@ from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams
+from proxytune.testing import EOS, TOKENS, toy_recipe
 from proxytune.text.prompts import PromptFormat
 from proxytune.text.vocab import Vocabulary, align, map_tokens
 from tests.support.tiny import MERGES, tiny_adapter, tiny_model, tiny_tokenizer
-from tests.support.toys import EOS, TOKENS, toy_recipe
 
 # Both read all letters. Each has tokens that the other has not, and "an" is a token of both.
 BASE_TOKENS = (*TOKENS, "an", "xy", "er ", "ab")

@@ -31,7 +31,7 @@ def _measured(**sums: list[float]) -> dict[str, Any]:
 # Gaps ---------------------------------------------------------------------------------------------------
 
 
-def test_half_of_the_way_from_base_to_direct_is_half_of_the_gap_in_nats_and_in_accuracy():
+def test_half_of_the_way_from_base_to_direct_is_half_of_the_gap():
     assert summary.gap_closed(3.0, 2.5, 2.0) == 0.5
     assert summary.gap_closed(0.2, 0.5, 0.8) == pytest.approx(0.5)
     assert summary.gap_closed(3.0, 3.5, 2.0) == -0.5  # steering that harms is below 0
@@ -130,10 +130,11 @@ def test_a_measured_text_holds_the_losses_of_its_windows_in_blocks(ensemble, mon
         assert sum(measured["sums"][name]) == pytest.approx(whole)
 
 
-def test_a_measured_task_counts_right_options_by_disease_as_generation_would_choose(
-    ensemble, monkeypatch
-):
-    """Prompts of different lengths run in one batch; greedy decoding between the options is the judge."""
+def test_a_task_counts_the_options_that_generation_would_choose(ensemble, monkeypatch):
+    """Right options are summed by disease, with prompts of different lengths in one batch.
+
+    Greedy decoding between the options is the judge.
+    """
     areas = {"X": "cancer", "Y": "nerves", "Z": "stroke"}
     monkeypatch.setattr(measure, "AREAS", areas)
     labels = list(areas.values())
@@ -178,7 +179,7 @@ def test_a_question_becomes_a_prompt_with_its_area_and_without_the_answer():
     assert data.task_item(_row("Acne", source="MPlusHealthTopics")) is None
 
 
-def test_a_disease_of_the_test_rows_is_neither_trained_nor_validated_on_however_it_is_written():
+def test_a_disease_of_the_test_rows_is_in_no_other_split_however_written():
     rows = [_row(f"Disease {i}") for i in range(40)] + [_row("SKIN  cancer", source="NIDDK")]
     items = data.task_items(rows, [_row("Skin Cancer")])
     diseases = {split: {item["focus"] for item in part} for split, part in items.items()}
@@ -188,15 +189,21 @@ def test_a_disease_of_the_test_rows_is_neither_trained_nor_validated_on_however_
     assert not diseases["train"] & diseases["valid"]
 
 
-def test_no_area_has_more_training_rows_than_the_cap_and_no_question_is_trained_on_twice(
-    monkeypatch,
-):
+@pytest.fixture
+def capped(monkeypatch):
+    """Return the training rows where an area has at most 10 and the questions come several times."""
     monkeypatch.setattr(data, "ROWS_PER_AREA", 10)
     rows = [_row(f"Disease {i}") for i in range(40)] * 2 + [_row("Stroke", source="NINDS")] * 3
-    items = data.task_items(rows, [_row("Skin Cancer")])
-    prompts = [item["prompt"] for item in items["train"]]
+    return data.task_items(rows, [_row("Skin Cancer")])["train"]
+
+
+def test_no_area_has_more_training_rows_than_the_cap(capped):
+    assert sum(item["completion"] == " cancer" for item in capped) == 10
+
+
+def test_no_question_is_trained_on_twice(capped):
+    prompts = [item["prompt"] for item in capped]
     assert len(prompts) == len(set(prompts))
-    assert sum(item["completion"] == " cancer" for item in items["train"]) == 10
 
 
 def test_the_guess_by_wording_learns_from_training_rows_only():
@@ -219,16 +226,24 @@ needs_data = pytest.mark.skipif(
 )
 
 
-@needs_data
-def test_the_real_task_has_500_test_items_of_unseen_diseases_and_every_area_in_every_split():
+@pytest.fixture(scope="module")
+def real_items():
     rows = {
         split: data.corpus_rows("medical_medquad", split) for split in ("train", "valid", "test")
     }
-    items = data.task_items(rows["train"], [*rows["valid"], *rows["test"]])
-    assert len(items["test"]) >= 500
-    seen = {item["focus"] for split in ("train", "valid") for item in items[split]}
-    assert not seen & {item["focus"] for item in items["test"]}
-    for part in items.values():
+    return data.task_items(rows["train"], [*rows["valid"], *rows["test"]])
+
+
+@needs_data
+def test_the_real_task_has_500_test_items_of_unseen_diseases(real_items):
+    assert len(real_items["test"]) >= 500
+    seen = {item["focus"] for split in ("train", "valid") for item in real_items[split]}
+    assert not seen & {item["focus"] for item in real_items["test"]}
+
+
+@needs_data
+def test_every_split_of_the_real_task_has_every_area(real_items):
+    for part in real_items.values():
         assert {item["completion"] for item in part} == set(data.AREAS.values())
 
 
@@ -335,22 +350,31 @@ def test_every_training_of_a_data_set_gets_the_same_budget_rows_and_stop_rule():
         assert "anti_expert" not in asked[-1]
 
 
-def test_a_finished_training_with_other_settings_is_refused_and_one_with_the_same_is_kept(
-    tmp_path, monkeypatch
-):
+STAGE = "tinyshakespeare.sft"
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """Leave what the full plan's training of `STAGE` leaves, and return the data that it read."""
     monkeypatch.setattr(plan, "BUILD_DIR", tmp_path)
     digests = {split: {"rows": 1, "sha256": split} for split in ("train", "valid", "test")}
     prepared = dict.fromkeys(plan.FULL.data_sets, digests)
-    stage = "tinyshakespeare.sft"
-    assert not run.is_done(plan.FULL, stage, prepared)
-    path = plan.FULL.stage_path(stage)
+    assert not run.is_done(plan.FULL, STAGE, prepared)
+    path = plan.FULL.stage_path(STAGE)
     path.parent.mkdir(parents=True)
-    made = run.fingerprint(plan.FULL, stage, prepared)
+    made = run.fingerprint(plan.FULL, STAGE, prepared)
     path.write_text(json.dumps({"fingerprint": made}))
-    assert run.is_done(plan.FULL, stage, prepared)
+    return prepared
+
+
+def test_a_finished_training_with_the_same_settings_is_kept(finished):
+    assert run.is_done(plan.FULL, STAGE, finished)
+
+
+def test_a_finished_training_with_other_settings_is_refused(finished):
     longer = replace(plan.FULL, max_tokens=90_000)
     with pytest.raises(plan.Stale, match=r"another settings\.max_tokens"):
-        run.is_done(longer, stage, prepared)
+        run.is_done(longer, STAGE, finished)
 
 
 def test_what_stages_leave_becomes_a_page_with_its_numbers(tmp_path, monkeypatch):

@@ -546,9 +546,7 @@ def test_a_hub_model_whose_weights_are_not_cached_says_so_when_offline(hub, mode
         find_checkpoint("owner/small", root=tmp_path)
 
 
-def test_headers_of_weights_on_the_hub_are_enough_and_the_weights_come_later(
-    hub, models, tmp_path, monkeypatch
-):
+def test_weights_on_the_hub_are_fetched_only_once_needed(hub, models, tmp_path, monkeypatch):
     import huggingface_hub
     from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 

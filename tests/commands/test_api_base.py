@@ -174,13 +174,13 @@ def test_a_chat_remembers(recipe, models):
 
 def test_what_a_server_decides_cannot_be_set_here(server):
     for setting in ({"dtype": "float32"}, {"device": "cpu"}, {"revision": "main"}):
-        with pytest.raises(RecipeError, match="its server decides"):
+        with pytest.raises(RecipeError, match="whose server decides"):
             ModelSpec(model=server.url, **setting)
-    with pytest.raises(RecipeError, match="holds no secrets"):
+    with pytest.raises(RecipeError, match="must hold no secrets"):
         ModelSpec(model="http://user:word@localhost/v1")
-    with pytest.raises(RecipeError, match="a key itself must never"):
+    with pytest.raises(RecipeError, match="must never hold the key itself"):
         ApiSettings(key_env="sk-12345-abc")
-    with pytest.raises(RecipeError, match="only a base can"):
+    with pytest.raises(RecipeError, match="only a base may be"):
         ExpertSpec("a", ModelSpec(model=server.url), ModelSpec(model="small"))
 
 

@@ -18,8 +18,9 @@ from proxytune.errors import BackendError
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from proxytune.request import Request, SamplingParams
+from proxytune.testing import toy_recipe
 from tests.support.tiny import tiny_adapter, tiny_model
-from tests.support.toys import toy_load, toy_recipe
+from tests.support.toys import toy_load
 
 COMMANDS = (
     "new",
@@ -387,6 +388,7 @@ def test_only_the_chosen_experts_are_loaded(recipe: Path, monkeypatch: pytest.Mo
         (["ab", "--stop", ""], ["stop"]),
         (["ab", "--seed", "-1"], ["seed"]),
         (["ab", "--logprobs", "101", "--json"], ["logprobs"]),
+        (["ab", "--logit-bias", "x"], ["--logit-bias is 'x'", "a token id, an equals sign"]),
         (["ab", "--json", "--stream"], ["--json", "--stream"]),
         (["ab", "--logprobs", "2"], ["--json"]),
         (["ab", "--batch-size", "2"], ["--batch-size belongs to --input-file"]),

@@ -20,8 +20,9 @@ from proxytune.explain.moves import moves
 from proxytune.explain.summary import summarise
 from proxytune.model import ProxyTuned
 from proxytune.request import Request, SamplingParams
+from proxytune.testing import TOKENS, toy_recipe
 from proxytune.trace import read_traces
-from tests.support.toys import TOKENS, toy_load, toy_recipe
+from tests.support.toys import toy_load
 from tests.support.traces import SPECIAL, told_trace
 
 MODEL = toy_load(toy_recipe({"first": 1.0, "second": 0.5}))
@@ -148,16 +149,20 @@ def test_a_given_continuation_is_explained_and_the_bases_own_stands_beside_it(re
     assert base["is_base"] and len(base["tokens"]) == 12
 
 
-def test_a_file_of_prompts_gives_a_report_each_and_a_line_may_hold_a_continuation(
-    recipe: Path, tmp_path: Path
-):
-    prompts = tmp_path / "prompts.jsonl"
+def reports_of_a_file(recipe: Path, folder: Path) -> list[dict[str, Any]]:
+    prompts = folder / "prompts.jsonl"
     prompts.write_text(
         '{"prompt": "abc"}\n{"prompt": "de", "continuation": "fgh", "options": {"alpha": 2}}\n'
     )
-    content = answered(recipe, "--input-file", prompts, "--max-new-tokens", "5")
-    assert [r["prompt"] for r in content["reports"]] == ["abc", "de"]
-    second = content["reports"][1]["runs"][0]
+    return answered(recipe, "--input-file", prompts, "--max-new-tokens", "5")["reports"]
+
+
+def test_each_prompt_of_a_file_gets_its_own_report(recipe: Path, tmp_path: Path):
+    assert [r["prompt"] for r in reports_of_a_file(recipe, tmp_path)] == ["abc", "de"]
+
+
+def test_a_line_of_a_file_may_hold_a_continuation_and_options(recipe: Path, tmp_path: Path):
+    second = reports_of_a_file(recipe, tmp_path)[1]["runs"][0]
     assert second["text"] == "fgh" and set(second["alphas"].values()) == {2.0}
 
 

@@ -49,24 +49,21 @@ def test_only_the_innermost_work_speaks_and_the_clock_goes_on_when_it_ends():
     """With a clock for each, a series of short jobs inside a long one would be silent."""
     written: list[str] = []
     lines = Lines(QUICK_S, written.append)
-    outer, inner = (lambda: "outer"), (lambda: "inner")
-    lines.begin(outer)
-    thread = lines._thread
-    wait_for(lambda: "outer" in written)
-    lines.begin(inner)
-    written.clear()
-    wait_for(lambda: len(written) >= 3)
-    assert set(written) == {"inner"}
-    lines.end(inner)
-    assert lines._thread is thread
-    written.clear()
-    wait_for(lambda: len(written) >= 3)
-    assert set(written) == {"outer"}
-    lines.end(outer)
-    lines.begin(inner)
-    written.clear()
-    wait_for(lambda: "inner" in written)
-    lines.end(inner)
+
+    def hears_only(work: str) -> None:
+        written.clear()
+        wait_for(lambda: len(written) >= 3)
+        assert {line.partition(",")[0] for line in written} == {work}
+
+    with lines.about(lambda: "outer"):
+        clock = lines._ended
+        hears_only("outer")
+        with lines.about(lambda: "inner"):
+            hears_only("inner")
+        assert lines._ended is clock
+        hears_only("outer")
+    with lines.about(lambda: "inner"):
+        hears_only("inner")
 
 
 def test_work_that_fails_ends_its_lines():
@@ -75,7 +72,7 @@ def test_work_that_fails_ends_its_lines():
         1 / 0  # noqa: B018
     with pytest.raises(ZeroDivisionError), ProgressBars(lines=lines):
         1 / 0  # noqa: B018
-    assert lines._running == [] and lines._thread is None
+    assert lines._running == [] and lines._ended is None
 
 
 def test_on_a_terminal_there_is_a_bar_and_no_line(monkeypatch):
@@ -121,7 +118,7 @@ app()
         assert is_heard or done.stderr == ""
 
 
-def test_the_command_line_turns_the_bars_of_libraries_off_and_the_import_changes_nothing():
+def test_only_the_command_line_turns_the_bars_of_libraries_off():
     code = """
 import os
 import proxytune.cli as cli

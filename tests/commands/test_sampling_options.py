@@ -20,9 +20,10 @@ from proxytune.request import FILTERS, Request, SamplingParams
 from proxytune.server.schema import API_OPTIONS, ChatRequest, CompletionRequest
 from proxytune.server.settings import ServerSettings
 from proxytune.settings import Declared, options_of
+from proxytune.testing import toy_model, toy_recipe
 from proxytune.tune.settings import TuneSettings
 from tests.support.served import Served, served
-from tests.support.toys import toy_load, toy_model, toy_recipe
+from tests.support.toys import toy_load
 
 OPTIONS = options_of(SamplingParams)
 HTTP_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
@@ -152,9 +153,7 @@ def test_a_sampling_option_arrives_over_http(name, server, seen):
 @pytest.mark.parametrize(
     ("name", "value"), [(name, value) for name in OPTIONS for value in outside(OPTIONS[name])]
 )
-def test_a_value_beyond_its_limits_is_refused_alike_at_every_door(
-    name, value, recipe, server, seen
-):
+def test_a_value_beyond_its_limits_is_refused_at_every_door(name, value, recipe, server, seen):
     with pytest.raises(InvalidRequest) as refusal:
         SamplingParams(**{name: value})
     assert str(refusal.value).startswith(f"{name} is {value!r}, and must be ")

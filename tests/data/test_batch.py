@@ -24,7 +24,8 @@ from proxytune.data.resumable import number_list
 from proxytune.errors import InputFileError, InvalidRequest, OutputFileError, UserError
 from proxytune.model import ProxyTuned
 from proxytune.request import SamplingParams, Steering
-from tests.support.toys import toy_load, toy_recipe
+from proxytune.testing import toy_recipe
+from tests.support.toys import toy_load
 
 RECIPE = toy_recipe({"first": 1.0, "second": 0.5})
 SAMPLING = SamplingParams(max_new_tokens=12, temperature=0.9, seed=7)
@@ -311,7 +312,7 @@ def begin(source: Path, output: Path, *, num_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 47, 48, 100, 200])
-def test_an_interrupted_run_started_again_writes_what_an_uninterrupted_one_does(
+def test_an_interrupted_run_goes_on_to_the_file_of_a_whole_one(
     tmp_path: Path, whole: tuple[Path, bytes], num_tokens: int
 ):
     source, expected = whole

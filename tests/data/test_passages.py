@@ -7,7 +7,7 @@ import pytest
 from proxytune.data.passages import passages_of, rows_of
 from proxytune.data.rows import read_rows
 from proxytune.errors import InvalidRequest
-from tests.support.toys import toy_model
+from proxytune.testing import toy_model
 
 
 def test_rows_of_every_kind_become_what_is_to_be_predicted():

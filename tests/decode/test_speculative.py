@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from proxytune.backends.toy import ToyBackend
 from proxytune.decode.batch import Batch, Event
 from proxytune.decode.ensemble import Ensemble, Job, Member, Pair
-from proxytune.decode.lookup import PromptLookup
 from proxytune.decode.speculative import (
     Costs,
     Drafting,
+    PromptLookup,
     Rate,
     Speculator,
     best_plan,
@@ -114,9 +114,7 @@ def test_a_drafted_text_is_the_plain_one(which, drafting, sampling):
     ),
     data=st.data(),
 )
-def test_rows_with_their_own_accepted_lengths_do_not_disturb_each_other(
-    prompts, which, drafting, data
-):
+def test_rows_with_their_own_accepted_lengths_keep_apart(prompts, which, drafting, data):
     models = MODELS[which]()
     jobs = []
     for prompt in prompts:

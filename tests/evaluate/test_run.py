@@ -35,8 +35,8 @@ from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams
 from proxytune.tasks.registry import TASKS
+from proxytune.testing import toy_model, toy_recipe
 from tests.support.tiny import tiny_adapter, tiny_model, tiny_tokenizer
-from tests.support.toys import toy_model, toy_recipe
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 GSM = [
@@ -176,9 +176,7 @@ def test_drawn_answers_have_seeds_of_their_own(recipe, data, tmp_path):
     assert len({row["generated"]["text"] for row in rows}) > 1
 
 
-def test_what_is_banned_does_not_come_and_what_is_banned_first_comes_later(
-    recipe, data, tmp_path, monkeypatch
-):
+def test_banned_text_never_comes_or_not_as_the_first(recipe, data, tmp_path, monkeypatch):
     def texts_with(name: str, **banned: tuple[str, ...]) -> list[str]:
         for key, value in banned.items():
             monkeypatch.setattr(type(TASKS["humaneval"]), key, value)
@@ -423,18 +421,14 @@ def judge_server():
     server.close()
 
 
-def test_without_a_judge_samples_are_unscored_and_the_report_says_how_to_get_one(
-    recipe, data, tmp_path
-):
+def test_the_report_says_how_to_score_what_has_no_judge(recipe, data, tmp_path):
     report = evaluate(recipe, tmp_path, options(data, "alpaca_eval", "humaneval"), load=load)
     for task, way in zip(report.tasks, ("--judge-url", "--run-code"), strict=True):
         assert all(result.grade.metric is None for result in task.results)
         assert any(way in note for note in task.notes)
 
 
-def test_a_judge_that_fails_half_way_leaves_the_rest_unscored_and_goes_on_later(
-    recipe, data, tmp_path, judge_server
-):
+def test_a_judge_that_fails_half_way_goes_on_later(recipe, data, tmp_path, judge_server):
     settings = JudgeSettings(judge_server.url, "j", max_retries=0)
     chosen = options(data, "alpaca_eval", judge=settings, alphas=(), batch_size=2)
     judge_server.num_left = 6
@@ -453,9 +447,7 @@ def test_a_judge_that_fails_half_way_leaves_the_rest_unscored_and_goes_on_later(
     assert set(wins) <= {1, 2}
 
 
-def test_a_judge_that_always_says_a_is_not_always_for_the_model(
-    recipe, data, tmp_path, judge_server
-):
+def test_a_judge_that_always_says_a_favours_no_model(recipe, data, tmp_path, judge_server):
     """Which answer stands first depends on the instruction, so a judge with a favourite place gives a mix."""
     chosen = options(data, "alpaca_eval", judge=JudgeSettings(judge_server.url, "j"), alphas=())
     evaluate(recipe, tmp_path, chosen, load=load)

@@ -25,8 +25,8 @@ from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import SamplingParams
+from proxytune.testing import toy_model
 from tests.support.tiny import tiny_adapter, tiny_model
-from tests.support.toys import toy_model
 
 
 @pytest.fixture(scope="module")

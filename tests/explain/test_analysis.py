@@ -21,8 +21,9 @@ from proxytune.explain.equations import equation_sides
 from proxytune.explain.moves import moves
 from proxytune.explain.welch import Moments, welch
 from proxytune.model import ProxyTuned
+from proxytune.testing import toy_recipe
 from proxytune.trace import Trace, read_traces
-from tests.support.toys import toy_load, toy_recipe
+from tests.support.toys import toy_load
 from tests.support.traces import told_trace
 
 

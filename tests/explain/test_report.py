@@ -23,8 +23,8 @@ from proxytune.explain.summary import (
 from proxytune.logits.policy import Policy
 from proxytune.model import ProxyTuned
 from proxytune.request import Request, SamplingParams
+from proxytune.testing import TOKENS, toy_model, toy_table
 from proxytune.trace import Step, Trace, View
-from tests.support.toys import TOKENS, toy_model, toy_table
 from tests.support.traces import SPECIAL, told_trace
 
 TWO = {"first": 0.7, "second": 0.4}

@@ -16,8 +16,8 @@ from proxytune.measure.score import passage_of
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
+from proxytune.testing import toy_model
 from tests.support.tiny import tiny_model
-from tests.support.toys import toy_model
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval; `make test-lm-eval` installs it")
 

@@ -206,13 +206,6 @@ def test_weights_that_do_not_fit_are_a_problem_with_both_numbers(models, monkeyp
         diagnosis.raise_first()
 
 
-def test_memory_that_cannot_be_found_out_is_unknown_and_no_problem(models, monkeypatch):
-    monkeypatch.setattr(machine, "_free_main_memory", lambda: None)
-    diagnosis = examine(recipe_of(models, pair(), device="cpu"))
-    assert diagnosis.is_healthy
-    assert "free: unknown" in printed(diagnosis)
-
-
 def test_a_containers_limit_bounds_the_memory(tmp_path):
     assert machine._free_container_memory(tmp_path) is None
     (tmp_path / "memory.max").write_text("1000\n")

@@ -13,8 +13,8 @@ from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams
+from proxytune.testing import toy_model, toy_recipe
 from tests.support.tiny import tiny_adapter, tiny_model
-from tests.support.toys import toy_model, toy_recipe
 
 TWO = {"first": 1.0, "second": 0.7}
 PROMPTS = ["ab", "the sea", "c"]

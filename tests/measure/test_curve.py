@@ -7,7 +7,7 @@ import pytest
 from proxytune.errors import OutputFileError
 from proxytune.measure.curve import draw
 from proxytune.measure.sweep import Grid, sweep_likelihood
-from tests.support.toys import toy_model
+from proxytune.testing import toy_model
 
 TWO = {"first": 1.0, "second": 0.7}
 TEXT = "the sea is a sea and a ship is a ship. a man at sea is a man. the end of it. " * 6

@@ -11,11 +11,12 @@ from typer.testing import CliRunner
 
 from proxytune.cli import app
 from proxytune.errors import InvalidRequest
-from proxytune.measure.rank import Sums, candidate_sums, rank_correlation, rank_experts, summarise
+from proxytune.measure.rank import Sums, candidate_sums, rank_experts, summarise
 from proxytune.measure.score import passage_of
 from proxytune.model import ProxyTuned
 from proxytune.request import SamplingParams
-from tests.support.toys import toy_load, toy_model, toy_recipe
+from proxytune.testing import toy_model, toy_recipe
+from tests.support.toys import toy_load
 
 THREE = {"first": 1.0, "second": 0.7, "third": 1.0}
 TEXT = "the sea is a sea and a ship is a ship. a man at sea is a man. the end of it. " * 6
@@ -78,16 +79,6 @@ def test_where_nothing_helps_the_ranking_says_so():
     found = summarise(["a"], sums_of([[31, 32, 31, 32]], [30, 30, 30, 30]), [1.0])
     assert found.candidates[0].benefit == 0
     assert "no candidate is certain to help" in found.notes[0]
-
-
-def test_rank_correlation_by_hand():
-    assert rank_correlation([1, 2, 3], [10, 20, 90]) == pytest.approx(1)
-    assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
-    # Ranks 0, 1, 2, 3 against 1, 0, 2, 3: 1 - 6 * (1 + 1) / (4 * 15) = 0.8.
-    assert rank_correlation([1, 2, 3, 4], [2, 1, 3, 4]) == pytest.approx(0.8)
-    # A tie shares its ranks: 0, 0.5, 0.5 ... against 0, 1, 2.
-    assert rank_correlation([1, 5, 5], [1, 2, 3]) == pytest.approx(math.sqrt(3) / 2)
-    assert math.isnan(rank_correlation([1, 1], [1, 2]))
 
 
 def test_the_expert_that_helped_write_a_text_is_ranked_first():

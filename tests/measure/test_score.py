@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from proxytune.backends.toy import ToyBackend, ToyTokenizer
 from proxytune.decode.ensemble import Ensemble, Member, Pair
 from proxytune.errors import InvalidRequest, PromptTooLong
 from proxytune.measure import score
-from proxytune.measure.score import bootstrap, score_tokens
+from proxytune.measure.score import ScoreReport, bootstrap, score_passages, windows
 from proxytune.text.vocab import Vocabulary, align
 
 TOKENS = [*"abcdefgh"]
@@ -33,6 +34,19 @@ def ensemble(max_context: int | None = None) -> Ensemble:
         for name, matrix in (("base", BASE), ("expert", EXPERT), ("anti", ANTI))
     )
     return Ensemble(members, (Pair("e", 1, 2),), vocabulary, (), ToyTokenizer(TOKENS))
+
+
+def score_tokens(
+    models: Ensemble,
+    ids: list[int],
+    *,
+    strengths: Sequence[tuple[float, tuple[float, ...]]],
+    window: int = 512,
+    start_id: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ScoreReport:
+    passages = windows(models, ids, window=window, start_id=start_id)
+    return score_passages(models, passages, strengths=strengths, on_progress=on_progress)
 
 
 def nats_by_hand(ids: list[int], alpha: float) -> list[float]:

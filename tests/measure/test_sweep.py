@@ -21,7 +21,8 @@ from proxytune.request import SamplingParams
 from proxytune.tasks.gsm8k import Gsm8k
 from proxytune.tasks.registry import TASKS
 from proxytune.tasks.task import Item, asked
-from tests.support.toys import toy_load, toy_model, toy_recipe
+from proxytune.testing import toy_model, toy_recipe
+from tests.support.toys import toy_load
 
 TWO = {"first": 1.0, "second": 0.7}
 TEXT = "the sea is a sea and a ship is a ship. a man at sea is a man. the end of it. " * 6

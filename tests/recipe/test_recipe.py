@@ -283,9 +283,7 @@ def test_a_malformed_recipe_is_refused_with_the_name_of_its_file(tmp_path):
         Recipe.read(tmp_path)
 
 
-def test_a_recipe_is_read_from_its_directory_its_file_a_package_or_the_cache_of_the_hub(
-    tmp_path, monkeypatch
-):
+def test_a_recipe_is_read_from_disk_a_package_or_the_hubs_cache(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     place = tmp_path / "recipe_package" / "recipes" / "one"
@@ -316,9 +314,7 @@ def test_a_recipe_is_read_from_its_directory_its_file_a_package_or_the_cache_of_
             Recipe.read(missing)
 
 
-def test_a_relative_recipe_keeps_its_place_when_the_working_directory_changes(
-    tmp_path, monkeypatch
-):
+def test_a_relative_recipe_keeps_its_place_in_another_directory(tmp_path, monkeypatch):
     Recipe.from_dict(SUPPORT, directory=tmp_path).write(tmp_path / "one")
     monkeypatch.chdir(tmp_path)
     assert Recipe.read("one").directory == tmp_path / "one"

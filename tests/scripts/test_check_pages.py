@@ -46,9 +46,7 @@ def test_broken_code_is_a_fault(checker: ModuleType, code: str):
     assert faults(checker, code)
 
 
-def test_names_of_an_earlier_file_of_the_browser_and_of_every_kind_of_declaration_are_known(
-    checker: ModuleType,
-):
+def test_names_of_earlier_files_the_browser_and_declarations_are_known(checker: ModuleType):
     code = """
       const { a, b: [c, ...d], e = known } = JSON.parse("{}");
       class F extends Map { #g = 1; get(h) { return [this.#g, h]; } }
@@ -65,10 +63,11 @@ def test_a_name_that_is_declared_nowhere_is_a_fault_also_as_a_short_property(che
     assert faults(checker, "known({ missing });") == ["b.js:1: missing is declared nowhere"]
 
 
-def test_a_name_declared_in_two_files_of_a_page_is_a_fault_and_one_inside_a_function_is_not(
-    checker: ModuleType,
-):
+def test_a_name_that_another_file_of_the_page_declares_is_a_fault(checker: ModuleType):
     assert faults(checker, "class known {}") == ["b.js:1: known is declared already, in a.js:2"]
+
+
+def test_a_name_declared_again_inside_a_function_is_no_fault(checker: ModuleType):
     assert faults(checker, "const f = () => { const known = 1; return known; };") == []
 
 

@@ -31,6 +31,7 @@ SAYS = {
     ),
     "openai_client": ("models: steered, steered:tinyshakespeare", "--- alpha 1.5\n", "--- a chat"),
     "black_box": ("--- the base behind an API\n", " of 24 tokens are proved"),
+    "own_backend": ("--- alpha 0\n", "--- alpha 2\n"),
     "tune_expert": ("the best strength is", "Germany, alpha 0:", "England, alpha 1:"),
 }
 """What each example prints, among other things."""

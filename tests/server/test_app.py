@@ -14,8 +14,8 @@ import pytest
 
 from proxytune.request import Request, SamplingParams, Steering
 from proxytune.server.schema import ChatRequest, CompletionRequest
+from proxytune.testing import toy_model
 from tests.support.served import Served, served
-from tests.support.toys import toy_model
 
 EXPERTS = {"one": 1.0, "two": 0.5}
 MESSAGES: Any = [{"role": "user", "content": "abc"}]

@@ -17,7 +17,7 @@ from proxytune.errors import BackendError, QueueFull, ShuttingDown
 from proxytune.model import ProxyTuned
 from proxytune.request import Request, SamplingParams
 from proxytune.server.engine import Engine, Ticket
-from tests.support.toys import toy_model
+from proxytune.testing import toy_model
 
 LETTERS = "abcdefgh"
 

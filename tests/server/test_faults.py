@@ -37,9 +37,9 @@ from proxytune.server import run
 from proxytune.server.engine import Engine
 from proxytune.server.schema import ChatRequest, CompletionRequest
 from proxytune.server.service import Service
+from proxytune.testing import TOKENS, toy_model
 from tests.server.test_engine import gated, ticket
 from tests.support.served import Served, served
-from tests.support.toys import TOKENS, toy_model
 
 EXPERTS = {"one": 1.0, "two": 0.5}
 BODY = {"model": "toy", "prompt": "ab", "max_tokens": 6, "temperature": 0}

@@ -21,9 +21,9 @@ import pytest
 from proxytune.model import ProxyTuned
 from proxytune.request import Request, SamplingParams
 from proxytune.server.engine import Engine, Ticket, _Running
+from proxytune.testing import toy_model
 from tests.server.test_faults import post
 from tests.support.served import Served, served
-from tests.support.toys import toy_model
 
 NUM_REQUESTS = 2000
 NUM_CLIENTS = 16

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from proxytune.backends.toy import ToyBackend
+from proxytune.testing import EOS, TOKENS, toy_table, toy_tokenizer
 from tests.support.completion_server import (
     LLAMA_CPP,
     OPENAI,
@@ -22,7 +23,6 @@ from tests.support.completion_server import (
     ServerTraits,
 )
 from tests.support.tiny import tiny_model, tiny_tokenizer
-from tests.support.toys import EOS, TOKENS, toy_table, toy_tokenizer
 
 TABLE = toy_table(3, eos_logit=-100.0)
 EOS_ID = TOKENS.index(EOS)
@@ -240,35 +240,38 @@ def test_tokens_are_named_by_id_only_if_the_request_asks_and_the_server_can():
         assert ask(server, prompt="a", return_tokens_as_token_ids=False)[0] == 200
 
 
-def test_half_a_character_is_replaced_or_cut_and_its_bytes_are_exact_or_those_of_the_text():
+@pytest.mark.parametrize(
+    ("changes", "token", "its_bytes"),
+    [
+        ({}, "\ufffd", [0xC3]),
+        ({"exact_bytes": False}, "\ufffd", [0xEF, 0xBF, 0xBD]),
+        ({"has_bytes": False}, "\ufffd", None),
+        ({"half_characters": "cut", "shows_ids": True}, "", [0xC3]),
+    ],
+)
+def test_half_a_character_is_shown_as_the_servers_traits_say(changes, token, its_bytes):
     tokenizer = tiny_tokenizer()
     e_acute = tokenizer.encode("é")  # two tokens, C3 and A9
     assert len(e_acute) == 2
     table = torch.zeros(tokenizer.vocab_size, tokenizer.vocab_size)
     table[:, e_acute[0]] = 5
     table[e_acute[0], e_acute[1]] = 9
-
-    def entry(**changes: Any) -> Any:
-        traits = replace(ServerTraits(), **changes)
-        with CompletionServer(ToyBackend(table), tokenizer, traits=traits) as server:
-            answer = choice(
-                server,
-                "/chat/completions",
-                messages=user("a"),
-                max_tokens=2,
-                temperature=0,
-                logprobs=True,
-                top_logprobs=1,
-            )
-        assert answer["message"]["content"] == "é"
-        first, _ = answer["logprobs"]["content"]
-        assert first["top_logprobs"][0] == {k: v for k, v in first.items() if k != "top_logprobs"}
-        return first["token"], first["bytes"], first.get("id")
-
-    assert entry() == ("\ufffd", [0xC3], None)
-    assert entry(exact_bytes=False) == ("\ufffd", [0xEF, 0xBF, 0xBD], None)
-    assert entry(has_bytes=False) == ("\ufffd", None, None)
-    assert entry(half_characters="cut", shows_ids=True) == ("", [0xC3], e_acute[0])
+    traits = replace(ServerTraits(), **changes)
+    with CompletionServer(ToyBackend(table), tokenizer, traits=traits) as server:
+        answer = choice(
+            server,
+            "/chat/completions",
+            messages=user("a"),
+            max_tokens=2,
+            temperature=0,
+            logprobs=True,
+            top_logprobs=1,
+        )
+    assert answer["message"]["content"] == "é"
+    first, _ = answer["logprobs"]["content"]
+    assert first["top_logprobs"][0] == {k: v for k, v in first.items() if k != "top_logprobs"}
+    assert (first["token"], first["bytes"]) == (token, its_bytes)
+    assert first.get("id") == (e_acute[0] if traits.shows_ids else None)
 
 
 def test_bytes_are_those_of_byte_level_tokens_spaces_and_special_tokens_included():

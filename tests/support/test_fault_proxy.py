@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from proxytune.backends.toy import ToyBackend
+from proxytune.testing import toy_table, toy_tokenizer
 from tests.support.completion_server import CompletionServer
 from tests.support.fault_proxy import (
     HARMLESS_KINDS,
@@ -26,7 +27,6 @@ from tests.support.fault_proxy import (
     FaultProxy,
     random_faults,
 )
-from tests.support.toys import toy_table, toy_tokenizer
 
 BODY: dict[str, Any] = {"prompt": "abc", "max_tokens": 4, "temperature": 0, "logprobs": 1}
 STREAM = BODY | {"stream": True}

@@ -7,9 +7,7 @@ from dataclasses import replace
 
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
-from proxytune.testing import EOS, TOKENS, toy_model, toy_recipe, toy_table, toy_tokenizer
-
-__all__ = ["EOS", "TOKENS", "toy_load", "toy_model", "toy_recipe", "toy_table", "toy_tokenizer"]
+from proxytune.testing import toy_model
 
 
 def toy_load(

@@ -297,7 +297,7 @@ def test_a_stop_string_that_did_not_count_does_not_count_later():
     assert _pushes(stream, _byte_ids(b"abcd!")) == ["", "", "", "", "abcd!", ""]
 
 
-def test_a_stop_string_that_begins_within_the_first_min_tokens_and_ends_after_them_counts():
+def test_a_stop_string_counts_if_it_ends_after_the_first_min_tokens():
     assert _streamed(BYTE_LEVEL, _byte_ids(b"xabcd"), stop=["abc"], min_tokens=3) == "x"
 
 

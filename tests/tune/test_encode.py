@@ -138,7 +138,7 @@ def test_no_token_reaches_over_the_end_of_the_prompt():
 
 
 @pytest.mark.parametrize("form", ["plain", "{{ prompt }}"])
-def test_an_empty_prompt_is_the_token_that_begins_a_text_or_else_the_one_that_ends_it(form):
+def test_an_empty_prompt_becomes_the_token_that_begins_or_else_ends_a_text(form):
     row = [{"prompt": "", "completion": "in"}]
     (example,) = encoded(row, form=form).examples
     assert example.token_ids == [EOS, *TOKENIZER.encode("in"), EOS]
@@ -147,25 +147,38 @@ def test_an_empty_prompt_is_the_token_that_begins_a_text_or_else_the_one_that_en
     tokenizer.bos_token = "<|im_start|>"
     (example,) = encoded(row, tokenizer, form=form).examples
     assert example.token_ids[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
+
+
+@pytest.mark.parametrize("form", ["plain", "{{ prompt }}"])
+def test_an_empty_prompt_without_a_token_to_stand_for_it_is_refused(form):
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(InputFileError, match="row 1 of the given rows: the prompt has no tokens"):
-        encoded(row, tokenizer, form=form)
+        encoded([{"prompt": "", "completion": "in"}], tokenizer, form=form)
 
 
-def test_completions_are_cut_at_the_end_and_dropped_where_the_prompt_fills_the_length():
-    rows = [{"prompt": "xyz", "completion": c} for c in ("a", "bc")]
-    rows.append({"prompt": "uvwxy", "completion": "d"})
-    result = encoded(rows, form="plain", max_length=5)
+LENGTHS = [
+    {"prompt": "xyz", "completion": "a"},
+    {"prompt": "xyz", "completion": "bc"},
+    {"prompt": "uvwxy", "completion": "d"},
+]
+"""Of the rows, with the token that ends them, of 5, 6 and 7 tokens; the last has a prompt of 5."""
+
+
+def test_a_completion_is_cut_or_dropped_to_fit_the_length():
+    result = encoded(LENGTHS, form="plain", max_length=5)
     assert [trained(e) for e in result.examples] == [["a<|endoftext|>"], ["bc"]]
     assert (result.num_rows, result.num_truncated, result.num_dropped) == (3, 1, 1)
     assert (result.num_tokens, result.num_trained) == (10, 4)
+
+
+def test_a_length_that_no_row_fits_is_refused():
     with pytest.raises(
         InputFileError, match=r"no row of the given rows .*\nhint: raise --max-length"
     ):
-        encoded(rows, form="plain", max_length=3)
+        encoded(LENGTHS, form="plain", max_length=3)
     with pytest.raises(InvalidRequest, match="max_length is 1"):
-        encoded(rows, form="plain", max_length=1)
+        encoded(LENGTHS, form="plain", max_length=1)
 
 
 def test_a_completion_without_tokens_is_refused_with_its_line():
@@ -283,16 +296,19 @@ def test_conversations_are_cut_and_dropped_by_what_is_left_to_train():
     assert (result.num_truncated, result.num_dropped) == (1, 1)
 
 
-def test_a_missing_chat_template_is_told_as_generation_tells_it_and_a_failing_one_with_its_row():
+def test_a_missing_chat_template_is_refused_in_the_words_of_generation():
     with pytest.raises(PromptFormatError, match=r"^small/model has no chat template"):
         encoded(CHATS, tiny_tokenizer(chat_template=None))
+    with pytest.raises(PromptFormatError, match="'chatml', which is not"):
+        encoded(CHATS, form="chatml")
+
+
+def test_a_row_that_its_chat_template_refuses_is_named():
     refusing = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}hi"
     )
     with pytest.raises(PromptFormatError, match=r"(?s)^row 2 of the given rows: .*no system"):
         encoded(CHATS, tiny_tokenizer(chat_template=refusing))
-    with pytest.raises(PromptFormatError, match="'chatml', which is not"):
-        encoded(CHATS, form="chatml")
 
 
 # Encoding: preferences -----------------------------------------------------------------------------

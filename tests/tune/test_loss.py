@@ -102,9 +102,7 @@ def test_loss_and_gradients_are_those_of_torch_on_whole_logits(scale, softcap, b
 @pytest.mark.parametrize("form", ["steered", "paper"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("scale", "softcap"), SHAPES)
-def test_the_ensembles_loss_and_gradients_are_those_of_the_formula(
-    form, alpha, bias, scale, softcap
-):
+def test_the_ensembles_loss_and_gradients_follow_the_formula(form, alpha, bias, scale, softcap):
     head, anti_expert = (random_head(s, bias=bias, scale=scale, softcap=softcap) for s in (7, 8))
     base = random_head(9, BASE_WIDTH, bias=bias, scale=1.5, softcap=softcap and 2.0)
     part, factor = frozen_part(form, alpha, base, anti_expert)

@@ -126,9 +126,7 @@ def test_a_loss_from_stored_states_is_that_of_whole_logits(tmp_path):
 
 
 @pytest.mark.parametrize("killed_after", [1, 2, 3])
-def test_a_killed_run_goes_on_and_ends_with_the_bytes_of_an_unbroken_one(
-    tmp_path, small_batches, killed_after
-):
+def test_a_killed_run_ends_with_the_bytes_of_a_whole_one(tmp_path, small_batches, killed_after):
     build(tmp_path / "whole")
 
     calls: list[int] = []

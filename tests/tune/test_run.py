@@ -302,7 +302,7 @@ class StopAt(Display):
     [("sft", completions(40)), ("cpt", texts(60)), ("dpo", preferences(40))],
     ids=["sft", "cpt", "dpo"],
 )
-def test_a_stopped_run_goes_on_to_the_result_of_an_uninterrupted_one(
+def test_a_stopped_run_goes_on_to_the_result_of_a_whole_one(
     method: str, rows: list[dict[str, Any]], models: Path, tmp_path: Path
 ) -> None:
     whole_dir, parts_dir = tmp_path / "whole", tmp_path / "parts"
@@ -325,9 +325,7 @@ def test_a_stopped_run_goes_on_to_the_result_of_an_uninterrupted_one(
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_result_of_an_uninterrupted_one(
-    models: Path, tmp_path: Path
-) -> None:
+def test_a_killed_run_goes_on_to_the_result_of_a_whole_one(models: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", completions(60))
 
     def command(output: str, *more: str) -> list[str]:

@@ -136,6 +136,8 @@ class Backend(ABC, Generic[State]):
                 plain weights for all rows.
 
         Raises:
+            InvalidRequest: A prompt is empty or has a token id the model does not have, or an adapter has
+                an unknown name.
             PromptTooLong: A prompt exceeds `capabilities.max_context`.
             BackendError: The model failed.
         """
@@ -147,8 +149,9 @@ class Backend(ABC, Generic[State]):
         The logits at position i are those after token i. Any float dtype; `logits/steer.py` works in float32.
 
         Raises:
+            InvalidRequest: The model does not have a token id, or the rows are not the state's.
             PromptTooLong: A row would exceed `capabilities.max_context`.
-            BackendError: The model failed.
+            BackendError: The model failed. The state cannot be used again.
         """
 
     def decode(self, state: State, token_ids: Tensor) -> Tensor:
@@ -161,6 +164,7 @@ class Backend(ABC, Generic[State]):
 
         Raises:
             UnsupportedModel: The backend cannot rewind (`capabilities.can_rewind`).
+            InvalidRequest: A row does not hold that many tokens.
         """
 
     @abstractmethod

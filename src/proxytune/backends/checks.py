@@ -17,14 +17,7 @@ def check_prompts(name: str, prompts: Sequence[Sequence[int]]) -> None:
 
 
 def check_length(name: str, num_tokens: int, max_context: int | None, *, also: str = "") -> None:
-    """Raise `PromptTooLong` if a row of `num_tokens` exceeds the context.
-
-    Args:
-        name: The model.
-        num_tokens: Length of the longest row.
-        max_context: Maximum number of tokens of a row; None for no limit.
-        also: Another way out, for the hint.
-    """
+    """Raise `PromptTooLong` if `num_tokens` exceed the context; `also` is another way out, for the hint."""
     if max_context is not None and num_tokens > max_context:
         raise PromptTooLong(
             f"{name} can hold {max_context} tokens, and was asked to hold {num_tokens}.\n"
@@ -53,12 +46,7 @@ def check_shape(name: str, shape: Sequence[int], num_rows: int) -> None:
 def check_rewind(
     name: str, num_tokens: Sequence[int], lengths: Sequence[int], *, can_rewind: bool
 ) -> None:
-    """Raise an error if rows of these lengths cannot forget their last `num_tokens[row]` tokens.
-
-    Raises:
-        UnsupportedModel: The model cannot rewind.
-        InvalidRequest: A row does not hold that many tokens.
-    """
+    """Raise the errors of `Backend.rewind` for rows of these lengths."""
     if not can_rewind:
         raise UnsupportedModel(
             f"{name} has layers without a KV cache entry per token, so tokens cannot be taken back"

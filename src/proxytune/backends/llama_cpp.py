@@ -26,15 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from proxytune.backends import checks
 from proxytune.backends.base import Backend, Capabilities, Prefilled
-from proxytune.backends.checks import (
-    adapters_of,
-    check_length,
-    check_prompts,
-    check_rewind,
-    check_shape,
-    check_token_ids,
-)
 from proxytune.errors import (
     AdapterMismatch,
     BackendError,
@@ -100,14 +93,7 @@ class _Handle:
 
 
 class _Context:
-    """A llama.cpp context with one adapter or none.
-
-    Args:
-        backend: Has the weights.
-        adapter: The backend's name for the adapter.
-        num_sequences: Number of rows.
-        room: Number of tokens that each row needs room for.
-    """
+    """A llama.cpp context with one adapter or none, and room for `room` tokens of each sequence."""
 
     def __init__(
         self, backend: LlamaCppBackend, adapter: str | None, num_sequences: int, room: int
@@ -171,19 +157,10 @@ class _Context:
         self._batch.logits = pointer_to(self._wanted, ctypes.c_int8)
 
     def run(self, token_ids: Any, positions: Any, sequences: Any, wanted: Any) -> list[Tensor]:
-        """Run tokens in as few decodes as possible, and return the logits that are wanted.
+        """Run tokens in as few decodes as possible, and return the logits after those that are wanted.
 
-        Args:
-            token_ids: `[num_tokens]` int32.
-            positions: `[num_tokens]` int32, each token's position in its sequence.
-            sequences: `[num_tokens]` int32, each token's sequence.
-            wanted: `[num_tokens]` bool, whether to return the logits after each token.
-
-        Returns:
-            `[num_wanted, vocab]` float32 in pieces, one per decode. A single piece is in llama.cpp's memory.
-
-        Raises:
-            BackendError: llama.cpp failed.
+        All arguments are `[num_tokens]`: ids, positions and sequences are int32, `wanted` is bool. Returns
+        `[num_wanted, vocab]` float32 in pieces, one per decode; a single piece is in llama.cpp's memory.
         """
         num_tokens = len(token_ids)
         if num_tokens <= self._max_outputs and wanted.all():
@@ -234,11 +211,7 @@ class _Context:
         return self._view[1]
 
     def forget(self, sequence: int, length: int) -> None:
-        """Drop all but the first `length` tokens of a sequence.
-
-        Raises:
-            UnsupportedModel: The model cannot forget some of its tokens.
-        """
+        """Drop all but the first `length` tokens of a sequence."""
         if not self._api.llama_memory_seq_rm(self._memory, sequence, length, -1):
             raise UnsupportedModel(f"{self.backend.name} cannot take back tokens")
 
@@ -252,10 +225,6 @@ class _Context:
         """Return a context with more room that holds the first `num_rows` sequences.
 
         It has as many sequences as this one, because llama.cpp copies only between such contexts.
-
-        Raises:
-            BackendError: They could not be copied.
-            NotEnoughMemory: There is not enough memory for both contexts.
         """
         other = _Context(self.backend, self.adapter, self.num_sequences, room)
         for sequence in range(num_rows):
@@ -279,12 +248,7 @@ class _ContextRows:
 
 @dataclass(slots=True)
 class LlamaCppState:
-    """What a batch has read.
-
-    Args:
-        contexts: Its rows by adapter.
-        rows: Token ids of each row.
-    """
+    """What a batch has read: its rows by adapter, and the token ids of each row."""
 
     contexts: list[_ContextRows]
     rows: list[list[int]]
@@ -292,7 +256,7 @@ class LlamaCppState:
     @property
     def lengths(self) -> list[int]:
         """Number of tokens of each row."""
-        return [len(row) for row in self.rows]
+        return list(map(len, self.rows))
 
 
 class _Model:
@@ -445,17 +409,10 @@ class LlamaCppBackend(Backend[LlamaCppState]):
     def prefill(
         self, prompts: Sequence[Sequence[int]], *, adapters: Sequence[str | None] | None = None
     ) -> Prefilled[LlamaCppState]:
-        """Run whole prompts; see `Backend.prefill`.
-
-        Raises:
-            InvalidRequest: A prompt is empty, or holds a token id that the model does not have, or an
-                adapter has an unknown name.
-            PromptTooLong: A prompt exceeds the context.
-            BackendError: llama.cpp failed.
-        """
-        check_prompts(self.name, prompts)
+        """Run whole prompts; see `Backend.prefill`."""
+        checks.check_prompts(self.name, prompts)
         self._check_length(max(map(len, prompts)))
-        names = adapters_of(self.name, adapters, len(prompts), self.adapter_pointers)
+        names = checks.adapters_of(self.name, adapters, len(prompts), self.adapter_pointers)
         contexts: list[_ContextRows] = []
         answers: list[Tensor] = []
         for adapter in dict.fromkeys(names):
@@ -485,20 +442,13 @@ class LlamaCppBackend(Backend[LlamaCppState]):
         return context, _joined(pieces)
 
     def extend(self, state: LlamaCppState, token_ids: Tensor) -> Tensor:
-        """Append tokens; see `Backend.extend`.
-
-        Raises:
-            InvalidRequest: The model does not have a token id, or the rows are not the state's.
-            PromptTooLong: A row would exceed the context.
-            BackendError: llama.cpp failed. The state cannot be used again.
-        """
-        num_rows = len(state.lengths)
-        check_shape(self.name, token_ids.shape, num_rows)
+        """Append tokens; see `Backend.extend`."""
+        lengths = np.asarray(state.lengths)
+        checks.check_shape(self.name, token_ids.shape, len(lengths))
         num_new = token_ids.shape[1]
         self._check_length(max(state.lengths) + num_new)
         new = token_ids.cpu().numpy()
         self._check_token_ids(new)
-        lengths = np.asarray(state.lengths)
         answers = []
         for held in state.contexts:
             own = lengths[held.rows]
@@ -515,13 +465,8 @@ class LlamaCppBackend(Backend[LlamaCppState]):
         return _in_row_order(state.contexts, answers)
 
     def rewind(self, state: LlamaCppState, num_tokens: Sequence[int]) -> None:
-        """Forget the last tokens of each row; see `Backend.rewind`.
-
-        Raises:
-            UnsupportedModel: The model has layers that cannot forget.
-            InvalidRequest: A row does not hold that many tokens.
-        """
-        check_rewind(self.name, num_tokens, state.lengths, can_rewind=self._can_rewind)
+        """Forget the last tokens of each row; see `Backend.rewind`."""
+        checks.check_rewind(self.name, num_tokens, state.lengths, can_rewind=self._can_rewind)
         for held in state.contexts:
             for sequence, row in enumerate(held.rows):
                 if num_tokens[row]:
@@ -529,51 +474,39 @@ class LlamaCppBackend(Backend[LlamaCppState]):
                     held.context.forget(sequence, len(state.rows[row]))
 
     def select(self, state: LlamaCppState, rows: Sequence[int]) -> LlamaCppState:
-        """Return a state of the given rows in the given order; rows may repeat.
-
-        The old state must not be used after.
-        """
+        """Return a state of the given rows, which may repeat; see `Backend.select`."""
         rows = list(rows)
         if rows == list(range(len(state.lengths))):
             return state
         contexts = []
         for held in state.contexts:
             sequence_of = {row: sequence for sequence, row in enumerate(held.rows)}
-            kept = [
-                (place, sequence_of[row]) for place, row in enumerate(rows) if row in sequence_of
-            ]
-            if not kept:
-                continue
-            sequences = [sequence for _, sequence in kept]
-            if len(set(sequences)) < len(sequences):
+            places = [place for place, row in enumerate(rows) if row in sequence_of]
+            place_of = {sequence_of[rows[place]]: place for place in places}
+            context = held.context
+            if len(place_of) < len(places):
                 # A context has a fixed number of sequences and rarely one to spare, so read the rows again.
-                places = [place for place, _ in kept]
-                texts = [state.rows[rows[place]] for place in places]
-                contexts.append(_ContextRows(self._read(texts, held.context.adapter)[0], places))
-            else:
-                contexts.append(
-                    _ContextRows(held.context, self._packed(held.context, held.rows, kept))
-                )
+                context, _ = self._read([state.rows[rows[n]] for n in places], context.adapter)
+            elif places:
+                places = self._packed(context, len(held.rows), place_of)
+            if places:
+                contexts.append(_ContextRows(context, places))
         return LlamaCppState(contexts, [list(state.rows[row]) for row in rows])
 
-    def _packed(
-        self, context: _Context, rows: Sequence[int], kept: Sequence[tuple[int, int]]
-    ) -> list[int]:
-        """Drop all sequences but those kept, and renumber these from 0; return places by sequence.
+    def _packed(self, context: _Context, num_rows: int, place_of: dict[int, int]) -> list[int]:
+        """Drop the sequences without a place, and renumber the others from 0; return their places.
 
         llama.cpp runs sequences together only if their numbers are consecutive.
         """
-        place_of = {sequence: place for place, sequence in kept}
-        for sequence in range(len(rows)):
-            if sequence not in place_of:
-                context.forget(sequence, 0)
-        for target in range(len(kept)):
+        for sequence in set(range(num_rows)) - set(place_of):
+            context.forget(sequence, 0)
+        for target in range(len(place_of)):
             if target not in place_of:
                 last = max(place_of)
                 context.copy(last, target)
                 context.forget(last, 0)
                 place_of[target] = place_of.pop(last)
-        return [place_of[sequence] for sequence in range(len(kept))]
+        return [place_of[sequence] for sequence in range(len(place_of))]
 
     def _make_room(self, state: LlamaCppState, held: _ContextRows, length: int) -> None:
         """Move the sequences into a larger context if a row of `length` tokens does not fit."""
@@ -589,10 +522,11 @@ class LlamaCppBackend(Backend[LlamaCppState]):
 
     def _check_length(self, num_tokens: int) -> None:
         more = ", or set a larger context_size"
-        check_length(self.name, num_tokens, self.context_size, also=more)
+        checks.check_length(self.name, num_tokens, self.context_size, also=more)
 
     def _check_token_ids(self, token_ids: Any) -> None:
-        check_token_ids(self.name, int(token_ids.min()), int(token_ids.max()), self.vocab_size)
+        lowest, highest = int(token_ids.min()), int(token_ids.max())
+        checks.check_token_ids(self.name, lowest, highest, self.vocab_size)
 
 
 def _joined(pieces: Sequence[Tensor]) -> Tensor:

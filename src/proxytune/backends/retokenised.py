@@ -148,12 +148,8 @@ class RetokenisedBackend(Backend[_State]):
     def own_ids(self, token_ids: Sequence[int], *, is_start: bool = False) -> list[int]:
         """Return the small model's tokens of a text that is given in the base's.
 
-        An incomplete character at the end becomes a replacement character.
-
-        Args:
-            token_ids: The text, in the base's tokens.
-            is_start: Whether the text begins here. Then the tokens that the small model's tokenizer puts
-                before every text come first.
+        An incomplete character at the end becomes a replacement character. At the start, the tokens that the
+        small model's tokenizer puts before every text come first.
         """
         found = self._cut(token_ids, is_final=True)
         assert found is not None
@@ -321,12 +317,9 @@ class RetokenisedBackend(Backend[_State]):
 
 
 def _reading(read: Sequence[int], cuts: Sequence[list[int] | None], first: int) -> _Reading:
-    """Plan one run of the small model: as many positions as one text leads through.
+    """Plan one run of the small model, which holds `read`: as many positions as one text leads through.
 
-    Args:
-        read: What it holds.
-        cuts: The text after each position, in its tokens; None in the middle of a character.
-        first: The position to begin with.
+    `cuts` is the text after each position, in its tokens; None in the middle of a character.
     """
     answers: list[tuple[int, int]] = []
     text: list[int] = []
@@ -346,7 +339,5 @@ def _reading(read: Sequence[int], cuts: Sequence[list[int] | None], first: int) 
 
 
 def _copies(rows: Sequence[_TextRow], which: Sequence[int]) -> list[_TextRow]:
-    return [
-        _TextRow(list(row.prompt), list(row.token_ids), list(row.read))
-        for row in (rows[index] for index in which)
-    ]
+    chosen = (rows[index] for index in which)
+    return [_TextRow(list(row.prompt), list(row.token_ids), list(row.read)) for row in chosen]

@@ -88,9 +88,8 @@ class ToyBackend(Backend[ToyState]):
         answers = []
         for row, adapter, new in zip(state.rows, state.adapters, token_ids.tolist(), strict=True):
             self._check([*row, *new])
-            answers.append(
-                torch.stack([self._logits([*row, *new[: i + 1]], adapter) for i in range(len(new))])
-            )
+            after_each = ([*row, *new[: i + 1]] for i in range(len(new)))
+            answers.append(torch.stack([self._logits(ids, adapter) for ids in after_each]))
             row.extend(new)
         return torch.stack(answers)
 
@@ -102,9 +101,8 @@ class ToyBackend(Backend[ToyState]):
 
     def select(self, state: ToyState, rows: Sequence[int]) -> ToyState:
         """Return a state of the given rows."""
-        return ToyState(
-            [list(state.rows[row]) for row in rows], [state.adapters[row] for row in rows]
-        )
+        adapters = [state.adapters[row] for row in rows]
+        return ToyState([list(state.rows[row]) for row in rows], adapters)
 
     def copy(self, state: ToyState, rows: Sequence[int]) -> ToyState:
         """Return a separate state of the given rows; see `Backend.copy`."""
@@ -146,13 +144,12 @@ class ToyTokenizer:
         """
         token_ids = []
         while text:
-            match = max(
-                (t for t in self._tokens if t and text.startswith(t)), key=len, default=None
-            )
-            if match is None:
+            matches = [t for t in self._tokens if t and text.startswith(t)]
+            if not matches:
                 raise InvalidRequest(f"the toy tokenizer has no token for {text[:10]!r}")
-            token_ids.append(self._ids[match])
-            text = text[len(match) :]
+            longest = max(matches, key=len)
+            token_ids.append(self._ids[longest])
+            text = text[len(longest) :]
         return token_ids
 
     def decode(
@@ -163,11 +160,8 @@ class ToyTokenizer:
         clean_up_tokenization_spaces: bool = False,
     ) -> str:
         """Return the text of `token_ids`."""
-        return "".join(
-            self._tokens[i]
-            for i in token_ids
-            if not (skip_special_tokens and i in self.all_special_ids)
-        )
+        skipped = self.all_special_ids if skip_special_tokens else ()
+        return "".join(self._tokens[i] for i in token_ids if i not in skipped)
 
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         """Return the token strings of token ids."""

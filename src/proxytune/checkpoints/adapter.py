@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from proxytune.errors import (
     UnsupportedModel,
 )
 
-# Adapters ------------------------------------------------------------------------------------------
+_LORA_PART = re.compile(
+    r"(?P<module>.+?)\.(?P<part>lora_(embedding_)?[AB]|lora_magnitude_vector)(\.\w+)?"
+)
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,9 @@ class AdapterFiles:
             outputs, inputs = there.shape[0], there.shape[-1]
             if layer == "token_embd.weight":
                 continue  # it is transposed, and llama.cpp checks it
-            given, wanted, what = (
-                (tensor.shape[1], inputs, "inputs")
-                if part == "a"
-                else (tensor.shape[0], outputs, "outputs")
-            )
+            given, wanted, what = tensor.shape[0], outputs, "outputs"
+            if part == "a":
+                given, wanted, what = tensor.shape[1], inputs, "inputs"
             if given != wanted:
                 problems.append(f"{layer} has {wanted} {what} instead of {given}")
         return problems
@@ -98,24 +98,19 @@ class AdapterFiles:
         problems: list[str] = []
         for name, tensor in self.tensors.items():
             path = name.removeprefix("base_model.model.")
-            match = re.fullmatch(
-                r"(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|"
-                r"lora_magnitude_vector)(\.\w+)?",
-                path,
-            )
-            if match is None:
-                module, part = path.rpartition(".")[0].removesuffix(".modules_to_save"), "weight"
-            else:
+            if match := _LORA_PART.fullmatch(path):
                 module, part = match["module"], match["part"]
+            else:
+                module, part = path.rpartition(".")[0].removesuffix(".modules_to_save"), "weight"
             if module not in small.module_names:
                 problems.append(f"{module} is not there")
                 continue
             if module not in small.linear_shapes or len(tensor.shape) != 2:
                 continue
             inputs, outputs = small.linear_shapes[module]
-            if part in ("lora_A", "lora_embedding_A"):
+            if part.endswith("_A"):
                 given, wanted, what = tensor.shape[1], inputs, "inputs"
-            elif part in ("lora_B", "lora_embedding_B"):
+            elif part.endswith("_B"):
                 given, wanted, what = tensor.shape[0], outputs, "outputs"
             elif part == "weight":
                 given, wanted, what = math.prod(tensor.shape), inputs * outputs, "weights"
@@ -124,6 +119,17 @@ class AdapterFiles:
             if given != wanted:
                 problems.append(f"{module} has {wanted} {what} instead of {given}")
         return problems
+
+
+def beyond_factors(config: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    """Return what an adapter's config sets beyond two factors per layer: `keys`, biases, initialisation."""
+    found = [key for key in keys if config.get(key)]
+    if config.get("bias", "none") != "none":
+        found.append(f"bias {config['bias']!r}")
+    # Other initialisations change the weights under the adapter.
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
+        found.append(f"init_lora_weights {config['init_lora_weights']!r}")
+    return found
 
 
 def find_adapter(
@@ -188,15 +194,15 @@ def _gguf_adapter(reference: str, path: Path) -> AdapterFiles:
             "hint: name the directory that holds adapter_config.json"
         )
     header = read_gguf_header(path)
-    if header.metadata.get("general.type") != "adapter":
+    kind, adapter_kind = map(header.metadata.get, ("general.type", "adapter.type"))
+    if kind != "adapter":
         raise ModelNotFound(
-            f"{reference} holds no adapter: its general.type is "
-            f"{header.metadata.get('general.type')!r}.\n"
+            f"{reference} holds no adapter: its general.type is {kind!r}.\n"
             'hint: if it is a whole model, give it as {"model": …} without an adapter'
         )
-    if header.metadata.get("adapter.type") != "lora":
+    if adapter_kind != "lora":
         raise UnsupportedModel(
-            f"the adapter {reference} is of type {header.metadata.get('adapter.type')!r}, and only lora can "
-            "be used.\nhint: merge it into its model, and name that model"
+            f"the adapter {reference} is of type {adapter_kind!r}, and only lora can be used.\n"
+            "hint: merge it into its model, and name that model"
         )
     return AdapterFiles(reference, path, header.metadata, header.tensors, is_gguf=True)

@@ -11,6 +11,7 @@ dequantised value exactly). Each copy is there whole or not at all.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -48,9 +49,6 @@ _NOT_PARAMETERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
 _HEAD = re.compile(r"output\.weight|(.+\.)?(lm_head|embed_out)\.weight")
 _EMBEDDING = re.compile(r"token_embd\.weight|(.+\.)?(embed_tokens|embed_in|wte)\.weight")
 """Names of the output head, and of the embedding that takes its place if there is none."""
-
-
-# Models --------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -93,20 +91,17 @@ class Checkpoint:
             UnsupportedModel: transformers does not know this kind of model.
         """
         from transformers import AutoConfig
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-        raw = read_json_file(self.directory / "config.json")
+        kind = read_json_file(self.directory / "config.json").get("model_type")
         try:
             return AutoConfig.from_pretrained(
                 self.directory, trust_remote_code=self.trust_remote_code, local_files_only=True
             )
         except Exception as error:
-            kind = raw.get("model_type")
-            from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
             if isinstance(kind, str) and kind in CONFIG_MAPPING:
-                raise CorruptModel(
-                    f"the config.json of {self.name} cannot be used: {error}"
-                ) from error
+                why = f"the config.json of {self.name} cannot be used: {error}"
+                raise CorruptModel(why) from error
             raise UnsupportedModel(
                 f"{self.name} is a model of type {kind!r}, which the installed transformers does not know.\n"
                 "hint: pip install --upgrade transformers"
@@ -119,14 +114,11 @@ class Checkpoint:
     @cached_property
     def architecture(self) -> str:
         """The model's class, such as `LlamaForCausalLM`, or its type if no class is named."""
-        named = getattr(self.config, "architectures", None)
-        if named:
-            return str(named[0])
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-        return str(
-            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(self.config.model_type, self.config.model_type)
-        )
+        kind = self.config.model_type
+        named = getattr(self.config, "architectures", None)
+        return str(named[0] if named else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, kind))
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -187,9 +179,7 @@ class Checkpoint:
     def num_parameters(self) -> int:
         """Number of weights, from the headers; counted in an empty model if they are packed."""
         stored = {n: t for n, t in self.tensors.items() if not _NOT_PARAMETERS.search(n)}
-        is_packed = self.kind == "directory" and not self.stored_dtype.startswith(
-            ("float", "bfloat")
-        )
+        is_packed = self.kind == "directory" and not self.stored_dtype.startswith(("float", "bf"))
         if stored and not is_packed and getattr(self.config, "quantization_config", None) is None:
             return sum(tensor.num_elements for tensor in stored.values())
         return sum(parameter.numel() for parameter in self._empty_model.parameters())
@@ -197,11 +187,11 @@ class Checkpoint:
     @cached_property
     def stored_dtype(self) -> str:
         """The dtype of most weights: torch's name, or GGUF's for quantised blocks (`Q4_1`)."""
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         for tensor in self.tensors.values():
-            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.num_elements
+            counts[tensor.dtype] += tensor.num_elements
         if counts:
-            return max(counts, key=lambda dtype: counts[dtype])
+            return counts.most_common(1)[0][0]
         return str(getattr(self.config, "dtype", None) or "float32").removeprefix("torch.")
 
     @property
@@ -233,14 +223,14 @@ class Checkpoint:
     def cache_elements_per_token(self) -> int:
         """Number of elements that the KV cache holds for one token, over all layers."""
         config = self._text_config
-        num_layers = int(getattr(config, "num_hidden_layers", 0) or 0)
-        num_heads = int(getattr(config, "num_attention_heads", 0) or 0)
-        num_key_value_heads = getattr(config, "num_key_value_heads", None) or num_heads
-        hidden_size = int(getattr(config, "hidden_size", 0) or 0)
-        head_size = getattr(config, "head_dim", None) or (
-            hidden_size // num_heads if num_heads else 0
-        )
-        return 2 * num_layers * int(num_key_value_heads) * int(head_size)
+
+        def number(name: str) -> int:
+            return int(getattr(config, name, 0) or 0)
+
+        num_heads = number("num_attention_heads")
+        num_key_value_heads = number("num_key_value_heads") or num_heads
+        head_size = number("head_dim") or number("hidden_size") // max(num_heads, 1)
+        return 2 * number("num_hidden_layers") * num_key_value_heads * head_size
 
     @cached_property
     def _empty_model(self) -> Any:
@@ -254,9 +244,8 @@ class Checkpoint:
                     self.config, trust_remote_code=self.trust_remote_code
                 )
         except Exception as error:
-            raise UnsupportedModel(
-                f"{self.name} cannot be built from its config: {error}"
-            ) from error
+            why = f"{self.name} cannot be built from its config: {error}"
+            raise UnsupportedModel(why) from error
 
     @cached_property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -297,13 +286,7 @@ class Checkpoint:
         return download_snapshot(self.hub_id, revision=self.revision, patterns=patterns)
 
     def weight_files(self) -> dict[str, Path]:
-        """Return the safetensors file that holds each weight, fetched or converted if needed.
-
-        Raises:
-            ModelNotFound: The Hub does not give the weights.
-            CorruptModel: A file cannot be read.
-            OutputFileError: The cache directory cannot be written.
-        """
+        """Return the safetensors file that holds each weight; see `weights_path`."""
         files = find_weight_files(self.weights_path())
         return {name: file for file in files for name in read_safetensors_header(file)}
 
@@ -340,19 +323,15 @@ def find_checkpoint(
                 "hint: name the directory that holds config.json and the weights"
             )
         checkpoint = _gguf_checkpoint(reference, path)
-    elif path is not None:
-        checkpoint = _directory_checkpoint(
-            reference, path, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
-        )
     else:
-        directory = hub_directory(reference, revision=revision)
+        directory = hub_directory(reference, revision=revision) if path is None else path
         checkpoint = _directory_checkpoint(
             reference,
             directory,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
-            hub_id=reference,
-            revision=directory.name,
+            hub_id=reference if path is None else None,
+            revision=directory.name if path is None else None,
         )
     _check_usable(checkpoint)
     return checkpoint
@@ -377,8 +356,8 @@ def _directory_checkpoint(
     *,
     trust_remote_code: bool,
     allow_pickle: bool,
-    hub_id: str | None = None,
-    revision: str | None = None,
+    hub_id: str | None,
+    revision: str | None,
 ) -> Checkpoint:
     if not (directory / "config.json").is_file():
         hint = "a model's directory holds config.json, a tokenizer and model.safetensors"
@@ -396,12 +375,11 @@ def _directory_checkpoint(
         )
     _refuse_remote_code(name, raw, trust_remote_code=trust_remote_code)
     tensors: dict[str, StoredTensor] = {}
-    is_local = hub_id is None or weight_files_are_there(directory)
-    files = find_weight_files(directory) if is_local else []
-    for file in files:
-        tensors.update(read_safetensors_header(file))
-    pickled = [path.name for pattern in PICKLED for path in sorted(directory.glob(pattern))]
-    if not is_local and hub_id is not None:
+    if hub_id is None or weight_files_are_there(directory):
+        for file in find_weight_files(directory):
+            tensors.update(read_safetensors_header(file))
+        pickled = [path.name for pattern in PICKLED for path in sorted(directory.glob(pattern))]
+    else:
         tensors, pickled = hub_tensors(hub_id, revision=revision)
     if not tensors and pickled and not allow_pickle:
         raise UnsafeModel(
@@ -410,10 +388,8 @@ def _directory_checkpoint(
             '"allow_pickle": true'
         )
     if not tensors and not pickled:
-        others = sorted(path.name for path in directory.glob("*.safetensors"))
-        found = (
-            f"; {', '.join(others[:3])} is there, under a name that is not read" if others else ""
-        )
+        others = ", ".join(sorted(path.name for path in directory.glob("*.safetensors"))[:3])
+        found = f"; {others} is there, under a name that is not read" if others else ""
         raise ModelNotFound(
             f"{name} has no weights: neither model.safetensors nor model.safetensors.index.json is in "
             f"{directory if hub_id is None else 'its Hub repository'}{found}.\n"
@@ -482,11 +458,4 @@ def _gguf_checkpoint(name: str, path: Path) -> Checkpoint:
             f"{name} holds a vocabulary and no weights.\nhint: name a GGUF file of a whole model"
         )
     directory = convert_small_files(path, header)
-    return Checkpoint(
-        name=name,
-        kind="gguf",
-        directory=directory,
-        gguf_path=path,
-        tensors=header.tensors,
-        gguf_header=header,
-    )
+    return Checkpoint(name, "gguf", directory, path, header.tensors, gguf_header=header)

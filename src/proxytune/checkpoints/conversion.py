@@ -19,8 +19,6 @@ from proxytune.files import building, remove_unfinished, unwritable, write_whole
 
 CACHE_HINT = "make room there, or set XDG_CACHE_HOME to a directory that can be written"
 
-# GGUF ----------------------------------------------------------------------------------------------
-
 
 def cache_directory() -> Path:
     """Return where converted models are kept: `proxytune` below `$XDG_CACHE_HOME`, or `~/.cache`."""

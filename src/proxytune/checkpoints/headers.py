@@ -17,27 +17,13 @@ from proxytune.errors import CorruptModel, MissingExtra, ModelNotFound, Unsuppor
 
 # Bits per element and the torch name, by the dtype names of safetensors headers.
 SAFETENSORS_DTYPES = {
-    "BOOL": (8, "bool"),
-    "U8": (8, "uint8"),
-    "I8": (8, "int8"),
-    "F8_E5M2": (8, "float8_e5m2"),
-    "F8_E4M3": (8, "float8_e4m3fn"),
-    "F8_E8M0": (8, "float8_e8m0fnu"),
-    "F4": (4, "float4_e2m1fn"),
-    "F6_E2M3": (6, "float6_e2m3"),
-    "F6_E3M2": (6, "float6_e3m2"),
-    "I16": (16, "int16"),
-    "U16": (16, "uint16"),
-    "F16": (16, "float16"),
-    "BF16": (16, "bfloat16"),
-    "I32": (32, "int32"),
-    "U32": (32, "uint32"),
-    "F32": (32, "float32"),
-    "C64": (64, "complex64"),
-    "F64": (64, "float64"),
-    "I64": (64, "int64"),
-    "U64": (64, "uint64"),
-}
+    "F4": (4, "float4_e2m1fn"), "F6_E2M3": (6, "float6_e2m3"), "F6_E3M2": (6, "float6_e3m2"),
+    "F8_E5M2": (8, "float8_e5m2"), "F8_E4M3": (8, "float8_e4m3fn"), "F8_E8M0": (8, "float8_e8m0fnu"),
+    "BOOL": (8, "bool"), "BF16": (16, "bfloat16"), "C64": (64, "complex64"),
+    **{f"F{bits}": (bits, f"float{bits}") for bits in (16, 32, 64)},
+    **{f"I{bits}": (bits, f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": (bits, f"uint{bits}") for bits in (8, 16, 32, 64)},
+}  # fmt: skip
 _GGUF_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 # The GGUF format's value types; the scalars have a fixed size.
@@ -50,9 +36,6 @@ _TOKENS, _TOKEN_KINDS = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 _UNUSED = 5
 _GGUF_PADDING = re.compile(r"\[PAD-?\d+\]")
 """Converters' names for ids that no token has."""
-
-
-# Headers of weight files ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,11 +167,9 @@ def read_gguf_header(path: Path) -> GgufHeader:
     data = -(-num_bytes // alignment) * alignment
     for name, (offset, num_bytes) in places.items():
         if data + offset + num_bytes > size:
-            raise _not_gguf(
-                path,
-                f"it is cut off: {name} should end at byte {data + offset + num_bytes}, "
-                f"and the file has {size}",
-            )
+            end = data + offset + num_bytes
+            why = f"it is cut off: {name} should end at byte {end}, and the file has {size}"
+            raise _not_gguf(path, why)
     if int(metadata.get("split.count") or 0) > 1:
         raise UnsupportedModel(
             f"{path} is one of {metadata['split.count']} parts of a model.\n"
@@ -267,40 +248,33 @@ class _GgufReader:
                     self._value(element, is_kept=False)
             return None
         if kind not in _GGUF_SCALARS:
-            why = f"its header has a value of the unknown type {kind}"
-            raise _not_gguf(self._path, why)
+            raise _not_gguf(self._path, f"its header has a value of the unknown type {kind}")
         return self._take(_GGUF_SCALARS[kind])
 
     def _tensor(self, name: str) -> tuple[StoredTensor, tuple[int, int]]:
         """Return a tensor's shape and dtype, and where its data are."""
-        sizes, kinds = _ggml_types(self._path)
+        try:
+            from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+        except ImportError as error:
+            raise MissingExtra(
+                f"{self._path.name} is a GGUF file, and the package that reads them is not installed.\n"
+                "hint: pip install gguf"
+            ) from error
         num_axes = self._take("I")
         if num_axes > 8:
             raise _not_gguf(self._path, f"the tensor {name} has {num_axes} axes")
         shape = tuple(self._take("Q") for _ in range(num_axes))[::-1]
         number, offset = self._take("IQ")
         try:
-            kind = kinds(number)
+            kind = GGMLQuantizationType(number)
         except ValueError as error:
             raise UnsupportedModel(
                 f"{self._path}: the tensor {name} has type {number}, which the installed gguf package does "
                 "not know.\nhint: pip install --upgrade gguf"
             ) from error
-        block_elements, block_bytes = sizes[kind]
+        block_elements, block_bytes = GGML_QUANT_SIZES[kind]
         num_bytes = math.prod(shape) * block_bytes // block_elements
         return StoredTensor(shape, _GGUF_FLOATS.get(kind.name, kind.name)), (offset, num_bytes)
-
-
-def _ggml_types(path: Path) -> tuple[Any, Any]:
-    """Return the block sizes of llama.cpp's tensor types, and the types by number."""
-    try:
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-    except ImportError as error:
-        raise MissingExtra(
-            f"{path.name} is a GGUF file, and the package that reads them is not installed.\n"
-            "hint: pip install gguf"
-        ) from error
-    return GGML_QUANT_SIZES, GGMLQuantizationType
 
 
 def read_json_file(path: Path) -> dict[str, Any]:

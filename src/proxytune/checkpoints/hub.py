@@ -14,9 +14,6 @@ SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "vocab.txt", "merge
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
-# The Hub -------------------------------------------------------------------------------------------
-
-
 def download_snapshot(hub_id: str, *, revision: str | None, patterns: tuple[str, ...]) -> Path:
     """Return the snapshot of a Hub repository with the files that match, downloading what is missing."""
     from huggingface_hub import errors as hub_errors
@@ -85,12 +82,9 @@ def hub_recipe(hub_id: str) -> Path:
     Raises:
         ModelNotFound: It is neither in the cache nor on the Hub.
     """
+    patterns = ("README.md", "*.json", "*.safetensors")
     cached = _cached_snapshot(hub_id, "config.json", revision=None)
-    if cached is not None:
-        return cached
-    return download_snapshot(
-        hub_id, revision=None, patterns=("config.json", "README.md", "*.json", "*.safetensors")
-    )
+    return cached or download_snapshot(hub_id, revision=None, patterns=patterns)
 
 
 def hub_tensors(hub_id: str, *, revision: str | None) -> tuple[dict[str, StoredTensor], list[str]]:
@@ -111,12 +105,9 @@ def hub_tensors(hub_id: str, *, revision: str | None) -> tuple[dict[str, StoredT
             f"the config of {hub_id} is in the cache of the Hub, its weights are not, and the Hub cannot be "
             f"reached ({type(error).__name__}).\nhint: go online once and run `hf download {hub_id}`"
         ) from error
-    tensors = {
-        name: StoredTensor(
-            tuple(tensor.shape),
-            SAFETENSORS_DTYPES.get(tensor.dtype, (0, str(tensor.dtype).lower()))[1],
-        )
-        for file in metadata.files_metadata.values()
-        for name, tensor in file.tensors.items()
-    }
+    tensors = {}
+    for file in metadata.files_metadata.values():
+        for name, tensor in file.tensors.items():
+            _, dtype = SAFETENSORS_DTYPES.get(tensor.dtype, (0, str(tensor.dtype).lower()))
+            tensors[name] = StoredTensor(tuple(tensor.shape), dtype)
     return tensors, []

@@ -10,9 +10,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 """Dtypes in which a model can run."""
 
 
-# Dtype and device ---------------------------------------------------------------------------------
-
-
 def running_device(device: str | None) -> str:
     """Return the device for a model: the one asked for, otherwise CUDA if available, otherwise the CPU.
 
@@ -35,15 +32,15 @@ def running_device(device: str | None) -> str:
             'hint: "cpu", "cuda", "cuda:0" or "auto", or leave it out'
         ) from error
     num_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    why = None
     if kind.type == "cuda" and (kind.index or 0) >= num_cuda:
+        why = f"torch sees {num_cuda} CUDA devices here"
+    elif kind.type == "mps" and not torch.backends.mps.is_available():
+        why = "torch does not have it here"
+    if why is not None:
         raise UnsupportedModel(
-            f"the device {device!r} was asked for, and torch sees {num_cuda} CUDA devices here.\n"
+            f"the device {device!r} was asked for, and {why}.\n"
             "hint: leave the device out to use what is available"
-        )
-    if kind.type == "mps" and not torch.backends.mps.is_available():
-        raise UnsupportedModel(
-            "the device 'mps' was asked for, and torch does not have it here.\n"
-            "hint: leave the device out to take what there is"
         )
     return device
 

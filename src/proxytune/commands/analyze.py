@@ -12,7 +12,7 @@ import typer
 
 from proxytune.commands.app import command
 from proxytune.commands.console import json_line, plain_table, say, stderr, stdout
-from proxytune.commands.explain import TRACE_FILE, StrengthOptions, trace_writer
+from proxytune.commands.explain import TRACE_FILE, StrengthOptions
 from proxytune.commands.flags import Pick, given_flags
 from proxytune.commands.options import AS_JSON, PICTURE, ModelOptions, OptionalRecipe
 from proxytune.commands.progress import ProgressBars
@@ -192,6 +192,8 @@ def _generated(
     model: ProxyTuned, requests: Sequence[Request], batch_size: int, trace_file: Path | None
 ) -> Iterator[Trace]:
     """Yield traces as they are made, with their progress on stderr."""
+    from proxytune.trace import trace_writer
+
     with trace_writer(trace_file) as write, ProgressBars() as bars:
         num_done = 0
         bars.show("generating", num_done, len(requests), "texts")

@@ -37,7 +37,7 @@ def chat(
     recipe: RecipeArgument,
     *,
     options: ChatOptions,
-    steering: Annotated[SteeringOptions, Pick(leave_out=("policy", "combine"))],
+    steering: SteeringOptions,
     sampling: Annotated[
         SamplingParams, Pick(leave_out=("logprobs",), defaults={"max_new_tokens": 256})
     ],

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from proxytune.errors import InputFileError, InvalidRequest, OutputFileError
+from proxytune.errors import InputFileError, InvalidRequest
+from proxytune.files import unwritable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,14 +78,6 @@ def write_text(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise unwritable(path, error) from error
-
-
-def unwritable(path: Path, error: OSError) -> OutputFileError:
-    """Return the error for a file that cannot be written."""
-    return OutputFileError(
-        f"{path} cannot be written: {error.strerror}.\n"
-        "hint: give a file in an existing directory that you can write to"
-    )
 
 
 def argument_text(text: str) -> str:

@@ -132,10 +132,7 @@ def _continued(model: ProxyTuned, sampling: SamplingParams, bars: ProgressBars) 
         if event.step is not None:
             done = event.step.index + 1
             bars.show(
-                "generating, base and steered in one batch",
-                done,
-                sampling.max_new_tokens,
-                "tokens",
+                "generating, base and steered in one batch", done, sampling.max_new_tokens, "tokens"
             )
 
     return model.generate_batch(requests, batch_size=len(requests), on_event=advance)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,14 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import (
-    argument_text,
-    json_line,
-    say,
-    stdin_text,
-    unwritable,
-    write_text,
-)
+from proxytune.commands.console import argument_text, json_line, say, stdin_text, write_text
 from proxytune.commands.flags import Pick, given_flags
 from proxytune.commands.options import (
     AS_JSON,
@@ -40,7 +32,6 @@ if TYPE_CHECKING:
     from proxytune.explain.report import Report
     from proxytune.explain.runs import Question
     from proxytune.recipe.recipe import Recipe
-    from proxytune.trace import Trace
 
 TRACE_FILE = Option(
     "Write the whole traces to this file, as JSON lines that --trace and proxytune analyze read",
@@ -76,7 +67,7 @@ class StrengthOptions:
             if not is_one:
                 raise InvalidRequest(
                     "--alpha has several strengths and an expert has one of its own, so it is unclear which "
-                    "hold.\nhint: leave one of them out"
+                    "apply.\nhint: leave one of them out"
                 )
             strengths = (None,)
         return strengths, experts
@@ -181,6 +172,8 @@ def _awaited(reports: Iterator[Report]) -> Iterator[Report]:
 
 def _show(reports: Iterable[Report], name: str, options: ExplainOptions) -> None:
     """Print reports as they come, and write the files that are asked for."""
+    from proxytune.trace import trace_writer
+
     with trace_writer(options.trace_file) as write:
         kept: list[Report] = []
         for number, report in enumerate(reports):
@@ -270,26 +263,3 @@ def _read_questions(
             own = (None,)
         questions.append(Question(request.prompt, given, request.sampling, own, request.experts))
     return questions
-
-
-@contextmanager
-def trace_writer(path: Path | None) -> Iterator[Callable[[Iterable[Trace]], None]]:
-    """Open the file that traces go to, if there is one; give it traces, each becomes a line.
-
-    Raises:
-        OutputFileError: It cannot be written.
-    """
-    if path is None:
-        yield lambda traces: None
-        return
-
-    def write(traces: Iterable[Trace]) -> None:
-        for trace in traces:
-            file.write(trace.to_json() + "\n")
-        file.flush()
-
-    try:
-        with path.open("w", encoding="utf-8") as file:
-            yield write
-    except OSError as error:
-        raise unwritable(path, error) from error

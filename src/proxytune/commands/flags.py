@@ -21,7 +21,12 @@ from proxytune.errors import InvalidRequest
 from proxytune.request import check_alpha
 from proxytune.settings import Declared, Option, options_of
 
-PANELS = {"steering": "Steering options", "sampling": "Sampling options", "models": "Model options"}
+PANELS = {
+    "steering": "Steering options",
+    "policy": "Steering options",
+    "sampling": "Sampling options",
+    "models": "Model options",
+}
 """Headings of the help, by a parameter's name; the flags of the others stand under "Options"."""
 
 
@@ -139,7 +144,7 @@ def number_of(text: str, name: str) -> float:
     """Return a strength typed as text.
 
     Raises:
-        InvalidRequest: It is no number, or too large.
+        InvalidRequest: It is not a number, or too large.
     """
     try:
         value = float(text)

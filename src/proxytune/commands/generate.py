@@ -24,10 +24,10 @@ from proxytune.commands.flags import Pick, given_flags
 from proxytune.commands.options import (
     AS_JSON,
     ModelOptions,
+    PolicyOptions,
     PromptArgument,
     RecipeArgument,
     SteeringOptions,
-    with_policy,
 )
 from proxytune.commands.progress import ProgressBars
 from proxytune.data.lines import BatchOptions
@@ -93,6 +93,7 @@ def generate(
     *,
     options: GenerateOptions,
     steering: SteeringOptions,
+    policy: PolicyOptions,
     sampling: Annotated[SamplingParams, SAMPLING],
     models: ModelOptions,
 ) -> None:
@@ -104,7 +105,7 @@ def generate(
     """
     _refuse_contradictions(given_flags(PROMPT=prompt, options=options, sampling=sampling))
     if options.input_file is not None and options.output_file is not None:
-        found = with_policy(models.read(recipe), steering.policy, steering.combine)
+        found = policy.applied_to(models.read(recipe))
         size = options.batch_size
         asked = BatchOptions(
             sampling=sampling,
@@ -120,7 +121,7 @@ def generate(
     assert prompt is not None
     text = stdin_text() if prompt == "-" else argument_text(prompt)
     Request(text, sampling)  # An empty prompt needs no recipe to be refused.
-    found = with_policy(models.read(recipe), steering.policy, steering.combine)
+    found = policy.applied_to(models.read(recipe))
     wanted = steering.of(found)
     is_traced = options.trace_file is not None
     request = Request(text, sampling, wanted.alpha, wanted.experts, explain=is_traced)

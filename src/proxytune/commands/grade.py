@@ -12,14 +12,13 @@ import typer
 from proxytune.commands.app import command
 from proxytune.commands.console import json_line, say
 from proxytune.commands.options import AS_JSON, argument
-from proxytune.errors import InputFileError, InvalidRequest
+from proxytune.errors import InvalidRequest
 from proxytune.evaluate.plan import DATA_DIR, EvalOptions
 from proxytune.settings import option, options_of
 from proxytune.tasks.task import Rule
 
 if TYPE_CHECKING:
-    from proxytune.tasks.rows import Row
-    from proxytune.tasks.task import Task
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +79,9 @@ def grade(
     rows = benchmark.spread(read_rows(file))
     notes: list[str] = []
     if options.run_code:
-        rows, notes = _run_again(benchmark, rows, options.data_dir)
+        from proxytune.evaluate.judges import run_again
+
+        rows, notes = run_again(benchmark, rows, options.data_dir)
     found = benchmark.grade(rows, options.rule)
     found = replace(found, notes=(*found.notes, *notes))
     content = found.to_dict()
@@ -91,34 +92,3 @@ def grade(
     )
     for note in found.notes:
         say(f"note: {note}")
-
-
-def _run_again(task: Task, rows: list[Row], data_dir: Path | None) -> tuple[list[Row], list[str]]:
-    """Return rows as a run of their programs decides, and where that differs from the file."""
-    from proxytune.evaluate.judges import CodeRunner
-    from proxytune.tasks.humaneval import CodeTask
-
-    if not isinstance(task, CodeTask):
-        raise InvalidRequest(
-            f"--run-code is given, and answers to {task.name} are not programs.\nhint: leave it out"
-        )
-    items = {item.key: item for item in task.items(data_dir)}
-    keys = [task.key(row, place) for place, row in enumerate(rows, 1)]
-    unknown = next((key for key in keys if key not in items), None)
-    if unknown is not None:
-        raise InputFileError(
-            f"{unknown!r} is not an item of {task.name}, so there are no tests for it.\n"
-            "hint: check that the file and --data-dir belong together"
-        )
-    decisions = CodeRunner(task).decide([items[key] for key in keys], rows)
-    decided = [{**row, **(decision or {})} for row, decision in zip(rows, decisions, strict=True)]
-    stored = sum(isinstance(row.get("passed"), bool) for row in rows)
-    if not stored:
-        return decided, []
-    others = [
-        f"row {place} ({key}): {row['passed']} in the file, {new['result']!r} now"
-        for place, (key, row, new) in enumerate(zip(keys, rows, decided, strict=True), 1)
-        if isinstance(row.get("passed"), bool) and row["passed"] != new["passed"]
-    ]
-    summary = f"{len(others):,} of {stored:,} programs ended differently than the file says"
-    return decided, [summary, *others]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from proxytune.commands.app import command
 from proxytune.commands.console import say
-from proxytune.commands.options import COMBINE, POLICY, STRENGTH, argument, with_policy
+from proxytune.commands.options import STRENGTH, PolicyOptions, argument
 from proxytune.errors import InvalidRequest
 from proxytune.request import check_alpha
 from proxytune.settings import declared, option
@@ -88,8 +88,6 @@ class RecipeOptions:
     """What else the recipe says, and what becomes of one that is already there."""
 
     llama_cpp: bool = option(False, "Run every .gguf file directly with llama.cpp")
-    policy: str | None = option(None, POLICY)
-    combine: str | None = option(None, COMBINE)
     map_vocabulary: bool = option(
         False,
         "Allow small models with another tokenizer than the base's; they steer the tokens that both have",
@@ -107,6 +105,7 @@ def new(
     base: BaseOptions,
     expert: ExpertOptions,
     options: RecipeOptions,
+    policy: PolicyOptions,
 ) -> None:
     """Write a recipe.
 
@@ -129,7 +128,7 @@ def new(
         recipe = _new_recipe(base, spec, directory)
     if options.llama_cpp:
         recipe = recipe.with_llama_cpp()
-    recipe = with_policy(recipe, options.policy, options.combine)
+    recipe = policy.applied_to(recipe)
     if options.map_vocabulary:
         recipe = replace(recipe, vocabulary="map")
     recipe.write(directory, overwrite=options.add or options.force)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,16 +65,6 @@ EXPERT = Flag(
     none_means="the recipe's",
     complete=_experts_to_complete,
 )
-POLICY = Option(
-    "Steering policy: a name, or JSON as in the steering of a recipe",
-    metavar="NAME|JSON",
-    none_means="the recipe's",
-)
-COMBINE = Option(
-    "How several experts are combined: sum, union, majority, …",
-    metavar="NAME",
-    none_means="the recipe's",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +73,51 @@ class SteeringOptions:
 
     alpha: float | None = option(None, STRENGTH, none_means="the recipe's")
     experts: tuple[str, ...] = option((), EXPERT)
-    policy: str | None = option(None, POLICY)
-    combine: str | None = option(None, COMBINE)
 
     def of(self, recipe: Recipe) -> Steering:
         """Return what `--alpha` and `--expert` ask for; see `steering_of`."""
         return steering_of(recipe, self.experts, self.alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyOptions:
+    """By which rule experts steer, in place of the recipe's."""
+
+    policy: str | None = option(
+        None,
+        "Steering policy: a name, or JSON as in the steering of a recipe",
+        metavar="NAME|JSON",
+        none_means="the recipe's",
+    )
+    combine: str | None = option(
+        None,
+        "How several experts are combined: sum, union, majority, …",
+        metavar="NAME",
+        none_means="the recipe's",
+    )
+
+    def applied_to(self, recipe: Recipe) -> Recipe:
+        """Return the recipe with this policy.
+
+        Raises:
+            InvalidRequest: A policy is unknown, or cannot be used.
+            RecipeError: It is not for this recipe.
+        """
+        from proxytune.logits.policy import Policy
+
+        if self.policy is None and self.combine is None:
+            return recipe
+        settings: object = recipe.policy.to_dict()
+        if self.policy is not None:
+            settings = {"policy": self.policy}
+            if self.policy.lstrip().startswith("{"):
+                try:
+                    settings = json.loads(self.policy)
+                except json.JSONDecodeError as error:
+                    raise InvalidRequest(f"--policy is not JSON: {error}") from error
+        assert isinstance(settings, dict)
+        own = recipe.policy.combine if self.combine is None else self.combine
+        return replace(recipe, policy=Policy.from_dict(settings, combine=own))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +184,7 @@ class ModelOptions:
         models = recipe.models.values()
         if given and not self.llama_cpp and all(model.llama_cpp is None for model in models):
             raise InvalidRequest(
-                f"--{given[0].replace('_', '-')} is for llama.cpp, and the recipe runs nothing with it.\n"
+                f"--{given[0].replace('_', '-')} is for llama.cpp, which the recipe does not use.\n"
                 "hint: add --llama-cpp to run its .gguf files that way"
             )
         if not self.llama_cpp and not given:
@@ -242,32 +271,6 @@ def steering_of(recipe: Recipe, names: Sequence[str] | None, alpha: float | None
             raise InvalidRequest(f"expert {name!r} is named twice.\nhint: name it once")
         own[name] = number_of(value, f"the strength of expert {name!r}") if has_own else None
     return recipe.mixed(own, alpha, name="--alpha")
-
-
-def with_policy(recipe: Recipe, policy: str | None, combine: str | None) -> Recipe:
-    """Return the recipe with what `--policy` and `--combine` say.
-
-    Raises:
-        InvalidRequest: A policy is unknown, or cannot be used.
-        RecipeError: It is not for this recipe.
-    """
-    from dataclasses import replace
-
-    from proxytune.logits.policy import Policy
-
-    if policy is None and combine is None:
-        return recipe
-    settings: object = recipe.policy.to_dict()
-    if policy is not None:
-        settings = {"policy": policy}
-        if policy.lstrip().startswith("{"):
-            try:
-                settings = json.loads(policy)
-            except json.JSONDecodeError as error:
-                raise InvalidRequest(f"--policy is not JSON: {error}") from error
-    assert isinstance(settings, dict)
-    own = recipe.policy.combine if combine is None else combine
-    return replace(recipe, policy=Policy.from_dict(settings, combine=own))
 
 
 def whole_numbers(text: str, name: str, separator: str, count: int | None = None) -> list[int]:

@@ -10,9 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from proxytune.commands.console import say, stderr
 
@@ -24,83 +24,54 @@ LINE_EVERY_S = 8.0
 
 
 class Lines:
-    """Writes a line about the innermost running work, at regular intervals while anything is running.
-
-    Args:
-        every_s: Time between two lines, in seconds.
-        write: Called with each line. Default: print it to stderr.
-    """
+    """Writes a line about the innermost running work, every `every_s` seconds while anything is running."""
 
     def __init__(self, every_s: float = LINE_EVERY_S, write: Callable[[str], None] = say) -> None:
         self._every_s = every_s
         self._write = write
-        self._running: list[Callable[[], str]] = []
+        self._running: list[tuple[Callable[[], str], float]] = []
         self._lock = threading.Lock()
-        self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._ended: threading.Event | None = None
 
-    def begin(self, line: Callable[[], str]) -> None:
-        """Report on this work from now on; work that is already running is silent until it ends.
-
-        Args:
-            line: Returns the current line.
-        """
+    @contextmanager
+    def about(self, latest: Callable[[], str]) -> Iterator[None]:
+        """Report how far this work is, and the time since its start; outer work is silent meanwhile."""
+        work = latest, time.monotonic()
         with self._lock:
-            self._running.append(line)
-            if self._thread is None:
+            self._running.append(work)
+            if self._ended is None:
                 self._ended = threading.Event()
-                self._thread = threading.Thread(
-                    target=self._speak, args=(self._ended,), daemon=True
-                )
-                self._thread.start()
-
-    def end(self, line: Callable[[], str]) -> None:
-        """Stop reporting on this work."""
-        with self._lock:
-            self._running.remove(line)
-            if self._running or self._thread is None:
-                return
-            self._ended.set()
-            self._thread = None
+                threading.Thread(target=self._speak, args=(self._ended,), daemon=True).start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running.remove(work)
+                if not self._running:
+                    self._ended.set()
+                    self._ended = None
 
     def _speak(self, ended: threading.Event) -> None:
         while not ended.wait(self._every_s):
             with self._lock:
                 if not ended.is_set():
-                    self._write(self._running[-1]())
+                    latest, started = self._running[-1]
+                    elapsed = timedelta(seconds=int(time.monotonic() - started))
+                    self._write(f"{latest()}, {elapsed} elapsed")
 
 
 LINES = Lines()
 """What commands report to; tests make their own."""
 
 
-@contextmanager
-def sign_of_life(doing: str, lines: Lines = LINES) -> Iterator[None]:
+def sign_of_life(doing: str, lines: Lines = LINES) -> AbstractContextManager[None]:
     """Report that something is still running, unless stderr is a terminal or inner work reports more."""
-    if stderr_is_terminal():
-        yield
-        return
-    started = time.monotonic()
-
-    def line() -> str:
-        return f"{doing}, {duration(time.monotonic() - started)} elapsed"
-
-    lines.begin(line)
-    try:
-        yield
-    finally:
-        lines.end(line)
+    return nullcontext() if stderr_is_terminal() else lines.about(lambda: doing)
 
 
-@contextmanager
-def waiting(doing: str) -> Iterator[None]:
+def waiting(doing: str) -> AbstractContextManager[object]:
     """Show a sign of life while something runs that does not report how far it has come."""
-    if stderr_is_terminal():
-        with stderr().status(doing):
-            yield
-    else:
-        with sign_of_life(doing):
-            yield
+    return stderr().status(doing) if stderr_is_terminal() else sign_of_life(doing)
 
 
 class ProgressBars:
@@ -116,24 +87,19 @@ class ProgressBars:
         self, doing: str = "working", *, shows_ends: bool = False, lines: Lines = LINES
     ) -> None:
         self._shows_ends = shows_ends
-        self._lines = lines
+        self._latest = doing
         self._bars = _bars() if stderr_is_terminal() else None
         self._stages: dict[str, TaskID] = {}
-        self._latest = doing
-        self._started = time.monotonic()
+        self._shown: AbstractContextManager[object] = self._bars or lines.about(
+            lambda: self._latest
+        )
 
     def __enter__(self) -> ProgressBars:
-        if self._bars is None:
-            self._lines.begin(self._line)
-        else:
-            self._bars.start()
+        self._shown.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._bars is None:
-            self._lines.end(self._line)
-        else:
-            self._bars.stop()
+    def __exit__(self, *error: Any) -> None:
+        self._shown.__exit__(*error)
 
     def show(self, stage: str, done: float, total: float, note: str = "") -> None:
         """Show how much of a stage is done.
@@ -153,27 +119,18 @@ class ProgressBars:
         elif self._shows_ends and done >= total:
             say(self._latest)
 
-    def _line(self) -> str:
-        return f"{self._latest}, {duration(time.monotonic() - self._started)} elapsed"
-
 
 def _bars() -> Progress:
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress as rich
 
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.fields[count]},", markup=False),
-        TimeElapsedColumn(),
-        TextColumn("elapsed,"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
+    return rich.Progress(
+        rich.TextColumn("{task.description}", markup=False),
+        rich.BarColumn(),
+        rich.TextColumn("{task.fields[count]},", markup=False),
+        rich.TimeElapsedColumn(),
+        rich.TextColumn("elapsed,"),
+        rich.TimeRemainingColumn(),
+        rich.TextColumn("left"),
         console=stderr(),
         speed_estimate_period=600,  # A block of long texts may take minutes, and ends all at once.
     )
@@ -189,8 +146,3 @@ def progress(doing: str, units: str) -> Iterator[Callable[[int, int], None]]:
 def stderr_is_terminal() -> bool:
     """Return whether stderr is a terminal, where bars can be drawn."""
     return sys.stderr.isatty()
-
-
-def duration(seconds: float) -> str:
-    """Return a time as `H:MM:SS`."""
-    return str(timedelta(seconds=int(seconds)))

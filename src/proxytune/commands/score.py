@@ -11,16 +11,9 @@ import typer
 from proxytune.commands.app import command
 from proxytune.commands.console import file_text, json_line, plain_table, say, stdin_text, stdout
 from proxytune.commands.flags import Pick
-from proxytune.commands.options import (
-    AS_JSON,
-    COMBINE,
-    POLICY,
-    WINDOW,
-    ModelOptions,
-    RecipeArgument,
-    with_policy,
-)
+from proxytune.commands.options import AS_JSON, WINDOW, ModelOptions, PolicyOptions, RecipeArgument
 from proxytune.commands.progress import progress
+from proxytune.evaluate.plan import EXPERTS
 from proxytune.settings import declared, option
 
 if TYPE_CHECKING:
@@ -38,14 +31,8 @@ class ScoreOptions:
         (0.0, 0.5, 1.0), "Strengths of the steered base", metavar="A,B,...", separator=","
     )
     experts: tuple[str, ...] = option(
-        (),
-        "Score this expert; repeat to combine several",
-        flag="--expert",
-        metavar="NAME",
-        none_means="the recipe's",
+        (), replace(EXPERTS, help="Score this expert; repeat to combine several")
     )
-    policy: str | None = option(None, POLICY)
-    combine: str | None = option(None, COMBINE)
     window: int | None = option(
         None,
         replace(
@@ -61,6 +48,7 @@ def score(
     recipe: RecipeArgument,
     *,
     options: ScoreOptions,
+    policy: PolicyOptions,
     models: Annotated[ModelOptions, Pick(leave_out=("cuda_graphs",))],
 ) -> None:
     """Measure how well base, expert and steered base predict a text.
@@ -69,7 +57,7 @@ def score(
     """
     from_stdin = options.text_file == "-"
     text = stdin_text() if from_stdin else file_text(Path(options.text_file))
-    found = with_policy(models.read(recipe), options.policy, options.combine)
+    found = policy.applied_to(models.read(recipe))
     experts = options.experts or None
     model = models.load(found, found.named(experts))
     from proxytune.measure.score import scoring_window

@@ -5,12 +5,11 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
-import os
 import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,13 +17,12 @@ from proxytune.commands.app import command
 from proxytune.commands.console import stderr
 from proxytune.commands.flags import Pick
 from proxytune.commands.options import ModelOptions, RecipeArgument, argument
-from proxytune.errors import InputFileError, InvalidRequest, missing_extra
+from proxytune.errors import InvalidRequest, missing_extra
 from proxytune.machine import settle
 from proxytune.request import SPECULATIVE
-from proxytune.server.settings import ServerSettings
+from proxytune.server.settings import KEY_VARIABLE, ServerSettings, read_keys
 from proxytune.settings import option
 
-KEY_VARIABLE = "PROXYTUNE_API_KEY"
 VLLM_DRAFT = 4
 """Tokens that the expert drafts at a time in vLLM with --speculative."""
 VLLM_OPTIONS = frozenset(
@@ -32,8 +30,6 @@ VLLM_OPTIONS = frozenset(
     | {"max_rows", "speculative", "dtype", "vllm_options"}
 )
 """What --engine vllm honours; the rest has names of vLLM's own."""
-MIN_KEY_LENGTH = 16
-"""Shorter keys can be guessed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +76,7 @@ class ListenOptions:
             InputFileError: The file cannot be read, or holds no key.
             InvalidRequest: A key is too short, or keys and the address contradict each other.
         """
-        keys = _keys(self.api_key_file)
+        keys = read_keys(self.api_key_file)
         if not (self.is_local or keys or self.no_key):
             raise InvalidRequest(
                 f"--host {self.host} can be reached from other machines, and no key is required.\n"
@@ -119,11 +115,22 @@ def serve(
             f"the name {name!r} has spaces or a colon, or is too long.\nhint: --name my-model"
         )
     if listen.engine == "vllm":
+        from proxytune.integrations.vllm.server import become_vllm_server, vllm_server_command
+
         _refuse_given(ctx, VLLM_OPTIONS)
         own = ["--max-num-seqs", str(settings.max_rows)] if _is_given(ctx, "max_rows") else []
         # vLLM lets pages of every origin call it by default.
         own += ["--allowed-origins", json.dumps(settings.cors_origins)]
-        _run_vllm(recipe, name, keys, listen, models.dtype, [*own, *(vllm_options or ())])
+        command_line = vllm_server_command(
+            recipe,
+            host=listen.host,
+            port=listen.port,
+            name=name,
+            dtype=models.dtype,
+            num_drafted=VLLM_DRAFT if listen.speculative else 0,
+            options=[*own, *(vllm_options or ())],
+        )
+        become_vllm_server(command_line, keys)
     if vllm_options:
         raise InvalidRequest(
             f"{vllm_options[0]!r} follows the recipe, and the server here has no options of that kind.\n"
@@ -172,42 +179,6 @@ def _run(
     server.run(sockets=[listening])
 
 
-def _run_vllm(
-    recipe: str,
-    name: str,
-    keys: tuple[str, ...],
-    listen: ListenOptions,
-    dtype: str | None,
-    options: list[str],
-) -> NoReturn:
-    """Become vLLM's server.
-
-    Raises:
-        InvalidRequest: Several keys were given, of which vLLM takes one.
-        UserError: vLLM is missing, or cannot run the recipe.
-    """
-    from proxytune.integrations.vllm.server import vllm_server_command
-
-    if len(keys) > 1:
-        raise InvalidRequest(
-            f"{len(keys)} keys were given, and vLLM takes one.\nhint: a proxy in front can know several"
-        )
-    line = vllm_server_command(
-        recipe,
-        host=listen.host,
-        port=listen.port,
-        name=name,
-        dtype=dtype,
-        num_drafted=VLLM_DRAFT if listen.speculative else 0,
-        options=options,
-    )
-    # A key on the command line would show in the list of processes.
-    environment = dict(os.environ) | ({"VLLM_API_KEY": keys[0]} if keys else {})
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execve(line[0], line, environment)
-
-
 def _is_given(ctx: typer.Context, name: str) -> bool:
     """Whether an option stood on the command line."""
     source = ctx.get_parameter_source(name)
@@ -226,36 +197,6 @@ def _refuse_given(ctx: typer.Context, honoured: frozenset[str]) -> None:
                 f"{parameter.opts[0]} is an option of the server here, and --engine vllm starts vLLM's.\n"
                 "hint: vLLM's own options follow --, as in: -- --max-model-len 4096"
             )
-
-
-def _keys(path: Path | None) -> tuple[str, ...]:
-    """Return the keys of a file, or of the environment.
-
-    Raises:
-        InputFileError: The file cannot be read, or holds no key.
-        InvalidRequest: A key is too short.
-    """
-    if path is None:
-        found = [os.environ.get(KEY_VARIABLE, "").strip()]
-    else:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise InputFileError(
-                f"{path} cannot be read: {why}.\nhint: --api-key-file takes a file with one key per line"
-            ) from error
-        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        if not found:
-            raise InputFileError(f"{path} holds no key.\nhint: write one per line")
-    keys = tuple(key for key in found if key)
-    for key in keys:
-        if len(key) < MIN_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key:
-            raise InvalidRequest(
-                f"a key has fewer than {MIN_KEY_LENGTH} characters, or some that HTTP headers cannot hold."
-                "\nhint: python -c 'import secrets; print(secrets.token_urlsafe())' makes a good one"
-            )
-    return keys
 
 
 def _name(reference: str) -> str:

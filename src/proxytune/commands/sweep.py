@@ -13,13 +13,11 @@ from proxytune.commands.console import json_line, plain_table, say, stdout
 from proxytune.commands.flags import Pick, number_of
 from proxytune.commands.options import (
     AS_JSON,
-    COMBINE,
     PICTURE,
-    POLICY,
     DataOptions,
     ModelOptions,
+    PolicyOptions,
     RecipeArgument,
-    with_policy,
 )
 from proxytune.commands.progress import progress
 from proxytune.errors import InvalidRequest
@@ -79,8 +77,6 @@ class SweepOptions:
         metavar="NAME",
         none_means="those named in --alphas, or the recipe's",
     )
-    policy: str | None = option(None, POLICY)
-    combine: str | None = option(None, COMBINE)
     max_new_tokens: int | None = option(
         None,
         "Maximum number of new tokens in a generated text",
@@ -152,6 +148,7 @@ def sweep(
     *,
     data: DataOptions,
     options: SweepOptions,
+    policy: PolicyOptions,
     models: Annotated[ModelOptions, Pick(leave_out=("cuda_graphs", "max_calls", "max_cost"))],
 ) -> None:
     """Try strengths against a metric: pick the best on one part of the data, and measure it on another.
@@ -163,7 +160,7 @@ def sweep(
 
     options.check(data)
     benchmark = options.benchmark()
-    found = with_policy(models.read(recipe), options.policy, options.combine)
+    found = policy.applied_to(models.read(recipe))
     sampling = options.sampling(benchmark)
     grid, chosen = _grid(found, options)
     model = models.load(found, chosen)

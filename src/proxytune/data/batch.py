@@ -113,14 +113,8 @@ def run_batch(
             num_new_tokens = _generate(model, source, output, num_resumed, options, on_progress)
             latency_s = time.perf_counter() - started
             output.finish(source.num_lines, source.bad_lines)
-    return BatchReport(
-        source.num_lines,
-        num_resumed,
-        num_new_tokens,
-        tuple(sorted(source.bad_lines)),
-        tuple(source.reasons),
-        latency_s,
-    )
+    bad_lines, reasons = tuple(sorted(source.bad_lines)), tuple(source.reasons)
+    return BatchReport(source.num_lines, num_resumed, num_new_tokens, bad_lines, reasons, latency_s)
 
 
 def _generate(

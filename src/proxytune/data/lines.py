@@ -99,24 +99,22 @@ def parse_line(raw: bytes, number: int, *, recipe: Recipe, options: BatchOptions
         raise InputFileError(f"JSON that cannot be kept ({error})") from error
     if not isinstance(content, dict):
         raise InputFileError(f'it is a JSON {_kind(content)}, and must be an object with "prompt"')
-    prompt_fields = [name for name in ("prompt", "messages") if name in content]
-    if len(prompt_fields) != 1:
-        given = ", ".join(map(repr, content)) or "none"
+    if "prompt" in content and "messages" in content:
         raise InputFileError(
             'it has both "prompt" and "messages", and only one of them can be the prompt'
-            if prompt_fields
-            else f'it has neither "prompt" nor "messages" (its fields: {given})'
         )
+    if "prompt" not in content and "messages" not in content:
+        given = ", ".join(map(repr, content)) or "none"
+        raise InputFileError(f'it has neither "prompt" nor "messages" (its fields: {given})')
     if "output" in content:
         raise InputFileError(
             'it has a field "output", which is where the answer goes.\nhint: rename the field'
         )
-    prompt = content[prompt_fields[0]]
-    if prompt_fields == ["messages"] and not (
-        isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)
-    ):
+    prompt = content["messages" if "messages" in content else "prompt"]
+    is_list = isinstance(prompt, list)
+    if "messages" in content and not (is_list and all(isinstance(m, dict) for m in prompt)):
         raise InputFileError('"messages" must be a list of {"role": text, "content": text}')
-    if isinstance(prompt, list):
+    if is_list:
         prompt = tuple(prompt)
     own = content.get("options", {})
     if not isinstance(own, dict):
@@ -131,15 +129,9 @@ def _request(prompt: Any, own: Mapping[str, Any], number: int, options: BatchOpt
     for name in own:
         if name not in LINE_OPTIONS:
             known = f"known are {', '.join(LINE_OPTIONS)}"
-            raise InputFileError(
-                f'"options" has {name!r}, which is not an option'
-                f"{did_you_mean(name, LINE_OPTIONS, otherwise=known)}"
-            )
-    changes = {
-        name: SAMPLING_OPTIONS[name].from_json(value)
-        for name, value in own.items()
-        if name in SAMPLING_OPTIONS
-    }
+            hint = did_you_mean(name, LINE_OPTIONS, otherwise=known)
+            raise InputFileError(f'"options" has {name!r}, which is not an option{hint}')
+    changes = {n: SAMPLING_OPTIONS[n].from_json(own[n]) for n in own if n in SAMPLING_OPTIONS}
     sampling = replace(options.sampling, **changes)
     if changes.get("seed") is None and not sampling.is_greedy:
         sampling = replace(sampling, seed=line_seed(options.sampling.seed, number))
@@ -251,12 +243,9 @@ class InputFile:
     def _leave_out(self, number: int, error: UserError) -> None:
         reason = f"line {number} of {self._path}: {error}"
         if not self._options.skip_bad_lines:
-            hint = (
-                ""
-                if "hint:" in reason
-                else "\nhint: correct the line, or leave it out with --skip-bad-lines"
-            )
-            raise InputFileError(reason + hint) from error
+            if "hint:" not in reason:
+                reason += "\nhint: correct the line, or leave it out with --skip-bad-lines"
+            raise InputFileError(reason) from error
         self.bad_lines.add(number)
         if len(self.reasons) < 3:
             self.reasons.append(reason.split("\nhint:")[0])

@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import importlib
 import io
 import json
 import random
@@ -27,7 +28,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from proxytune.errors import InputFileError, InvalidRequest, MissingExtra, missing_extra
+from proxytune.errors import InputFileError, InvalidRequest, missing_extra
 from proxytune.request import Message, Prompt
 
 Kind = Literal["text", "completion", "messages", "preference"]
@@ -130,17 +131,17 @@ def read_rows(source: str | Path | Iterable[Mapping[str, Any]], *, split: str = 
 def _checked(found: _Found) -> Rows:
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
-    first: tuple[Kind, bool] | None = None
+    first: tuple[Kind, str] | None = None
     for number, item in found.items:
         try:
             kind, row = _row(item)
-            form = kind, any(isinstance(row[key], list) for key in row if key != "messages")
-            if first is None:
-                first = form
-            elif form != first:
+            has_lists = any(isinstance(row[key], list) for key in row if key != "messages")
+            form = kind, " (lists of messages)" if has_lists else ""
+            first = first or form
+            if form != first:
                 raise _Refused(
-                    f"its format is {_form_name(form)}, and that of {found.unit} {lines[0]} is "
-                    f"{_form_name(first)}; all rows must have the same format.\n"
+                    f"its format is {''.join(form)}, and that of {found.unit} {lines[0]} is "
+                    f"{''.join(first)}; all rows must have the same format.\n"
                     "hint: put the rows of each format into a separate file"
                 )
         except _Refused as refused:
@@ -163,10 +164,8 @@ def _find(source: str | Path, split: str) -> _Found:
         is_there, is_directory = path.exists() and str(source) != "", path.is_dir()
     except (OSError, ValueError):  # The name is too long, or has a character that no path can have.
         is_there = is_directory = False
-    if is_there and is_directory:
-        return _read_directory(path, split)
     if is_there:
-        return _read_file(path)
+        return _read_directory(path, split) if is_directory else _read_file(path)
     hub_id = _HUB_ID.fullmatch(source) if isinstance(source, str) else None
     # If the folder exists, the name means a missing file, not a data set of that owner.
     if hub_id and path.suffix.lower() not in _FILE_SUFFIXES and not path.parent.exists():
@@ -184,32 +183,28 @@ def _read_directory(path: Path, split: str) -> _Found:
             f"{path} is a directory, and not one that `save_to_disk` of datasets wrote.\n"
             "hint: give one of its files, or write the data set with save_to_disk"
         )
-    datasets = _datasets(f"the data set in {path}")
+    datasets = _imported("datasets", f"the data set in {path}")
     try:
         loaded = datasets.load_from_disk(str(path))
-        splits = None if is_single else loaded
-        if splits is not None and split in splits:
-            loaded = splits[split]
-        if splits is None or split in splits:
-            return _Found(path.name, "row", enumerate(_dataset_rows(loaded), 1))
+        if is_single or split in loaded:
+            dataset = loaded if is_single else loaded[split]
+            return _Found(path.name, "row", enumerate(_dataset_rows(dataset), 1))
     except Exception as error:  # The library, Arrow and the disk each have exceptions of their own.
         raise InputFileError(
             f"the data set in {path} cannot be read: {_first_line(error)}\n"
             "hint: write it again with save_to_disk"
         ) from error
     raise InputFileError(
-        f"the data set in {path} has no split {split!r}; it has {_listed(splits)}.\n"
-        f"hint: --split {next(iter(splits), 'NAME')}"
+        f"the data set in {path} has no split {split!r}; it has {_listed(loaded)}.\n"
+        f"hint: --split {next(iter(loaded), 'NAME')}"
     )
 
 
 def _read_hub(source: str, hub_id: str, config: str | None, split: str) -> _Found:
-    datasets = _datasets(f"the data set {source}")
+    datasets = _imported("datasets", f"the data set {source}")
     try:
         rows = _dataset_rows(datasets.load_dataset(hub_id, config, split=split))
-    except (
-        Exception
-    ) as error:  # Network, access, format, configuration: each has its own exception.
+    except Exception as error:  # Network, access, format, settings: each has its own exception.
         raise InputFileError(
             f"there is no file {source!r}, and no data set of this name can be read from the Hugging Face "
             f"Hub (split {split!r}): {_first_line(error)}\n"
@@ -226,18 +221,13 @@ def _dataset_rows(dataset: Any) -> list[dict[str, Any]]:
     return list(dataset.with_format(None).to_list())
 
 
-def _datasets(what: str) -> Any:
+def _imported(library: str, what: str) -> Any:
+    """Return a library of the extra `tune`, which reading `what` needs."""
     try:
-        import datasets
+        return importlib.import_module(library)
     except ImportError as error:
-        raise _without_datasets(what) from error
-    return datasets
-
-
-def _without_datasets(what: str) -> MissingExtra:
-    return missing_extra(
-        f"reading {what} needs the library datasets, which is not installed", "tune"
-    )
+        why = f"reading {what} needs the library datasets, which is not installed"
+        raise missing_extra(why, "tune") from error
 
 
 def _read_file(path: Path) -> _Found:
@@ -280,15 +270,12 @@ def _read_file(path: Path) -> _Found:
 
 
 def _arrow_rows(content: bytes, path: Path) -> list[dict[str, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise _without_datasets(path.name) from error
+    pyarrow = _imported("pyarrow", path.name)
+    parquet = _imported("pyarrow.parquet", path.name)
     try:
         buffer = pyarrow.BufferReader(content)
         if content.startswith(b"PAR1"):
-            table = pyarrow.parquet.read_table(buffer)
+            table = parquet.read_table(buffer)
         elif content.startswith(b"ARROW1"):
             table = pyarrow.ipc.open_file(buffer).read_all()
         else:
@@ -464,12 +451,9 @@ def _messages(value: Any, what: str) -> list[Message]:
     messages: list[Message] = []
     for number, message in enumerate(value, 1):
         place = f"message {number} of {what}"
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            shown = (
-                f"has the keys {_listed(message)}"
-                if isinstance(message, Mapping)
-                else f"is {_called(message)}"
-            )
+        is_object = isinstance(message, Mapping)
+        if not is_object or not {"role", "content"} <= message.keys():
+            shown = f"has the keys {_listed(message)}" if is_object else f"is {_called(message)}"
             raise _Refused(f'{place} {shown}, and must be {{"role": ..., "content": ...}}')
         role = message["role"]
         if role not in ROLES:
@@ -491,11 +475,8 @@ def _messages(value: Any, what: str) -> list[Message]:
 def _text(item: Mapping[str, Any], key: str, *, may_be_empty: bool = False) -> str:
     value = item.get(key)
     if not isinstance(value, str):
-        raise _Refused(
-            f'"{key}" is {_called(value)}, and must be text'
-            if key in item
-            else f'"{key}" is missing'
-        )
+        why = f"is {_called(value)}, and must be text" if key in item else "is missing"
+        raise _Refused(f'"{key}" {why}')
     _check_characters(value, f'"{key}"')
     if not may_be_empty and not value.strip():
         raise _Refused(f'"{key}" is empty, so there is nothing to learn.\nhint: leave this row out')
@@ -506,9 +487,8 @@ def _check_characters(text: str, what: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise _Refused(
-            rf"{what} has half of a \u surrogate pair, which is not a character"
-        ) from error
+        why = r"has half of a \u surrogate pair, which is not a character"
+        raise _Refused(f"{what} {why}") from error
 
 
 def _called(value: Any) -> str:
@@ -522,11 +502,6 @@ def _called(value: Any) -> str:
         if isinstance(value, types):
             return called
     return f"of the type {type(value).__name__}"
-
-
-def _form_name(form: tuple[Kind, bool]) -> str:
-    kind, is_conversation = form
-    return kind + (" (lists of messages)" if is_conversation else "")
 
 
 def _listed(keys: Iterable[Any]) -> str:
@@ -608,10 +583,8 @@ def _cut_text(rows: Rows, valid_share: float) -> tuple[Rows, Rows]:
         blank_lines = [m.end() for m in re.finditer(r"\n[^\S\n]*\n", text[earliest:latest])]
         cut = earliest + blank_lines[-1] if blank_lines else text.rfind("\n", 0, latest) + 1
         if text[:cut].strip() and text[cut:].strip():
-            train, valid = (
-                replace(rows, rows=[{"text": part}]) for part in (text[:cut], text[cut:])
-            )
-            return train, valid
+            train, valid = text[:cut], text[cut:]
+            return replace(rows, rows=[{"text": train}]), replace(rows, rows=[{"text": valid}])
     raise InputFileError(
         f"{rows.source} has only one row, and no part of it can be set aside for validation.\n"
         "hint: --valid-share 0 trains without validation; --valid-data gives separate rows"

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from proxytune.decode.drafting import drafter_of
@@ -105,9 +106,8 @@ class Batch:
         for row in rows:
             self._drafter.begin(row)
         partial = groups[0].backend.partial
-        self._steerer = (
-            Steerer(self._lanes) if partial is None else PartialSteerer(self._lanes, partial)
-        )
+        lanes = self._lanes
+        self._steerer = Steerer(lanes) if partial is None else PartialSteerer(lanes, partial)
         self.draft_counts: dict[int, DraftCount] = {}
         """How many tokens were drafted for rows that have ended, by their numbers."""
         self._usages: dict[int, Usage | None] = {}
@@ -134,20 +134,19 @@ class Batch:
         events = self.drop_cancelled()
         if self.is_done:
             return events
-        block = self._first or self._read()
-        self._first = None
+        block, self._first = self._first, None
+        if block is None:
+            block = self._reader.begin()
+            self._drafter.draft(block)
+            self._reader.read(block)
         rows = self._lanes.rows
         num_kept = [0] * len(rows)  # drafted tokens that stay
         alive = list(range(len(rows)))  # the rows whose draft was right so far
         ended: set[int] = set()
-        drafts = block.drafted_ids()
+        drafts = torch.stack(block.draft).tolist() if block.draft else []
         for position, drafted in enumerate(drafts):
             events += self._choose(block, position, alive, drafted, ended)
-            alive = [
-                place
-                for place in alive
-                if place not in ended and rows[place].new_ids[-1] == drafted[place]
-            ]
+            alive = [at for at in alive if at not in ended and rows[at].new_ids[-1] == drafted[at]]
             if not alive:
                 break
             for place in alive:
@@ -163,13 +162,6 @@ class Batch:
         self._reader.finish(block)
         return events
 
-    def _read(self) -> Block:
-        """Plan a block and let the models read it."""
-        block = self._reader.begin()
-        self._drafter.draft(block)
-        self._reader.read(block)
-        return block
-
     def _choose(
         self,
         block: Block,
@@ -178,14 +170,9 @@ class Batch:
         drafted: Sequence[int] | None,
         ended: set[int],
     ) -> list[Event]:
-        """Choose the token that follows a position.
+        """Choose the token that follows a position, for the rows whose draft was right so far.
 
-        Args:
-            block: What was read.
-            position: Where in the block.
-            alive: The rows whose draft was right so far.
-            drafted: Every row's drafted token; None after the draft's end.
-            ended: Rows that end are added.
+        `drafted` is every row's drafted token, None after the draft's end. Rows that end go into `ended`.
         """
         lanes, drafter = self._lanes, self._drafter
         rows = lanes.rows

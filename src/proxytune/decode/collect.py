@@ -72,19 +72,14 @@ def with_token_texts(
 ) -> Trace:
     """Return a trace with its prompt's text and the text of every token it mentions, if it records views.
 
-    Args:
-        trace: What was generated.
-        job: What was asked for.
-        ensemble: The models.
-        contents: What each token of the base's vocabulary writes (`text.vocab.token_bytes`).
+    `contents` is what each token of the base's vocabulary writes (`text.vocab.token_bytes`).
     """
     if not job.records_views:
         return trace
     named = {step.token_id for step in trace.steps}
     for step in trace.steps:
-        named |= {token_id for token_id, _ in step.top}
-        for view in (step.views or {}).values():
-            named |= {token_id for token_id, _ in view.top}
+        for top in (step.top, *(view.top for view in (step.views or {}).values())):
+            named |= {token_id for token_id, _ in top}
     tokens = {i: _text_or_bytes(contents[i]) for i in sorted(named) if i in contents}
     special = {*ensemble.tokenizer.all_special_ids, *ensemble.eos_token_ids}
     prompt = ensemble.tokenizer.decode(

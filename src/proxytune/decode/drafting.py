@@ -17,7 +17,6 @@ from torch import Tensor
 from proxytune.backends.base import NO_TOKEN, PartialBackend
 from proxytune.decode.ensemble import members_of
 from proxytune.decode.lanes import Block, LaneGroup, LaneRef, Lanes, Row
-from proxytune.decode.lookup import PromptLookup
 from proxytune.decode.outlook import Outlook
 from proxytune.decode.reading import Reader, TimedReader
 from proxytune.decode.speculative import (
@@ -25,6 +24,7 @@ from proxytune.decode.speculative import (
     SOURCES,
     Drafting,
     Plan,
+    PromptLookup,
     Source,
     Speculator,
     best_plan,
@@ -94,34 +94,19 @@ class Drafter:
     def guess(self, outlook: Outlook, drafted: Sequence[int] | None) -> Guesses:
         """Return what is guessed for the tokens about to be chosen.
 
-        Args:
-            outlook: What they are chosen from.
-            drafted: Every row's drafted token; None after the draft's end.
+        `drafted` is every row's drafted token; None after the draft's end.
         """
         return NO_GUESSES
 
     def observe(self, row: Row, token_id: int, at: int, guesses: Guesses) -> None:
-        """Compare the token chosen for a row with what was guessed for it.
-
-        Args:
-            row: The row, which does not have the token yet.
-            token_id: The token.
-            at: Which of the guesses' rows it is.
-            guesses: From `guess`.
-        """
+        """Compare the token chosen for a row, which does not have it yet, with its guess at index `at`."""
 
     def end(self, row: Row) -> None:
         """Keep what a row has taught for later ones."""
 
 
 class FixedDrafter(Drafter):
-    """Drafts of one source, as long as allowed.
-
-    Args:
-        lanes: The rows.
-        reader: Runs the models.
-        speculator: What is allowed, and what earlier rows have taught.
-    """
+    """Drafts of one source, as long as the speculator allows."""
 
     def __init__(self, lanes: Lanes, reader: Reader, speculator: Speculator) -> None:
         super().__init__(reader)
@@ -159,10 +144,8 @@ class FixedDrafter(Drafter):
 
     def guess(self, outlook: Outlook, drafted: Sequence[int] | None) -> Guesses:
         """Return the draft's tokens, and what every source would guess if that is to be learned."""
-        return Guesses(
-            () if drafted is None else [drafted[place] for place in outlook.places],
-            self._guess_all(outlook, drafted) if self._is_learning else {},
-        )
+        own = () if drafted is None else [drafted[place] for place in outlook.places]
+        return Guesses(own, self._guess_all(outlook, drafted) if self._is_learning else {})
 
     def observe(self, row: Row, token_id: int, at: int, guesses: Guesses) -> None:
         """Count what was drafted and accepted, and keep acceptance rates current."""
@@ -192,14 +175,9 @@ class FixedDrafter(Drafter):
                 lookups = [lanes.rows[place].lookup for place in places]
                 proposed = [lookup.propose(1) if lookup else [] for lookup in lookups]
                 guesses[source] = [ids[0] if ids else None for ids in proposed]
-            elif source == block.source and (drafted is not None or block.unused is not None):
-                known = drafted
-                if known is None:
-                    assert block.unused is not None
-                    known = block.unused.tolist()
-                guesses[source] = [
-                    None if known[place] == NO_TOKEN else known[place] for place in places
-                ]
+            elif source == block.source and (known := _drafted(block, drafted)) is not None:
+                own = [known[place] for place in places]
+                guesses[source] = [None if token_id == NO_TOKEN else token_id for token_id in own]
             elif (guesser := self._guesser(source)) is not None:
                 refs = {p: ref for p in places if (ref := guesser.refs[p]) is not None}
                 if refs:
@@ -238,7 +216,8 @@ class FixedDrafter(Drafter):
 
     def _base(self) -> Guesser | None:
         lanes = self._lanes
-        return Guesser.of(lanes.base, lanes.base_refs) if len(lanes.groups) > 1 else None
+        refs = [lanes.ref(0, row) for row in lanes.rows]
+        return Guesser.of(lanes.base, refs) if len(lanes.groups) > 1 else None
 
     def _strongest(self) -> Guesser | None:
         """Return each row's expert of greatest strength, as far as they are on one backend."""
@@ -305,6 +284,11 @@ class FixedDrafter(Drafter):
         return True
 
 
+def _drafted(block: Block, drafted: Sequence[int] | None) -> Sequence[int] | None:
+    """Return every row's drafted token, or the one that the source would have drafted next."""
+    return block.unused.tolist() if drafted is None and block.unused is not None else drafted
+
+
 class AdaptiveDrafter(FixedDrafter):
     """Drafts as far as it pays, by measured costs and acceptance rates, down to not at all."""
 
@@ -336,10 +320,8 @@ class AdaptiveDrafter(FixedDrafter):
         rates = {source: self._rates(source) for source in able}
         has_match = [row.lookup is not None and bool(row.lookup.propose(1)) for row in rows]
         if self._drafting.allows("lookup") and any(has_match):
-            rates["lookup"] = [
-                row.rates["lookup"].value if found else 0.0
-                for row, found in zip(rows, has_match, strict=True)
-            ]
+            own = zip(self._rates("lookup"), has_match, strict=True)
+            rates["lookup"] = [rate if found else 0.0 for rate, found in own]
         plan = best_plan(rates, self._block_seconds, limit)
         if plan is None or plan.source == "lookup":
             return plan
@@ -348,9 +330,7 @@ class AdaptiveDrafter(FixedDrafter):
             return plan._replace(source=able[0], length=limit) if able else None
         return plan._replace(length=limit)
 
-    def _block_seconds(
-        self, source: Source | None, length: int, whole_chance: float
-    ) -> float | None:
+    def _block_seconds(self, source: Source | None, length: int, whole: float) -> float | None:
         """Return what a block costs; see `best_plan`."""
         guesser = None if source is None or source == "lookup" else self._guesser(source)
         total = self._clock.rest_seconds(length + 1)
@@ -359,7 +339,7 @@ class AdaptiveDrafter(FixedDrafter):
             seconds = self._clock.forward_seconds(group, 1 if is_drafting else length + 1)
             if seconds is None:
                 return None
-            total += seconds * (length + whole_chance) if is_drafting else seconds
+            total += seconds * (length + whole) if is_drafting else seconds
         return total
 
     def _admits(self, ahead: _Ahead, logits: Tensor, guessed: Tensor) -> bool:
@@ -430,11 +410,9 @@ class CallDrafter(FixedDrafter):
         self._backend = backend
 
     def draft(self, block: Block) -> None:
-        """Fill in a block's draft, and what the drafting models have read for it."""
-        known = self._known_continuation()
-        if known:
-            block.source = "base"
-            block.draft = known
+        """Draft what is known of the base's continuation; if nothing is, go on as other drafters do."""
+        if known := self._known_continuation():
+            block.source, block.draft = "base", known
         else:
             super().draft(block)
 
@@ -456,22 +434,13 @@ class CallDrafter(FixedDrafter):
         can_draft = self._drafting.allows("expert") and self._guesser("expert") is not None
         if length <= 0 or not can_draft or not self._backend.can_score:
             return None
-        rates = {
-            source: sum(row.rates[source].value for row in self._lanes.rows)
-            for source in ("expert", "base")
-        }
-        if self._drafting.is_adaptive and rates["expert"] <= rates["base"]:
-            return None
-        return Plan("expert", length, 0.0)
+        rates = [row.rates for row in self._lanes.rows]
+        gain = sum(own["expert"].value for own in rates) - sum(own["base"].value for own in rates)
+        return None if self._drafting.is_adaptive and gain <= 0 else Plan("expert", length, 0.0)
 
 
 def drafter_of(lanes: Lanes, speculator: Speculator | None) -> Drafter:
-    """Return who drafts for a batch.
-
-    Args:
-        lanes: The rows.
-        speculator: What is allowed; None for plain decoding.
-    """
+    """Return who drafts for a batch; without a speculator, plain decoding."""
     partial = lanes.base.backend.partial
     if not all(group.backend.capabilities.can_rewind for group in lanes.groups):
         return Drafter(Reader(lanes))  # A wrong draft could not be taken back.

@@ -26,12 +26,7 @@ class Member:
     adapter: str | None = None
 
     def own_ids(self, token_ids: Sequence[int], *, is_start: bool = False) -> list[int]:
-        """Return a text, given in the base's tokens, in the tokens of the member's prompts.
-
-        Args:
-            token_ids: The text, in the base's vocabulary.
-            is_start: Whether the text stands at the beginning rather than after a prompt.
-        """
+        """Return a text of the base's tokens in those of the member's prompts; see `Backend.own_ids`."""
         ids = self.alignment.ids_to_small(torch.tensor(list(token_ids), dtype=torch.long))
         return self.backend.own_ids(ids.tolist(), is_start=is_start)
 
@@ -140,15 +135,12 @@ def check_job(ensemble: Ensemble, job: Job) -> None:
                     f"{member.backend.num_prompt_ids} token ids"
                 )
         limit = member.backend.capabilities.max_context
-        if limit is None:
-            continue
-        wanted = len(prompt) + job.sampling.max_new_tokens
-        if len(prompt) >= limit:
+        if limit is not None and len(prompt) >= limit:
             raise PromptTooLong(
                 f"the prompt has {len(prompt)} tokens and {member.name} has a context of {limit}, so "
                 "there is no room for new tokens.\nhint: shorten the prompt"
             )
-        if wanted > limit:
+        if limit is not None and len(prompt) + job.sampling.max_new_tokens > limit:
             raise PromptTooLong(
                 f"the prompt has {len(prompt)} tokens, {job.sampling.max_new_tokens} new ones were "
                 f"requested, and {member.name} has a context of {limit}.\n"
@@ -158,11 +150,8 @@ def check_job(ensemble: Ensemble, job: Job) -> None:
 
 def pairs_of(job: Job) -> tuple[int, ...]:
     """List the pairs that a job runs."""
-    return tuple(
-        which
-        for which, alpha in enumerate(job.alphas)
-        if alpha is not None and (alpha != 0 or job.records_views)
-    )
+    given = [(which, alpha) for which, alpha in enumerate(job.alphas) if alpha is not None]
+    return tuple(which for which, alpha in given if alpha != 0 or job.records_views)
 
 
 def members_of(ensemble: Ensemble, job: Job) -> list[int]:

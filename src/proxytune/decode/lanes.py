@@ -11,8 +11,7 @@ from torch import Tensor
 
 from proxytune.backends.base import Backend, num_shared_tokens
 from proxytune.decode.ensemble import Ensemble, Job, members_of, pairs_of
-from proxytune.decode.lookup import PromptLookup
-from proxytune.decode.speculative import Rate, Source
+from proxytune.decode.speculative import PromptLookup, Rate, Source
 from proxytune.logits.sample import BatchSampler
 from proxytune.logits.steer import Contribution
 from proxytune.text.detokenize import TextStream
@@ -75,11 +74,9 @@ class Row:
     def begin(cls, ensemble: Ensemble, index: int, job: Job) -> Row:
         """Return a row without new tokens."""
         sampling = job.sampling
+        prompt, least = job.prompts[0], sampling.min_new_tokens
         text = TextStream(
-            ensemble.tokenizer,
-            stop=sampling.stop,
-            prompt_ids=job.prompts[0],
-            min_tokens=sampling.min_new_tokens,
+            ensemble.tokenizer, stop=sampling.stop, prompt_ids=prompt, min_tokens=least
         )
         eos_token_ids = () if sampling.ignore_eos else ensemble.eos_token_ids
         ending_ids = frozenset((*sampling.stop_token_ids, *eos_token_ids))
@@ -135,10 +132,6 @@ class Block:
         for group, parts in self.stepwise.items():
             logits[group] = parts[position]
         return logits
-
-    def drafted_ids(self) -> list[list[int]]:
-        """Return the draft as numbers, by position and row."""
-        return torch.stack(self.draft).tolist() if self.draft else []
 
 
 @dataclass(slots=True, eq=False)
@@ -243,11 +236,6 @@ class Lanes:
         """The lanes on the base's backend."""
         return self.groups[0]
 
-    @property
-    def base_refs(self) -> list[LaneRef]:
-        """The base's lane for each row."""
-        return self._base.refs
-
     def ref(self, member: int, row: Row) -> LaneRef:
         """Return the lane in which a member reads a row."""
         return self._refs[Lane(member, row.index)]
@@ -262,17 +250,15 @@ class Lanes:
         self, logits: Mapping[LaneGroup, Tensor], places: Sequence[int]
     ) -> list[Contribution]:
         """Return what steers the rows at `places`; in each contribution, every row has a pair of its own."""
-        is_all = len(places) == len(self.rows)
-        return [
-            Contribution(
-                self._side_logits(pairs.expert, logits, places),
-                self._side_logits(pairs.anti_expert, logits, places),
-                pairs.alpha
-                if is_all or not isinstance(pairs.alpha, Tensor)
-                else pairs.alpha[list(places)],
-            )
-            for pairs in self._steering
-        ]
+        found = []
+        for pairs in self._steering:
+            alpha = pairs.alpha
+            if isinstance(alpha, Tensor) and len(places) < len(self.rows):
+                alpha = alpha[list(places)]
+            expert = self._side_logits(pairs.expert, logits, places)
+            anti_expert = self._side_logits(pairs.anti_expert, logits, places)
+            found.append(Contribution(expert, anti_expert, alpha))
+        return found
 
     def pick(self, logits: Mapping[LaneGroup, Tensor], refs: Sequence[LaneRef]) -> Tensor:
         """Return what lanes say, in the base's vocabulary and on its device, `[refs, vocab]`."""
@@ -285,12 +271,7 @@ class Lanes:
         return logits.index_fill(-1, self.padding_ids, -torch.inf)
 
     def weights_by_name(self, row: Row, weights: Sequence[float]) -> dict[str, float]:
-        """Name the pairs that a policy's weights for a row belong to.
-
-        Args:
-            row: The row.
-            weights: One for each of `contributions`.
-        """
+        """Name the pairs that a policy's weights for a row, one for each of `contributions`, belong to."""
         names = [self.ensemble.pairs[which].name for which in row.pairs]
         return {
             names[pairs.nth]: weight
@@ -323,12 +304,7 @@ class Lanes:
     # Rows that come and go ------------------------------------------------------------------------------
 
     def select(self, places: Sequence[int], block: Block | None = None) -> None:
-        """Keep the rows at the given places.
-
-        Args:
-            places: The places, ascending.
-            block: A block from which no token was chosen yet, if any; it keeps the same rows.
-        """
+        """Keep the rows at the given places, ascending, also in a block from which no token was chosen."""
         if len(places) == len(self.rows):
             return
         self.rows = [self.rows[place] for place in places]
@@ -348,11 +324,9 @@ class Lanes:
         self._arrange()
 
     def join(self, other: Lanes, offset: int) -> None:
-        """Take over another batch's rows, after the own ones; the other must not be used after.
+        """Take over another batch's rows, after the own ones; `offset` is added to their numbers.
 
-        Args:
-            other: Lanes of the same ensemble, on backends that can merge.
-            offset: Added to the numbers of the other rows.
+        The other lanes are of the same ensemble, on backends that can merge, and must not be used after.
         """
         for row in other.rows:
             row.index += offset
@@ -418,10 +392,9 @@ class Lanes:
 
     def _alpha(self, nth: int) -> float | Tensor:
         """Return the strength of each row's nth pair, 0 in rows that have fewer pairs."""
-        alphas = [
-            (row.job.alphas[row.pairs[nth]] or 0.0) if nth < len(row.pairs) else 0.0
-            for row in self.rows
-        ]
+        pairs = [row.pairs[nth : nth + 1] for row in self.rows]
+        own = zip(self.rows, pairs, strict=True)
+        alphas = [(row.job.alphas[pair[0]] or 0.0) if pair else 0.0 for row, pair in own]
         if len(set(alphas)) == 1:
             return alphas[0]
         return torch.tensor(alphas, dtype=torch.float32, device=self.device)
@@ -431,11 +404,9 @@ class Lanes:
         # A row with fewer pairs has strength 0 here, so the logits of any row will do.
         stand_in = next(row for row in self.rows if nth < len(row.pairs))
         rows = [row if nth < len(row.pairs) else stand_in for row in self.rows]
-        pairs = [self.ensemble.pairs[row.pairs[nth]] for row in rows]
-        return (
-            self._side([(pair.expert, row) for pair, row in zip(pairs, rows, strict=True)]),
-            self._side([(pair.anti_expert, row) for pair, row in zip(pairs, rows, strict=True)]),
-        )
+        pairs = [(self.ensemble.pairs[row.pairs[nth]], row) for row in rows]
+        experts = self._side([(pair.expert, row) for pair, row in pairs])
+        return experts, self._side([(pair.anti_expert, row) for pair, row in pairs])
 
     def _side(self, lanes: Sequence[tuple[int, Row]]) -> _Side:
         refs = [self.ref(member, row) for member, row in lanes]

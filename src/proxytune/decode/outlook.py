@@ -45,9 +45,8 @@ class Outlook:
 
     def refuses(self, at: int, row: Row) -> bool:
         """Whether a row wants only tokens that are proved, and its next one is not."""
-        return bool(
-            self.proofs and row.job.sampling.require_certified and not self.proofs[at].is_certified
-        )
+        is_strict = bool(self.proofs) and row.job.sampling.require_certified
+        return is_strict and not self.proofs[at].is_certified
 
 
 class Steerer:

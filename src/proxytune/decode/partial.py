@@ -89,9 +89,8 @@ class PartialSteerer(Steerer):
         offsets = self._steer(torch.zeros_like(base), lanes.contributions(logits, [0]), [0]).logits
         wanted = list(token_ids)
         missing = [token_id for token_id in wanted if base[0, token_id] == -torch.inf]
-        if missing:
-            for token_id, logprob in self._reveal(0, 0, missing).items():
-                base[0, token_id] = logprob
+        for token_id, logprob in (self._reveal(0, 0, missing) if missing else {}).items():
+            base[0, token_id] = logprob
         ceilings = torch.tensor([self._backend.bounds(lanes.base.state)[0][0].ceiling])
         upper = lanes.masked(upper_logits(base, offsets, ceilings=ceilings))[0, wanted]
         steered = lanes.masked(base + offsets)[0, wanted]

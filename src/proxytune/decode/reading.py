@@ -22,27 +22,20 @@ SYNC_EVERY = 16
 def prefill(
     ensemble: Ensemble, jobs: Sequence[Job], groups: Sequence[LaneGroup], kept: Kept | None
 ) -> tuple[Block, int]:
-    """Let every model read its prompts.
+    """Let every model read its prompts, filling in the groups' states.
 
-    Args:
-        ensemble: The models.
-        jobs: What to generate.
-        groups: Their lanes; the states are filled in.
-        kept: What an earlier row left; it is used where the only prompt begins alike.
-
-    Returns:
-        The logits after the prompts, and how many tokens of the base's prompt were not read again.
+    What an earlier row left is used where the only prompt begins alike. Returns the logits after the prompts,
+    and how many tokens of the base's prompt were not read again.
     """
     block = Block()
     num_reused = 0
     for group in groups:
-        if kept is not None and len(jobs) == 1:
-            reused = _reuse(group, kept, jobs[0])
-            if reused is not None:
-                logits, num_shared = reused
-                block.whole[group] = logits[:, None]
-                num_reused = num_shared if group is groups[0] else num_reused
-                continue
+        reused = _reuse(group, kept, jobs[0]) if kept is not None and len(jobs) == 1 else None
+        if reused is not None:
+            logits, num_shared = reused
+            block.whole[group] = logits[:, None]
+            num_reused = num_shared if group is groups[0] else num_reused
+            continue
         prompts = [jobs[lane.row].prompts[lane.member] for lane in group.lanes]
         if (partial := group.backend.partial) is not None:
             num_new = [job.sampling.max_new_tokens for job in jobs]
@@ -57,11 +50,8 @@ def prefill(
 def _reuse(group: LaneGroup, kept: Kept, job: Job) -> tuple[Tensor, int] | None:
     """Go on from an earlier state as far as the prompts begin alike.
 
-    Rows that have less to read than others read their last token again, and forget it.
-
-    Returns:
-        Logits `[members, vocab]`, and how many tokens the first member does not read again; None if nothing
-        can be reused.
+    Rows that have less to read than others read their last token again, and forget it. Returns logits
+    `[members, vocab]`, and how many tokens the first member does not read again; None if nothing is reused.
     """
     backend = group.backend
     earlier = next((g for g in kept.groups if g.backend is backend), None)
@@ -170,12 +160,7 @@ class Reader:
 
 
 class TimedReader(Reader):
-    """Measures what blocks cost, and says what the next one would.
-
-    Args:
-        lanes: The rows.
-        costs: Where measurements are kept.
-    """
+    """Measures what blocks cost, and says what the next one would."""
 
     def __init__(self, lanes: Lanes, costs: Costs) -> None:
         super().__init__(lanes)
@@ -201,13 +186,9 @@ class TimedReader(Reader):
 
     def forward_seconds(self, group: LaneGroup, width: int) -> float | None:
         """Return what a forward of `width` tokens per row costs; None before that is known."""
-        is_on_cpu = group.backend.device.type == "cpu"
-        return self._costs.estimate(
-            id(group.backend),
-            len(group.lanes),
-            width,
-            free_tokens=FREE_TOKENS_ON_CPU if is_on_cpu else FREE_TOKENS,
-        )
+        free = FREE_TOKENS_ON_CPU if group.backend.device.type == "cpu" else FREE_TOKENS
+        backend, lanes = id(group.backend), len(group.lanes)
+        return self._costs.estimate(backend, lanes, width, free_tokens=free)
 
     def rest_seconds(self, width: int) -> float:
         """Return what a block of `width` tokens costs beside its forwards; 0 before that is known."""

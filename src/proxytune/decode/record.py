@@ -14,14 +14,7 @@ from proxytune.trace import FinishReason, Step, View
 
 
 class Recorder:
-    """Turns the tokens chosen at one position of some rows into steps.
-
-    Args:
-        lanes: The rows' lanes.
-        outlook: What the tokens are chosen from.
-    """
-
-    __slots__ = ("_conflicts", "_lanes", "_outlook", "_tops")
+    """Turns the tokens chosen at one position of some rows into steps."""
 
     def __init__(self, lanes: Lanes, outlook: Outlook) -> None:
         jobs = [lanes.rows[place].job for place in outlook.places]
@@ -42,16 +35,7 @@ class Recorder:
         reason: FinishReason | None,
         text: str,
     ) -> Step:
-        """Return the step of one row.
-
-        Args:
-            at: Which of the outlook's rows.
-            row: The row, which has the token.
-            token_id: The token.
-            logprob: Its steered logprob.
-            reason: Why the row ends, if it does.
-            text: What became safe to show.
-        """
+        """Return the step of the outlook's row `at`, which has the token; `text` became safe to show."""
         views, kl, weights, conflict, proof = None, None, None, None, None
         if row.job.records_views:
             views, kl = self._views(at, row, token_id)
@@ -107,9 +91,5 @@ def _tops(steered: Tensor, wanted: Sequence[int]) -> list[tuple[tuple[int, float
     if not any(wanted):
         return [()] * len(wanted)
     best = steered.log_softmax(-1).topk(min(max(wanted), steered.shape[1]))
-    return [
-        tuple(zip(ids[:count], values[:count], strict=True))
-        for ids, values, count in zip(
-            best.indices.tolist(), best.values.tolist(), wanted, strict=True
-        )
-    ]
+    pairs = zip(best.indices.tolist(), best.values.tolist(), wanted, strict=True)
+    return [tuple(zip(ids[:n], values[:n], strict=True)) for ids, values, n in pairs]

@@ -11,15 +11,16 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from proxytune.backends.api.client import ApiClient, Budget
-from proxytune.errors import ModelNotFound
+from proxytune.errors import InputFileError, InvalidRequest, ModelNotFound
 from proxytune.recipe.spec import ApiSettings
 from proxytune.tasks.humaneval import CodeTask
 from proxytune.tasks.rows import Row
 from proxytune.tasks.sandbox import Limits, run_programs
-from proxytune.tasks.task import Item
+from proxytune.tasks.task import Item, Task
 from proxytune.tasks.toxigen import CLASSIFIER
 
 ANSWER_TOKENS = 16
@@ -58,6 +59,44 @@ class CodeRunner:
         programs = [self._task.program(item, row) for item, row in zip(items, rows, strict=True)]
         outcomes = run_programs(programs, self._limits)
         return [{"result": outcome.result, "passed": outcome.passed} for outcome in outcomes]
+
+
+def run_again(task: Task, rows: list[Row], data_dir: Path | None) -> tuple[list[Row], list[str]]:
+    """Return rows as a run of their programs decides, and notes on where that differs from the rows.
+
+    Args:
+        task: The rows' benchmark.
+        rows: Predictions, as read from a file.
+        data_dir: Where the benchmark's tests are; None for the Hub.
+
+    Raises:
+        InvalidRequest: Answers to this benchmark are not programs.
+        InputFileError: A row is about no item of the benchmark.
+    """
+    if not isinstance(task, CodeTask):
+        raise InvalidRequest(
+            f"--run-code is given, and answers to {task.name} are not programs.\nhint: leave it out"
+        )
+    items = {item.key: item for item in task.items(data_dir)}
+    keys = [task.key(row, place) for place, row in enumerate(rows, 1)]
+    unknown = next((key for key in keys if key not in items), None)
+    if unknown is not None:
+        raise InputFileError(
+            f"{unknown!r} is not an item of {task.name}, so there are no tests for it.\n"
+            "hint: check that the file and --data-dir belong together"
+        )
+    decisions = CodeRunner(task).decide([items[key] for key in keys], rows)
+    decided = [{**row, **(decision or {})} for row, decision in zip(rows, decisions, strict=True)]
+    stored = sum(isinstance(row.get("passed"), bool) for row in rows)
+    if not stored:
+        return decided, []
+    others = [
+        f"row {place} ({key}): {row['passed']} in the file, {new['result']!r} now"
+        for place, (key, row, new) in enumerate(zip(keys, rows, decided, strict=True), 1)
+        if isinstance(row.get("passed"), bool) and row["passed"] != new["passed"]
+    ]
+    summary = f"{len(others):,} of {stored:,} programs ended differently than the file says"
+    return decided, [summary, *others]
 
 
 class ToxicityClassifier:

@@ -22,7 +22,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from proxytune.backends.transformers.kinds import cache_option
+from proxytune.backends.transformers.backend import cache_option
 from proxytune.backends.transformers.weights import quietly
 from proxytune.decode.batch import Batch
 from proxytune.decode.ensemble import Job

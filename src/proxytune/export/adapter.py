@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxytune.checkpoints.adapter import AdapterFiles
+from proxytune.checkpoints.adapter import AdapterFiles, beyond_factors
 from proxytune.checkpoints.checkpoint import Checkpoint
 from proxytune.errors import CorruptModel, UnsafeModel, UnsupportedModel
 from proxytune.export.layout import check_model, gguf_name, rotated_rows
@@ -66,16 +65,10 @@ def export_adapter(
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """One layer's adapter, which adds `scale * b @ a` to its weight.
+    """One layer's adapter, which adds `scale * b @ a` to its weight."""
 
-    Args:
-        a: `[rank, inputs]`, float32.
-        b: `[outputs, rank]`, float32.
-        scale: No unit.
-    """
-
-    a: Tensor
-    b: Tensor
+    a: Tensor  # [rank, inputs], float32
+    b: Tensor  # [outputs, rank], float32
     scale: float
 
     @property
@@ -100,9 +93,8 @@ def plan_adapter(adapter: AdapterFiles, model: Checkpoint, *, dtype: str) -> Pla
         name = gguf_name(f"{module}.weight", model)
         b = rotated_rows(layer.b, module, model.config) * (layer.alpha / alpha)
         for suffix, values in (("lora_a", layer.a), ("lora_b", b)):
-            tensors.append(
-                PlannedTensor(f"{name}.{suffix}", tuple(values.shape), kind, _constant(values))
-            )
+            planned = PlannedTensor.of(f"{name}.{suffix}", values, kind)
+            tensors.append(planned)
 
     def add_fields(writer: GGUFWriter) -> None:
         writer.add_type(GGUFType.ADAPTER)
@@ -111,10 +103,6 @@ def plan_adapter(adapter: AdapterFiles, model: Checkpoint, *, dtype: str) -> Pla
         writer.add_float32("adapter.lora.alpha", alpha)
 
     return PlannedFile(tensors, add_fields, adapter.name)
-
-
-def _constant(values: Tensor) -> Callable[[], Tensor]:
-    return lambda: values
 
 
 # Keys of adapter_config.json that make an adapter more than two factors for each of some layers.
@@ -140,11 +128,7 @@ def lora_factors(adapter: AdapterFiles, model: Checkpoint) -> dict[str, Factors]
     from safetensors.torch import load_file
 
     config = adapter.config
-    beyond = [key for key in _BEYOND_LORA if config.get(key)]
-    if config.get("bias", "none") != "none":
-        beyond.append(f"bias {config['bias']!r}")
-    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
-        beyond.append(f"init_lora_weights {config['init_lora_weights']!r}")
+    beyond = beyond_factors(config, _BEYOND_LORA)
     layers: dict[str, dict[str, str]] = {}
     for name in adapter.tensors:
         match = re.fullmatch(

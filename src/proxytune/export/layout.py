@@ -59,8 +59,7 @@ def check_model(model: Checkpoint, *, weights_are_read: bool = True) -> None:
             f"{model.name} has only pickled weights, which are not exported.\n"
             "hint: save it as safetensors with save_pretrained"
         )
-    packed = getattr(config, "quantization_config", None)
-    if weights_are_read and packed is not None:
+    if weights_are_read and getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModel(
             f"{model.name} is stored quantised, and export needs its original weights.\n"
             "hint: name the model it was made from, and choose a quantised dtype here"
@@ -69,9 +68,8 @@ def check_model(model: Checkpoint, *, weights_are_read: bool = True) -> None:
 
 def head_size(config: Any) -> int:
     """Return the number of dimensions of one attention head."""
-    return int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+    own = getattr(config, "head_dim", None)
+    return int(own or config.hidden_size // config.num_attention_heads)
 
 
 def weight_shapes(model: Checkpoint) -> dict[str, tuple[int, ...]]:
@@ -122,11 +120,8 @@ def weight_places(model: Checkpoint) -> dict[str, Path]:
                 "float32 or float64 can be exported.\nhint: name the model it was made from"
             )
     # Old checkpoints also store the frequencies of RoPE, and a tied head beside the embedding.
-    extra = [
-        name
-        for name in model.tensors
-        if name not in shapes and not name.endswith(".inv_freq") and name != "lm_head.weight"
-    ]
+    known = {*shapes, "lm_head.weight"}
+    extra = [n for n in model.tensors if n not in known and not n.endswith(".inv_freq")]
     if extra:
         raise UnsupportedModel(
             f"{model.name} has weights that a Llama does not have, {extra[0]} and {len(extra) - 1} more, and "
@@ -137,9 +132,8 @@ def weight_places(model: Checkpoint) -> dict[str, Path]:
 
 def gguf_name(hf_name: str, model: Checkpoint) -> str:
     """Return the GGUF name of a weight, given its name in the Hugging Face layout."""
-    name: str | None = _tensor_names(model.config.num_hidden_layers).get_name(
-        hf_name, try_suffixes=(".weight",)
-    )
+    names = _tensor_names(model.config.num_hidden_layers)
+    name: str | None = names.get_name(hf_name, try_suffixes=(".weight",))
     assert name is not None, hf_name
     return name
 
@@ -154,10 +148,7 @@ def _tensor_names(num_layers: int) -> Any:
 def rotated_rows(values: Tensor, hf_name: str, config: Any) -> Tensor:
     """Return the rows of a query or key projection in llama.cpp's order, and other weights unchanged.
 
-    Args:
-        values: `[rows, columns]`, a weight or an adapter's `b`; or a vector, which is never a projection.
-        hf_name: Its name in the Hugging Face layout, which says whether it is a projection.
-        config: The model's config.
+    `values` are `[rows, columns]`, a weight or an adapter's `b`, or a vector, which is never a projection.
     """
     if ".self_attn.q_proj" in hf_name:
         num_heads = config.num_attention_heads

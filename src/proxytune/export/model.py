@@ -89,6 +89,9 @@ def plan_model(
     wanted = GGMLQuantizationType[dtype]
     is_small = dtype.startswith("Q4")
     tensors: list[PlannedTensor] = []
+    if rotary_factors is not None:
+        kind = GGMLQuantizationType.F32
+        tensors.append(PlannedTensor.of("rope_freqs.weight", rotary_factors, kind))
     num_unquantized = 0
     places = weight_places(model)
     for hf_name, shape in weight_shapes(model).items():
@@ -101,14 +104,6 @@ def plan_model(
         module = hf_name.removesuffix(".weight")
         read = _reader(places[hf_name], hf_name, model, factors.get(module))
         tensors.append(PlannedTensor(name, shape, kind, read))
-    if rotary_factors is not None:
-        vector = rotary_factors
-        tensors.insert(
-            0,
-            PlannedTensor(
-                "rope_freqs.weight", tuple(vector.shape), GGMLQuantizationType.F32, lambda: vector
-            ),
-        )
 
     def add_fields(writer: GGUFWriter) -> None:
         _add_model_fields(writer, model, dtype)
@@ -150,11 +145,7 @@ def _reader(
 
 
 def _rotary_factors(model: Checkpoint) -> Tensor | None:
-    """Return what llama.cpp divides each of RoPE's frequencies by; None if all are scaled alike.
-
-    Raises:
-        UnsupportedModel: RoPE is scaled by an unknown rule.
-    """
+    """Return what llama.cpp divides each of RoPE's frequencies by; None if all are scaled alike."""
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

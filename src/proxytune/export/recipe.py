@@ -14,17 +14,12 @@ from proxytune.export.adapter import plan_adapter
 from proxytune.export.model import plan_model
 from proxytune.export.write import ExportedFile, PlannedFile, check_output, last_part, write_file
 from proxytune.recipe.recipe import Recipe
-from proxytune.recipe.spec import ExpertSpec, LlamaCppSettings, ModelSpec
+from proxytune.recipe.spec import LlamaCppSettings, ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
 class ExportedRecipe:
-    """A recipe whose small models are GGUF files.
-
-    Args:
-        directory: The recipe's directory.
-        files: The small models and adapters in it.
-    """
+    """A recipe whose small models are GGUF files: its directory, and the models and adapters in it."""
 
     directory: Path
     files: tuple[ExportedFile, ...]
@@ -62,13 +57,8 @@ def export_recipe(
         )
     plans = _RecipePlans(recipe, target, dtype, pre)
     experts = tuple(
-        ExpertSpec(
-            expert.name,
-            expert=plans.spec(expert.expert),
-            anti_expert=plans.spec(expert.anti_expert),
-            alpha=expert.alpha,
-        )
-        for expert in recipe.experts
+        replace(own, expert=plans.spec(own.expert), anti_expert=plans.spec(own.anti_expert))
+        for own in recipe.experts
     )
     reference = recipe.reference_from(recipe.base.model or "", target)
     base = replace(recipe.base, model=reference)
@@ -138,10 +128,8 @@ class _RecipePlans:
         return self._adapters[key]
 
     def _add(self, plan: PlannedFile, folder: str, reference: str) -> str:
-        stem = last_part(reference)
-        path, count = f"{folder}/{stem}.gguf", 1
-        while path in self.files:
-            count += 1
-            path = f"{folder}/{stem}-{count}.gguf"
+        stem = f"{folder}/{last_part(reference)}"
+        names = (f"{stem}.gguf", *(f"{stem}-{n}.gguf" for n in range(2, len(self.files) + 2)))
+        path = next(name for name in names if name not in self.files)
         self.files[path] = plan
         return path

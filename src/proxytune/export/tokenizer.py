@@ -31,14 +31,12 @@ _QWEN_2 = _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
 class _TextRule:
     """How a tokenizer cuts text before it merges tokens.
 
-    Args:
-        steps: What cuts text, in order: `words` is GPT-2's rule, `digits` cuts off single digits, `split`
-            cuts by a regular expression, `bytes` spells bytes and cuts nothing.
-        ignore_merges: Whether a word that is a token is kept whole, whatever the merges say.
+    The steps are those that cut text, in order: `words` is GPT-2's rule, `digits` cuts off single digits,
+    `split` cuts by a regular expression, `bytes` spells bytes and cuts nothing.
     """
 
     steps: tuple[tuple[str, ...], ...]
-    ignore_merges: bool = False
+    ignore_merges: bool = False  # a word that is a token is kept whole, whatever the merges say
 
 
 _PRE_TOKENIZERS = {
@@ -112,7 +110,9 @@ def tokenizer_fields(model: Checkpoint, pre: str | None) -> TokenizerFields:
     bpe = rules["model"]
     kind = bpe.get("type")
     affixes = [k for k in ("continuing_subword_prefix", "end_of_word_suffix") if bpe.get(k)]
-    if kind != "BPE" or bpe.get("byte_fallback") or affixes or not _is_byte_level(rules):
+    steps = _flat_steps(rules.get("pre_tokenizer"))
+    is_byte_level = any(step.get("type") == "ByteLevel" for step in steps)
+    if kind != "BPE" or bpe.get("byte_fallback") or affixes or not is_byte_level:
         style = "as in SentencePiece" if bpe.get("byte_fallback") else "not byte-level"
         raise UnsupportedModel(
             f"{model.name} has a tokenizer of the kind {kind} ({style}), and only byte-level BPE can be "
@@ -135,19 +135,10 @@ def tokenizer_fields(model: Checkpoint, pre: str | None) -> TokenizerFields:
         types[token_id] = int(TokenType.NORMAL)
     for token_id, token in added.items():
         types[token_id] = int(TokenType.CONTROL if token.special else TokenType.USER_DEFINED)
-    merges = [
-        merge if isinstance(merge, str) else f"{merge[0]} {merge[1]}" for merge in bpe["merges"]
-    ]
-    adds_bos, adds_eos = _added_around(model)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
+    template = _chat_template(tokenizer.chat_template)
     return TokenizerFields(
-        pre,
-        tokens,
-        types,
-        merges,
-        _special_ids(model),
-        adds_bos,
-        adds_eos,
-        _chat_template(tokenizer.chat_template),
+        pre, tokens, types, merges, _special_ids(model), *_added_around(model), template
     )
 
 
@@ -155,14 +146,9 @@ def _flat_steps(pre_tokenizer: Mapping[str, Any] | None) -> list[Mapping[str, An
     if pre_tokenizer is None:
         return []
     if pre_tokenizer.get("type") == "Sequence":
-        return [
-            step for part in pre_tokenizer.get("pretokenizers", ()) for step in _flat_steps(part)
-        ]
+        parts = pre_tokenizer.get("pretokenizers", ())
+        return [step for part in parts for step in _flat_steps(part)]
     return [pre_tokenizer]
-
-
-def _is_byte_level(rules: Mapping[str, Any]) -> bool:
-    return any(step.get("type") == "ByteLevel" for step in _flat_steps(rules.get("pre_tokenizer")))
 
 
 def _step(step: Mapping[str, Any]) -> tuple[str, ...]:
@@ -173,23 +159,14 @@ def _step(step: Mapping[str, Any]) -> tuple[str, ...]:
     if kind == "Digits" and step.get("individual_digits"):
         return ("digits",)
     pattern = step.get("pattern")
-    if (
-        kind == "Split"
-        and step.get("behavior") == "Isolated"
-        and not step.get("invert")
-        and isinstance(pattern, Mapping)
-        and "Regex" in pattern
-    ):
+    is_isolating = step.get("behavior") == "Isolated" and not step.get("invert")
+    if kind == "Split" and is_isolating and isinstance(pattern, Mapping) and "Regex" in pattern:
         return ("split", str(pattern["Regex"]))
     return (json.dumps(step, sort_keys=True),)
 
 
 def _pre_tokenizer(name: str, rules: Mapping[str, Any], added: Any) -> str:
-    """Return llama.cpp's name for how a tokenizer cuts text.
-
-    Raises:
-        UnsupportedModel: There is none, so llama.cpp would make other tokens of some texts.
-    """
+    """Return llama.cpp's name for how a tokenizer cuts text; refuse one that llama.cpp has no name for."""
     steps = tuple(_step(step) for step in _flat_steps(rules.get("pre_tokenizer")))
     rule = _TextRule(steps, bool(rules["model"].get("ignore_merges")))
     found = _PRE_TOKENIZERS.get(rule)
@@ -216,11 +193,7 @@ def _pre_tokenizer(name: str, rules: Mapping[str, Any], added: Any) -> str:
 
 
 def _added_around(model: Checkpoint) -> tuple[bool, bool]:
-    """Return whether the tokenizer adds a begin-of-sequence token before a text, and an end one after it.
-
-    Raises:
-        UnsupportedModel: It adds something else.
-    """
+    """Return whether the tokenizer adds a begin-of-sequence token before a text, and an end one after it."""
     tokenizer = model.tokenizer
     bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     whole = list(tokenizer("a")["input_ids"])

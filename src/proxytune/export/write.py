@@ -60,6 +60,11 @@ class PlannedTensor:
     kind: GGMLQuantizationType
     read: Callable[[], Tensor]
 
+    @classmethod
+    def of(cls, name: str, values: Tensor, kind: GGMLQuantizationType) -> PlannedTensor:
+        """Return the plan of a tensor whose values are there already."""
+        return cls(name, tuple(values.shape), kind, lambda: values)
+
 
 @dataclass(slots=True)
 class PlannedFile:
@@ -79,11 +84,7 @@ class PlannedFile:
 
 
 def check_dtype(dtype: str, known: Sequence[str], what: str) -> None:
-    """Refuse a dtype that is not one of `known`.
-
-    Raises:
-        InvalidRequest: It is not; the message lists those that are. `what` is what it was chosen for.
-    """
+    """Raise `InvalidRequest` if a dtype, chosen for `what`, is not one of `known`."""
     if dtype not in known:
         raise InvalidRequest(
             f"the dtype {dtype!r} cannot be written for {what}; choose from {', '.join(known)}"
@@ -98,12 +99,7 @@ def last_part(reference: str) -> str:
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
-    """Refuse an output that is not called `.gguf`, or that cannot be a file.
-
-    Raises:
-        InvalidRequest: Its name does not end in `.gguf`.
-        OutputFileError: It is a directory, or something else that is not a file.
-    """
+    """Refuse an output that is not called `.gguf` (`InvalidRequest`) or is no file (`OutputFileError`)."""
     if output.suffix.lower() != ".gguf":
         raise InvalidRequest(
             f"the output is called {output.name!r}, and a model's file must end in .gguf to be recognised as "
@@ -158,12 +154,7 @@ def _write_gguf(plan: PlannedFile, path: Path) -> None:
 
 
 def _stored(tensor: PlannedTensor, source: str) -> Any:
-    """Return a tensor's values as numpy stores them in the file.
-
-    Raises:
-        CorruptModel: A value is not finite.
-        UnsupportedModel: A value is too large for float16.
-    """
+    """Return a tensor's values as numpy stores them in the file."""
     import numpy as np
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize

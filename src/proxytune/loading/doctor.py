@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from proxytune.backends.retokenised import token_map
 from proxytune.checkpoints.adapter import AdapterFiles
@@ -33,6 +34,8 @@ from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ModelSpec
 from proxytune.text.prompts import render
 from proxytune.text.vocab import align
+
+Read = TypeVar("Read")
 
 SAMPLE_PROMPT = "What is steering?"
 """The prompt on which each prompt format is shown."""
@@ -60,10 +63,6 @@ class Problem:
 
     where: str
     error: UserError | BackendError
-
-    def to_dict(self) -> dict[str, str]:
-        """Return a JSON object: the error's class, the place and the message."""
-        return {"error": type(self.error).__name__, "where": self.where, "message": str(self.error)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +114,6 @@ class ModelReport:
     shares: str | None = None
     api: Mapping[str, Any] | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
-
 
 @dataclass(frozen=True, slots=True)
 class DeviceReport:
@@ -129,18 +124,14 @@ class DeviceReport:
         name: What it is.
         weight_bytes: Memory of the weights there.
         cache_bytes: Memory of the KV caches per 1,000 tokens of one sequence.
-        free_bytes: Free memory; None if unknown.
+        free_bytes: Free memory.
     """
 
     device: str
     name: str
     weight_bytes: int
     cache_bytes: int
-    free_bytes: int | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+    free_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +171,12 @@ class Diagnosis:
         return {
             "recipe": str(self.directory),
             "is_healthy": self.is_healthy,
-            "models": [model.to_dict() for model in self.models],
-            "devices": [device.to_dict() for device in self.devices],
-            "problems": [problem.to_dict() for problem in self.problems],
+            "models": [asdict(model) for model in self.models],
+            "devices": [asdict(device) for device in self.devices],
+            "problems": [
+                {"error": type(p.error).__name__, "where": p.where, "message": str(p.error)}
+                for p in self.problems
+            ],
             "notes": list(self.notes),
         }
 
@@ -203,7 +197,7 @@ def examine(recipe: Recipe, *, ask_server: bool = False) -> Diagnosis:
 @dataclass
 class _Examination:
     recipe: Recipe
-    ask_server: bool = False
+    ask_server: bool
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     reports: list[ModelReport] = field(default_factory=list)
@@ -230,15 +224,25 @@ class _Examination:
     def _fail(self, where: str, error: UserError | BackendError) -> None:
         self.problems.append(Problem(where, error))
 
+    def _tried(self, part: str, read: Callable[[], Read], *, is_noted: bool = True) -> Read | None:
+        """Return what `read` does; None if it fails, a problem of this part if it is to be noted."""
+        try:
+            return read()
+        except (UserError, BackendError) as error:
+            if is_noted:
+                self._fail(part, error)
+            return None
+
     def _examine_model(self, part: str, spec: ModelSpec) -> None:
         if spec.same_as is not None:
-            base = self.reports[0].to_dict()
-            own = {"part": part, "weight_bytes": 0, "cache_bytes": 0, "shares": "base"}
-            self.reports.append(ModelReport(**{**base, **own}))
+            self.reports.append(
+                replace(self.reports[0], part=part, weight_bytes=0, cache_bytes=0, shares="base")
+            )
             return
+        # The first part with these weights has them counted and their problems reported.
         owner = self.files.owner(spec)
         is_first = owner == part
-        checkpoint = self._find(part, spec)
+        checkpoint = self._tried(part, lambda: self.files.checkpoint(spec), is_noted=is_first)
         values: dict[str, Any] = {
             "reference": spec.model or "",
             "adapter": spec.adapter,
@@ -248,11 +252,12 @@ class _Examination:
         if spec.api is not None:
             values["kind"] = "api"
             if checkpoint is not None:
-                values |= self._examine_tokens(part, spec, checkpoint)
-                values |= self._examine_api(part, spec, checkpoint)
+                values |= self._examine_tokens(part, spec, checkpoint, is_first)
+                tokens = checkpoint
+                values["api"] = self._tried(part, lambda: self._examine_api(part, spec, tokens))
             self.reports.append(ModelReport(part=part, **values))
             return
-        adapter = self._find_adapter(part, spec, checkpoint)
+        adapter = self._tried(part, lambda: self._find_adapter(part, spec, checkpoint))
         if adapter is not None:
             values["num_adapter_parameters"] = adapter.num_parameters
         if checkpoint is not None:
@@ -262,65 +267,38 @@ class _Examination:
                 "stored_dtype": checkpoint.stored_dtype,
                 "max_context": checkpoint.max_context,
             }
-            values |= self._examine_tokens(part, spec, checkpoint)
-            values |= self._examine_size(part, spec, checkpoint, adapter, is_first=is_first)
+            values |= self._examine_tokens(part, spec, checkpoint, is_first)
+            values |= self._examine_size(part, spec, checkpoint, adapter, is_first)
         self.reports.append(ModelReport(part=part, **values))
-
-    def _find(self, part: str, spec: ModelSpec) -> Checkpoint | None:
-        """Return a model's files; None if they are unusable, a problem that counts for the first part."""
-        try:
-            return self.files.checkpoint(spec)
-        except UserError as error:
-            if self._is_first(part, spec):
-                self._fail(part, error)
-            return None
-
-    def _is_first(self, part: str, spec: ModelSpec) -> bool:
-        """Whether the weights of `spec` are counted, and their problems reported, for this part."""
-        return self.files.owner(spec) == part
 
     def _find_adapter(
         self, part: str, spec: ModelSpec, checkpoint: Checkpoint | None
     ) -> AdapterFiles | None:
-        try:
-            adapter = self.files.adapter(spec)
-            if adapter is None:
-                return None
-            if checkpoint is not None:
-                adapter.check_fits(checkpoint)
-        except UserError as error:
-            self._fail(part, error)
-            return None
-        trained_on = (adapter.trained_on or "").rstrip("/").rpartition("/")[2]
-        if checkpoint is not None and trained_on:
-            given = checkpoint.name.rstrip("/").rpartition("/")[2]
-            if trained_on.lower() != given.lower():
-                self.notes.append(
-                    f"{part}: the adapter {adapter.name} says it was trained on {adapter.trained_on}, and is "
-                    f"put on {checkpoint.name}; their layers have the same sizes."
-                )
+        adapter = self.files.adapter(spec)
+        if adapter is None or checkpoint is None:
+            return adapter
+        adapter.check_fits(checkpoint)
+        trained_on, given = (
+            name.rstrip("/").rpartition("/")[2].lower()
+            for name in (adapter.trained_on or "", checkpoint.name)
+        )
+        if trained_on and trained_on != given:
+            self.notes.append(
+                f"{part}: the adapter {adapter.name} says it was trained on {adapter.trained_on}, and is "
+                f"put on {checkpoint.name}; their layers have the same sizes."
+            )
         return adapter
 
-    def _examine_tokens(self, part: str, spec: ModelSpec, checkpoint: Checkpoint) -> dict[str, Any]:
+    def _examine_tokens(
+        self, part: str, spec: ModelSpec, checkpoint: Checkpoint, is_first: bool
+    ) -> dict[str, Any]:
         values: dict[str, Any] = {}
-        try:
-            vocabulary = checkpoint.vocabulary
-        except UserError as error:
-            if self._is_first(part, spec):
-                self._fail(part, error)
+        vocabulary = self._tried(part, lambda: checkpoint.vocabulary, is_noted=is_first)
+        if vocabulary is None:
             return values
         values["num_tokens"] = len(vocabulary.token_to_id)
         values["num_padding"] = len(vocabulary.padding_ids)
-        try:
-            token_ids = render(
-                SAMPLE_PROMPT,
-                prompt_format=spec.prompt,
-                tokenizer=checkpoint.tokenizer,
-                name=checkpoint.name,
-            )
-            values["prompt_sample"] = str(checkpoint.tokenizer.decode(token_ids))
-        except UserError as error:
-            self._fail(part, error)
+        values["prompt_sample"] = self._tried(part, lambda: _prompt_sample(spec, checkpoint))
         if part == "base":
             values["vocabulary"] = "base"
         elif self.reports[0].num_tokens is not None:
@@ -328,15 +306,12 @@ class _Examination:
             try:
                 values["vocabulary"] = align(base.vocabulary, vocabulary).kind
             except VocabularyMismatch as error:
-                is_first = self._is_first(part, spec)
-                if self.recipe.vocabulary == "map":
-                    values["vocabulary"] = "mapped"
-                    if is_first:
-                        self._examine_map(part, base, checkpoint)
-                else:
-                    values["vocabulary"] = "differs"
-                    if is_first:
-                        self._fail(part, error)
+                is_mapped = self.recipe.vocabulary == "map"
+                values["vocabulary"] = "mapped" if is_mapped else "differs"
+                if is_first and is_mapped:
+                    self._examine_map(part, base, checkpoint)
+                elif is_first:
+                    self._fail(part, error)
         return values
 
     def _examine_map(self, part: str, base: Checkpoint, small: Checkpoint) -> None:
@@ -388,25 +363,16 @@ class _Examination:
         spec: ModelSpec,
         checkpoint: Checkpoint,
         adapter: AdapterFiles | None,
-        *,
         is_first: bool,
     ) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        try:
-            values["num_parameters"] = checkpoint.num_parameters
-        except UserError as error:
-            if is_first:
-                self._fail(part, error)
-            return values
+        num = self._tried(part, lambda: checkpoint.num_parameters, is_noted=is_first)
+        if num is None:
+            return {}
+        values: dict[str, Any] = {"num_parameters": num}
         if spec.llama_cpp is not None:
             return values | self._examine_llama_cpp(part, spec, checkpoint, adapter, is_first)
-        try:
-            if spec.quantization is not None and is_first:
-                _check_quantization(spec.quantization)
-            device = running_device(spec.device)
-        except UserError as error:
-            if is_first:
-                self._fail(part, error)
+        device = self._tried(part, lambda: _device(spec, is_first), is_noted=is_first)
+        if device is None:
             return values
         dtype = running_dtype(spec.dtype, stored_dtype=checkpoint.stored_dtype, device=device)
         element = _DTYPE_BYTES[dtype]
@@ -429,7 +395,7 @@ class _Examination:
         self.counted.add(key)
         return 0 if is_counted else num_bytes
 
-    def _examine_api(self, part: str, spec: ModelSpec, tokens: Checkpoint) -> dict[str, Any]:
+    def _examine_api(self, part: str, spec: ModelSpec, tokens: Checkpoint) -> dict[str, Any] | None:
         """Return what a server shows and accepts if it may be called; otherwise only look for the key."""
         from proxytune.backends.api.backend import ApiBackend
         from proxytune.backends.api.client import ApiClient
@@ -439,18 +405,11 @@ class _Examination:
             f"{part}: text is cut into tokens by the tokenizer of {tokens.name}; of a server's other tokens "
             "none can be chosen."
         )
-        try:
-            if not self.ask_server:
-                ApiClient(spec.model, spec.api).close()
-                return {}
-            server = ApiBackend.load(spec, tokens)
-            try:
-                return {"api": asdict(server.traits)}
-            finally:
-                server.close()
-        except (UserError, BackendError) as error:
-            self._fail(part, error)
-            return {}
+        if not self.ask_server:
+            ApiClient(spec.model, spec.api).close()
+            return None
+        with closing(ApiBackend.load(spec, tokens)) as server:
+            return asdict(server.traits)
 
     def _examine_llama_cpp(
         self,
@@ -465,10 +424,7 @@ class _Examination:
 
         assert spec.llama_cpp is not None and checkpoint.gguf_path is not None
         if is_first:
-            try:
-                library()
-            except UserError as error:
-                self._fail(part, error)
+            self._tried(part, library)
         weight_bytes = checkpoint.gguf_path.stat().st_size if is_first else 0
         if adapter is not None:
             weight_bytes += self._once(spec, adapter, adapter.path.stat().st_size)
@@ -491,7 +447,7 @@ class _Examination:
             needed = sum(report.weight_bytes or 0 for report in here)
             cache_bytes = sum(report.cache_bytes or 0 for report in here)
             devices.append(DeviceReport(device, name, needed, cache_bytes, free_bytes))
-            if free_bytes is not None and needed > free_bytes:
+            if needed > free_bytes:
                 largest = max(here, key=lambda report: report.weight_bytes or 0)
                 self._fail(
                     largest.part,
@@ -505,14 +461,18 @@ class _Examination:
         return tuple(devices)
 
 
+def _prompt_sample(spec: ModelSpec, checkpoint: Checkpoint) -> str:
+    tokenizer, name = checkpoint.tokenizer, checkpoint.name
+    token_ids = render(SAMPLE_PROMPT, prompt_format=spec.prompt, tokenizer=tokenizer, name=name)
+    return str(tokenizer.decode(token_ids))
+
+
 def _weight_bytes(
     checkpoint: Checkpoint, element: int, quantization: Mapping[str, Any] | None
 ) -> int:
     """Return the memory of a model's weights, estimated if they are quantised."""
     num = checkpoint.num_parameters
-    if quantization is None:
-        return element * num
-    bits = _quantized_bits(quantization)
+    bits = _quantized_bits(quantization or {})
     if bits is None:
         return element * num
     # Embeddings and the output head stay as they are; scales take about half a bit per weight.
@@ -535,7 +495,9 @@ def _quantized_bits(quantization: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _check_quantization(quantization: Mapping[str, Any]) -> None:
+def _device(spec: ModelSpec, is_first: bool) -> str:
+    """Return the device that a model runs on; the first part to use it also needs a quantiser's package."""
+    quantization = (is_first and spec.quantization) or {}
     method = quantization.get("quant_method")
     if method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
         method = "bitsandbytes"
@@ -543,6 +505,7 @@ def _check_quantization(quantization: Mapping[str, Any]) -> None:
         raise missing_extra(
             f"the quantisation {method} is asked for, and that package is not installed", "quantize"
         )
+    return running_device(spec.device)
 
 
 def bytes_text(number: int | None) -> str:

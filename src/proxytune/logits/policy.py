@@ -18,15 +18,9 @@ POLICIES = ("constant", "kl_match", "gate_sure", "gate_agree", "nudge")
 """How strongly to steer at a token."""
 
 COMBINATIONS = (
-    "sum",
-    "inverse_entropy",
-    "sign_agreement",
-    "majority",
-    "route_entropy",
-    "route_base",
-    "union",
+    "sum", "inverse_entropy", "sign_agreement", "majority", "route_entropy", "route_base", "union",
     "intersection",
-)
+)  # fmt: skip
 """How several experts steer one base. With one expert they are all the same."""
 
 IMPLAUSIBLE = ("exclude", "leave")
@@ -151,9 +145,8 @@ class Policy:
         for field in fields(self)[2:]:
             value = getattr(self, field.name)
             if value != field.default:
-                content[field.name] = (
-                    [list(point) for point in value] if field.name == "schedule" else value
-                )
+                is_list = field.name == "schedule"
+                content[field.name] = list(map(list, value)) if is_list else value
         return content
 
     def describe(self) -> str:
@@ -167,22 +160,14 @@ class Policy:
     @property
     def is_plain(self) -> bool:
         """Whether it is the published method: offsets of constant strength, added up."""
-        return (
-            self.combine == "sum"
-            and self.name == "constant"
-            and self.clip is None
-            and self.plausibility is None
-            and not self.schedule
-        )
+        settings = (self.combine, self.name, self.clip, self.plausibility, self.schedule)
+        return settings == ("sum", "constant", None, None, ())
 
     @property
     def reads_base(self) -> bool:
         """Whether it needs the base's whole distribution, which a base behind an API does not show."""
-        return (
-            self.name != "constant"
-            or self.plausibility is not None
-            or self.combine in ("majority", "route_base")
-        )
+        is_gated = self.name != "constant" or self.plausibility is not None
+        return is_gated or self.combine in ("majority", "route_base")
 
     @property
     def has_positions(self) -> bool:

@@ -85,11 +85,8 @@ def apply_policy(
     if policy.plausibility is not None:
         is_left = is_plausible(base, policy.plausibility) | (strengths == 0).all(0)[:, None]
     if _is_weighted(policy):
-        parts = [
-            part._replace(alpha=strength)
-            for part, strength in zip(contributions, strengths, strict=True)
-        ]
-        logits = combine(base_logits, parts)
+        pairs = zip(contributions, strengths, strict=True)
+        logits = combine(base_logits, [part._replace(alpha=own) for part, own in pairs])
     else:
         offset = _offset(policy, base, experts, anti_experts, strengths)
         if is_left is not None:
@@ -388,11 +385,7 @@ def is_contested(
 ) -> Tensor:
     """Whether base, active experts and anti-experts disagree about the likeliest token, `[rows]` bool.
 
-    Args:
-        base_logprobs: `[rows, vocab]`.
-        expert_logprobs: `[experts, rows, vocab]`.
-        anti_expert_logprobs: `[experts, rows, vocab]`.
-        is_active: `[experts, rows]` bool.
+    Arguments are those of `kl_match`.
 
     Source: this project, after the share of tokens that steering changes (Liu et al. 2024, appendix C.2).
     """
@@ -474,8 +467,7 @@ def _is_active(contributions: Sequence[Contribution], rows: int, device: torch.d
 
 def _alphas(part: Contribution, rows: int, device: torch.device) -> Tensor:
     """Return a contribution's strength in each row, `[rows]` float32."""
-    alpha = torch.as_tensor(part.alpha, dtype=torch.float32, device=device)
-    return alpha.expand(rows)
+    return torch.as_tensor(part.alpha, dtype=torch.float32, device=device).expand(rows)
 
 
 def _offsets(experts: Tensor, anti_experts: Tensor, strengths: Tensor) -> Tensor:

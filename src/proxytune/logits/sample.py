@@ -234,12 +234,10 @@ class BatchSampler:
         self._top_k = column("top_k", 0)
         self._top_p = column("top_p", 1.0)
         self._min_p = column("min_p", 0.0)
-        self._penalties = {
-            short: torch.tensor(
-                [float(getattr(p, f"{short}_penalty")) for p in self._params], device=self._device
-            )
-            for short in ("repetition", "presence", "frequency")
-        }
+        self._penalties = {}
+        for short in ("repetition", "presence", "frequency"):
+            values = [float(getattr(p, f"{short}_penalty")) for p in self._params]
+            self._penalties[short] = torch.tensor(values, device=self._device)
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep the given rows, in the given order."""
@@ -283,17 +281,14 @@ class BatchSampler:
             biases = [self._params[row].logit_bias]
             if not self._num_chosen[row]:
                 biases.append(self._params[row].first_logit_bias)
+            is_too_short = self._num_chosen[row] < self._params[row].min_new_tokens
+            ending_ids = self._ending_ids[row] if is_too_short else []
+            if logits is steered_logits and (any(biases) or ending_ids):
+                logits = logits.clone()
             for bias in filter(None, biases):
-                if logits is steered_logits:
-                    logits = logits.clone()
-                token_ids = torch.tensor([token_id for token_id, _ in bias], device=logits.device)
-                logits[place, token_ids] += torch.tensor(
-                    [value for _, value in bias], dtype=logits.dtype, device=logits.device
-                )
-            if self._num_chosen[row] < self._params[row].min_new_tokens and self._ending_ids[row]:
-                if logits is steered_logits:
-                    logits = logits.clone()
-                ending_ids = torch.tensor(self._ending_ids[row], device=logits.device)
+                token_ids, values = zip(*bias, strict=True)
+                logits[place, list(token_ids)] += logits.new_tensor(values)
+            if ending_ids:
                 logits[place, ending_ids] = -torch.inf
         return logits
 
@@ -356,13 +351,9 @@ class BatchSampler:
         return draw(logits / self._temperature[index][:, None], self._noise_at(ahead, rows))
 
     def _warp(self, logits: Tensor, index: Tensor | slice) -> Tensor:
-        return warp(
-            logits,
-            temperature=self._temperature[index],
-            top_k=None if self._top_k is None else self._top_k[index],
-            top_p=None if self._top_p is None else self._top_p[index],
-            min_p=None if self._min_p is None else self._min_p[index],
-        )
+        filters = {"top_k": self._top_k, "top_p": self._top_p, "min_p": self._min_p}
+        used = {name: column[index] for name, column in filters.items() if column is not None}
+        return warp(logits, temperature=self._temperature[index], **used)
 
     def _noise_at(self, ahead: int, rows: Sequence[int]) -> Tensor:
         """Return `[rows, vocab]`, 0 for greedy rows."""

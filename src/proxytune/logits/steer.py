@@ -80,16 +80,9 @@ def combine(base_logits: Tensor, contributions: Sequence[Contribution]) -> Tenso
 
 
 def check_shapes(base_logits: Tensor, contributions: Sequence[Contribution]) -> None:
-    """Refuse contributions of another shape than the base's.
-
-    Raises:
-        VocabularyMismatch: One has another shape.
-    """
+    """Raise `VocabularyMismatch` if a contribution has another shape than the base."""
     for part in contributions:
-        for name, logits in (
-            ("expert", part.expert_logits),
-            ("anti-expert", part.anti_expert_logits),
-        ):
+        for name, logits in zip(("expert", "anti-expert"), part[:2], strict=True):
             if logits.shape != base_logits.shape:
                 raise VocabularyMismatch(
                     f"the {name}'s logits have shape {list(logits.shape)} and the base's "

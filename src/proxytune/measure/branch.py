@@ -9,6 +9,7 @@ a token is read once for all points that agree on every token before it. Each po
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -85,12 +86,7 @@ def branch(
     total = Texts([], [], 0, 0)
     for start in range(0, len(prompts), batch_size):
         part = _Tree(ensemble, prompts[start : start + batch_size], points, sampling).grow()
-        total = Texts(
-            total.texts + part.texts,
-            total.token_ids + part.token_ids,
-            total.num_read + part.num_read,
-            total.num_chosen + part.num_chosen,
-        )
+        total = Texts(*map(operator.add, total, part))
         if on_progress is not None:
             on_progress(len(total.texts), len(prompts))
     return total
@@ -142,12 +138,9 @@ class _Tree:
 
     def grow(self) -> Texts:
         """Return all texts, finished."""
-        logits = self._prefill()
-        while True:
-            kept = self._split(logits)
-            if not self._branches:
-                break
-            logits = self._read(kept)
+        kept = self._split(self._prefill())
+        while self._branches:
+            kept = self._split(self._read(kept))
         num_chosen = sum(len(ids) for row in self._token_ids for ids in row)
         return Texts(self._texts, self._token_ids, self._num_read, num_chosen)
 

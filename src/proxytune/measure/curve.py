@@ -12,8 +12,6 @@ from proxytune.errors import InvalidRequest, OutputFileError, missing_extra
 from proxytune.measure.metrics import METRICS
 from proxytune.measure.sweep import Grid, SweepReport
 
-# Drawing ------------------------------------------------------------------------------------------------
-
 
 def draw(report: SweepReport, grid: Grid, path: Path) -> None:
     """Draw a sweep: a curve with its error band, or a map if the strengths of two experts vary.
@@ -57,31 +55,20 @@ def _draw_curve(axes: Any, report: SweepReport, grid: Grid, which: int, title: s
     # Changes against the base are resampled in pairs: units differ more than points do.
     scale = 100.0 if report.metric == "perplexity" else 1.0
     axes.axhline(0, color="0.5", linestyle="--", linewidth=1, label="base")
-    axes.plot(
-        alphas,
-        [scale * p.change for p in points],
-        "o-",
-        markersize=4,
-        color="C0",
-        label="validation",
-    )
-    bands = [p.change_interval for p in points]
-    if all(band is not None for band in bands):
-        axes.fill_between(
-            alphas,
-            [scale * band.low for band in bands if band],
-            [scale * band.high for band in bands if band],
-            color="C0",
-            alpha=0.2,
-            linewidth=0,
-            label="its 95 % interval",
-        )
+    changes = [scale * p.change for p in points]
+    axes.plot(alphas, changes, "o-", markersize=4, color="C0", label="validation")
+    bands = [p.change_interval for p in points if p.change_interval is not None]
+    if len(bands) == len(points):
+        low, high = [scale * band.low for band in bands], [scale * band.high for band in bands]
+        style = {"color": "C0", "alpha": 0.2, "linewidth": 0}
+        axes.fill_between(alphas, low, high, **style, label="its 95 % interval")
     chosen = grid.points[report.picked][which]
     best = report.test["picked"]
     error = None
     if best.change_interval is not None:
-        low, high = best.change_interval.low, best.change_interval.high
-        error = [[scale * max(0.0, best.change - low)], [scale * max(0.0, high - best.change)]]
+        below = max(0.0, best.change - best.change_interval.low)
+        above = max(0.0, best.change_interval.high - best.change)
+        error = [[scale * below], [scale * above]]
     axes.errorbar(
         [chosen], [scale * best.change], yerr=error, fmt="D", color="C3", capsize=3,
         label=f"test, alpha {chosen:g} as picked",

@@ -38,11 +38,7 @@ class Likelihood(NamedTuple):
 
 
 def likelihoods(
-    ensemble: Ensemble,
-    passages: Sequence[Passage],
-    alphas: Sequence[float],
-    *,
-    batch_size: int = 8,
+    ensemble: Ensemble, passages: Sequence[Passage], alphas: Sequence[float], *, batch_size: int = 8
 ) -> Iterator[tuple[int, Likelihood]]:
     """Yield every passage's index and likelihood.
 
@@ -60,9 +56,8 @@ def likelihoods(
     """
     used = [alpha or None for alpha in alphas]
     needed = needed_members(pair for pair, alpha in zip(ensemble.pairs, used, strict=True) if alpha)
-    order = sorted(
-        range(len(passages)), key=lambda i: (-len(passages[i].token_ids), -_length(passages[i]))
-    )
+    lengths = [(len(passage.token_ids), len(passage.prompts[0])) for passage in passages]
+    order = sorted(range(len(passages)), key=lambda i: tuple(-n for n in lengths[i]))
     is_partial = ensemble.members[0].backend.partial is not None
     while order:
         batch = _batch(ensemble, passages, order, 1 if is_partial else batch_size, needed)
@@ -92,10 +87,6 @@ def likelihoods(
                     greedy[row] = greedy[row] and bool((own.argmax(-1) == targets).all())
         for i, total, is_greedy in zip(batch, totals, greedy, strict=True):
             yield i, Likelihood(total, is_greedy)
-
-
-def _length(passage: Passage) -> int:
-    return len(passage.prompts[0])
 
 
 def _batch(

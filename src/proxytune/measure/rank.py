@@ -219,27 +219,5 @@ def summarise(
         notes.append(
             f"the best strength of {', '.join(beyond)} is the largest one tried, {edge:g}; try larger ones"
         )
-    return Ranking(
-        tuple(candidates),
-        num_passages,
-        int(num_tokens),
-        float(base.sum() / num_tokens),
-        tuple(notes),
-    )
-
-
-def rank_correlation(values: Sequence[float], others: Sequence[float]) -> float:
-    """Return Spearman's rank correlation; ties share their mean rank. NaN if one side is constant."""
-    ranks = [_ranks(np.asarray(each, float)) for each in (values, others)]
-    one, other = (each - each.mean() for each in ranks)
-    scale = float(np.sqrt((one**2).sum() * (other**2).sum()))
-    return float((one * other).sum() / scale) if scale else float("nan")
-
-
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    order = values.argsort(kind="stable")
-    ranks = np.empty(len(values))
-    ranks[order] = np.arange(len(values))
-    for value in np.unique(values):
-        ranks[values == value] = ranks[values == value].mean()
-    return ranks
+    base_nats = float(base.sum() / num_tokens)
+    return Ranking(tuple(candidates), num_passages, int(num_tokens), base_nats, tuple(notes))

@@ -14,7 +14,7 @@ pairs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,7 @@ from proxytune.logits.rules import Steered, apply_policy, has_conflict
 from proxytune.logits.steer import Contribution
 from proxytune.logits.views import kl_divergence, view
 from proxytune.machine import return_free_memory
-from proxytune.request import Prompt, check_alpha
-from proxytune.text.prompts import PromptFormat, continuation_ids, render_each
+from proxytune.request import check_alpha
 from proxytune.trace import Step
 
 SCORE_WINDOW = 512
@@ -162,9 +161,9 @@ def bootstrap(
     counts = sizes[picks].sum(1)
     nats = sums[picks].sum(1) / counts
     base_nats = base_sums[picks].sum(1) / counts
-    low, high = np.exp(np.percentile(nats, [2.5, 97.5]))
-    change_low, change_high = np.expm1(np.percentile(nats - base_nats, [2.5, 97.5]))
-    return Interval(float(low), float(high)), Interval(float(change_low), float(change_high))
+    bounds = np.exp(np.percentile(nats, [2.5, 97.5]))
+    change_bounds = np.expm1(np.percentile(nats - base_nats, [2.5, 97.5]))
+    return Interval(*bounds.tolist()), Interval(*change_bounds.tolist())
 
 
 def token_losses(logits: Tensor, targets: Tensor, padding_ids: Tensor) -> NDArray[np.float64]:
@@ -179,39 +178,6 @@ def token_losses(logits: Tensor, targets: Tensor, padding_ids: Tensor) -> NDArra
         logits = logits.index_fill(-1, padding_ids, -torch.inf)
     chosen = logits.gather(-1, targets[..., None])[..., 0]
     return (logits.logsumexp(-1) - chosen).double().cpu().numpy()
-
-
-def score_tokens(
-    ensemble: Ensemble,
-    token_ids: Sequence[int],
-    *,
-    strengths: Sequence[tuple[float, tuple[float, ...]]],
-    window: int = SCORE_WINDOW,
-    start_id: int | None = None,
-    seed: int = 0,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> ScoreReport:
-    """Score a text given as token ids of the base's vocabulary.
-
-    Args:
-        ensemble: The models.
-        token_ids: At least two ids.
-        strengths: For each steered row, its label and the strength of each of the ensemble's pairs.
-        window: Tokens per window, at least 2 and at most the smallest context.
-        start_id: The token that begins every window, if the base's tokenizer puts one before a text. None
-            begins each window with the last token of the window before.
-        seed: Random seed of the bootstrap.
-        on_progress: Called after each chunk with the number of tokens done and the total.
-
-    Raises:
-        InvalidRequest: There are fewer than two tokens, or the window is below 2.
-        PromptTooLong: The window exceeds a model's context.
-    """
-    passages = windows(ensemble, token_ids, window=window, start_id=start_id)
-    report = score_passages(
-        ensemble, passages, strengths=strengths, seed=seed, on_progress=on_progress
-    )
-    return replace(report, window=window)
 
 
 def smallest_context(members: Iterable[Member]) -> int | None:
@@ -230,7 +196,14 @@ def scoring_window(ensemble: Ensemble, window: int | None = None) -> int:
 def windows(
     ensemble: Ensemble, token_ids: Sequence[int], *, window: int, start_id: int | None
 ) -> list[Passage]:
-    """Cut a text, given as token ids of the base's vocabulary, into passages; see `score_tokens`.
+    """Cut a text into passages.
+
+    Args:
+        ensemble: The models.
+        token_ids: The text in ids of the base's vocabulary.
+        window: Tokens per window, at least 2 and at most the smallest context.
+        start_id: The token that begins every window, if the base's tokenizer puts one before a text. None
+            begins each window with the last token of the window before.
 
     Raises:
         InvalidRequest: There is nothing to predict, or the window is below 2.
@@ -254,41 +227,6 @@ def passage_of(ensemble: Ensemble, prompt: Sequence[int], token_ids: Sequence[in
     """Return a passage with one prompt for all members, given in ids of the base's vocabulary."""
     prompts = tuple(tuple(m.own_ids(prompt, is_start=True)) for m in ensemble.members)
     return Passage(prompts, tuple(token_ids))
-
-
-def completion_passages(
-    ensemble: Ensemble,
-    formats: Sequence[PromptFormat],
-    pairs: Sequence[tuple[Prompt, str]],
-    *,
-    max_tokens: int | None = None,
-) -> list[Passage]:
-    """Return prompts with given answers as each model sees them, the token that ends a text after each.
-
-    Args:
-        ensemble: The models.
-        formats: How each member wants its prompts.
-        pairs: Prompts and their answers.
-        max_tokens: Maximum length of prompt and answer together; None for the smallest context. What exceeds
-            it is cut off an answer's end, and a pair with nothing left is skipped.
-
-    Raises:
-        PromptFormatError: A prompt cannot be rendered.
-    """
-    limits = [smallest_context(ensemble.members), max_tokens]
-    limit = min([n for n in limits if n is not None], default=None)
-    tokenizer, names = ensemble.tokenizer, [member.name for member in ensemble.members]
-    passages = []
-    for prompt, answer in pairs:
-        prompts = tuple(tuple(ids) for ids in render_each(prompt, formats, names))
-        token_ids = continuation_ids(answer, tokenizer)
-        if tokenizer.eos_token_id is not None:
-            token_ids.append(tokenizer.eos_token_id)
-        if limit is not None:
-            token_ids = token_ids[: max(0, limit - max(map(len, prompts)))]
-        if token_ids:
-            passages.append(Passage(prompts, tuple(token_ids)))
-    return passages
 
 
 def score_passages(
@@ -324,25 +262,23 @@ def score_passages(
     losses = passage_losses(
         ensemble, passages, [alphas for _, alphas in strengths], on_progress=on_progress
     )
-    names = {"base": 0}
-    for pair in ensemble.pairs:
-        names |= {f"{pair.name}.expert": pair.expert, f"{pair.name}.anti_expert": pair.anti_expert}
-    labels: list[float | None] = [*[None] * len(names), *[label for label, _ in strengths]]
-    rows = [
-        _row(name, label, column, losses[0], seed)
-        for name, label, column in zip(
-            [*names, *["steered"] * len(strengths)], labels, losses, strict=True
-        )
-        if name == "steered" or ensemble.members[names[name]].backend.translation is None
-    ]
+    sides = sides_of(ensemble.pairs)
+    rows: list[ScoreRow] = []
+
+    def add(name: str, alpha: float | None, column: NDArray[np.float64]) -> None:
+        nats, change = float(column.mean()), float(np.expm1(column.mean() - losses[0].mean()))
+        interval, change_interval = bootstrap(column, losses[0], seed=seed)
+        perplexity = float(np.exp(nats))
+        rows.append(ScoreRow(name, alpha, nats, perplexity, interval, change, change_interval))
+
+    for (name, member), column in zip(sides.items(), losses, strict=False):
+        if ensemble.members[member].backend.translation is None:
+            add(name, None, column)
+    for (label, _), column in zip(strengths, losses[len(sides) :], strict=True):
+        add("steered", label, column)
     longest = max(len(p.prompts[0]) + len(p.token_ids) for p in passages)
-    return ScoreReport(
-        num_tokens=len(losses[0]),
-        num_windows=len(passages),
-        window=longest,
-        rows=tuple(rows),
-        mapped=mapped_mass(ensemble, passages),
-    )
+    mapped = mapped_mass(ensemble, passages)
+    return ScoreReport(len(losses[0]), len(passages), longest, tuple(rows), mapped)
 
 
 def mapped_mass(ensemble: Ensemble, passages: Sequence[Passage]) -> tuple[MappedMass, ...]:
@@ -350,10 +286,9 @@ def mapped_mass(ensemble: Ensemble, passages: Sequence[Passage]) -> tuple[Mapped
 
     Measured on the first passages, about `MASS_TOKENS` tokens.
     """
-    used = sorted({i for pair in ensemble.pairs for i in (pair.expert, pair.anti_expert)})
     mapped = {
         index: translation.token_map
-        for index in used
+        for index in needed_members(ensemble.pairs)
         if (translation := ensemble.members[index].backend.translation) is not None
     }
     if not mapped:
@@ -373,12 +308,8 @@ def mapped_mass(ensemble: Ensemble, passages: Sequence[Passage]) -> tuple[Mapped
         if count >= MASS_TOKENS:
             break
     return tuple(
-        MappedMass(
-            ensemble.members[index].name,
-            token_map.share,
-            *(total / count for total in sums[index]),
-        )
-        for index, token_map in mapped.items()
+        MappedMass(ensemble.members[i].name, found.share, *(total / count for total in sums[i]))
+        for i, found in mapped.items()
     )
 
 
@@ -425,9 +356,7 @@ def passage_losses(
                 f"the window has {longest} tokens, and {member.name} has a context of {limit}.\n"
                 f"hint: score with a window of at most {limit}"
             )
-    sides: list[int] = [0]
-    for pair in ensemble.pairs:
-        sides += [pair.expert, pair.anti_expert]
+    sides = list(sides_of(ensemble.pairs).values())
     num_sides = len(sides)
     collected: list[list[NDArray[np.float64]]] = [[] for _ in range(num_sides + len(strengths))]
     done = 0
@@ -464,17 +393,9 @@ def explain_passage(
         alphas: Strength of each of the ensemble's pairs; None leaves a pair out, 0 only shows it.
         num_top: Number of each model's likeliest tokens to list.
     """
-    used = [
-        (pair, alpha)
-        for pair, alpha in zip(ensemble.pairs, alphas, strict=True)
-        if alpha is not None
-    ]
-    sides = {
-        f"{pair.name}.{side}": member
-        for pair, _ in used
-        for side, member in (("expert", pair.expert), ("anti_expert", pair.anti_expert))
-    }
-    for first, logits in passage_logits(ensemble, passage, sorted({0, *sides.values()})):
+    used = [p for p, alpha in zip(ensemble.pairs, alphas, strict=True) if alpha is not None]
+    sides = sides_of(used)
+    for first, logits in passage_logits(ensemble, passage, needed_members(used)):
         padding_ids = ensemble.vocabulary.padding_ids.to(logits[0].device)
         for place in range(logits[0].shape[0]):
             index = first + place
@@ -483,17 +404,11 @@ def explain_passage(
             found = steered_rows(ensemble, batch, alphas, positions=torch.tensor([index]))
             steered = found.logits[0].index_fill(-1, padding_ids, -torch.inf)
             rows = {m: row[0].index_fill(-1, padding_ids, -torch.inf) for m, row in batch.items()}
-            views = {
-                "base": view(rows[0], token_id, num_top=num_top),
-                "steered": view(steered, token_id, num_top=num_top),
-            }
-            for name, member in sides.items():
-                views[name] = view(rows[member], token_id, num_top=num_top)
-            logprob = float(steered.log_softmax(-1)[token_id])
-            kl = kl_divergence(steered, rows[0])
+            shown = {"base": rows[0], "steered": steered}
+            shown |= {name: rows[member] for name, member in sides.items()}
             weights = None
             if not ensemble.policy.is_plain:
-                names = [pair.name for pair, _ in used]
+                names = [pair.name for pair in used]
                 weights = dict(zip(names, found.weights[:, 0].tolist(), strict=True))
             disagree = None
             if len(used) > 1:
@@ -503,37 +418,25 @@ def explain_passage(
                 index,
                 token_id,
                 "",
-                logprob,
-                views=views,
-                kl=kl,
+                float(steered.log_softmax(-1)[token_id]),
+                views={n: view(row, token_id, num_top=num_top) for n, row in shown.items()},
+                kl=kl_divergence(steered, rows[0]),
                 weights=weights,
                 has_conflict=disagree,
             )
 
 
-def _row(
-    name: str,
-    alpha: float | None,
-    losses: NDArray[np.float64],
-    base_losses: NDArray[np.float64],
-    seed: int,
-) -> ScoreRow:
-    interval, change_interval = bootstrap(losses, base_losses, seed=seed)
-    nats = float(losses.mean())
-    return ScoreRow(
-        name=name,
-        alpha=alpha,
-        nats=nats,
-        perplexity=float(np.exp(nats)),
-        interval=interval,
-        change=float(np.expm1(nats - base_losses.mean())),
-        change_interval=change_interval,
-    )
+def sides_of(pairs: Iterable[Pair]) -> dict[str, int]:
+    """Return the members that pairs need, by name: `base`, and `NAME.expert`, `NAME.anti_expert` of each."""
+    sides = {"base": 0}
+    for pair in pairs:
+        sides |= {f"{pair.name}.expert": pair.expert, f"{pair.name}.anti_expert": pair.anti_expert}
+    return sides
 
 
 def needed_members(pairs: Iterable[Pair]) -> list[int]:
     """Return the members that pairs need: the base, and the pairs' experts and anti-experts."""
-    return sorted({0, *(member for pair in pairs for member in (pair.expert, pair.anti_expert))})
+    return sorted(set(sides_of(pairs).values()))
 
 
 def by_backend(ensemble: Ensemble, members: Iterable[int]) -> list[tuple[Backend[Any], list[int]]]:

@@ -15,6 +15,7 @@ import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -30,13 +31,10 @@ from proxytune.request import SamplingParams, check_alpha
 MAX_POINTS = 1000
 """Maximum number of points. Each costs a softmax over the vocabulary at every validation token."""
 
-Prompts = tuple[Sequence[int], ...]
-"""One prompt, in the token ids of each member."""
-
-
-# Units --------------------------------------------------------------------------------------------------
-
 Unit = TypeVar("Unit")
+Points = Sequence[tuple[float, ...]]
+Advance = Callable[[int, int], None]
+"""Called with how much is done, and how much there is."""
 
 
 def split(
@@ -127,7 +125,7 @@ class Grid:
 class PromptWithReference(NamedTuple):
     """A prompt in the token ids of each member, and the answer that generated ones are compared with."""
 
-    prompts: Prompts
+    prompts: tuple[Sequence[int], ...]
     reference: str
 
 
@@ -219,18 +217,9 @@ def sweep_likelihood(
         InvalidRequest: A part is empty, or the ensemble's policy gives a token no probability.
         PromptTooLong: A passage exceeds a model's context.
     """
-    _check_parts(valid, test)
-    sizes = [sum(len(p.token_ids) for p in part) for part in (valid, test)]
 
-    def measure(
-        part: Sequence[Passage], points: Sequence[tuple[float, ...]], before: int
-    ) -> NDArray[np.float64]:
+    def measure(part: Sequence[Passage], points: Points, advance: Advance) -> NDArray[np.float64]:
         """Return losses by unit, `[points, units, 2]`: sums of nats, and tokens."""
-
-        def advance(done: int, _: int) -> None:
-            if on_progress is not None:
-                on_progress(before + done, sum(sizes))
-
         losses = passage_losses(ensemble, part, points, on_progress=advance)
         steered = losses[1 + 2 * len(ensemble.pairs) :]
         if not np.isfinite(steered).all():
@@ -239,19 +228,13 @@ def sweep_likelihood(
                 'hint: "implausible": "leave" in the recipe keeps the base\'s odds for them'
             )
         lengths = [len(p.token_ids) for p in part]
-        starts = np.cumsum([0, *lengths[:-1]])
-        sums = np.add.reduceat(steered, starts, axis=1)
+        sums = np.add.reduceat(steered, np.cumsum([0, *lengths[:-1]]), axis=1)
         return np.stack([sums, np.broadcast_to(np.array(lengths, float), sums.shape)], axis=-1)
 
-    found = _swept(
-        METRICS["perplexity"],
-        grid,
-        own,
-        lambda points: measure(valid, points, 0),
-        lambda points: measure(test, points, sizes[0]),
-        seed,
-    )
-    return replace(found, policy=ensemble.policy.describe(), num_tokens=sum(sizes), num_read=None)
+    sizes = [sum(len(p.token_ids) for p in part) for part in (valid, test)]
+    metric, policy = METRICS["perplexity"], ensemble.policy.describe()
+    found = _swept(metric, policy, grid, measure, (valid, test), sizes, own, seed, on_progress)
+    return replace(found, num_tokens=sum(sizes))
 
 
 def sweep_generations(
@@ -285,52 +268,49 @@ def sweep_generations(
         InvalidRequest: A part is empty, or texts cannot share their beginnings; see `branch`.
         PromptTooLong: Prompt and new tokens exceed a model's context.
     """
-    _check_parts(valid, test)
     assert metric.score is not None
     score = metric.score
-    counts = [0, 0]
+    num_chosen = num_read = 0
 
     def measure(
-        part: Sequence[PromptWithReference], points: Sequence[tuple[float, ...]], before: int
+        part: Sequence[PromptWithReference], points: Points, advance: Advance
     ) -> NDArray[np.float64]:
         """Return scores by unit, `[points, units, 2]`: scores, and ones."""
-
-        def advance(done: int, _: int) -> None:
-            if on_progress is not None:
-                on_progress(before + done, len(valid) + len(test))
-
+        nonlocal num_chosen, num_read
+        prompts = [row.prompts for row in part]
         texts = branch(
-            ensemble,
-            [row.prompts for row in part],
-            points,
-            sampling,
-            batch_size=batch_size,
-            on_progress=advance,
+            ensemble, prompts, points, sampling, batch_size=batch_size, on_progress=advance
         )
-        counts[0] += texts.num_chosen
-        counts[1] += texts.num_read
+        num_chosen += texts.num_chosen
+        num_read += texts.num_read
+        rows = zip(part, texts.texts, strict=True)
         scores = np.array(
-            [
-                [score(text, row.reference) for text in written]
-                for row, written in zip(part, texts.texts, strict=True)
-            ]
+            [[score(text, row.reference) for text in written] for row, written in rows]
         ).T
         return np.stack([scores, np.ones_like(scores)], axis=-1)
 
-    found = _swept(
-        metric,
-        grid,
-        own,
-        lambda points: measure(valid, points, 0),
-        lambda points: measure(test, points, len(valid)),
-        seed,
-    )
-    return replace(
-        found, policy=ensemble.policy.describe(), num_tokens=counts[0], num_read=counts[1]
-    )
+    sizes, policy = [len(valid), len(test)], ensemble.policy.describe()
+    found = _swept(metric, policy, grid, measure, (valid, test), sizes, own, seed, on_progress)
+    return replace(found, num_tokens=num_chosen, num_read=num_read)
 
 
-def _check_parts(valid: Sequence[object], test: Sequence[object]) -> None:
+def _swept(
+    metric: Metric,
+    policy: str,
+    grid: Grid,
+    measure: Callable[[Sequence[Unit], Points, Advance], NDArray[np.float64]],
+    parts: tuple[Sequence[Unit], Sequence[Unit]],
+    sizes: Sequence[int],
+    own: Sequence[float],
+    seed: int,
+    on_progress: Advance | None,
+) -> SweepReport:
+    """Pick a point on the validation units and measure it on the test units.
+
+    `measure` returns sums and counts by point and unit, `[points, units, 2]`; `sizes` are the amounts of the
+    two `parts` as its progress counts them.
+    """
+    valid, test = parts
     if not valid or not test:
         raise InvalidRequest(
             f"there are {len(valid)} validation and {len(test)} test windows or answers, and each part "
@@ -338,22 +318,12 @@ def _check_parts(valid: Sequence[object], test: Sequence[object]) -> None:
             "hint: give more data, a smaller --window, or separate --test-data"
         )
 
+    def advance(done: int, _: int, before: int = 0) -> None:
+        if on_progress is not None:
+            on_progress(before + done, sum(sizes))
 
-def _swept(
-    metric: Metric,
-    grid: Grid,
-    own: Sequence[float],
-    on_valid: Callable[[Sequence[tuple[float, ...]]], NDArray[np.float64]],
-    on_test: Callable[[Sequence[tuple[float, ...]]], NDArray[np.float64]],
-    seed: int,
-) -> SweepReport:
-    """Pick a point on the validation units and measure it on the test units.
-
-    `on_valid` and `on_test` return sums and counts by point and unit, `[points, units, 2]`.
-    """
     none = (0.0,) * len(grid.names)
-    sums = on_valid([none, *grid.points])
-    num_valid = sums.shape[1]
+    sums = measure(valid, [none, *grid.points], advance)
     points = [
         _point(metric, grid.names, point, sums[n], sums[0], seed)
         for n, point in enumerate(grid.points, start=1)
@@ -361,45 +331,40 @@ def _swept(
     sign = 1.0 if metric.is_lower_better else -1.0
     # Of equally good points, the weakest.
     picked = min(
-        range(len(points)),
-        key=lambda n: (sign * points[n].value, sum(map(abs, grid.points[n]))),
+        range(len(points)), key=lambda n: (sign * points[n].value, sum(map(abs, grid.points[n])))
     )
-    wanted = {"base": none, "picked": grid.points[picked], "recipe": tuple(own)}
+    best = grid.points[picked]
+    wanted = {"base": none, "picked": best, "recipe": tuple(own)}
     distinct = list(dict.fromkeys(wanted.values()))
-    tested = on_test(distinct)
-    test = {
+    tested = measure(test, distinct, partial(advance, before=sizes[0]))
+    measured = {
         name: _point(metric, grid.names, p, tested[distinct.index(p)], tested[0], seed)
         for name, p in wanted.items()
     }
     notes = []
+    tried = list(zip(*grid.points, strict=True))
     edges = [
-        name
-        for i, name in enumerate(grid.names)
-        if i in grid.varied
-        and grid.points[picked][i]
-        in (
-            min(point[i] for point in grid.points),
-            max(point[i] for point in grid.points),
-        )
-        and grid.points[picked][i] != 0
+        grid.names[i]
+        for i in grid.varied
+        if best[i] != 0 and best[i] in (min(tried[i]), max(tried[i]))
     ]
     if edges:
         notes.append(
             f"the best strength of {', '.join(edges)} is at the edge of the grid; try values beyond it"
         )
-    gain = test["picked"].change_interval
-    if gain is not None and gain.low <= 0 <= gain.high and wanted["picked"] != none:
+    gain = measured["picked"].change_interval
+    if gain is not None and gain.low <= 0 <= gain.high and best != none:
         notes.append(
             "on the test part, the picked strength does not differ significantly from the base"
         )
     return SweepReport(
         metric=metric.name,
         is_lower_better=metric.is_lower_better,
-        policy="",
+        policy=policy,
         points=tuple(points),
         picked=picked,
-        test=test,
-        num_valid=num_valid,
+        test=measured,
+        num_valid=sums.shape[1],
         num_test=tested.shape[1],
         num_tokens=0,
         num_read=None,
@@ -430,10 +395,9 @@ def _point(
     if num_units >= 2:
         picks = np.random.default_rng(seed).integers(0, num_units, size=(NUM_RESAMPLES, num_units))
         totals, base_totals = sums[picks].sum(1), base_sums[picks].sum(1)
-        low, high = np.percentile(value(totals), [2.5, 97.5])
-        interval = Interval(float(low), float(high))
-        low, high = np.percentile(change(totals, base_totals), [2.5, 97.5])
-        change_interval = Interval(float(low), float(high))
+        bounds = np.percentile(value(totals), [2.5, 97.5])
+        change_bounds = np.percentile(change(totals, base_totals), [2.5, 97.5])
+        interval, change_interval = Interval(*bounds.tolist()), Interval(*change_bounds.tolist())
     whole, base_whole = sums.sum(0), base_sums.sum(0)
     return Point(
         dict(zip(names, point, strict=True)),

@@ -40,10 +40,7 @@ model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
 
 
 def model_card(
-    models: Mapping[str, ModelSpec],
-    experts: Sequence[ExpertSpec],
-    policy: Policy,
-    directory: Path,
+    models: Mapping[str, ModelSpec], experts: Sequence[ExpertSpec], policy: Policy, directory: Path
 ) -> str:
     """Return a recipe's README.md.
 

@@ -65,30 +65,12 @@ _OWN_KEYS = (
     "model_type", "architectures", "base", "experts", "combine", "steering", "default_expert", "vocabulary",
     "$schema",
 )  # fmt: skip
-METADATA_KEYS = frozenset(
-    {
-        "_commit_hash",
-        "_name_or_path",
-        "auto_map",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "dtype",
-        "eos_token_id",
-        "id2label",
-        "is_encoder_decoder",
-        "label2id",
-        "output_attentions",
-        "output_hidden_states",
-        "pad_token_id",
-        "problem_type",
-        "return_dict",
-        "tie_word_embeddings",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-        "vocab_size",
-    }
-)
+METADATA_KEYS = frozenset((
+    "_commit_hash", "_name_or_path", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype",
+    "eos_token_id", "id2label", "is_encoder_decoder", "label2id", "output_attentions",
+    "output_hidden_states", "pad_token_id", "problem_type", "return_dict", "tie_word_embeddings",
+    "torch_dtype", "transformers_version", "use_cache", "vocab_size",
+))  # fmt: skip
 """Keys that transformers writes into any config.json; they are allowed and ignored here."""
 
 
@@ -329,11 +311,7 @@ class Recipe:
         return content
 
     def write(
-        self,
-        directory: str | os.PathLike[str],
-        *,
-        overwrite: bool = False,
-        card: str | None = None,
+        self, directory: str | os.PathLike[str], *, overwrite: bool = False, card: str | None = None
     ) -> Recipe:
         """Write the recipe into a directory and return it as written there.
 

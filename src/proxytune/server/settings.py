@@ -1,14 +1,23 @@
-"""What a server allows."""
+"""What a server allows, and the keys that clients need."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from proxytune.errors import InputFileError, InvalidRequest
 from proxytune.settings import check, declared, option
 
 if TYPE_CHECKING:  # It brings torch, which the command line's help does not need.
     from proxytune.decode.speculative import Drafting
+
+
+KEY_VARIABLE = "PROXYTUNE_API_KEY"
+"""The environment variable that holds a key, if it is set."""
+MIN_KEY_LENGTH = 16
+"""Shorter keys can be guessed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +79,33 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         check(self)
+
+
+def read_keys(path: Path | None) -> tuple[str, ...]:
+    """Return the API keys in a file, or without one the key in the environment.
+
+    Raises:
+        InputFileError: The file cannot be read, or holds no key.
+        InvalidRequest: A key is too short.
+    """
+    if path is None:
+        found = [os.environ.get(KEY_VARIABLE, "").strip()]
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise InputFileError(
+                f"{path} cannot be read: {why}.\nhint: --api-key-file takes a file with one key per line"
+            ) from error
+        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not found:
+            raise InputFileError(f"{path} holds no key.\nhint: write one per line")
+    keys = tuple(key for key in found if key)
+    for key in keys:
+        if len(key) < MIN_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key:
+            raise InvalidRequest(
+                f"a key has fewer than {MIN_KEY_LENGTH} characters, or some that HTTP headers cannot hold."
+                "\nhint: python -c 'import secrets; print(secrets.token_urlsafe())' makes a good one"
+            )
+    return keys

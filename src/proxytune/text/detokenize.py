@@ -70,18 +70,15 @@ class TextStream:
         min_tokens: int = 0,
     ) -> None:
         if isinstance(stop, str) or not all(stop):
-            raise ValueError(
-                f"stop is {stop!r}, and must be a sequence of strings that are not empty"
-            )
+            why = "must be a sequence of strings that are not empty"
+            raise ValueError(f"stop is {stop!r}, and {why}")
         self._tokenizer = tokenizer
         self._skipped: dict[int, bool] = {}
         # The prompt's part of the window's text, until new text has been settled; then nothing.
         self._window, self._prompt_text = self._context_of(prompt_ids)
         self._window_text = self._prompt_text
-        self._num_settled = len(
-            self._prompt_text
-        )  # characters of the window's text that are done with
-        self._num_settled_ids = len(self._window)  # ids of the window that are wholly in them
+        # Characters of the window's text that are done with, and ids of the window wholly in them.
+        self._num_settled, self._num_settled_ids = len(self._prompt_text), len(self._window)
         self._stops = _StopMatcher(stop)
         self._min_tokens = min_tokens
         self._num_tokens = 0
@@ -141,8 +138,7 @@ class TextStream:
                 # Byte fallback takes back characters that were returned: go on with what came after them.
                 del self._window[: self._num_settled_ids]
                 text = self._decode(self._window)
-                self._num_settled = 0
-                self._num_settled_ids = 0
+                self._num_settled = self._num_settled_ids = 0
         self._window_text = text
         num_unsettled = len(text) - len(text.rstrip(_REPLACEMENT))
         if len(self._window) >= _MAX_WINDOW:
@@ -229,14 +225,11 @@ class _StopMatcher:
                 self.matched = True
                 self._held = ""
                 return text[: min(matches)[1]]
-        num_held = next(
-            (
-                n
-                for n in range(min(self._max_held, len(text)), 0, -1)
-                if any(stop.startswith(text[-n:]) and len(stop) > n for stop in self._stop)
-            ),
-            0,
-        )
+        num_held = min(self._max_held, len(text))
+        while num_held and not any(
+            stop.startswith(text[-num_held:]) and len(stop) > num_held for stop in self._stop
+        ):
+            num_held -= 1
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
 

@@ -132,9 +132,8 @@ def behave_alike(one: Tokenizer, other: Tokenizer) -> bool:
         "all_special_ids",
         "clean_up_tokenization_spaces",
     )
-    if type(one) is not type(other) or any(
-        getattr(one, name, None) != getattr(other, name, None) for name in names
-    ):
+    differ = (getattr(one, name, None) != getattr(other, name, None) for name in names)
+    if type(one) is not type(other) or any(differ):
         return False
     # What decides how a text is cut: tokens, normaliser, rules, merges, and what is added around it.
     mine, theirs = (getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (one, other))
@@ -173,22 +172,14 @@ def render(prompt: Prompt, *, prompt_format: str, tokenizer: Tokenizer, name: st
 def render_each(
     prompt: Prompt, formats: Sequence[PromptFormat], names: Sequence[str]
 ) -> list[Sequence[int]]:
-    """Return the token ids that each of several models sees; see `render`.
-
-    Args:
-        prompt: Text or messages.
-        formats: Prompt format and tokenizer of each model.
-        names: The name of each in errors.
-    """
+    """Return the token ids that each of several models sees; see `render`."""
     # Models that share a tokenizer and a format see the same; a long prompt takes a while to tokenise.
     known: dict[tuple[str, int], Sequence[int]] = {}
-    for own, name in zip(formats, names, strict=True):
-        key = own.prompt_format, id(own.tokenizer)
+    keys = [(own.prompt_format, id(own.tokenizer)) for own in formats]
+    for key, own, name in zip(keys, formats, names, strict=True):
         if key not in known:
-            known[key] = render(
-                prompt, prompt_format=own.prompt_format, tokenizer=own.tokenizer, name=name
-            )
-    return [known[own.prompt_format, id(own.tokenizer)] for own in formats]
+            known[key] = render(prompt, prompt_format=key[0], tokenizer=own.tokenizer, name=name)
+    return [known[key] for key in keys]
 
 
 def text_ids(text: str, tokenizer: Tokenizer) -> list[int]:
@@ -228,20 +219,15 @@ def render_text(
 ) -> str:
     """Return the text that `render` tokenises; arguments and errors are the same.
 
-    Args:
-        prompt: Text or messages.
-        prompt_format: `plain`, `chat` or a Jinja template.
-        tokenizer: The model's.
-        name: How errors call the model.
-        add_generation_prompt: Whether to begin the assistant's turn at the end, for generation. Without it, a
-            conversation that ends with the assistant's message shows how the format ends that turn.
+    `add_generation_prompt` begins the assistant's turn at the end, as generation needs it. Without it, a
+    conversation that ends with the assistant's message shows how a format ends that turn.
     """
     kind = check_syntax(prompt_format, name)
-    if kind == "plain":
-        if isinstance(prompt, str):
-            return prompt
-        return _plain_text(_messages(prompt), add_generation_prompt)
+    if kind == "plain" and isinstance(prompt, str):
+        return prompt
     messages = _messages(prompt)
+    if kind == "plain":
+        return _plain_text(messages, add_generation_prompt)
     if kind == "chat":
         text = _apply_chat_template(messages, tokenizer, name, add_generation_prompt)
     else:
@@ -266,9 +252,8 @@ def check_syntax(prompt_format: str, name: str) -> Literal["plain", "chat", "jin
         try:
             _compile(prompt_format)
         except Exception as error:  # A template may break Jinja, or Python's own parser.
-            line = (
-                f" in line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            )
+            number = getattr(error, "lineno", None)
+            line = f" in line {number}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise PromptFormatError(
                 f"the prompt template of {name} is malformed{line}: {error}\n"
                 "hint: the simplest template is {{ prompt }}"
@@ -285,18 +270,14 @@ def _messages(prompt: Prompt) -> list[Message]:
         return list(prompt.messages)
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
-    messages: list[Message] = []
-    for message in prompt:
-        assert not isinstance(message, int), "token ids need no rendering"
-        messages.append(message)
+    messages = [message for message in prompt if not isinstance(message, int)]
+    assert len(messages) == len(prompt), "token ids need no rendering"
     return messages
 
 
 def _plain_text(messages: Sequence[Message], add_generation_prompt: bool) -> str:
     roles = [message["role"] for message in messages]
-    is_single = (
-        roles.count("user") == 1 and roles[-1] == "user" and set(roles) <= {"system", "user"}
-    )
+    is_single = roles[-1:] == ["user"] and set(roles[:-1]) <= {"system"}
     parts = []
     for message in messages:
         if is_single or message["role"] == "system":

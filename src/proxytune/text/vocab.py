@@ -11,26 +11,20 @@ Text and models never reach this file.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice, zip_longest
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from proxytune.errors import InvalidRequest, VocabularyMismatch
+from proxytune.text.prompts import Tokenizer
 
 NUM_EXAMPLES = 5
 """Maximum number of differences that a `VocabularyMismatch` shows."""
-
-
-class HasVocab(Protocol):
-    """Anything that lists its tokens, as every Hugging Face tokenizer does."""
-
-    def get_vocab(self) -> Mapping[str, int]:
-        """Return token strings and their ids, added tokens included."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ class Vocabulary:
             )
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: HasVocab, *, name: str, width: int) -> Vocabulary:
+    def from_tokenizer(cls, tokenizer: Tokenizer, *, name: str, width: int) -> Vocabulary:
         """Read the tokens of a tokenizer whose model has `width` output rows.
 
         Tokens beyond the head, such as a pad token added only to the tokenizer, are left out: the model can
@@ -106,22 +100,21 @@ def token_bytes(vocabulary: Vocabulary) -> dict[int, bytes]:
     vocabulary's way of writing a space shows which. A special token stands for its own name.
     """
     tokens = vocabulary.token_to_id
+    table = _byte_level_characters()
+
+    def byte_level(token: str) -> bytes:
+        return bytes(table[c] for c in token) if table.keys() >= set(token) else token.encode()
+
+    def sentence_piece(token: str) -> bytes:
+        is_byte = re.fullmatch(r"<0x[0-9A-F]{2}>", token)
+        return bytes([int(token[3:5], 16)]) if is_byte else token.replace("▁", " ").encode()
+
+    content_of: Callable[[str], bytes] = str.encode
     if any(token.startswith("Ġ") for token in tokens):
-        table = _byte_level_characters()
-        return {
-            token_id: bytes(table[c] for c in token)
-            if all(c in table for c in token)
-            else token.encode()
-            for token, token_id in tokens.items()
-        }
-    if any(token.startswith("▁") for token in tokens):
-        return {
-            token_id: bytes([int(token[3:5], 16)])
-            if re.fullmatch(r"<0x[0-9A-F]{2}>", token)
-            else token.replace("▁", " ").encode()
-            for token, token_id in tokens.items()
-        }
-    return {token_id: token.encode() for token, token_id in tokens.items()}
+        content_of = byte_level
+    elif any(token.startswith("▁") for token in tokens):
+        content_of = sentence_piece
+    return {token_id: content_of(token) for token, token_id in tokens.items()}
 
 
 def _byte_level_characters() -> dict[str, int]:
@@ -192,11 +185,8 @@ class Alignment:
         if device not in self._tables:
             assert self.small_ids is not None
             small_ids = self.small_ids.to(device)
-            self._tables[device] = _Tables(
-                small_ids=small_ids,
-                gather=small_ids.clamp(min=0),
-                padding=(small_ids < 0).nonzero().flatten(),
-            )
+            padding = (small_ids < 0).nonzero().flatten()
+            self._tables[device] = _Tables(small_ids, small_ids.clamp(min=0), padding)
         return self._tables[device]
 
 

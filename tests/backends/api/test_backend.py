@@ -22,6 +22,7 @@ from proxytune.errors import ApiError, BackendError, BudgetSpent, InvalidRequest
 from proxytune.model import ProxyTuned
 from proxytune.recipe.spec import ApiSettings, ModelSpec
 from proxytune.request import SamplingParams
+from proxytune.testing import EOS, TOKENS, toy_model
 from tests.support.completion_server import (
     LLAMA_CPP,
     OPENAI,
@@ -32,7 +33,6 @@ from tests.support.completion_server import (
     ServerTraits,
 )
 from tests.support.fault_proxy import FaultProxy, random_faults
-from tests.support.toys import EOS, TOKENS, toy_model
 
 ALL = ServerTraits(has_echo=True)
 """A server that shows every token's logprob, and names tokens by text."""
@@ -559,7 +559,7 @@ def test_an_estimated_end_is_never_certified():
 
 def test_a_draft_keeps_to_the_small_models_context():
     from proxytune.backends.toy import ToyBackend
-    from tests.support.toys import toy_table
+    from proxytune.testing import toy_table
 
     local = in_process()
     small = ToyBackend(toy_table(1, eos_logit=-100.0), name="small", memory=0.5, max_context=42)

@@ -246,7 +246,7 @@ def test_a_model_that_waits_for_the_device_goes_on_without_graphs():
     assert recorder.num_graphs == 1
 
 
-def test_forwards_that_a_graph_may_record_run_with_the_attention_that_pytorch_chooses(monkeypatch):
+def test_forwards_that_a_graph_may_record_use_pytorchs_own_attention(monkeypatch):
     inside: list[torch.device] = []
     calls: list[bool] = []
 

@@ -102,9 +102,13 @@ def test_a_plain_row_does_not_depend_on_the_adapters_beside_it(small):
         assert not torch.allclose(beside[0], plain)
 
 
-def test_pefts_layers_are_replaced_in_a_loaded_model_and_hold_one_copy_of_its_weights(small):
-    plain, adapted = load(small), load(small, "attention", "mlp")
+def test_pefts_layers_are_replaced_in_a_loaded_model(small):
+    adapted = load(small, "attention", "mlp")
     assert not any("lora_A" in name for name, _ in adapted.model.named_parameters())
+
+
+def test_a_loaded_model_holds_one_copy_of_its_adapters_weights(small):
+    plain, adapted = load(small), load(small, "attention", "mlp")
 
     def size(backend: TransformersBackend) -> int:
         return sum(parameter.numel() for parameter in backend.model.parameters())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,11 @@ class ServerAnswer:
     usage: Usage
     offsets: list[int] | None = None
 
+    @property
+    def first(self) -> ShownToken | None:
+        """Its first token; None if it has none, or nothing is shown of it."""
+        return self.tokens[0] if self.tokens else None
+
 
 def read_completion(answer: Mapping[str, Any], scoring: str | None) -> ServerAnswer:
     """Read an answer of `/completions`, which may hold the scores of its prompt before the new tokens.
@@ -55,12 +60,10 @@ def read_completion(answer: Mapping[str, Any], scoring: str | None) -> ServerAns
     Raises:
         ValueError, KeyError, TypeError, AttributeError, IndexError: It is incomplete.
     """
-    choice = answer["choices"][0]
+    choice, has_ended = _choice(answer)
     logprobs = choice.get("logprobs") or {}
     if logprobs.get("content") is not None:  # llama.cpp answers here as at the chat endpoint
         return read_chat(answer)
-    if choice.get("finish_reason") is None:
-        raise ValueError("it has no finish_reason")
     tokens: list[ShownToken | None] = []
     if scoring == "prompt_logprobs":
         entries = choice.get("prompt_logprobs") or answer.get("prompt_logprobs") or []
@@ -75,22 +78,22 @@ def read_completion(answer: Mapping[str, Any], scoring: str | None) -> ServerAns
             likeliest = tuple((_name(key), float(value)) for key, value in top.items())
             is_by_text = not isinstance(name, int)
             tokens.append(ShownToken(name, float(logprob), likeliest, name, is_by_text=is_by_text))
-    has_ended = choice["finish_reason"] == "stop"
     return ServerAnswer(tokens, has_ended, Usage(), logprobs.get("text_offset"))
 
 
 def read_chat(answer: Mapping[str, Any]) -> ServerAnswer:
-    """Read an answer of `/chat/completions`.
+    """Read an answer of `/chat/completions`; raises what `read_completion` does."""
+    choice, has_ended = _choice(answer)
+    content = (choice.get("logprobs") or {}).get("content") or []
+    return ServerAnswer([_shown_in_chat(entry) for entry in content], has_ended, Usage())
 
-    Raises:
-        ValueError, KeyError, TypeError, AttributeError, IndexError: It is incomplete.
-    """
+
+def _choice(answer: Mapping[str, Any]) -> tuple[Any, bool]:
+    """Return the one choice of an answer, and whether the server ended its text by itself."""
     choice = answer["choices"][0]
     if choice.get("finish_reason") is None:
         raise ValueError("it has no finish_reason")
-    content = (choice.get("logprobs") or {}).get("content") or []
-    tokens: list[ShownToken | None] = [_shown_in_chat(entry) for entry in content]
-    return ServerAnswer(tokens, choice["finish_reason"] == "stop", Usage())
+    return choice, choice["finish_reason"] == "stop"
 
 
 def _name(key: str) -> TokenName:
@@ -111,13 +114,9 @@ def _chat_name(entry: Mapping[str, Any]) -> TokenName:
 
 
 def _shown_in_chat(entry: Mapping[str, Any]) -> ShownToken:
-    """Read an entry of a chat answer's logprobs."""
-    return ShownToken(
-        _chat_name(entry),
-        float(entry["logprob"]),
-        tuple((_chat_name(top), float(top["logprob"])) for top in entry["top_logprobs"]),
-        listed=_chat_name(entry),
-    )
+    name = _chat_name(entry)
+    top = tuple((_chat_name(top), float(top["logprob"])) for top in entry["top_logprobs"])
+    return ShownToken(name, float(entry["logprob"]), top, listed=name)
 
 
 def _shown_by_ids(entry: Mapping[str, Any] | None) -> ShownToken | None:
@@ -130,8 +129,5 @@ def _shown_by_ids(entry: Mapping[str, Any] | None) -> ShownToken | None:
 
 def is_alike(one: ShownToken, other: ShownToken) -> bool:
     """Return whether the most likely tokens have the same logprobs in both, whatever their names."""
-
-    def highest(shown: ShownToken) -> Iterable[float]:
-        return sorted((logprob for _, logprob in shown.top), reverse=True)[:3]
-
-    return all(abs(a - b) < 0.05 for a, b in zip(highest(one), highest(other), strict=False))
+    highest = [sorted((p for _, p in shown.top), reverse=True)[:3] for shown in (one, other)]
+    return all(abs(a - b) < 0.05 for a, b in zip(*highest, strict=False))

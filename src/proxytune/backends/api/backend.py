@@ -126,21 +126,18 @@ class ApiBackend(PartialBackend[ApiState]):
 
         Raises:
             InvalidRequest: A prompt is empty or ends within a character, or an adapter is named.
-            UnsupportedModel: The server refuses the question.
-            ApiError: It gave no good answer.
-            BudgetSpent: The calls or the cost allowed are spent.
+            UnsupportedModel, ApiError, BudgetSpent: As `StretchReader.read` raises them.
         """
         if any(adapters or ()):
             raise InvalidRequest(f"{self.name} is behind an API, which takes no adapters")
         check_prompts(self.name, prompts)
         most: Sequence[int | None] = num_new_tokens or [None] * len(prompts)
-        state = ApiState(
-            [
-                ApiRow(prompt, list(prompt), num_left=n, is_scored=is_scored)
-                for prompt, n in zip(prompts, most, strict=True)
-            ]
-        )
-        logits = self._positions(state, [[len(row.token_ids)] for row in state.rows])
+        rows = [
+            ApiRow(prompt, list(prompt), num_left=n, is_scored=is_scored)
+            for prompt, n in zip(prompts, most, strict=True)
+        ]
+        state = ApiState(rows)
+        logits = self._positions(state, [[len(row.token_ids)] for row in rows])
         return Prefilled(state, logits[:, 0])
 
     def extend(self, state: ApiState, token_ids: Tensor) -> Tensor:
@@ -150,9 +147,7 @@ class ApiBackend(PartialBackend[ApiState]):
         nothing is asked about it.
 
         Raises:
-            UnsupportedModel: The server refuses the question.
-            ApiError: It gave no good answer.
-            BudgetSpent: The calls or the cost allowed are spent.
+            UnsupportedModel, ApiError, BudgetSpent: As `StretchReader.read` raises them.
         """
         lengths = []
         for row, new in zip(state.rows, token_ids.tolist(), strict=True):
@@ -212,6 +207,5 @@ class ApiBackend(PartialBackend[ApiState]):
         else:
             found = [self._reader.read(*job) for job in jobs]
         state.bounds = [[position.bounds for position in positions] for positions in found]
-        return torch.stack(
-            [torch.stack([p.dense(self.vocab_size) for p in positions]) for positions in found]
-        )
+        width = self.vocab_size
+        return torch.stack([torch.stack([p.dense(width) for p in each]) for each in found])

@@ -268,10 +268,7 @@ class ApiClient:
                 with self._lock:
                     self.usage += Usage(num_retries=1)
                 pause = self._pause(num_retries, asked_pause)
-                if self._sleep is not None:
-                    self._sleep(pause)
-                else:
-                    stop.wait(pause)
+                (self._sleep or stop.wait)(pause)
             if stop.is_set():
                 break
         raise ApiError(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from proxytune.backends.api.answers import ShownToken
 from proxytune.backends.api.tokens import ApiTokens
-from proxytune.backends.base import Bounds, num_shared_tokens
+from proxytune.backends.base import Bounds
 from proxytune.trace import Usage
 
 ROUNDING = 1e-5
@@ -134,10 +134,6 @@ class ApiRow:
         """Return whether the first `length` tokens are the whole stretch, after which the text ends."""
         return self.has_ended and self.token_ids[self.start : length] == self.stretch_ids
 
-    def num_used(self) -> int:
-        """Return how many of the stretch's tokens the row has."""
-        return num_shared_tokens(self.token_ids[self.start :], self.stretch_ids)
-
     def ahead(self, token_id: int) -> list[int]:
         """Return the tokens of the stretch after the row and this token; none if they leave the stretch."""
         place = len(self.token_ids) - self.start
@@ -146,12 +142,7 @@ class ApiRow:
         return self.stretch_ids[place + 1 : len(self.stretch) - 1]
 
     def replace_stretch(
-        self,
-        start: int,
-        positions: list[Position],
-        token_ids: list[int],
-        *,
-        has_ended: bool = False,
+        self, start: int, positions: list[Position], token_ids: list[int], *, has_ended: bool
     ) -> None:
         """Forget the stretch and keep another one, whose positions are counted in `usage`."""
         self.start, self.stretch, self.stretch_ids = start, positions, token_ids

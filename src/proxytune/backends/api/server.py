@@ -23,7 +23,6 @@ from proxytune.backends.api.tokens import ApiTokens, name_bytes
 from proxytune.backends.base import NO_TOKEN
 from proxytune.errors import UnsupportedModel
 from proxytune.recipe.spec import ApiSettings
-from proxytune.request import Message
 from proxytune.text.prompts import ChatPrompt
 from proxytune.trace import Usage
 
@@ -113,15 +112,13 @@ class ApiServer:
 
     def _only_model(self) -> str:
         """Return the name of the one model that the server lists."""
+        names: list[str] = []
 
-        def names_of(answer: Mapping[str, Any]) -> list[str]:
-            return [str(model["id"]) for model in answer["data"]]
-
-        def check(answer: dict[str, Any]) -> None:
-            names_of(answer)
+        def read(answer: dict[str, Any]) -> None:
+            names[:] = [str(model["id"]) for model in answer["data"]]
 
         try:
-            names = names_of(self._client.get("/models", check))
+            self._client.get("/models", read)
         except RefusedCall as error:
             raise UnsupportedModel(
                 f"{self.name} does not list its models: {error}\n"
@@ -161,13 +158,12 @@ class ApiServer:
                 if not answer.tokens and answer.has_ended:
                     # It ends every text at once, and refuses nothing.
                     return endpoint, wanted, wanted < asked
-                shown = answer.tokens[0] if answer.tokens else None
+                shown = answer.first
                 if shown is None or not shown.top:
                     problem = UnsupportedModel("its answers have no logprobs")
                     break
-                self._num_added = answer.usage.num_prompt_tokens - len(
-                    self.tokens.encode(self._probe)
-                )
+                num_own = len(self.tokens.encode(self._probe))
+                self._num_added = answer.usage.num_prompt_tokens - num_own
                 # A greedy answer's token is one of the likeliest; some servers list it once more.
                 num_shown = wanted if shown.is_by_text else min(len(shown.top), wanted)
                 return endpoint, num_shown, num_shown < asked
@@ -188,20 +184,18 @@ class ApiServer:
             by_ids = self.ask(token_ids, max_tokens=1, is_probe=True)
         except RefusedCall:
             return False
-        one, other = by_text.tokens[:1], by_ids.tokens[:1]
-        if not one or not other or one[0] is None or other[0] is None:
-            return False
-        if not isinstance(other[0].token, int):
+        one, other = by_text.first, by_ids.first
+        if one is None or other is None or not isinstance(other.token, int):
             return False
         # The same distribution under names that the local vocabulary turns into the same text.
-        texts = {name_bytes(name): logprob for name, logprob in one[0].top}
+        texts = {name_bytes(name): logprob for name, logprob in one.top}
         bytes_of = self.tokens.bytes_of
         return all(
             isinstance(name, int)
             and name in bytes_of
             and abs(texts.get(bytes_of[name], logprob) - logprob) < 0.05
-            for name, logprob in other[0].top
-        ) and any(bytes_of.get(int(name), b"?") in texts for name, _ in other[0].top)
+            for name, logprob in other.top
+        ) and any(bytes_of.get(int(name), b"?") in texts for name, _ in other.top)
 
     @cached_property
     def scoring(self) -> Scoring | None:
@@ -209,12 +203,9 @@ class ApiServer:
         if self.endpoint != "completions":
             return None
         token_ids = self.tokens.encode(self._probe)
-        first = self.ask(self.prompt_of(token_ids), max_tokens=1, is_probe=True)
-        if not first.tokens or first.tokens[0] is None:
-            return None
-        shown = first.tokens[0]
-        token_id = self.tokens.match(shown.token)
-        if token_id is None:
+        shown = self.ask(self.prompt_of(token_ids), max_tokens=1, is_probe=True).first
+        token_id = None if shown is None else self.tokens.match(shown.token)
+        if shown is None or token_id is None:
             return None
         whole = [*token_ids, token_id]
         ways: tuple[Scoring, ...] = ("prompt_logprobs", "echo", "echo_shifted")
@@ -234,9 +225,8 @@ class ApiServer:
     def bias(self) -> Literal["shown", "hidden"] | None:
         """How `logit_bias` works (see `ApiTraits`), tried on an unlikely token; None if it does not work."""
         prompt = self._text_probe()
-        plain = self.ask(prompt, max_tokens=1, is_probe=True)
-        shown = plain.tokens[0] if plain.tokens else None
-        if shown is None or len(shown.top) < 2:
+        shown = self.ask(prompt, max_tokens=1, is_probe=True).first
+        if shown is None:
             return None
         matched = [(self.tokens.match(name), logprob) for name, logprob in shown.top]
         known = [(i, logprob) for i, logprob in matched if i is not None]
@@ -247,7 +237,7 @@ class ApiServer:
             answer = self.ask(prompt, max_tokens=1, bias={token_id: FORCING_BIAS}, is_probe=True)
         except RefusedCall:
             return None
-        forced = answer.tokens[0] if answer.tokens else None
+        forced = answer.first
         if forced is None or forced.logprob is None or self.tokens.match(forced.token) != token_id:
             return None
         return "hidden" if abs(forced.logprob - logprob) < 0.05 else "shown"
@@ -296,9 +286,7 @@ class ApiServer:
     def prompt_of(self, token_ids: Sequence[int], *, prompt: Sequence[int] | None = None) -> Any:
         """Return what is sent for a row: token ids, text, or messages with the beginning of the answer.
 
-        Args:
-            token_ids: The row.
-            prompt: What it begins with; needed for the chat endpoint.
+        Only the chat endpoint needs `prompt`, the prompt that the row begins with.
 
         Raises:
             UnsupportedModel: A chat answer has been begun, and the server does not continue it.
@@ -314,11 +302,10 @@ class ApiServer:
                 "follows the first token that steering changes.\n"
                 "hint: use a server with /v1/completions, or have one of a few answers chosen with --choice"
             )
+        begun = self.tokens.decode(new) if new else ""
         if isinstance(prompt, ChatPrompt):
-            messages: list[Message] = list(prompt.messages)
-        else:
-            messages = [{"role": "user", "content": self.tokens.text_of(prompt)}]
-        return messages, self.tokens.decode(new) if new else ""
+            return list(prompt.messages), begun
+        return [{"role": "user", "content": self.tokens.text_of(prompt)}], begun
 
     def ask(
         self,

@@ -26,6 +26,7 @@ from proxytune.backends.api.positions import (
     position_of,
 )
 from proxytune.backends.api.server import FORCING_BIAS, ApiServer
+from proxytune.backends.base import num_shared_tokens
 from proxytune.errors import ApiError, UnsupportedModel
 from proxytune.recipe.spec import ApiSettings
 from proxytune.trace import Usage
@@ -109,18 +110,15 @@ class StretchReader:
         if server.bias == "hidden":
             for token_id in token_ids:
                 shown = self._ask_biased(row, prompt, {token_id: FORCING_BIAS})
-                if (
-                    shown is not None
-                    and shown.logprob is not None
-                    and server.tokens.match(shown.token) == token_id
-                ):
+                if shown is None or shown.logprob is None:
+                    continue
+                if server.tokens.match(shown.token) == token_id:
                     found[token_id] = shown.logprob
             return found
         if position is None or not position.token_ids:
             return {}
-        anchor, anchor_logprob = max(
-            zip(position.token_ids, position.logprobs, strict=True), key=lambda pair: pair[1]
-        )
+        best = max(range(len(position.logprobs)), key=position.logprobs.__getitem__)
+        anchor, anchor_logprob = position.token_ids[best], position.logprobs[best]
         room = max(1, server.top_logprobs - 1)
         for start in range(0, len(token_ids), room):
             asked = token_ids[start : start + room]
@@ -139,7 +137,7 @@ class StretchReader:
         """Return what is shown of the next token when `bias` is added to the logits."""
         answer = self._server.ask(prompt, max_tokens=1, bias=bias)
         row.usage += answer.usage
-        return answer.tokens[0] if answer.tokens else None
+        return answer.first
 
     def _fetch_stretch(self, row: ApiRow, length: int) -> None:
         server = self._server
@@ -169,11 +167,9 @@ class StretchReader:
         first, last = lengths[0], lengths[-1]
         self._learn(row)
         try:
+            ahead = self._num_ahead(row, last)
             scored, answer = self._server.ask_scored(
-                row.token_ids[:last],
-                first,
-                prompt=row.prompt,
-                max_tokens=self._num_ahead(row, last),
+                row.token_ids[:last], first, prompt=row.prompt, max_tokens=ahead
             )
         except RefusedCall as error:
             if error.status != 400:
@@ -204,10 +200,8 @@ class StretchReader:
             if one is None:
                 break
             positions.append(self._position(one, is_scored=row.is_scored))
-            if is_recut:
-                positions[
-                    -1
-                ].bounds = UNPROVABLE  # they hold for this text, but not for these tokens
+            if is_recut:  # they hold for this text, but not for these tokens
+                positions[-1].bounds = UNPROVABLE
             if place >= len(given):
                 token_id = self._server.tokens.match(one.token)
                 if token_id is None:
@@ -235,7 +229,7 @@ class StretchReader:
                     position.token_ids.append(ends[0])
                     position.logprobs.append(math.log(max(left, ROUNDING)))
                     position.bounds = UNPROVABLE
-        row.replace_stretch(length, [position], [])
+        row.replace_stretch(length, [position], [], has_ended=False)
 
     def _position(self, shown: ShownToken, *, is_scored: bool = False) -> Position:
         server = self._server
@@ -261,4 +255,5 @@ class StretchReader:
         """Let the length of the next stretch follow what was used of the last one."""
         if row.stretch:
             with self._lock:
-                self._run_length += (row.num_used() - self._run_length) / RUN_MEMORY
+                num_used = num_shared_tokens(row.token_ids[row.start :], row.stretch_ids)
+                self._run_length += (num_used - self._run_length) / RUN_MEMORY

@@ -32,8 +32,7 @@ _MARK = "_proxytune_group_size"
 def share_keys(model: nn.Module) -> None:
     """Let those layers of a model that use torch's attention (`sdpa`) attend without copying shared keys.
 
-    Args:
-        model: A model loaded for this package alone, because sums are rounded differently than elsewhere.
+    The model must be loaded for this package alone, because sums are rounded differently than elsewhere.
     """
     for layer in model.modules():
         size = getattr(layer, "num_key_value_groups", 1)
@@ -55,16 +54,9 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Attend as transformers' `sdpa` does, but without copies in layers that `share_keys` has marked.
 
-    Args:
-        module: The layer.
-        query: `[batch, heads, num_new, size]`.
-        key: `[batch, heads // group size, slots, size]`.
-        value: As `key`.
-        attention_mask: `[batch or 1, 1, num_new, slots]`, numbers to add or whether to attend.
-        options: Whatever else the layer passes.
-
-    Returns:
-        `[batch, num_new, heads, size]`, and None for the attention weights.
+    `query` is `[batch, heads, num_new, size]`, `key` and `value` are `[batch, heads // group size, slots,
+    size]`. The mask is `[batch or 1, 1, num_new, slots]`, numbers to add or whether to attend. Returns
+    `[batch, num_new, heads, size]`, and None for the attention weights.
     """
     size = getattr(module, _MARK, 1)
     num_new = query.shape[2]

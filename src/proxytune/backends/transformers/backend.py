@@ -20,24 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from proxytune.backends import checks
 from proxytune.backends.base import Backend, Capabilities, Prefilled
-from proxytune.backends.checks import (
-    adapters_of,
-    check_length,
-    check_prompts,
-    check_rewind,
-    check_shape,
-    check_token_ids,
-)
 from proxytune.backends.transformers.attention import eager_attention, share_keys
 from proxytune.backends.transformers.cuda_graphs import CudaRecorder, GraphRunner, Recorder
-from proxytune.backends.transformers.kinds import (
-    allows_gaps,
-    cache_option,
-    has_slots,
-    is_pure_attention,
-)
 from proxytune.backends.transformers.kv_cache import RoomyCache
 from proxytune.backends.transformers.linear import pack_linear_layers, speed_up_linear_layers
 from proxytune.backends.transformers.lora import (
@@ -117,20 +105,14 @@ class TransformersBackend(Backend[TransformersState]):
                 f"{name} is a {type(self.model).__name__}, which takes no KV cache, so it cannot decode "
                 "one token at a time"
             )
-        self._is_pure_attention = is_pure_attention(config)
-        self._has_slots = has_slots(config)
-        self._allows_gaps = "position_ids" in self._options and allows_gaps(self.model, config)
+        self._is_pure_attention = _is_pure_attention(config)
+        self._has_slots = _has_slots(config)
+        self._allows_gaps = "position_ids" in self._options and _allows_gaps(self.model, config)
         self._max_context = max_context(config)
-        self._graphs = None
-        if recorder is not None:
-            self._graphs = self._graph_runner(recorder)
+        self._graphs = None if recorder is None else self._graph_runner(recorder)
 
     def _graph_runner(self, recorder: Recorder) -> GraphRunner:
-        """Return what runs this model's short forwards as graphs.
-
-        Raises:
-            UnsupportedModel: The model's attention depends on more than a mask and positions.
-        """
+        """Return what runs this model's short forwards as graphs."""
         attention = self.model.config._attn_implementation
         if not (self._is_pure_attention and self._allows_gaps) or attention not in GRAPH_ATTENTION:
             raise UnsupportedModel(
@@ -236,13 +218,10 @@ class TransformersBackend(Backend[TransformersState]):
             InvalidRequest: An adapter has an unknown name.
             BackendError: The model failed. The cache may hold half of a forward: drop it.
         """
-        if (
-            not self._has_slots
-            and attention_mask is not None
-            and attention_mask.shape[1] != token_ids.shape[1]
-        ):
+        if attention_mask is not None and not self._has_slots:
             # A pure state-space model has no slots; its state has left padding out already.
-            attention_mask = None
+            is_of_new = attention_mask.shape[1] == token_ids.shape[1]
+            attention_mask = attention_mask if is_of_new else None
         options = {
             "attention_mask": attention_mask,
             "position_ids": position_ids,
@@ -273,42 +252,34 @@ class TransformersBackend(Backend[TransformersState]):
         self, token_ids: Tensor, cache: Any, options: Mapping[str, Any], rows: RowAdapters | None
     ) -> Tensor:
         """Call the model with the options that it knows."""
-        known: dict[str, Any] = {key: options[key] for key in options if key in self._options}
-        if "use_cache" in self._options:
-            known["use_cache"] = cache is not None
+        given: dict[Any, Any] = {**options, "use_cache": cache is not None}
+        given[self._cache_option] = cache
+        known: dict[str, Any] = {key: given[key] for key in given if key in self._options}
         token = ROW_ADAPTERS.set(rows)
         try:
-            logits: Tensor = self.model(
-                input_ids=token_ids, **{self._cache_option or "": cache}, **known
-            ).logits
+            logits: Tensor = self.model(input_ids=token_ids, **known).logits
         finally:
             ROW_ADAPTERS.reset(token)
         return logits
 
     def check_length(self, num_tokens: int) -> None:
         """Raise `PromptTooLong` if a row of `num_tokens` exceeds the model's context."""
-        check_length(self.name, num_tokens, self._max_context)
+        checks.check_length(self.name, num_tokens, self._max_context)
 
     def check_token_ids(self, token_ids: Tensor) -> None:
         """Raise `InvalidRequest` if the model has no embedding for a token id."""
         lowest, highest = (int(bound) for bound in torch.aminmax(token_ids))
-        check_token_ids(self.name, lowest, highest, self._num_embeddings)
+        checks.check_token_ids(self.name, lowest, highest, self._num_embeddings)
 
     @torch.inference_mode()
     def prefill(
         self, prompts: Sequence[Sequence[int]], *, adapters: Sequence[str | None] | None = None
     ) -> Prefilled[TransformersState]:
-        """Run whole prompts, padded on the left, and return the state and the logits after each.
+        """Run whole prompts, padded on the left; see `Backend.prefill`.
 
         Long prompts are run in chunks, so that memory for activations stays bounded.
-
-        Raises:
-            InvalidRequest: A prompt is empty or has a token id the model does not have, or an adapter has
-                an unknown name.
-            PromptTooLong: A prompt exceeds the model's context.
-            BackendError: The model failed.
         """
-        check_prompts(self.name, prompts)
+        checks.check_prompts(self.name, prompts)
         lengths = [len(prompt) for prompt in prompts]
         self.check_length(max(lengths))
         width = max(lengths)
@@ -336,15 +307,8 @@ class TransformersBackend(Backend[TransformersState]):
 
     @torch.inference_mode()
     def extend(self, state: TransformersState, token_ids: Tensor) -> Tensor:
-        """Append `[batch, num_tokens]` token ids and return logits `[batch, num_tokens, vocab]`.
-
-        Raises:
-            InvalidRequest: The model does not have a token id (checked for ids on the CPU), or the rows are
-                not the state's.
-            PromptTooLong: A row would exceed the model's context.
-            BackendError: The model failed. The state cannot be used again.
-        """
-        check_shape(self.name, token_ids.shape, len(state.lengths))
+        """Append tokens; see `Backend.extend`."""
+        checks.check_shape(self.name, token_ids.shape, len(state.lengths))
         num_new = token_ids.shape[1]
         self.check_length(max(state.lengths) + num_new)
         if token_ids.device.type == "cpu":  # elsewhere, a check would wait for the device
@@ -353,28 +317,21 @@ class TransformersBackend(Backend[TransformersState]):
         if self._is_pure_attention:
             return self._append(state, token_ids)
         # Not every state-space model continues from its state when it is given several tokens at once.
-        return torch.cat(
-            [self._append(state, token_ids[:, i : i + 1]) for i in range(num_new)], dim=1
-        )
+        parts = [self._append(state, token_ids[:, i : i + 1]) for i in range(num_new)]
+        return torch.cat(parts, dim=1)
 
     @torch.inference_mode()
     def rewind(self, state: TransformersState, num_tokens: Sequence[int]) -> None:
-        """Forget the last `num_tokens[row]` tokens of each row.
-
-        Raises:
-            UnsupportedModel: The model has layers that cannot forget.
-            InvalidRequest: A row does not hold that many tokens.
-        """
-        check_rewind(self.name, num_tokens, state.lengths, can_rewind=self._is_pure_attention)
+        """Forget the last tokens of each row; see `Backend.rewind`."""
+        checks.check_rewind(
+            self.name, num_tokens, state.lengths, can_rewind=self._is_pure_attention
+        )
         state.rewind(num_tokens)
         self._compact_if_due(state)
 
     @torch.inference_mode()
     def select(self, state: TransformersState, rows: Sequence[int]) -> TransformersState:
-        """Return a state of the given rows in the given order; rows may repeat.
-
-        The old state must not be used after.
-        """
+        """Return a state of the given rows, which may repeat; see `Backend.select`."""
         rows = list(rows)
         if rows != list(range(len(state.lengths))):
             state.select(rows)
@@ -384,11 +341,7 @@ class TransformersBackend(Backend[TransformersState]):
 
     @torch.inference_mode()
     def copy(self, state: TransformersState, rows: Sequence[int]) -> TransformersState:
-        """Return a separate state of the given rows; see `Backend.copy`.
-
-        Raises:
-            UnsupportedModel: The model has layers without a KV cache entry per token.
-        """
+        """Return a separate state of the given rows; see `Backend.copy`."""
         if not self._is_pure_attention:
             return super().copy(state, rows)
         return state.copy(list(rows))
@@ -397,11 +350,7 @@ class TransformersBackend(Backend[TransformersState]):
     def merge(
         self, state: TransformersState, other: TransformersState, rows: Sequence[int]
     ) -> TransformersState:
-        """Return a state of the rows of two; see `Backend.merge`.
-
-        Raises:
-            UnsupportedModel: The model has layers without a KV cache entry per token.
-        """
+        """Return a state of the rows of two; see `Backend.merge`."""
         if not self._is_pure_attention:
             return super().merge(state, other, rows)
         state.merge(other, list(rows))
@@ -434,8 +383,42 @@ class TransformersBackend(Backend[TransformersState]):
 
     def _rows(self, adapters: Sequence[str | None] | None, num_rows: int) -> list[str]:
         """Return PEFT's name for each row's adapter."""
-        names = adapters_of(self.name, adapters, num_rows, self._peft_names)
+        names = checks.adapters_of(self.name, adapters, num_rows, self._peft_names)
         return [PLAIN if name is None else self._peft_names[name] for name in names]
+
+
+def cache_option(model: nn.Module) -> str | None:
+    """Return the name of the cache among the arguments of a model's forward, or None if it takes none."""
+    options = inspect.signature(model.forward).parameters
+    # transformers 5.24 renamed it to `cache`; a model that brings its own code may still use the old names.
+    names = ("cache", "past_key_values", "cache_params")
+    return next((name for name in names if name in options), None)
+
+
+def _is_pure_attention(config: Any) -> bool:
+    """Return whether every layer caches keys and values token by token, so that tokens can be taken back."""
+    layers = transformers.DynamicCache(config=config).layers
+    # By name: transformers 5.19 has no DummyLayer, for layers that use another layer's keys.
+    return all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+        or type(layer).__name__ == "DummyLayer"
+        for layer in layers
+    )
+
+
+def _has_slots(config: Any) -> bool:
+    """Return whether a layer caches token by token, so that an attention mask covers earlier tokens, too."""
+    layers = transformers.DynamicCache(config=config).layers
+    return not layers or any(isinstance(layer, CacheLayerMixin) for layer in layers)
+
+
+def _allows_gaps(model: Any, config: Any) -> bool:
+    """Return whether attention depends on `position_ids` and mask alone, not on distances between slots."""
+    layers = transformers.DynamicCache(config=config).layers
+    if any(getattr(layer, "is_sliding", False) for layer in layers):
+        return False
+    # Models that compute distances themselves (ALiBi, local attention) do not use the shared attention.
+    return bool(getattr(model, "_supports_attention_backend", False))
 
 
 def _graph_device(model: Any, name: str) -> torch.device:

@@ -58,11 +58,7 @@ class Slots(Protocol):
 
 
 class CudaRecorder:
-    """Records forwards of one model on one device; graphs that live at the same time share temporary memory.
-
-    Args:
-        device: A CUDA device.
-    """
+    """Records forwards of one model on a device; graphs that live at the same time share temporary memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -116,12 +112,8 @@ class _FixedLayer(DynamicLayer):
 class _Graph:
     """A forward of fixed shape, and the tensors it reads.
 
-    Args:
-        forward: The model.
-        layers: Keys and values `[rows, heads, slots, size]` of each layer; None for a layer without.
-        width: Number of tokens per row.
-        names: PEFT's name of each row's adapter.
-        dtype: Dtype of the attention mask.
+    `layers` are keys and values `[rows, heads, slots, size]` of each layer, None for a layer without; `names`
+    are PEFT's of each row's adapter; `dtype` is the attention mask's.
     """
 
     def __init__(
@@ -196,12 +188,9 @@ class _Graph:
 
 
 class _Home:
-    """Memory for the keys and values of one state at a time.
+    """Memory for the keys and values of one state at a time, of `num_places` rows times slots.
 
-    Args:
-        layers: Examples of the tensors that will live here, `[any, heads, any, size]`; None for a layer
-            without.
-        num_places: Rows times slots.
+    `layers` are examples of the tensors that will live here, `[any, heads, any, size]`.
     """
 
     def __init__(self, layers: Sequence[tuple[Tensor, Tensor] | None], num_places: int) -> None:
@@ -333,7 +322,9 @@ class GraphRunner:
             # Free the old memory, which the graphs hold on to, before asking for new.
             self._graphs.clear()
             self._home = None
-            self._home = _Home([_example(layer) for layer in cache.layers], rows * slots)
+            layers: list[Any] = cache.layers
+            examples = [(x.keys, x.values) if x.is_initialized else None for x in layers]
+            self._home = _Home(examples, rows * slots)
         homes = self._home.layers(rows, slots)
         self._tenant = weakref.ref(cache)
         for layer, home in zip(cache.layers, homes, strict=True):
@@ -359,9 +350,7 @@ class GraphRunner:
         """Move the state that is at home to memory of its own."""
         tenant = None if self._tenant is None else self._tenant()
         self._tenant = None
-        if tenant is None or self._home is None:
-            return
-        for layer in tenant.filled():
+        for layer in () if tenant is None else tenant.filled():
             layer.leave()
 
     def _drop(self, what: str, error: Exception) -> None:
@@ -387,7 +376,3 @@ def _padded_slots(num_slots: int) -> int:
 def padded_rows(num_rows: int) -> int:
     """Return how many rows a graph for `num_rows` has: a power of two, or from 8 on a multiple of 8."""
     return 1 << (num_rows - 1).bit_length() if num_rows <= 8 else -(-num_rows // 8) * 8
-
-
-def _example(layer: Any) -> tuple[Tensor, Tensor] | None:
-    return (layer.keys, layer.values) if layer.is_initialized else None

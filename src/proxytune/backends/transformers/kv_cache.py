@@ -80,20 +80,22 @@ class RoomyLayer(DynamicLayer):
         assert self.keys is not None and self.values is not None
         keys[:, :, :num_slots], values[:, :, :num_slots] = self.keys, self.values
         self._buffers = (keys, values)
-        self.keys, self.values = keys[:, :, :num_slots], values[:, :, :num_slots]
+        self._use(num_slots)
 
     def leave(self) -> None:
         """Move to memory of the layer's own."""
         assert self.keys is not None and self.values is not None
         num_slots = self.get_seq_length()
         self._move_to_new_buffers(num_slots, self.keys[:, :, :0], self.values[:, :, :0])
-        assert self._buffers is not None
-        self.keys, self.values = (buffer[:, :, :num_slots] for buffer in self._buffers)
+        self._use(num_slots)
 
     def grow(self, num_new: int) -> None:
         """Count slots that have been written to behind the last one in use."""
+        self._use(self.get_seq_length() + num_new)
+
+    def _use(self, num_slots: int) -> None:
+        """Take the first slots of the buffers for the keys and values."""
         assert self._buffers is not None
-        num_slots = self.get_seq_length() + num_new
         self.keys, self.values = (buffer[:, :, :num_slots] for buffer in self._buffers)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -112,7 +114,7 @@ class RoomyLayer(DynamicLayer):
         stop = first_slot + _with_room(num_slots)  # copies room too, but no more than needed
         keys, values = (tensor[:, :, first_slot:stop].index_select(0, rows) for tensor in source)
         self._buffers = (keys, values)
-        self.keys, self.values = keys[:, :, :num_slots], values[:, :, :num_slots]
+        self._use(num_slots)
 
     def copy(self, rows: Tensor, first_slot: int) -> RoomyLayer:
         """Return a separate layer of the given rows and the slots from `first_slot` on, without room."""
@@ -126,34 +128,23 @@ class RoomyLayer(DynamicLayer):
         return copied
 
     def merge(self, other: RoomyLayer, rows: Sequence[int]) -> None:
-        """Add another layer's rows; those with fewer slots get zeros in front.
-
-        Args:
-            other: A layer of the same model, with keys.
-            rows: Which rows to keep, in this order; the other's are numbered after this layer's.
-        """
+        """Keep the given rows of this layer and of another, numbered after; short ones get zeros in front."""
         assert self.keys is not None and self.values is not None
         assert other.keys is not None and other.values is not None
         num_rows = self.keys.shape[0]
         num_slots = max(self.keys.shape[2], other.keys.shape[2])
-        places = torch.arange(len(rows))
-        sources = torch.tensor(rows)
         buffers = []
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             shape = (len(rows), mine.shape[1], _with_room(num_slots), mine.shape[3])
             buffer = mine.new_empty(shape)
             # NaN in uninitialised memory would survive masked attention.
             buffer[:, :, : num_slots - min(mine.shape[2], theirs.shape[2])] = 0
-            for part, is_own, offset in (
-                (mine, sources < num_rows, 0),
-                (theirs, sources >= num_rows, num_rows),
-            ):
-                for place in places[is_own].tolist():
-                    row = part[rows[place] - offset]
-                    buffer[place, :, num_slots - part.shape[2] : num_slots] = row
+            for place, row in enumerate(rows):
+                keys = mine[row] if row < num_rows else theirs[row - num_rows]
+                buffer[place, :, num_slots - keys.shape[1] : num_slots] = keys
             buffers.append(buffer)
         self._buffers = (buffers[0], buffers[1])
-        self.keys, self.values = (buffer[:, :, :num_slots] for buffer in buffers)
+        self._use(num_slots)
 
     def keep_slots(self, slots: Tensor) -> None:
         """Keep the given slots of each row, `[batch, num_kept]`, in that order."""
@@ -171,7 +162,7 @@ class RoomyLayer(DynamicLayer):
         assert self._buffers is not None
         for buffer, tensor in zip(self._buffers, kept, strict=True):
             buffer[:, :, :num_kept] = tensor
-        self.keys, self.values = (buffer[:, :, :num_kept] for buffer in self._buffers)
+        self._use(num_kept)
 
     def reset(self) -> None:
         """Forget everything, and give the memory back."""
@@ -218,11 +209,9 @@ class RoomyCache(DynamicCache):
         """Return a separate cache of the given rows and the slots from `first_slot` on."""
         copied = RoomyCache()
         layers: Any = self.layers
-        # Layers that use another layer's keys stay empty.
-        copied.layers = [
-            layer.copy(rows, first_slot) if layer.is_initialized else RoomyLayer()
-            for layer in layers
-        ]
+        for layer in layers:  # those that use another layer's keys stay empty
+            is_filled = layer.is_initialized
+            copied.layers.append(layer.copy(rows, first_slot) if is_filled else RoomyLayer())
         return copied
 
     def merge(self, other: RoomyCache, rows: Sequence[int]) -> None:

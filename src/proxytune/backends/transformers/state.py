@@ -31,8 +31,7 @@ class TransformersState:
         adapters: Sequence[str | None],
         device: torch.device,
     ) -> None:
-        self.cache = cache
-        self.adapters = tuple(adapters)
+        self.cache, self.adapters = cache, tuple(adapters)
         self._align(lengths, device)
 
     def _align(self, lengths: Sequence[int], device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import json
 import warnings
@@ -13,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from proxytune.checkpoints.adapter import AdapterFiles, beyond_factors
 from proxytune.checkpoints.placement import running_device, running_dtype
 from proxytune.errors import (
     AdapterMismatch,
@@ -26,7 +28,6 @@ from proxytune.errors import (
 )
 
 if TYPE_CHECKING:
-    from proxytune.checkpoints.adapter import AdapterFiles
     from proxytune.checkpoints.checkpoint import Checkpoint
     from proxytune.recipe.spec import ModelSpec
 
@@ -163,9 +164,6 @@ def _build(kind: Any, options: Mapping[str, Any], what: str, name: str) -> Any:
 
 
 def _require(module: str, name: str) -> Any:
-    """Import a quantisation library."""
-    import importlib
-
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -176,8 +174,11 @@ def _require(module: str, name: str) -> Any:
         ) from error
 
 
-_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
-"""Values of `init_lora_weights` that leave the weights under an adapter as they are."""
+_BEYOND_FACTORS = (
+    "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "use_dora",
+    "alora_invocation_tokens",
+)  # fmt: skip
+"""Keys of an adapter's config that change more than each row's own factors can."""
 
 
 def add_adapters(
@@ -234,7 +235,6 @@ def read_adapter(files: AdapterFiles, *, allow_pickle: bool) -> tuple[Any, dict[
 
 
 def _adapter_weights(files: AdapterFiles, allow_pickle: bool) -> dict[str, Tensor]:
-    """Read an adapter's weights on the CPU."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -266,22 +266,7 @@ def _check_adapter_kind(config: Any, weights: Mapping[str, Tensor], name: str) -
             f"adapter {name} is of kind {kind}, and only LORA adapters can share a forward with plain rows\n"
             "hint: merge the adapter into a copy of its model and give that as the expert's model"
         )
-    changes = [
-        key
-        for key in (
-            "modules_to_save",
-            "trainable_token_indices",
-            "target_parameters",
-            "layer_replication",
-            "use_dora",
-            "alora_invocation_tokens",
-        )
-        if getattr(config, key, None)
-    ]
-    if getattr(config, "bias", "none") != "none":
-        changes.append(f"bias {config.bias!r}")
-    if getattr(config, "init_lora_weights", True) not in _INITIALISATIONS:
-        changes.append(f"init_lora_weights {config.init_lora_weights!r}")
+    changes = beyond_factors(vars(config), _BEYOND_FACTORS)
     changes += [key for key in weights if ".lora_A." not in key and ".lora_B." not in key][:1]
     if changes:
         raise UnsupportedModel(

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from proxytune.errors import InvalidRequest, missing_extra
 from proxytune.recipe.recipe import Recipe
@@ -74,3 +76,24 @@ def vllm_server_command(
         drafting = speculative_config(served, num_tokens=num_drafted)
         command += ["--speculative-config", json.dumps(drafting)]
     return [*command, *options]
+
+
+def become_vllm_server(command: list[str], keys: Sequence[str]) -> NoReturn:
+    """Replace this process by vLLM's server.
+
+    Args:
+        command: What `vllm_server_command` returns.
+        keys: The key that clients need, if there is one.
+
+    Raises:
+        InvalidRequest: Several keys were given, of which vLLM takes one.
+    """
+    if len(keys) > 1:
+        raise InvalidRequest(
+            f"{len(keys)} keys were given, and vLLM takes one.\nhint: a proxy in front can know several"
+        )
+    # A key on the command line would show in the list of processes.
+    environment = dict(os.environ) | ({"VLLM_API_KEY": keys[0]} if keys else {})
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(command[0], command, environment)
