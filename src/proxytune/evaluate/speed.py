@@ -47,13 +47,7 @@ TURNS_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How much is read and generated.
-
-    Args:
-        num_prompt: Number of prompt tokens per row.
-        num_new: Number of new tokens per row.
-        batch_size: Number of rows.
-    """
+    """How much is read and generated, in tokens per row."""
 
     num_prompt: int
     num_new: int
@@ -212,12 +206,7 @@ RATIOS = {
 
 
 def ratios_of(seconds: Mapping[str, Sequence[float]]) -> dict[str, Spread]:
-    """Return the ratios of speeds for everything that was timed.
-
-    Args:
-        seconds: Each round's seconds, by what ran: `base`, `pair`, `plain`, `speculative`, `published`,
-            `library`.
-    """
+    """Return the ratios of speeds for everything that was timed, from each round's seconds by what ran."""
     ratios = {
         name: Spread.of([a / b for a, b in zip(seconds[above], seconds[below], strict=True)])
         for name, (above, below) in RATIOS.items()

@@ -124,11 +124,7 @@ class TraceGroup:
 
 @dataclass(frozen=True, slots=True)
 class Analysis:
-    """What steering did over many texts.
-
-    Args:
-        groups: One group per set of strengths, weakest first.
-    """
+    """What steering did over many texts: a group per set of strengths, weakest first."""
 
     groups: tuple[TraceGroup, ...]
 

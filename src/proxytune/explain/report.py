@@ -30,11 +30,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A prompt and its continuations.
-
-    Args:
-        runs: First the one that is explained, then those it is compared with.
-    """
+    """A prompt and its continuations: first the one that is explained, then those it is compared with."""
 
     runs: tuple[Run, ...]
 

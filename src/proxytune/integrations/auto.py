@@ -24,15 +24,8 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "s
 class ProxyTunedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """A recipe as transformers' config: the content of its config.json, unchanged.
 
-    Attributes that transformers adds while a model runs are not saved.
-
-    Args:
-        base: As in the recipe.
-        experts: As in the recipe.
-        combine: As in the recipe.
-        steering: As in the recipe.
-        default_expert: As in the recipe.
-        **kwargs: Attributes that transformers keeps in any config.
+    Attributes that transformers adds while a model runs are not saved. `kwargs` are attributes that it keeps
+    in any config.
     """
 
     model_type = "proxytune"
@@ -82,18 +75,15 @@ class ProxyTunedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         """Do nothing: transformers would copy this file beside what is saved, but recipes bring their own."""
 
     def _content(self) -> dict[str, Any]:
-        content: dict[str, Any] = {
+        optional = {"steering": self.steering, "default_expert": self.default_expert}
+        return {
             "model_type": self.model_type,
             "architectures": ["ProxyTunedForCausalLM"],
             "base": self.base,
             "experts": self.experts,
             "combine": self.combine,
+            **{key: value for key, value in optional.items() if value is not None},
         }
-        if self.steering is not None:
-            content["steering"] = self.steering
-        if self.default_expert is not None:
-            content["default_expert"] = self.default_expert
-        return content
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of config.json."""
@@ -112,16 +102,9 @@ class ProxyTunedTokenizer:
     """The tokenizer class of a recipe: `from_pretrained` returns the base's own tokenizer."""
 
     SETTINGS = (
-        "bos_token",
-        "chat_template",
-        "clean_up_tokenization_spaces",
-        "eos_token",
-        "model_max_length",
-        "pad_token",
-        "padding_side",
-        "truncation_side",
-        "unk_token",
-    )
+        "bos_token", "chat_template", "clean_up_tokenization_spaces", "eos_token", "model_max_length",
+        "pad_token", "padding_side", "truncation_side", "unk_token",
+    )  # fmt: skip
     """Options of `from_pretrained` that are set on it."""
 
     @classmethod
@@ -141,9 +124,8 @@ class ProxyTunedTokenizer:
 
         hub = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
         settings = {key: options.pop(key) for key in cls.SETTINGS if key in options}
-        refuse_options(
-            options, ignored=("use_fast", "tokenizer_type", "gguf_file", "tokenizer_file")
-        )
+        ignored = ("use_fast", "tokenizer_type", "gguf_file", "tokenizer_file")
+        refuse_options(options, ignored=ignored)
         recipe = read_recipe(reference, hub)
         tokenizer = find_checkpoint(
             recipe.base.model or "",

@@ -67,12 +67,12 @@ class CachedMembers:
         if limit is not None and num_kept + num_new > limit:
             self.backend.check_length(int(position_ids.max()) + 1)
         count = len(members)
+        if attention_mask is not None:
+            attention_mask = attention_mask.repeat(count, 1).to(device)
         logits = self.backend.run(
             rows.to(device),
             cache=self.cache,
-            attention_mask=None
-            if attention_mask is None
-            else attention_mask.repeat(count, 1).to(device),
+            attention_mask=attention_mask,
             position_ids=position_ids.repeat(count, 1).to(device),
             adapters=[member.adapter for member in members for _ in range(len(input_ids))],
             num_logits=num_logits,
@@ -152,9 +152,8 @@ class ProxyTunedCache(Cache):
         Raises:
             UnsupportedModel: Always.
         """
-        raise UnsupportedModel(
-            "a ProxyTunedCache belongs to a ProxyTunedForCausalLM, not to a single model"
-        )
+        message = "a ProxyTunedCache belongs to a ProxyTunedForCausalLM, not to a single model"
+        raise UnsupportedModel(message)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens of every row; `tokens_to_remove` is negative, as in transformers."""

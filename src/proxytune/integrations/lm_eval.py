@@ -95,14 +95,12 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         self._speculative = speculative
         strengths = self.model.recipe.strengths(self._steering)
         self._alphas = tuple(strengths.get(pair.name, 0.0) for pair in self.model.ensemble.pairs)
-        self._max_length = max_length or self._smallest_context()
-        self._num_requests = 0
-
-    def _smallest_context(self) -> int:
         ensemble = self.model.ensemble
-        steering = zip(ensemble.pairs, self._alphas, strict=True)
-        used = needed_members(pair for pair, alpha in steering if alpha)
-        return smallest_context(ensemble.members[i] for i in used) or DEFAULT_LENGTH
+        pairs = zip(ensemble.pairs, self._alphas, strict=True)
+        used = needed_members(pair for pair, alpha in pairs if alpha)
+        context = smallest_context(ensemble.members[i] for i in used)
+        self._max_length = max_length or context or DEFAULT_LENGTH
+        self._num_requests = 0
 
     # What the harness asks about the model ---------------------------------------------------------------
 
@@ -205,12 +203,10 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         from tqdm import tqdm
 
         scores: list[tuple[float, bool]] = [(0.0, True)] * len(passages)
-        scored = likelihoods(
-            self.model.ensemble, passages, self._alphas, batch_size=self.batch_size
-        )
-        for index, each in tqdm(
-            scored, total=len(passages), disable=disable_tqdm, desc="Scoring continuations"
-        ):
+        ensemble, size, total = self.model.ensemble, self.batch_size, len(passages)
+        scored = likelihoods(ensemble, passages, self._alphas, batch_size=size)
+        bar = tqdm(scored, total=total, disable=disable_tqdm, desc="Scoring continuations")
+        for index, each in bar:
             scores[index] = (each.logprob, each.is_greedy)
             if keys[index] is not None:
                 self.cache_hook.add_partial("loglikelihood", keys[index], scores[index])
@@ -230,18 +226,13 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         else:
             context_ids, continued = None, continuation_ids(continuation, self.tokenizer)
         prompts = []
-        for index, (member, each) in enumerate(
-            zip(self.model.ensemble.members, formats, strict=True)
-        ):
+        own = zip(self.model.ensemble.members, formats, strict=True)
+        for index, (member, each) in enumerate(own):
             if context_ids is not None and (index == 0 or each.prompt_format == "plain"):
                 ids = member.own_ids(context_ids, is_start=True)
             else:
-                ids = render(
-                    prompt,
-                    prompt_format=each.prompt_format,
-                    tokenizer=each.tokenizer,
-                    name=member.name,
-                )
+                kind, tokenizer = each.prompt_format, each.tokenizer
+                ids = render(prompt, prompt_format=kind, tokenizer=tokenizer, name=member.name)
             prompts.append(ids)
         return self._truncated(prompts, continued)
 
@@ -283,9 +274,8 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         until = [until] if isinstance(until, str) else list(until)
         lengths = [given.pop(name) for name in _LENGTH_OPTIONS if given.get(name) is not None]
         temperature = float(given.pop("temperature", 0.0) or 0.0)
-        is_sampled = given.pop("do_sample", None)
-        if is_sampled is None:
-            is_sampled = temperature > 0
+        asked = given.pop("do_sample", None)
+        is_sampled = temperature > 0 if asked is None else asked
         temperature = (temperature or 1.0) if is_sampled else 0.0
         top_p, top_k = given.pop("top_p", None), given.pop("top_k", None)
         others = [k for k, v in given.items() if v is not None and k not in _LENGTH_OPTIONS]
@@ -307,9 +297,7 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         if isinstance(prompt, str) and all(f.prompt_format == "plain" for f in self.model.formats):
             ids = self.tok_encode(prompt) if prompt else [self.prefix_token_id]
             room = self.max_length - sampling.max_new_tokens
-            if 0 < room < len(ids):
-                ids = ids[-room:]
-            prompt = ids
+            prompt = ids[-room:] if 0 < room < len(ids) else ids
         return Request(prompt, sampling, self._steering.alpha, self._steering.experts)
 
     @staticmethod

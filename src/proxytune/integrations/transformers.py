@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,14 +45,9 @@ if TYPE_CHECKING:
 __all__ = ["ProxyTunedCache", "ProxyTunedForCausalLM", "register_model"]
 
 _NO_EFFECT = (
-    "low_cpu_mem_usage",
-    "use_safetensors",
-    "adapter_kwargs",
-    "max_shard_size",
-    "safe_serialization",
-    "trust_remote_code",
-    "code_revision",
-)
+    "low_cpu_mem_usage", "use_safetensors", "adapter_kwargs", "max_shard_size", "safe_serialization",
+    "trust_remote_code", "code_revision",
+)  # fmt: skip
 """Options that have no effect: they concern files that are not read here.
 
 A recipe has no weights, and its models are always read from safetensors. `trust_remote_code` concerns the few
@@ -64,6 +59,14 @@ _CACHE_OPTION = (
 )
 """The name of the cache argument in this version of transformers: `cache` from 5.24 on."""
 
+_PUSH_OPTIONS = (
+    "commit_message",
+    "commit_description",
+    "private",
+    "token",
+    "revision",
+    "create_pr",
+)
 _LOSS_OPTIONS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
@@ -100,9 +103,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         backends: list[Any] = [member.backend for member in self._ensemble.members]
         unique = [b for i, b in enumerate(backends) if b not in backends[:i]]
         self.members = nn.ModuleList([backend.model for backend in unique])
-        self.register_buffer(
-            "_padding_ids", self._ensemble.vocabulary.padding_ids, persistent=False
-        )
+        padding_ids = self._ensemble.vocabulary.padding_ids
+        self.register_buffer("_padding_ids", padding_ids, persistent=False)
         self._is_stateful = not all(backend.capabilities.can_rewind for backend in unique)
         self._set_attributes()
         self._steering = Steering()
@@ -241,7 +243,6 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         attention_mask, position_ids = _mask_and_positions(
             input_ids, attention_mask, position_ids, num_kept
         )
-
         num_logits = logits_to_keep if isinstance(logits_to_keep, int) else 0
         logits: dict[int, Tensor] = {}
         for each in backends:
@@ -322,14 +323,12 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
     def get_input_embeddings(self) -> nn.Module:
         """Return the base's embedding."""
         base: Any = self.members[0]
-        embeddings: nn.Module = base.get_input_embeddings()
-        return embeddings
+        return cast(nn.Module, base.get_input_embeddings())
 
     def get_output_embeddings(self) -> nn.Module:
         """Return the base's output head."""
         base: Any = self.members[0]
-        head: nn.Module = base.get_output_embeddings()
-        return head
+        return cast(nn.Module, base.get_output_embeddings())
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: the vocabulary belongs to the members, which share it.
@@ -337,9 +336,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         Raises:
             UnsupportedModel: Always.
         """
-        raise UnsupportedModel(
-            "a recipe's vocabulary is that of its models, so it cannot be resized"
-        )
+        message = "a recipe's vocabulary is that of its models, so it cannot be resized"
+        raise UnsupportedModel(message)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -365,15 +363,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
             UnsupportedModel: An option cannot be honoured.
         """
         repo_id = kwargs.pop("repo_id", None)
-        hub_keys = (
-            "commit_message",
-            "commit_description",
-            "private",
-            "token",
-            "revision",
-            "create_pr",
-        )
-        hub = {key: kwargs.pop(key) for key in hub_keys if key in kwargs}
+        hub = {key: kwargs.pop(key) for key in _PUSH_OPTIONS if key in kwargs}
         refuse_options(kwargs, ignored=_NO_EFFECT)
         if not is_main_process:
             return
@@ -422,11 +412,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
 
 
 def _load_with_options(recipe: Recipe, options: dict[str, Any]) -> ProxyTuned:
-    """Load a recipe with options of `from_pretrained`.
-
-    Raises:
-        UnsupportedModel: An option cannot be honoured.
-    """
+    """Load a recipe with options of `from_pretrained`, or refuse them."""
     dtype = options.pop("dtype", None)
     dtype = options.pop("torch_dtype", None) if dtype is None else dtype
     device = _device_name(options.pop("device_map", None))
@@ -436,19 +422,12 @@ def _load_with_options(recipe: Recipe, options: dict[str, Any]) -> ProxyTuned:
             "read.\nhint: leave it out, and set allow_pickle in the recipe's config.json"
         )
     refuse_options(options, ignored=_NO_EFFECT)
-    return _load(
-        recipe,
-        device=device,
-        dtype=None if dtype in (None, "auto") else str(dtype).removeprefix("torch."),
-    )
+    dtype = None if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
+    return _load(recipe, device=device, dtype=dtype)
 
 
 def _load(recipe: Recipe, *, device: str | None, dtype: str | None) -> ProxyTuned:
-    """Load a recipe whose models all read one stream of tokens.
-
-    Raises:
-        UnsupportedModel: They need different prompts, or a policy needs to know where the prompt ended.
-    """
+    """Load a recipe whose models all read one stream of tokens, without a policy that needs its start."""
     from proxytune.model import ProxyTuned
 
     if recipe.policy.has_positions:
@@ -456,11 +435,8 @@ def _load(recipe: Recipe, *, device: str | None, dtype: str | None) -> ProxyTune
             "the recipe's steering has a schedule, but transformers' generate does not show a model where "
             "its prompt ended.\nhint: leave schedule out, or use proxytune.ProxyTuned or `proxytune generate`"
         )
-    check_one_prompt(
-        recipe,
-        engine="transformers' generate",
-        hint="use proxytune.ProxyTuned or `proxytune generate`, which render a prompt for each model",
-    )
+    hint = "use proxytune.ProxyTuned or `proxytune generate`, which render a prompt for each model"
+    check_one_prompt(recipe, engine="transformers' generate", hint=hint)
     return ProxyTuned.load(recipe, device=device, dtype=dtype)
 
 
@@ -483,16 +459,12 @@ def _members_by_backend(ensemble: Ensemble, pairs: Sequence[int]) -> list[Cached
     needed = {0}
     for index in pairs:
         needed |= {ensemble.pairs[index].expert, ensemble.pairs[index].anti_expert}
-    groups: list[CachedMembers] = []
+    groups: dict[int, CachedMembers] = {}
     for index in sorted(needed):
         member = ensemble.members[index]
         backend: Any = member.backend
-        group = next((group for group in groups if group.backend is backend), None)
-        if group is None:
-            groups.append(CachedMembers(backend, {index: member}))
-        else:
-            group.members[index] = member
-    return groups
+        groups.setdefault(id(backend), CachedMembers(backend, {})).members[index] = member
+    return list(groups.values())
 
 
 def _steer(
@@ -523,15 +495,12 @@ def _steer(
 
 
 def _check_portable(directory: Path) -> None:
-    """Refuse a written recipe with paths that lead out of its directory.
-
-    Raises:
-        RecipeError: It names a path of this machine.
-    """
+    """Refuse a written recipe with paths that lead out of its directory."""
     from proxytune.checkpoints.references import local_path
     from proxytune.recipe.recipe import Recipe
 
-    for reference in _references(Recipe.read(directory)):
+    specs = Recipe.read(directory).models.values()
+    for reference in (r for s in specs for r in (s.model, s.adapter) if r is not None):
         path = None
         if not reference.startswith("package:"):
             path = local_path(reference, root=directory)
@@ -542,23 +511,12 @@ def _check_portable(directory: Path) -> None:
             )
 
 
-def _references(recipe: Recipe) -> list[str]:
-    return [r for s in recipe.models.values() for r in (s.model, s.adapter) if r is not None]
-
-
 def _device_name(device_map: Any) -> str | None:
-    """Return the device that a `device_map` names.
-
-    Raises:
-        UnsupportedModel: It places parts of a model on several devices.
-    """
+    """Return the device that a `device_map` names; refuse one that spreads a model over several."""
     if isinstance(device_map, Mapping) and set(device_map) == {""}:
         device_map = device_map[""]
-    if isinstance(device_map, Mapping) or device_map in (
-        "balanced",
-        "balanced_low_0",
-        "sequential",
-    ):
+    spreading = ("balanced", "balanced_low_0", "sequential")
+    if isinstance(device_map, Mapping) or device_map in spreading:
         raise UnsupportedModel(
             f"device_map is {device_map!r}, but a recipe has several models, and their layers share names.\n"
             'hint: give one device or "auto", or set device for each model in the recipe'
@@ -586,11 +544,7 @@ def _checked_ids(input_ids: Tensor | None, options: Mapping[str, Any]) -> Tensor
 def _mask_and_positions(
     input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, num_kept: int
 ) -> tuple[Tensor | None, Tensor]:
-    """Return the mask, if any, and the positions of the new tokens, `[batch, num_tokens]`, both checked.
-
-    Raises:
-        InvalidRequest: One has the wrong shape.
-    """
+    """Return the mask, if any, and the positions of the new tokens, `[batch, num_tokens]`, both checked."""
     num_rows, num_new = input_ids.shape
     if attention_mask is not None and (
         not isinstance(attention_mask, Tensor)

@@ -15,9 +15,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 class Metrics:
     """The metrics of one server; they contain no prompts, user names or keys.
 
-    Args:
-        num_running: Called when metrics are read; returns the number of running texts.
-        num_waiting: Called when metrics are read; returns the number of waiting texts.
+    `num_running` and `num_waiting` are called when metrics are read, and return numbers of texts.
     """
 
     content_type = CONTENT_TYPE_LATEST

@@ -58,11 +58,7 @@ _CHANGES = sum(1 << bit for bit in (1, 4, 5, 6, 7, 8, 9, 10, 11, 12))
 
 
 def kernel_filter(machine: str, *, may_write: bool) -> bytes:
-    """Return the seccomp program for a machine, in the kernel's format.
-
-    Args:
-        machine: Name of the processor architecture, as `platform.machine` gives it.
-        may_write: Whether files may be written.
+    """Return the seccomp program for an architecture of `platform.machine`, in the kernel's format.
 
     Raises:
         KeyError: The architecture's system call numbers are not known here.
@@ -106,8 +102,7 @@ def kernel_filter(machine: str, *, may_write: bool) -> bytes:
 def guard_with_kernel(*, folder: str | None) -> bool:
     """Give up rights for good with the kernel's filters; return whether this kernel supports them.
 
-    Args:
-        folder: The only folder in which files may be written; None allows none.
+    `folder` is the only one in which files may be written; None allows none.
     """
     if sys.platform != "linux" or platform.machine() not in _ARCHITECTURES:
         return False
@@ -171,9 +166,7 @@ _CHANGING = (
 def guard_with_hook(*, may_write: bool, is_held: bool) -> None:
     """Refuse Python's own ways to write, to start processes and to reach the network.
 
-    Args:
-        may_write: Whether files may be written.
-        is_held: Whether the kernel refuses the same. Only then may foreign code be called with ctypes.
+    `is_held` says whether the kernel refuses the same. Only then may foreign code be called with ctypes.
     """
     refused = (*_REFUSED, *(() if may_write else _CHANGING), *(() if is_held else ("ctypes.",)))
 

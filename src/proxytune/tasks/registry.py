@@ -32,11 +32,7 @@ TASKS: dict[str, Task] = {
 
 
 def find_task(name: str, *, also: Sequence[str] = ()) -> Task:
-    """Return a benchmark by its name.
-
-    Args:
-        name: The name as typed.
-        also: More names that may have been meant.
+    """Return a benchmark by its name; `also` are more names that may have been meant.
 
     Raises:
         InvalidRequest: There is no benchmark of this name; lists similar names.

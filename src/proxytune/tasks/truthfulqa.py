@@ -70,9 +70,7 @@ def closed(answer: str) -> str:
 def choices_of(row: Row, generator: random.Random) -> tuple[list[str], int]:
     """Return a row's choices and the index of the right one.
 
-    Args:
-        row: A row of the benchmark.
-        generator: Shared by all rows, so that each draw depends on the rows before.
+    All rows share the generator, so that each draw depends on the rows before.
     """
     best = closed(row["Best Answer"])
     wrong = [closed(part) for part in row["Incorrect Answers"].strip().split(";") if part.strip()]

@@ -99,11 +99,8 @@ def _check_recipe(recipe: Recipe) -> None:
     """Refuse a recipe that asks for what vLLM cannot do."""
     for part, spec in recipe.models.items():
         _check_spec(part, spec)
-    check_one_prompt(
-        recipe,
-        engine="vLLM",
-        hint="use `proxytune serve` without --engine vllm, which renders a prompt for each model",
-    )
+    hint = "use `proxytune serve` without --engine vllm, which renders a prompt for each model"
+    check_one_prompt(recipe, engine="vLLM", hint=hint)
     if recipe.policy.has_positions:
         raise UnsupportedModel(
             "the recipe's steering has a schedule, and vLLM does not tell a model where its prompt ended.\n"
@@ -212,10 +209,7 @@ class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
         if "_text_config" not in self.__dict__:
             ensemble = self.ensemble
             text = copy.deepcopy(ensemble.base.config.get_text_config(decoder=True))
-            if (
-                ensemble.max_context is not None
-                and ensemble.max_context != ensemble.base.max_context
-            ):
+            if ensemble.max_context not in (None, ensemble.base.max_context):
                 text.max_position_embeddings = ensemble.max_context
             text.eos_token_id = list(ensemble.base.eos_token_ids) or None
             dtype = next((s.dtype for s in self.served_recipe.models.values() if s.dtype), None)
@@ -244,9 +238,8 @@ class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if (
-            "_is_fixed" in state
-        ):  # Checked in another process; requests of this one are checked the same way.
+        # Checked in another process; requests of this one are checked the same way.
+        if "_is_fixed" in state:
             set_menu(self.menu)
 
 

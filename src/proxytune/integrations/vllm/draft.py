@@ -63,9 +63,8 @@ def draft_model(ensemble: Ensemble, member: Member) -> Path:
     states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     small_ids = member.alignment.small_ids
     vocabulary = None if small_ids is None else small_ids.tolist()
-    content = repr(
-        ("1", states, member.alignment.base_width, member.alignment.num_shared, vocabulary)
-    )
+    alignment = member.alignment
+    content = repr(("1", states, alignment.base_width, alignment.num_shared, vocabulary))
     key = hashlib.sha256(content.encode()).hexdigest()[:32]
     target = cache_directory() / "drafts" / key
     return build_once(

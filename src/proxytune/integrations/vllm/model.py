@@ -193,13 +193,9 @@ class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
         self, batch_size: int, dtype: torch.dtype, device: torch.device
     ) -> IntermediateTensors:
         """Return what a later rank of a pipeline receives, without values."""
-        return _joined(
-            self._members,
-            [
-                model.make_empty_intermediate_tensors(batch_size, dtype, device)
-                for model in self._models
-            ],
-        )
+        shape = batch_size, dtype, device
+        empty = [model.make_empty_intermediate_tensors(*shape) for model in self._models]
+        return _joined(self._members, empty)
 
 
 def _build(vllm_config: Any, member: Member) -> nn.Module:

@@ -62,10 +62,9 @@ def low_rank_changes(adapter: AdapterFiles, *, allow_pickle: bool) -> dict[str, 
             continue
         module = key.removesuffix(ends[0])
         name = module.removeprefix("base_model.model.")
-        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
-        alpha = config.alpha_pattern.get(
-            get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha
-        )
+        ranks, alphas = config.rank_pattern, config.alpha_pattern
+        rank = ranks.get(get_pattern_key(ranks.keys(), name), config.r)
+        alpha = alphas.get(get_pattern_key(alphas.keys(), name), config.lora_alpha)
         changes[name] = LowRank(
             down=weights[key],
             up=weights[module + ends[1]],
@@ -131,16 +130,11 @@ def register_loader() -> None:
                 yield from self._member_weights(member)
 
         def _member_weights(self, member: Member) -> Iterator[Named]:
-            source = DefaultModelLoader.Source(
-                str(member.checkpoint.weights_path()),
-                None,
-                fall_back_to_pt=member.checkpoint.allow_pickle,
-            )
+            pickle, path = member.checkpoint.allow_pickle, str(member.checkpoint.weights_path())
+            source = DefaultModelLoader.Source(path, None, fall_back_to_pt=pickle)
             weights: Iterable[Named] = self._get_weights_iterator(source)
             if member.adapter is not None:
-                weights = merge(
-                    weights, member.adapter, allow_pickle=member.checkpoint.allow_pickle
-                )
+                weights = merge(weights, member.adapter, allow_pickle=pickle)
             for name, weight in weights:
                 yield f"{member.name}.{name}", weight
 
