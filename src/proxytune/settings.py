@@ -81,6 +81,11 @@ class Declared:
     default: Any
     option: Option
 
+    @property
+    def values(self) -> str:
+        """The values it can hold, apart from None, in words that follow "must be"."""
+        return self.option.words or _expected(self.type, self.option)
+
     def check(self, value: object, name: str | None = None) -> None:
         """Check one value.
 
@@ -105,7 +110,7 @@ class Declared:
 
     def expected(self, value: object, none: str = "") -> str:
         """Return what the field holds, to follow "must be", and a hint about `value` if there is one."""
-        words = (self.option.words or _expected(self.type, self.option)) + none
+        words = self.values + none
         hint = self.option.hint or ""
         if self.option.choices and isinstance(value, str):
             return words + did_you_mean(value, self.option.choices, otherwise=hint)
