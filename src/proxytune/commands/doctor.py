@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from proxytune.commands.app import command
-from proxytune.commands.console import json_line, say, stdout
+from proxytune.commands.app import command, print_result
+from proxytune.commands.console import say, stdout
 from proxytune.commands.options import JsonOption, RecipeArgument
 from proxytune.commands.progress import waiting
 
@@ -33,10 +33,7 @@ def doctor(recipe: RecipeArgument, as_json: JsonOption = False) -> None:
         from proxytune.loading.doctor import examine
 
         diagnosis = examine(found, ask_server=True)
-    if as_json:
-        typer.echo(json_line(diagnosis.to_dict()))
-    else:
-        stdout().print(rendered(diagnosis))
+    print_result(diagnosis, lambda found: stdout().print(rendered(found)), as_json=as_json)
     if not diagnosis.is_healthy:
         say("error: the recipe cannot run as it is")
         raise typer.Exit(2)

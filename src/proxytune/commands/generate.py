@@ -106,12 +106,11 @@ def generate(
     _refuse_contradictions(given_flags(PROMPT=prompt, options=options, sampling=sampling))
     if options.input_file is not None and options.output_file is not None:
         found = policy.applied_to(models.read(recipe))
-        size = options.batch_size
         asked = BatchOptions(
             sampling=sampling,
             steering=steering.of(found),
             dtype=models.dtype,
-            batch_size=_LINES["batch_size"].default if size is None else size,
+            batch_size=options.batch_size or _LINES["batch_size"].default,
             skip_bad_lines=options.skip_bad_lines,
             speculative=options.speculative,
         )
@@ -142,7 +141,6 @@ def _is_streamed(options: GenerateOptions) -> bool:
 
 
 def _generated(model: ProxyTuned, request: Request, options: GenerateOptions) -> Trace:
-    """Generate one text, and print it on the way if that is asked for."""
     is_streamed = _is_streamed(options)
 
     def show(_: int, event: Event) -> None:
@@ -241,13 +239,8 @@ def _refuse_contradictions(given: set[str]) -> None:
             "hint: --output-file answers.jsonl"
         )
     single = (
-        "--input-file",
-        "--stream",
-        "--logprobs",
-        "--require-certified",
-        "--speculative",
-        "--trace-file",
-    )
+        "--input-file", "--stream", "--logprobs", "--require-certified", "--speculative", "--trace-file",
+    )  # fmt: skip
     for name in single:
         if {"--choice", name} <= given:
             raise InvalidRequest(
@@ -302,11 +295,9 @@ def _show_file(report: BatchReport, output_file: Path, *, as_json: bool) -> None
     if report.was_complete:
         say(f"already complete: {output_file} has {report.num_lines:,} lines")
     else:
-        resumed = (
-            f" ({report.num_resumed:,} of them by an earlier run)" if report.num_resumed else ""
-        )
+        resumed = f" ({report.num_resumed:,} of them by an earlier run)"
         say(
-            f"{output_file}: {report.num_lines:,} lines{resumed}; "
+            f"{output_file}: {report.num_lines:,} lines{resumed if report.num_resumed else ''}; "
             f"{rate_text(report.num_new_tokens, report.latency_s)}"
         )
     if report.bad_lines:

@@ -6,10 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from proxytune.commands.app import command
-from proxytune.commands.console import json_line, plain_table, say, stdout
+from proxytune.commands.app import command, print_result
+from proxytune.commands.console import plain_table, say, stdout
 from proxytune.commands.flags import Pick, number_of
 from proxytune.commands.options import (
     AS_JSON,
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 
     from proxytune.decode.ensemble import Ensemble
     from proxytune.measure.metrics import Metric
-    from proxytune.measure.score import Interval
+    from proxytune.measure.score import Interval, ScoreRow
     from proxytune.measure.sweep import Grid, Point, PromptWithReference, SweepReport
     from proxytune.model import ProxyTuned
     from proxytune.recipe.recipe import Recipe
@@ -188,10 +186,7 @@ def sweep(
     if options.picture is not None:
         draw(report, grid, options.picture)
         say(f"wrote {options.picture}")
-    if options.as_json:
-        typer.echo(json_line(report.to_dict()))
-    else:
-        _show(report)
+    print_result(report, _show, as_json=options.as_json)
 
 
 def _grid(recipe: Recipe, options: SweepOptions) -> tuple[Grid, tuple[str, ...]]:
@@ -327,7 +322,7 @@ def between(interval: Interval | None, form: str) -> str:
     return f"{form.format(interval.low)} to {form.format(interval.high)}"
 
 
-def change_text(point: Point, is_ratio: bool) -> str:
+def change_text(point: Point | ScoreRow, is_ratio: bool) -> str:
     """Return a change against the base, with its interval."""
     form = "{:+.1%}" if is_ratio else "{:+.3f}"
     text = form.format(point.change)

@@ -27,12 +27,7 @@ class ProxyTunedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     Attributes that transformers adds while a model runs are not saved.
 
     Args:
-        base: As in the recipe.
-        experts: As in the recipe.
-        combine: As in the recipe.
-        steering: As in the recipe.
-        default_expert: As in the recipe.
-        **kwargs: Attributes that transformers keeps in any config.
+        **kwargs: Attributes that transformers keeps in any config; the other arguments are the recipe's keys.
     """
 
     model_type = "proxytune"
@@ -112,16 +107,9 @@ class ProxyTunedTokenizer:
     """The tokenizer class of a recipe: `from_pretrained` returns the base's own tokenizer."""
 
     SETTINGS = (
-        "bos_token",
-        "chat_template",
-        "clean_up_tokenization_spaces",
-        "eos_token",
-        "model_max_length",
-        "pad_token",
-        "padding_side",
-        "truncation_side",
-        "unk_token",
-    )
+        "bos_token", "chat_template", "clean_up_tokenization_spaces", "eos_token", "model_max_length",
+        "pad_token", "padding_side", "truncation_side", "unk_token",
+    )  # fmt: skip
     """Options of `from_pretrained` that are set on it."""
 
     @classmethod

@@ -196,19 +196,15 @@ class Recipe:
             policy = Policy.from_dict(steering, combine=combine)
         except InvalidRequest as error:
             raise RecipeError(f"steering: {error}" if steering else str(error)) from error
-        default_expert = data.get("default_expert")
-        vocabulary = data.get("vocabulary", "same")
         schema = data.get("$schema")
         if schema is not None:
             check_text(schema, "$schema")
         return cls(
             base=model_spec(data["base"], "base"),
-            experts=tuple(
-                expert_spec(expert, f"experts[{index}]") for index, expert in enumerate(experts)
-            ),
+            experts=tuple(expert_spec(e, f"experts[{i}]") for i, e in enumerate(experts)),
             policy=policy,
-            default_expert=default_expert,
-            vocabulary=vocabulary,
+            default_expert=data.get("default_expert"),
+            vocabulary=data.get("vocabulary", "same"),
             directory=Path.cwd() if directory is None else directory,
             schema=schema,
         )
@@ -231,22 +227,13 @@ class Recipe:
             return ModelSpec(model=self.base.api.tokenizer)
         return replace(self.experts[0].anti_expert.weights, llama_cpp=None)
 
-    def with_settings(
-        self,
-        *,
-        device: str | None = None,
-        dtype: str | None = None,
-        attn_implementation: str | None = None,
-        cuda_graphs: bool | None = None,
-    ) -> Recipe:
-        """Return the recipe with these settings in all models that transformers runs; None keeps theirs."""
-        given = {
-            "device": device,
-            "dtype": dtype,
-            "attn_implementation": attn_implementation,
-            "cuda_graphs": cuda_graphs,
-        }
-        changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    def with_settings(self, **settings: str | bool | None) -> Recipe:
+        """Return the recipe with these settings in all models that transformers runs.
+
+        Args:
+            settings: Fields of `ModelSpec` such as `device`; None keeps each model's own.
+        """
+        changes: dict[str, Any] = {k: value for k, value in settings.items() if value is not None}
 
         def changed(spec: ModelSpec) -> ModelSpec:
             is_elsewhere = spec.same_as or spec.llama_cpp or spec.api
@@ -339,12 +326,8 @@ class Recipe:
                 if not (target / reference).exists():
                     with building(target / reference) as part:
                         shutil.copytree(adapter, part, dirs_exist_ok=True)
-            content = json.dumps(
-                {**moved.to_dict(), "auto_map": AUTO_MAP},
-                indent=2,
-                ensure_ascii=False,
-                allow_nan=False,
-            )
+            whole = {**moved.to_dict(), "auto_map": AUTO_MAP}
+            content = json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False)
             if may_write_loader(target):
                 write_whole(target / LOADER_NAME, LOADER)
             if card is not None or _may_write_card(target):
@@ -469,14 +452,10 @@ class Recipe:
 def _may_write_card(target: Path) -> bool:
     """Whether the directory has no model card, or the one that its recipe was written with."""
     try:
-        there = (target / "README.md").read_text("utf-8")
+        return (target / "README.md").read_text("utf-8") == Recipe.read(target).model_card()
     except FileNotFoundError:
         return True
-    except (OSError, UnicodeDecodeError):
-        return False
-    try:
-        return there == Recipe.read(target).model_card()
-    except RecipeError:
+    except (OSError, UnicodeDecodeError, RecipeError):
         return False
 
 

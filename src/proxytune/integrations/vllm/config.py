@@ -10,6 +10,7 @@ import copy
 import logging
 import os
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ LOAD_FORMAT = "proxytune"
 _OWN_FORMATS = ("auto", "hf", "safetensors", LOAD_FORMAT)
 _DRAFTS = ("draft_model", "ngram", "ngram_gpu", "suffix")
 """Drafting methods that need only the model's tokens."""
+_LOCAL = "use `proxytune serve` without --engine vllm, which renders a prompt for each model"
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,12 @@ def find_ensemble(recipe: Recipe) -> Ensemble:
     for part, spec, checkpoint, adapter in found:
         if adapter is not None:
             adapter.check_fits(checkpoint)
-        if members and spec.prompt == "chat":
-            _check_templates(part, base, checkpoint)
+        own, wanted = checkpoint.tokenizer, base.tokenizer
+        if spec.prompt == "chat" and own.chat_template != wanted.chat_template:
+            raise UnsupportedModel(
+                f"{part} has another chat template than the base, so their prompts differ, and vLLM has "
+                f"one stream of tokens for all models.\nhint: {_LOCAL}"
+            )
         name = f"small_{len(members) - 1}" if members else "base"
         alignment = align(base.vocabulary, checkpoint.vocabulary)
         members.append(Member(name, part, checkpoint, adapter, alignment))
@@ -96,14 +102,9 @@ def find_ensemble(recipe: Recipe) -> Ensemble:
 
 
 def _check_recipe(recipe: Recipe) -> None:
-    """Refuse a recipe that asks for what vLLM cannot do."""
     for part, spec in recipe.models.items():
         _check_spec(part, spec)
-    check_one_prompt(
-        recipe,
-        engine="vLLM",
-        hint="use `proxytune serve` without --engine vllm, which renders a prompt for each model",
-    )
+    check_one_prompt(recipe, engine="vLLM", hint=_LOCAL)
     if recipe.policy.has_positions:
         raise UnsupportedModel(
             "the recipe's steering has a schedule, and vLLM does not tell a model where its prompt ended.\n"
@@ -160,19 +161,10 @@ def _check_dtypes(specs: dict[str, ModelSpec]) -> None:
         )
 
 
-def _check_templates(title: str, base: Checkpoint, small: Checkpoint) -> None:
-    if base.tokenizer.chat_template != small.tokenizer.chat_template:
-        raise UnsupportedModel(
-            f"{title} has another chat template than the base, so their prompts differ, and vLLM has one "
-            "stream of tokens for all models.\n"
-            "hint: use `proxytune serve` without --engine vllm, which renders a prompt for each model"
-        )
-
-
 class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
     """The config that vLLM works with: a recipe, and the shape of its base."""
 
-    _TRANSIENT = ("_ensemble", "_rows")
+    _TRANSIENT = ("ensemble", "row_strengths")
     """What each process makes for itself."""
 
     def __init__(self, **kwargs: Any) -> None:
@@ -190,39 +182,28 @@ class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
         """What requests choose from."""
         return Menu(self.served_recipe, self.__dict__.get("_is_fixed", ""))
 
-    @property
+    @cached_property
     def ensemble(self) -> Ensemble:
         """The recipe's models."""
-        if "_ensemble" not in self.__dict__:
-            self.__dict__["_ensemble"] = find_ensemble(self.served_recipe)
-        found: Ensemble = self.__dict__["_ensemble"]
-        return found
+        return find_ensemble(self.served_recipe)
 
-    @property
+    @cached_property
     def row_strengths(self) -> RowStrengths:
         """What the model and the logits processor of one worker share."""
-        if "_rows" not in self.__dict__:
-            self.__dict__["_rows"] = RowStrengths(self.menu.default)
-        rows: RowStrengths = self.__dict__["_rows"]
-        return rows
+        return RowStrengths(self.menu.default)
 
-    @property
+    @cached_property
     def text_config(self) -> Any:
         """The base's config, within the limits of all models."""
-        if "_text_config" not in self.__dict__:
-            ensemble = self.ensemble
-            text = copy.deepcopy(ensemble.base.config.get_text_config(decoder=True))
-            if (
-                ensemble.max_context is not None
-                and ensemble.max_context != ensemble.base.max_context
-            ):
-                text.max_position_embeddings = ensemble.max_context
-            text.eos_token_id = list(ensemble.base.eos_token_ids) or None
-            dtype = next((s.dtype for s in self.served_recipe.models.values() if s.dtype), None)
-            if dtype not in (None, "auto"):
-                text.dtype = dtype
-            self.__dict__["_text_config"] = text
-        return self.__dict__["_text_config"]
+        base, limit = self.ensemble.base, self.ensemble.max_context
+        text = copy.deepcopy(base.config.get_text_config(decoder=True))
+        if limit is not None and limit != base.max_context:
+            text.max_position_embeddings = limit
+        text.eos_token_id = list(base.eos_token_ids) or None
+        dtype = next((s.dtype for s in self.served_recipe.models.values() if s.dtype), None)
+        if dtype not in (None, "auto"):
+            text.dtype = dtype
+        return text
 
     def get_text_config(self, decoder: Any = None, encoder: Any = None) -> Any:
         """Return the base's config."""
@@ -232,7 +213,7 @@ class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
         """Set which experts are served (None for all), and the reason if requests may not choose."""
         self.__dict__["_served"] = experts
         self.__dict__["_is_fixed"] = is_fixed
-        self.__dict__.pop("_ensemble", None)
+        self.__dict__.pop("ensemble", None)
         set_menu(self.menu)
 
     def to_dict(self) -> dict[str, Any]:
@@ -244,9 +225,8 @@ class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if (
-            "_is_fixed" in state
-        ):  # Checked in another process; requests of this one are checked the same way.
+        # Checked in another process; requests of this one are checked the same way.
+        if "_is_fixed" in state:
             set_menu(self.menu)
 
 

@@ -86,8 +86,7 @@ class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Return the base's embeddings."""
-        embeddings: Tensor = self._models[0].embed_input_ids(input_ids)
-        return embeddings
+        return self._models[0].embed_input_ids(input_ids)  # type: ignore[no-any-return]
 
     def forward(
         self,
@@ -193,13 +192,9 @@ class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
         self, batch_size: int, dtype: torch.dtype, device: torch.device
     ) -> IntermediateTensors:
         """Return what a later rank of a pipeline receives, without values."""
-        return _joined(
-            self._members,
-            [
-                model.make_empty_intermediate_tensors(batch_size, dtype, device)
-                for model in self._models
-            ],
-        )
+        size = (batch_size, dtype, device)
+        made = [model.make_empty_intermediate_tensors(*size) for model in self._models]
+        return _joined(self._members, made)
 
 
 def _build(vllm_config: Any, member: Member) -> nn.Module:
@@ -226,11 +221,9 @@ def _build(vllm_config: Any, member: Member) -> nn.Module:
             inner.model_config, inner.load_config
         )
     # vLLM distinguishes compiled models by their tag.
+    prefix = "" if is_base else member.name
     with set_model_tag(member.name):
-        built: nn.Module = initialize_model(
-            vllm_config=inner, prefix="" if is_base else member.name
-        )
-    return built
+        return initialize_model(vllm_config=inner, prefix=prefix)  # type: ignore[no-any-return]
 
 
 def _alpha(strengths: Sequence[float]) -> float | Tensor:
@@ -239,13 +232,8 @@ def _alpha(strengths: Sequence[float]) -> float | Tensor:
 
 
 def _joined(members: Sequence[Member], tensors: Sequence[Any]) -> Any:
-    return IntermediateTensors(
-        {
-            f"{member.name}.{key}": tensor
-            for member, own in zip(members, tensors, strict=True)
-            for key, tensor in own.items()
-        }
-    )
+    pairs = zip(members, tensors, strict=True)
+    return IntermediateTensors({f"{m.name}.{key}": t for m, own in pairs for key, t in own.items()})
 
 
 def _follow_rows(vllm_config: Any, steered: SteeredModel) -> type:

@@ -131,16 +131,11 @@ def register_loader() -> None:
                 yield from self._member_weights(member)
 
         def _member_weights(self, member: Member) -> Iterator[Named]:
-            source = DefaultModelLoader.Source(
-                str(member.checkpoint.weights_path()),
-                None,
-                fall_back_to_pt=member.checkpoint.allow_pickle,
-            )
+            path, allow_pickle = member.checkpoint.weights_path(), member.checkpoint.allow_pickle
+            source = DefaultModelLoader.Source(str(path), None, fall_back_to_pt=allow_pickle)
             weights: Iterable[Named] = self._get_weights_iterator(source)
             if member.adapter is not None:
-                weights = merge(
-                    weights, member.adapter, allow_pickle=member.checkpoint.allow_pickle
-                )
+                weights = merge(weights, member.adapter, allow_pickle=allow_pickle)
             for name, weight in weights:
                 yield f"{member.name}.{name}", weight
 
