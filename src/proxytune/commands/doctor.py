@@ -64,7 +64,7 @@ def rendered(diagnosis: Diagnosis) -> RenderableType:
         line = f"{problem.where}: {type(problem.error).__name__}: {problem.error}"
         parts.append(paragraph(line, "red"))
     num = len(diagnosis.problems)
-    verdict = "No problems." if not num else f"{num} problem{'s' if num > 1 else ''}."
+    verdict = f"{num or 'No'} problem{'' if num == 1 else 's'}."
     return Group(*parts, paragraph(verdict, "bold"))
 
 
@@ -87,13 +87,12 @@ def _table(models: tuple[ModelReport, ...]) -> Table:
     for model in models:
         adapter = model.num_adapter_parameters
         is_stored = model.stored_dtype == model.running_dtype
+        dtypes = (model.stored_dtype, None if is_stored else f"runs {model.running_dtype}")
         is_shared = model.kind and model.shares and not model.weight_bytes
         table.add_row(
             Text(model.part, style="bold"),
             cell(_count(model.num_parameters), f"+ {_count(adapter)}" if adapter else None),
-            cell(model.stored_dtype, None if is_stored else f"runs {model.running_dtype}")
-            if model.stored_dtype
-            else cell(),
+            cell(*dtypes if model.stored_dtype else ()),
             cell(f"{model.max_context:,}" if model.max_context else None),
             cell(model.prompt_format if model.prompt_format in ("plain", "chat") else "template"),
             cell(model.vocabulary, f"{model.num_tokens:,}" if model.num_tokens else None),
