@@ -121,13 +121,10 @@ def _asked(
         asked = _task_requests(options.task, options.data_dir, sampling, experts)
     else:
         assert options.prompts is not None
-        lines = read_lines(
-            options.prompts, recipe=found, sampling=sampling, steering=Steering(experts=experts)
-        )
+        given = Steering(experts=experts)
+        lines = read_lines(options.prompts, recipe=found, sampling=sampling, steering=given)
         asked = [line.request for line in lines]
-    requests = [
-        request for own in asked[: options.limit] for request in _at_strengths(own, strengths)
-    ]
+    requests = [r for own in asked[: options.limit] for r in _at_strengths(own, strengths)]
     used = {name for request in requests for name in found.named(request.experts)}
     model = models.load(found, used)
     return _generated(model, requests, options.batch_size, options.trace_file)
@@ -167,9 +164,8 @@ def _task_requests(
     sampling = replace(sampling, stop=(*sampling.stop, *task.sampling.stop))
     requests = []
     for number, item in enumerate(task.items(data_dir), 1):
-        own = sampling
-        if not sampling.is_greedy:
-            own = replace(sampling, seed=line_seed(sampling.seed, number))
+        seed = sampling.seed if sampling.is_greedy else line_seed(sampling.seed, number)
+        own = replace(sampling, seed=seed)
         requests.append(Request(item.prompt, own, None, experts))
     return requests
 
@@ -185,7 +181,6 @@ def _at_strengths(own: Request, strengths: Sequence[float | None]) -> Iterator[R
 def _generated(
     model: ProxyTuned, requests: Sequence[Request], batch_size: int, trace_file: Path | None
 ) -> Iterator[Trace]:
-    """Yield traces as they are made, with their progress on stderr."""
     from proxytune.trace import trace_writer
 
     with trace_writer(trace_file) as write, ProgressBars() as bars:

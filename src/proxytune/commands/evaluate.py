@@ -113,7 +113,6 @@ def evaluate(
 
 
 def _write(report: EvalReport, output: Path) -> None:
-    """Write the report's files."""
     from proxytune.evaluate.tables import markdown, picture
     from proxytune.files import write_whole
 

@@ -176,7 +176,6 @@ def _awaited(reports: Iterator[Report]) -> Iterator[Report]:
 
 
 def _show(reports: Iterable[Report], name: str, options: ExplainOptions) -> None:
-    """Print reports as they come, and write the files that are asked for."""
     from proxytune.trace import trace_writer
 
     with trace_writer(options.trace_file) as write:
@@ -244,9 +243,8 @@ def _read_questions(
     from proxytune.explain.runs import Question
 
     questions = []
-    for line in read_lines(
-        path, recipe=recipe, sampling=sampling, steering=Steering(experts=experts)
-    ):
+    steering = Steering(experts=experts)
+    for line in read_lines(path, recipe=recipe, sampling=sampling, steering=steering):
         given = line.fields.get("continuation")
         if given is not None and not isinstance(given, str):
             raise InvalidRequest(

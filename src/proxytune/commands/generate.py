@@ -201,25 +201,21 @@ def _calls(trace: Trace) -> str:
 
 
 def _show_choice(model: ProxyTuned, request: Request, options: GenerateOptions) -> None:
-    """Print which of a few answers the steered base prefers."""
     assert isinstance(request.prompt, str)
     answers = options.choice
     found = model.choose(request.prompt, answers, alpha=request.alpha, experts=request.experts)
+    probs = dict(zip(answers, found.probs, strict=True))
     if options.as_json:
-        probs = dict(zip(answers, found.probs, strict=True))
         content = {"choice": found.option, "index": found.index, "probs": probs}
         typer.echo(json_line(content | {"is_certified": found.is_certified}))
         return
     typer.echo(found.option)
-    shares = ", ".join(
-        f"{answer.strip()} {prob:.3f}" for answer, prob in zip(answers, found.probs, strict=True)
-    )
+    shares = ", ".join(f"{answer.strip()} {prob:.3f}" for answer, prob in probs.items())
     proof = {None: "", True: " · certified", False: " · not certified"}[found.is_certified]
     say(f"{shares} · {strengths_text(found.alphas)}{proof}")
 
 
 def _refuse_contradictions(given: set[str]) -> None:
-    """Refuse options that exclude each other or do nothing without another."""
     for one, other, hint in (
         ("PROMPT", "--input-file", "put the prompt into the file, or leave one out"),
         ("--input-file", "--trace-file", "proxytune analyze RECIPE --prompts FILE --trace-file FILE traces "
@@ -261,7 +257,6 @@ def _refuse_contradictions(given: set[str]) -> None:
 def _answer_file(
     recipe: Recipe, input_file: Path, output_file: Path, options: BatchOptions, models: ModelOptions
 ) -> BatchReport:
-    """Answer every line of a file, with its progress on stderr."""
     from proxytune.data.batch import run_batch
 
     started: float | None = None
@@ -270,9 +265,8 @@ def _answer_file(
         nonlocal started
         started = started or time.perf_counter()
         rate = progress.num_new_tokens / max(time.perf_counter() - started, 1e-9)
-        bars.show(
-            "generating", progress.num_done, progress.num_lines, f"lines, {rate:,.1f} tokens/s"
-        )
+        unit = f"lines, {rate:,.1f} tokens/s"
+        bars.show("generating", progress.num_done, progress.num_lines, unit)
 
     try:
         with ProgressBars() as bars:

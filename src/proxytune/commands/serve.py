@@ -182,7 +182,6 @@ def _run(
 
 
 def _is_given(ctx: typer.Context, name: str) -> bool:
-    """Whether an option stood on the command line."""
     source = ctx.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
 
@@ -207,9 +206,8 @@ def _say_hello(settings: ServerSettings, host: str, port: int) -> None:
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{port}"
     console = stderr()
-    console.print(
-        f"{settings.name} is served at {address}/v1 (the playground: {address}/)", soft_wrap=True
-    )
+    hello = f"{settings.name} is served at {address}/v1 (the playground: {address}/)"
+    console.print(hello, soft_wrap=True)
     if settings.api_keys:
         console.print(f"clients need a key; {len(settings.api_keys)} are known")
     console.print("Ctrl-C finishes running requests and stops; pressed again, it stops at once")

@@ -184,7 +184,8 @@ class Recipe:
         """
         data = as_object(data, "the recipe")
         _check_model_type(data.get("model_type"))
-        check_keys(data, known=_OWN_KEYS, ignored=METADATA_KEYS, place="the recipe")
+        own = [key for key in data if key not in METADATA_KEYS]
+        check_keys(own, known=_OWN_KEYS, place="the recipe")
         check_required(data, ("base", "experts"), "the recipe")
         experts = data["experts"]
         if not isinstance(experts, list):
@@ -270,14 +271,11 @@ class Recipe:
 
     def with_models(self, changed: Callable[[ModelSpec], ModelSpec]) -> Recipe:
         """Return the recipe with each of its models changed."""
-        return replace(
-            self,
-            base=changed(self.base),
-            experts=tuple(
-                replace(e, expert=changed(e.expert), anti_expert=changed(e.anti_expert))
-                for e in self.experts
-            ),
+        experts = tuple(
+            replace(e, expert=changed(e.expert), anti_expert=changed(e.anti_expert))
+            for e in self.experts
         )
+        return replace(self, base=changed(self.base), experts=experts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object of config.json; `from_dict` reads it back."""
@@ -414,9 +412,8 @@ class Recipe:
         if isinstance(steering.experts, Mapping):
             return {name: float(steering.experts[name]) for name in names}
         own = {expert.name: expert.alpha for expert in self.experts}
-        return {
-            name: own[name] if steering.alpha is None else float(steering.alpha) for name in names
-        }
+        alpha = steering.alpha
+        return {name: own[name] if alpha is None else float(alpha) for name in names}
 
     def mixed(
         self, own: Mapping[str, float | None], alpha: float | None, *, name: str = "alpha"
@@ -440,9 +437,8 @@ class Recipe:
                 f"{name} is given, and every expert brings its own strength, so {name} would do nothing.\n"
                 f"hint: leave {name} out, or give an expert without a strength"
             )
-        return Steering(
-            experts={n: chosen[n] if alone is None else alone for n, alone in own.items()}
-        )
+        experts = {n: chosen[n] if alone is None else alone for n, alone in own.items()}
+        return Steering(experts=experts)
 
     def model_card(self) -> str:
         """Return a README.md with the metadata that the Hub reads."""

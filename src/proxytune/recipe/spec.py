@@ -375,7 +375,6 @@ def expert_spec(value: Any, place: str) -> ExpertSpec:
 
 
 def _without_defaults(settings: Any) -> dict[str, Any]:
-    """Return the JSON object of a dataclass, leaving out defaults."""
     content: dict[str, Any] = {}
     for setting in fields(settings):
         value = getattr(settings, setting.name)

@@ -210,16 +210,15 @@ def _build(vllm_config: Any, member: Member) -> nn.Module:
     is_base = member.name == "base"
     checkpoint = member.checkpoint
     inner = vllm_config.with_hf_config(checkpoint.config, architectures=[checkpoint.architecture])
-    inner.model_config.hf_text_config = checkpoint.config.get_text_config(decoder=True)
+    config = inner.model_config
+    config.hf_text_config = checkpoint.config.get_text_config(decoder=True)
     if not is_base:
-        inner.model_config.quantization = None
+        config.quantization = None
         inner.quant_config = None
-    inner.model_config.model_arch_config = inner.model_config.get_model_arch_config()
-    if not is_base and inner.model_config.model_arch_config.quantization_config is not None:
-        inner.model_config._verify_quantization()
-        inner.quant_config = type(inner).get_quantization_config(
-            inner.model_config, inner.load_config
-        )
+    config.model_arch_config = config.get_model_arch_config()
+    if not is_base and config.model_arch_config.quantization_config is not None:
+        config._verify_quantization()
+        inner.quant_config = type(inner).get_quantization_config(config, inner.load_config)
     # vLLM distinguishes compiled models by their tag.
     prefix = "" if is_base else member.name
     with set_model_tag(member.name):
