@@ -225,9 +225,10 @@ def test_automodel_generates_the_same_tokens_as_the_library(smol):
 def test_the_demo_measures_that_steering_lowers_the_perplexity_of_each_domain(capsys):
     from rich.console import Console
 
-    from proxytune.commands.demo import run
+    from proxytune.commands.demo import measured, show
 
-    answer = run(console=Console(width=100), json_output=False, new_tokens=4)
+    answer = measured(new_tokens=4)
+    show(Console(width=100), answer)
     shown = capsys.readouterr().out
     assert len(answer["domains"]) >= 2
     for domain in answer["domains"]:

@@ -257,13 +257,8 @@ def _expected(kind: Any, option: Option) -> str:
     low, high = option.at_least, option.at_most
     if low is not None and high is not None:
         return f"{zero}{noun} from {_digits(low)} to {_digits(high)}"
-    named = (
-        ("of at least", low),
-        ("above", option.above),
-        ("at most", high),
-        ("below", option.below),
-    )
-    limits = [f"{words} {_digits(limit)}" for words, limit in named if limit is not None]
+    named = {"of at least": low, "above": option.above, "at most": high, "below": option.below}
+    limits = [f"{words} {_digits(limit)}" for words, limit in named.items() if limit is not None]
     return f"{zero}{noun} {' and '.join(limits)}".rstrip()
 
 
@@ -279,10 +274,8 @@ def _from_json(kind: Any, value: Any) -> Any:
         return (value,)
     if isinstance(value, Mapping):
         # JSON's keys are text.
-        value = [
-            [int(key) if re.fullmatch(r"-?\d+", str(key)) else key, own]
-            for key, own in value.items()
-        ]
+        is_number = re.compile(r"-?\d+").fullmatch
+        value = [[int(k) if is_number(str(k)) else k, own] for k, own in value.items()]
     if not isinstance(value, list):
         return value
     kinds = items * len(value) if is_any_number else items

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from proxytune.commands.app import command
-from proxytune.commands.console import json_line, plain_table, say, stderr, stdout
+from proxytune.commands.app import command, print_result
+from proxytune.commands.console import plain_table, say, stderr, stdout
 from proxytune.commands.explain import TRACE_FILE, StrengthOptions
 from proxytune.commands.flags import Pick, given_flags
 from proxytune.commands.options import AS_JSON, PICTURE, ModelOptions, OptionalRecipe
@@ -23,6 +21,8 @@ from proxytune.request import Experts, Request, SamplingParams, Steering
 from proxytune.settings import option
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from proxytune.explain.analysis import Analysis, TraceGroup
     from proxytune.model import ProxyTuned
     from proxytune.trace import Trace
@@ -31,6 +31,10 @@ NUM_TOP = 2
 """Of each model's likeliest tokens: what changed needs the first, and a reader the second."""
 NUM_SHOWN = 12
 """Token types in the table; the JSON has all."""
+FOR_MODELS = frozenset((
+    "RECIPE", "--prompts", "--task", "--data-dir", "--alpha", "--expert", "--limit", "--trace-file",
+))  # fmt: skip
+"""What runs models, or is for them, and does nothing beside saved traces."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +90,9 @@ def analyze(
 
     _refuse_contradictions(given_flags(RECIPE=recipe, options=options, steering=steering))
     if options.traces:
-        traces = _counted(_saved(options.traces))
+        from proxytune.trace import read_traces
+
+        traces = _counted(chain.from_iterable(map(read_traces, options.traces)))
     else:
         assert recipe is not None
         traces = _asked(recipe, options, steering, sampling, models)
@@ -96,10 +102,7 @@ def analyze(
 
         draw_analysis(analysis, options.picture)
         say(f"wrote {options.picture}")
-    if options.as_json:
-        typer.echo(json_line(analysis.to_dict()))
-    else:
-        _show(analysis)
+    print_result(analysis, _show, as_json=options.as_json)
 
 
 def _asked(
@@ -118,13 +121,10 @@ def _asked(
         asked = _task_requests(options.task, options.data_dir, sampling, experts)
     else:
         assert options.prompts is not None
-        lines = read_lines(
-            options.prompts, recipe=found, sampling=sampling, steering=Steering(experts=experts)
-        )
+        given = Steering(experts=experts)
+        lines = read_lines(options.prompts, recipe=found, sampling=sampling, steering=given)
         asked = [line.request for line in lines]
-    requests = [
-        request for own in asked[: options.limit] for request in _at_strengths(own, strengths)
-    ]
+    requests = [r for own in asked[: options.limit] for r in _at_strengths(own, strengths)]
     used = {name for request in requests for name in found.named(request.experts)}
     model = models.load(found, used)
     return _generated(model, requests, options.batch_size, options.trace_file)
@@ -132,16 +132,7 @@ def _asked(
 
 def _refuse_contradictions(given: set[str]) -> None:
     if "--traces" in given:
-        models = {
-            "--prompts",
-            "--task",
-            "--data-dir",
-            "--alpha",
-            "--expert",
-            "--limit",
-            "--trace-file",
-        }
-        for name in sorted(given & (models | {"RECIPE"})):
+        for name in sorted(given & FOR_MODELS):
             raise InvalidRequest(
                 f"--traces reads saved traces and runs no model, so {name} cannot be given as well.\n"
                 "hint: leave one of them out"
@@ -173,9 +164,8 @@ def _task_requests(
     sampling = replace(sampling, stop=(*sampling.stop, *task.sampling.stop))
     requests = []
     for number, item in enumerate(task.items(data_dir), 1):
-        own = sampling
-        if not sampling.is_greedy:
-            own = replace(sampling, seed=line_seed(sampling.seed, number))
+        seed = sampling.seed if sampling.is_greedy else line_seed(sampling.seed, number)
+        own = replace(sampling, seed=seed)
         requests.append(Request(item.prompt, own, None, experts))
     return requests
 
@@ -191,26 +181,15 @@ def _at_strengths(own: Request, strengths: Sequence[float | None]) -> Iterator[R
 def _generated(
     model: ProxyTuned, requests: Sequence[Request], batch_size: int, trace_file: Path | None
 ) -> Iterator[Trace]:
-    """Yield traces as they are made, with their progress on stderr."""
     from proxytune.trace import trace_writer
 
     with trace_writer(trace_file) as write, ProgressBars() as bars:
-        num_done = 0
-        bars.show("generating", num_done, len(requests), "texts")
-        rest = iter(requests)
-        while block := list(islice(rest, batch_size)):
-            made = model.generate_batch(block, batch_size=batch_size)
+        bars.show("generating", 0, len(requests), "texts")
+        for start in range(0, len(requests), batch_size):
+            made = model.generate_batch(requests[start : start + batch_size], batch_size=batch_size)
             write(made)
-            num_done += len(block)
-            bars.show("generating", num_done, len(requests), "texts")
+            bars.show("generating", start + len(made), len(requests), "texts")
             yield from made
-
-
-def _saved(paths: Sequence[Path]) -> Iterator[Trace]:
-    from proxytune.trace import read_traces
-
-    for path in paths:
-        yield from read_traces(path)
 
 
 def _counted(traces: Iterator[Trace]) -> Iterator[Trace]:
@@ -225,10 +204,6 @@ def _counted(traces: Iterator[Trace]) -> Iterator[Trace]:
 
 
 def _show(analysis: Analysis) -> None:
-    from rich.text import Text
-
-    console = stdout()
-    console.print(Text("all tokens", style="italic"))
     headings = ("texts", "tokens", "changed", "mean Delta", "mean shift", "mean KL")
     table = plain_table("strengths", numbers=headings)
     for group in analysis.groups:
@@ -242,7 +217,7 @@ def _show(analysis: Analysis) -> None:
             _signed(tally.mean_shift, 2),
             "" if tally.mean_kl is None else f"{tally.mean_kl:.3f}",
         )
-    console.print(table)
+    _print_table("all tokens", table)
     _show_positions(analysis)
     for group in analysis.groups:
         if any(group.alphas.values()) or len(analysis.groups) == 1:
@@ -254,11 +229,13 @@ def _show(analysis: Analysis) -> None:
     )
 
 
-def _show_positions(analysis: Analysis) -> None:
-    from rich.text import Text
-
+def _print_table(title: str, table: Table) -> None:
     console = stdout()
-    console.print(Text("\nchanged, by position in the text", style="italic"))
+    console.print(title, style="italic", markup=False, emoji=False)
+    console.print(table)
+
+
+def _show_positions(analysis: Analysis) -> None:
     table = plain_table("position", numbers=[group.name for group in analysis.groups])
     bins = [group.position_bins() for group in analysis.groups]
     longest = max(bins, key=len)
@@ -267,19 +244,16 @@ def _show_positions(analysis: Analysis) -> None:
         table.add_row(
             name, *(_share(own[row].share_changed) if row < len(own) else "" for own in bins)
         )
-    console.print(table)
+    _print_table("\nchanged, by position in the text", table)
 
 
 def _show_types(group: TraceGroup) -> None:
     from rich.text import Text
 
-    console = stdout()
-    least = group.min_count
-    title = f"\ntoken types that moved most, {group.name} (at least {least:,} times)"
+    least = f"{group.min_count:,} times"
     if not group.types:
-        console.print(Text(f"\nno token type occurs {least:,} times; --min-count lowers that"))
+        stdout().print(f"\nno token type occurs {least}; --min-count lowers that")
         return
-    console.print(Text(title, style="italic"))
     table = plain_table("token", numbers=("times", "changed", "mean Delta", "mean shift"))
     table.add_column("commonest context")
     for kind in group.types[:NUM_SHOWN]:
@@ -291,37 +265,31 @@ def _show_types(group: TraceGroup) -> None:
             _signed(kind.tally.mean_shift, 2),
             Text(f"{shown_token(kind.context)} ({kind.num_context:,}x)"),
         )
-    console.print(table)
+    _print_table(f"\ntoken types that moved most, {group.name} (at least {least})", table)
 
 
 def _show_equations(analysis: Analysis) -> None:
-    from rich.text import Text
-
     from proxytune.explain.welch import welch
 
     groups = [group for group in analysis.groups if group.num_equations]
     if not groups:
         return
-    console = stdout()
-    console.print(Text("\nequations: mean Delta of their tokens", style="italic"))
     headings = ("equations", "left-hand", "right-hand", "Welch's t", "degrees", "p")
     table = plain_table("strengths", numbers=headings)
     for group in groups:
-        test = welch(group.left, group.right)
+        cells = ["", "", ""]
+        if (test := welch(group.left, group.right)) is not None:
+            log10_p = test.log10_p
+            p_value = f"{10**log10_p:.2g}" if log10_p > -300 else f"1e{log10_p:.0f}"
+            cells = [f"{test.t:.2f}", f"{test.degrees:,.0f}", p_value]
         table.add_row(
             group.name,
             f"{group.num_equations:,}",
             f"{group.left.mean:+.3f} (n={group.left.num_tokens:,})",
             f"{group.right.mean:+.3f} (n={group.right.num_tokens:,})",
-            "" if test is None else f"{test.t:.2f}",
-            "" if test is None else f"{test.degrees:,.0f}",
-            "" if test is None else _p_text(test.log10_p),
+            *cells,
         )
-    console.print(table)
-
-
-def _p_text(log10_p: float) -> str:
-    return f"{10**log10_p:.2g}" if log10_p > -300 else f"1e{log10_p:.0f}"
+    _print_table("\nequations: mean Delta of their tokens", table)
 
 
 def _share(value: float | None) -> str:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from proxytune.commands.console import json_line
 from proxytune.commands.flags import flattened
 from proxytune.commands.progress import sign_of_life
 from proxytune.errors import BackendError, UserError
@@ -24,24 +25,13 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except UserError as error:
+        except (UserError, BackendError) as error:
             typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None
-        except BackendError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(1) from None
+            raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
 
 
 class _Command(TyperCommand):
-    """Shows options under headings, in plain text; where stderr is no terminal, says that it is running."""
-
-    is_endless = False
-
-    def invoke(self, ctx: Any) -> Any:
-        if self.is_endless:
-            return super().invoke(ctx)
-        with sign_of_life(str(self.name)):
-            return super().invoke(ctx)
+    """Shows options under headings, in plain text."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
@@ -57,10 +47,12 @@ class _Command(TyperCommand):
                     formatter.write_dl(records)
 
 
-class _EndlessCommand(_Command):
-    """A command that runs until somebody ends it, so that there is no progress to report."""
+class _EndingCommand(_Command):
+    """Says that it is running, where stderr is no terminal."""
 
-    is_endless = True
+    def invoke(self, ctx: Any) -> Any:
+        with sign_of_life(str(self.name)):
+            return super().invoke(ctx)
 
 
 # Plain help, without boxes: its first line is there to be copied.
@@ -89,10 +81,18 @@ def command(
 
     def register(function: Function) -> Function:
         text = inspect.cleandoc(function.__doc__ or "")
-        help_text = f"\b\n  {example}\n\n{text}"
-        kind = _EndlessCommand if is_endless else _Command
-        short_help = text.split("\n")[0]
-        app.command(name, cls=kind, help=help_text, short_help=short_help)(flattened(function))
+        whole = f"\b\n  {example}\n\n{text}"
+        kind = _Command if is_endless else _EndingCommand
+        first_line = text.split("\n")[0]
+        app.command(name, cls=kind, help=whole, short_help=first_line)(flattened(function))
         return function
 
     return register
+
+
+def print_result(result: Any, show: Callable[[Any], None], *, as_json: bool) -> None:
+    """Print what a command found on stdout: as one JSON object, or as `show` does."""
+    if as_json:
+        typer.echo(json_line(result.to_dict()))
+    else:
+        show(result)

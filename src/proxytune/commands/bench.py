@@ -117,23 +117,18 @@ def _show_speeds(measured: Sequence[Measured], rounds: int) -> None:
             name,
             *("" if c is None else f"{c.median:.2f} ({c.low:.2f} to {c.high:.2f})" for c in cells),
         )
-    rows: list[tuple[str, list[str]]] = [
-        ("plain, tokens/s", [f"{_speed(one, 'plain'):.1f}" for one in measured]),
-        ("speculative, tokens/s", [f"{_speed(one, 'speculative'):.1f}" for one in measured]),
-        (
-            "drafts accepted",
-            [
-                "none made" if one.acceptance_rate is None else f"{one.acceptance_rate:.0%}"
-                for one in measured
-            ],
-        ),
-        ("tokens per block", [f"{one.tokens_per_step:.2f}" for one in measured]),
-        ("first token, ms", [f"{1e3 * one.first_token_s.median:.0f}" for one in measured]),
-        ("prompts alone, ms", [f"{1e3 * one.prefill_s.median:.0f}" for one in measured]),
-        ("texts that parted", [str(one.num_parted) for one in measured]),
-    ]
-    for heading, cells_ in rows:
-        table.add_row(heading, *cells_)
+    rates = [one.acceptance_rate for one in measured]
+    rows = {
+        "plain, tokens/s": [f"{_speed(one, 'plain'):.1f}" for one in measured],
+        "speculative, tokens/s": [f"{_speed(one, 'speculative'):.1f}" for one in measured],
+        "drafts accepted": ["none made" if rate is None else f"{rate:.0%}" for rate in rates],
+        "tokens per block": [f"{one.tokens_per_step:.2f}" for one in measured],
+        "first token, ms": [f"{1e3 * one.first_token_s.median:.0f}" for one in measured],
+        "prompts alone, ms": [f"{1e3 * one.prefill_s.median:.0f}" for one in measured],
+        "texts that parted": [str(one.num_parted) for one in measured],
+    }
+    for heading, own in rows.items():
+        table.add_row(heading, *own)
     stdout().print(table)
     say(f"medians of {rounds} rounds, with the lowest and the highest in brackets")
 

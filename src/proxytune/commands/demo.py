@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from proxytune.decode.batch import Event
-    from proxytune.measure.score import ScoreReport
     from proxytune.model import ProxyTuned
     from proxytune.trace import Trace
 
@@ -63,30 +62,15 @@ def demo(options: DemoOptions) -> None:
     Shows the perplexity of held-out text under base, expert and steered base, and what base and steered base
     write. All numbers are measured now.
     """
-    answer = run(
-        console=stdout(),
-        json_output=options.as_json,
-        seed=options.seed,
-        new_tokens=options.new_tokens,
-    )
+    answer = measured(seed=options.seed, new_tokens=options.new_tokens)
     if options.as_json:
         typer.echo(json_line(answer))
+    else:
+        show(stdout(), answer)
 
 
-def run(
-    *, console: Console, json_output: bool, seed: int = 1, new_tokens: int = 48
-) -> dict[str, Any]:
-    """Score held-out texts and continue prompts, base against steered, and show both.
-
-    Args:
-        console: Where the answer goes; progress goes to stderr.
-        json_output: Return the numbers only; the caller prints them.
-        seed: Random seed of the sampled continuations.
-        new_tokens: Length of each continuation.
-
-    Returns:
-        What was measured: per domain the perplexities, the change with its interval, and both texts.
-    """
+def measured(*, seed: int = 1, new_tokens: int) -> dict[str, Any]:
+    """Return per domain the perplexities, the change with its interval, and both texts."""
     from proxytune.model import ProxyTuned
 
     sampling = SamplingParams(max_new_tokens=new_tokens, temperature=0.7, seed=seed)
@@ -100,14 +84,10 @@ def run(
         result["text_alpha"] = TEXT_ALPHA
         result["base_text"] = traces[2 * index].text
         result["steered_text"] = traces[2 * index + 1].text
-    answer = {"domains": results, "elapsed_s": round(time.perf_counter() - started, 1)}
-    if not json_output:
-        _show(console, answer)
-    return answer
+    return {"domains": results, "elapsed_s": round(time.perf_counter() - started, 1)}
 
 
 def _scored(model: ProxyTuned, domain: Domain, bars: ProgressBars) -> dict[str, Any]:
-    """Return what a domain's held-out text measures."""
     from proxytune.checkpoints.references import resolve_package
 
     text = resolve_package(f"{RECIPE}/heldout/{domain.expert}.txt").read_text("utf-8")
@@ -117,7 +97,23 @@ def _scored(model: ProxyTuned, domain: Domain, bars: ProgressBars) -> dict[str, 
         bars.show(f"scoring held-out text: {domain.title}", done, total, "tokens")
 
     report = model.score(text, [alpha], experts=domain.expert, on_progress=advance)
-    return _measured(domain, alpha, report)
+    steered = report.row("steered", alpha)
+    interval = steered.change_interval
+    return {
+        "expert": domain.expert,
+        "title": domain.title,
+        "prompt": domain.prompt,
+        "alpha": alpha,
+        "num_tokens": report.num_tokens,
+        "perplexity": {
+            "base": report.row("base").perplexity,
+            "anti_expert": report.row(f"{domain.expert}.anti_expert").perplexity,
+            "expert": report.row(f"{domain.expert}.expert").perplexity,
+            "steered": steered.perplexity,
+        },
+        "change": steered.change,
+        "change_interval": None if interval is None else [interval.low, interval.high],
+    }
 
 
 def _continued(model: ProxyTuned, sampling: SamplingParams, bars: ProgressBars) -> list[Trace]:
@@ -138,27 +134,8 @@ def _continued(model: ProxyTuned, sampling: SamplingParams, bars: ProgressBars) 
     return model.generate_batch(requests, batch_size=len(requests), on_event=advance)
 
 
-def _measured(domain: Domain, alpha: float, report: ScoreReport) -> dict[str, Any]:
-    steered = report.row("steered", alpha)
-    interval = steered.change_interval
-    return {
-        "expert": domain.expert,
-        "title": domain.title,
-        "prompt": domain.prompt,
-        "alpha": alpha,
-        "num_tokens": report.num_tokens,
-        "perplexity": {
-            "base": report.row("base").perplexity,
-            "anti_expert": report.row(f"{domain.expert}.anti_expert").perplexity,
-            "expert": report.row(f"{domain.expert}.expert").perplexity,
-            "steered": steered.perplexity,
-        },
-        "change": steered.change,
-        "change_interval": None if interval is None else [interval.low, interval.high],
-    }
-
-
-def _show(console: Console, answer: dict[str, Any]) -> None:
+def show(console: Console, answer: dict[str, Any]) -> None:
+    """Print what was measured, as a table and texts side by side."""
     from rich.columns import Columns
     from rich.panel import Panel
     from rich.table import Table
@@ -168,10 +145,8 @@ def _show(console: Console, answer: dict[str, Any]) -> None:
         title="Perplexity of held-out text (lower is better)", title_justify="left", expand=False
     )
     table.add_column("text")
-    for name in ("base", "expert alone", "steered"):
+    for name in ("base", "expert alone", "steered", "steered against base", "alpha"):
         table.add_column(name, justify="right")
-    table.add_column("steered against base", justify="right")
-    table.add_column("alpha", justify="right")
     for result in answer["domains"]:
         perplexity = result["perplexity"]
         change = f"{result['change']:+.0%}"

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from proxytune.commands.app import command
-from proxytune.commands.console import json_line, say, stdout
+from proxytune.commands.app import command, print_result
+from proxytune.commands.console import say, stdout
 from proxytune.commands.options import JsonOption, RecipeArgument
 from proxytune.commands.progress import waiting
 
@@ -33,10 +33,7 @@ def doctor(recipe: RecipeArgument, as_json: JsonOption = False) -> None:
         from proxytune.loading.doctor import examine
 
         diagnosis = examine(found, ask_server=True)
-    if as_json:
-        typer.echo(json_line(diagnosis.to_dict()))
-    else:
-        stdout().print(rendered(diagnosis))
+    print_result(diagnosis, lambda found: stdout().print(rendered(found)), as_json=as_json)
     if not diagnosis.is_healthy:
         say("error: the recipe cannot run as it is")
         raise typer.Exit(2)
@@ -67,7 +64,7 @@ def rendered(diagnosis: Diagnosis) -> RenderableType:
         line = f"{problem.where}: {type(problem.error).__name__}: {problem.error}"
         parts.append(paragraph(line, "red"))
     num = len(diagnosis.problems)
-    verdict = "No problems." if not num else f"{num} problem{'s' if num > 1 else ''}."
+    verdict = f"{num or 'No'} problem{'' if num == 1 else 's'}."
     return Group(*parts, paragraph(verdict, "bold"))
 
 
@@ -90,13 +87,12 @@ def _table(models: tuple[ModelReport, ...]) -> Table:
     for model in models:
         adapter = model.num_adapter_parameters
         is_stored = model.stored_dtype == model.running_dtype
+        dtypes = (model.stored_dtype, None if is_stored else f"runs {model.running_dtype}")
         is_shared = model.kind and model.shares and not model.weight_bytes
         table.add_row(
             Text(model.part, style="bold"),
             cell(_count(model.num_parameters), f"+ {_count(adapter)}" if adapter else None),
-            cell(model.stored_dtype, None if is_stored else f"runs {model.running_dtype}")
-            if model.stored_dtype
-            else cell(),
+            cell(*dtypes if model.stored_dtype else ()),
             cell(f"{model.max_context:,}" if model.max_context else None),
             cell(model.prompt_format if model.prompt_format in ("plain", "chat") else "template"),
             cell(model.vocabulary, f"{model.num_tokens:,}" if model.num_tokens else None),

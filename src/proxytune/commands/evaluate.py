@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from proxytune.commands.app import command
-from proxytune.commands.console import json_line, say, stdout
+from proxytune.commands.app import command, print_result
+from proxytune.commands.console import say, stdout
 from proxytune.commands.flags import Pick
 from proxytune.commands.options import AS_JSON, ModelOptions, RecipeArgument
 from proxytune.commands.progress import ProgressBars
@@ -95,30 +95,24 @@ def evaluate(
     found = models.read(recipe)
 
     def load(wanted: Recipe, experts: tuple[str, ...] | None) -> ProxyTuned:
-        own = models
-        if wanted.base.api is None:
-            own = replace(models, max_calls=None, max_cost=None)
+        is_api = wanted.base.api is not None
+        own = models if is_api else replace(models, max_calls=None, max_cost=None)
         return own.load(wanted, experts)
 
-    def show(progress: EvalProgress) -> None:
-        stage = f"{progress.task}, {progress.predictor}"
-        bars.show(stage, progress.num_done, progress.num_samples)
+    def show(state: EvalProgress) -> None:
+        bars.show(f"{state.task}, {state.predictor}", state.num_done, state.num_samples)
 
     with ProgressBars() as bars:
         result = run(
             found, report.output, options, load=load, name=recipe, on_progress=show, say=say
         )
     _write(result, report.output)
-    if report.as_json:
-        typer.echo(json_line(result.to_dict()))
-    else:
-        _show(result)
+    print_result(result, _show, as_json=report.as_json)
     resumed = f", {result.num_resumed:,} were there before" if result.num_resumed else ""
     say(f"{result.num_generated:,} samples generated{resumed}; everything is in {report.output}")
 
 
 def _write(report: EvalReport, output: Path) -> None:
-    """Write the report's files."""
     from proxytune.evaluate.tables import markdown, picture
     from proxytune.files import write_whole
 

@@ -38,6 +38,11 @@ TRACE_FILE = Option(
     metavar="FILE",
 )
 
+FOR_MODELS = frozenset((
+    "PROMPT", "--input-file", "--continuation", "--what-if", "--alpha", "--expert",
+))  # fmt: skip
+"""What runs models, or is for them, and does nothing beside saved traces."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StrengthOptions:
@@ -171,7 +176,6 @@ def _awaited(reports: Iterator[Report]) -> Iterator[Report]:
 
 
 def _show(reports: Iterable[Report], name: str, options: ExplainOptions) -> None:
-    """Print reports as they come, and write the files that are asked for."""
     from proxytune.trace import trace_writer
 
     with trace_writer(options.trace_file) as write:
@@ -193,19 +197,11 @@ def _show(reports: Iterable[Report], name: str, options: ExplainOptions) -> None
 
 def _refuse_contradictions(given: set[str]) -> None:
     if "--trace" in given:
-        for name in (
-            "PROMPT",
-            "--input-file",
-            "--continuation",
-            "--what-if",
-            "--alpha",
-            "--expert",
-        ):
-            if name in given:
-                raise InvalidRequest(
-                    f"--trace shows saved traces and runs no model, so {name} cannot be given as well.\n"
-                    "hint: leave one of them out"
-                )
+        for name in sorted(given & FOR_MODELS):
+            raise InvalidRequest(
+                f"--trace shows saved traces and runs no model, so {name} cannot be given as well.\n"
+                "hint: leave one of them out"
+            )
         return
     if "RECIPE" not in given:
         raise InvalidRequest(
@@ -217,11 +213,9 @@ def _refuse_contradictions(given: set[str]) -> None:
         raise InvalidRequest(
             "there is no prompt.\nhint: give it as text, - for stdin, or --input-file prompts.jsonl"
         )
-    for name, hint in (
-        ("--continuation", 'put "continuation" into its lines'),
-        ("--what-if", "leave it out"),
-    ):
-        if "--input-file" in given and name in given:
+    hints = {"--continuation": 'put "continuation" into its lines', "--what-if": "leave it out"}
+    for name, hint in hints.items():
+        if {"--input-file", name} <= given:
             raise InvalidRequest(
                 f"{name} belongs to one prompt, and --input-file gives many.\nhint: {hint}"
             )
@@ -249,9 +243,8 @@ def _read_questions(
     from proxytune.explain.runs import Question
 
     questions = []
-    for line in read_lines(
-        path, recipe=recipe, sampling=sampling, steering=Steering(experts=experts)
-    ):
+    steering = Steering(experts=experts)
+    for line in read_lines(path, recipe=recipe, sampling=sampling, steering=steering):
         given = line.fields.get("continuation")
         if given is not None and not isinstance(given, str):
             raise InvalidRequest(

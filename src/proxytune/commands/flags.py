@@ -103,9 +103,8 @@ def flattened(function: Callable[..., None]) -> Callable[..., None]:
         built = {}
         for name, (settings, taken) in bundles.items():
             own = {each.name: _value(each, values.pop(each.name)) for each in taken}
-            if not hasattr(
-                settings, "__post_init__"
-            ):  # Else it checks itself, under its fields' names.
+            # Else it checks itself, under its fields' names.
+            if not hasattr(settings, "__post_init__"):
                 for each in taken:
                     each.check(own[each.name], flag_of(each))
             built[name] = settings(**own)
@@ -161,9 +160,7 @@ def _parameter(declared: Declared, panel: str | None) -> inspect.Parameter:
     option, kind, default = declared.option, declared.type, declared.default
     is_tuple = get_origin(kind) is tuple
     is_repeated = is_tuple and option.separator is None
-    item = get_args(kind)[0] if is_tuple else kind
-    if get_origin(item) is Annotated:
-        item = get_args(item)[0]
+    item = _item(kind) if is_tuple else kind
     # What has no plain type is text here, and checked where the dataclass is built.
     typed: Any = item if item in (bool, int, float, Path) and option.separator is None else str
     if default is MISSING:
@@ -171,8 +168,7 @@ def _parameter(declared: Declared, panel: str | None) -> inspect.Parameter:
     elif is_tuple:
         default = (option.separator or "").join(f"{each:g}" for each in default or ()) or None
     annotation: Any = list[typed] if is_repeated else typed
-    if default is None:
-        annotation = annotation | None
+    annotation = annotation | None if default is None else annotation
     text = option.help
     if is_repeated and "repeat" not in text:
         text += "; repeat for more"
@@ -181,22 +177,20 @@ def _parameter(declared: Declared, panel: str | None) -> inspect.Parameter:
     metavar = option.metavar or METAVARS.get(typed, "TEXT")
     if get_origin(kind) is Literal and option.metavar is None:
         metavar = f"[{'|'.join(get_args(kind))}]"
+    has_default = default not in (None, inspect.Parameter.empty)
+    flag = typer.Option(
+        flag_of(declared),
+        metavar=metavar,
+        help=text,
+        show_default=option.none_means is None and has_default,
+        autocompletion=getattr(option, "complete", None),
+        rich_help_panel=panel,
+    )
     return inspect.Parameter(
         declared.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=default,
-        annotation=Annotated[
-            annotation,
-            typer.Option(
-                flag_of(declared),
-                metavar=metavar,
-                help=text,
-                show_default=option.none_means is None
-                and default not in (None, inspect.Parameter.empty),
-                autocompletion=getattr(option, "complete", None),
-                rich_help_panel=panel,
-            ),
-        ],
+        annotation=Annotated[annotation, flag],
     )
 
 
@@ -210,14 +204,18 @@ def _value(declared: Declared, given: Any) -> Any:
     texts: Iterable[Any] = given
     if option.separator is not None:
         texts = [part.strip() for part in given.split(option.separator)]
-    item = get_args(kind)[0]
-    if get_origin(item) is Annotated:
-        item = get_args(item)[0]
+    item = _item(kind)
     if item is float:
         return tuple(number_of(text, flag_of(declared)) for text in texts)
     if get_origin(item) is tuple:
         return tuple(_pair(text, flag_of(declared)) for text in texts)
     return tuple(text for text in texts if text != "" or option.separator is None)
+
+
+def _item(kind: Any) -> Any:
+    """Return the type of a tuple's items, without their limits."""
+    item = get_args(kind)[0]
+    return get_args(item)[0] if get_origin(item) is Annotated else item
 
 
 def _pair(text: str, flag: str) -> tuple[int, float]:

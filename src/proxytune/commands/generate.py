@@ -106,12 +106,11 @@ def generate(
     _refuse_contradictions(given_flags(PROMPT=prompt, options=options, sampling=sampling))
     if options.input_file is not None and options.output_file is not None:
         found = policy.applied_to(models.read(recipe))
-        size = options.batch_size
         asked = BatchOptions(
             sampling=sampling,
             steering=steering.of(found),
             dtype=models.dtype,
-            batch_size=_LINES["batch_size"].default if size is None else size,
+            batch_size=options.batch_size or _LINES["batch_size"].default,
             skip_bad_lines=options.skip_bad_lines,
             speculative=options.speculative,
         )
@@ -142,7 +141,6 @@ def _is_streamed(options: GenerateOptions) -> bool:
 
 
 def _generated(model: ProxyTuned, request: Request, options: GenerateOptions) -> Trace:
-    """Generate one text, and print it on the way if that is asked for."""
     is_streamed = _is_streamed(options)
 
     def show(_: int, event: Event) -> None:
@@ -203,25 +201,21 @@ def _calls(trace: Trace) -> str:
 
 
 def _show_choice(model: ProxyTuned, request: Request, options: GenerateOptions) -> None:
-    """Print which of a few answers the steered base prefers."""
     assert isinstance(request.prompt, str)
     answers = options.choice
     found = model.choose(request.prompt, answers, alpha=request.alpha, experts=request.experts)
+    probs = dict(zip(answers, found.probs, strict=True))
     if options.as_json:
-        probs = dict(zip(answers, found.probs, strict=True))
         content = {"choice": found.option, "index": found.index, "probs": probs}
         typer.echo(json_line(content | {"is_certified": found.is_certified}))
         return
     typer.echo(found.option)
-    shares = ", ".join(
-        f"{answer.strip()} {prob:.3f}" for answer, prob in zip(answers, found.probs, strict=True)
-    )
+    shares = ", ".join(f"{answer.strip()} {prob:.3f}" for answer, prob in probs.items())
     proof = {None: "", True: " · certified", False: " · not certified"}[found.is_certified]
     say(f"{shares} · {strengths_text(found.alphas)}{proof}")
 
 
 def _refuse_contradictions(given: set[str]) -> None:
-    """Refuse options that exclude each other or do nothing without another."""
     for one, other, hint in (
         ("PROMPT", "--input-file", "put the prompt into the file, or leave one out"),
         ("--input-file", "--trace-file", "proxytune analyze RECIPE --prompts FILE --trace-file FILE traces "
@@ -241,13 +235,8 @@ def _refuse_contradictions(given: set[str]) -> None:
             "hint: --output-file answers.jsonl"
         )
     single = (
-        "--input-file",
-        "--stream",
-        "--logprobs",
-        "--require-certified",
-        "--speculative",
-        "--trace-file",
-    )
+        "--input-file", "--stream", "--logprobs", "--require-certified", "--speculative", "--trace-file",
+    )  # fmt: skip
     for name in single:
         if {"--choice", name} <= given:
             raise InvalidRequest(
@@ -268,7 +257,6 @@ def _refuse_contradictions(given: set[str]) -> None:
 def _answer_file(
     recipe: Recipe, input_file: Path, output_file: Path, options: BatchOptions, models: ModelOptions
 ) -> BatchReport:
-    """Answer every line of a file, with its progress on stderr."""
     from proxytune.data.batch import run_batch
 
     started: float | None = None
@@ -277,9 +265,8 @@ def _answer_file(
         nonlocal started
         started = started or time.perf_counter()
         rate = progress.num_new_tokens / max(time.perf_counter() - started, 1e-9)
-        bars.show(
-            "generating", progress.num_done, progress.num_lines, f"lines, {rate:,.1f} tokens/s"
-        )
+        unit = f"lines, {rate:,.1f} tokens/s"
+        bars.show("generating", progress.num_done, progress.num_lines, unit)
 
     try:
         with ProgressBars() as bars:
@@ -302,11 +289,9 @@ def _show_file(report: BatchReport, output_file: Path, *, as_json: bool) -> None
     if report.was_complete:
         say(f"already complete: {output_file} has {report.num_lines:,} lines")
     else:
-        resumed = (
-            f" ({report.num_resumed:,} of them by an earlier run)" if report.num_resumed else ""
-        )
+        resumed = f" ({report.num_resumed:,} of them by an earlier run)"
         say(
-            f"{output_file}: {report.num_lines:,} lines{resumed}; "
+            f"{output_file}: {report.num_lines:,} lines{resumed if report.num_resumed else ''}; "
             f"{rate_text(report.num_new_tokens, report.latency_s)}"
         )
     if report.bad_lines:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -16,9 +16,6 @@ from proxytune.errors import InvalidRequest
 from proxytune.evaluate.plan import DATA_DIR, EvalOptions
 from proxytune.settings import option, options_of
 from proxytune.tasks.task import Rule
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,18 +68,11 @@ class ExpertOptions:
         from proxytune.recipe.spec import ExpertSpec
 
         name = _expert_name(self.adapter or self.expert or "") if self.name is None else self.name
+        small = partial(_small_model, directory=directory, llama_cpp=llama_cpp)
         return ExpertSpec(
             name=name,
-            expert=_small_model(
-                self.expert, self.adapter, self.expert_prompt, directory, llama_cpp
-            ),
-            anti_expert=_small_model(
-                self.anti_expert,
-                self.anti_expert_adapter,
-                self.anti_expert_prompt,
-                directory,
-                llama_cpp,
-            ),
+            expert=small(self.expert, self.adapter, self.expert_prompt),
+            anti_expert=small(self.anti_expert, self.anti_expert_adapter, self.anti_expert_prompt),
             alpha=check_alpha(self.alpha),
         )
 
@@ -173,11 +167,8 @@ def _new_recipe(base: BaseOptions, spec: ExpertSpec, directory: Path) -> Recipe:
             "hint: leave them out, or give the address of an API as --base"
         )
     reference = local_reference(base.base or "", directory)
-    return Recipe(
-        base=ModelSpec(model=reference, prompt=base.prompt, api=api),
-        experts=(spec,),
-        directory=directory,
-    )
+    model = ModelSpec(model=reference, prompt=base.prompt, api=api)
+    return Recipe(base=model, experts=(spec,), directory=directory)
 
 
 def _small_model(

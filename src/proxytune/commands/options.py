@@ -250,9 +250,8 @@ class DataOptions:
 
     def of(self, source: str) -> DataOptions:
         """Return other data of the same kind."""
-        if self.text_file is not None:
-            return DataOptions(text_file=Path(source))
-        return DataOptions(data=source)
+        is_text = self.text_file is not None
+        return DataOptions(text_file=Path(source)) if is_text else DataOptions(data=source)
 
 
 def steering_of(recipe: Recipe, names: Sequence[str] | None, alpha: float | None) -> Steering:

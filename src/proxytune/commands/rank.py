@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from proxytune.commands.app import command
-from proxytune.commands.console import json_line, plain_table, say, stdout
+from proxytune.commands.app import command, print_result
+from proxytune.commands.console import plain_table, say, stdout
 from proxytune.commands.flags import Pick
 from proxytune.commands.options import AS_JSON, DataOptions, ModelOptions, RecipeArgument
 from proxytune.commands.progress import progress
@@ -74,10 +72,7 @@ def rank_experts(
             seed=options.seed,
             on_progress=advance,
         )
-    if options.as_json:
-        typer.echo(json_line(ranking.to_dict()))
-    else:
-        _show(ranking)
+    print_result(ranking, _show, as_json=options.as_json)
 
 
 def _show(ranking: Ranking) -> None:

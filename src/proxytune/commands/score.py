@@ -6,13 +6,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from proxytune.commands.app import command
-from proxytune.commands.console import file_text, json_line, plain_table, say, stdin_text, stdout
+from proxytune.commands.app import command, print_result
+from proxytune.commands.console import file_text, plain_table, say, stdin_text, stdout
 from proxytune.commands.flags import Pick
 from proxytune.commands.options import AS_JSON, WINDOW, ModelOptions, PolicyOptions, RecipeArgument
 from proxytune.commands.progress import progress
+from proxytune.commands.sweep import between, change_text
 from proxytune.evaluate.plan import EXPERTS
 from proxytune.settings import declared, option
 
@@ -55,8 +54,7 @@ def score(
 
     Each model reads the text once, for all strengths. Every model sees the plain text.
     """
-    from_stdin = options.text_file == "-"
-    text = stdin_text() if from_stdin else file_text(Path(options.text_file))
+    text = stdin_text() if options.text_file == "-" else file_text(Path(options.text_file))
     found = policy.applied_to(models.read(recipe))
     experts = options.experts or None
     model = models.load(found, found.named(experts))
@@ -71,24 +69,21 @@ def score(
             seed=options.seed,
             on_progress=advance,
         )
-    if options.as_json:
-        typer.echo(json_line(report.to_dict()))
-    else:
-        _show_scores(report)
+    print_result(report, _show_scores, as_json=options.as_json)
 
 
 def _show_scores(report: ScoreReport) -> None:
     headings = ("alpha", "nats/token", "perplexity", "95 % interval", "against base")
     table = plain_table("model", numbers=headings)
     for row in report.rows:
-        interval = (
-            "" if row.interval is None else f"{row.interval.low:.2f} to {row.interval.high:.2f}"
+        table.add_row(
+            row.name,
+            "" if row.alpha is None else f"{row.alpha:g}",
+            f"{row.nats:.4f}",
+            f"{row.perplexity:.2f}",
+            between(row.interval, "{:.2f}"),
+            "" if row.name == "base" else change_text(row, is_ratio=True),
         )
-        change = "" if row.name == "base" else f"{row.change:+.1%}"
-        if change and row.change_interval is not None:
-            change += f" ({row.change_interval.low:+.1%} to {row.change_interval.high:+.1%})"
-        alpha = "" if row.alpha is None else f"{row.alpha:g}"
-        table.add_row(row.name, alpha, f"{row.nats:.4f}", f"{row.perplexity:.2f}", interval, change)
     stdout().print(table)
     for own in report.mapped:
         say(

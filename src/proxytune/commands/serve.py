@@ -117,7 +117,12 @@ def serve(
     if listen.engine == "vllm":
         from proxytune.integrations.vllm.server import become_vllm_server, vllm_server_command
 
-        _refuse_given(ctx, VLLM_OPTIONS)
+        for parameter in ctx.command.params:
+            if parameter.name not in VLLM_OPTIONS and _is_given(ctx, parameter.name or ""):
+                raise InvalidRequest(
+                    f"{parameter.opts[0]} is an option of the server here, and --engine vllm starts "
+                    "vLLM's.\nhint: vLLM's own options follow --, as in: -- --max-model-len 4096"
+                )
         own = ["--max-num-seqs", str(settings.max_rows)] if _is_given(ctx, "max_rows") else []
         # vLLM lets pages of every origin call it by default.
         own += ["--allowed-origins", json.dumps(settings.cors_origins)]
@@ -137,18 +142,15 @@ def serve(
             "hint: vLLM's options need --engine vllm"
         )
     hosts = ("localhost", "127.0.0.1", "::1", listen.host.lower()) if listen.is_local else None
-    _run(
-        recipe,
-        listen,
-        replace(settings, name=name, api_keys=keys, hosts=hosts, speculative=listen.speculative),
-        models,
+    settings = replace(
+        settings, name=name, api_keys=keys, hosts=hosts, speculative=listen.speculative
     )
+    _run(recipe, listen, settings, models)
 
 
 def _run(
     recipe: str, listen: ListenOptions, settings: ServerSettings, models: ModelOptions
 ) -> None:
-    """Serve a recipe until the process is told to stop."""
     try:
         from proxytune.server.app import make_app
         from proxytune.server.run import listen as listening_socket
@@ -180,23 +182,8 @@ def _run(
 
 
 def _is_given(ctx: typer.Context, name: str) -> bool:
-    """Whether an option stood on the command line."""
     source = ctx.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
-
-
-def _refuse_given(ctx: typer.Context, honoured: frozenset[str]) -> None:
-    """Refuse options of the command line that are not honoured.
-
-    Raises:
-        InvalidRequest: One was given.
-    """
-    for parameter in ctx.command.params:
-        if parameter.name not in honoured and _is_given(ctx, parameter.name or ""):
-            raise InvalidRequest(
-                f"{parameter.opts[0]} is an option of the server here, and --engine vllm starts vLLM's.\n"
-                "hint: vLLM's own options follow --, as in: -- --max-model-len 4096"
-            )
 
 
 def _name(reference: str) -> str:
@@ -219,9 +206,8 @@ def _say_hello(settings: ServerSettings, host: str, port: int) -> None:
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{port}"
     console = stderr()
-    console.print(
-        f"{settings.name} is served at {address}/v1 (the playground: {address}/)", soft_wrap=True
-    )
+    hello = f"{settings.name} is served at {address}/v1 (the playground: {address}/)"
+    console.print(hello, soft_wrap=True)
     if settings.api_keys:
         console.print(f"clients need a key; {len(settings.api_keys)} are known")
     console.print("Ctrl-C finishes running requests and stops; pressed again, it stops at once")

@@ -99,9 +99,7 @@ def _show_moved(moved: Sequence[Move], trace: Trace, num_rows: int) -> None:
 
     from proxytune.explain.moves import label
 
-    known = [
-        move for move in moved if move.prob_change is not None and move.base_logprob is not None
-    ]
+    known = [m for m in moved if m.prob_change is not None and m.base_logprob is not None]
     most = sorted(known, key=lambda move: -abs(move.prob_change or 0.0))[:num_rows]
     if not most:
         return
@@ -129,9 +127,8 @@ def _show_moved(moved: Sequence[Move], trace: Trace, num_rows: int) -> None:
             "" if move.kl is None else f"{move.kl:.2f}",
             *(f"{move.offsets[name]:+.2f}" if name in move.offsets else "" for name in names),
         )
-    console = stdout()
-    console.print()
-    console.print(table)
+    stdout().print()
+    stdout().print(table)
 
 
 def probs(move: Move) -> tuple[float, float]:

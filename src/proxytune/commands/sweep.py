@@ -6,10 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from proxytune.commands.app import command
-from proxytune.commands.console import json_line, plain_table, say, stdout
+from proxytune.commands.app import command, print_result
+from proxytune.commands.console import plain_table, say, stdout
 from proxytune.commands.flags import Pick, number_of
 from proxytune.commands.options import (
     AS_JSON,
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 
     from proxytune.decode.ensemble import Ensemble
     from proxytune.measure.metrics import Metric
-    from proxytune.measure.score import Interval
+    from proxytune.measure.score import Interval, ScoreRow
     from proxytune.measure.sweep import Grid, Point, PromptWithReference, SweepReport
     from proxytune.model import ProxyTuned
     from proxytune.recipe.recipe import Recipe
@@ -188,10 +186,7 @@ def sweep(
     if options.picture is not None:
         draw(report, grid, options.picture)
         say(f"wrote {options.picture}")
-    if options.as_json:
-        typer.echo(json_line(report.to_dict()))
-    else:
-        _show(report)
+    print_result(report, _show, as_json=options.as_json)
 
 
 def _grid(recipe: Recipe, options: SweepOptions) -> tuple[Grid, tuple[str, ...]]:
@@ -205,7 +200,7 @@ def _grid(recipe: Recipe, options: SweepOptions) -> tuple[Grid, tuple[str, ...]]
         )
     chosen = recipe.named(tuple(own or options.experts) or None)
     names = [e.name for e in recipe.experts if e.name in chosen]
-    return Grid.of(names, own if own else shared), chosen
+    return Grid.of(names, own or shared), chosen
 
 
 def _sweep_likelihood(
@@ -241,7 +236,6 @@ def _sweep_likelihood(
 def _rows_and_metric(
     model: ProxyTuned, benchmark: Task | None, data: DataOptions, options: SweepOptions
 ) -> tuple[list[PromptWithReference], list[PromptWithReference], Metric]:
-    """Return rows to pick a strength on, rows to measure it on, and the metric."""
     from proxytune.data.passages import task_rows
     from proxytune.measure.metrics import METRICS
     from proxytune.measure.sweep import split
@@ -286,16 +280,16 @@ def _show(report: SweepReport) -> None:
     strengths = ["alpha"] if len(names) == 1 else names
     table = plain_table("", numbers=(*strengths, report.metric, "95 % interval", "against base"))
 
+    is_ratio = report.metric == "perplexity"
+    form = "{:.2f}" if is_ratio else "{:.3f}"
+
     def add(label: str, point: Point) -> None:
-        strengths = [f"{alpha:g}" for alpha in point.alphas.values()]
-        is_ratio = report.metric == "perplexity"
-        is_base = not any(point.alphas.values())
         table.add_row(
             label,
-            *strengths,
-            f"{point.value:.2f}" if is_ratio else f"{point.value:.3f}",
-            between(point.interval, "{:.2f}" if is_ratio else "{:.3f}"),
-            "" if is_base else change_text(point, is_ratio),
+            *(f"{alpha:g}" for alpha in point.alphas.values()),
+            form.format(point.value),
+            between(point.interval, form),
+            change_text(point, is_ratio) if any(point.alphas.values()) else "",
         )
 
     for number, point in enumerate(report.points):
@@ -327,9 +321,8 @@ def between(interval: Interval | None, form: str) -> str:
     return f"{form.format(interval.low)} to {form.format(interval.high)}"
 
 
-def change_text(point: Point, is_ratio: bool) -> str:
+def change_text(point: Point | ScoreRow, is_ratio: bool) -> str:
     """Return a change against the base, with its interval."""
     form = "{:+.1%}" if is_ratio else "{:+.3f}"
-    text = form.format(point.change)
     interval = between(point.change_interval, form)
-    return f"{text} ({interval})" if interval else text
+    return form.format(point.change) + (f" ({interval})" if interval else "")

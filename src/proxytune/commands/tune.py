@@ -12,7 +12,7 @@ from proxytune.commands.options import AS_JSON
 from proxytune.commands.progress import ProgressBars
 from proxytune.errors import missing_extra
 from proxytune.settings import option
-from proxytune.tune.settings import Display, Interrupted, TuneResult, TuneSettings
+from proxytune.tune.settings import Display, Interrupted, TuneSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,20 +53,12 @@ def tune(settings: TuneSettings, options: RunOptions) -> None:
         raise typer.Exit(130) from None
     if options.as_json:
         typer.echo(json_line(result.to_dict()))
-    else:
-        _show(result, settings)
-
-
-def _show(result: TuneResult, settings: TuneSettings) -> None:
+        return
     say(f"wrote {settings.directory}: expert {result.expert!r}, alpha {result.alpha:g}")
     for title, report in (("validation", result.valid), ("test", result.test)):
         if report is not None:
-            best = next(
-                row
-                for row in report["rows"]
-                if row["name"] == "steered" and row["alpha"] == result.alpha
-            )
-            base_row = report["rows"][0]
+            base_row, *others = report["rows"]
+            best = next(r for r in others if (r["name"], r["alpha"]) == ("steered", result.alpha))
             say(
                 f"{title} perplexity: base {base_row['perplexity']:.2f}, steered at alpha "
                 f"{result.alpha:g} {best['perplexity']:.2f} ({best['change']:+.1%})"

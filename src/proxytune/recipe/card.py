@@ -42,14 +42,7 @@ model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
 def model_card(
     models: Mapping[str, ModelSpec], experts: Sequence[ExpertSpec], policy: Policy, directory: Path
 ) -> str:
-    """Return a recipe's README.md.
-
-    Args:
-        models: Its models by part.
-        experts: Its experts.
-        policy: How it steers.
-        directory: Where relative references start; what is there is no id of the Hub.
-    """
+    """Return a recipe's README.md. What a reference leads to from `directory` is no id of the Hub."""
     titles = {"base": "base"}
     for expert in experts:
         titles[f"{expert.name}.expert"] = f"{expert.name}, expert"
@@ -67,15 +60,12 @@ def model_card(
     )
     references = [r for spec in models.values() for r in (spec.model, spec.adapter) if r]
     hub_ids = [r for r in dict.fromkeys(references) if _is_hub_id(r, directory)]
-    return f"{_metadata(hub_ids)}\n{content}" + TRANSFORMERS * _runs_in_transformers(models)
-
-
-def _metadata(hub_ids: Sequence[str]) -> str:
     lines = ["---", "library_name: proxytune", "pipeline_tag: text-generation"]
     lines += ["tags:", "- proxytune", "- proxy-tuning"]
     if hub_ids:
         lines += ["base_model:", *(f"- {hub_id}" for hub_id in hub_ids)]
-    return "\n".join([*lines, "---", ""])
+    metadata = "\n".join([*lines, "---", ""])
+    return f"{metadata}\n{content}" + TRANSFORMERS * _runs_in_transformers(models)
 
 
 def _is_hub_id(reference: str, directory: Path) -> bool:

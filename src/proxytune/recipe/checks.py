@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from proxytune.errors import RecipeError, did_you_mean
@@ -12,12 +12,10 @@ from proxytune.settings import option, options_of
 
 
 def _refuse_constant(constant: str) -> Any:
-    """Refuse NaN and infinities in a JSON file."""
     raise RecipeError(f"it holds {constant}, but every number must be finite")
 
 
 def _finite_float(text: str) -> float:
-    """Read a JSON number, refusing one that overflows."""
     value = float(text)
     if not math.isfinite(value):
         raise RecipeError(f"it holds {text[:40]}, but every number must be finite")
@@ -65,16 +63,10 @@ def as_object(value: Any, place: str) -> dict[str, Any]:
     return dict(value)
 
 
-def check_keys(
-    value: Mapping[str, Any],
-    *,
-    known: Sequence[str],
-    place: str,
-    ignored: frozenset[str] = frozenset(),
-) -> None:
+def check_keys(value: Iterable[str], *, known: Sequence[str], place: str) -> None:
     """Refuse unknown keys, suggesting the closest known one."""
     for key in value:
-        if key not in known and key not in ignored:
+        if key not in known:
             raise RecipeError(
                 f"{place} has the unknown key {as_json(key)}; known are {', '.join(known)}"
                 f"{did_you_mean(key, known)}"

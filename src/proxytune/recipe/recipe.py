@@ -184,7 +184,8 @@ class Recipe:
         """
         data = as_object(data, "the recipe")
         _check_model_type(data.get("model_type"))
-        check_keys(data, known=_OWN_KEYS, ignored=METADATA_KEYS, place="the recipe")
+        own = [key for key in data if key not in METADATA_KEYS]
+        check_keys(own, known=_OWN_KEYS, place="the recipe")
         check_required(data, ("base", "experts"), "the recipe")
         experts = data["experts"]
         if not isinstance(experts, list):
@@ -196,19 +197,15 @@ class Recipe:
             policy = Policy.from_dict(steering, combine=combine)
         except InvalidRequest as error:
             raise RecipeError(f"steering: {error}" if steering else str(error)) from error
-        default_expert = data.get("default_expert")
-        vocabulary = data.get("vocabulary", "same")
         schema = data.get("$schema")
         if schema is not None:
             check_text(schema, "$schema")
         return cls(
             base=model_spec(data["base"], "base"),
-            experts=tuple(
-                expert_spec(expert, f"experts[{index}]") for index, expert in enumerate(experts)
-            ),
+            experts=tuple(expert_spec(e, f"experts[{i}]") for i, e in enumerate(experts)),
             policy=policy,
-            default_expert=default_expert,
-            vocabulary=vocabulary,
+            default_expert=data.get("default_expert"),
+            vocabulary=data.get("vocabulary", "same"),
             directory=Path.cwd() if directory is None else directory,
             schema=schema,
         )
@@ -231,22 +228,13 @@ class Recipe:
             return ModelSpec(model=self.base.api.tokenizer)
         return replace(self.experts[0].anti_expert.weights, llama_cpp=None)
 
-    def with_settings(
-        self,
-        *,
-        device: str | None = None,
-        dtype: str | None = None,
-        attn_implementation: str | None = None,
-        cuda_graphs: bool | None = None,
-    ) -> Recipe:
-        """Return the recipe with these settings in all models that transformers runs; None keeps theirs."""
-        given = {
-            "device": device,
-            "dtype": dtype,
-            "attn_implementation": attn_implementation,
-            "cuda_graphs": cuda_graphs,
-        }
-        changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    def with_settings(self, **settings: str | bool | None) -> Recipe:
+        """Return the recipe with these settings in all models that transformers runs.
+
+        Args:
+            settings: Fields of `ModelSpec` such as `device`; None keeps each model's own.
+        """
+        changes: dict[str, Any] = {k: value for k, value in settings.items() if value is not None}
 
         def changed(spec: ModelSpec) -> ModelSpec:
             is_elsewhere = spec.same_as or spec.llama_cpp or spec.api
@@ -283,14 +271,11 @@ class Recipe:
 
     def with_models(self, changed: Callable[[ModelSpec], ModelSpec]) -> Recipe:
         """Return the recipe with each of its models changed."""
-        return replace(
-            self,
-            base=changed(self.base),
-            experts=tuple(
-                replace(e, expert=changed(e.expert), anti_expert=changed(e.anti_expert))
-                for e in self.experts
-            ),
+        experts = tuple(
+            replace(e, expert=changed(e.expert), anti_expert=changed(e.anti_expert))
+            for e in self.experts
         )
+        return replace(self, base=changed(self.base), experts=experts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object of config.json; `from_dict` reads it back."""
@@ -339,12 +324,8 @@ class Recipe:
                 if not (target / reference).exists():
                     with building(target / reference) as part:
                         shutil.copytree(adapter, part, dirs_exist_ok=True)
-            content = json.dumps(
-                {**moved.to_dict(), "auto_map": AUTO_MAP},
-                indent=2,
-                ensure_ascii=False,
-                allow_nan=False,
-            )
+            whole = {**moved.to_dict(), "auto_map": AUTO_MAP}
+            content = json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False)
             if may_write_loader(target):
                 write_whole(target / LOADER_NAME, LOADER)
             if card is not None or _may_write_card(target):
@@ -431,9 +412,8 @@ class Recipe:
         if isinstance(steering.experts, Mapping):
             return {name: float(steering.experts[name]) for name in names}
         own = {expert.name: expert.alpha for expert in self.experts}
-        return {
-            name: own[name] if steering.alpha is None else float(steering.alpha) for name in names
-        }
+        alpha = steering.alpha
+        return {name: own[name] if alpha is None else float(alpha) for name in names}
 
     def mixed(
         self, own: Mapping[str, float | None], alpha: float | None, *, name: str = "alpha"
@@ -457,9 +437,8 @@ class Recipe:
                 f"{name} is given, and every expert brings its own strength, so {name} would do nothing.\n"
                 f"hint: leave {name} out, or give an expert without a strength"
             )
-        return Steering(
-            experts={n: chosen[n] if alone is None else alone for n, alone in own.items()}
-        )
+        experts = {n: chosen[n] if alone is None else alone for n, alone in own.items()}
+        return Steering(experts=experts)
 
     def model_card(self) -> str:
         """Return a README.md with the metadata that the Hub reads."""
@@ -469,14 +448,10 @@ class Recipe:
 def _may_write_card(target: Path) -> bool:
     """Whether the directory has no model card, or the one that its recipe was written with."""
     try:
-        there = (target / "README.md").read_text("utf-8")
+        return (target / "README.md").read_text("utf-8") == Recipe.read(target).model_card()
     except FileNotFoundError:
         return True
-    except (OSError, UnicodeDecodeError):
-        return False
-    try:
-        return there == Recipe.read(target).model_card()
-    except RecipeError:
+    except (OSError, UnicodeDecodeError, RecipeError):
         return False
 
 

@@ -220,16 +220,12 @@ class ModelSpec:
             )
 
     def _check_llama_cpp(self) -> None:
-        if self.model is not None and not is_gguf(self.model):
-            raise RecipeError(
-                f"llama_cpp is given, but model is {as_json(self.model)}, which is not a .gguf file.\n"
-                "hint: name a .gguf file, or make one with `proxytune export-gguf`"
-            )
-        if self.adapter is not None and not is_gguf(self.adapter):
-            raise RecipeError(
-                f"llama_cpp is given, but adapter is {as_json(self.adapter)}, which is not a .gguf file.\n"
-                "hint: make one with `proxytune export-gguf`"
-            )
+        for part, file in (("model", self.model), ("adapter", self.adapter)):
+            if file is not None and not is_gguf(file):
+                raise RecipeError(
+                    f"llama_cpp is given, but {part} is {as_json(file)}, which is not a .gguf file.\n"
+                    "hint: name a .gguf file, or make one with `proxytune export-gguf`"
+                )
         for key in FOR_TRANSFORMERS:
             if getattr(self, key):
                 raise RecipeError(
@@ -379,7 +375,6 @@ def expert_spec(value: Any, place: str) -> ExpertSpec:
 
 
 def _without_defaults(settings: Any) -> dict[str, Any]:
-    """Return the JSON object of a dataclass, leaving out defaults."""
     content: dict[str, Any] = {}
     for setting in fields(settings):
         value = getattr(settings, setting.name)

@@ -49,8 +49,7 @@ class Menu:
 
         Args:
             extra_args: `alpha` is a number. `expert` is a name, several in a list or separated by commas,
-            each
-                with or without its own strength (`legal=0.5`), or an object of strengths by name.
+                each with or without its own strength (`legal=0.5`), or an object of strengths by name.
 
         Raises:
             InvalidRequest: A value cannot be used; the message names the field.
@@ -78,11 +77,7 @@ class Menu:
 
 
 def _named(value: Any) -> dict[str, float | None]:
-    """Return names with their own strengths, None for those without.
-
-    Raises:
-        InvalidRequest: It has none of the forms.
-    """
+    """Return names with their own strengths, None for those without."""
     if isinstance(value, Mapping):
         items: Sequence[Any] = list(value.items())
     elif isinstance(value, str):
