@@ -844,3 +844,13 @@ def test_the_shell_completes_commands_options_and_the_recipes_experts(tmp_path):
     assert completions("proxytune generate r hello --expert ", tmp_path) == ["first", "second"]
     assert completions("proxytune generate r hello --expert s", tmp_path) == ["second"]
     assert completions("proxytune generate missing hello --expert s", tmp_path) == []
+
+
+def test_the_help_lists_the_commands_in_their_usual_order():
+    """A command that imports another one's module registers it first."""
+    output = CliRunner().invoke(cli.app, ["--help"]).output
+    listed = re.findall(r"^  ([a-z][a-z-]*)  ", output.split("Commands:")[1], re.MULTILINE)
+    assert listed == [
+        "new", "doctor", "export-gguf", "generate", "chat", "serve", "tune", "score", "eval", "grade", "sweep",
+        "rank-experts", "explain", "analyze", "bench", "demo",
+    ]  # fmt: skip

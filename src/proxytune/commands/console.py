@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from proxytune.measure.score import Interval, ScoreRow
+    from proxytune.measure.sweep import Point
+
 
 def stdout() -> Console:
     """Return the console of answers."""
@@ -66,6 +69,20 @@ def strengths_text(alphas: Mapping[str, float]) -> str:
     if not any(alphas.values()):
         return "the base alone (alpha 0)"
     return "steered by " + ", ".join(f"{name} at alpha {alpha:g}" for name, alpha in alphas.items())
+
+
+def between(interval: Interval | None, form: str) -> str:
+    """Return an interval as text."""
+    if interval is None:
+        return ""
+    return f"{form.format(interval.low)} to {form.format(interval.high)}"
+
+
+def change_text(point: Point | ScoreRow, is_ratio: bool) -> str:
+    """Return a change against the base, with its interval."""
+    form = "{:+.1%}" if is_ratio else "{:+.3f}"
+    interval = between(point.change_interval, form)
+    return form.format(point.change) + (f" ({interval})" if interval else "")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from proxytune.commands.app import command, print_result
-from proxytune.commands.console import plain_table, say, stdout
+from proxytune.commands.console import between, plain_table, say, stdout
 from proxytune.commands.flags import Pick
 from proxytune.commands.options import AS_JSON, DataOptions, ModelOptions, RecipeArgument
 from proxytune.commands.progress import progress
-from proxytune.commands.sweep import between
 from proxytune.errors import InvalidRequest
 from proxytune.settings import option
 

@@ -7,11 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from proxytune.commands.app import command, print_result
-from proxytune.commands.console import file_text, plain_table, say, stdin_text, stdout
+from proxytune.commands.console import (
+    between,
+    change_text,
+    file_text,
+    plain_table,
+    say,
+    stdin_text,
+    stdout,
+)
 from proxytune.commands.flags import Pick
 from proxytune.commands.options import AS_JSON, WINDOW, ModelOptions, PolicyOptions, RecipeArgument
 from proxytune.commands.progress import progress
-from proxytune.commands.sweep import between, change_text
 from proxytune.evaluate.plan import EXPERTS
 from proxytune.settings import declared, option
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from proxytune.commands.app import command, print_result
-from proxytune.commands.console import plain_table, say, stdout
+from proxytune.commands.console import between, change_text, plain_table, say, stdout
 from proxytune.commands.flags import Pick, number_of
 from proxytune.commands.options import (
     AS_JSON,
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from proxytune.decode.ensemble import Ensemble
     from proxytune.measure.metrics import Metric
-    from proxytune.measure.score import Interval, ScoreRow
     from proxytune.measure.sweep import Grid, Point, PromptWithReference, SweepReport
     from proxytune.model import ProxyTuned
     from proxytune.recipe.recipe import Recipe
@@ -312,17 +311,3 @@ def _show(report: SweepReport) -> None:
         )
     for note in report.notes:
         say(f"note: {note}")
-
-
-def between(interval: Interval | None, form: str) -> str:
-    """Return an interval as text."""
-    if interval is None:
-        return ""
-    return f"{form.format(interval.low)} to {form.format(interval.high)}"
-
-
-def change_text(point: Point | ScoreRow, is_ratio: bool) -> str:
-    """Return a change against the base, with its interval."""
-    form = "{:+.1%}" if is_ratio else "{:+.3f}"
-    interval = between(point.change_interval, form)
-    return form.format(point.change) + (f" ({interval})" if interval else "")
