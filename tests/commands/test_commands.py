@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -851,6 +852,6 @@ def test_the_help_lists_the_commands_in_their_usual_order():
     output = CliRunner().invoke(cli.app, ["--help"]).output
     listed = re.findall(r"^  ([a-z][a-z-]*)  ", output.split("Commands:")[1], re.MULTILINE)
     assert listed == [
-        "new", "doctor", "export-gguf", "generate", "chat", "serve", "tune", "score", "eval", "grade", "sweep",
-        "rank-experts", "explain", "analyze", "bench", "demo",
+        "new", "doctor", "export-gguf", "generate", "chat", "serve", "tune", "score", "eval", "grade",
+        "sweep", "rank-experts", "explain", "analyze", "bench", "demo",
     ]  # fmt: skip
