@@ -23,7 +23,7 @@ from proxytune.request import SamplingParams
 from proxytune.settings import option
 
 if TYPE_CHECKING:
-    from proxytune.evaluate.speed import Measured
+    from proxytune.evaluate.speed import Speeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def bench(
         _show_speeds(measured, options.rounds)
 
 
-def _show_speeds(measured: Sequence[Measured], rounds: int) -> None:
+def _show_speeds(measured: Sequence[Speeds], rounds: int) -> None:
     table = plain_table("speeds", numbers=[str(one.shape) for one in measured])
     for name in dict.fromkeys(name for one in measured for name in one.ratios):
         cells = [one.ratios.get(name) for one in measured]
@@ -133,5 +133,5 @@ def _show_speeds(measured: Sequence[Measured], rounds: int) -> None:
     say(f"medians of {rounds} rounds, with the lowest and the highest in brackets")
 
 
-def _speed(one: Measured, name: str) -> float:
+def _speed(one: Speeds, name: str) -> float:
     return one.shape.batch_size * one.shape.num_new / one.seconds[name].median

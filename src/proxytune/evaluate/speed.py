@@ -161,7 +161,7 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class Speeds:
     """Measurements of one shape.
 
     Args:
@@ -246,7 +246,7 @@ def measure(
     drafting: Drafting | None = None,
     rounds: int = 3,
     say: Callable[[str], None] = lambda _: None,
-) -> Measured:
+) -> Speeds:
     """Time one shape. A first round, which is not counted, warms up and lets drafting learn its costs.
 
     Args:
@@ -302,7 +302,7 @@ def measure(
         say(f"{shape}: round {round_} of {rounds}" + ("" if round_ else " (warm-up)"))
     first_token, prefill = seconds.pop("first token"), seconds.pop("prefill")
     acceptance_rate, tokens_per_step = _acceptance(drafted)
-    return Measured(
+    return Speeds(
         shape=shape,
         expert=expert,
         temperature=temperature,

@@ -35,7 +35,7 @@ _DRAFTS = ("draft_model", "ngram", "ngram_gpu", "suffix")
 
 
 @dataclass(frozen=True)
-class Member:
+class ServedMember:
     """One model of the ensemble.
 
     Args:
@@ -54,10 +54,10 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Ensemble:
+class ServedEnsemble:
     """The models of a recipe, each once."""
 
-    members: tuple[Member, ...]
+    members: tuple[ServedMember, ...]
     pairs: tuple[Pair, ...]
 
     @property
@@ -72,7 +72,7 @@ class Ensemble:
         return min((limit for limit in limits if limit is not None), default=None)
 
 
-def find_ensemble(recipe: Recipe) -> Ensemble:
+def find_ensemble(recipe: Recipe) -> ServedEnsemble:
     """Return a recipe's models, found and checked without their weights.
 
     Raises:
@@ -83,7 +83,7 @@ def find_ensemble(recipe: Recipe) -> Ensemble:
     # vLLM runs all models in one dtype, so a recipe's dtype must not make two members of one.
     found, pairs = find_members(recipe.with_models(lambda spec: replace(spec, dtype=None)))
     base = found[0].checkpoint
-    members: list[Member] = []
+    members: list[ServedMember] = []
     for part, spec, checkpoint, adapter in found:
         if adapter is not None:
             adapter.check_fits(checkpoint)
@@ -91,8 +91,8 @@ def find_ensemble(recipe: Recipe) -> Ensemble:
             _check_templates(part, base, checkpoint)
         name = f"small_{len(members) - 1}" if members else "base"
         alignment = align(base.vocabulary, checkpoint.vocabulary)
-        members.append(Member(name, part, checkpoint, adapter, alignment))
-    return Ensemble(tuple(members), pairs)
+        members.append(ServedMember(name, part, checkpoint, adapter, alignment))
+    return ServedEnsemble(tuple(members), pairs)
 
 
 def _check_recipe(recipe: Recipe) -> None:
@@ -188,11 +188,11 @@ class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
         return Menu(self.served_recipe, self.__dict__.get("_is_fixed", ""))
 
     @property
-    def ensemble(self) -> Ensemble:
+    def ensemble(self) -> ServedEnsemble:
         """The recipe's models."""
         if "_ensemble" not in self.__dict__:
             self.__dict__["_ensemble"] = find_ensemble(self.served_recipe)
-        found: Ensemble = self.__dict__["_ensemble"]
+        found: ServedEnsemble = self.__dict__["_ensemble"]
         return found
 
     @property

@@ -13,7 +13,7 @@ from typing import Any
 
 from proxytune.checkpoints.conversion import build_once, cache_directory
 from proxytune.errors import UnsupportedModel
-from proxytune.integrations.vllm.config import Ensemble, Member, find_ensemble
+from proxytune.integrations.vllm.config import ServedEnsemble, ServedMember, find_ensemble
 from proxytune.recipe.recipe import Recipe
 
 
@@ -47,7 +47,7 @@ def speculative_config(
     }
 
 
-def draft_model(ensemble: Ensemble, member: Member) -> Path:
+def draft_model(ensemble: ServedEnsemble, member: ServedMember) -> Path:
     """Return a directory with a member as a model in the base's vocabulary, written on first use.
 
     Raises:
@@ -74,7 +74,7 @@ def draft_model(ensemble: Ensemble, member: Member) -> Path:
     )
 
 
-def _write(ensemble: Ensemble, member: Member, weights: Path, target: Path) -> None:
+def _write(ensemble: ServedEnsemble, member: ServedMember, weights: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 

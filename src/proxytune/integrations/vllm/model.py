@@ -21,7 +21,7 @@ from vllm.model_executor.models.interfaces import SupportsPP
 from vllm.model_executor.models.utils import AutoWeightsLoader
 from vllm.sequence import IntermediateTensors
 
-from proxytune.integrations.vllm.config import Member, RecipeConfig
+from proxytune.integrations.vllm.config import RecipeConfig, ServedMember
 from proxytune.integrations.vllm.request import Strengths
 from proxytune.integrations.vllm.weights import share_equal_parameters
 from proxytune.logits.rules import apply_policy
@@ -41,7 +41,9 @@ class _RowLogits:
     places: list[int]
 
     @classmethod
-    def compute(cls, member: Member, model: Any, states: Tensor, places: list[int]) -> _RowLogits:
+    def compute(
+        cls, member: ServedMember, model: Any, states: Tensor, places: list[int]
+    ) -> _RowLogits:
         """Compute a member's logits for some rows of its hidden states."""
         if len(places) < states.shape[0]:
             states = states[torch.tensor(places, device=states.device)]
@@ -198,7 +200,7 @@ class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
         return _joined(self._members, empty)
 
 
-def _build(vllm_config: Any, member: Member) -> nn.Module:
+def _build(vllm_config: Any, member: ServedMember) -> nn.Module:
     """Build a member with vLLM's layers.
 
     The base's layers keep the names that they have in the model alone, since quantised checkpoints list by
@@ -234,7 +236,7 @@ def _alpha(strengths: Sequence[float]) -> float | Tensor:
     return strengths[0] if len(set(strengths)) == 1 else torch.tensor(strengths)
 
 
-def _joined(members: Sequence[Member], tensors: Sequence[Any]) -> Any:
+def _joined(members: Sequence[ServedMember], tensors: Sequence[Any]) -> Any:
     return IntermediateTensors(
         {
             f"{member.name}.{key}": tensor

@@ -17,7 +17,7 @@ from torch import Tensor
 from proxytune.backends.transformers.weights import read_adapter
 from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.errors import AdapterMismatch
-from proxytune.integrations.vllm.config import LOAD_FORMAT, Member, RecipeConfig
+from proxytune.integrations.vllm.config import LOAD_FORMAT, RecipeConfig, ServedMember
 
 Named = tuple[str, Tensor]
 
@@ -129,7 +129,7 @@ def register_loader() -> None:
             for member in model_config.hf_config.ensemble.members:
                 yield from self._member_weights(member)
 
-        def _member_weights(self, member: Member) -> Iterator[Named]:
+        def _member_weights(self, member: ServedMember) -> Iterator[Named]:
             pickle, path = member.checkpoint.allow_pickle, str(member.checkpoint.weights_path())
             source = DefaultModelLoader.Source(path, None, fall_back_to_pt=pickle)
             weights: Iterable[Named] = self._get_weights_iterator(source)
