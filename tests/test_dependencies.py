@@ -21,10 +21,11 @@ IMPORTED_AS = {"llama_cpp_python": "llama_cpp"}
 USED_UNSEEN = {
     "accelerate": "transformers places models on devices with it",
     "bitsandbytes": "transformers quantizes with it",
+    "pyarrow": "data/rows.py imports it by its name, with a hint where it is missing",
     "tokenizers": "its version is bounded; transformers hands its tokenizers out",
     "torchao": "transformers quantizes with it",
 }
-"""Declared and never imported, and why they are declared."""
+"""Declared and imported by no statement, and why they are declared."""
 
 
 def names(requirements: list[str]) -> set[str]:
