@@ -25,8 +25,8 @@ class Installed:
     ("origin", "command"),
     [
         (
-            {"url": "file:///work/tree", "dir_info": {"editable": True}},
-            "pip install -e '/work/tree[tune]'",
+            {"url": "file:///home/me/tree", "dir_info": {"editable": True}},
+            "pip install -e '/home/me/tree[tune]'",
         ),
         ({"url": "file:///a%20b/tree", "dir_info": {}}, "pip install '/a b/tree[tune]'"),
         ({"url": "file:///x/p-1.whl", "archive_info": {}}, "pip install '/x/p-1.whl[tune]'"),

@@ -475,7 +475,7 @@ class Conversation:
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
 
     def say(self, text: str) -> Iterator[Step]:
-        """Yield the steps of the answer to `text`. If it is cut short, what was said so far is remembered.
+        """Yield the steps of the answer to `text`; one that is cut short stays in the conversation as it is.
 
         Raises:
             UserError: The request cannot be honoured; the turn is not remembered.

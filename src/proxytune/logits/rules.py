@@ -66,7 +66,8 @@ def apply_policy(
         VocabularyMismatch: A contribution has another shape than the base.
     """
     rows, device = len(base_logits), base_logits.device
-    if policy.is_plain:  # Most texts: nothing on this path looks at a tensor's values.
+    # The usual case. Nothing on this path reads a tensor's values, so it waits for no device.
+    if policy.is_plain:
         weights = torch.ones(len(contributions), rows, device=device)
         return Steered(combine(base_logits, contributions), weights)
     is_active = _is_active(contributions, rows, device)
