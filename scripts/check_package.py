@@ -254,6 +254,7 @@ def check_wheel(wheel: Path) -> list[str]:
     for name in (
         "py.typed",
         "pages/playground.html",
+        "pages/details.html",
         "pages/look.css",
         "pages/tokens.js",
         "smol/config.json",

@@ -17,7 +17,7 @@ from pathlib import Path
 import tree_sitter_javascript
 from tree_sitter import Language, Node, Parser
 
-from proxytune.pages.policy import SCRIPTS, STYLES
+from proxytune.pages.policy import SCRIPTS, STYLES, assemble
 
 FOLDER = Path(__file__).parents[1] / "src" / "proxytune" / "pages"
 PARSER = Parser(Language(tree_sitter_javascript.language()))
@@ -137,7 +137,7 @@ def main() -> int:
     for page, names in SCRIPTS.items():
         scripts = {name: (FOLDER / name).read_text("utf-8") for name in names}
         styles = {name: (FOLDER / name).read_text("utf-8") for name in STYLES[page]}
-        faults |= set(page_faults(scripts, (FOLDER / f"{page}.html").read_text("utf-8")))
+        faults |= set(page_faults(scripts, assemble(page)))
         faults |= {f for item in (scripts | styles).items() for f in end_faults(*item)}
     for fault in sorted(faults):
         print(f"src/proxytune/pages/{fault}", file=sys.stderr)

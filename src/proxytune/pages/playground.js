@@ -181,29 +181,21 @@ class Answer extends TokenText {
   }
   summarise() {
     if (this.pane.answers[state.mode] !== this) return;
-    const parts = [];
-    const part = (text, strong = "") => {
-      const element = make("span");
-      if (strong) element.append(make("b", "", strong), " ");
-      element.append(text);
-      parts.push(element);
-      return element;
-    };
+    const { elements, add } = facts();
     const count = this.tokens.length;
     if (count) {
-      part(count === 1 ? "token" : "tokens", String(count));
+      add(count === 1 ? "token" : "tokens", String(count));
       if (this.pane.side === "steered") {
-        if (this.numKnown) part("first choices changed", `${Math.round((100 * this.numChanged) / this.numKnown)} %`);
-        if (this.numKl) part("nats mean KL", decimal(this.sumKl / this.numKl)).title = "KL(steered ‖ base), averaged over the tokens";
+        if (this.numKnown) add("first choices changed", `${Math.round((100 * this.numChanged) / this.numKnown)} %`);
+        if (this.numKl) add("nats mean KL", decimal(this.sumKl / this.numKl)).title = "KL(steered ‖ base), averaged over the tokens";
         const place = firstDifference();
-        if (place !== null) part(place < 0 ? "same tokens as the base so far" : `parts from the base at token ${place + 1}`);
+        if (place !== null) add(place < 0 ? "same tokens as the base so far" : `parts from the base at token ${place + 1}`);
       }
       const span = (this.lastAt - this.startedAt) / 1000;
-      if (count > 1 && span > 0.1) part("tokens/s", ((count - 1) / span).toFixed(1)).title = "From the first token to the last, while both answers run";
+      if (count > 1 && span > 0.1) add("tokens/s", ((count - 1) / span).toFixed(1)).title = "From the first token to the last, while both answers run";
     }
-    const endings = { stop: "ended by itself", length: "reached the most tokens", stopped: "stopped", failed: "broken off" };
-    if (this.ended) part(endings[this.ended] ?? this.ended);
-    this.pane.sum.replaceChildren(...parts);
+    if (this.ended) add(ENDINGS[this.ended] ?? this.ended);
+    this.pane.sum.replaceChildren(...elements);
   }
 }
 

@@ -1,8 +1,8 @@
 """A page assembled from its files, and the policy of what may run in it.
 
 A page is served or written as one HTML file with one style and one script. In this folder, style and script
-have files of their own, some of which both pages share. `assemble` inserts them, and `page_policy` allows
-exactly what was inserted, by its hashes.
+have files of their own, some of which both pages share, as they do the panel of a token's details. `assemble`
+inserts them, and `page_policy` allows exactly the style and script that were inserted, by their hashes.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ SCRIPTS = {
 
 
 def assemble(name: str) -> str:
-    """Return a page, `playground` or `report`, with its style and script."""
+    """Return a page, `playground` or `report`, with its style, its script and the details of a token."""
     script = "\n".join(_read(part) for part in SCRIPTS[name])
     parts = {
+        "details": _read("details.html"),
         "style": "\n" + "\n".join(_read(part) for part in STYLES[name]),
         "script": f'\n"use strict";\n{{\n{script}}}\n',
     }
     # In one pass, so that the inserted text is not searched for marks.
-    return re.sub("@(style|script)@", lambda mark: parts[mark[1]], _read(f"{name}.html"))
+    return re.sub("@(details|style|script)@", lambda mark: parts[mark[1]], _read(f"{name}.html"))
 
 
 def page_policy(page: str, *further: str) -> str:

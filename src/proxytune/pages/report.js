@@ -263,22 +263,15 @@ const drawFigures = (run) => {
 // Choosing what is shown ---------------------------------------------------------------------------------
 
 const state = { report: null, steered: null, base: null };
-const ENDINGS = { stop: "ended by itself", length: "reached the most tokens", given: "a given text", cancelled: "stopped", uncertified: "ended before an uncertified token", failed: "broken off" };
 
 const sumUp = (pane, run) => {
-  const parts = [];
-  const part = (text, strong = "") => {
-    const element = make("span");
-    if (strong) element.append(make("b", "", strong), " ");
-    element.append(text);
-    parts.push(element);
-  };
-  part(run.steps.length === 1 ? "token" : "tokens", String(run.steps.length));
-  if (run.numGiven && run.numGiven < run.steps.length) part("given", String(run.numGiven));
-  if (!run.isBase && state.report.runs.some((other) => other.isBase)) part(known(run.parts) ? `parts from the base at position ${run.parts}` : "the same tokens as the base");
-  if (known(run.seed)) part(`seed ${run.seed}`);
-  part(ENDINGS[run.finish] ?? run.finish);
-  pane.querySelector(".sum").replaceChildren(...parts);
+  const { elements, add } = facts();
+  add(run.steps.length === 1 ? "token" : "tokens", String(run.steps.length));
+  if (run.numGiven && run.numGiven < run.steps.length) add("given", String(run.numGiven));
+  if (!run.isBase && state.report.runs.some((other) => other.isBase)) add(known(run.parts) ? `parts from the base at position ${run.parts}` : "the same tokens as the base");
+  if (known(run.seed)) add(`seed ${run.seed}`);
+  add(ENDINGS[run.finish] ?? run.finish);
+  pane.querySelector(".sum").replaceChildren(...elements);
 };
 
 const showRun = (run) => {

@@ -9,6 +9,23 @@ const make = (tag, className = "", text = "") => {
   if (text) element.textContent = text;
   return element;
 };
+// How a text ended, by its finish reason; the playground's own "stopped" is a text that its reader ended.
+const ENDINGS = {
+  stop: "ended by itself", length: "reached the maximum number of tokens", given: "a given text", cancelled: "stopped", stopped: "stopped",
+  uncertified: "ended before an uncertified token", failed: "broken off",
+};
+// Facts beside each other, each a number or word in bold and what it counts; add() returns its element.
+const facts = () => {
+  const elements = [];
+  const add = (text, strong = "") => {
+    const element = make("span");
+    if (strong) element.append(make("b", "", strong), " ");
+    element.append(text);
+    elements.push(element);
+    return element;
+  };
+  return { elements, add };
+};
 const tell = (text) => { $("status").textContent = text; };
 
 // Words for numbers ----------------------------------------------------------------------------------------
