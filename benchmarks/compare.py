@@ -60,7 +60,6 @@ class Side:
             [sys.executable, "-c", WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
             text=True,
             env=env,
         )
@@ -69,7 +68,10 @@ class Side:
         """Return the seconds that it took, and the token ids."""
         assert self._process.stdin is not None and self._process.stdout is not None
         print(json.dumps([rows, speculative, num_new]), file=self._process.stdin, flush=True)
-        seconds, token_ids = json.loads(self._process.stdout.readline())
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit("a checkout's process ended; its error is above")
+        seconds, token_ids = json.loads(line)
         return seconds, token_ids
 
     def close(self) -> None:
@@ -103,7 +105,8 @@ def main() -> None:
     git = ["git", "-C", str(arguments.other), "rev-parse", "--short=12", "HEAD"]
     other = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     content: dict[str, Any] = {
-        "command": f"python benchmarks/compare.py OTHER --rounds {arguments.rounds}",
+        "command": f"python benchmarks/compare.py OTHER --rounds {arguments.rounds} "
+        f"--new-tokens {arguments.new_tokens}",
         "commits": [other or "unknown", commit()],
         "machine": summary(),
         "new_tokens": arguments.new_tokens,

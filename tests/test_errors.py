@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -36,7 +37,7 @@ class Installed:
         ),
         (
             {"url": "https://host/p.git", "vcs_info": {"vcs": "git", "commit_id": "0"}},
-            "pip install 'proxytune[tune] @ git+https://host/p.git'",
+            "pip install 'proxytune[tune] @ git+https://host/p.git@0'",
         ),
         (None, "pip install 'proxytune[tune]'"),
     ],
@@ -55,3 +56,12 @@ def test_a_misspelt_word_is_answered_with_the_closest_known_one():
     assert did_you_mean("zzz", known) == ""
     assert did_you_mean("zzz", known, otherwise="leave it out") == ".\nhint: leave it out"
     assert closest("top", known, num=3) == ["top_p", "top_k"]
+
+
+def test_a_checkout_that_is_not_installed_is_named_in_the_hint(monkeypatch):
+    def refuse(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", refuse)
+    root = Path(__file__).parents[1]
+    assert install_command("tune") == f"pip install -e '{root}[tune]'"

@@ -360,3 +360,19 @@ def test_new_writes_the_policy_it_is_given(tmp_path):
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     assert Recipe.read(tmp_path / "recipe").policy == Policy("union", clip=2.0)
+
+
+def test_what_is_recorded_of_a_row_does_not_depend_on_its_neighbours():
+    """A row with one expert used to record no conflict beside a row with two, and none known alone."""
+    recipe = replace(toy_recipe({"x": 1.0, "y": 1.0}), policy=Policy(combine="inverse_entropy"))
+    model = toy_model(recipe=recipe, eos_logit=-100.0)
+    sampling = SamplingParams(max_new_tokens=4)
+    requests = [
+        Request("ab", sampling, experts="x", explain=True),
+        Request("cd", sampling, experts=("x", "y"), explain=True),
+        Request("ef", sampling, experts={"x": 1.0, "y": 0.0}, explain=True),
+    ]
+    for together, request in zip(model.generate_batch(requests), requests, strict=True):
+        alone = model.generate(request)
+        assert [s.has_conflict for s in together.steps] == [s.has_conflict for s in alone.steps]
+        assert [s.weights for s in together.steps] == [s.weights for s in alone.steps]

@@ -32,6 +32,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -175,7 +176,10 @@ def install_command(extra: str) -> str:
 
     try:
         origin = json.loads(distribution("proxytune").read_text("direct_url.json") or "{}")
-    except (PackageNotFoundError, ValueError):
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        root = Path(__file__).resolve().parents[2]
+        origin = {"url": root.as_uri(), "dir_info": {"editable": True}}
+    except ValueError:
         origin = {}
     url, name = origin.get("url", ""), f"proxytune[{extra}]"
     if url.startswith("file://"):
@@ -183,7 +187,9 @@ def install_command(extra: str) -> str:
         editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
         return f"pip install {editable}'{path}[{extra}]'"
     if "vcs_info" in origin:
-        return f"pip install '{name} @ {origin['vcs_info'].get('vcs', 'git')}+{url}'"
+        source = origin["vcs_info"]
+        commit = f"@{source['commit_id']}" if source.get("commit_id") else ""
+        return f"pip install '{name} @ {source.get('vcs', 'git')}+{url}{commit}'"
     return f"pip install '{name} @ {url}'" if url else f"pip install '{name}'"
 
 

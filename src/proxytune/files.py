@@ -1,8 +1,9 @@
 """Files and directories that are there whole or not at all: the one way to write them.
 
-New content is written beside its place, flushed to the disk and renamed. A reader, and whoever looks after a
-crash, finds the old content or the new, never a part of it. Files that grow line by line (answers, decisions)
-are not written here.
+New content is written beside its place and renamed. A reader, also after the writing process was killed,
+finds the old content or the new, never a part of it. A file is flushed to the disk first, so this holds after
+a power failure too; a directory's files are not. Files that grow line by line (answers, decisions) are not
+written here.
 """
 
 from __future__ import annotations
@@ -106,7 +107,10 @@ def _part_prefix(target: Path) -> str:
 
 def unwritable(path: Path, error: OSError, hint: str = HINT) -> OutputFileError:
     """Return the error for a file or directory that the system does not let us write."""
-    return OutputFileError(f"{path} cannot be written: {error.strerror or error}.\nhint: {hint}")
+    why = error.strerror or str(error)
+    if isinstance(error.filename, str) and Path(error.filename) != path:
+        why += f" ({error.filename})"
+    return OutputFileError(f"{path} cannot be written: {why}.\nhint: {hint}")
 
 
 def _umask() -> int:

@@ -241,7 +241,8 @@ class ProxyTuned:
         if self.recipe.base.api is not None:
             raise UnsupportedModel(
                 "explaining a given text needs all of the base's logits, and an API shows few of them.\n"
-                "hint: leave the continuation out, so that it generates the text"
+                "hint: let it generate the text: leave the continuation out, or in Python call "
+                "generate(..., explain=True)"
             )
         if sampling is not None and self.ensemble.policy.has_positions:
             raise InvalidRequest(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from proxytune.backends.toy import ToyBackend, ToyTokenizer
 from proxytune.decode.ensemble import Ensemble, Member, Pair
+from proxytune.errors import InvalidRequest
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
@@ -86,12 +87,16 @@ def toy_model(
 
     Args:
         experts: Names and strengths. Default: one expert named `first`, at strength 1.
-        recipe: Replaces `experts`; only its names, strengths and policy matter.
+        recipe: Given in place of `experts`; only its names, strengths and policy matter.
         memory: How much the tokens before the last one matter; see `ToyBackend`.
         seed: Random seed of the tables.
         eos_logit: As in `toy_table`, the same in every table, so that steering does not change it.
         max_context: Maximum number of tokens the base can hold; the small models have no limit.
     """
+    if recipe is not None and experts is not None:
+        raise InvalidRequest(
+            "experts and recipe are both given.\nhint: name the experts in the recipe"
+        )
     recipe = recipe or toy_recipe(experts)
     tokenizer = toy_tokenizer()
     vocabulary = Vocabulary.from_tokenizer(tokenizer, name="toy", width=len(TOKENS))

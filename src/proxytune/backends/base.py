@@ -172,7 +172,7 @@ class Backend(ABC, Generic[State]):
         """Return a state of the given rows in the given order; the old state must not be used any more."""
 
     def copy(self, state: State, rows: Sequence[int]) -> State:
-        """Return an independent state of the given rows; the old one stays as it is.
+        """Return a separate state of the given rows; the old one stays as it is.
 
         Raises:
             UnsupportedModel: The backend cannot copy (`capabilities.can_merge`).

@@ -446,7 +446,7 @@ class LlamaCppBackend(Backend[LlamaCppState]):
         lengths = np.asarray(state.lengths)
         checks.check_shape(self.name, token_ids.shape, len(lengths))
         num_new = token_ids.shape[1]
-        self._check_length(max(state.lengths) + num_new)
+        self._check_length(int(lengths.max()) + num_new)
         new = token_ids.cpu().numpy()
         self._check_token_ids(new)
         answers = []

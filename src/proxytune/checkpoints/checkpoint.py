@@ -201,7 +201,7 @@ class Checkpoint:
 
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Ids that end a text, from config, generation config, GGUF header and tokenizer, in that order."""
+        """Ids that end a text, ascending: from config, generation config, GGUF header and tokenizer."""
         ids: set[int] = set()
         sources: list[Any] = [
             getattr(self.config, "eos_token_id", None),

@@ -130,7 +130,8 @@ def convert_weights(path: Path, *, small_files: Path) -> Path:
             ) from error
         model.save_pretrained(part)
         for file in small_files.iterdir():
-            if file.is_file() and not file.name.startswith("content-"):
+            # The second is one that another process is writing.
+            if file.is_file() and not file.name.startswith(("content-", ".content-")):
                 shutil.copyfile(file, part / file.name)
 
     try:

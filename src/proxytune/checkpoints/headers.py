@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from proxytune.errors import CorruptModel, MissingExtra, ModelNotFound, UnsupportedModel
+from proxytune.errors import CorruptModel, ModelNotFound, UnsupportedModel
 
 # Bits per element and the torch name, by the dtype names of safetensors headers.
 SAFETENSORS_DTYPES = {
@@ -143,7 +143,6 @@ def read_gguf_header(path: Path) -> GgufHeader:
     Raises:
         CorruptModel: It is not a GGUF file, or is cut off.
         UnsupportedModel: Its version, byte order or a tensor type is unknown, or it is one of several parts.
-        MissingExtra: The `gguf` package is not installed.
     """
     try:
         size = path.stat().st_size
@@ -159,12 +158,12 @@ def read_gguf_header(path: Path) -> GgufHeader:
             metadata, tensors, places = reader.header()
         except (struct.error, RecursionError) as error:
             raise _not_gguf(path, "it is cut off inside its header") from error
-        num_bytes = reader.position
-        digest = hashlib.sha256(view[:num_bytes]).hexdigest()
+        header_bytes = reader.position
+        digest = hashlib.sha256(view[:header_bytes]).hexdigest()
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
         raise _not_gguf(path, f"its alignment is {alignment!r}")
-    data = -(-num_bytes // alignment) * alignment
+    data = -(-header_bytes // alignment) * alignment
     for name, (offset, num_bytes) in places.items():
         if data + offset + num_bytes > size:
             end = data + offset + num_bytes
@@ -253,13 +252,8 @@ class _GgufReader:
 
     def _tensor(self, name: str) -> tuple[StoredTensor, tuple[int, int]]:
         """Return a tensor's shape and dtype, and where its data are."""
-        try:
-            from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-        except ImportError as error:
-            raise MissingExtra(
-                f"{self._path.name} is a GGUF file, and the package that reads them is not installed.\n"
-                "hint: pip install gguf"
-            ) from error
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
         num_axes = self._take("I")
         if num_axes > 8:
             raise _not_gguf(self._path, f"the tensor {name} has {num_axes} axes")

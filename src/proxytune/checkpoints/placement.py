@@ -52,8 +52,7 @@ def running_dtype(dtype: str | None, *, stored_dtype: str, device: str) -> str:
         dtype: The recipe's dtype. `auto` is the stored one on any device; None is the stored one on an
             accelerator and float32 on the CPU, where half precision is slower and less exact.
         stored_dtype: `Checkpoint.stored_dtype`. Quantised weights are unpacked to bfloat16, whose range
-        covers
-            every activation of models trained in it.
+            covers every activation of models trained in it.
         device: The device from `running_device`.
     """
     if dtype in DTYPES:

@@ -65,7 +65,7 @@ def local_path(reference: str, *, root: Path) -> Path | None:
             return path
     except (OSError, ValueError) as error:
         raise ModelNotFound(f"{reference!r} cannot be looked up: {error}") from error
-    if reference.lower().endswith(".gguf"):
+    if is_gguf(reference):
         raise ModelNotFound(f"no file at {path}.\nhint: relative paths start from {root}")
     if not HUB_ID.fullmatch(reference) or ".." in reference:
         raise ModelNotFound(
@@ -77,9 +77,9 @@ def local_path(reference: str, *, root: Path) -> Path | None:
 
 def unpinned_path(reference: str, *, root: Path, revision: str | None) -> Path | None:
     """Return a local path, or None for a Hub id. Refuse a revision of local files."""
-    if re.match(r"https?://", reference):
+    if is_url(reference):
         raise RecipeError(
-            f"{reference} is a model behind HTTP, and this version cannot steer one.\n"
+            f"{reference} is a model behind HTTP, and only a recipe's base can be one.\n"
             "hint: use a Hub id, a local directory, a .gguf file or package:NAME/PATH"
         )
     path = local_path(reference, root=root)
@@ -99,11 +99,11 @@ def local_reference(given: str, directory: Path) -> str:
     Raises:
         ModelNotFound: It can only be a path, and nothing is there.
     """
-    if given.startswith(("package:", "http://", "https://")) or not given:
+    if not given or given.startswith("package:") or is_url(given):
         return given
     path = Path(given).expanduser()
     if not path.exists():
-        if given.startswith((".", "~", "/")) or path.suffix.lower() == ".gguf":
+        if given.startswith((".", "~", "/")) or is_gguf(given):
             raise ModelNotFound(
                 f"nothing is at {given}.\nhint: check the spelling; relative paths start at {Path.cwd()}"
             )

@@ -139,7 +139,7 @@ def file_text(path: Path) -> str:
         why = getattr(error, "strerror", None) or error
         raise InputFileError(
             f"{path} cannot be read: {why}.\n"
-            "hint: --text-file takes a text file, which may be packed with gzip as .gz"
+            "hint: give a text file, which may be packed with gzip as .gz"
         ) from error
     return _decoded(content, str(path))
 

@@ -52,7 +52,7 @@ class DemoOptions:
 
     as_json: bool = option(False, AS_JSON)
     seed: int = option(1, "Random seed of the continuations")
-    new_tokens: int = option(48, "Length of each continuation in tokens")
+    new_tokens: int = option(48, "Length of each continuation in tokens", at_least=1)
 
 
 @command("proxytune demo")

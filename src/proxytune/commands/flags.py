@@ -199,8 +199,6 @@ def _value(declared: Declared, given: Any) -> Any:
     option, kind = declared.option, declared.type
     if get_origin(kind) is not tuple or given is None or given == []:
         return declared.default if given in (None, []) else given
-    if given == "":
-        return ()
     texts: Iterable[Any] = given
     if option.separator is not None:
         texts = [part.strip() for part in given.split(option.separator)]

@@ -221,7 +221,9 @@ class ModelOptions:
             )
 
 
-WINDOW = Option("Tokens per window of a text", none_means="512, or the smallest context")
+WINDOW = Option(
+    "Tokens per window of a text", at_least=2, none_means="512, or the smallest context"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +238,9 @@ class DataOptions:
         metavar="SOURCE",
     )
     window: int | None = option(None, WINDOW)
-    limit: int | None = option(None, "Use only the first N windows or rows", none_means="all")
+    limit: int | None = option(
+        None, "Use only the first N windows or rows", at_least=1, none_means="all"
+    )
 
     def passages(self, model: ProxyTuned, window: int) -> list[Passage]:
         """Return the passages of the text or of the rows."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from proxytune.commands.console import plain_table, stdout, strengths_text
+from proxytune.explain.moves import COLOURS
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -17,14 +18,7 @@ if TYPE_CHECKING:
 TABLE_ROWS = 10
 
 INK = "#1d1b18"
-STYLES = {
-    -3: f"{INK} on #79b2e2",
-    -2: f"{INK} on #b0d2f0",
-    -1: f"{INK} on #dfecf8",
-    1: f"{INK} on #fdebd0",
-    2: f"{INK} on #fbcb8d",
-    3: f"{INK} on #f0a24a",
-}
+STYLES = {level: f"{INK} on {colour}" for level, colour in COLOURS.items()}
 """By `Move.level`: the page's colours; dark letters on them can be read on any terminal."""
 CHANGED = "\u2039{}\u203a"
 """Angle brackets, which texts seldom have: colour does not carry the meaning alone."""

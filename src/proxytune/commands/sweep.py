@@ -80,7 +80,7 @@ class SweepOptions:
         none_means="64, or the benchmark's",
     )
     stop: tuple[str, ...] = option((), "End a generated text before this string")
-    batch_size: int = option(8, "Number of prompts that are answered together")
+    batch_size: int = option(8, "Number of prompts that are answered together", at_least=1)
     seed: int = option(0, "Random seed of the split and the bootstrap")
     picture: Path | None = option(
         None, replace(PICTURE, help=f"{PICTURE.help}; needs proxytune[tune]")

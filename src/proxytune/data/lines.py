@@ -179,7 +179,7 @@ class InputFile:
             self._file: IO[bytes] = path.open("rb")
         except OSError as error:
             raise InputFileError(
-                f"{path} cannot be read: {error.strerror}.\nhint: --input-file takes a file of JSON "
+                f"{path} cannot be read: {error.strerror}.\nhint: give a file of JSON "
                 'lines, such as {"prompt": "Once upon a time"}'
             ) from error
 
@@ -242,7 +242,7 @@ class InputFile:
         reason = f"line {number} of {self._path}: {error}"
         if not self._options.skip_bad_lines:
             if "hint:" not in reason:
-                reason += "\nhint: correct the line, or leave it out with --skip-bad-lines"
+                reason += "\nhint: correct the line; proxytune generate leaves it out with --skip-bad-lines"
             raise InputFileError(reason) from error
         self.bad_lines.add(number)
         if len(self.reasons) < 3:

@@ -75,7 +75,7 @@ def task_rows(
     if task.decider != "rule":
         raise InvalidRequest(
             f"answers to {task.name} cannot be scored by their text alone.\n"
-            "hint: `proxytune eval` takes several --alphas, and a judge"
+            "hint: `proxytune eval` takes several --alphas, with --run-code, --toxicity-model or a judge"
         )
     items = task.items(data_dir)[:limit]
     if any(item.options for item in items):

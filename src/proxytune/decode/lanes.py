@@ -272,11 +272,10 @@ class Lanes:
 
     def weights_by_name(self, row: Row, weights: Sequence[float]) -> dict[str, float]:
         """Name the pairs that a policy's weights for a row, one for each of `contributions`, belong to."""
-        names = [self.ensemble.pairs[which].name for which in row.pairs]
         return {
-            names[pairs.nth]: weight
+            self.ensemble.pairs[row.pairs[pairs.nth]].name: weight
             for pairs, weight in zip(self._steering, weights, strict=True)
-            if pairs.nth < len(names)
+            if pairs.nth < len(row.pairs) and row.job.alphas[row.pairs[pairs.nth]]
         }
 
     def _side_logits(

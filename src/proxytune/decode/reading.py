@@ -167,6 +167,7 @@ class TimedReader(Reader):
         self._costs = costs
         self._num_blocks = 0
         self._num_rows = 0
+        self._is_on_cpu = False
         self._started = self._forwards_s = 0.0
 
     def begin(self) -> Block:
@@ -174,13 +175,14 @@ class TimedReader(Reader):
         self._started, self._forwards_s = time.perf_counter(), 0.0
         self._num_blocks += 1
         self._num_rows = len(self._lanes.rows)
+        # Where a model runs elsewhere, time beside the forwards holds what nobody waited for.
+        groups = self._lanes.groups
+        self._is_on_cpu = all(group.backend.device.type == "cpu" for group in groups)
         return super().begin()
 
     def finish(self, block: Block) -> None:
         """Count what the block took beside its forwards."""
-        # Where a model runs elsewhere, that time holds what nobody waited for.
-        is_on_cpu = all(group.backend.device.type == "cpu" for group in self._lanes.groups)
-        if block.pending is not None and is_on_cpu:
+        if block.pending is not None and self._is_on_cpu:
             seconds = time.perf_counter() - self._started - self._forwards_s
             self._costs.observe(REST, self._num_rows, len(block.draft) + 1, seconds)
 

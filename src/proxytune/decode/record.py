@@ -42,7 +42,9 @@ class Recorder:
             if not self._lanes.ensemble.policy.is_plain:
                 found = self._outlook.weights[:, at].tolist()
                 weights = self._lanes.weights_by_name(row, found)
-            conflict = None if self._conflicts is None else self._conflicts[at]
+            # The outlook has other rows' contributions, too; a row with one expert has no conflict.
+            if self._conflicts is not None and len(row.experts) > 1:
+                conflict = self._conflicts[at]
         if self._outlook.proofs:
             proof = self._outlook.proofs[at]
         return Step(

@@ -25,6 +25,8 @@ LEVELS = (math.log(1.25), math.log(2.0), math.log(8.0))
 """Shifts at which the colour changes, nats: the token became 1.25, 2 or 8 times more or less likely."""
 MIN_LOG_ODDS_MISS = -24 * math.log(2)
 """Lower bound for `log(1 - p)`: in float32 a probability closer to 1 is 1, and its odds are infinite."""
+COLOURS = {-3: "#79b2e2", -2: "#b0d2f0", -1: "#dfecf8", 1: "#fdebd0", 2: "#fbcb8d", 3: "#f0a24a"}
+"""Colours by `Move.level`, as on the light pages. Colour-blind readers can tell blue from orange."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from proxytune.errors import missing_extra
-from proxytune.explain.moves import Move, label, moves
+from proxytune.explain.moves import COLOURS, Move, label, moves
 from proxytune.explain.pictures import draw_trace as plot
 from proxytune.explain.report import move_row
 from proxytune.explain.summary import summarise
@@ -75,17 +75,6 @@ def show(trace: Trace) -> ShownTrace:
     return ShownTrace(trace)
 
 
-FRAGMENT_COLOURS = {
-    -3: "#79b2e2",
-    -2: "#b0d2f0",
-    -1: "#dfecf8",
-    1: "#fdebd0",
-    2: "#fbcb8d",
-    3: "#f0a24a",
-}
-"""Colours by `Move.level`, as on the light report page. Colour-blind readers can tell blue from orange."""
-
-
 def fragment(trace: Trace) -> str | None:
     """Return an explained trace as HTML without scripts, for notebooks; None if it is not explained."""
     if not trace.steps or trace.steps[0].views is None:
@@ -94,7 +83,7 @@ def fragment(trace: Trace) -> str | None:
     tally = summarise(token_moves).tally
     parts = []
     for move in token_moves:
-        colour = FRAGMENT_COLOURS.get(move.level)
+        colour = COLOURS.get(move.level)
         style = f"background:{colour};color:#1d1b18;" if colour else ""
         if move.is_changed:
             style += "text-decoration:underline 2px;text-underline-offset:4px;"

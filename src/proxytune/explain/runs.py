@@ -138,9 +138,10 @@ def _forked(
     from proxytune.text.prompts import continuation_ids
 
     if position >= trace.num_new_tokens:
+        more = "" if question.continuation is not None else ", or raise max_new_tokens"
         raise InvalidRequest(
             f"position {position} is named, and the text has {trace.num_new_tokens} tokens, from 0 to "
-            f"{trace.num_new_tokens - 1}.\nhint: name one of them, or raise max_new_tokens"
+            f"{trace.num_new_tokens - 1}.\nhint: name one of them{more}"
         )
     if re.fullmatch(r"#\d+", token):
         other = [int(token[1:])]

@@ -106,7 +106,10 @@ def check_output(output: Path, *, overwrite: bool) -> None:
             f"one.\nhint: {output.name}.gguf"
         )
     if output.is_dir():
-        raise OutputFileError(f"{output} is a directory, and a file is to be written.")
+        raise OutputFileError(
+            f"{output} is a directory, and a file is to be written.\n"
+            f"hint: name a file in it, such as {output / 'model.gguf'}"
+        )
     if output.exists() and not overwrite and not output.is_file():
         raise OutputFileError(f"{output} is not a file.\nhint: choose another path")
 

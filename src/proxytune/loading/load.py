@@ -43,7 +43,7 @@ def load_ensemble(
         weights: _load_backend(weights, checkpoint, adapters[weights], budget)
         for weights, checkpoint in checkpoints.items()
     }
-    # One for each model: lanes whose members share it are translated at once (`decode/batch.py`).
+    # One for each model: lanes whose members share it are translated at once (`decode/lanes.py`).
     alignments = {}
     for weights, checkpoint in checkpoints.items():
         try:

@@ -87,7 +87,7 @@ def check_shapes(base_logits: Tensor, contributions: Sequence[Contribution]) -> 
                 raise VocabularyMismatch(
                     f"the {name}'s logits have shape {list(logits.shape)} and the base's "
                     f"{list(base_logits.shape)}, so they cannot be added token by token.\n"
-                    "hint: proxytune.vocab.align brings models with one set of tokens to one width"
+                    "hint: proxytune.text.vocab.align brings models with one set of tokens to one width"
                 )
 
 

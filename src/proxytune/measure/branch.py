@@ -209,8 +209,10 @@ class _Tree:
         positions = torch.tensor(
             [len(self._branches[row].token_ids) for row in rows], device=device
         )
-        steered = steered_rows(ensemble, chosen, self._points[point], positions=positions).logits
         padding_ids = ensemble.vocabulary.padding_ids.to(device)
+        steered = steered_rows(
+            ensemble, chosen, self._points[point], positions=positions, padding_ids=padding_ids
+        ).logits
         if len(padding_ids):
             steered = steered.index_fill(-1, padding_ids, -torch.inf)
         best: list[int] = steered.argmax(-1).tolist()

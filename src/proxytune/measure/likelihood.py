@@ -63,7 +63,9 @@ def likelihoods(
             num_positions = len(flat[0]) // len(rows)
             padding_ids = ensemble.vocabulary.padding_ids.to(flat[0].device)
             positions = torch.arange(start, start + num_positions).repeat(len(rows))
-            steered = steered_rows(ensemble, flat, used, positions=positions).logits
+            steered = steered_rows(
+                ensemble, flat, used, positions=positions, padding_ids=padding_ids
+            ).logits
             steered = steered.reshape(len(rows), num_positions, -1)
             logprobs = steered.index_fill(-1, padding_ids, -torch.inf).log_softmax(-1)
             for row, passage in enumerate(rows):

@@ -373,7 +373,9 @@ def passage_losses(
                     losses = token_losses(rows[side].float(), targets, padding_ids)
                     collected[column].append(losses)
                 for column, alphas in enumerate(strengths, start=num_sides):
-                    steered = steered_rows(ensemble, rows, alphas, positions=positions).logits
+                    steered = steered_rows(
+                        ensemble, rows, alphas, positions=positions, padding_ids=padding_ids
+                    ).logits
                     collected[column].append(token_losses(steered, targets, padding_ids))
             done += num_positions
             if on_progress is not None:
@@ -401,7 +403,9 @@ def explain_passage(
             index = first + place
             token_id = passage.token_ids[index]
             batch = {member: part[place : place + 1] for member, part in logits.items()}
-            found = steered_rows(ensemble, batch, alphas, positions=torch.tensor([index]))
+            found = steered_rows(
+                ensemble, batch, alphas, positions=torch.tensor([index]), padding_ids=padding_ids
+            )
             steered = found.logits[0].index_fill(-1, padding_ids, -torch.inf)
             rows = {m: row[0].index_fill(-1, padding_ids, -torch.inf) for m, row in batch.items()}
             shown = {"base": rows[0], "steered": steered}
@@ -464,6 +468,7 @@ def steered_rows(
     alphas: Sequence[float | None],
     *,
     positions: Tensor,
+    padding_ids: Tensor,
 ) -> Steered:
     """Steer the base by the ensemble's policy.
 
@@ -472,13 +477,14 @@ def steered_rows(
         logits: Each needed member's logits, `[rows, vocab]`, on one device.
         alphas: Strength of each of the ensemble's pairs; None leaves a pair out.
         positions: `[rows]`, number of new tokens before each row's.
+        padding_ids: `[num_padding]`, the base's, on the same device.
     """
     return apply_policy(
         ensemble.policy,
         logits[0],
         contributions(ensemble, logits, alphas),
         positions=positions,
-        padding_ids=ensemble.vocabulary.padding_ids.to(logits[0].device),
+        padding_ids=padding_ids,
     )
 
 

@@ -226,7 +226,7 @@ const openDetails = (answer, index) => {
     token: { id: token.token_id, name: token.token },
     place: ` ${NAMES[answer.pane.side].toLowerCase()} token ${index + 1} of ${answer.tokens.length}`,
     words,
-    sum: views.length ? undefined : "The server told nothing about this token.",
+    sum: views.length ? undefined : "The server sent no details of this token.",
     views,
     isOnly: views.length <= 4,
     chosenWord: "chosen",

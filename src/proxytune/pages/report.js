@@ -247,7 +247,7 @@ const drawFigures = (run) => {
     items.push(box);
   };
   if (known(summary.share_changed)) figure(share(summary.share_changed), "", `of first choices changed, ${summary.num_changed} of ${summary.num_known}`);
-  if (known(summary.mean_prob_change)) figure(signed(100 * summary.mean_prob_change, 1), "points", "mean change of a token's probability, in hundredths");
+  if (known(summary.mean_prob_change)) figure(signed(100 * summary.mean_prob_change, 1), "points", "mean change in a token's probability, in percentage points");
   if (known(summary.mean_shift)) figure(signed(summary.mean_shift), "nats", `mean shift of a token, a factor of ${decimal(Math.exp(summary.mean_shift))}`);
   if (known(summary.mean_kl)) figure(decimal(summary.mean_kl), "nats", "mean KL(steered ‖ base)");
   if (known(summary.early_share_of_log_odds_change) && summary.num_tokens > summary.early_tokens) {

@@ -94,7 +94,9 @@ def check_text(value: Any, key: str) -> None:
 def check_json(value: Mapping[str, Any] | None, name: str) -> None:
     """Refuse an object that JSON cannot hold."""
     try:
-        json.dumps(value if value is None else dict(value), allow_nan=False).encode()
+        content = value if value is None else dict(value)
+        # As `Recipe.write` writes it: half a surrogate pair cannot be encoded.
+        json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise RecipeError(f"{name} holds what JSON cannot: {error}") from error
 

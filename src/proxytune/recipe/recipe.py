@@ -228,13 +228,22 @@ class Recipe:
             return ModelSpec(model=self.base.api.tokenizer)
         return replace(self.experts[0].anti_expert.weights, llama_cpp=None)
 
-    def with_settings(self, **settings: str | bool | None) -> Recipe:
-        """Return the recipe with these settings in all models that transformers runs.
-
-        Args:
-            settings: Fields of `ModelSpec` such as `device`; None keeps each model's own.
-        """
-        changes: dict[str, Any] = {k: value for k, value in settings.items() if value is not None}
+    def with_settings(
+        self,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        attn_implementation: str | None = None,
+        cuda_graphs: bool | None = None,
+    ) -> Recipe:
+        """Return the recipe with these settings in all models of transformers; None keeps each its own."""
+        given = {
+            "device": device,
+            "dtype": dtype,
+            "attn_implementation": attn_implementation,
+            "cuda_graphs": cuda_graphs,
+        }
+        changes: dict[str, Any] = {k: value for k, value in given.items() if value is not None}
 
         def changed(spec: ModelSpec) -> ModelSpec:
             is_elsewhere = spec.same_as or spec.llama_cpp or spec.api

@@ -291,7 +291,7 @@ class ExpertSpec:
         check_fields(self)
         try:
             object.__setattr__(self, "alpha", check_alpha(self.alpha))
-        except (InvalidRequest, OverflowError) as error:
+        except InvalidRequest as error:
             raise RecipeError(str(error)) from error
         for part in ("expert", "anti_expert"):
             if getattr(self, part).api is not None:

@@ -160,6 +160,7 @@ class Task(ABC):
         Raises:
             InputFileError: The row does not name its item.
         """
+        assert self.key_fields, f"{self.name} declares neither key_fields nor a key of its own"
         return str(field(row, place, *self.key_fields))
 
     @abstractmethod

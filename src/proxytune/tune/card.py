@@ -42,8 +42,8 @@ def _measured(result: TuneResult) -> list[str]:
         lines.append("")
     if result.valid is not None and result.test is None:
         lines += [
-            "The strength and the checkpoint were chosen on these rows, which flatters the results slightly. "
-            "Rows used for neither choice (`--test-data`) would show more.",
+            "The strength and the checkpoint were chosen on these rows, so the results may look better than "
+            "on new text. Measure on rows used for neither choice with `--test-data`.",
             "",
         ]
     return lines

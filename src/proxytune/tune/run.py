@@ -103,8 +103,6 @@ class _Run:
         self._display = display
 
     def result(self, *, resume: bool) -> TuneResult:
-        from proxytune.tune.training import Training
-
         settings, display = self._settings, self._display
         self._check_directory(resume=resume)
         small, base = self._check_models()
@@ -133,6 +131,9 @@ class _Run:
                 data[name][key] = getattr(part, key)
             data[name]["num_examples"] = len(part.examples)
             display.say(f"{name}: {_shown_counts(data[name], max_length)}")
+        # Here, since TRL takes seconds to import and everything above can refuse the run.
+        from proxytune.tune.training import Training
+
         outcome = Training(settings, small, base, encoded, max_length, display).run()
         display.say("writing the recipe")
         recipe = self._recipe(small, base, prompt)

@@ -82,7 +82,7 @@ class Training:
         transformers.set_seed(settings.seed)
         # On a GPU a frozen model is kept in half precision; what is trained is always kept in float32.
         stored = "float32" if self._on_cpu or settings.full else self._dtype
-        model = load_frozen(settings.small, device=self._device, dtype=stored)
+        model = _load(settings.small, device=self._device, dtype=stored)
         width = model.config.get_text_config(decoder=True).hidden_size
         rate = default_learning_rate(settings.method, full=settings.full, width=width)
         rate = settings.learning_rate or rate
@@ -128,7 +128,7 @@ class Training:
         settings, dtype = self.settings, self._dtype
         alignment = align(base.vocabulary, self.small.vocabulary)
         folder = Path(settings.offsets_dir or settings.training / "offsets")
-        big = load_frozen(settings.base or "", device=self._device, dtype=dtype)
+        big = _load(settings.base or "", device=self._device, dtype=dtype)
         for model in (big, anti_expert):
             check_head(model, head_of(model))
         factors = form_coefficients(settings.cpt_form, settings.alpha or 1.0)
@@ -222,7 +222,7 @@ class Training:
                 args=DPOConfig(beta=settings.beta, bf16=is_half, **arguments),
                 train_dataset=trainers.preference_dataset(train),  # type: ignore[arg-type]
                 eval_dataset=None if valid is None else trainers.preference_dataset(valid.examples),  # type: ignore[arg-type]
-                ref_model=load_frozen(settings.small, device=device, dtype="float32")
+                ref_model=_load(settings.small, device=device, dtype="float32")
                 if settings.full
                 else None,
                 **common,
@@ -372,7 +372,7 @@ class Training:
             ) from error
 
 
-def load_frozen(reference: str, *, device: str | None, dtype: str) -> Any:
+def _load(reference: str, *, device: str | None, dtype: str) -> Any:
     """Return a model in evaluation mode with frozen weights."""
     checkpoint = find_checkpoint(reference, root=Path.cwd())
     spec = ModelSpec(model=reference, device=device, dtype=dtype)

@@ -29,7 +29,7 @@ from proxytune.trace import Usage
 Endpoint = Literal["completions", "chat"]
 Scoring = Literal["prompt_logprobs", "echo", "echo_shifted"]
 
-MOST_TOP_LOGPROBS = 100
+DEFAULT_TOP_LOGPROBS = 100
 """Tokens asked for per position by default; more make answers long and certify little more."""
 
 LADDER = (20, 5, 1)
@@ -134,7 +134,7 @@ class ApiServer:
 
     def _find_limits(self) -> tuple[Endpoint, int, bool]:
         """Return the endpoint, how many tokens it shows at a position, and whether more were asked for."""
-        asked = min(self._settings.top_logprobs or MOST_TOP_LOGPROBS, self.tokens.width)
+        asked = min(self._settings.top_logprobs or DEFAULT_TOP_LOGPROBS, self.tokens.width)
         endpoints: list[Any] = [self._settings.endpoint or "completions"]
         if self._settings.endpoint is None:
             endpoints.append("chat")

@@ -231,9 +231,8 @@ class TransformersBackend(Backend[TransformersState]):
             # Not when it is loaded, because a model that has not run yet may still be trained.
             self._may_pack = False
             pack_linear_layers(self.model)
-        rows = None
-        if self._has_lora:
-            rows = RowAdapters(self._rows(adapters, token_ids.shape[0]), token_ids.device)
+        names = self._rows(adapters, token_ids.shape[0])
+        rows = RowAdapters(names, token_ids.device) if self._has_lora else None
         try:
             with eager_attention(token_ids.device):
                 logits = self._forward(token_ids, cache, options, rows)

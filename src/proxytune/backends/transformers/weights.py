@@ -96,7 +96,7 @@ def load_model(checkpoint: Checkpoint, spec: ModelSpec) -> Any:
         raise missing_extra(
             f"{name} needs a package that is not installed: {error}",
             "quantize",
-            "for quantization; leave attn_implementation out to use torch's own",
+            "or leave quantization or attn_implementation out, whichever needs the package",
         ) from error
     except (SafetensorError, json.JSONDecodeError, EOFError) as error:
         raise CorruptModel(f"the files of {name} cannot be read: {error}") from error
