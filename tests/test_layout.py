@@ -21,6 +21,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "machine": (),
     "settings": (),
     "request": (),
+    "grants": (),
     "trace": (),
     "logits": ("certificate", "policy", "sample", "steer", "rules", "views"),
     "text": ("prompts", "detokenize", "vocab"),

@@ -1,0 +1,30 @@
+"""What a caller allows: whoever runs a command or writes a program, and nobody else.
+
+Recipes, models and adapters can ask for rights that would let them harm whoever runs them. What they say is
+only a request. A right is there if a file asks for it *and* the caller grants it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Grants:
+    """The rights that the caller grants for one run.
+
+    Args:
+        trust_remote_code: Run code that comes with those models for which the recipe asks it.
+        allow_pickle: Read pickled weights, which can run any code, of those models for which the recipe asks
+            it.
+        key_env: The environment variable whose key is sent to the API of the recipe's base; None for what is
+            bound to that host.
+    """
+
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    key_env: str | None = None
+
+
+NOTHING = Grants()
+"""No rights: what every function takes unless its caller says otherwise."""
