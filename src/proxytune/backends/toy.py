@@ -166,13 +166,3 @@ class ToyTokenizer:
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         """Return the token strings of token ids."""
         return [self._tokens[i] for i in ids]
-
-    def apply_chat_template(
-        self,
-        conversation: Sequence[Mapping[str, str]],
-        *,
-        add_generation_prompt: bool = False,
-        tokenize: bool = True,
-    ) -> str:
-        """Raise `InvalidRequest`: a toy has no chat template."""
-        raise InvalidRequest("the toy tokenizer has no chat template")

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Any, Literal, Protocol
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from proxytune.errors import InvalidRequest, PromptFormatError
 from proxytune.request import Message, Prompt
+from proxytune.text import template
+from proxytune.text.meter import TemplateRefused
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,8 @@ class PromptFormat:
     tokenizer: Tokenizer
 
 
+_MAX_REASON = 1000
+"""Characters of a template's own message that an error repeats."""
 PLAIN_USER_TURN = "\n\nUser:"
 """The beginning of the user's next turn in a longer conversation in the `plain` format."""
 
@@ -116,11 +118,6 @@ class Tokenizer(Protocol):
 
     def convert_ids_to_tokens(self, ids: Any) -> Any:
         """Return the token strings of token ids."""
-
-    def apply_chat_template(
-        self, conversation: Any, *, add_generation_prompt: bool = ..., tokenize: bool = ...
-    ) -> Any:
-        """Return a conversation as the model's chat format writes it."""
 
 
 def behave_alike(one: Tokenizer, other: Tokenizer) -> bool:
@@ -228,10 +225,15 @@ def render_text(
     messages = _messages(prompt)
     if kind == "plain":
         return _plain_text(messages, add_generation_prompt)
-    if kind == "chat":
-        text = _apply_chat_template(messages, tokenizer, name, add_generation_prompt)
-    else:
-        text = _apply_jinja(prompt_format, messages, tokenizer, name, add_generation_prompt)
+    is_own = kind == "chat"
+    text = _apply_template(
+        _chat_template(tokenizer, name) if is_own else prompt_format,
+        messages,
+        tokenizer,
+        name,
+        is_own=is_own,
+        add_generation_prompt=add_generation_prompt,
+    )
     if isinstance(prompt, AskedPrompt) and prompt.answer_start:
         # A turn that begins on a line of its own, or after a space, needs no further one.
         text += prompt.answer_start if text[-1:].isspace() else " " + prompt.answer_start
@@ -250,12 +252,14 @@ def check_syntax(prompt_format: str, name: str) -> Literal["plain", "chat", "jin
         return "chat"
     if "{{" in prompt_format or "{%" in prompt_format:
         try:
-            _compile(prompt_format)
+            template.compiled(prompt_format, strict=True)
+        except TemplateRefused as error:
+            raise _refused(error, name, is_own=False) from error
         except Exception as error:  # A template may break Jinja, or Python's own parser.
             number = getattr(error, "lineno", None)
             line = f" in line {number}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise PromptFormatError(
-                f"the prompt template of {name} is malformed{line}: {error}\n"
+                f"the prompt template of {name} is malformed{line}: {_reason(error)}\n"
                 "hint: the simplest template is {{ prompt }}"
             ) from error
         return "jinja"
@@ -289,83 +293,84 @@ def _plain_text(messages: Sequence[Message], add_generation_prompt: bool) -> str
     return "\n\n".join(part for part in parts if part)
 
 
-def _apply_chat_template(
-    messages: list[Message], tokenizer: Tokenizer, name: str, add_generation_prompt: bool
-) -> str:
-    if not tokenizer.chat_template:
+def _chat_template(tokenizer: Tokenizer, name: str) -> str:
+    """Return a tokenizer's chat template; of several, the one that transformers takes."""
+    template = tokenizer.chat_template
+    if isinstance(template, Mapping):
+        if "default" not in template:
+            raise PromptFormatError(
+                f"{name} has several chat templates ({', '.join(sorted(template))}) and none is named "
+                '"default".\nhint: set its "prompt" to the one that fits'
+            )
+        template = template["default"]
+    if not template:
         raise PromptFormatError(
             f'{name} has no chat template, and its prompt format is "chat".\n'
             'hint: set its "prompt" to "plain", or to a Jinja template such as '
             '"User: {{ prompt }}\\nAssistant:"'
         )
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=False
-        )
-    except Exception as error:  # A template is foreign code and may fail in any way.
-        raise PromptFormatError(
-            f"the chat template of {name} fails on this prompt (roles {_roles(messages)}): {error}\n"
-            "hint: some templates allow no system message, or only alternating user and assistant turns; "
-            'set "prompt" to a Jinja template of your own to change that'
-        ) from error
-    return str(text)
+    return str(template)
 
 
-def _apply_jinja(
+def _apply_template(
     source: str,
-    messages: list[Message],
+    messages: Sequence[Message],
     tokenizer: Tokenizer,
     name: str,
+    *,
+    is_own: bool,
     add_generation_prompt: bool,
 ) -> str:
-    users = [message["content"] for message in messages if message["role"] == "user"]
+    """Return what a tokenizer's own chat template (`is_own`), or a recipe's, makes of messages."""
+    # What transformers passes to a chat template. A recipe's template sees a little more.
+    variables: dict[str, Any] = {
+        **getattr(tokenizer, "special_tokens_map", {}),
+        "messages": [dict(message) for message in messages],
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    if not is_own:
+        users = [message["content"] for message in messages if message["role"] == "user"]
+        variables |= {
+            "prompt": users[-1] if users else "",
+            "bos_token": tokenizer.bos_token or "",
+            "eos_token": tokenizer.eos_token or "",
+        }
     try:
-        return _compile(source).render(
-            messages=messages,
-            prompt=users[-1] if users else "",
-            bos_token=tokenizer.bos_token or "",
-            eos_token=tokenizer.eos_token or "",
-            add_generation_prompt=add_generation_prompt,
+        return template.render(source, variables, strict=not is_own)
+    except TemplateRefused as error:
+        raise _refused(error, name, is_own) from error
+    except Exception as error:  # A template may raise anything, by intent or by accident.
+        hint = (
+            "some templates allow no system message, or only alternating user and assistant turns; "
+            'set "prompt" to a Jinja template of your own to change that'
+            if is_own
+            else "templates see messages, prompt, bos_token, eos_token and add_generation_prompt"
         )
-    except Exception as error:  # The sandbox has exceptions of its own, and filters may raise any.
+        roles = ", ".join(message["role"] for message in messages)
         raise PromptFormatError(
-            f"the prompt template of {name} fails on this prompt (roles {_roles(messages)}): {error}\n"
-            "hint: templates see messages, prompt, bos_token, eos_token and add_generation_prompt"
+            f"the {_kind(is_own)} template of {name} fails on this prompt (roles {roles}): "
+            f"{_reason(error)}\nhint: {hint}"
         ) from error
 
 
-class _Unprintable(jinja2.Undefined):
-    """An unknown variable: it may be tested, as chat templates do, but not shown or looped over.
-
-    By default Jinja renders it as nothing, and a misspelt `{{ promt }}` would silently leave the prompt out.
-    """
-
-    __slots__ = ()
-    __str__ = jinja2.Undefined._fail_with_undefined_error
-    __iter__ = jinja2.Undefined._fail_with_undefined_error
+def _kind(is_own: bool) -> str:
+    return "chat" if is_own else "prompt"
 
 
-@lru_cache(maxsize=64)
-def _compile(source: str) -> jinja2.Template:
-    # Compiled as transformers compiles chat templates, so that one can be copied. But a final newline
-    # stays: in a recipe it was written on purpose ("### Response:\n").
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=_Unprintable,
-        extensions=["jinja2.ext.loopcontrols"],
+def _refused(error: TemplateRefused, name: str, is_own: bool) -> PromptFormatError:
+    return PromptFormatError(
+        f"the {_kind(is_own)} template of {name} {error}, so it is not rendered.\n"
+        'hint: set "prompt" to a simpler Jinja template'
     )
-    environment.globals["raise_exception"] = _raise_exception
-    return environment.from_string(source)
 
 
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _roles(messages: Sequence[Message]) -> str:
-    return ", ".join(message["role"] for message in messages)
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it calls itself too often"
+    text = str(error)
+    return text if len(text) <= _MAX_REASON else text[:_MAX_REASON] + "..."
 
 
 def _shorten(prompt_format: str) -> str:
