@@ -24,7 +24,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "grants": (),
     "trace": (),
     "logits": ("certificate", "policy", "sample", "steer", "rules", "views"),
-    "text": ("meter", "template", "prompts", "detokenize", "vocab"),
+    "text": ("meter", "library", "template", "prompts", "detokenize", "vocab"),
     "checkpoints": (
         "headers",
         "conversion",

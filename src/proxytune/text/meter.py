@@ -123,6 +123,8 @@ class Meter:
                     check_keys(value)
                 self.size(value)
                 self.charge(NODE_BYTES * (4 + len(value)))  # what is known of it included
+        elif isinstance(value, (set, frozenset)):
+            raise TemplateRefused("makes a set")  # by subtracting keys of dicts
         elif isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
             raise TemplateRefused("makes an integer of thousands of digits")
         return value
@@ -139,7 +141,6 @@ class Meter:
 
     def each(self, items: Iterable[Any]) -> Iterator[Any]:
         """Yield items while there is time, and no more than a list may have."""
-        self.charge(16 * NODE_BYTES)  # a generator with its frame
         for number, item in enumerate(items, start=1):
             self.tick()
             if number > MAX_ITEMS:

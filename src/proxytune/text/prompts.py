@@ -251,22 +251,27 @@ def check_syntax(prompt_format: str, name: str) -> Literal["plain", "chat", "jin
     if prompt_format == "chat":
         return "chat"
     if "{{" in prompt_format or "{%" in prompt_format:
-        try:
-            template.compiled(prompt_format, strict=True)
-        except TemplateRefused as error:
-            raise _refused(error, name, is_own=False) from error
-        except Exception as error:  # A template may break Jinja, or Python's own parser.
-            number = getattr(error, "lineno", None)
-            line = f" in line {number}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            raise PromptFormatError(
-                f"the prompt template of {name} is malformed{line}: {_reason(error)}\n"
-                "hint: the simplest template is {{ prompt }}"
-            ) from error
+        _check_template(prompt_format, name, is_own=False)
         return "jinja"
     raise PromptFormatError(
         f'the prompt format of {name} is {_shorten(prompt_format)}, which is not "plain", "chat" or a Jinja '
         "template.\nhint: a template contains {{ prompt }}, or loops over messages with {% for %}"
     )
+
+
+def _check_template(source: str, name: str, *, is_own: bool) -> None:
+    try:
+        template.compiled(source, strict=not is_own)
+    except TemplateRefused as error:
+        raise _refused(error, name, is_own) from error
+    except Exception as error:  # A template may break Jinja, or Python's own parser.
+        number = getattr(error, "lineno", None)
+        line = f" in line {number}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else _reason(error)
+        raise PromptFormatError(
+            f"the {_kind(is_own)} template of {name} is malformed{line}: {reason}\n"
+            "hint: the simplest template is {{ prompt }}"
+        ) from error
 
 
 def _messages(prompt: Prompt) -> list[Message]:
@@ -295,21 +300,21 @@ def _plain_text(messages: Sequence[Message], add_generation_prompt: bool) -> str
 
 def _chat_template(tokenizer: Tokenizer, name: str) -> str:
     """Return a tokenizer's chat template; of several, the one that transformers takes."""
-    template = tokenizer.chat_template
-    if isinstance(template, Mapping):
-        if "default" not in template:
+    source = tokenizer.chat_template
+    if isinstance(source, Mapping):
+        if "default" not in source:
             raise PromptFormatError(
-                f"{name} has several chat templates ({', '.join(sorted(template))}) and none is named "
+                f"{name} has several chat templates ({', '.join(sorted(source))}) and none is named "
                 '"default".\nhint: set its "prompt" to the one that fits'
             )
-        template = template["default"]
-    if not template:
+        source = source["default"]
+    if not source:
         raise PromptFormatError(
             f'{name} has no chat template, and its prompt format is "chat".\n'
             'hint: set its "prompt" to "plain", or to a Jinja template such as '
             '"User: {{ prompt }}\\nAssistant:"'
         )
-    return str(template)
+    return str(source)
 
 
 def _apply_template(
@@ -322,6 +327,7 @@ def _apply_template(
     add_generation_prompt: bool,
 ) -> str:
     """Return what a tokenizer's own chat template (`is_own`), or a recipe's, makes of messages."""
+    _check_template(source, name, is_own=is_own)
     # What transformers passes to a chat template. A recipe's template sees a little more.
     variables: dict[str, Any] = {
         **getattr(tokenizer, "special_tokens_map", {}),

@@ -8,43 +8,31 @@ No loader is there, so nothing can be included or imported.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import datetime
-from functools import lru_cache, wraps
+from functools import lru_cache
 from types import BuiltinMethodType, MethodType
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import filters, nodes, tests
+from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension
 from jinja2.lexer import Token, TokenStream
 from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext, Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter, safe_range
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
-from markupsafe import EscapeFormatter, Markup, escape, soft_str
+from markupsafe import Markup
 
-from proxytune.text.meter import (
-    MAX_BYTES,
-    MAX_INT_BITS,
-    MAX_ITEMS,
-    NODE_BYTES,
-    TemplateRefused,
-    check_keys,
-    current,
-    metered,
-)
+from proxytune.text import library
+from proxytune.text.library import ESCAPED, SHORT
+from proxytune.text.meter import MAX_BYTES, MAX_INT_BITS, TemplateRefused, current, metered
 
-MAX_SOURCE = 2**20
-"""Characters of a template; examples of a few-shot prompt may be long."""
-MAX_TOKENS = 20_000
-"""Tokens of Jinja's lexer in one template. The longest of 170 published chat templates has 4,100."""
-_MAX_STRIPPED = 64
-"""Different characters to strip; Python compares each with each character of the text."""
-_MAX_DATE = 256
+MAX_SOURCE = 2**18
+"""Characters of a template. The longest of 170 published chat templates has 19,600."""
+MAX_TOKENS = 10_000
+"""Tokens of Jinja's lexer in one template. The longest of those has 4,100."""
+_DICT_NAMES = frozenset(dir(dict))
 
 
 def render(source: str, variables: Mapping[str, Any], *, strict: bool) -> str:
@@ -63,7 +51,9 @@ def render(source: str, variables: Mapping[str, Any], *, strict: bool) -> str:
     template = compiled(source, strict)
     with metered() as meter:
         pieces, num_bytes = [], 0
-        overhead = "".__sizeof__()
+        overhead = (
+            "".__sizeof__()
+        )  # of each piece, and not of the text that they are put together to
         for piece in template.root_render_func(template.new_context(dict(variables))):
             num_bytes += piece.__sizeof__() - overhead
             if num_bytes > MAX_BYTES:
@@ -174,14 +164,28 @@ class _Code(CodeGenerator):
             raise nodes.Impossible()
         return super()._output_child_to_const(node, frame, finalize)
 
+    def fail(self, msg: str, lineno: int) -> NoReturn:
+        for kind, known in (("filter", library.FILTERS), ("test", library.TESTS)):
+            if msg.startswith(f"No {kind} named"):
+                msg = f"{msg} Prompt templates have the {kind}s {', '.join(sorted(known))}"
+        super().fail(msg, lineno)
+
     def _refused(self, node: nodes.Node, frame: Frame) -> NoReturn:
-        tag = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(node).__name__).lower()
-        raise jinja2.TemplateSyntaxError(
-            f"a prompt template cannot use {tag!r}: it is one text without others", node.lineno
-        )
+        tag = _REFUSED_TAGS[type(node)]
+        raise jinja2.TemplateSyntaxError(f"{{% {tag} %}} is not for prompt templates", node.lineno)
 
     visit_Extends = visit_Include = visit_Import = visit_FromImport = visit_Block = _refused
-    visit_EvalContextModifier = visit_ScopedEvalContextModifier = visit_OverlayScope = _refused
+    visit_ScopedEvalContextModifier = _refused
+
+
+_REFUSED_TAGS: dict[type[nodes.Node], str] = {
+    nodes.Block: "block",
+    nodes.Extends: "extends",
+    nodes.FromImport: "from",
+    nodes.Import: "import",
+    nodes.Include: "include",
+    nodes.ScopedEvalContextModifier: "autoescape",
+}
 
 
 class _Generation(Extension):
@@ -212,31 +216,6 @@ class _Counted(Extension):
             yield token
 
 
-class _Namespace(Namespace):
-    """A namespace that does not show what it holds: two that hold each other would fill the memory."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        self, values = args[0], dict(*args[1:], **kwargs)
-        for name in values:
-            _check_name(name)
-        current().charge(NODE_BYTES * (16 + len(values)))
-        Namespace.__init__(self, values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-    def __repr__(self) -> str:
-        return "<Namespace>"
-
-
-def _check_name(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(
-            f"a namespace cannot have {name!r}, whose name begins with an underscore"
-        )
-
-
 class _Unprintable(jinja2.Undefined):
     """An unknown variable: it may be tested, as chat templates do, but not shown or looped over.
 
@@ -264,10 +243,10 @@ class _Environment(ImmutableSandboxedEnvironment):
             finalize=_finalized,
             optimized=False,  # It would compute constants while compiling, outside all checks.
         )
-        self.filters = dict(_FILTERS)
-        self.tests = dict(_TESTS)
-        self.globals = dict(_FUNCTIONS)
-        self._callable = (*_FUNCTIONS.values(), _Generation._body)
+        self.filters = dict(library.FILTERS)
+        self.tests = dict(library.TESTS)
+        self.globals = dict(library.FUNCTIONS)
+        self._callable = (*library.FUNCTIONS.values(), _Generation._body)
 
     @staticmethod
     def tick() -> None:
@@ -288,7 +267,8 @@ class _Environment(ImmutableSandboxedEnvironment):
     @staticmethod
     def concat(parts: Iterable[str]) -> str:
         """Return the text of a macro or block."""
-        meter, parts = current(), list(parts)
+        meter = current()
+        parts = parts if isinstance(parts, list) else list(parts)
         meter.expect(sum(map(len, parts)))
         return str(meter.made("".join(parts)))
 
@@ -298,7 +278,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         meter = current()
         texts = [part if isinstance(part, str) else meter.text(part) for part in parts]
         is_markup = any(isinstance(text, Markup) for text in texts)
-        meter.expect(sum(map(len, texts)) * (_ESCAPED if is_markup else 1))
+        meter.expect(sum(map(len, texts)) * (ESCAPED if is_markup else 1))
         return meter.made(jinja2.runtime.str_join(texts))
 
     def getattr(self, obj: Any, attribute: str) -> Any:
@@ -319,11 +299,11 @@ class _Environment(ImmutableSandboxedEnvironment):
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         """Whether a template may see an attribute: methods of data by name, those of loops and macros."""
         if isinstance(obj, str):
-            return attr in _STR_METHODS
+            return attr in library.STR_METHODS
         if isinstance(obj, dict):
-            return attr in _DICT_METHODS
+            return attr in library.DICT_METHODS
         if isinstance(obj, (list, tuple)):
-            return attr in _LIST_METHODS
+            return attr in library.LIST_METHODS
         return isinstance(obj, (LoopContext, Macro, Namespace)) and not attr.startswith("_")
 
     def wrap_str_format(self, value: Any) -> None:
@@ -342,10 +322,15 @@ class _Environment(ImmutableSandboxedEnvironment):
             name = __obj.__name__
             if not __self.is_safe_attribute(owner, name, __obj):
                 raise jinja2.exceptions.SecurityError(f"a prompt template cannot call {name!r}")
-            priced = _STR_METHODS[name] if isinstance(owner, str) else None
-            if priced is not None:
-                return meter.made(priced(__obj, owner, *args, **kwargs))
-            return meter.made(__obj(*args, **kwargs))
+            priced = library.STR_METHODS[name] if isinstance(owner, str) else None
+            if isinstance(owner, str) and name == "format":
+                return meter.made(library.formatted(__self, owner, *args, **kwargs))
+            value = (
+                __obj(*args, **kwargs) if priced is None else priced(__obj, owner, *args, **kwargs)
+            )
+            if isinstance(owner, str) and isinstance(value, (list, tuple)):
+                meter.charge(meter.size(value))  # All of its parts are new.
+            return meter.made(value)
         if not (
             isinstance(__obj, (Macro, LoopContext, jinja2.Undefined))
             or isinstance(owner, LoopContext)
@@ -361,19 +346,20 @@ class _Environment(ImmutableSandboxedEnvironment):
         meter = current()
         if operator == "+":
             if type(left) is str and type(right) is str:
-                if len(left) + len(right) > _SHORT:
+                if len(left) + len(right) > SHORT:
                     meter.expect(len(left) + len(right))
                 return meter.made(left + right)
             if isinstance(left, (list, tuple)) and type(left) is type(right):
                 return meter.joined(left, right)
             if isinstance(left, str) and isinstance(right, str):
-                meter.expect((len(left) + len(right)) * _ESCAPED)
+                meter.expect((len(left) + len(right)) * ESCAPED)
         elif operator == "%" and isinstance(left, str):
-            _check_percent(left, right)
+            library.check_percent(left, right)
         elif operator == "*":
             times, value = (left, right) if isinstance(left, int) else (right, left)
             if isinstance(times, int) and isinstance(value, (str, list, tuple)):
-                meter.expect(meter.size(value) * max(0, times))
+                size = len(value) if isinstance(value, str) else meter.size(value)
+                meter.expect(size * max(0, times))
         elif (
             operator == "**"
             and isinstance(left, int)
@@ -386,363 +372,3 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 def _finalized(value: Any) -> Any:
     return value if type(value) is str else current().text(value)
-
-
-# Methods of text, lists and dicts
-
-
-_SHORT = 4096
-"""Characters whose handling is not worth reading the clock."""
-_ESCAPED = 6
-"""Factor by which text can grow where it meets text marked as HTML: `"` becomes `&#34;`."""
-
-
-def _check_case(text: str) -> None:
-    # One character may become three, and Python works with four bytes for each until it is done.
-    current().expect(len(text) if text.isascii() else 3 * len(text))
-
-
-def _check_stripped(chars: object) -> None:
-    if isinstance(chars, str) and len(chars) > _MAX_STRIPPED:
-        raise TemplateRefused(f"strips more than {_MAX_STRIPPED} different characters")
-
-
-def _check_backwards(text: str, part: object) -> None:
-    # Python searches forwards in linear time, but backwards it compares every place.
-    if isinstance(part, str) and len(part) * len(text) > 2**28:
-        raise TemplateRefused("searches backwards for a long text in a long text")
-
-
-def _check_replace(text: str, old: str, new: str, count: int | None = None) -> None:
-    times = text.count(old) if old else len(text) + 1
-    if isinstance(count, int) and count >= 0:
-        times = min(times, count)
-    grown = len(new) * (_ESCAPED if isinstance(text, Markup) else 1) - len(old)
-    current().expect(len(text) + times * max(0, grown))
-
-
-def _check_percent(text: str, values: object) -> None:
-    """Refuse `text % values` if the widths in the text or the values make it too long."""
-    meter = current()
-    size = meter.size(values) * (text.count("%") if isinstance(values, Mapping) else 1)
-    # Any number may be a width or a precision, also one among the values where there is a `*`.
-    for match in re.finditer(r"\d+", text):
-        meter.tick()
-        size += int(match[0]) if len(match[0]) < 10 else MAX_BYTES
-    if "*" in text and isinstance(values, tuple):
-        size += sum(abs(value) for value in values if isinstance(value, int))
-    meter.expect(len(text) + size)
-
-
-def _cased(method: Callable[[], str], text: str) -> str:
-    _check_case(text)
-    return method()
-
-
-def _stripped(method: Callable[..., str], text: str, chars: str | None = None, /) -> str:
-    _check_stripped(chars)
-    return method(chars)
-
-
-def _found_backwards(method: Callable[..., Any], text: str, part: str, /, *ends: int) -> Any:
-    _check_backwards(text, part)
-    return method(part, *ends)
-
-
-def _replaced(method: Callable[..., str], text: str, old: str, new: str, count: int = -1) -> str:
-    if isinstance(old, str) and isinstance(new, str):
-        _check_replace(text, old, new, count)
-    return method(old, new, count)
-
-
-def _split(
-    method: Callable[..., list[str]], text: str, sep: str | None = None, maxsplit: int = -1
-) -> list[str]:
-    if len(text) < MAX_ITEMS:
-        return method(sep, maxsplit)
-    if method.__name__ == "rsplit":
-        _check_backwards(text, sep)
-    parts = method(sep, maxsplit if 0 <= maxsplit < MAX_ITEMS else MAX_ITEMS)
-    current().expect(NODE_BYTES * len(parts))
-    return parts
-
-
-def _split_lines(method: Callable[..., list[str]], text: str, keepends: bool = False) -> list[str]:
-    if len(text) >= MAX_ITEMS:
-        current().expect(NODE_BYTES * sum(map(text.count, "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029")))
-    return method(keepends)
-
-
-def _joined(method: Callable[..., str], separator: str, items: Iterable[Any], /) -> str:
-    meter = current()
-    parts = list(meter.each(items))
-    size = sum(map(meter.size, parts)) + len(parts) * len(separator)
-    meter.expect(size * (_ESCAPED if isinstance(separator, Markup) else 1))
-    return method(parts)
-
-
-class _Formatter(SandboxedFormatter):
-    """Formats as `str.format` does, counting what each field adds."""
-
-    _num_bytes = 0
-
-    def convert_field(self, value: Any, conversion: Any) -> Any:
-        current().size(value)
-        return current().made(super().convert_field(value, conversion))
-
-    def format_field(self, value: Any, format_spec: str) -> Any:
-        meter = current()
-        if re.search(r"\d{5}", format_spec):
-            raise TemplateRefused("formats a field wider than 9999 characters")
-        meter.size(value)
-        text = super().format_field(value, format_spec)
-        self._num_bytes += len(text)
-        meter.expect(self._num_bytes)
-        return text
-
-
-class _EscapeFormatter(_Formatter, EscapeFormatter):
-    """Formats text marked as HTML."""
-
-
-def _formatted(method: Callable[..., str], text: str, /, *args: Any, **kwargs: Any) -> str:
-    environment = _environment(strict=False)  # for the attributes and items that fields may name
-    formatter: _Formatter
-    if isinstance(text, Markup):
-        formatter = _EscapeFormatter(environment, escape=text.escape)
-    else:
-        formatter = _Formatter(environment)
-    return type(text)(formatter.vformat(text, args, kwargs))
-
-
-_STR_METHODS: dict[str, Callable[..., Any] | None] = {
-    **dict.fromkeys(
-        ("count", "endswith", "find", "index", "partition", "removeprefix", "removesuffix")
-    ),
-    **dict.fromkeys(("isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "isnumeric")),
-    **dict.fromkeys(("islower", "isspace", "istitle", "isupper", "startswith")),
-    **dict.fromkeys(("capitalize", "casefold", "lower", "swapcase", "title", "upper"), _cased),
-    **dict.fromkeys(("lstrip", "rstrip", "strip"), _stripped),
-    **dict.fromkeys(("rfind", "rindex", "rpartition"), _found_backwards),
-    **dict.fromkeys(("rsplit", "split"), _split),
-    "format": _formatted,
-    "join": _joined,
-    "replace": _replaced,
-    "splitlines": _split_lines,
-}
-"""What templates may call on text, and what calls it for them where its cost depends on the arguments."""
-_DICT_METHODS = frozenset(("copy", "get", "items", "keys", "values"))
-_LIST_METHODS = frozenset(("copy", "count", "index"))
-_DICT_NAMES = frozenset(dir(dict))
-
-
-# Functions
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    if len(format) > _MAX_DATE:
-        raise TemplateRefused(f"formats a date by more than {_MAX_DATE} characters")
-    return datetime.now().strftime(format)
-
-
-def _dict(*args: Any, **kwargs: Any) -> Any:
-    meter = current()
-    if args and not isinstance(args[0], dict):
-        pairs = list(meter.each(args[0]))
-        check_keys(pair[0] for pair in pairs)
-        args = (pairs, *args[1:])
-    return meter.made(dict(*args, **kwargs))
-
-
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "dict": _dict,
-    "namespace": _Namespace,
-    "raise_exception": _raise_exception,
-    "range": safe_range,
-    "strftime_now": _strftime_now,
-}
-
-
-# Filters and tests
-
-
-_JINJA_TESTS: dict[str, Callable[..., Any]] = dict(tests.TESTS)  # type: ignore[arg-type]
-
-
-def _metered(
-    function: Callable[..., Any], check: Callable[..., None] | None = None
-) -> Callable[..., Any]:
-    """Return a filter or test whose arguments are checked before, and whose result is counted."""
-    num_passed = 1 if hasattr(function, "jinja_pass_arg") else 0
-
-    @wraps(function)
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        meter = current()
-        meter.tick()
-        if check is not None:
-            check(*args[num_passed:], **kwargs)
-        result = function(*args, **kwargs)
-        if isinstance(result, Iterator):
-            return map(meter.made, meter.each(result))
-        return meter.made(result)
-
-    return counted
-
-
-def _check_text_case(value: Any) -> None:
-    _check_case(current().text(value))
-
-
-def _check_short(value: Any) -> None:
-    current().expect(NODE_BYTES * len(current().text(value)))
-
-
-def _check_trim(value: Any, chars: Any = None) -> None:
-    _check_stripped(chars)
-
-
-def _check_items(*args: Any, attribute: Any = None, **kwargs: Any) -> None:
-    if isinstance(args[0], str):
-        current().expect(NODE_BYTES * len(args[0]))
-    # An attribute is a path such as `function.name`, looked up in each item.
-    for path in (attribute, *args[1:4]):
-        if isinstance(path, str) and len(path) > _SHORT and re.search(r"[.,]", path):
-            raise TemplateRefused(f"passes a filter a text of more than {_SHORT} characters")
-
-
-def _check_indent(text: Any, width: Any = 4, first: Any = False, blank: Any = False) -> None:
-    num = len(width) if isinstance(width, str) else width
-    current().expect(
-        len(text) + num * (2 + sum(map(text.count, "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029")))
-    )
-
-
-def _check_number(value: Any, default: Any = 0, base: Any = 10) -> None:
-    if isinstance(value, str) and len(value) > _SHORT:
-        raise TemplateRefused(f"reads a number of more than {_SHORT} characters")
-
-
-def _check_round(value: Any, precision: Any = 0, method: Any = "common") -> None:
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"cannot round {type(value).__name__!r}")
-    if abs(precision) > 300:
-        raise TemplateRefused("rounds to more than 300 digits")
-
-
-def _check_escape(value: Any) -> None:
-    current().expect(current().size(value) * _ESCAPED)
-
-
-def _check_format(value: Any, *args: Any, **kwargs: Any) -> None:
-    _check_percent(current().text(value), kwargs or args)
-
-
-def _check_arithmetic(value: Any, *args: Any) -> None:
-    if isinstance(value, str):  # `%` would format it.
-        raise TypeError("a text is neither even nor odd")
-
-
-def _list(value: Any) -> list[Any]:
-    return list(current().each(value))
-
-
-@jinja2.pass_eval_context
-def _join(context: Any, value: Any, d: str = "", attribute: Any = None) -> Any:
-    meter = current()
-    if attribute is not None:
-        _check_items(value, attribute=attribute)
-        value = map(filters.make_attrgetter(context.environment, attribute), value)
-    parts = list(meter.each(value))
-    meter.expect(sum(map(meter.size, parts)) + len(parts) * meter.size(d))
-    return filters.do_join(context, parts, d)
-
-
-@jinja2.pass_eval_context
-def _replace(context: Any, s: Any, old: Any, new: Any, count: int | None = None) -> str:
-    text, old, new = map(current().text, (s, old, new))
-    _check_replace(str(text), old, new, count)
-    return str(filters.do_replace(context, text, old, new, count))
-
-
-def _tojson(
-    x: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    meter = current()
-    size, height = meter.size(x), meter.height(x)
-    per_item = sum(map(len, separators)) if separators else 0
-    if indent is not None:
-        per_item += (len(indent) if isinstance(indent, str) else max(0, indent)) * (height + 1)
-    # A control character becomes six.
-    meter.expect(1.5 * size + per_item * (size / NODE_BYTES))
-    return json.dumps(
-        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-_FILTERS: dict[str, Callable[..., Any]] = {
-    # These return an item, a length or what they are given.
-    "count": len,
-    "d": filters.do_default,
-    "default": filters.do_default,
-    "first": filters.do_first,
-    "last": filters.do_last,
-    "length": len,
-    "abs": _metered(abs),
-    "capitalize": _metered(filters.do_capitalize, _check_text_case),
-    "dictsort": _metered(filters.do_dictsort),
-    "e": _metered(escape, _check_escape),
-    "escape": _metered(escape, _check_escape),
-    "float": _metered(filters.do_float, _check_number),
-    "format": _metered(filters.do_format, _check_format),
-    "indent": _metered(filters.do_indent, _check_indent),
-    "int": _metered(filters.do_int, _check_number),
-    "items": _metered(filters.do_items),
-    "join": _metered(_join),
-    "list": _metered(_list),
-    "lower": _metered(filters.do_lower, _check_text_case),
-    "map": _metered(filters.do_map, _check_items),
-    "reject": _metered(filters.do_reject, _check_items),
-    "rejectattr": _metered(filters.do_rejectattr, _check_items),
-    "replace": _metered(_replace),
-    "reverse": _metered(filters.do_reverse, _check_items),
-    "round": _metered(filters.do_round, _check_round),
-    "safe": _metered(filters.do_mark_safe),
-    "select": _metered(filters.do_select, _check_items),
-    "selectattr": _metered(filters.do_selectattr, _check_items),
-    "sort": _metered(filters.do_sort, _check_items),
-    "string": _metered(soft_str),
-    "title": _metered(filters.do_title, _check_short),
-    "tojson": _metered(_tojson),
-    "trim": _metered(filters.do_trim, _check_trim),
-    "unique": _metered(filters.do_unique, _check_items),
-    "upper": _metered(filters.do_upper, _check_text_case),
-}
-
-_TESTS: dict[str, Callable[..., Any]] = {
-    **{
-        name: _JINJA_TESTS[name]
-        for name in (
-            *("boolean", "defined", "false", "float", "integer", "iterable", "mapping", "none"),
-            *("number", "sequence", "string", "true", "undefined"),
-        )
-    },
-    **{
-        name: _metered(_JINJA_TESTS[name])
-        for name in (
-            *("!=", "<", "<=", "==", ">", ">=", "eq", "equalto", "ge", "greaterthan", "gt"),
-            *("in", "le", "lessthan", "lt", "ne", "sameas"),
-        )
-    },
-    **{
-        name: _metered(_JINJA_TESTS[name], _check_arithmetic)
-        for name in ("divisibleby", "even", "odd")
-    },
-}
