@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import time
 from dataclasses import replace
 
 import pytest
@@ -196,6 +197,17 @@ def test_a_malformed_template_is_a_problem_of_the_prompt(models):
     expert = ModelSpec(model="tuned", prompt="{% for %}")
     diagnosis = examine(recipe_of(models, pair(expert=expert)))
     assert classes(diagnosis) == [("x.expert", PromptFormatError)]
+
+
+def test_templates_without_an_end_are_a_problem_and_stop_in_their_time_together(models):
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    many = [
+        pair(str(i), expert=ModelSpec(model="tuned", prompt=endless + " " * i)) for i in range(9)
+    ]
+    start = time.monotonic()
+    diagnosis = examine(recipe_of(models, *many))
+    assert classes(diagnosis) == [("0.expert", PromptFormatError)]
+    assert time.monotonic() - start < 5
 
 
 def test_weights_that_do_not_fit_are_a_problem_with_both_numbers(models, monkeypatch):

@@ -109,8 +109,13 @@ def test_a_final_newline_of_a_template_stays():
 
 
 def test_a_template_may_ask_whether_a_variable_is_there():
-    assert _text("Hi", "{% if tools %}tools{% endif %}{{ prompt }}") == "Hi"
-    assert _text("Hi", "{% if tools is defined %}tools{% endif %}{{ prompt }}") == "Hi"
+    assert _text("Hi", "{% if thinking %}thinking{% endif %}{{ prompt }}") == "Hi"
+    assert _text("Hi", "{% if thinking is defined %}thinking{% endif %}{{ prompt }}") == "Hi"
+
+
+def test_a_template_sees_that_there_are_no_tools_as_chat_templates_do():
+    assert _text("Hi", "{% if tools is not none %}tools{% endif %}{{ prompt }}") == "Hi"
+    assert _text("Hi", "{% if documents is defined %}{{ prompt }}{% endif %}") == "Hi"
 
 
 @pytest.mark.parametrize(

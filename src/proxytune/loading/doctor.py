@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from time import monotonic
 from typing import Any, TypeVar
 
 from proxytune.backends.retokenised import token_map
@@ -32,6 +33,7 @@ from proxytune.loading.members import RecipeFiles
 from proxytune.machine import device_memory
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ModelSpec
+from proxytune.text.meter import MAX_SECONDS
 from proxytune.text.prompts import render
 from proxytune.text.vocab import align
 
@@ -203,6 +205,8 @@ class _Examination:
     reports: list[ModelReport] = field(default_factory=list)
     counted: set[tuple[ModelSpec, str]] = field(default_factory=set)
     """Adapters whose memory is counted, by the weights they are on and their path."""
+    refused_s: float = 0.0
+    """Time of templates that rendered nothing."""
 
     def __post_init__(self) -> None:
         self.files = RecipeFiles(self.recipe)
@@ -297,7 +301,12 @@ class _Examination:
             return values
         values["num_tokens"] = len(vocabulary.token_to_id)
         values["num_padding"] = len(vocabulary.padding_ids)
-        values["prompt_sample"] = self._tried(part, lambda: _prompt_sample(spec, checkpoint))
+        # A recipe may name a thousand models, and each template may take its whole time and be refused.
+        if self.refused_s < MAX_SECONDS:
+            start = monotonic()
+            values["prompt_sample"] = self._tried(part, lambda: _prompt_sample(spec, checkpoint))
+            if values["prompt_sample"] is None:
+                self.refused_s += monotonic() - start
         if part == "base":
             values["vocabulary"] = "base"
         elif self.reports[0].num_tokens is not None:

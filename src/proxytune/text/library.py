@@ -14,9 +14,13 @@ from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import filters, tests
-from jinja2.sandbox import SandboxedEnvironment, SandboxedFormatter, safe_range
+from jinja2.sandbox import (
+    SandboxedEnvironment,
+    SandboxedEscapeFormatter,
+    SandboxedFormatter,
+    safe_range,
+)
 from jinja2.utils import Namespace
-from markupsafe import EscapeFormatter, Markup, escape, soft_str
 
 from proxytune.text.meter import (
     MAX_BYTES,
@@ -41,6 +45,11 @@ ESCAPED = 6
 """Factor by which text can grow where it meets text marked as HTML: `"` becomes `&#34;`."""
 
 
+def is_html(text: str) -> bool:
+    """Whether a text is marked as HTML, so that what is added to it is escaped."""
+    return hasattr(text, "__html__")
+
+
 def _check_case(text: str) -> None:
     # One character may become three, and Python works with four bytes for each until it is done.
     current().expect(len(text) if text.isascii() else 3 * len(text))
@@ -61,7 +70,7 @@ def _check_replace(text: str, old: str, new: str, count: int | None = None) -> N
     times = text.count(old) if old else len(text) + 1
     if isinstance(count, int) and count >= 0:
         times = min(times, count)
-    grown = len(new) * (ESCAPED if isinstance(text, Markup) else 1) - len(old)
+    grown = len(new) * (ESCAPED if is_html(text) else 1) - len(old)
     current().expect(len(text) + times * max(0, grown))
 
 
@@ -69,7 +78,7 @@ def check_percent(text: str, values: object) -> None:
     """Refuse `text % values` if the widths in the text or the values make it too long."""
     meter = current()
     size = meter.size(values) * (text.count("%") if isinstance(values, Mapping) else 1)
-    if isinstance(text, Markup):
+    if is_html(text):
         size *= ESCAPED
     # Any number may be a width or a precision, also one among the values where there is a `*`.
     for match in re.finditer(r"\d+", text):
@@ -123,7 +132,7 @@ def _joined(method: Callable[..., str], separator: str, items: Iterable[Any], /)
     meter = current()
     parts = list(meter.each(items))
     size = sum(map(meter.size, parts)) + len(parts) * len(separator)
-    meter.expect(size * (ESCAPED if isinstance(separator, Markup) else 1))
+    meter.expect(size * (ESCAPED if is_html(separator) else 1))
     return method(parts)
 
 
@@ -147,17 +156,18 @@ class _Formatter(SandboxedFormatter):
         return text
 
 
-class _EscapeFormatter(_Formatter, EscapeFormatter):
+class _EscapeFormatter(_Formatter, SandboxedEscapeFormatter):
     """Formats text marked as HTML."""
 
 
 def formatted(environment: SandboxedEnvironment, text: str, /, *args: Any, **kwargs: Any) -> str:
     """Return `text.format(...)`; its fields see what a template may see."""
-    formatter: _Formatter
-    if isinstance(text, Markup):
-        formatter = _EscapeFormatter(environment, escape=text.escape)
-    else:
-        formatter = _Formatter(environment)
+    plain: Any = text
+    formatter: _Formatter = (
+        _EscapeFormatter(environment, escape=plain.escape)
+        if is_html(text)
+        else _Formatter(environment)
+    )
     return type(text)(formatter.vformat(text, args, kwargs))
 
 
@@ -382,8 +392,8 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "abs": _metered(abs),
     "capitalize": _metered(filters.do_capitalize, _check_text_case),
     "dictsort": _metered(filters.do_dictsort),
-    "e": _metered(escape, _check_escape),
-    "escape": _metered(escape, _check_escape),
+    "e": _metered(filters.FILTERS["escape"], _check_escape),
+    "escape": _metered(filters.FILTERS["escape"], _check_escape),
     "float": _metered(filters.do_float, _check_number),
     "format": _metered(filters.do_format, _check_format),
     "indent": _metered(filters.do_indent, _check_indent),
@@ -404,7 +414,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "select": _metered(filters.do_select, _check_items),
     "selectattr": _metered(filters.do_selectattr, _check_items),
     "sort": _metered(filters.do_sort, _check_items),
-    "string": _metered(soft_str),
+    "string": _metered(filters.FILTERS["string"]),
     "title": _metered(filters.do_title, _check_short),
     "tojson": _metered(_tojson),
     "trim": _metered(filters.do_trim, _check_trim),

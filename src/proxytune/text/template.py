@@ -22,7 +22,6 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
-from markupsafe import Markup
 
 from proxytune.text import library
 from proxytune.text.library import ESCAPED, SHORT
@@ -277,8 +276,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         """Return the text of `a ~ b`."""
         meter = current()
         texts = [part if isinstance(part, str) else meter.text(part) for part in parts]
-        is_markup = any(isinstance(text, Markup) for text in texts)
-        meter.expect(sum(map(len, texts)) * (ESCAPED if is_markup else 1))
+        is_html = any(map(library.is_html, texts))
+        meter.expect(sum(map(len, texts)) * (ESCAPED if is_html else 1))
         return meter.made(jinja2.runtime.str_join(texts))
 
     def getattr(self, obj: Any, attribute: str) -> Any:
