@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import time
 from typing import Any
 
@@ -88,7 +89,10 @@ TIME = {
     "what changed in a loop": "{% set a = ['x' * 8000000] %}{% set b = ['x' * 8000000] %}"
     f"{_COUNT}{{{{ loop.changed(a) }}}}{{{{ loop.changed(b) }}}}{_END}",
     "a loop that cycles": f"{_FOREVER}{{% if loop.cycle(1, 2) %}}{{% endif %}}{_END_FOREVER}",
-    "a field's path": "{{ ('{0' ~ '[0]' * 5000000 ~ '}').format('x') }}" * 3,
+    "long paths of fields": f"{_COUNT}{{{{ ('{{0' ~ '[0]' * 50000 ~ '}}').format('x') }}}}{_END}",
+    "names in many branches": "".join(f"{{% set v{i} = 1 %}}" for i in range(400))
+    + "{% if messages %}{% set x = 1 %}{% endif %}" * 400
+    + f"{_FOREVER}{_END_FOREVER}",
 }
 """Each is stopped by the clock alone, so most get less time here than templates have."""
 SHORT_S = 0.3
@@ -118,6 +122,7 @@ OTHERS = {
     "a width from a field": ("{{ '{:>{}}'.format('a', 999999999) }}", WIDE),
     "a precision for a method": ("{{ '{:.999999999f}'.format(1.5) }}", WIDE),
     "many fields": ("{{ ('{0}' * 100000).format('x' * 100000) }}", TOO_LARGE),
+    "a long text of fields": ("{{ ('{{' * 8000000).format() }}", TOO_LARGE),
     "a date": ("{{ strftime_now('%c' * 100000) }}", "formats a date by more than"),
     # Texts and lists
     "repeated text": ("{{ 'a' * 10**10 }}", TOO_LARGE),
@@ -314,6 +319,9 @@ def main() -> None:
     for name, template in templates.items():
         child = os.fork()
         if not child:
+            # What a template got past all checks must not take the machine with it.
+            signal.alarm(30)
+            resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
             if name in short:
                 meter.MAX_SECONDS = SHORT_S
             print(json.dumps(_render(name, template)), flush=True)

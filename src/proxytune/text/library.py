@@ -162,6 +162,7 @@ class _EscapeFormatter(_Formatter, SandboxedEscapeFormatter):
 
 def formatted(environment: SandboxedEnvironment, text: str, /, *args: Any, **kwargs: Any) -> str:
     """Return `text.format(...)`; its fields see what a template may see."""
+    current().expect(NODE_BYTES * len(text))  # It is read character by character.
     plain: Any = text
     formatter: _Formatter = (
         _EscapeFormatter(environment, escape=plain.escape)

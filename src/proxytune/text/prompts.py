@@ -6,8 +6,10 @@ its chat template where the base sees plain text. A format is
 - `plain`: the text as it is, with the special tokens that the tokenizer usually adds;
 - `chat`: the tokenizer's chat template, ready for the assistant's turn;
 - a Jinja template, recognised by `{{` or `{%`. It sees `messages`, `prompt` (the text of the last user
-  message), `bos_token`, `eos_token` and `add_generation_prompt`, and writes its special tokens itself.
+  message), `bos_token`, `eos_token` and `add_generation_prompt`, and writes its special tokens itself. A chat
+  template can be copied, since it also sees what transformers gives to one.
 
+Both kinds of templates are rendered by `template.py`, in the language of transformers and within its bounds.
 Prompts given as token ids do not pass through here.
 """
 

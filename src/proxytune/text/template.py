@@ -30,7 +30,7 @@ from proxytune.text.meter import MAX_BYTES, MAX_INT_BITS, TemplateRefused, curre
 MAX_SOURCE = 2**18
 """Characters of a template. The longest of 170 published chat templates has 19,600."""
 MAX_TOKENS = 10_000
-"""Tokens of Jinja's lexer in one template. The longest of those has 4,100."""
+"""Tokens of Jinja's lexer in one template. The longest of those has 2,600."""
 _DICT_NAMES = frozenset(dir(dict))
 
 
