@@ -26,6 +26,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "logits": ("certificate", "policy", "sample", "steer", "rules", "views"),
     "text": ("prompts", "detokenize", "vocab"),
     "checkpoints": (
+        "untrusted",
         "headers",
         "conversion",
         "hub",
