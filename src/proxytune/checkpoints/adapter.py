@@ -312,8 +312,10 @@ def lora_layers(
 _FIRST_LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 _PLAIN_NAME = re.compile(r"[\w.-]+")
 
-PATTERN_SECONDS = 2.0
-"""The time that all patterns of an adapter may take; usual ones take a few milliseconds."""
+_LARGE_REPEAT = re.compile(r"\{\d*,?\d{4}")
+
+PATTERN_SECONDS = 1.0
+"""The processor time that all patterns of an adapter may take; usual ones take a few milliseconds."""
 
 
 class _Patterns:
@@ -336,12 +338,16 @@ class _Patterns:
             if left <= 0:
                 raise TimeoutError
             if pattern not in self._compiled:
+                # What `re` does not know, such as recursion, PEFT would refuse as well.
+                re.compile(pattern)
+                if _LARGE_REPEAT.search(pattern):
+                    raise ValueError("it repeats something more than 999 times")
                 self._compiled[pattern] = regex.compile(pattern)
             compiled = self._compiled[pattern]
             return (compiled.fullmatch if is_whole else compiled.match)(module, timeout=left)
         except TimeoutError:
             why = f"takes more than {PATTERN_SECONDS:g} s to match"
-        except (regex.error, RecursionError, OverflowError, MemoryError, ValueError) as error:
+        except (regex.error, re.error, RecursionError, OverflowError, ValueError) as error:
             why = f"cannot be used: {error!s:.80}"
         raise CorruptModel(
             f"the adapter {self._name}: the pattern {pattern[:80]!r} in its config {why}.\n"

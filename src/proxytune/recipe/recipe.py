@@ -166,7 +166,7 @@ class Recipe:
         path = directory / "config.json"
         if not os.path.lexists(path):
             raise RecipeError(
-                f"no recipe at {directory}: it holds no config.json.\n"
+                f"no recipe at {directory}: config.json cannot be read (no such file).\n"
                 "hint: write a recipe with `proxytune new`"
             )
         try:

@@ -57,9 +57,9 @@ class LlamaCppSettings:
         RecipeError: A value cannot be used.
     """
 
-    threads: int | None = recipe_key(at_least=1)
-    gpu_layers: int = recipe_key(-1, at_least=-1)
-    context_size: int | None = recipe_key(at_least=1)
+    threads: int | None = recipe_key(at_least=1, at_most=4096)
+    gpu_layers: int = recipe_key(-1, at_least=-1, at_most=1_000_000)
+    context_size: int | None = recipe_key(at_least=1, at_most=2**31 - 1)
     cache_dtype: str | None = recipe_key(choices=CACHE_DTYPES)
 
     def __post_init__(self) -> None:
@@ -101,11 +101,11 @@ class ApiSettings:
     # Lower case would let keys pass for names.
     key_env: str | None = recipe_key(pattern="^[A-Z_][A-Z0-9_]{0,63}$")
     endpoint: str | None = recipe_key(choices=ENDPOINTS)
-    top_logprobs: int | None = recipe_key(at_least=1)
-    lookahead: int | None = recipe_key(at_least=1)
-    max_concurrency: int = recipe_key(4, at_least=1)
-    timeout_s: float = recipe_key(60.0, above=0)
-    max_retries: int = recipe_key(8, at_least=0)
+    top_logprobs: int | None = recipe_key(at_least=1, at_most=1_000_000)
+    lookahead: int | None = recipe_key(at_least=1, at_most=4096)
+    max_concurrency: int = recipe_key(4, at_least=1, at_most=10_000)
+    timeout_s: float = recipe_key(60.0, above=0, at_most=86_400)
+    max_retries: int = recipe_key(8, at_least=0, at_most=1000)
     prompt_price: float = recipe_key(0.0, at_least=0)
     completion_price: float = recipe_key(0.0, at_least=0)
 
