@@ -1,4 +1,4 @@
-"""Valid recipes, adapters and headers, changed at random: a result or a user's error, in bounded time and memory.
+"""Valid recipes, adapters and headers, changed at random: a result or a user's error, in bounded time.
 
 The quick tests read 100 mutants of each kind, the slow ones 2,000 others.
 """
@@ -108,7 +108,7 @@ def test_a_changed_adapter_config_gives_an_adapter_or_a_users_error(models, tmp_
         adapter = find_adapter("adapter", root=tmp_path)
         adapter.check_fits(small)
         if is_loaded:
-            add_adapters(model, "small", {"mutant": adapter}, allow_pickle=False)
+            add_adapters(model, "small", {"mutant": adapter})
 
     def make(random: Random):
         return mutate_json(config, random), random.random() < 0.1

@@ -10,7 +10,8 @@ import typer
 
 from proxytune.commands.app import command
 from proxytune.commands.console import say
-from proxytune.commands.options import argument
+from proxytune.commands.flags import Pick
+from proxytune.commands.options import GrantOptions, argument
 from proxytune.commands.progress import waiting
 from proxytune.errors import InvalidRequest
 from proxytune.settings import option
@@ -55,6 +56,7 @@ def export_gguf(
         Path, argument("OUTPUT", "Where to write: a directory for a recipe, otherwise a .gguf file")
     ],
     options: ExportOptions,
+    rights: Annotated[GrantOptions, Pick(leave_out=("key_env",))],
 ) -> None:
     """Write models and adapters as GGUF files, which llama.cpp runs.
 
@@ -93,6 +95,7 @@ def export_gguf(
             dtype=options.dtype.upper(),
             pre=options.pre,
             overwrite=options.force,
+            grants=rights.grants(),
         )
     for file in written.files:
         _say_exported(file)
