@@ -8,10 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from proxytune.commands.app import command
-from proxytune.commands.console import say, strengths_text
+from proxytune.commands.console import print_text, say, strengths_text
 from proxytune.commands.flags import Pick, number_of
 from proxytune.commands.options import ModelOptions, RecipeArgument, SteeringOptions, steering_of
 from proxytune.errors import InvalidRequest, UserError
@@ -100,11 +98,10 @@ class _Chat:
         try:
             steps = self._conversation.say(text)
             for step in steps:
-                typer.echo(step.text, nl=False)
-                sys.stdout.flush()
-            typer.echo()
+                print_text(step.text, end="")
+            print_text()
         except KeyboardInterrupt:
-            typer.echo()
+            print_text()
             say("stopped")
         except UserError as error:
             say(f"{error}\nhint: /reset forgets the conversation so far")
@@ -174,5 +171,5 @@ def _typed_lines(is_terminal: bool) -> Iterator[str]:
         except KeyboardInterrupt:
             say("\n(Ctrl-D or /quit ends)")
         except EOFError:
-            typer.echo()
+            print_text()
             return

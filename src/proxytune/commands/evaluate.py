@@ -10,10 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from proxytune.commands.app import command, print_result
-from proxytune.commands.console import say, stdout
+from proxytune.commands.console import print_text, say, stdout
 from proxytune.commands.flags import Pick
 from proxytune.commands.options import AS_JSON, ModelOptions, RecipeArgument
 from proxytune.commands.progress import ProgressBars
@@ -134,5 +132,5 @@ def _show(report: EvalReport) -> None:
     for task in report.tasks:
         console.print(terminal_table(task))
         for note in task.notes:
-            typer.echo(f"  {note}")
-        typer.echo("")
+            print_text(f"  {note}")
+        print_text()

@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from proxytune.commands.app import command
 from proxytune.commands.console import (
     argument_text,
     json_line,
+    print_text,
     rate_text,
     say,
     stdin_text,
@@ -144,8 +143,7 @@ def _generated(model: ProxyTuned, request: Request, options: GenerateOptions) ->
     is_streamed = _is_streamed(options)
 
     def show(_: int, event: Event) -> None:
-        typer.echo((event.step.text if event.step else "") + event.tail, nl=False)
-        sys.stdout.flush()
+        print_text((event.step.text if event.step else "") + event.tail, end="")
 
     try:
         return model.generate_batch(
@@ -153,15 +151,15 @@ def _generated(model: ProxyTuned, request: Request, options: GenerateOptions) ->
         )[0]
     except KeyboardInterrupt:
         if is_streamed:
-            typer.echo()
+            print_text()
         raise
     except ProxytuneError as error:
         for kept in error.traces:  # what was generated until then
             if options.as_json:
                 has_logprobs = request.sampling.logprobs is not None
-                typer.echo(json_line(kept.summary(logprobs=has_logprobs)))
+                print_text(json_line(kept.summary(logprobs=has_logprobs)))
             else:
-                typer.echo("" if is_streamed else kept.text)
+                print_text("" if is_streamed else kept.text)
         raise
 
 
@@ -170,9 +168,9 @@ def _show(trace: Trace, options: GenerateOptions, *, logprobs: bool) -> None:
         summary = trace.summary(logprobs=logprobs)
         if options.speculative:
             summary |= {"num_drafted": trace.num_drafted, "num_accepted": trace.num_accepted}
-        typer.echo(json_line(summary))
+        print_text(json_line(summary))
         return
-    typer.echo("" if _is_streamed(options) else trace.text)
+    print_text("" if _is_streamed(options) else trace.text)
     drafted = f" · {trace.num_accepted} of {trace.num_drafted} drafted"
     say(
         f"{rate_text(trace.num_new_tokens, trace.latency_s)} · {trace.finish_reason} · "
@@ -207,9 +205,9 @@ def _show_choice(model: ProxyTuned, request: Request, options: GenerateOptions) 
     probs = dict(zip(answers, found.probs, strict=True))
     if options.as_json:
         content = {"choice": found.option, "index": found.index, "probs": probs}
-        typer.echo(json_line(content | {"is_certified": found.is_certified}))
+        print_text(json_line(content | {"is_certified": found.is_certified}))
         return
-    typer.echo(found.option)
+    print_text(found.option)
     shares = ", ".join(f"{answer.strip()} {prob:.3f}" for answer, prob in probs.items())
     proof = {None: "", True: " · certified", False: " · not certified"}[found.is_certified]
     say(f"{shares} · {strengths_text(found.alphas)}{proof}")
@@ -307,4 +305,4 @@ def _show_file(report: BatchReport, output_file: Path, *, as_json: bool) -> None
             "bad_lines": list(report.bad_lines),
             "latency_s": round(report.latency_s, 4),
         }
-        typer.echo(json_line(content))
+        print_text(json_line(content))
