@@ -98,12 +98,12 @@ def analyze(
         assert recipe is not None
         traces = _asked(recipe, options, steering, sampling, models)
     analysis = analyze_traces(traces, min_count=options.min_count)
+    print_result(analysis, _show, as_json=options.as_json)
     if options.picture is not None:
         from proxytune.explain.pictures import draw_analysis
 
         draw_analysis(analysis, options.picture)
         say(f"wrote {options.picture}")
-    print_result(analysis, _show, as_json=options.as_json)
 
 
 def _asked(

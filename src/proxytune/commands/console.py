@@ -12,7 +12,7 @@ import typer
 
 from proxytune.commands.streams import beneath, escaped
 from proxytune.errors import InputFileError, InvalidRequest
-from proxytune.files import unwritable
+from proxytune.files import writing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -111,10 +111,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OutputFileError: It cannot be written.
     """
-    try:
+    with writing(path):
         path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise unwritable(path, error) from error
 
 
 def argument_text(text: str) -> str:

@@ -104,8 +104,8 @@ def evaluate(
         result = run(
             found, report.output, options, load=load, name=recipe, on_progress=show, say=say
         )
-    _write(result, report.output)
     print_result(result, _show, as_json=report.as_json)
+    _write(result, report.output)
     resumed = f", {result.num_resumed:,} were there before" if result.num_resumed else ""
     say(f"{result.num_generated:,} samples generated{resumed}; everything is in {report.output}")
 

@@ -128,9 +128,9 @@ def generate(
         _show_choice(model, request, options)
         return
     trace = _generated(model, request, options)
+    _show(trace, options, logprobs=sampling.logprobs is not None)
     if options.trace_file is not None:
         write_text(options.trace_file, trace.to_json() + "\n")
-    _show(trace, options, logprobs=sampling.logprobs is not None)
 
 
 def _is_streamed(options: GenerateOptions) -> bool:
@@ -292,6 +292,8 @@ def _show_file(report: BatchReport, output_file: Path, *, as_json: bool) -> None
             f"{output_file}: {report.num_lines:,} lines{resumed if report.num_resumed else ''}; "
             f"{rate_text(report.num_new_tokens, report.latency_s)}"
         )
+    if report.input_change:
+        say(f"note: {report.input_change}")
     if report.bad_lines:
         say(f"left out {len(report.bad_lines):,} bad line(s): {number_list(report.bad_lines)}")
         for reason in report.reasons:
@@ -304,5 +306,6 @@ def _show_file(report: BatchReport, output_file: Path, *, as_json: bool) -> None
             "num_new_tokens": report.num_new_tokens,
             "bad_lines": list(report.bad_lines),
             "latency_s": round(report.latency_s, 4),
+            "input_change": report.input_change or None,
         }
         print_text(json_line(content))

@@ -21,7 +21,7 @@ class PlainConsole(Console):
     def __init__(self, *, file: IO[str], width: int | None = None) -> None:
         super().__init__(file=file, width=width, highlight=False, markup=False, emoji=False)
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: Any) -> Text:
         """Escape a string before it is measured: rich drops some control characters."""
         return super().render_str(escaped(text), **options)
 

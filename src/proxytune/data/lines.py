@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -141,6 +142,11 @@ def _request(prompt: Any, own: Mapping[str, Any], number: int, options: BatchOpt
     return Request(prompt, sampling, steering.alpha, steering.experts)
 
 
+def _numbered(number: int, raw: bytes) -> bytes:
+    """Return a line as the digest of a file takes it."""
+    return b"%d:%d:" % (number, len(raw)) + raw
+
+
 def _experts(value: object) -> Experts:
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return tuple(value)
@@ -159,7 +165,7 @@ def _kind(value: object) -> str:
 
 
 class InputFile:
-    """The input file, read line by line and more than once."""
+    """The input file, read line by line and more than once: always what it held when it was first read."""
 
     def __init__(self, path: Path, recipe: Recipe, options: BatchOptions) -> None:
         self._path = path
@@ -177,11 +183,10 @@ class InputFile:
                     "hint: write the prompts into a file first"
                 )
             self._file: IO[bytes] = path.open("rb")
+            self._state = self._current_state()
         except OSError as error:
-            raise InputFileError(
-                f"{path} cannot be read: {error.strerror}.\nhint: give a file of JSON "
-                'lines, such as {"prompt": "Once upon a time"}'
-            ) from error
+            raise self._unreadable(error) from error
+        self._size: int | None = None  # bytes, as soon as all are read
 
     def __enter__(self) -> InputFile:
         return self
@@ -189,13 +194,34 @@ class InputFile:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
+    def _unreadable(self, error: OSError) -> InputFileError:
+        return InputFileError(
+            f"{self._path} cannot be read: {error.strerror}.\nhint: give a file of JSON "
+            'lines, such as {"prompt": "Once upon a time"}'
+        )
+
+    def _current_state(self) -> tuple[int, int]:
+        state = os.fstat(self._file.fileno())
+        return state.st_size, state.st_mtime_ns
+
     def _raw_lines(self) -> Iterator[tuple[int, bytes]]:
-        self._file.seek(0)
-        for number, raw in enumerate(self._file, 1):
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")  # Some editors put a byte order mark there.
-            if raw.strip():
-                yield number, raw
+        size = 0
+        try:
+            self._file.seek(0)
+            for number, raw in enumerate(self._file, 1):
+                if self._size is not None:
+                    raw = raw[: self._size - size]
+                    if not raw:
+                        return
+                size += len(raw)
+                if number == 1:
+                    # Some editors put a byte order mark there.
+                    raw = raw.removeprefix(b"\xef\xbb\xbf")
+                if raw.strip():
+                    yield number, raw
+        except OSError as error:
+            raise self._unreadable(error) from error
+        self._size = size
 
     def check_lines(self) -> tuple[str, ...]:
         """Check every line, and return the experts that the lines use.
@@ -206,7 +232,7 @@ class InputFile:
         experts: set[str] = set()
         digest = hashlib.sha256()
         for number, raw in self._raw_lines():
-            digest.update(b"%d:%d:" % (number, len(raw)) + raw)
+            digest.update(_numbered(number, raw))
             try:
                 line = parse_line(raw, number, recipe=self._recipe, options=self._options)
             except UserError as error:
@@ -217,6 +243,55 @@ class InputFile:
         self.sha256 = digest.hexdigest()
         self._check_some_left()
         return tuple(e.name for e in self._recipe.experts if e.name in experts)
+
+    def check_unchanged(self, *, thoroughly: bool = False) -> None:
+        """Check that what was read is still there; lines may have been added.
+
+        Args:
+            thoroughly: Read the file even if its size and time are those of before.
+
+        Raises:
+            InputFileError: It is not.
+        """
+        state = self._current_state()
+        if state == self._state and not thoroughly:
+            return
+        digest = hashlib.sha256()
+        for number, raw in self._raw_lines():
+            digest.update(_numbered(number, raw))
+        if digest.hexdigest() != self.sha256:
+            raise InputFileError(
+                f"{self._path} has changed while it was being read, so answers would not belong to its lines."
+                "\nhint: restore the file and run the same command again, or give another output file"
+            )
+        self._state = state
+
+    def begins_with(self, sha256: str) -> bool:
+        """Return whether the file with that `sha256` had the first lines of this one."""
+        digest = hashlib.sha256()
+        for number, raw in self._raw_lines():
+            for known in (raw, raw.removesuffix(b"\n")):  # Its last line may have had no end.
+                last = digest.copy()
+                last.update(_numbered(number, known))
+                if last.hexdigest() == sha256:
+                    return True
+            digest.update(_numbered(number, raw))
+        return False
+
+    def change(self) -> str:
+        """Return what has become of the file since it was read, as a sentence; empty if nothing has."""
+        try:
+            is_there = os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        except OSError:
+            is_there = False
+        if not is_there:
+            return f"{self._path} was replaced or removed; the answers are those to what it held before"
+        if self._current_state()[0] > (self._size or 0):
+            return (
+                f"{self._path} has grown; the answers are those to its first {self.num_lines:,} lines, and "
+                "the same command answers the others"
+            )
+        return ""
 
     def check_requests(self, model: ProxyTuned) -> None:
         """Check that every prompt fits the models.

@@ -7,9 +7,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from proxytune.errors import OutputFileError, missing_extra
+from proxytune.errors import missing_extra
 from proxytune.explain.moves import moves
 from proxytune.explain.summary import running_share
+from proxytune.files import save_figure
 from proxytune.trace import Trace
 
 if TYPE_CHECKING:
@@ -85,12 +86,7 @@ def draw_analysis(analysis: Analysis, path: Path) -> None:
     for cell in cells[len(panels) :]:
         cell.set_visible(False)
     try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise OutputFileError(
-            f"the picture {path} cannot be written: {error}.\n"
-            "hint: use a name that ends in .png, .svg or .pdf"
-        ) from error
+        save_figure(figure, path)
     finally:
         pyplot.close(figure)
 
