@@ -9,8 +9,8 @@ interrupted run that is started again leaves the same bytes as an uninterrupted 
   of the input. A restarted run cuts off an incomplete block and generates it again with the same lines.
 - A sampled line without a seed gets one from the run's seed (default 0) and the line's number.
 - `OUTPUT.progress.json` holds the settings that the output was started with; other settings are refused. An
-  input that has more lines than it had then is continued. One that changes while it is read is noticed: lines
-  added meanwhile are left for the next run, and any other change is refused.
+  input that has more lines than it had then is continued. One that changes during the run is noticed: every
+  answer is to a line as it was at the start, and lines added meanwhile are left for the next run.
 
 How one answer is generated is decided in `model.py`.
 """
@@ -96,8 +96,8 @@ def run_batch(
         on_progress: Called once with what an earlier run left, then after each token.
 
     Raises:
-        InputFileError: The input cannot be read, has no prompts, a line cannot be used, or lines have changed
-            during the run.
+        InputFileError: The input cannot be read, has no prompts, a line cannot be used, or a line has
+            changed before its turn.
         OutputFileError: The output cannot be written, is being written by another process, or was started
             with other settings.
         BackendError: A model failed; what is written stays, and the same call continues.
@@ -128,7 +128,6 @@ def run_batch(
             started = time.perf_counter()
             num_new_tokens = _generate(model, source, output, num_resumed, options, on_progress)
             latency_s = time.perf_counter() - started
-            source.check_unchanged(thoroughly=True)
             output.finish(source.num_lines, source.bad_lines)
             change = source.change()
     bad_lines, reasons = tuple(sorted(source.bad_lines)), tuple(source.reasons)
@@ -173,7 +172,6 @@ def _generate(
             on_event=count,
             speculative=options.speculative,
         )
-        source.check_unchanged()
         output.append(answer(line, trace) for line, trace in zip(block, traces, strict=True))
     return num_new_tokens
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -183,10 +184,10 @@ class InputFile:
                     "hint: write the prompts into a file first"
                 )
             self._file: IO[bytes] = path.open("rb")
-            self._state = self._current_state()
         except OSError as error:
             raise self._unreadable(error) from error
         self._size: int | None = None  # bytes, as soon as all are read
+        self._hashes = array("q")  # of the lines as they were first read
 
     def __enter__(self) -> InputFile:
         return self
@@ -200,19 +201,25 @@ class InputFile:
             'lines, such as {"prompt": "Once upon a time"}'
         )
 
-    def _current_state(self) -> tuple[int, int]:
-        state = os.fstat(self._file.fileno())
-        return state.st_size, state.st_mtime_ns
+    def _raw_lines(self, file: IO[bytes] | None = None) -> Iterator[tuple[int, bytes]]:
+        """Yield the lines that are not blank, of this file or of what is at its path now.
 
-    def _raw_lines(self) -> Iterator[tuple[int, bytes]]:
-        size = 0
+        Raises:
+            InputFileError: It cannot be read, or a line is not what it was when it was first read.
+        """
+        file, size = file or self._file, 0
         try:
-            self._file.seek(0)
-            for number, raw in enumerate(self._file, 1):
-                if self._size is not None:
+            for number in count(1):
+                file.seek(size)  # Another pass may have begun meanwhile.
+                raw = file.readline()
+                if self._size is None:
+                    self._hashes.append(hash(raw))
+                else:
                     raw = raw[: self._size - size]
-                    if not raw:
-                        return
+                    if hash(raw) != self._hashes[number - 1]:
+                        raise self._changed()
+                if not raw:
+                    break
                 size += len(raw)
                 if number == 1:
                     # Some editors put a byte order mark there.
@@ -222,6 +229,12 @@ class InputFile:
         except OSError as error:
             raise self._unreadable(error) from error
         self._size = size
+
+    def _changed(self) -> InputFileError:
+        return InputFileError(
+            f"{self._path} has changed while it was being read: what some lines asked is lost.\n"
+            "hint: restore the file and run the same command again, or give another output file"
+        )
 
     def check_lines(self) -> tuple[str, ...]:
         """Check every line, and return the experts that the lines use.
@@ -244,28 +257,6 @@ class InputFile:
         self._check_some_left()
         return tuple(e.name for e in self._recipe.experts if e.name in experts)
 
-    def check_unchanged(self, *, thoroughly: bool = False) -> None:
-        """Check that what was read is still there; lines may have been added.
-
-        Args:
-            thoroughly: Read the file even if its size and time are those of before.
-
-        Raises:
-            InputFileError: It is not.
-        """
-        state = self._current_state()
-        if state == self._state and not thoroughly:
-            return
-        digest = hashlib.sha256()
-        for number, raw in self._raw_lines():
-            digest.update(_numbered(number, raw))
-        if digest.hexdigest() != self.sha256:
-            raise InputFileError(
-                f"{self._path} has changed while it was being read, so answers would not belong to its lines."
-                "\nhint: restore the file and run the same command again, or give another output file"
-            )
-        self._state = state
-
     def begins_with(self, sha256: str) -> bool:
         """Return whether the file with that `sha256` had the first lines of this one."""
         digest = hashlib.sha256()
@@ -281,17 +272,18 @@ class InputFile:
     def change(self) -> str:
         """Return what has become of the file since it was read, as a sentence; empty if nothing has."""
         try:
-            is_there = os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
-        except OSError:
-            is_there = False
-        if not is_there:
-            return f"{self._path} was replaced or removed; the answers are those to what it held before"
-        if self._current_state()[0] > (self._size or 0):
-            return (
-                f"{self._path} has grown; the answers are those to its first {self.num_lines:,} lines, and "
-                "the same command answers the others"
-            )
-        return ""
+            with self._path.open("rb") as file:
+                for _ in self._raw_lines(file):
+                    pass
+                file.seek(self._size or 0)
+                if not file.read(1):
+                    return ""
+        except (OSError, InputFileError):
+            return f"{self._path} has changed; the answers are those to what it held before"
+        return (
+            f"{self._path} has grown; the answers are those to its first {self.num_lines:,} lines, and the "
+            "same command answers the others"
+        )
 
     def check_requests(self, model: ProxyTuned) -> None:
         """Check that every prompt fits the models.

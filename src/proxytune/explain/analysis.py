@@ -232,9 +232,7 @@ class _GroupBuilder:
         ]
         types.sort(key=lambda each: -(each[1].mean_prob_change or 0.0))
         types = types[:num_types]
-        with self._ids:
-            with _writing_temporarily():
-                self._ids.flush()
+        with _writing_temporarily(), self._ids:
             contexts = common_contexts(self._saved_texts(), [token_id for token_id, _ in types])
         for token_id, tally in types:
             window, count = contexts[token_id]
