@@ -100,7 +100,8 @@ def generate(
 
     A file holds one JSON object per line, with prompt (text, messages or token ids) or messages, and
     optionally options for this line alone; the output file holds the same objects with output added. After an
-    interruption, the same command continues the run, and the file becomes the same as without one.
+    interruption, the same command continues the run, and the file becomes the same as without one; it also
+    answers lines that were added to the input since.
     """
     _refuse_contradictions(given_flags(PROMPT=prompt, options=options, sampling=sampling))
     if options.input_file is not None and options.output_file is not None:
