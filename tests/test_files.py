@@ -134,15 +134,17 @@ class _Figure:
 
 def test_a_picture_is_written_whole_in_the_format_of_its_name(tmp_path):
     figure = Figure()
-    for name, first in (("new/a.png", b"\x89PNG"), ("a.SVG", b"<?xml"), ("a.pdf", b"%PDF")):
+    for name, first in (("a.png", b"\x89PNG"), ("a.SVG", b"<?xml"), ("a.pdf", b"%PDF")):
         save_figure(figure, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(first)
     with pytest.raises(
         OutputFileError, match=r"a.txt cannot be written: .*txt(.|\n)*hint: .*\.png"
     ):
         save_figure(figure, tmp_path / "a.txt")
+    with pytest.raises(OutputFileError, match=r"no/a\.png cannot be written: there is no .*no\.\n"):
+        save_figure(figure, tmp_path / "no" / "a.png")
     before = (tmp_path / "a.pdf").read_bytes()
     with pytest.raises(OutputFileError, match=r"a\.pdf cannot be written: No space left"):
         save_figure(_Figure(), tmp_path / "a.pdf")
     assert (tmp_path / "a.pdf").read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.SVG", "a.pdf", "new"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.SVG", "a.pdf", "a.png"]

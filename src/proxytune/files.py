@@ -98,13 +98,15 @@ def save_figure(figure: Figure, path: Path, **options: Any) -> None:
 
     Args:
         figure: What matplotlib has drawn.
-        path: Output file.
+        path: Output file, in a directory that is there.
         **options: Those of `Figure.savefig`.
 
     Raises:
         OutputFileError: It cannot be written, or matplotlib does not know the format.
     """
     hint = "give a .png, .svg or .pdf file in a place with free space"
+    if not path.parent.is_dir():
+        raise OutputFileError(f"{path} cannot be written: there is no {path.parent}.\nhint: {hint}")
     with replacing(path, hint=hint) as part:
         try:
             figure.savefig(part, format=path.suffix[1:].lower() or "png", **options)

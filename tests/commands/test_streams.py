@@ -299,6 +299,16 @@ def test_a_full_disk_under_an_answer_ends_with_2_and_a_message(tmp_path: Path, o
     assert "Traceback" not in stderr and "ignored" not in stderr
 
 
+@full
+def test_a_full_disk_under_a_chat_ends_it(tmp_path: Path):
+    code, recipe = writer(tmp_path)
+    (tmp_path / "lines").write_text("hi\nand\n")
+    with open("/dev/full", "wb") as stdout, (tmp_path / "lines").open() as stdin:
+        status, _, stderr = in_pipes(code, "chat", recipe, stdout=stdout, stdin=stdin)
+    assert status == 2 and stderr.count("stdout cannot be written: No space left") == 1
+    assert "/reset" not in stderr
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["doctor", "RECIPE"]])
 def test_a_reader_that_is_gone_ends_a_command_without_a_word(hostile_recipe: Path, arguments):
     """As under `| head -1`; 141 is what a shell reports for a program that SIGPIPE ended."""

@@ -30,8 +30,8 @@ def _started(code: str, arguments: Sequence[str | Path], **streams: Any) -> subp
 
 def in_pipes(code: str, *arguments: str | Path, **streams: Any) -> tuple[int, str, str]:
     """Return the exit code, stdout and stderr; streams that are given are not read."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
-    with _started(code, arguments, stdin=subprocess.DEVNULL, **pipes) as process:
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with _started(code, arguments, **{**pipes, **streams}) as process:
         stdout, stderr = process.communicate(timeout=120)
     return process.returncode, (stdout or b"").decode(), (stderr or b"").decode()
 

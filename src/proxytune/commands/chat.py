@@ -12,7 +12,7 @@ from proxytune.commands.app import command
 from proxytune.commands.console import print_text, say, strengths_text
 from proxytune.commands.flags import Pick, number_of
 from proxytune.commands.options import ModelOptions, RecipeArgument, SteeringOptions, steering_of
-from proxytune.errors import InvalidRequest, UserError
+from proxytune.errors import InvalidRequest, OutputFileError, UserError
 from proxytune.request import SPECULATIVE, SamplingParams, Steering
 from proxytune.settings import option
 
@@ -103,6 +103,8 @@ class _Chat:
         except KeyboardInterrupt:
             print_text()
             say("stopped")
+        except OutputFileError:
+            raise  # stdout takes no more answers
         except UserError as error:
             say(f"{error}\nhint: /reset forgets the conversation so far")
         finally:
