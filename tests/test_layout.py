@@ -34,7 +34,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "checkpoint",
         "adapter",
     ),
-    "recipe": ("checks", "spec", "card", "directory", "recipe"),
+    "recipe": ("checks", "spec", "card", "directory", "recipe", "files"),
     "export": ("layout", "tokenizer", "write", "adapter", "model", "recipe"),
     "backends": (
         "base",

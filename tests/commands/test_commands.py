@@ -366,6 +366,7 @@ def test_only_the_chosen_experts_are_loaded(recipe: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(ProxyTuned, "load", staticmethod(load))
     run("generate", recipe, "ab", "--expert", "second", "--device", "cpu", "--dtype", "bfloat16")
     options = {"device": "cpu", "dtype": "bfloat16", "cuda_graphs": False, "budget": None}
+    options |= {"trust_remote_code": False, "allow_pickle": False, "key_env": None}
     assert loaded == [(("second",), options)]
 
 

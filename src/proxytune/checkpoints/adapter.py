@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from proxytune.checkpoints.checkpoint import Checkpoint
+from proxytune.checkpoints.checkpoint import OR_GRANT, Checkpoint
 from proxytune.checkpoints.headers import (
     StoredTensor,
     read_gguf_header,
@@ -41,6 +41,7 @@ class AdapterFiles:
         config: The content of `adapter_config.json`, or the file's metadata.
         tensors: Names and shapes of its weights.
         is_gguf: Whether it is a file for llama.cpp.
+        allow_pickle: Whether pickled weights may be read.
     """
 
     name: str
@@ -48,6 +49,7 @@ class AdapterFiles:
     config: Mapping[str, Any] = field(repr=False)
     tensors: Mapping[str, StoredTensor] = field(repr=False)
     is_gguf: bool = False
+    allow_pickle: bool = False
 
     @property
     def num_parameters(self) -> int:
@@ -182,9 +184,9 @@ def find_adapter(
     if not allow_pickle:
         raise UnsafeModel(
             f"{reference} has only pickled weights (adapter_model.bin), and reading those can run any code.\n"
-            'hint: save it as safetensors, or if you trust it set "allow_pickle": true'
+            "hint: save it as safetensors" + OR_GRANT.format("allow_pickle", "--allow-pickle")
         )
-    return AdapterFiles(reference, directory, config, {})
+    return AdapterFiles(reference, directory, config, {}, allow_pickle=True)
 
 
 def _gguf_adapter(reference: str, path: Path) -> AdapterFiles:

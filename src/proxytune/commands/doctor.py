@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 def doctor(recipe: RecipeArgument, as_json: JsonOption = False) -> None:
     """Check a recipe without loading weights.
 
-    Shows vocabularies, parameters, dtypes, prompt formats, and the memory that is needed and available. The
-    exit code is 2 if something keeps the recipe from running.
+    Shows vocabularies, parameters, dtypes, prompt formats, the memory that is needed and available, and the
+    rights that the recipe asks for; none of its code runs. The exit code is 2 if something keeps the recipe
+    from running, also if that is only a right that you have to grant.
     """
     from proxytune.recipe.recipe import Recipe
 
@@ -35,7 +36,12 @@ def doctor(recipe: RecipeArgument, as_json: JsonOption = False) -> None:
         diagnosis = examine(found, ask_server=True)
     print_result(diagnosis, lambda found: stdout().print(rendered(found)), as_json=as_json)
     if not diagnosis.is_healthy:
-        say("error: the recipe cannot run as it is")
+        flags = " ".join(dict.fromkeys(one.flag for one in diagnosis.asked))
+        others = len(diagnosis.problems) - len(diagnosis.asked)
+        if others:
+            say("error: the recipe cannot run as it is")
+        if flags:
+            say(f"error: the recipe asks for rights that only you can grant: {flags}")
         raise typer.Exit(2)
 
 

@@ -94,7 +94,7 @@ def evaluate(
 
     def load(wanted: Recipe, experts: tuple[str, ...] | None) -> ProxyTuned:
         is_api = wanted.base.api is not None
-        own = models if is_api else replace(models, max_calls=None, max_cost=None)
+        own = models if is_api else replace(models, max_calls=None, max_cost=None, key_env=None)
         return own.load(wanted, experts)
 
     def show(state: EvalProgress) -> None:

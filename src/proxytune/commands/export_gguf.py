@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from proxytune.commands.app import command
 from proxytune.commands.console import print_text, say
-from proxytune.commands.options import argument
+from proxytune.commands.flags import Pick
+from proxytune.commands.options import GrantOptions, argument
 from proxytune.commands.progress import waiting
 from proxytune.errors import InvalidRequest
 from proxytune.settings import option
@@ -53,6 +54,7 @@ def export_gguf(
         Path, argument("OUTPUT", "Where to write: a directory for a recipe, otherwise a .gguf file")
     ],
     options: ExportOptions,
+    rights: Annotated[GrantOptions, Pick(leave_out=("key_env",))],
 ) -> None:
     """Write models and adapters as GGUF files, which llama.cpp runs.
 
@@ -91,6 +93,7 @@ def export_gguf(
             dtype=options.dtype.upper(),
             pre=options.pre,
             overwrite=options.force,
+            grants=rights.grants(),
         )
     for file in written.files:
         _say_exported(file)

@@ -27,7 +27,7 @@ VLLM_DRAFT = 4
 """Tokens that the expert drafts at a time in vLLM with --speculative."""
 VLLM_OPTIONS = frozenset(
     {"recipe", "engine", "host", "port", "name", "api_key_file", "no_key", "cors_origins"}
-    | {"max_rows", "speculative", "dtype", "vllm_options"}
+    | {"max_rows", "speculative", "dtype", "trust_remote_code", "allow_pickle", "vllm_options"}
 )
 """What --engine vllm honours; the rest has names of vLLM's own."""
 
@@ -133,6 +133,7 @@ def serve(
             name=name,
             dtype=models.dtype,
             num_drafted=VLLM_DRAFT if listen.speculative else 0,
+            grants=models.grants(),
             options=[*own, *(vllm_options or ())],
         )
         become_vllm_server(command_line, keys)

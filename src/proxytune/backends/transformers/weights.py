@@ -22,7 +22,6 @@ from proxytune.errors import (
     ModelNotFound,
     NotEnoughMemory,
     ProxytuneError,
-    UnsafeModel,
     UnsupportedModel,
     missing_extra,
 )
@@ -70,8 +69,8 @@ def load_model(checkpoint: Checkpoint, spec: ModelSpec) -> Any:
         "dtype": getattr(
             torch, running_dtype(spec.dtype, stored_dtype=checkpoint.stored_dtype, device=device)
         ),
-        "use_safetensors": None if spec.allow_pickle else True,
-        "trust_remote_code": spec.trust_remote_code,
+        "use_safetensors": None if checkpoint.allow_pickle else True,
+        "trust_remote_code": checkpoint.trust_remote_code,
         "local_files_only": True,
         "output_loading_info": True,
     }
@@ -182,7 +181,7 @@ _BEYOND_FACTORS = (
 
 
 def add_adapters(
-    model: Any, model_name: str, adapters: Mapping[str, AdapterFiles], allow_pickle: bool
+    model: Any, model_name: str, adapters: Mapping[str, AdapterFiles]
 ) -> tuple[Any, dict[str, str]]:
     """Add LoRA adapters to a model; return the wrapped model and PEFT's names for the adapters."""
     from peft import PeftModel, set_peft_model_state_dict
@@ -190,7 +189,7 @@ def add_adapters(
     names = {name: f"adapter_{index}" for index, name in enumerate(adapters)}  # PEFT allows no dots
     wrapped: Any = None
     for name, files in adapters.items():
-        config, weights = read_adapter(files, allow_pickle=allow_pickle)
+        config, weights = read_adapter(files)
         config.inference_mode = True
         misfit = f"adapter {files.name} does not fit {model_name}"
         hint = "\nhint: an adapter fits only the model it was trained on"
@@ -214,12 +213,11 @@ def add_adapters(
     return wrapped, names
 
 
-def read_adapter(files: AdapterFiles, *, allow_pickle: bool) -> tuple[Any, dict[str, Tensor]]:
+def read_adapter(files: AdapterFiles) -> tuple[Any, dict[str, Tensor]]:
     """Return a LoRA adapter's config, as PEFT reads it, and its weights on the CPU.
 
     Raises:
         CorruptModel: It cannot be read.
-        UnsafeModel: It has only pickled weights, and those are not allowed.
         ModelNotFound: It has no weights.
         UnsupportedModel: It is more than LoRA factors beside linear layers.
     """
@@ -229,12 +227,12 @@ def read_adapter(files: AdapterFiles, *, allow_pickle: bool) -> tuple[Any, dict[
         config: Any = PeftConfig.from_pretrained(str(files.path))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CorruptModel(f"the config of adapter {files.name} cannot be read: {error}") from error
-    weights = _adapter_weights(files, allow_pickle)
+    weights = _adapter_weights(files)
     _check_adapter_kind(config, weights, files.name)
     return config, weights
 
 
-def _adapter_weights(files: AdapterFiles, allow_pickle: bool) -> dict[str, Tensor]:
+def _adapter_weights(files: AdapterFiles) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -243,18 +241,13 @@ def _adapter_weights(files: AdapterFiles, allow_pickle: bool) -> dict[str, Tenso
     try:
         if path.is_file():
             return load_file(path)
-        if allow_pickle and pickled.is_file():
+        if files.allow_pickle and pickled.is_file():
             weights: dict[str, Tensor] = torch.load(pickled, map_location="cpu", weights_only=True)
             return weights
     except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
         raise CorruptModel(
             f"the weights of adapter {files.name} cannot be read: {error}"
         ) from error
-    if pickled.is_file():
-        raise UnsafeModel(
-            f"adapter {files.name} has only pickled weights, and unpickling can run code.\n"
-            "hint: save it as safetensors, or set allow_pickle if you trust it"
-        )
     raise ModelNotFound(f"adapter {files.name} has no adapter_model.safetensors in {files.path}")
 
 
