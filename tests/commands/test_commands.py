@@ -779,9 +779,10 @@ def test_an_unknown_device_or_dtype_is_refused(models: Path, tmp_path: Path):
 
 def process(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
     """Run the command line in a process of its own, after some code."""
+    root = Path(__file__).parents[2]
     return subprocess.run(
         [sys.executable, "-c", f"{code}\nfrom proxytune.cli import main\nmain()", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "LC_ALL": "C",
+        env={**os.environ, "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}", "LC_ALL": "C",
              "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         check=False,
