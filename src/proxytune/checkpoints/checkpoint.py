@@ -369,6 +369,8 @@ def _directory_checkpoint(
     hub_id: str | None,
     revision: str | None,
 ) -> Checkpoint:
+    if directory.is_dir():
+        check_links(directory, root=root)
     if not (directory / "config.json").is_file():
         hint = "a model's directory holds config.json, a tokenizer and model.safetensors"
         gguf = sorted(directory.glob("*.gguf"))
@@ -377,7 +379,6 @@ def _directory_checkpoint(
         elif gguf:
             hint = f"name the GGUF file itself: {name.rstrip('/')}/{gguf[0].name}"
         raise ModelNotFound(f"{name} holds no model: no config.json in {directory}.\nhint: {hint}")
-    check_links(directory, root=root)
     raw = read_json_file(directory / "config.json")
     _refuse_other_weights(name, directory, raw)
     if raw.get("model_type") == "proxytune":
