@@ -37,7 +37,7 @@ from proxytune.checkpoints.hub import (
 )
 from proxytune.checkpoints.placement import max_context
 from proxytune.checkpoints.references import local_path, unpinned_path
-from proxytune.checkpoints.untrusted import check_links, read_json_file
+from proxytune.checkpoints.untrusted import LIST_BYTES, check_links, read_json_file
 from proxytune.errors import CorruptModel, ModelNotFound, UnsafeModel, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -356,7 +356,9 @@ def holds_recipe(reference: str, *, root: Path) -> bool:
     path = local_path(reference, root=root)
     directory = hub_directory(reference, revision=None) if path is None else path
     config = directory / "config.json"
-    return config.is_file() and read_json_file(config).get("model_type") == "proxytune"
+    if not config.is_file():
+        return False
+    return read_json_file(config, at_most=LIST_BYTES).get("model_type") == "proxytune"
 
 
 def _directory_checkpoint(
