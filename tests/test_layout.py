@@ -143,6 +143,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "server": ("answer", "engine", "metrics", "schema", "settings", "service", "app", "run"),
     "commands": (
         "flags",
+        "streams",
+        "layout",
         "console",
         "progress",
         "app",

@@ -779,9 +779,10 @@ def test_an_unknown_device_or_dtype_is_refused(models: Path, tmp_path: Path):
 
 def process(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
     """Run the command line in a process of its own, after some code."""
+    root = Path(__file__).parents[2]
     return subprocess.run(
         [sys.executable, "-c", f"{code}\nfrom proxytune.cli import main\nmain()", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "LC_ALL": "C",
+        env={**os.environ, "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}", "LC_ALL": "C",
              "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         check=False,
@@ -849,8 +850,9 @@ def test_the_shell_completes_commands_options_and_the_recipes_experts(tmp_path):
 
 
 def test_the_help_lists_the_commands_in_their_usual_order():
-    """A command that imports another one's module registers it first."""
-    output = CliRunner().invoke(cli.app, ["--help"]).output
+    """A command that imports another one's module registers it first, as tests do that import one alone."""
+    program = [sys.executable, "-m", "proxytune", "--help"]
+    output = subprocess.run(program, capture_output=True, text=True, check=True).stdout
     listed = re.findall(r"^  ([a-z][a-z-]*)  ", output.split("Commands:")[1], re.MULTILINE)
     assert listed == [
         "new", "doctor", "export-gguf", "generate", "chat", "serve", "tune", "score", "eval", "grade",

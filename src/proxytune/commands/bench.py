@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from proxytune.commands.app import command
-from proxytune.commands.console import json_line, plain_table, say, stdout
+from proxytune.commands.console import json_line, plain_table, print_text, say, stdout
 from proxytune.commands.flags import Pick
 from proxytune.commands.options import (
     AS_JSON,
@@ -106,7 +104,7 @@ def bench(
             "machine": description(),
             "measured": [one.to_dict() for one in measured],
         }
-        typer.echo(json_line(answer))
+        print_text(json_line(answer))
     else:
         _show_speeds(measured, options.rounds)
 

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from proxytune.commands.app import command
-from proxytune.commands.console import say
+from proxytune.commands.console import print_text, say
 from proxytune.commands.flags import Pick
 from proxytune.commands.options import GrantOptions, argument
 from proxytune.commands.progress import waiting
@@ -81,7 +79,7 @@ def export_gguf(
     if not holds_recipe(source, root=Path.cwd()):
         file = _export_model(source, output, options)
         _say_exported(file)
-        typer.echo(file.path)
+        print_text(str(file.path))
         return
     if options.adapter is not None:
         raise InvalidRequest(
@@ -100,7 +98,7 @@ def export_gguf(
     for file in written.files:
         _say_exported(file)
     say(f"wrote {written.directory / 'config.json'}")
-    typer.echo(written.directory)
+    print_text(str(written.directory))
 
 
 def _export_model(source: str, output: Path, options: ExportOptions) -> ExportedFile:

@@ -194,9 +194,16 @@ def _name(reference: str) -> str:
     return reference.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1] or "recipe"
 
 
+class _OneLine(logging.Formatter):
+    """Keeps a record on a line of its own, so that nothing a client or a server sends can pose as another."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return super().formatMessage(record).replace("\n", "\\n")
+
+
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
     log = logging.getLogger("proxytune.server")
     log.addHandler(handler)
     log.setLevel(logging.INFO)

@@ -184,10 +184,10 @@ def sweep(
                 seed=options.seed,
                 on_progress=advance,
             )
+    print_result(report, _show, as_json=options.as_json)
     if options.picture is not None:
         draw(report, grid, options.picture)
         say(f"wrote {options.picture}")
-    print_result(report, _show, as_json=options.as_json)
 
 
 def _grid(recipe: Recipe, options: SweepOptions) -> tuple[Grid, tuple[str, ...]]:

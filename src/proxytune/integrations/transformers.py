@@ -27,6 +27,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from proxytune.errors import InvalidRequest, RecipeError, UnsupportedModel
+from proxytune.files import writing
 from proxytune.grants import NOTHING, Grants
 from proxytune.integrations.auto import (
     HUB_OPTIONS,
@@ -376,7 +377,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         is_new = not (target / "README.md").exists()
         self.config.recipe(self.recipe.directory).write(target)
         if is_new and card.is_file() and card.parent.resolve() != target.resolve():
-            shutil.copyfile(card, target / "README.md")
+            with writing(target):
+                shutil.copyfile(card, target / "README.md")
         if push_to_hub:
             self.push_to_hub(repo_id or target.name, **hub)
 
