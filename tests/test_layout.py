@@ -34,7 +34,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "checkpoint",
         "adapter",
     ),
-    "recipe": ("checks", "spec", "card", "directory", "recipe"),
+    "recipe": ("checks", "address", "spec", "card", "directory", "recipe"),
     "export": ("layout", "tokenizer", "write", "adapter", "model", "recipe"),
     "backends": (
         "base",
@@ -43,6 +43,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "retokenised",
         "toy",
         "api.answers",
+        "api.keys",
+        "api.connections",
         "api.client",
         "api.tokens",
         "api.positions",

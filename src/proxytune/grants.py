@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+KEY_VARIABLE = "PROXYTUNE_API_KEY"
+"""The environment variable with the key of the API that is called; for a server, with that of its clients."""
+
 
 @dataclass(frozen=True, slots=True)
 class Grants:
@@ -18,12 +21,15 @@ class Grants:
         allow_pickle: Read pickled weights, which can run any code, of those models for which the recipe asks
             it.
         key_env: The environment variable whose key is sent to the API of the recipe's base; None for what is
-            bound to that host.
+            bound to that host (`backends/api/keys.py`).
+        is_server: Whether this is for a server. `KEY_VARIABLE` then holds the key of the server's own
+            clients, and is sent to no API.
     """
 
     trust_remote_code: bool = False
     allow_pickle: bool = False
     key_env: str | None = None
+    is_server: bool = False
 
 
 NOTHING = Grants()

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from proxytune.errors import InputFileError, InvalidRequest
+from proxytune.grants import KEY_VARIABLE
 from proxytune.settings import check, declared, option
 
 if TYPE_CHECKING:  # It brings torch, which the command line's help does not need.
     from proxytune.decode.speculative import Drafting
 
-
-KEY_VARIABLE = "PROXYTUNE_API_KEY"
-"""The environment variable that holds a key, if it is set."""
 MIN_KEY_LENGTH = 16
 """Shorter keys can be guessed."""
 
