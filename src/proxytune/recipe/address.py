@@ -26,7 +26,7 @@ def parse_address(url: str) -> httpx2.URL:
             raise ValueError("it does not begin with http:// or https:// and a host")
         if not re.fullmatch(r"[a-z0-9._:-]+", address.raw_host.decode()):
             raise ValueError("its host holds a character that no host has")
-        if not 0 < (address.port or 443) < 65536:
+        if address.port is not None and not 0 < address.port < 65536:
             raise ValueError(f"{address.port} is not a port")
     except (
         httpx2.InvalidURL,

@@ -133,14 +133,14 @@ class ApiClient:
 
         Otherwise a proxy that repeats an answer would give each question the answer to the one before.
         """
-        name = answer.get("id")
-        if not isinstance(name, str) or not self._has_ids:
+        own = _hash_of_id(answer)
+        if own is None or not self._has_ids:
             return False
         with self._lock:
-            if hash(name) in self._seen:
+            if own in self._seen:
                 self._connections.drop()
                 return True
-            self._seen.append(hash(name))
+            self._seen.append(own)
         return False
 
     def close(self) -> None:
@@ -253,17 +253,14 @@ class ApiClient:
                     max_bytes=max_bytes,
                 )
                 if response.status < 300:
-                    answer = parse_answer(response.content)
-                    if answer.get("error") and "choices" not in answer:
-                        raise ValueError(self._error_text(response))
-                    check(answer)
+                    answer = self._checked(response, check)
                     # A server that gives all its answers the same id is believed the second time.
                     if was_late or not self._is_late(answer):
-                        if was_late and hash(answer.get("id")) in self._seen:
+                        if was_late and _hash_of_id(answer) in self._seen:
                             self._has_ids = False
                         return answer, num_retries
                     was_late = True
-                    raise ValueError("it is the answer to an earlier question")
+                    raise _Incomplete("it is the answer to an earlier question")
                 if response.status < 500 and response.status not in _RETRIED:
                     raise self._refusal(path, response)
                 num_500 += response.status == 500
@@ -273,13 +270,13 @@ class ApiClient:
                 asked_pause = _retry_after(response)
             except httpx2.HTTPError as error:
                 problem = f"{type(error).__name__}: {error}"
+            except _Incomplete as error:
+                problem = f"its answer is incomplete: {error}"
             except UnusableAnswer as error:
                 raise ApiError(
                     f"the answer of {self.url}{path} cannot be used: {self._shown(str(error))}\n"
                     "hint: check that the address is that of an OpenAI-compatible API"
                 ) from error
-            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-                problem = f"its answer is incomplete: {error}"
             pause = self._pause(num_retries, asked_pause)
             is_over = time.monotonic() + pause >= deadline
             if is_over or num_retries == settings.max_retries or stop.is_set():
@@ -291,6 +288,18 @@ class ApiClient:
             if stop.is_set():
                 break
         raise self._no_answer(path, problem, num_retries + 1, pause if is_over else None)
+
+    def _checked(
+        self, response: Received, check: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
+        try:
+            answer = parse_answer(response.content)
+            if answer.get("error") and "choices" not in answer:
+                raise ValueError(self._error_text(response))
+            check(answer)
+        except (LookupError, ValueError) as error:
+            raise _Incomplete(str(error)) from error
+        return answer
 
     def _no_answer(
         self, path: str, problem: str, num_tries: int, next_pause: float | None
@@ -351,12 +360,22 @@ class ApiClient:
         return in_one_line(text.replace(self._key.value, "…") if self._key is not None else text)
 
 
+class _Incomplete(Exception):
+    """An answer that may be whole the next time."""
+
+
 class RefusedCall(UnsupportedModel):
     """The server refuses a question."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+def _hash_of_id(answer: Mapping[str, Any]) -> int | None:
+    """Return the hash of an answer's id, which may be long; None if it has none."""
+    name = answer.get("id")
+    return hash(name) if isinstance(name, str) else None
 
 
 def _retry_after(response: Received) -> float | None:

@@ -1,8 +1,9 @@
 """HTTP requests to a server that is not trusted: an answer has a time in which it must be there, and a size.
 
 The time is that of the whole answer. The timeouts of the HTTP library count for each read, so a server that
-sends a byte a second would never meet them. Every call has a connection of its own, which is cut when the time
-is up; that also ends a read that waits. The size is that of the decompressed answer, counted before it is kept.
+sends a byte a second would never meet them. Every call has a connection of its own, which is cut when the
+time is up; that also ends a read that waits. The size is that of the decompressed answer, counted before it
+is kept.
 
 No redirect is followed, no cookie is kept, and no password is looked for in `.netrc`. The proxies that the
 environment names are used, except for plain HTTP to this machine: a proxy's `localhost` is another machine.
@@ -66,8 +67,7 @@ class Connections:
 
         Raises:
             UnusableAnswer: It is too large, or in an encoding that was not asked for.
-            ValueError: It is not whole.
-            httpx2.HTTPError: The network or the time failed.
+            httpx2.HTTPError: The network or the time failed, or it is not whole.
         """
         with self._connection(timeout_s) as connection:
             timeout = httpx2.Timeout(timeout_s, connect=min(LONGEST_CONNECT_S, timeout_s))
@@ -160,12 +160,12 @@ def _read(response: httpx2.Response, max_bytes: int) -> bytes:
             try:
                 piece = unzip.decompress(piece, max_bytes + 1 - len(content))
             except zlib.error as error:
-                raise ValueError(f"it cannot be decompressed: {error}") from error
+                raise httpx2.DecodingError(f"it cannot be decompressed: {error}") from error
         content += piece
         if max(len(content), num_raw) > max_bytes:
             raise UnusableAnswer(
                 f"it has more than {max_bytes:,} bytes, which is more than what was asked for needs"
             )
     if unzip is not None and num_raw and not unzip.eof:
-        raise ValueError("its compressed body ends too early")
+        raise httpx2.DecodingError("its compressed body ends too early")
     return bytes(content)

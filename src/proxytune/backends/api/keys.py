@@ -6,9 +6,9 @@ sent there. That is a request. What decides is the first of these that applies:
 1. the variable that the caller names (`--key-env NAME`, `key_env=`);
 2. the variable that the user's own settings file binds to the host;
 3. the variable of a well-known provider, for the provider's own host, if it is set;
-4. `PROXYTUNE_API_KEY`, if it is set. In a server it holds the key of the server's own clients, and is not sent.
+4. `PROXYTUNE_API_KEY`, if it is set. A server does not send it: there it is the key of its own clients.
 
-A request for another variable than the one that is bound is overruled. Where none is bound it is refused, since
+A request for another variable than the one that is bound is overruled. Where none is bound it is refused, as
 a recipe could otherwise take any secret out of the environment. No key goes over plain HTTP, except to this
 machine.
 
@@ -218,7 +218,7 @@ def _own_file(path: Path) -> bytes | None:
         raise InputFileError(
             f"{path} cannot be read: {error.strerror}.\nhint: mend or remove it"
         ) from error
-    with open(descriptor, "rb") as file:
+    try:
         state = os.fstat(descriptor)
         problem = None
         if not stat.S_ISREG(state.st_mode):
@@ -234,7 +234,9 @@ def _own_file(path: Path) -> bytes | None:
                 f"{path} is not used, because {problem}; it decides where keys go.\n"
                 "hint: make it a file of yours that nobody else can write"
             )
-        return file.read(MAX_SETTINGS_BYTES)
+        return os.read(descriptor, MAX_SETTINGS_BYTES)
+    finally:
+        os.close(descriptor)
 
 
 def _host_and_port(name: str) -> tuple[str, int | None]:
