@@ -332,8 +332,8 @@ class ApiClient:
                 else "name the variable that holds the key: --key-env OPENAI_API_KEY"
             )
         elif response.status < 400:
-            place = in_one_line(response.headers.get("location", "another address"), 200)
-            hint = f"it has moved to {self._shown(place)}; if that is right, use that address"
+            place = self._shown(response.headers.get("location", "another address"))
+            hint = f"it has moved to {place}; if that is right, use that address"
         elif response.status == 404:
             hint = "check that the address ends in /v1 and that the server lists the model's name"
         else:
@@ -351,13 +351,17 @@ class ApiClient:
             found = error.get("message", error) if isinstance(error, dict) else error
             text = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
         except (UnusableAnswer, ValueError, RecursionError):
+            page = self._redacted(response.content.decode("utf-8", "replace"))
             # Only the beginning, as looking for tags takes the square of the length.
-            text = re.sub(r"<[^>]*>", " ", response.content[:2000].decode("utf-8", "replace"))
+            text = re.sub(r"<[^>]*>", " ", page[:2000])
         return self._shown(text) or self._shown(response.reason)
 
     def _shown(self, text: str) -> str:
         """Return a text from the server in one line and without the key, which servers may repeat in it."""
-        return in_one_line(text.replace(self._key.value, "…") if self._key is not None else text)
+        return in_one_line(self._redacted(text))
+
+    def _redacted(self, text: str) -> str:
+        return text.replace(self._key.value, "…") if self._key is not None else text
 
 
 class _Incomplete(Exception):
