@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from proxytune.errors import InvalidRequest
+
 KEY_VARIABLE = "PROXYTUNE_API_KEY"
 """The environment variable with the key of the API that is called; for a server, with that of its clients."""
 
@@ -24,12 +26,23 @@ class Grants:
             bound to that host (`backends/api/keys.py`).
         is_server: Whether this is for a server. `KEY_VARIABLE` then holds the key of the server's own
             clients, and is sent to no API.
+
+    Raises:
+        InvalidRequest: A grant that is true or false is something else.
     """
 
     trust_remote_code: bool = False
     allow_pickle: bool = False
     key_env: str | None = None
     is_server: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("trust_remote_code", "allow_pickle"):
+            # "false" as text would count as true.
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequest(
+                    f"{name} is {getattr(self, name)!r}, and must be True or False"
+                )
 
 
 NOTHING = Grants()

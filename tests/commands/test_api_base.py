@@ -139,14 +139,14 @@ def test_a_recipe_that_asks_for_a_secret_gets_none(models, hostile, tmp_path, mo
 
 def test_doctor_sends_no_key_without_consent(models, hostile, monkeypatch):
     monkeypatch.setenv("A_KEY", "a-secret")
-    recipe, grants = asking_for(models, hostile.url, "ANOTHER_KEY"), Grants(key_env="A_KEY")
-    found = examine(recipe, ask_server=True, grants=grants)
+    recipe = asking_for(models, hostile.url, "ANOTHER_KEY")
+    found = examine(recipe, ask_server=True, key_env="A_KEY")
     assert found.is_healthy and not hostile.requests
     (note,) = (note for note in found.notes if "A_KEY" in note)
     assert note.startswith(f"base: the key in A_KEY is sent to {hostile.host} when the recipe runs")
     assert "the recipe asks for the one in ANOTHER_KEY, which is not sent" in note
     assert "--ask-server" in note
-    found = examine(recipe, ask_server=True, send_key=True, grants=grants)
+    found = examine(recipe, ask_server=True, send_key=True, key_env="A_KEY")
     assert [type(problem.error) for problem in found.problems] == [UnsupportedModel]
     assert {head["Authorization"] for _, head in hostile.requests} == {"Bearer a-secret"}
 

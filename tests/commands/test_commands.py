@@ -366,6 +366,7 @@ def test_only_the_chosen_experts_are_loaded(recipe: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(ProxyTuned, "load", staticmethod(load))
     run("generate", recipe, "ab", "--expert", "second", "--device", "cpu", "--dtype", "bfloat16")
     options = {"device": "cpu", "dtype": "bfloat16", "cuda_graphs": False, "budget": None}
+    options |= {"trust_remote_code": False, "allow_pickle": False, "key_env": None}
     assert loaded == [(("second",), options)]
 
 
@@ -778,9 +779,10 @@ def test_an_unknown_device_or_dtype_is_refused(models: Path, tmp_path: Path):
 
 def process(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
     """Run the command line in a process of its own, after some code."""
+    root = Path(__file__).parents[2]
     return subprocess.run(
         [sys.executable, "-c", f"{code}\nfrom proxytune.cli import main\nmain()", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "LC_ALL": "C",
+        env={**os.environ, "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}", "LC_ALL": "C",
              "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         check=False,

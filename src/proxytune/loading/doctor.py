@@ -28,9 +28,9 @@ from proxytune.errors import (
     VocabularyMismatch,
     missing_extra,
 )
-from proxytune.grants import NOTHING, Grants
-from proxytune.loading.members import RecipeFiles
+from proxytune.grants import Grants
 from proxytune.machine import device_memory
+from proxytune.recipe.files import AskedRight, RecipeFiles, ungranted_error
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ModelSpec
 from proxytune.text.prompts import render
@@ -145,6 +145,7 @@ class Diagnosis:
         devices: One report for each device that is used.
         problems: Why the recipe cannot run; empty if it can.
         notes: What else is worth knowing.
+        asked: The rights that the recipe asks for and that only the caller can grant. Each is a problem too.
     """
 
     directory: Path
@@ -152,6 +153,7 @@ class Diagnosis:
     devices: tuple[DeviceReport, ...]
     problems: tuple[Problem, ...]
     notes: tuple[str, ...] = ()
+    asked: tuple[AskedRight, ...] = ()
 
     @property
     def is_healthy(self) -> bool:
@@ -179,6 +181,7 @@ class Diagnosis:
                 for p in self.problems
             ],
             "notes": list(self.notes),
+            "asked": [one.to_dict() for one in self.asked],
         }
 
 
@@ -187,21 +190,29 @@ def examine(
     *,
     ask_server: bool = False,
     send_key: bool = False,
-    grants: Grants = NOTHING,
+    key_env: str | None = None,
+    files: RecipeFiles | None = None,
 ) -> Diagnosis:
     """Check a whole recipe without reading weights.
 
-    On first use a GGUF file's config and tokenizer are converted, which takes seconds, and the small files
-    of a Hub model are downloaded.
+    Unless `files` say what the caller grants, nothing that needs a right is read, no foreign code runs, and
+    each right that the recipe asks for is a problem. On first use a GGUF file's config and tokenizer are
+    converted, which takes seconds, and the small files of a Hub model are downloaded.
 
     Args:
         recipe: What to check.
         ask_server: Whether to find out, with a few short calls, what a base behind an API shows and accepts,
             if no key is sent to it.
         send_key: Whether to ask the server also if a key is sent to it.
-        grants: What the caller allows.
+        key_env: The environment variable whose key the caller sends to the API; see `Grants`.
+        files: The recipe's files, with what the caller grants; None to look them up with `key_env` alone.
     """
-    return _Examination(recipe, ask_server, send_key, grants).run()
+    asked: tuple[AskedRight, ...] = ()
+    if files is None:
+        asked = RecipeFiles(recipe).ungranted()
+        # Weights are never read here, so pickled ones may be counted.
+        files = RecipeFiles(recipe, Grants(allow_pickle=True, key_env=key_env))
+    return _Examination(recipe, ask_server, send_key, files, asked).run()
 
 
 @dataclass
@@ -209,17 +220,17 @@ class _Examination:
     recipe: Recipe
     ask_server: bool
     send_key: bool
-    grants: Grants
+    files: RecipeFiles
+    asked: tuple[AskedRight, ...]
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     reports: list[ModelReport] = field(default_factory=list)
     counted: set[tuple[ModelSpec, str]] = field(default_factory=set)
     """Adapters whose memory is counted, by the weights they are on and their path."""
 
-    def __post_init__(self) -> None:
-        self.files = RecipeFiles(self.recipe)
-
     def run(self) -> Diagnosis:
+        for one in self.asked:
+            self._fail(one.part, ungranted_error([one]))
         for part, spec in self.recipe.models.items():
             self._examine_model(part, spec)
         self._check_sides()
@@ -231,6 +242,7 @@ class _Examination:
             devices=self._examine_memory(),
             problems=tuple(self.problems),
             notes=tuple(dict.fromkeys(self.notes)),
+            asked=self.asked,
         )
 
     def _fail(self, where: str, error: UserError | BackendError) -> None:
@@ -254,6 +266,10 @@ class _Examination:
         # The first part with these weights has them counted and their problems reported.
         owner = self.files.owner(spec)
         is_first = owner == part
+        if any(a.part == owner and a.right == "trust_remote_code" for a in self.asked):
+            # What the model's code says of it is known only to those who run that code.
+            self.reports.append(ModelReport(part=part, reference=spec.model or ""))
+            return
         checkpoint = self._tried(part, lambda: self.files.checkpoint(spec), is_noted=is_first)
         values: dict[str, Any] = {
             "reference": spec.model or "",
@@ -419,12 +435,8 @@ class _Examination:
 
         assert spec.model is not None and spec.api is not None
         asked = spec.api.key_env
-        key = find_key(
-            spec.model,
-            asked=asked,
-            key_env=self.grants.key_env,
-            is_server=self.grants.is_server,
-        )
+        grants = self.files.grants
+        key = find_key(spec.model, asked=asked, key_env=grants.key_env, is_server=grants.is_server)
         if key is None:
             host = parse_address(spec.model).netloc.decode()
             self.notes.append(f"{part}: no key is sent to {host}.")
@@ -441,7 +453,7 @@ class _Examination:
         """Return what a server shows and accepts."""
         from proxytune.backends.api.backend import ApiBackend
 
-        grants = self.grants
+        grants = self.files.grants
         with closing(
             ApiBackend.load(spec, tokens, key_env=grants.key_env, is_server=grants.is_server)
         ) as server:

@@ -16,6 +16,7 @@ from proxytune.grants import NOTHING, Grants
 from proxytune.loading.doctor import examine
 from proxytune.loading.members import MemberFiles, find_members
 from proxytune.machine import return_free_memory
+from proxytune.recipe.files import RecipeFiles
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ModelSpec
 from proxytune.text.prompts import PromptFormat, Tokenizer, behave_alike
@@ -33,11 +34,14 @@ def load_ensemble(
         grants: What the caller allows.
 
     Raises:
+        UnsafeModel: The recipe asks for a right that the caller does not grant.
         UserError: A model is missing, unsafe, corrupt or does not match; see `errors.py`.
         ApiError: The API of the base cannot be reached.
     """
-    examine(recipe, grants=grants).raise_first()
-    found, pairs = find_members(recipe)
+    files = RecipeFiles(recipe, grants)
+    files.check_grants()  # before anything is imported for the recipe's models
+    examine(recipe, files=files).raise_first()
+    found, pairs = find_members(files)
     base = found[0].checkpoint
     checkpoints = {member.spec.weights: member.checkpoint for member in found}
     names, adapters = _named_adapters(found)
