@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-
-import httpx2
+from typing import TYPE_CHECKING
 
 from proxytune.errors import InvalidRequest
+
+if TYPE_CHECKING:  # Most recipes name no address.
+    import httpx2
 
 MAX_LENGTH = 2000
 
@@ -18,6 +20,8 @@ def parse_address(url: str) -> httpx2.URL:
         InvalidRequest: It is no `http` or `https` address with a host, or has a user name, a password, a
             query or a fragment.
     """
+    import httpx2
+
     try:
         if len(url) > MAX_LENGTH:
             raise ValueError(f"it has more than {MAX_LENGTH:,} characters")

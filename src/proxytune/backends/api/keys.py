@@ -27,7 +27,8 @@ from typing import Any
 
 import httpx2
 
-from proxytune.errors import InputFileError, InvalidRequest, RecipeError
+from proxytune.checkpoints.untrusted import open_regular
+from proxytune.errors import CorruptModel, InputFileError, InvalidRequest, RecipeError
 from proxytune.grants import KEY_VARIABLE
 from proxytune.recipe.address import parse_address
 from proxytune.recipe.checks import as_json, as_object, check_keys, parse_json
@@ -210,33 +211,30 @@ def bound_hosts(path: Path) -> dict[tuple[str, int | None], str]:
 def _own_file(path: Path) -> bytes | None:
     """Return the content of a regular file that only its user can change; None if there is none."""
     try:
-        # Without blocking, since opening a FIFO would wait for its writer.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError as error:
-        raise InputFileError(
-            f"{path} cannot be read: {error.strerror}.\nhint: mend or remove it"
-        ) from error
+    except OSError:
+        pass  # opening it says why
     try:
-        state = os.fstat(descriptor)
-        problem = None
-        if not stat.S_ISREG(state.st_mode):
-            problem = "it is not a regular file"
-        elif hasattr(os, "geteuid") and state.st_uid not in (os.geteuid(), 0):
-            problem = "it belongs to another user"
-        elif state.st_mode & stat.S_IWOTH:
-            problem = "every user can change it"
-        elif state.st_size > MAX_SETTINGS_BYTES:
-            problem = f"it is larger than {MAX_SETTINGS_BYTES:,} bytes"
-        if problem is not None:
-            raise InputFileError(
-                f"{path} is not used, because {problem}; it decides where keys go.\n"
-                "hint: make it a file of yours that nobody else can write"
-            )
-        return os.read(descriptor, MAX_SETTINGS_BYTES)
-    finally:
-        os.close(descriptor)
+        with open_regular(path) as file:
+            state = os.fstat(file.fileno())
+            content = file.read(MAX_SETTINGS_BYTES + 1)
+    except CorruptModel as error:
+        raise InputFileError(str(error)) from error
+    problem = None
+    if hasattr(os, "geteuid") and state.st_uid not in (os.geteuid(), 0):
+        problem = "it belongs to another user"
+    elif state.st_mode & stat.S_IWOTH:
+        problem = "every user can change it"
+    elif len(content) > MAX_SETTINGS_BYTES:
+        problem = f"it is larger than {MAX_SETTINGS_BYTES:,} bytes"
+    if problem is not None:
+        raise InputFileError(
+            f"{path} is not used, because {problem}; it decides where keys go.\n"
+            "hint: make it a file of yours that nobody else can write"
+        )
+    return content
 
 
 def _host_and_port(name: str) -> tuple[str, int | None]:
