@@ -138,6 +138,22 @@ def test_a_recipe_that_asks_for_a_secret_gets_none(models, hostile, tmp_path, mo
     assert not hostile.requests
 
 
+@pytest.mark.parametrize("way", ["flag", "settings"])
+def test_what_the_refusal_says_to_type_sends_the_key(models, hostile, tmp_path, monkeypatch, way):
+    monkeypatch.setenv("A_KEY", "a-secret")
+    asking_for(models, hostile.url, "A_KEY").write(tmp_path / "recipe")
+    _, error = run("generate", tmp_path / "recipe", "hello", code=2)
+    hint = error[error.index("hint:") :]
+    flags = hint[hint.index("--key-env") :].split()[:2]
+    if way == "settings":
+        line, path = hint[hint.index("{") :].rsplit(" in ", 1)
+        Path(path.strip()).parent.mkdir(parents=True)
+        Path(path.strip()).write_text(line)
+        flags = []
+    run("generate", tmp_path / "recipe", "hello", *flags, code=2)
+    assert {head["Authorization"] for _, head in hostile.requests} == {"Bearer a-secret"}
+
+
 def test_doctor_sends_no_key_without_consent(models, hostile, monkeypatch):
     monkeypatch.setenv("A_KEY", "a-secret")
     recipe = asking_for(models, hostile.url, "ANOTHER_KEY")
