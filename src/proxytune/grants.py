@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from proxytune.errors import InvalidRequest
 
 KEY_VARIABLE = "PROXYTUNE_API_KEY"
-"""The environment variable with the key of the API that is called; a server takes its clients' key from it."""
+"""The variable with the key of the API that is called; a server takes its clients' key from it."""
 
 
 @dataclass(frozen=True, slots=True)
