@@ -16,6 +16,7 @@ from typing import Any
 
 TOO_LONG = "takes more than [0-9.]+ seconds"
 TOO_LARGE = "makes a text or list of more than 16 MB"
+WRITTEN = "writes more than [0-9]+ kB for this prompt"
 TOO_MUCH = "makes more than 128 MB of values in all"
 TOO_DEEP = "nests lists deeper than 100 levels"
 DIGITS = "an integer of thousands of digits"
@@ -187,10 +188,12 @@ OTHERS = {
         "looks up an attribute",
     ),
     # Output and memory
-    "output": (f"{_COUNT}{{{{ 'x' * 1000 }}}}{_END}", TOO_LARGE),
+    "output": (f"{_COUNT}{{{{ 'x' * 1000 }}}}{_END}", WRITTEN),
+    "a long text": ("{{ 'ab1!' * 4000000 }}", WRITTEN),
+    "the prompt again and again": (f"{_COUNT}{{{{ messages }}}}{_END}", WRITTEN),
     "a list written often": (
         f"{{% set l = range(99999)|list %}}{_COUNT}{{{{ l }}}}{_END}",
-        TOO_LARGE,
+        WRITTEN,
     ),
     "output of a macro": (
         "{% macro f() %}" + _COUNT + "{{ 'x' * 1000 }}" + _END + "{% endmacro %}{{ f()|length }}",

@@ -290,6 +290,18 @@ def test_long_prompts_and_conversations_are_within_the_bounds():
     assert text.count("wörter") == 600 * 999 and text.count("<|im_end|>") == 999
 
 
+def test_a_template_may_write_a_long_prompt_four_times_and_not_many_times():
+    """What it writes is tokenised, which takes seconds for each megabyte."""
+    long = "word " * 400_000
+    tokenizer = tiny_tokenizer()
+    four = render_text(long, prompt_format="{{ prompt }}" * 4, tokenizer=tokenizer, name="m")
+    assert four == long * 4
+    with pytest.raises(PromptFormatError, match=r"writes more than 15,\d+ kB for this prompt"):
+        render_text(long, prompt_format="{{ prompt }}" * 8, tokenizer=tokenizer, name="m")
+    with pytest.raises(PromptFormatError, match=r"writes more than 26\d kB for this prompt"):
+        render_text("Hi", prompt_format="{{ 'x' * 300000 }}", tokenizer=tokenizer, name="m")
+
+
 def test_messages_of_one_rendering_cannot_be_seen_by_the_next():
     source = "{% set ns = namespace(x=messages) %}{{ ns.x|length }}"
     texts = [

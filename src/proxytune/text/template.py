@@ -31,6 +31,10 @@ MAX_SOURCE = 2**18
 """Characters of a template. The longest of 170 published chat templates has 19,600."""
 MAX_TOKENS = 10_000
 """Tokens of Jinja's lexer in one template. The longest of those has 2,600."""
+MAX_ADDED = MAX_SOURCE
+"""Bytes that a template may write of its own; tokenising a megabyte takes seconds."""
+MAX_GROWTH = 4
+"""Bytes that it may write for each byte of what it sees, on top of that."""
 _DICT_NAMES = frozenset(dir(dict))
 
 
@@ -49,14 +53,16 @@ def render(source: str, variables: Mapping[str, Any], *, strict: bool) -> str:
     """
     template = compiled(source, strict)
     with metered() as meter:
-        pieces, num_bytes = [], 0
+        pieces, num_bytes, limit = [], 0, MAX_ADDED
         overhead = (
             "".__sizeof__()
         )  # of each piece, and not of the text that they are put together to
         for piece in template.root_render_func(template.new_context(dict(variables))):
             num_bytes += piece.__sizeof__() - overhead
-            if num_bytes > MAX_BYTES:
-                meter.expect(num_bytes)
+            if num_bytes > limit:
+                limit = min(MAX_BYTES, MAX_ADDED + MAX_GROWTH * meter.size(dict(variables)))
+                if num_bytes > limit:
+                    raise TemplateRefused(f"writes more than {limit // 1024:,} kB for this prompt")
             pieces.append(piece)
         return "".join(pieces)
 
