@@ -122,7 +122,7 @@ OTHERS = {
     "a width for a method": ("{{ '{:>999999999}'.format('a') }}", WIDE),
     "a width from a field": ("{{ '{:>{}}'.format('a', 999999999) }}", WIDE),
     "a precision for a method": ("{{ '{:.999999999f}'.format(1.5) }}", WIDE),
-    "many fields": ("{{ ('{0}' * 100000).format('x' * 100000) }}", TOO_LARGE),
+    "many fields": ("{{ ('{0}' * 50000).format('x' * 100000) }}", TOO_LARGE),
     "a long text of fields": ("{{ ('{{' * 8000000).format() }}", TOO_LARGE),
     "a date": ("{{ strftime_now('%c' * 100000) }}", "formats a date by more than"),
     # Texts and lists

@@ -297,7 +297,7 @@ def test_a_template_may_write_a_long_prompt_four_times_and_not_many_times():
     four = render_text(long, prompt_format="{{ prompt }}" * 4, tokenizer=tokenizer, name="m")
     assert four == long * 4
     with pytest.raises(PromptFormatError, match=r"writes more than 15,\d+ kB for this prompt"):
-        render_text(long, prompt_format="{{ prompt }}" * 8, tokenizer=tokenizer, name="m")
+        render_text(long, prompt_format="{{ prompt }}" * 9, tokenizer=tokenizer, name="m")
     with pytest.raises(PromptFormatError, match=r"writes more than 26\d kB for this prompt"):
         render_text("Hi", prompt_format="{{ 'x' * 300000 }}", tokenizer=tokenizer, name="m")
 
