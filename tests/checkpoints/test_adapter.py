@@ -83,8 +83,8 @@ def test_another_kind_of_adapter_is_named_in_few_words(changed, kind):
         {"rank_pattern": {BOMB: 2}},
         {"alpha_pattern": {"first": 2, BOMB: 2}},
         {"alpha_pattern": {f"{BOMB}{number}": 2 for number in range(50)}},
-        {"layers_to_transform": [0, 1], "layers_pattern": BOMB},
-        {"layers_to_transform": [0, 1], "layers_pattern": [BOMB] * 50},
+        {"layers_to_transform": [0, 1], "layers_pattern": f"({BOMB})"},
+        {"layers_to_transform": [0, 1], "layers_pattern": [f"({BOMB})"] * 50},
     ],
     ids=lambda changes: " ".join(changes),
 )
@@ -157,6 +157,11 @@ MODULES = [
         {"target_modules": ["up_proj"], "layers_to_transform": []},
         {"target_modules": ["up_proj"], "layers_to_transform": [3], "layers_pattern": "layers"},
         {"target_modules": ["up_proj"], "layers_to_transform": [3], "layers_pattern": ["experts"]},
+        {
+            "target_modules": ["up_proj"],
+            "layers_to_transform": [3],
+            "layers_pattern": ["a|b", "layers"],
+        },
         {"target_modules": ["model.layers.2.mlp.up_proj"], "layers_to_transform": [1]},
         {"target_modules": r".*layers\.(1|2)\..*_proj"},
         {"target_modules": r".*_proj", "exclude_modules": ["q_proj", "experts.3.up_proj"]},

@@ -311,7 +311,7 @@ def lora_layers(
     return layers
 
 
-_FIRST_LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
+_FIRST_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 _PLAIN_NAME = re.compile(r"[\w.-]+")
 
 _LARGE_REPEAT = re.compile(r"\{\d*,?\d{4}")
@@ -329,14 +329,14 @@ class _Patterns:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._end = time.monotonic() + PATTERN_SECONDS
+        self._end = time.thread_time() + PATTERN_SECONDS
         self._compiled: dict[str, Any] = {}
 
     def _match(self, pattern: str, module: str, *, is_whole: bool = True) -> Any:
         import regex
 
         try:
-            left = self._end - time.monotonic()
+            left = self._end - time.thread_time()
             if left <= 0:
                 raise TimeoutError
             if pattern not in self._compiled:
@@ -405,9 +405,10 @@ class _Patterns:
         def is_in_layer(module: str) -> bool:
             match: Any = None if patterns else _FIRST_LAYER.match(module)
             for pattern in [patterns] if isinstance(patterns, str) else patterns:
-                whole = rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\."
+                whole = rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
                 match = match or self._match(whole, module, is_whole=False)
-            return match is not None and int(match["index"]) in numbers
+            index = match and match["idx"]
+            return index is not None and int(index) in numbers
 
         return is_in_layer
 
