@@ -497,6 +497,29 @@ def test_an_interrupted_file_is_continued_by_the_same_command(
     refused(run(*arguments, "--alpha", "0.5"), "started with other settings", "alpha")
 
 
+def test_lines_added_to_the_input_during_a_run_are_noted(
+    recipe: Path, input_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def load(*arguments: Any, **options: Any) -> ProxyTuned:
+        with input_file.open("a") as file:
+            file.write('{"prompt": "added"}\n')
+        return toy_load(*arguments, **options)
+
+    monkeypatch.setattr(ProxyTuned, "load", staticmethod(load))
+    arguments = ["generate", recipe, "--input-file", input_file, "--output-file", tmp_path / "out",
+                 "--max-new-tokens", "2"]  # fmt: skip
+    num_lines = len(input_file.read_text().splitlines())
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    note = json.loads(result.stdout)["input_change"]
+    assert note.startswith(f"{input_file} has grown") and f"note: {note}\n" in result.stderr
+    assert len((tmp_path / "out").read_text().splitlines()) == num_lines
+    monkeypatch.setattr(ProxyTuned, "load", staticmethod(toy_load))
+    again = run(*arguments, "--json")
+    assert json.loads(again.stdout)["input_change"] is None and "note:" not in again.stderr
+    assert len((tmp_path / "out").read_text().splitlines()) == num_lines + 1
+
+
 def test_a_malformed_line_is_named_or_left_out(recipe: Path, input_file: Path, tmp_path: Path):
     with input_file.open("a") as file:
         file.write("nonsense\n")

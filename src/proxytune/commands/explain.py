@@ -186,11 +186,11 @@ def _show(reports: Iterable[Report], name: str, options: ExplainOptions) -> None
     with trace_writer(options.trace_file) as write:
         kept: list[Report] = []
         for number, report in enumerate(reports):
-            write(run.trace for run in report.runs)
             if options.html is not None or options.as_json:
                 kept.append(report)
             if not options.as_json:
                 print_moves(report, options.rows, is_first=number == 0)
+            write(run.trace for run in report.runs)
     if options.as_json:
         print_text(json_line({"recipe": name, "reports": [r.to_dict() for r in kept]}))
     if options.html is not None:
