@@ -26,7 +26,10 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "logits": ("certificate", "policy", "sample", "steer", "rules", "views"),
     "text": ("prompts", "detokenize", "vocab"),
     "checkpoints": (
+        "faults",
         "headers",
+        "config_limits",
+        "tokenizer_limits",
         "conversion",
         "hub",
         "placement",
