@@ -24,6 +24,7 @@ from proxytune.checkpoints.config_limits import (
     check_num_layers,
     check_raw_config,
     token_ids,
+    values_of,
 )
 from proxytune.checkpoints.conversion import convert_small_files, convert_weights
 from proxytune.checkpoints.faults import fault_text, faults_as, is_fault, is_panic, shown
@@ -254,15 +255,23 @@ class Checkpoint:
     def cache_elements_per_token(self) -> int:
         """Number of elements that the KV cache holds for one token, over all layers."""
         config = self._text_config
+        num_layers = getattr(config, "num_hidden_layers", None) or 0
 
-        def number(name: str) -> int:
-            value = getattr(config, name, None) or 0
-            return max(value, default=0) if isinstance(value, list | tuple) else int(value)
+        def of_layers(name: str) -> list[int]:
+            values = [value or 0 for value in values_of(config, name)]
+            return values if len(values) > 1 else values * num_layers
 
-        num_heads = number("num_attention_heads")
-        num_key_value_heads = number("num_key_value_heads") or num_heads
-        head_size = number("head_dim") or number("hidden_size") // max(num_heads, 1)
-        return 2 * number("num_hidden_layers") * num_key_value_heads * head_size
+        num_elements = 0
+        for heads, key_value_heads, head_size, hidden_size in zip(
+            of_layers("num_attention_heads"),
+            of_layers("num_key_value_heads"),
+            of_layers("head_dim"),
+            of_layers("hidden_size"),
+            strict=False,
+        ):
+            head_size = head_size or hidden_size // max(heads, 1)
+            num_elements += 2 * (key_value_heads or heads) * head_size
+        return num_elements
 
     @cached_property
     def _empty_model(self) -> Any:

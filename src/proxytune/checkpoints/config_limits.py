@@ -33,12 +33,12 @@ _LIMITS = tuple(
     for keys, lowest, highest in (
         # Negative ids stand for images and for "none". 32 bits hold every id that torch or Rust takes.
         (r"(\w+_)?(ids?|index|indices|indexes)", -(2**31), 2**31 - 1),
-        # The deepest models have some 200 layers. Lists of layers hold their numbers.
-        (r"(\w+_)?layers?|depth|block_count", -1, 10_000),
+        # The deepest models have some 200 layers. Some keys name one, from the end if negative.
+        (r"(\w+_)?layers?|depth|block_count", -10_000, 10_000),
         # Some 1,000 experts today.
         (r"\w*experts?\w*", -1, 2**16),
-        # 1,000,000 tokens (XLM-V) is the largest vocabulary today.
-        (r"\w*vocab\w*|num_embeddings", -1, 2**24),
+        # A million tokens (XLM-V) is the largest vocabulary today, 20 million n-grams the largest table.
+        (r"\w*vocab\w*|num_embeddings", -1, 2**27),
         # Some 10,000,000 positions today. A table over positions counts as a buffer (`check_empty_model`).
         (r"\w*(position\w*|length|_len|window\w*|context\w*|ctx)", -1, 2**30),
         # The widest layers have some 200,000 outputs.
@@ -60,8 +60,7 @@ _MAX_DEPTH = 32
 _NOT_NUMBERS = ("id2label", "label2id", "task_specific_params")
 """Keys of free text and tables of labels, from which no model takes its size."""
 
-# What the text model must have, by transformers' common names: the lowest value, and whether it may be
-# missing or None. A key that is not here is checked by the config's class alone.
+# The lowest value of what is read from a text model's config, by transformers' common names.
 _NEEDED = {
     "vocab_size": 1,
     "hidden_size": 1,
@@ -168,6 +167,15 @@ def check_config(config: Any, name: str) -> None:
     for key in _TOKEN_IDS:
         for owner in (config, text):
             token_ids(getattr(owner, key, None), f"{key} in the config.json of {name}")
+
+
+def values_of(config: Any, key: str) -> list[Any]:
+    """Return what a transformers config says for a key: one value, or one per layer if layers differ."""
+    try:
+        value = getattr(config, key, None)
+    except RuntimeError:  # transformers does not give out the general value then
+        value = [getattr(layer, key, None) for layer in config.per_layer_config]
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def token_ids(value: Any, what: str) -> list[int]:
