@@ -27,6 +27,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "text": ("prompts", "detokenize", "vocab"),
     "checkpoints": (
         "faults",
+        "untrusted",
         "headers",
         "config_limits",
         "tokenizer_limits",

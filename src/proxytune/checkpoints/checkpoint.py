@@ -33,7 +33,6 @@ from proxytune.checkpoints.headers import (
     StoredTensor,
     find_weight_files,
     read_gguf_header,
-    read_json_file,
     read_safetensors_header,
     weight_files_are_there,
 )
@@ -48,6 +47,7 @@ from proxytune.checkpoints.hub import (
 from proxytune.checkpoints.placement import max_context
 from proxytune.checkpoints.references import local_path, unpinned_path
 from proxytune.checkpoints.tokenizer_limits import check_pattern_times, check_tokenizer_files
+from proxytune.checkpoints.untrusted import check_links, read_json_file
 from proxytune.errors import (
     CorruptModel,
     ModelNotFound,
@@ -393,6 +393,7 @@ def find_checkpoint(
         checkpoint = _directory_checkpoint(
             reference,
             directory,
+            root=root,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
             hub_id=reference if path is None else None,
@@ -419,6 +420,7 @@ def _directory_checkpoint(
     name: str,
     directory: Path,
     *,
+    root: Path,
     trust_remote_code: bool,
     allow_pickle: bool,
     hub_id: str | None,
@@ -432,13 +434,9 @@ def _directory_checkpoint(
         elif gguf:
             hint = f"name the GGUF file itself: {name.rstrip('/')}/{gguf[0].name}"
         raise ModelNotFound(f"{name} holds no model: no config.json in {directory}.\nhint: {hint}")
+    check_links(directory, root=root)
     raw = read_json_file(directory / "config.json")
-    if (directory / "adapter_config.json").exists():
-        # transformers would load the model that the adapter names, from wherever that is, in place of this.
-        raise UnsupportedModel(
-            f"{name} holds a model and an adapter, and transformers reads only the adapter then.\n"
-            "hint: move adapter_config.json and the adapter's weights to a directory of their own"
-        )
+    _refuse_other_weights(name, directory, raw)
     if raw.get("model_type") == "proxytune":
         raise UnsupportedModel(
             f"{name} is a recipe, and a recipe cannot be a part of another one.\n"
@@ -537,6 +535,20 @@ def _cutting_rules(tokenizer: Any) -> Callable[[str], object]:
             return backend.pre_tokenizer.pre_tokenize_str(text)
 
     return cut
+
+
+def _refuse_other_weights(name: str, directory: Path, raw: Mapping[str, Any]) -> None:
+    """Refuse a model for which transformers would load other weights than those that are checked here."""
+    if (directory / "adapter_config.json").exists():
+        raise UnsupportedModel(
+            f"{name} holds an adapter beside the model (adapter_config.json), which transformers would put "
+            "on it unasked.\nhint: move the adapter into a directory of its own, and name it as the adapter"
+        )
+    if raw.get("transformers_weights") is not None:
+        raise UnsupportedModel(
+            f"the config.json of {name} names its weights itself (transformers_weights), and only "
+            "model.safetensors and its index are read.\nhint: save the model with save_pretrained"
+        )
 
 
 def _refuse_remote_code(name: str, raw: Mapping[str, Any], *, trust_remote_code: bool) -> None:

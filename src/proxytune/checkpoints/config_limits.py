@@ -156,12 +156,9 @@ def check_config(config: Any, name: str) -> None:
     """
     text = config.get_text_config(decoder=True)
     for key, lowest in _NEEDED.items():
-        value = getattr(text, key, None)
-        values = (
-            value if isinstance(value, list | tuple) else [value]
-        )  # a list has an item per layer
-        if any(item is not None and not (_is_int(item) and item >= lowest) for item in values):
-            raise _corrupt(name, key, value, f"a whole number from {lowest} on")
+        for value in values_of(text, key):
+            if value is not None and not (_is_int(value) and value >= lowest):
+                raise _corrupt(name, key, value, f"a whole number from {lowest} on")
     if not _is_int(getattr(text, "vocab_size", None)):
         raise CorruptModel(f"the config.json of {name} has no vocab_size.{HINT}")
     for key in _TOKEN_IDS:

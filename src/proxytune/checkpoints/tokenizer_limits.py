@@ -15,14 +15,18 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from proxytune.checkpoints.faults import shown
-from proxytune.checkpoints.headers import read_json_file
+from proxytune.checkpoints.untrusted import (
+    LIST_BYTES,
+    parse_json,
+    read_json_file,
+    read_regular,
+)
 from proxytune.errors import CorruptModel, UnsupportedModel
 
 HINT = "\nhint: copy or download the model again"
@@ -45,17 +49,14 @@ MAX_ADDED_TOKENS = 1024
 MAX_STEPS = 100
 """Maximum number of rules in one list with all lists inside; real ones have at most 20."""
 
-_MAX_FILE_BYTES = 2**28
-"""Maximum size of a tokenizer file; the largest have 35 MB."""
-
 _MAX_NUMBER = 2**20
 """Maximum of numbers in tokenizer_config.json, such as T5's `extra_ids`, of which tokens are made."""
 
-# Files that transformers opens beside tokenizer.json, if they are there.
 _OTHER_FILES = (
     "*.model", "*.tiktoken", "*.jinja", "additional_chat_templates/*.jinja", "vocab.*", "merges.txt",
     "tekken.json", "spiece.*",
 )  # fmt: skip
+"""Files that transformers opens beside tokenizer.json, if they are there."""
 
 _CHECKED: dict[str, bool] = {}
 """By the SHA-256 of each tokenizer.json that this process has checked: whether it has patterns. The models of
@@ -75,49 +76,29 @@ def check_tokenizer_files(directory: Path, name: str) -> bool:
     """
     for pattern in _OTHER_FILES:
         for path in directory.glob(pattern):
-            _check_file(path, name)
+            if path.is_file() and path.stat().st_size > LIST_BYTES:
+                raise _wrong(name, f"{path.name} has {path.stat().st_size:,} bytes")
     config = directory / "tokenizer_config.json"
     if config.exists():
-        _check_file(config, name)
-        _check_tokenizer_config(read_json_file(config), name)
+        _check_tokenizer_config(read_json_file(config, at_most=LIST_BYTES), name)
     for file in ("special_tokens_map.json", "added_tokens.json", "vocab.json"):
         path = directory / file
         if path.exists():
-            _check_file(path, name)
-            texts = read_json_file(path)
+            texts = read_json_file(path, at_most=LIST_BYTES)
             _check_texts(texts, file, name)
             if file != "special_tokens_map.json":
                 _check_ids(texts, file, name)
     path = directory / "tokenizer.json"
     if not path.exists():
         return False
-    _check_file(path, name)
-    content = path.read_bytes()
+    content = read_regular(path, at_most=LIST_BYTES)
     digest = hashlib.sha256(content).hexdigest()
     if digest not in _CHECKED:
-        _CHECKED[digest] = _check_tokenizer_json(_parsed(content, path), name)
+        try:
+            _CHECKED[digest] = _check_tokenizer_json(parse_json(content, is_strict=False), name)
+        except ValueError as error:
+            raise CorruptModel(f"{path} is not JSON that can be read: {error}.{HINT}") from error
     return _CHECKED[digest]
-
-
-def _check_file(path: Path, name: str) -> None:
-    """Refuse what is no regular file: a device or a pipe gives bytes for ever, or none."""
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise CorruptModel(f"{path} cannot be read: {error}") from error
-    if not path.is_file() or size > _MAX_FILE_BYTES:
-        what = f"has {size} bytes" if path.is_file() else "is no regular file"
-        raise CorruptModel(f"{path.name} of {name} {what}, so it is not read.{HINT}")
-
-
-def _parsed(content: bytes, path: Path) -> dict[str, Any]:
-    try:
-        parsed = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise CorruptModel(f"{path} is not JSON: {error}.{HINT}") from error
-    if not isinstance(parsed, dict):
-        raise CorruptModel(f"{path} holds no JSON object.{HINT}")
-    return parsed
 
 
 # tokenizer_config.json -------------------------------------------------------------------------------
@@ -182,10 +163,10 @@ def _check_ids(token_to_id: Mapping[str, Any], file: str, name: str) -> None:
 # tokenizer.json --------------------------------------------------------------------------------------
 
 
-def _check_tokenizer_json(content: Mapping[str, Any], name: str) -> bool:
+def _check_tokenizer_json(content: Any, name: str) -> bool:
     """Check a tokenizer.json; return whether it has patterns."""
     file = "tokenizer.json"
-    model = content.get("model")
+    model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict):
         raise _wrong(name, f"{file} has no model")
     _check_vocabulary(model.get("vocab"), name)

@@ -71,9 +71,7 @@ def load_plain_models(recipe: Recipe, expert: str) -> PlainModels:
     Raises:
         UserError: A model is missing or cannot be read; see `ProxyTuned.load`.
     """
-    from peft import PeftModel
-
-    from proxytune.backends.transformers.weights import load_model
+    from proxytune.backends.transformers.weights import add_adapters, load_model
     from proxytune.checkpoints.adapter import find_adapter
     from proxytune.checkpoints.checkpoint import find_checkpoint
 
@@ -90,7 +88,8 @@ def load_plain_models(recipe: Recipe, expert: str) -> PlainModels:
             files = find_adapter(
                 spec.adapter, root=recipe.directory, allow_pickle=spec.allow_pickle
             )
-            model = PeftModel.from_pretrained(model, str(files.path)).merge_and_unload()
+            model, _ = add_adapters(model, checkpoint.name, {"merged": files}, spec.allow_pickle)
+            model = model.merge_and_unload()
         return model.eval()
 
     chosen = next(e for e in recipe.experts if e.name == expert)

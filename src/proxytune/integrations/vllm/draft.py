@@ -80,9 +80,12 @@ def _write(ensemble: ServedEnsemble, member: ServedMember, weights: Path, target
 
     model: Any = AutoModelForCausalLM.from_pretrained(weights, dtype="auto", local_files_only=True)
     if member.adapter is not None:
-        from peft import PeftModel
+        from proxytune.backends.transformers.weights import add_adapters
 
-        adapted: Any = PeftModel.from_pretrained(model, str(member.adapter.path))
+        adapters = {"draft": member.adapter}
+        adapted, _ = add_adapters(
+            model, member.checkpoint.name, adapters, member.checkpoint.allow_pickle
+        )
         model = adapted.merge_and_unload()
     alignment = member.alignment
     if alignment.kind != "same":
