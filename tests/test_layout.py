@@ -38,7 +38,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "checkpoint",
         "adapter",
     ),
-    "recipe": ("checks", "spec", "card", "directory", "recipe"),
+    "recipe": ("checks", "spec", "card", "directory", "recipe", "files"),
     "export": ("layout", "tokenizer", "write", "adapter", "model", "recipe"),
     "backends": (
         "base",
@@ -146,6 +146,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "server": ("answer", "engine", "metrics", "schema", "settings", "service", "app", "run"),
     "commands": (
         "flags",
+        "streams",
+        "layout",
         "console",
         "progress",
         "app",

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from proxytune.errors import InvalidRequest
+
 
 @dataclass(frozen=True, slots=True)
 class Grants:
@@ -19,11 +21,22 @@ class Grants:
             it.
         key_env: The environment variable whose key is sent to the API of the recipe's base; None for what is
             bound to that host.
+
+    Raises:
+        InvalidRequest: A grant that is true or false is something else.
     """
 
     trust_remote_code: bool = False
     allow_pickle: bool = False
     key_env: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("trust_remote_code", "allow_pickle"):
+            # "false" as text would count as true.
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequest(
+                    f"{name} is {getattr(self, name)!r}, and must be True or False"
+                )
 
 
 NOTHING = Grants()

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -26,6 +28,7 @@ from proxytune.errors import (
     UnknownExpert,
 )
 from proxytune.evaluate.compare import Result, compared, paired
+from proxytune.evaluate.harness import run_task
 from proxytune.evaluate.judges import ChatJudge, JudgeSettings, ToxicityClassifier
 from proxytune.evaluate.plan import EvalOptions, Work
 from proxytune.evaluate.predictors import Predictor, Speaker, nudged, predictors_of
@@ -612,6 +615,54 @@ def test_damaged_decisions_are_refused_by_their_line(recipe, data, tmp_path, jud
     (tmp_path / "decided" / "alpaca_eval" / "base.jsonl").write_text("[]\n")
     with pytest.raises(InputFileError, match="line 1 of"):
         evaluate(recipe, tmp_path, chosen, load=must_not_load)
+
+
+def test_a_decision_that_a_full_disk_cut_off_is_made_again(recipe, data, tmp_path, judge_server):
+    chosen = options(
+        data, "alpaca_eval", judge=JudgeSettings(judge_server.url, "j"), alphas=(), limit=2
+    )
+    evaluate(recipe, tmp_path, chosen, load=load)
+    kept = tmp_path / "decided" / "alpaca_eval" / "base.jsonl"
+    whole, num_asked = kept.read_bytes(), len(judge_server.questions)
+    kept.write_bytes(whole[:-9])
+    evaluate(recipe, tmp_path, chosen, load=must_not_load)
+    assert (kept.read_bytes(), len(judge_server.questions)) == (whole, num_asked + 1)
+
+
+@pytest.mark.parametrize("name", ["generated", "decided", "samples"])
+def test_a_place_that_cannot_be_written_is_named(recipe, data, tmp_path, judge_server, name):
+    chosen = options(
+        data, "alpaca_eval", judge=JudgeSettings(judge_server.url, "j"), alphas=(), limit=1
+    )
+    (tmp_path / name).write_text("a file in the place of a directory")
+    with pytest.raises(OutputFileError, match=rf"{name}.* cannot be written: .*\nhint: "):
+        evaluate(recipe, tmp_path, chosen, load=load)
+
+
+def test_a_cache_of_lm_eval_on_a_full_disk_is_named(tmp_path, monkeypatch):
+    """Its database has errors of its own, which used to be a traceback."""
+
+    def fail(**_):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=fail))
+    own = SimpleNamespace(ProxyTunedLM=lambda *_, **__: None)
+    monkeypatch.setitem(sys.modules, "proxytune.integrations.lm_eval", own)
+    chosen = {"alpha": 1.0, "experts": None, "limit": None, "batch_size": 1, "seed": 0}
+    cache = tmp_path / "new" / "cache"
+    with pytest.raises(OutputFileError, match=r"new/cache cannot be written: .*full(.|\n)*hint: "):
+        run_task("arc", toy_model(), cache=cache, rule="paper", **chosen)
+
+
+def test_results_are_printed_before_a_file_of_them_fails(recipe, data, tmp_path):
+    recipe.write(recipe.directory / "recipe", overwrite=True)
+    (tmp_path / "eval.json").mkdir(parents=True)
+    result = run(
+        recipe.directory / "recipe", "--tasks", "gsm8k", "--data-dir", data, "--limit", 1,
+        "--max-new-tokens", 2, "--output", tmp_path, "--alphas", "1",
+    )  # fmt: skip
+    assert result.exit_code == 2 and "eval.json cannot be written" in result.stderr
+    assert "GSM8K: exact_match in %; 1 items" in result.stdout
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from proxytune.checkpoints.checkpoint import Checkpoint
+from proxytune.checkpoints.checkpoint import OR_GRANT, Checkpoint
 from proxytune.checkpoints.headers import (
     StoredTensor,
     read_gguf_header,
@@ -47,6 +47,7 @@ class AdapterFiles:
         config: The content of `adapter_config.json`, or the file's metadata.
         tensors: Names and shapes of its weights.
         is_gguf: Whether it is a file for llama.cpp.
+        allow_pickle: Whether pickled weights may be read.
     """
 
     name: str
@@ -54,6 +55,7 @@ class AdapterFiles:
     config: Mapping[str, Any] = field(repr=False)
     tensors: Mapping[str, StoredTensor] = field(repr=False)
     is_gguf: bool = False
+    allow_pickle: bool = False
 
     @property
     def num_parameters(self) -> int:
@@ -312,8 +314,10 @@ def lora_layers(
 _FIRST_LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 _PLAIN_NAME = re.compile(r"[\w.-]+")
 
-PATTERN_SECONDS = 2.0
-"""The time that all patterns of an adapter may take; usual ones take a few milliseconds."""
+_LARGE_REPEAT = re.compile(r"\{\d*,?\d{4}")
+
+PATTERN_SECONDS = 1.0
+"""The processor time that all patterns of an adapter may take; usual ones take a few milliseconds."""
 
 
 class _Patterns:
@@ -336,12 +340,16 @@ class _Patterns:
             if left <= 0:
                 raise TimeoutError
             if pattern not in self._compiled:
+                # What `re` does not know, such as recursion, PEFT would refuse as well.
+                re.compile(pattern)
+                if _LARGE_REPEAT.search(pattern):
+                    raise ValueError("it repeats something more than 999 times")
                 self._compiled[pattern] = regex.compile(pattern)
             compiled = self._compiled[pattern]
             return (compiled.fullmatch if is_whole else compiled.match)(module, timeout=left)
         except TimeoutError:
             why = f"takes more than {PATTERN_SECONDS:g} s to match"
-        except (regex.error, RecursionError, OverflowError, MemoryError, ValueError) as error:
+        except (regex.error, re.error, RecursionError, OverflowError, ValueError) as error:
             why = f"cannot be used: {error!s:.80}"
         raise CorruptModel(
             f"the adapter {self._name}: the pattern {pattern[:80]!r} in its config {why}.\n"
@@ -457,9 +465,9 @@ def find_adapter(
     if not allow_pickle:
         raise UnsafeModel(
             f"{reference} has only pickled weights (adapter_model.bin), and reading those can run any code.\n"
-            'hint: save it as safetensors, or if you trust it set "allow_pickle": true'
+            "hint: save it as safetensors" + OR_GRANT.format("allow_pickle", "--allow-pickle")
         )
-    return AdapterFiles(reference, directory, config, {})
+    return AdapterFiles(reference, directory, config, {}, allow_pickle=True)
 
 
 def _gguf_adapter(reference: str, path: Path) -> AdapterFiles:

@@ -62,6 +62,12 @@ if TYPE_CHECKING:
 _NOT_PARAMETERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
 """Constant buffers that old checkpoints store among the weights."""
 
+OR_GRANT = (
+    '; or if you trust whoever made it, set "{0}": true for it in the recipe, and grant that with {1} '
+    "({0}=True in Python)"
+)
+"""What remains to do about a model that needs a right."""
+
 _HEAD = re.compile(r"output\.weight|(.+\.)?(lm_head|embed_out)\.weight")
 _EMBEDDING = re.compile(r"token_embd\.weight|(.+\.)?(embed_tokens|embed_in|wte)\.weight")
 """Names of the output head, and of the embedding that takes its place if there is none."""
@@ -165,7 +171,9 @@ class Checkpoint:
             if not is_fault(error):
                 raise
             if "trust_remote_code" in str(error):
-                raise _remote_code_refused(self.name, "tokenizer_config.json") from error
+                raise _remote_code_refused(
+                    self.name, "tokenizer_config.json", "it has an auto_map"
+                ) from error
             if not any((self.directory / name).is_file() for name in TOKENIZER_FILES):
                 raise ModelNotFound(
                     f"{self.name} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is in "
@@ -453,8 +461,8 @@ def _directory_checkpoint(
     if not tensors and pickled and not allow_pickle:
         raise UnsafeModel(
             f"{name} has only pickled weights ({pickled[0]}), and reading those can run any code.\n"
-            "hint: save it as safetensors with save_pretrained, or if you trust it set "
-            '"allow_pickle": true'
+            "hint: save it as safetensors with save_pretrained"
+            + OR_GRANT.format("allow_pickle", "--allow-pickle")
         )
     if not tensors and not pickled:
         others = ", ".join(sorted(path.name for path in directory.glob("*.safetensors"))[:3])
@@ -553,18 +561,23 @@ def _refuse_other_weights(name: str, directory: Path, raw: Mapping[str, Any]) ->
 
 def _refuse_remote_code(name: str, raw: Mapping[str, Any], *, trust_remote_code: bool) -> None:
     """Refuse a model that needs its own code; many bring code that transformers has had for long."""
-    if trust_remote_code or not raw.get("auto_map"):
+    if trust_remote_code:
+        return
+    for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
+        if "/" in str(raw.get(key)):  # The id of a repository with kernels, which are code.
+            raise _remote_code_refused(name, "config.json", f"{key} is {raw[key]!r}")
+    if not raw.get("auto_map"):
         return
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if raw.get("model_type") not in CONFIG_MAPPING:
-        raise _remote_code_refused(name, "config.json")
+        raise _remote_code_refused(name, "config.json", "it has an auto_map")
 
 
-def _remote_code_refused(name: str, file: str) -> UnsafeModel:
+def _remote_code_refused(name: str, file: str, why: str) -> UnsafeModel:
     return UnsafeModel(
-        f"{name} needs Python code that comes with it (auto_map in its {file}), and that can do anything.\n"
-        'hint: read that code, and if you trust it set "trust_remote_code": true'
+        f"{name} needs Python code that comes with it ({file}: {why}), and that can do anything.\n"
+        "hint: read that code" + OR_GRANT.format("trust_remote_code", "--trust-remote-code")
     )
 
 

@@ -97,7 +97,7 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
     try:
         header = parse_json(content, is_strict=True)
     except ValueError as error:
-        raise corrupt(f"in its header, {error}") from error
+        raise corrupt(f"its header is not JSON as it must be: {error}") from error
     if not isinstance(header, dict) or not content.startswith(b"{"):
         raise corrupt("its header does not list tensors")
     metadata = header.pop("__metadata__", {})
@@ -327,7 +327,8 @@ class _GgufReader:
         if is_kept:
             return [self._text() for _ in range(count)]
         for _ in range(count):
-            self.position += self._length(self._take("Q"))
+            length = self._take("Q")
+            self.position += self._length(length)
         return None
 
     def _tensor(self, name: str) -> tuple[StoredTensor, tuple[int, int]]:

@@ -28,8 +28,9 @@ from proxytune.errors import (
     VocabularyMismatch,
     missing_extra,
 )
-from proxytune.loading.members import RecipeFiles
+from proxytune.grants import Grants
 from proxytune.machine import device_memory
+from proxytune.recipe.files import AskedRight, RecipeFiles, ungranted_error
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ModelSpec
 from proxytune.text.prompts import render
@@ -144,6 +145,7 @@ class Diagnosis:
         devices: One report for each device that is used.
         problems: Why the recipe cannot run; empty if it can.
         notes: What else is worth knowing.
+        asked: The rights that the recipe asks for and that only the caller can grant. Each is a problem too.
     """
 
     directory: Path
@@ -151,6 +153,7 @@ class Diagnosis:
     devices: tuple[DeviceReport, ...]
     problems: tuple[Problem, ...]
     notes: tuple[str, ...] = ()
+    asked: tuple[AskedRight, ...] = ()
 
     @property
     def is_healthy(self) -> bool:
@@ -178,36 +181,47 @@ class Diagnosis:
                 for p in self.problems
             ],
             "notes": list(self.notes),
+            "asked": [one.to_dict() for one in self.asked],
         }
 
 
-def examine(recipe: Recipe, *, ask_server: bool = False) -> Diagnosis:
+def examine(
+    recipe: Recipe, *, ask_server: bool = False, files: RecipeFiles | None = None
+) -> Diagnosis:
     """Check a whole recipe without reading weights.
 
-    On first use a GGUF file's config and tokenizer are converted, which takes seconds, and the small files
-    of a Hub model are downloaded.
+    Unless `files` say what the caller grants, nothing that needs a right is read, no foreign code runs, and
+    each right that the recipe asks for is a problem. On first use a GGUF file's config and tokenizer are
+    converted, which takes seconds, and the small files of a Hub model are downloaded.
 
     Args:
         recipe: What to check.
         ask_server: Whether to find out, with a few short calls, what a base behind an API shows and accepts.
+        files: The recipe's files, with what the caller grants; None to look them up without any right.
     """
-    return _Examination(recipe, ask_server).run()
+    asked: tuple[AskedRight, ...] = ()
+    if files is None:
+        asked = RecipeFiles(recipe).ungranted()
+        # Weights are never read here, so pickled ones may be counted.
+        files = RecipeFiles(recipe, Grants(allow_pickle=True))
+    return _Examination(recipe, ask_server, files, asked).run()
 
 
 @dataclass
 class _Examination:
     recipe: Recipe
     ask_server: bool
+    files: RecipeFiles
+    asked: tuple[AskedRight, ...]
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     reports: list[ModelReport] = field(default_factory=list)
     counted: set[tuple[ModelSpec, str]] = field(default_factory=set)
     """Adapters whose memory is counted, by the weights they are on and their path."""
 
-    def __post_init__(self) -> None:
-        self.files = RecipeFiles(self.recipe)
-
     def run(self) -> Diagnosis:
+        for one in self.asked:
+            self._fail(one.part, ungranted_error([one]))
         for part, spec in self.recipe.models.items():
             self._examine_model(part, spec)
         self._check_sides()
@@ -219,6 +233,7 @@ class _Examination:
             devices=self._examine_memory(),
             problems=tuple(self.problems),
             notes=tuple(dict.fromkeys(self.notes)),
+            asked=self.asked,
         )
 
     def _fail(self, where: str, error: UserError | BackendError) -> None:
@@ -242,6 +257,10 @@ class _Examination:
         # The first part with these weights has them counted and their problems reported.
         owner = self.files.owner(spec)
         is_first = owner == part
+        if any(a.part == owner and a.right == "trust_remote_code" for a in self.asked):
+            # What the model's code says of it is known only to those who run that code.
+            self.reports.append(ModelReport(part=part, reference=spec.model or ""))
+            return
         checkpoint = self._tried(part, lambda: self.files.checkpoint(spec), is_noted=is_first)
         values: dict[str, Any] = {
             "reference": spec.model or "",

@@ -24,7 +24,7 @@ from proxytune.errors import (
     UnknownExpert,
     did_you_mean,
 )
-from proxytune.files import building, unwritable, write_whole
+from proxytune.files import building, write_whole, writing
 from proxytune.logits.policy import COMBINATIONS, Policy
 from proxytune.recipe.card import model_card
 from proxytune.recipe.checks import (
@@ -166,7 +166,7 @@ class Recipe:
         path = directory / "config.json"
         if not os.path.lexists(path):
             raise RecipeError(
-                f"no recipe at {directory}: it holds no config.json.\n"
+                f"no recipe at {directory}: config.json cannot be read (no such file).\n"
                 "hint: write a recipe with `proxytune new`"
             )
         try:
@@ -344,7 +344,7 @@ class Recipe:
         move, inside = mover(source, target)
         moved = self if source == target else self.with_models(move)
         moved.check_free(target, overwrite=overwrite)
-        try:
+        with writing(target):
             target.mkdir(parents=True, exist_ok=True)
             for reference, adapter in inside.items():
                 if not (target / reference).exists():
@@ -357,8 +357,6 @@ class Recipe:
             if card is not None or _may_write_card(target):
                 write_whole(target / "README.md", card or moved.model_card())
             write_whole(target / "config.json", content + "\n")
-        except OSError as error:
-            raise unwritable(target, error) from error
         return replace(moved, directory=target)
 
     def reference_from(self, reference: str, target: Path) -> str:

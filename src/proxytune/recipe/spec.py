@@ -57,9 +57,9 @@ class LlamaCppSettings:
         RecipeError: A value cannot be used.
     """
 
-    threads: int | None = recipe_key(at_least=1)
-    gpu_layers: int = recipe_key(-1, at_least=-1)
-    context_size: int | None = recipe_key(at_least=1)
+    threads: int | None = recipe_key(at_least=1, at_most=4096)
+    gpu_layers: int = recipe_key(-1, at_least=-1, at_most=1_000_000)
+    context_size: int | None = recipe_key(at_least=1, at_most=2**31 - 1)
     cache_dtype: str | None = recipe_key(choices=CACHE_DTYPES)
 
     def __post_init__(self) -> None:
@@ -101,11 +101,11 @@ class ApiSettings:
     # Lower case would let keys pass for names.
     key_env: str | None = recipe_key(pattern="^[A-Z_][A-Z0-9_]{0,63}$")
     endpoint: str | None = recipe_key(choices=ENDPOINTS)
-    top_logprobs: int | None = recipe_key(at_least=1)
-    lookahead: int | None = recipe_key(at_least=1)
-    max_concurrency: int = recipe_key(4, at_least=1)
-    timeout_s: float = recipe_key(60.0, above=0)
-    max_retries: int = recipe_key(8, at_least=0)
+    top_logprobs: int | None = recipe_key(at_least=1, at_most=1_000_000)
+    lookahead: int | None = recipe_key(at_least=1, at_most=4096)
+    max_concurrency: int = recipe_key(4, at_least=1, at_most=10_000)
+    timeout_s: float = recipe_key(60.0, above=0, at_most=86_400)
+    max_retries: int = recipe_key(8, at_least=0, at_most=1000)
     prompt_price: float = recipe_key(0.0, at_least=0)
     completion_price: float = recipe_key(0.0, at_least=0)
 
@@ -136,8 +136,9 @@ class ModelSpec:
         attn_implementation: The option of that name in transformers, such as `sdpa`.
         cuda_graphs: Launch the kernels of short forwards all at once; the model must be on one CUDA device.
         prompt: `plain`, `chat` for the tokenizer's own template, or a Jinja template.
-        trust_remote_code: Run code that comes with the model.
-        allow_pickle: Accept pickled weights, which can run any code when they are loaded.
+        trust_remote_code: Ask to run code that comes with the model; only the caller can grant it.
+        allow_pickle: Ask to read pickled weights, which can run any code when they are loaded; only the
+            caller can grant it.
         llama_cpp: Run a `.gguf` file with llama.cpp; None leaves it to transformers.
         api: How to call a base whose `model` is the address of an API, such as `http://localhost:8000/v1`.
 
@@ -179,6 +180,11 @@ class ModelSpec:
     def __post_init__(self) -> None:
         check_fields(self)
         check_json(self.quantization, "quantization")
+        if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
+            raise RecipeError(
+                f"attn_implementation is {as_json(self.attn_implementation)}, a repository of the Hub, whose "
+                'code would run.\nhint: if you trust it, set "trust_remote_code": true beside it'
+            )
         if self.same_as is not None:
             self._check_same_as()
         elif self.model is None and self.adapter is None:

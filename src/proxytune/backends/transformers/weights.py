@@ -10,6 +10,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pickle import PickleError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,6 @@ from proxytune.errors import (
     ModelNotFound,
     NotEnoughMemory,
     ProxytuneError,
-    UnsafeModel,
     UnsupportedModel,
     missing_extra,
 )
@@ -74,8 +74,8 @@ def load_model(checkpoint: Checkpoint, spec: ModelSpec) -> Any:
         "dtype": getattr(
             torch, running_dtype(spec.dtype, stored_dtype=checkpoint.stored_dtype, device=device)
         ),
-        "use_safetensors": None if spec.allow_pickle else True,
-        "trust_remote_code": spec.trust_remote_code,
+        "use_safetensors": None if checkpoint.allow_pickle else True,
+        "trust_remote_code": checkpoint.trust_remote_code,
         "local_files_only": True,
         "output_loading_info": True,
     }
@@ -182,7 +182,7 @@ def _require(module: str, name: str) -> Any:
 
 
 def add_adapters(
-    model: Any, model_name: str, adapters: Mapping[str, AdapterFiles], allow_pickle: bool
+    model: Any, model_name: str, adapters: Mapping[str, AdapterFiles]
 ) -> tuple[Any, dict[str, str]]:
     """Add LoRA adapters to a model; return the wrapped model and PEFT's names for the adapters."""
     from peft import PeftModel, set_peft_model_state_dict
@@ -191,7 +191,7 @@ def add_adapters(
     names = {name: f"adapter_{index}" for index, name in enumerate(adapters)}  # PEFT allows no dots
     wrapped: Any = None
     for name, files in adapters.items():
-        weights = read_adapter(files, allow_pickle=allow_pickle)
+        weights = read_adapter(files)
         config = _lora_config(files, weights, module_names)
         misfit = f"adapter {files.name} does not fit {model_name}"
         hint = "\nhint: an adapter fits only the model it was trained on"
@@ -238,16 +238,15 @@ def _lora_config(
     )
 
 
-def read_adapter(files: AdapterFiles, *, allow_pickle: bool) -> dict[str, Tensor]:
+def read_adapter(files: AdapterFiles) -> dict[str, Tensor]:
     """Return a LoRA adapter's weights on the CPU.
 
     Raises:
         CorruptModel: It cannot be read.
-        UnsafeModel: It has only pickled weights, and those are not allowed.
         ModelNotFound: It has no weights.
         UnsupportedModel: It is more than LoRA factors beside linear layers.
     """
-    weights = _adapter_weights(files, allow_pickle)
+    weights = _adapter_weights(files)
     changes = beyond_factors(files.config)
     changes += [key for key in weights if ".lora_A." not in key and ".lora_B." not in key][:1]
     if changes:
@@ -258,7 +257,7 @@ def read_adapter(files: AdapterFiles, *, allow_pickle: bool) -> dict[str, Tensor
     return weights
 
 
-def _adapter_weights(files: AdapterFiles, allow_pickle: bool) -> dict[str, Tensor]:
+def _adapter_weights(files: AdapterFiles) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -267,16 +266,13 @@ def _adapter_weights(files: AdapterFiles, allow_pickle: bool) -> dict[str, Tenso
     try:
         if path.is_file():
             return load_file(path)
-        if allow_pickle and pickled.is_file():
-            weights: dict[str, Tensor] = torch.load(pickled, map_location="cpu", weights_only=True)
-            return weights
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
+        if files.allow_pickle and pickled.is_file():
+            weights = torch.load(pickled, map_location="cpu", weights_only=True)
+            if isinstance(weights, dict) and all(isinstance(w, Tensor) for w in weights.values()):
+                return weights
+            raise ValueError("it holds other things than tensors by name")
+    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, PickleError) as error:
         raise CorruptModel(
             f"the weights of adapter {files.name} cannot be read: {error}"
         ) from error
-    if pickled.is_file():
-        raise UnsafeModel(
-            f"adapter {files.name} has only pickled weights, and unpickling can run code.\n"
-            "hint: save it as safetensors, or set allow_pickle if you trust it"
-        )
     raise ModelNotFound(f"adapter {files.name} has no adapter_model.safetensors in {files.path}")

@@ -45,14 +45,14 @@ class LowRank:
         return weight.float() + change.to(weight.device)
 
 
-def low_rank_changes(adapter: AdapterFiles, *, allow_pickle: bool) -> dict[str, LowRank]:
+def low_rank_changes(adapter: AdapterFiles) -> dict[str, LowRank]:
     """Return what an adapter adds to the weights of its model, by module name.
 
     Raises:
         UnsupportedModel: It contains more than products of two matrices.
         UserError: Its files are missing, unsafe or corrupt.
     """
-    weights = read_adapter(adapter, allow_pickle=allow_pickle)
+    weights = read_adapter(adapter)
     config = adapter.config
     if config.get("lora_bias"):
         raise UnsupportedModel(
@@ -71,15 +71,13 @@ def low_rank_changes(adapter: AdapterFiles, *, allow_pickle: bool) -> dict[str, 
     return changes
 
 
-def merge(
-    weights: Iterable[Named], adapter: AdapterFiles, *, allow_pickle: bool
-) -> Iterator[Named]:
+def merge(weights: Iterable[Named], adapter: AdapterFiles) -> Iterator[Named]:
     """Yield a model's weights with an adapter merged into them.
 
     Raises:
         AdapterMismatch: A layer that the adapter changes has no weight there.
     """
-    changes = low_rank_changes(adapter, allow_pickle=allow_pickle)
+    changes = low_rank_changes(adapter)
     waiting = set(changes)
     for name, weight in weights:
         module = name.removesuffix(".weight")
@@ -131,7 +129,7 @@ def register_loader() -> None:
             source = DefaultModelLoader.Source(path, None, fall_back_to_pt=pickle)
             weights: Iterable[Named] = self._get_weights_iterator(source)
             if member.adapter is not None:
-                weights = merge(weights, member.adapter, allow_pickle=pickle)
+                weights = merge(weights, member.adapter)
             for name, weight in weights:
                 yield f"{member.name}.{name}", weight
 
