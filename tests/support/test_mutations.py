@@ -72,6 +72,6 @@ def _sleep_with(random):
 def test_a_seed_gives_the_same_mutant_whatever_was_made_before():
     """A change inside a hostile list used to stay in the table of hostile values."""
     table = repr(HOSTILE_VALUES)
-    for seed in range(3000):
-        mutate_json(VALID, Random(seed), num_changes=8)
+    for seed in range(300):
+        mutate_json(VALID, Random(seed))
     assert repr(HOSTILE_VALUES) == table

@@ -435,6 +435,8 @@ def find_adapter(
         return _gguf_adapter(reference, directory)
     if directory is None:
         directory = hub_adapter(reference, revision=revision, allow_pickle=allow_pickle)
+    if directory.is_dir():
+        check_links(directory, root=root)
     if not (directory / "adapter_config.json").is_file():
         hint = "an adapter's directory holds adapter_config.json and adapter_model.safetensors"
         if (directory / "config.json").is_file():
@@ -442,7 +444,6 @@ def find_adapter(
         raise ModelNotFound(
             f"{reference} holds no adapter: no adapter_config.json in {directory}.\nhint: {hint}"
         )
-    check_links(directory, root=root)
     config = read_json_file(directory / "adapter_config.json")
     kind = config.get("peft_type")
     if kind != "LORA":

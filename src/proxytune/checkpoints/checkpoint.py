@@ -47,7 +47,7 @@ from proxytune.checkpoints.hub import (
 from proxytune.checkpoints.placement import max_context
 from proxytune.checkpoints.references import local_path, unpinned_path
 from proxytune.checkpoints.tokenizer_limits import check_pattern_times, check_tokenizer_files
-from proxytune.checkpoints.untrusted import check_links, read_json_file
+from proxytune.checkpoints.untrusted import LIST_BYTES, check_links, read_json_file
 from proxytune.errors import (
     CorruptModel,
     ModelNotFound,
@@ -421,7 +421,9 @@ def holds_recipe(reference: str, *, root: Path) -> bool:
     path = local_path(reference, root=root)
     directory = hub_directory(reference, revision=None) if path is None else path
     config = directory / "config.json"
-    return config.is_file() and read_json_file(config).get("model_type") == "proxytune"
+    if not config.is_file():
+        return False
+    return read_json_file(config, at_most=LIST_BYTES).get("model_type") == "proxytune"
 
 
 def _directory_checkpoint(
@@ -434,6 +436,8 @@ def _directory_checkpoint(
     hub_id: str | None,
     revision: str | None,
 ) -> Checkpoint:
+    if directory.is_dir():
+        check_links(directory, root=root)
     if not (directory / "config.json").is_file():
         hint = "a model's directory holds config.json, a tokenizer and model.safetensors"
         gguf = sorted(directory.glob("*.gguf"))
@@ -442,7 +446,6 @@ def _directory_checkpoint(
         elif gguf:
             hint = f"name the GGUF file itself: {name.rstrip('/')}/{gguf[0].name}"
         raise ModelNotFound(f"{name} holds no model: no config.json in {directory}.\nhint: {hint}")
-    check_links(directory, root=root)
     raw = read_json_file(directory / "config.json")
     _refuse_other_weights(name, directory, raw)
     if raw.get("model_type") == "proxytune":

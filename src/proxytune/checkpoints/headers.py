@@ -349,7 +349,8 @@ class _GgufReader:
             ) from error
         block_elements, block_bytes = GGML_QUANT_SIZES[kind]
         num_elements = math.prod(shape)
-        if num_elements >= _MAX_LENGTH or (shape[-1] if shape else 1) % block_elements:
+        is_huge = max((num_elements, *shape)) >= _MAX_LENGTH
+        if is_huge or (shape[-1] if shape else 1) % block_elements:
             why = f"the tensor {name[:80]} of type {kind.name} has the shape {list(shape)}"
             raise _not_gguf(self._path, why)
         place = offset, num_elements // block_elements * block_bytes

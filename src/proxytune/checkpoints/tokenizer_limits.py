@@ -346,15 +346,15 @@ def _pattern(step: Mapping[str, Any]) -> str | None:
 # Patterns --------------------------------------------------------------------------------------------
 
 PROBES = ((" ", "x"), ("a", "!"), ("1", "x"), (".", "x"), ("\n", "x"), ("a1 .\n", "!"), ("é", "!"))
-"""Texts whose repetitions are tried, because prompts have runs of them, each with an end that a pattern for the
+"""Texts whose repetitions are tried, because prompts have runs of them. Each has an end that a pattern for the
 run alone does not match."""
 
 PROBE_LENGTHS = tuple(2**power for power in range(6, 13))
 """In characters."""
 
 MAX_PROBE_SECONDS = 0.3
-"""The time for one probe. At 4,096 characters linear patterns take 2 ms, and quadratic ones, which real tokenizers
-have for digits (SuperBPE), 50 ms. Cubic ones take 0.9 s at 1,024."""
+"""The time for one probe. At 4,096 characters linear patterns take 2 ms, and quadratic ones, which real
+tokenizers have for digits (SuperBPE), 50 ms. Cubic ones take 0.9 s at 1,024."""
 
 
 def check_pattern_times(cut: Callable[[str], object], name: str) -> None:

@@ -60,7 +60,7 @@ from proxytune.request import Steering
 VOCABULARIES = ("same", "map")
 """What happens to small models whose tokenizer differs from the base's."""
 
-MAX_EXPERTS = 100_000
+MAX_EXPERTS = 20_000
 """Maximum number of experts of a recipe."""
 
 MODEL_TYPE = "proxytune"
@@ -125,17 +125,12 @@ class Recipe:
         name, count = Counter(names).most_common(1)[0]
         if count > 1:
             raise RecipeError(f"two experts are called {name!r}.\nhint: give each its own name")
-        if len(names) > MAX_EXPERTS:
-            raise RecipeError(
-                f"there are {len(names):,} experts, and a recipe may have {MAX_EXPERTS:,}.\n"
-                "hint: write several recipes"
-            )
         check_fields(self)
         if self.base.api is not None:
             self._check_api()
         if self.default_expert is not None and self.default_expert not in names:
             raise RecipeError(
-                f"default_expert is {as_json(self.default_expert)}, but the experts are {', '.join(names)}"
+                f"default_expert is {as_json(self.default_expert)}, but the experts are {_listed(names)}"
                 f"{did_you_mean(self.default_expert, names)}"
             )
 
@@ -207,6 +202,11 @@ class Recipe:
         experts = data["experts"]
         if not isinstance(experts, list):
             raise RecipeError(f"experts is {as_json(experts)}, and must be a list of objects")
+        if len(experts) > MAX_EXPERTS:
+            raise RecipeError(
+                f"there are {len(experts):,} experts, and a recipe may have {MAX_EXPERTS:,}.\n"
+                "hint: write several recipes"
+            )
         combine = data.get("combine", "sum")
         check_text(combine, "combine")
         steering = as_object(data.get("steering") or {}, "steering")
@@ -406,7 +406,7 @@ class Recipe:
         for name in wanted:
             if name not in known:
                 raise UnknownExpert(
-                    f"the recipe has no expert {name!r}; it has {', '.join(known)}"
+                    f"the recipe has no expert {name!r}; it has {_listed(known)}"
                     f"{did_you_mean(name, known)}"
                 )
         return wanted
@@ -468,6 +468,11 @@ class Recipe:
     def model_card(self) -> str:
         """Return a README.md with the metadata that the Hub reads."""
         return model_card(self.models, self.experts, self.policy, self.directory)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(names[:20]) + more
 
 
 def _may_write_card(target: Path) -> bool:
