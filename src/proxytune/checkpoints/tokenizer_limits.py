@@ -346,8 +346,8 @@ def _pattern(step: Mapping[str, Any]) -> str | None:
 # Patterns --------------------------------------------------------------------------------------------
 
 PROBES = ((" ", "x"), ("a", "!"), ("1", "x"), (".", "x"), ("\n", "x"), ("a1 .\n", "!"), ("é", "!"))
-"""Texts whose repetitions are tried, because prompts have runs of them. Each has an end that a pattern for the
-run alone does not match."""
+"""Texts whose repetitions are tried, because prompts have runs of them. Each has an end that a pattern for
+the run alone does not match."""
 
 PROBE_LENGTHS = tuple(2**power for power in range(6, 13))
 """In characters."""
