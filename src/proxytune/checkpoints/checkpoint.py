@@ -286,11 +286,13 @@ class Checkpoint:
         """The model without values, with names and shapes only."""
         import torch
         from transformers import AutoModelForCausalLM
+        from transformers.initialization import no_init_weights
 
         def error(why: str) -> UnsupportedModel:
             return UnsupportedModel(f"{self.name} cannot be built from its config: {why}")
 
-        with faults_as(error), torch.device("meta"):
+        # Without initial values, which would take most of the time, even where there is nothing to set.
+        with faults_as(error), torch.device("meta"), no_init_weights():
             model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 self.config, trust_remote_code=self.trust_remote_code
             )
