@@ -98,6 +98,11 @@ def _copy(value: Any) -> Any:
     return [_copy(item) for item in value] if isinstance(value, list) else value
 
 
+def _hostile(random: Random) -> Any:
+    """Return a copy of a hostile value: a later change may go on inside it."""
+    return _copy(random.choice(HOSTILE_VALUES))
+
+
 def _changed(value: Any, random: Random) -> Any:
     """Return a value with one change somewhere in it."""
     items = value.items if isinstance(value, Pairs) else value
@@ -126,7 +131,7 @@ def _changed(value: Any, random: Random) -> Any:
     elif change == "swap":
         items[place], items[other] = items[other], items[place]
     elif change == "insert":
-        items.insert(place, random.choice(HOSTILE_VALUES))
+        items.insert(place, _hostile(random))
     else:
         items[place] = _replacement(items[place], random)
     return value
@@ -140,7 +145,7 @@ def _change_pairs(
         items[place], items[other] = (key, items[other][1]), (items[other][0], item)
     elif change == "insert":
         name = random.choice(("unknown", "", "a" * 1000, "\ud800", key))
-        items.insert(other, (name, random.choice(HOSTILE_VALUES)))
+        items.insert(other, (name, _hostile(random)))
     elif change == "rename":
         names = (key + "x", key[:-1], key.upper(), "", "../" + key, "/" + key, items[other][0])
         items[place] = random.choice(names), item
@@ -156,7 +161,7 @@ def _replacement(value: Any, random: Random) -> Any:
         )
     if isinstance(value, str) and value and random.random() < 0.4:
         return random.choice((value[:-1], value * 50, value.upper(), value + "\0", [value], 3))
-    return random.choice(HOSTILE_VALUES)
+    return _hostile(random)
 
 
 # Binary files ----------------------------------------------------------------------------------------
