@@ -10,18 +10,17 @@ to start processes and to reach the network; and a filter (seccomp) that allows 
 computation and refuses all others. This file imports nothing from the package.
 
 The verdict does not come from the program, which could write anything. Before and after the program, the
-child's main thread waits in one and the same call, made by the same C code at the same depth of the stack.
-The kernel reports in `/proc/PID/syscall` where a thread waits. A program has passed when its main thread is
-back at the very place where it was before: code of the program always runs deeper.
+child's main thread waits in a call that the same frame makes, so at the same depth of the stack. The kernel
+reports in `/proc/PID/syscall` where a thread waits. A program has passed when its main thread is back at the
+very place where it was before. The program's own Python code always runs deeper; only native code, with
+ctypes for instance, could build such a stack.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import ctypes
 import errno
-import functools
 import json
 import os
 import platform
@@ -30,6 +29,7 @@ import signal
 import struct
 import sys
 import time
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -111,6 +111,9 @@ _FIRST_NEW = 424
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _AND, _RETURN = 0x20, 0x15, 0x35, 0x54, 0x06
 _ALLOW, _ERROR = 0x7FFF0000, 0x00050000
+
+_END = "os._exit"
+"""Stands in the code of `_stage` for the function, as a constant that the program cannot replace."""
 
 _NEW_MOUNTS, _NEW_USER = 0x00020000, 0x10000000
 # Control groups, host name, System V and POSIX message queues, processes, network.
@@ -367,17 +370,24 @@ def guard_with_hook(*, may_write: bool, is_held: bool) -> None:
 
     `is_held` says whether the kernel refuses the same. Only then may foreign code be called with ctypes.
     """
-    refused = (*_REFUSED, *(() if may_write else _CHANGING), *(() if is_held else ("ctypes.",)))
+    names = (*_REFUSED, *(() if may_write else _CHANGING), *(() if is_held else ("ctypes.",)))
 
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+    def hook(
+        event: str,
+        arguments: tuple[Any, ...],
+        refused: tuple[str, ...] = names,
+        may_write: bool = may_write,
+    ) -> None:
+        if event.startswith(refused):
+            raise PermissionError(f"{event} is not allowed here")
         if event == "open" and not may_write:
             mode, flags = arguments[1], arguments[2] or 0
             writes = isinstance(mode, str) and set(mode) & set("wax+")
             if writes or (mode is None and isinstance(flags, int) and flags & _WRITE_FLAGS):
                 raise PermissionError("writing files is not allowed here")
-        elif event.startswith(refused):
-            raise PermissionError(f"{event} is not allowed here")
 
+    # Out of the sight of the `gc` module, or a program could give it other code.
+    ctypes.pythonapi.PyObject_GC_UnTrack(ctypes.py_object(hook))
     sys.addaudithook(hook)
 
 
@@ -431,21 +441,39 @@ def _run(task: dict[str, Any], user: int, to_parent: int, gate: int) -> None:
     except MissingPromise as error:
         os.write(to_parent, json.dumps(error.args).encode())
         os._exit(1)
-    call = functools.partial
-    wait = (call(os.write, to_parent, b"\0"), call(os.read, gate, 1))
+    stage = _stage.__code__
+    constants = tuple(os._exit if each == _END else each for each in stage.co_consts)
+    types.FunctionType(stage.replace(co_consts=constants), globals())(task, to_parent, gate)
+
+
+def _stage(task: dict[str, Any], to_parent: int, gate: int) -> None:
+    """Wait, run the program and wait again, if it got there; never returns.
+
+    The program can change every variable that this frame can see. What decides is out of its reach: the order
+    of these lines and a constant of their code. `map` keeps the program from running in this function's own
+    frame of the C stack.
+    """
+    write, read = os.write, os.read
+    write(to_parent, b"\0")
+    read(gate, 1)
     try:
-        code = compile(task["program"], "<program>", "exec", dont_inherit=True)
-        namespace = {"__name__": "__main__"}
-        # One loop in C, so that both waits have the same stack, and no line in Python stands between the
-        # program and the second one.
-        steps = (*wait, call(exec, code, namespace), *wait)
-        collections.deque(map(functools.partial.__call__, steps), maxlen=0)
+        next(map(_attempt, (task["program"],), (to_parent,)))
+    except:  # noqa: E722, a name could have been changed
+        end: Any = "os._exit"
+        end(1)
+    write(to_parent, b"\0")
+    read(gate, 1)
+
+
+def _attempt(program: str, to_parent: int) -> None:
+    """Run the program, and report how it failed."""
+    try:
+        exec(compile(program, "<program>", "exec", dont_inherit=True), {"__name__": "__main__"})
     except BaseException as error:  # The program's own exceptions, including SystemExit.
         kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-        message = f"failed: {kind}{error}"[:LONGEST_MESSAGE]
-        with contextlib.suppress(OSError):
-            os.write(to_parent, b"\0" + message.encode("utf-8", "replace"))
-    os._exit(1)
+        message = f"\0failed: {kind}{error}"[: LONGEST_MESSAGE + 1]
+        os.write(to_parent, message.encode("utf-8", "replace"))
+        raise
 
 
 def _place(process: int, gate: int) -> tuple[str, str] | None:
