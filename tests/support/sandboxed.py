@@ -2,8 +2,8 @@
 
     python -m tests.support.sandboxed USER [PROMISE ...] < programs.json
 
-`USER` is `root` or `ordinary`. For the second, root makes what Python needs reachable in a mount namespace and
-changes its user. The promises named are not kept, as on a system that cannot.
+`USER` is `root` or `ordinary`. For the second, root makes what Python needs reachable in a mount namespace
+and changes its user. The promises named are not kept, as on a system that cannot.
 """
 
 from __future__ import annotations

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
+import importlib.util
 import json
 import os
 import platform
 import re
-import signal
 import struct
 import subprocess
 import sys
@@ -17,9 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from proxytune.errors import UnsupportedModel
+from proxytune.cli import app
+from proxytune.errors import InvalidRequest, UnsupportedModel
 from proxytune.evaluate.judges import CodeRunner
+from proxytune.evaluate.plan import EvalOptions
 from proxytune.tasks import guarded, sandbox
 from proxytune.tasks.ds1000 import Ds1000
 from proxytune.tasks.guarded import kernel_filter
@@ -124,6 +128,19 @@ def late(*_, **__):
     write(to_parent, b'\\0')
     read(gate, 1)
 """
+JUMP = """
+def trace(frame, event, _):
+    if event == 'line':
+        frame.f_lineno = LAST
+    return trace
+def jump():
+    sys._getframe().f_back.f_trace = trace
+    sys.settrace(trace)
+jump()
+assert sys is None
+x = 1
+x = 2
+"""
 CLAIMED = {
     "exit": "os._exit(0)",
     "exit by an exception": "raise SystemExit(0)",
@@ -163,22 +180,14 @@ for frame in (attempt, stage):
             frame.f_locals[name] = late
 raise ValueError
 """,
+    "stand in for what reports": "builtins.isinstance = builtins.type = late\nraise ValueError",
     "take away the exit": """
 os._exit = print
 own['os'] = types.SimpleNamespace(_exit=print, write=print)
 raise ValueError
 """,
     "take away the name of all exceptions": "builtins.BaseException = int\nraise ValueError",
-    "jump over the tests": """
-def trace(frame, event, _):
-    frame.f_lineno += 2
-    return trace
-sys._getframe().f_trace = trace
-sys.settrace(trace)
-assert False
-
-x = 1
-""",
+    "jump over the tests": "JUMP",
     "jump over the tests without the hook": """
 for each in gc.get_objects():
     if isinstance(each, types.FunctionType) and each.__name__ == 'hook':
@@ -189,15 +198,7 @@ for each in gc.get_objects():
                 each.cell_contents = ('nothing',)
         except ValueError:
             pass
-def trace(frame, event, _):
-    frame.f_lineno += 2
-    return trace
-sys._getframe().f_trace = trace
-sys.settrace(trace)
-assert False
-
-x = 1
-""",
+JUMP""",
     "close every pipe": "os.closerange(0, 64)",
     "crash": "import ctypes\nctypes.string_at(0)",
 }
@@ -207,7 +208,8 @@ x = 1
 @pytest.mark.parametrize("claim", CLAIMED)
 def test_a_program_that_did_not_run_to_its_end_has_not_passed(claim):
     """A program used to pass by writing so into a pipe whose number it was given."""
-    outcome = run_program(FIND + CLAIMED[claim], SHORT)
+    program = FIND + CLAIMED[claim].replace("JUMP", JUMP)
+    outcome = run_program(program.replace("LAST", str(program.count("\n"))), SHORT)
     assert re.match("failed|timed out", outcome.result)
     assert "this test knows another runner" not in outcome.result
 
@@ -218,7 +220,7 @@ def test_a_program_that_did_not_run_to_its_end_has_not_passed(claim):
     [
         "import threading, time\nthreading.Thread(target=time.sleep, args=(9,)).start()",
         "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'failed: no')\n    except OSError: pass",
-        "import signal\nsignal.signal(signal.SIGALRM, print)\nsignal.setitimer(signal.ITIMER_REAL, 1e-3, 1e-3)",
+        "import signal\nsignal.signal(signal.SIGALRM, print)\nsignal.setitimer(0, 1e-3, 1e-3)",
         "import sys\nsys.setrecursionlimit(10**5)\ndef f(n): return n and f(n - 1)\nf(9000)",
         "import ctypes, mmap\nmmap.mmap(-1, 2**20)\nctypes.CDLL(None).getpid()",
     ],
@@ -518,3 +520,290 @@ def test_programs_leave_alone_what_is_around_them(variant):
     assert done["user"] == (0 if variant.startswith("root") else done["user"])
     assert done["after"] == done["before"]
     assert done["before"]["victim"] is None
+
+
+def test_a_program_runs_as_a_user_who_owns_nothing_and_alone(variant):
+    source = (
+        "import os\nassert 0 not in (*os.getresuid(), *os.getresgid())\nassert not os.getgroups()"
+    )
+    if "without" not in variant:
+        source += "\nassert (os.getpid(), os.getppid()) == (1, 0)"
+    elif variant.startswith("root"):
+        pytest.skip("here nobody but root can read Python itself")
+    done = ran(VARIANTS[variant][0], [{"source": source}], *VARIANTS[variant][1:])
+    assert done["results"] == ["passed"]
+
+
+# The filter ------------------------------------------------------------------------------------------------
+
+
+def decided(machine: str, number: int, *arguments: int, may_write: bool = False) -> int:
+    """What the filter answers to a call: 0 if it is allowed, otherwise an error number."""
+    architecture = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}[machine]
+    call = struct.pack("IIQ6Q", number, architecture, 0, *arguments, *[0] * (6 - len(arguments)))
+    lines = list(struct.iter_unpack("HBBI", kernel_filter(machine, may_write=may_write)))
+    place, value = 0, 0
+    while True:
+        kind, if_true, if_false, operand = lines[place]
+        place += 1
+        if kind == 0x20:
+            value = struct.unpack_from("I", call, operand)[0]
+        elif kind == 0x54:
+            value &= operand
+        elif kind in (0x15, 0x35):
+            place += (
+                if_true if (value == operand if kind == 0x15 else value >= operand) else if_false
+            )
+        else:
+            assert kind == 0x06
+            return 0 if operand == 0x7FFF0000 else operand & 0xFFFF
+
+
+@pytest.mark.parametrize(
+    ("machine", "header", "prefix"),
+    [
+        ("x86_64", "/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "__NR_"),
+        ("aarch64", "/usr/include/asm-generic/unistd.h", "__NR(?:3264)?_"),
+    ],
+)
+def test_the_filter_knows_every_calls_number(machine, header, prefix):
+    if not Path(header).is_file():
+        pytest.skip("this system has no header of its kernel's")
+    column = ("x86_64", "aarch64").index(machine)
+    found = re.findall(rf"#define {prefix}(\\w+)\\s+(\\d+)", Path(header).read_text())
+    theirs = {name: int(number) for name, number in found}
+    # The generic table names two calls by what they are called where a word has 64 bits.
+    theirs.setdefault("newfstatat", theirs.get("fstatat", -1))
+    tables = (guarded._ALLOWED, guarded._WRITING)
+    ours = {name: numbers[column] for table in tables for name, numbers in table.items()}
+    ours |= {name: numbers[column] for name, (numbers, _) in guarded._LIMITED.items()}
+    newest = max(theirs.values())
+    for name, number in ours.items():
+        if number <= newest:
+            assert theirs.get(name, -1) == number, name
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+@pytest.mark.parametrize("may_write", [False, True])
+def test_the_filter_allows_only_some_uses_of_some_calls(machine, may_write):
+    column = ("x86_64", "aarch64").index(machine)
+    answer = functools.partial(decided, machine, may_write=may_write)
+    clone, limits = (56, 220)[column], (302, 261)[column]
+    thread = 0x3D0F00  # As the C library starts one.
+    assert answer(clone, thread) == 0
+    assert answer(clone, 17) == answer(clone, thread | 0x10000000) == errno.EPERM
+    assert answer(limits, 0, 7, 0, 2**40) == 0
+    assert answer(limits, 0, 7, 2**40) == answer(limits, 0, 7, 8) == errno.EPERM
+    assert answer(limits, 1) == errno.EPERM
+    assert answer(435) == answer(437) == answer(1000) == errno.ENOSYS
+    assert answer(2**30) == answer(2**30 + 41) == errno.EPERM
+    openat = (257, 56)[column]
+    assert answer(openat, 2**32 - 100, 0, os.O_RDONLY | 0o2000000) == 0
+    for flags in (os.O_WRONLY, os.O_RDWR, os.O_CREAT, os.O_TRUNC, os.O_APPEND):
+        assert answer(openat, 2**32 - 100, 0, flags) == (0 if may_write else errno.EPERM)
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+@pytest.mark.parametrize("may_write", [False, True])
+def test_the_filters_jumps_stay_within_it(machine, may_write):
+    lines = list(struct.iter_unpack("HBBI", kernel_filter(machine, may_write=may_write)))
+    assert len(lines) < 4096
+    for place, (kind, if_true, if_false, _) in enumerate(lines):
+        if kind in (0x15, 0x35):
+            assert place + 1 + max(if_true, if_false) < len(lines)
+    assert lines[-1] == (0x06, 0, 0, 0x00050000 | errno.EPERM)  # What is not named is refused.
+
+
+# Limits ----------------------------------------------------------------------------------------------------
+
+
+@needs_all
+@pytest.mark.parametrize(
+    ("program", "result"),
+    [
+        ("for i in range(20):\n    with open(f'f{i}', 'wb') as f: f.write(bytes(10**7))",
+         "OSError: .*No space"),
+        ("for i in range(5000): open(f'f{i}', 'w').close()", "OSError: .*No space"),
+        ("open('f', 'wb').truncate(2**30)", "OSError: .*too large"),
+        ("import threading, time\nfor _ in range(10000):\n"
+         "    threading.Thread(target=time.sleep, args=(9,), daemon=True).start()",
+         "RuntimeError: can't start"),
+        ("x = bytearray(3 << 30)", "MemoryError"),
+        ("import mmap\nx = [mmap.mmap(-1, 2**26) for _ in range(64)]", "OSError: .*Cannot allocate"),
+        ("import os\nx = [os.pipe() for _ in range(64)]", "OSError: .*Too many open files"),
+    ],
+)  # fmt: skip
+def test_a_program_does_not_get_more_than_its_limits(program, result):
+    limits = Limits(timeout_s=10.0, memory_bytes=2**31, may_write=True)
+    assert re.match(f"failed: {result}", run_program(program, limits).result)
+
+
+@needs_calls
+def test_a_crash_leaves_no_core_dump():
+    # With a limit of 0 bytes the kernel still hands the memory to a program that handles crashes.
+    assert run_program(
+        "import resource\nassert resource.getrlimit(resource.RLIMIT_CORE) == (1, 1)"
+    ).passed
+
+
+@needs_all
+def test_a_program_with_threads_that_ignores_alarms_ends_with_all_of_them():
+    program = (
+        "import signal, threading\nsignal.signal(signal.SIGALRM, signal.SIG_IGN)\n"
+        "def spin():\n    while True: pass\n"
+        "for _ in range(8): threading.Thread(target=spin).start()\nspin()"
+    )
+    before = _guards()
+    assert run_program(program, SHORT).result == "timed out"
+    assert not _guards() - before
+
+
+def _guards() -> set[str]:
+    """The processes that run programs."""
+    found = set()
+    for each in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if os.fsencode(guarded.__file__) in each.read_bytes():
+                found.add(each.parent.name)
+    return found
+
+
+@needs_all
+def test_a_program_ends_with_its_caller_whenever_that_ends():
+    before = _guards()
+    for delay_s in (0.0, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5):
+        caller = subprocess.Popen(
+            [sys.executable, "-c", "from proxytune.tasks.sandbox import *\nprint(flush=True)\n"
+             "while True: run_program('while True: pass', Limits(timeout_s=60))"],
+            stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert caller.stdout is not None
+        caller.stdout.readline()
+        time.sleep(delay_s)
+        caller.kill()
+        caller.wait()
+        caller.stdout.close()
+    left = _guards() - before
+    end = time.perf_counter() + 20
+    while left and time.perf_counter() < end:
+        time.sleep(0.05)
+        left &= _guards()
+    assert not left
+
+
+@needs_all
+@pytest.mark.parametrize(
+    ("library", "program"),
+    [
+        ("numpy", "import numpy as np\na = np.random.rand(300, 300)\nassert (a @ a).shape == (300, 300)"),
+        ("pandas", "import pandas as pd\npd.DataFrame({'a': [1, 2]}).to_csv('f')\n"
+                   "assert len(pd.read_csv('f')) == 2\npd.Timestamp.now(tz='Europe/Berlin')"),
+        ("matplotlib", "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.savefig('a.png')"),
+        ("torch", "import torch\ntorch.set_num_threads(4)\nm = torch.nn.Linear(3, 3)\n"
+                  "m(torch.ones(1, 3)).sum().backward()\ntorch.save(m.state_dict(), 'f')\ntorch.load('f')"),
+        ("scipy", "import scipy.optimize\nscipy.optimize.minimize(lambda x: x**2, 1.0)"),
+        ("sklearn", "from sklearn.linear_model import LinearRegression\n"
+                    "LinearRegression().fit([[0], [1]], [0, 1])"),
+        ("tensorflow", "import tensorflow as tf\nassert int(tf.reduce_sum([1, 2])) == 3"),
+        ("sqlite3", "import sqlite3\nc = sqlite3.connect('f')\nc.execute('create table t(a)')\nc.commit()"),
+        ("zoneinfo", "import zoneinfo, tempfile, shutil\nzoneinfo.ZoneInfo('Europe/Berlin')\n"
+                     "d = tempfile.mkdtemp()\nopen(d + '/f', 'w').close()\nshutil.copyfile(d + '/f', 'g')\n"
+                     "shutil.rmtree(d)\nopen('/dev/null', 'w').write('x')"),
+    ],
+)  # fmt: skip
+def test_libraries_of_benchmarks_work(library, program):
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    limits = Limits(timeout_s=120.0, memory_bytes=2**35, may_write=True)
+    assert run_program(program, limits).result == "passed"
+
+
+@needs_all
+def test_python_itself_may_be_below_tmp(tmp_path, monkeypatch):
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "own")], check=True
+    )
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "own/bin/python"))
+    program = (
+        f"import sys\nassert sys.prefix == {str(tmp_path / 'own')!r}\n"
+        "open(sys.prefix + '/pyvenv.cfg').close()\nopen('f', 'w').close()"
+    )
+    assert run_program(program, WRITING).result == "passed"
+
+
+# Systems that cannot keep every promise --------------------------------------------------------------------
+
+
+@pytest.fixture
+def weaker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system without namespaces and Landlock."""
+    monkeypatch.setattr(sandbox, "missing_promises", lambda: ("namespaces", "files"))
+    for function in (run_program, run_programs):
+        monkeypatch.setitem(function.__kwdefaults__, "allow_weaker", False)
+
+
+def test_what_a_system_cannot_promise_is_named_and_needs_consent(weaker):
+    with pytest.raises(UnsupportedModel, match="--allow-weaker-sandbox") as refused:
+        run_program("x = 1")
+    for name, text in PROMISES.items():
+        assert (text in str(refused.value)) == (name in ("namespaces", "files"))
+    with pytest.raises(UnsupportedModel, match="--allow-weaker-sandbox"):
+        run_programs(["x = 1"])
+    with pytest.raises(UnsupportedModel, match="--allow-weaker-sandbox"):
+        CodeRunner(HumanEval())
+    judge = CodeRunner(HumanEval(), allow_weaker_sandbox=True)
+    assert judge.name.endswith("in a sandbox without namespaces, files")
+
+
+def test_a_program_that_may_write_anywhere_does_not_run_whatever_is_allowed(weaker):
+    with pytest.raises(UnsupportedModel, match="one folder"):
+        run_program("x = 1", WRITING, allow_weaker=True)
+
+
+def test_missing_promises_are_found_by_trying(monkeypatch):
+    asked_without = []
+
+    def answer(program: str, limits: Limits, missing: tuple[str, ...]) -> dict[str, str]:
+        asked_without.append(missing)
+        lacking = [each for each in ("namespaces", "files") if each not in missing]
+        if lacking:
+            return {"missing": lacking[0], "why": "unshare: Operation not permitted"}
+        return {"result": "passed" if "verdict" in missing else "timed out"}
+
+    monkeypatch.setattr(sandbox, "_answer", answer)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert missing_promises.__wrapped__() == ("namespaces", "files", "verdict")
+    assert asked_without[0] == ()
+    monkeypatch.setattr(sandbox, "_answer", lambda *_: {"result": "failed: no"})
+    with pytest.raises(UnsupportedModel, match="none can be judged"):
+        missing_promises.__wrapped__()
+
+
+@needs_all
+@pytest.mark.parametrize("promise", PROMISES)
+def test_a_program_runs_with_each_barrier_alone_missing(promise):
+    without = {"namespaces": ("namespaces", "user")}.get(promise, (promise,))
+    assert sandbox._answer("assert 1 + 1 == 2", Limits(), without) == {"result": "passed"}
+    assert sandbox._answer("1 / 0", Limits(), without)["result"].startswith("failed: ZeroDivision")
+
+
+def test_a_barrier_that_fails_this_time_is_reported_as_that(monkeypatch):
+    monkeypatch.setattr(sandbox, "missing_promises", lambda: ())
+    why = {"missing": "namespaces", "why": "unshare: No space left on device"}
+    monkeypatch.setattr(sandbox, "_answer", lambda *_: why)
+    with pytest.raises(UnsupportedModel, match="this time: unshare: No space left"):
+        run_program("x = 1")
+
+
+def test_the_commands_name_what_is_missing_before_anything_runs(weaker, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"task_id": "HumanEval/0", "completion": "", "passed": True}) + "\n")
+    grade = ["grade", "humaneval", str(rows)]
+    run = CliRunner().invoke(app, [*grade, "--run-code", "--data-dir", str(tmp_path)])
+    assert run.exit_code == 2
+    assert "What is missing" in run.stderr and "--allow-weaker-sandbox" in run.stderr
+    run = CliRunner().invoke(app, [*grade, "--allow-weaker-sandbox"])
+    assert run.exit_code == 2
+    assert "is for --run-code" in run.stderr
+    with pytest.raises(InvalidRequest, match="is for --run-code"):
+        EvalOptions(("humaneval",), allow_weaker_sandbox=True)

@@ -1,8 +1,8 @@
 """Runs one untrusted program within limits. `sandbox.py` starts this file as a separate process.
 
-It reads the program and its limits from stdin and writes to stdout how the program ended, both as `marshal`
-has it, which needs no import that takes time. The program runs in a child; this process stays outside, watches
-the clock and decides.
+It reads the program and its limits from stdin and writes to stdout how the program ended, both in
+the format of `marshal`, which takes no time to import. The program runs in a child; this process stays
+outside, watches the clock and decides.
 
 The child gives up what the program must not have, one barrier behind the other: namespaces of its own with a
 read-only view of Python and the system's libraries; a user ID of its own if this process is root; Landlock;
@@ -141,6 +141,14 @@ def _promised(promise: str) -> Iterator[None]:
         yield
     except (OSError, AttributeError, KeyError) as error:
         raise MissingPromise(promise, error) from error
+
+
+def _end_with(caller: int) -> None:
+    """Let the end of the caller end this process, where the system can."""
+    if sys.platform == "linux":
+        _call(ctypes.CDLL(None, use_errno=True).prctl, 1, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != caller:  # It had ended before.
+            os._exit(1)
 
 
 def _call(function: Any, *arguments: Any) -> int:
@@ -468,7 +476,8 @@ def _stage(task: dict[str, Any], to_parent: int, gate: int) -> None:
     """
     write, read = os.write, os.read
     write(to_parent, b"\0")
-    read(gate, 1)
+    if not read(gate, 1):  # The parent ended before its end would have ended this process.
+        os._exit(1)
     try:
         next(map(_attempt, (task["program"],), (to_parent,)))
     except:  # noqa: E722, a name could have been changed
@@ -526,6 +535,7 @@ class _Child:
             with contextlib.suppress(OSError):
                 os.setegid(user)
                 os.seteuid(user)
+        _end_with(task["caller"])  # Now, because a change of user would undo it.
 
     def result(self) -> str:
         """Let the program run, and return how it ended.
@@ -600,11 +610,6 @@ def main() -> None:
     """Run the program given on stdin, and write to stdout how it ended."""
     task = marshal.loads(sys.stdin.buffer.read())
     try:
-        if sys.platform == "linux":
-            libc = ctypes.CDLL(None, use_errno=True)
-            _call(
-                libc.prctl, 1, signal.SIGKILL, 0, 0, 0
-            )  # The end of the caller ends this process.
         if "namespaces" not in task["without"]:
             enter_namespaces()
         answer = {"result": _Child(task).result()}

@@ -160,10 +160,11 @@ def run_program(
 def _answer(program: str, limits: Limits, missing: tuple[str, ...]) -> dict[str, str]:
     """Run a program with all barriers but the missing ones; return its result, or another missing one."""
     with contextlib.ExitStack() as stack:
-        folder = "/tmp"  # In its own view of files.
+        folder = "/proxytune-run"  # In its own view of files; Python itself may be below /tmp.
         if "namespaces" in missing:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="proxytune-run-"))
         task = {
+            "caller": os.getpid(),
             "program": program,
             "folder": folder,
             "may_write": limits.may_write,
