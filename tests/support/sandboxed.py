@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 NOBODY = 65534
-KEY = "sk-the-callers-key"
+KEY = "sk-the-callers-own"
 ROOT = Path(__file__).parents[2]
 
 

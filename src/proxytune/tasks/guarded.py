@@ -46,8 +46,9 @@ _OWN_USERS = 1_900_000_000
 # What Python and the system's libraries need to read.
 _READABLE = (
     "/usr", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store", "/etc/ld.so.cache", "/etc/alternatives",
-    "/etc/localtime", "/proc/cpuinfo", "/proc/meminfo", "/sys/devices/system/cpu", "/dev/null",
-    "/dev/zero", "/dev/random", "/dev/urandom",
+    "/etc/localtime", "/proc/cpuinfo", "/proc/meminfo", "/sys/devices/system/cpu",
+    "/sys/devices/system/node", "/sys/bus/cpu", "/sys/bus/node", "/dev/null", "/dev/zero", "/dev/random",
+    "/dev/urandom",
 )  # fmt: skip
 
 # The system calls that a program may make, with their numbers on Linux for x86_64 and aarch64; -1 if there
@@ -240,7 +241,7 @@ def make_view(folder: str, *, may_write: bool) -> None:
 
     _call(libc.unshare, _NEW_MOUNTS)
     recursive, private, bind = 0x4000, 0x40000, 0x1000
-    no_set_user, no_devices, no_execution = 2, 4, 8
+    no_set_user, no_devices, no_execution, detached = 2, 4, 8, 2
     mount(None, "/", None, recursive | private)
     mount("tmpfs", "/tmp", "tmpfs", no_set_user, "mode=755,size=1m")
     os.chdir("/tmp")
@@ -259,9 +260,16 @@ def make_view(folder: str, *, may_write: bool) -> None:
         if not os.path.lexists(link):
             os.makedirs(os.path.dirname(link), exist_ok=True)
             os.symlink(target, link)
-    os.makedirs(folder, exist_ok=True)
-    _call(libc.umount2, b"/old", 2)  # Detached at once.
+    with contextlib.suppress(OSError):  # Refused where parts of the system's /proc are hidden.
+        # Of its own /proc, in which it has the ID 1, the process sees itself. Tensorflow cannot do without.
+        os.makedirs("/proc/1")
+        os.symlink("1", "/proc/self")
+        mount("proc", "/old", "proc", no_set_user | no_devices | no_execution)
+        mount("/old/1", "/proc/1", None, bind)
+        _call(libc.umount2, b"/old", detached)
+    _call(libc.umount2, b"/old", detached)
     os.rmdir("/old")
+    os.makedirs(folder, exist_ok=True)
     attributes = struct.pack("QQQQ", 1 | no_set_user, 0, 0, 0)  # 1: read-only.
     _call(libc.syscall, 442, -100, b"/", 0x8000, attributes, ctypes.c_size_t(len(attributes)))
     if may_write:
@@ -286,12 +294,14 @@ def confine_files(folder: str, *, may_write: bool) -> int:
     words = (everything, 0b11, 0b11)[: 1 if version < 4 else 2 if version < 6 else 3]
     handled = struct.pack(f"{len(words)}Q", *words)
     ruleset = _call(libc.syscall, 444, handled, ctypes.c_size_t(len(handled)), 0)
-    for path in (*readable()[0], folder):
+    for path in (*readable()[0], os.path.realpath("/proc/self"), folder):
         allowed = reading if os.path.isdir(path) else of_a_file
         if path == folder and may_write:
             allowed = everything & ~0b1  # No execution.
         elif path == os.devnull and may_write:
             allowed |= 0b10  # Some libraries open it for writing when they are imported.
+        if not os.path.exists(path):
+            continue
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         _call(libc.syscall, 445, ruleset, 1, struct.pack("=Qi", allowed, place), 0)
         os.close(place)
