@@ -229,6 +229,27 @@ def test_a_program_that_ran_to_its_end_has_passed(program):
     assert run_program(program).result == "passed"
 
 
+def test_a_program_that_has_not_begun_has_not_passed(monkeypatch):
+    """Until it begins, it waits at the place that counts as its end."""
+    place = ("0x1", "0x2")
+    monkeypatch.setattr(guarded, "_place", lambda *_: place)
+    child = object.__new__(guarded._Child)
+    child._timeout_s, child._is_checked, child._process, child._gate = 0.05, True, -1, -1
+    child._from_child, to_parent = os.pipe()
+    try:
+        assert child._watch(place) == "timed out"
+        os.write(to_parent, b"\0")
+        assert child._watch(place) == "passed"
+    finally:
+        os.close(child._from_child)
+        os.close(to_parent)
+
+
+@needs_all
+def test_no_thread_is_left_that_gave_up_nothing():
+    assert run_program("import os\nassert len(os.listdir('/proc/self/task')) == 1").passed
+
+
 def test_a_program_sees_no_keys_of_the_environment(monkeypatch):
     monkeypatch.setenv("SECRET_API_KEY", "x")
     assert run_program("import os\nassert 'SECRET_API_KEY' not in os.environ").passed

@@ -454,6 +454,20 @@ def _give_up_rights(task: dict[str, Any], user: int) -> None:
     guard_with_hook(may_write=may_write, is_held="calls" not in without)
 
 
+def _have_had_a_thread() -> None:
+    """Start and end a thread: from then on, the C library calls the kernel from another place."""
+    import _thread
+
+    _thread.start_new_thread(int, ())
+    end = time.monotonic() + 5
+    with _promised("verdict"):
+        # What this process gives up next, it gives up for its own thread alone.
+        while len(os.listdir("/proc/self/task")) > 1:
+            if time.monotonic() > end:
+                raise OSError("a thread that does nothing does not end")
+            time.sleep(0.0001)
+
+
 def _run(task: dict[str, Any], user: int, to_parent: int, gate: int) -> None:
     """Run the program in this process, the child; never returns."""
     null = os.open(os.devnull, os.O_RDWR)
@@ -463,11 +477,9 @@ def _run(task: dict[str, Any], user: int, to_parent: int, gate: int) -> None:
     os.closerange(3, first)
     os.closerange(first + 1, last)
     os.closerange(last + 1, 2**12)
-    # The C library calls the kernel from another place once there was a second thread.
-    import _thread
-
-    _thread.start_new_thread(int, ())
     try:
+        if "verdict" not in task["without"]:
+            _have_had_a_thread()
         _give_up_rights(task, user)
     except MissingPromise as error:
         os.write(to_parent, b"!" + marshal.dumps(error.args))
@@ -558,7 +570,7 @@ class _Child:
             if said.startswith(b"!"):
                 raise MissingPromise(*marshal.loads(said[1:]))
             if said != b"\0":
-                return self._ended(said)
+                raise MissingPromise("verdict", "the process ended before its program began")
             start = None
             if self._is_checked:
                 with _promised("verdict"):
@@ -571,7 +583,8 @@ class _Child:
                 os.waitpid(self._process, 0)
 
     def _first_place(self) -> tuple[str, str]:
-        for _ in range(1000):
+        end = time.monotonic() + 5  # It is on its way there.
+        while time.monotonic() < end:
             time.sleep(0.0002)
             if (place := _place(self._process, self._gate)) is not None:
                 return place
@@ -580,17 +593,17 @@ class _Child:
     def _watch(self, start: tuple[str, str] | None) -> str:
         end, pause_s, said = time.monotonic() + self._timeout_s, 0.0002, b""
         while (left_s := end - time.monotonic()) > 0:
-            # Once it said something, it may be at the gate at any moment.
-            if select.select([self._from_child], [], [], min(left_s, pause_s) if said else left_s)[
-                0
-            ]:
+            # Once the program has said something, it may be at its end at any moment. Before, it may not even
+            # have left the place where it waited to begin.
+            wait_s = min(left_s, pause_s) if said else left_s
+            if select.select([self._from_child], [], [], wait_s)[0]:
                 more = os.read(self._from_child, 2**12)
                 if not more:
                     return self._ended(said)
                 said = (said + more)[-(2**12) :]
             else:
                 pause_s = min(2 * pause_s, 0.02)
-            if self._is_back(start, said):
+            if said and self._is_back(start, said):
                 return "passed"
         return "timed out"
 

@@ -94,7 +94,7 @@ def missing_promises() -> tuple[str, ...]:
     program = "import threading\nt = threading.Thread(target=int)\nt.start()\nt.join()"
     missing: tuple[str, ...] = () if sys.platform == "linux" else tuple(PROMISES)
     while True:
-        answer = _answer(program, Limits(), missing)
+        answer = _answer(program, Limits(timeout_s=30.0), missing)
         if answer.get("result") == "passed":
             return missing
         name = answer.get("missing", "verdict")
