@@ -34,8 +34,8 @@ _ENVIRONMENT = {
 }
 
 PROMISES = {
-    "namespaces": "it has processes, shared memory, network and a view of files of its own (needs "
-    "unprivileged user namespaces, or root's rights to mount)",
+    "namespaces": "it has processes, shared memory, network, a view of files and a folder of limited size "
+    "of its own (needs unprivileged user namespaces, or root's rights to mount)",
     "files": "it reads no files but Python's and the system's (needs mounts, or Landlock of Linux 6.2)",
     "user": "it does not have root's rights (needs the right to change the user)",
     "calls": "it makes only the system calls of a computation (needs Linux on x86_64 or aarch64)",
