@@ -26,8 +26,11 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "logits": ("certificate", "policy", "sample", "steer", "rules", "views"),
     "text": ("meter", "library", "template", "prompts", "detokenize", "vocab"),
     "checkpoints": (
+        "faults",
         "untrusted",
         "headers",
+        "config_limits",
+        "tokenizer_limits",
         "conversion",
         "hub",
         "placement",

@@ -257,6 +257,17 @@ def test_safetensors_are_taken_where_pickled_weights_lie_beside_them(copied):
     assert find_checkpoint("llama", root=directory.parent).tensors
 
 
+def test_a_model_whose_weights_transformers_would_take_from_elsewhere_is_refused(copied):
+    directory = copied("llama")
+    edit_json(directory / "config.json", transformers_weights="../other.safetensors")
+    with pytest.raises(UnsupportedModel, match="names its weights itself"):
+        find_checkpoint("llama", root=directory.parent)
+    edit_json(directory / "config.json", transformers_weights=None)
+    (directory / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(UnsupportedModel, match="adapter beside the model"):
+        find_checkpoint("llama", root=directory.parent)
+
+
 def test_a_model_that_needs_its_own_code_is_refused_and_the_code_does_not_run(copied):
     directory = copied("llama")
     edit_json(

@@ -564,7 +564,9 @@ def test_code_is_run_where_that_is_allowed(recipe, data, tmp_path):
     report = evaluate(
         recipe,
         tmp_path,
-        options(data, "humaneval", run_code=True, num_samples=2, alphas=()),
+        options(
+            data, "humaneval", run_code=True, allow_weaker_sandbox=True, num_samples=2, alphas=()
+        ),
         load=load,
     )
     for each in report.tasks[0].results:
@@ -716,7 +718,7 @@ def test_every_benchmark_runs_on_the_smol_family(tmp_path):
     result = run(
         "package:proxytune/smol", "--expert", "instruct", "--tasks", ",".join(names), "--data-dir", SHARED,
         "--limit", 2, "--max-new-tokens", 6, "--num-samples", 2, "--alphas", "0.5", "--nudge-below", 0.4,
-        "--run-code", "--output", tmp_path, "--json",
+        "--run-code", "--allow-weaker-sandbox", "--output", tmp_path, "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     content = json.loads(result.stdout)

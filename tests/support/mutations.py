@@ -98,6 +98,11 @@ def _copy(value: Any) -> Any:
     return [_copy(item) for item in value] if isinstance(value, list) else value
 
 
+def _hostile(random: Random) -> Any:
+    """Return a copy of a hostile value: a later change may go on inside it."""
+    return _copy(random.choice(HOSTILE_VALUES))
+
+
 def _changed(value: Any, random: Random) -> Any:
     """Return a value with one change somewhere in it."""
     items = value.items if isinstance(value, Pairs) else value
@@ -126,7 +131,7 @@ def _changed(value: Any, random: Random) -> Any:
     elif change == "swap":
         items[place], items[other] = items[other], items[place]
     elif change == "insert":
-        items.insert(place, random.choice(HOSTILE_VALUES))
+        items.insert(place, _hostile(random))
     else:
         items[place] = _replacement(items[place], random)
     return value
@@ -140,7 +145,7 @@ def _change_pairs(
         items[place], items[other] = (key, items[other][1]), (items[other][0], item)
     elif change == "insert":
         name = random.choice(("unknown", "", "a" * 1000, "\ud800", key))
-        items.insert(other, (name, random.choice(HOSTILE_VALUES)))
+        items.insert(other, (name, _hostile(random)))
     elif change == "rename":
         names = (key + "x", key[:-1], key.upper(), "", "../" + key, "/" + key, items[other][0])
         items[place] = random.choice(names), item
@@ -156,7 +161,7 @@ def _replacement(value: Any, random: Random) -> Any:
         )
     if isinstance(value, str) and value and random.random() < 0.4:
         return random.choice((value[:-1], value * 50, value.upper(), value + "\0", [value], 3))
-    return random.choice(HOSTILE_VALUES)
+    return _hostile(random)
 
 
 # Binary files ----------------------------------------------------------------------------------------
@@ -218,6 +223,75 @@ def mutate_safetensors(content: bytes, random: Random) -> bytes:
     text = mutate_json(json.loads(content[8 : 8 + length]), random)
     header = text.encode("utf-8", errors="surrogatepass")
     return struct.pack("<Q", len(header)) + header + content[8 + length :]
+
+
+_GGUF_VALUES: tuple[bytes, ...] = (
+    *(struct.pack("<II", 4, number) for number in (0, 1, 7, 2**15, 2**31, 2**32 - 1)),
+    *(struct.pack("<IQ", 10, number) for number in (0, 2**32, 2**63, 2**64 - 1)),
+    *(struct.pack("<Ii", 5, number) for number in (-1, -(2**31))),
+    *(struct.pack("<If", 6, number) for number in (0.0, -1.0, 1e38, float("nan"), float("inf"))),
+    struct.pack("<I?", 7, True),
+    struct.pack("<IQ", 8, 0),
+    struct.pack("<IQ", 8, 5) + b"llama",
+    struct.pack("<IQ", 8, 4) + b"\xff\0\xff{",
+    struct.pack("<IQ", 8, 2**63),
+    struct.pack("<IIQ", 9, 8, 0),
+    struct.pack("<IIQ", 9, 8, 2) + 2 * (struct.pack("<Q", 1) + b"a"),
+    struct.pack("<IIQ", 9, 4, 3) + struct.pack("<III", 1, 2, 3),
+    struct.pack("<IIQ", 9, 4, 2**40),
+    struct.pack("<IIQ", 9, 9, 1) + struct.pack("<IQ", 4, 0),
+)
+"""Values of other types and sizes, as a GGUF header has them: the number of the type first."""
+
+
+def mutate_gguf(content: bytes, random: Random) -> bytes:
+    """Return a GGUF file whose header's values are changed, left out or given twice, or any of its bytes."""
+    values = _gguf_values(content)
+    if random.random() < 0.4:
+        end = values[-1][0] + len(values[-1][1]) + 4096
+        return mutate_bytes(content, random, within=end)
+    data = values[-1][0] + len(values[-1][1])
+    pairs = [(content[begin - length : begin], value) for begin, value, length in values]
+    for _ in range(random.randint(1, 3)):
+        place = random.randrange(len(pairs))
+        key, value = pairs[place]
+        change = random.choice(("replace", "replace", "replace", "delete", "repeat", "rename"))
+        if change == "delete" and len(pairs) > 1:
+            del pairs[place]
+        elif change == "repeat":
+            pairs.insert(random.randrange(len(pairs)), (key, value))
+        elif change == "rename":
+            pairs[place] = random.choice(pairs)[0], value
+        else:
+            pairs[place] = key, random.choice(_GGUF_VALUES)
+    body = b"".join(key + value for key, value in pairs)
+    counted = content[:16] + struct.pack("<Q", len(pairs))
+    # The tensors' data begin at the next multiple of 32 after the header, so the file may have to be longer.
+    return counted + body + content[data:] + bytes(32)
+
+
+def _gguf_values(content: bytes) -> list[tuple[int, bytes, int]]:
+    """Return each value of a header: its place, its bytes, and the length of the key before it."""
+    sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+
+    def end_of(kind: int, place: int) -> int:
+        if kind == 8:
+            return place + 8 + int(struct.unpack_from("<Q", content, place)[0])
+        if kind == 9:
+            element, count = struct.unpack_from("<IQ", content, place)
+            place += 12
+            for _ in range(count):
+                place = end_of(element, place)
+            return place
+        return place + sizes[kind]
+
+    place, found = 24, []
+    for _ in range(struct.unpack_from("<Q", content, 16)[0]):
+        length = 8 + struct.unpack_from("<Q", content, place)[0]
+        begin = place + length
+        place = end_of(struct.unpack_from("<I", content, begin)[0], begin + 4)
+        found.append((begin, content[begin:place], length))
+    return found
 
 
 # Readers ---------------------------------------------------------------------------------------------

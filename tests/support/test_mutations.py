@@ -9,7 +9,7 @@ from random import Random
 import pytest
 
 from proxytune.errors import CorruptModel
-from tests.support.mutations import mutate_bytes, mutate_json, read_mutants
+from tests.support.mutations import HOSTILE_VALUES, mutate_bytes, mutate_json, read_mutants
 
 VALID = {"a": [1, 2, {"b": "text"}], "c": {"d": 0.5}}
 
@@ -67,3 +67,11 @@ def test_a_mutant_that_takes_too_long_fails_and_the_others_are_read(monkeypatch)
 def _sleep_with(random):
     if random.random() == Random(1).random():
         time.sleep(30)
+
+
+def test_a_seed_gives_the_same_mutant_whatever_was_made_before():
+    """A change inside a hostile list used to stay in the table of hostile values."""
+    table = repr(HOSTILE_VALUES)
+    for seed in range(300):
+        mutate_json(VALID, Random(seed))
+    assert repr(HOSTILE_VALUES) == table

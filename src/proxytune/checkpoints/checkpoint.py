@@ -12,13 +12,22 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from proxytune.checkpoints.config_limits import (
+    check_config,
+    check_empty_model,
+    check_num_layers,
+    check_raw_config,
+    token_ids,
+    values_of,
+)
 from proxytune.checkpoints.conversion import convert_small_files, convert_weights
+from proxytune.checkpoints.faults import fault_text, faults_as, is_fault, is_panic, shown
 from proxytune.checkpoints.headers import (
     GgufHeader,
     StoredTensor,
@@ -37,8 +46,15 @@ from proxytune.checkpoints.hub import (
 )
 from proxytune.checkpoints.placement import max_context
 from proxytune.checkpoints.references import local_path, unpinned_path
+from proxytune.checkpoints.tokenizer_limits import check_pattern_times, check_tokenizer_files
 from proxytune.checkpoints.untrusted import LIST_BYTES, check_links, read_json_file
-from proxytune.errors import CorruptModel, ModelNotFound, UnsafeModel, UnsupportedModel
+from proxytune.errors import (
+    CorruptModel,
+    ModelNotFound,
+    ProxytuneError,
+    UnsafeModel,
+    UnsupportedModel,
+)
 
 if TYPE_CHECKING:
     from proxytune.text.vocab import Vocabulary
@@ -99,19 +115,24 @@ class Checkpoint:
         from transformers import AutoConfig
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-        kind = read_json_file(self.directory / "config.json").get("model_type")
-        try:
-            return AutoConfig.from_pretrained(
+        raw = read_json_file(self.directory / "config.json")
+        check_raw_config(raw, self.name)
+        kind = raw.get("model_type")
+
+        def error(why: str) -> CorruptModel | UnsupportedModel:
+            if isinstance(kind, str) and kind in CONFIG_MAPPING:
+                return CorruptModel(f"the config.json of {self.name} cannot be used: {why}")
+            return UnsupportedModel(
+                f"{self.name} is a model of type {shown(kind)}, which the installed transformers does not "
+                "know.\nhint: pip install --upgrade transformers"
+            )
+
+        with faults_as(error):
+            config = AutoConfig.from_pretrained(
                 self.directory, trust_remote_code=self.trust_remote_code, local_files_only=True
             )
-        except Exception as error:
-            if isinstance(kind, str) and kind in CONFIG_MAPPING:
-                why = f"the config.json of {self.name} cannot be used: {error}"
-                raise CorruptModel(why) from error
-            raise UnsupportedModel(
-                f"{self.name} is a model of type {kind!r}, which the installed transformers does not know.\n"
-                "hint: pip install --upgrade transformers"
-            ) from error
+            check_config(config, self.name)
+        return config
 
     @property
     def _text_config(self) -> Any:
@@ -134,14 +155,21 @@ class Checkpoint:
             ModelNotFound: There is none.
             CorruptModel: It cannot be read.
             UnsafeModel: It needs its own code, which was not allowed.
+            UnsupportedModel: Its rules could multiply text, or its patterns take too long.
         """
         from transformers import AutoTokenizer
 
+        has_patterns = check_tokenizer_files(self.directory, self.name)
         try:
-            return AutoTokenizer.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(
                 self.directory, trust_remote_code=self.trust_remote_code, local_files_only=True
             )
-        except Exception as error:
+            _check_special_tokens(tokenizer, self.name)
+        except ProxytuneError:
+            raise
+        except BaseException as error:
+            if not is_fault(error):
+                raise
             if "trust_remote_code" in str(error):
                 raise _remote_code_refused(
                     self.name, "tokenizer_config.json", "it has an auto_map"
@@ -152,9 +180,13 @@ class Checkpoint:
                     f"{self.directory}.\nhint: save its tokenizer there with save_pretrained"
                 ) from error
             raise CorruptModel(
-                f"the tokenizer of {self.name} cannot be read: {error}\n"
+                f"the tokenizer of {self.name} cannot be read: {fault_text(error)}\n"
                 "hint: copy or download it again"
             ) from error
+        _translate_panics(tokenizer, self.name)
+        if has_patterns:
+            check_pattern_times(_cutting_rules(tokenizer), self.name)
+        return tokenizer
 
     @cached_property
     def width(self) -> int:
@@ -187,8 +219,7 @@ class Checkpoint:
     def num_parameters(self) -> int:
         """Number of weights, from the headers; counted in an empty model if they are packed."""
         stored = {n: t for n, t in self.tensors.items() if not _NOT_PARAMETERS.search(n)}
-        is_packed = self.kind == "directory" and not self.stored_dtype.startswith(("float", "bf"))
-        if stored and not is_packed and getattr(self.config, "quantization_config", None) is None:
+        if stored and not self._is_packed and not self._is_quantized:
             return sum(tensor.num_elements for tensor in stored.values())
         return sum(parameter.numel() for parameter in self._empty_model.parameters())
 
@@ -210,50 +241,86 @@ class Checkpoint:
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Ids that end a text, ascending: from config, generation config, GGUF header and tokenizer."""
-        ids: set[int] = set()
-        sources: list[Any] = [
-            getattr(self.config, "eos_token_id", None),
-            getattr(self._text_config, "eos_token_id", None),
-            self.tokenizer.eos_token_id,
-        ]
+        sources: dict[str, Any] = {
+            "config.json": getattr(self.config, "eos_token_id", None),
+            "text config": getattr(self._text_config, "eos_token_id", None),
+            "tokenizer": self.tokenizer.eos_token_id,
+        }
         if self.gguf_header is not None:
-            sources.append(self.gguf_header.metadata.get("tokenizer.ggml.eot_token_id"))
+            sources["header"] = self.gguf_header.metadata.get("tokenizer.ggml.eot_token_id")
         generation = self.directory / "generation_config.json"
-        if generation.is_file():
-            sources.append(read_json_file(generation).get("eos_token_id"))
-        for source in sources:
-            for token_id in source if isinstance(source, list | tuple) else [source]:
-                if isinstance(token_id, int) and 0 <= token_id < self.width:
-                    ids.add(token_id)
-        return tuple(sorted(ids))
+        if generation.exists():
+            sources[generation.name] = read_json_file(generation).get("eos_token_id")
+        ids = {
+            token_id
+            for where, value in sources.items()
+            for token_id in token_ids(value, f"eos_token_id in the {where} of {self.name}")
+        }
+        # Some models name ids of a larger vocabulary, or -1 for none.
+        return tuple(sorted(token_id for token_id in ids if 0 <= token_id < self.width))
 
     @property
     def cache_elements_per_token(self) -> int:
         """Number of elements that the KV cache holds for one token, over all layers."""
         config = self._text_config
+        num_layers = getattr(config, "num_hidden_layers", None) or 0
 
-        def number(name: str) -> int:
-            return int(getattr(config, name, 0) or 0)
+        def of_layers(name: str) -> list[int]:
+            values = [value or 0 for value in values_of(config, name)]
+            return values if len(values) > 1 else values * num_layers
 
-        num_heads = number("num_attention_heads")
-        num_key_value_heads = number("num_key_value_heads") or num_heads
-        head_size = number("head_dim") or number("hidden_size") // max(num_heads, 1)
-        return 2 * number("num_hidden_layers") * num_key_value_heads * head_size
+        num_elements = 0
+        for heads, key_value_heads, head_size, hidden_size in zip(
+            of_layers("num_attention_heads"),
+            of_layers("num_key_value_heads"),
+            of_layers("head_dim"),
+            of_layers("hidden_size"),
+            strict=False,
+        ):
+            head_size = head_size or hidden_size // max(heads, 1)
+            num_elements += 2 * (key_value_heads or heads) * head_size
+        return num_elements
 
     @cached_property
     def _empty_model(self) -> Any:
         """The model without values, with names and shapes only."""
         import torch
         from transformers import AutoModelForCausalLM
+        from transformers.initialization import no_init_weights
 
-        try:
-            with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                    self.config, trust_remote_code=self.trust_remote_code
-                )
-        except Exception as error:
-            why = f"{self.name} cannot be built from its config: {error}"
-            raise UnsupportedModel(why) from error
+        def error(why: str) -> UnsupportedModel:
+            return UnsupportedModel(f"{self.name} cannot be built from its config: {why}")
+
+        # Without initial values, which would take most of the time, even where there is nothing to set.
+        with faults_as(error), torch.device("meta"), no_init_weights():
+            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                self.config, trust_remote_code=self.trust_remote_code
+            )
+            check_empty_model(
+                model,
+                self.tensors,
+                self.name,
+                is_packed=self._is_packed or self._is_quantized,
+            )
+        return model
+
+    def check_buildable(self) -> None:
+        """Check that transformers can build the model, in memory that its stored tensors account for.
+
+        Raises:
+            UnsupportedModel: It cannot be built.
+            CorruptModel: Its config needs far more memory than its tensors.
+        """
+        _ = self._empty_model
+
+    @property
+    def _is_packed(self) -> bool:
+        """Whether an element of a stored tensor holds several weights."""
+        return self.kind == "directory" and not self.stored_dtype.startswith(("float", "bf"))
+
+    @property
+    def _is_quantized(self) -> bool:
+        return getattr(self.config, "quantization_config", None) is not None
 
     @cached_property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -422,6 +489,67 @@ def _directory_checkpoint(
     )
 
 
+def _check_special_tokens(tokenizer: Any, name: str) -> None:
+    """Check what a tokenizer says of itself, as far as this package asks."""
+    for key in ("bos_token", "eos_token"):
+        value = getattr(tokenizer, key)
+        if not isinstance(value, str | None):
+            raise CorruptModel(f"the tokenizer of {name} has the {key} {shown(value)}, no text")
+    token_ids(tokenizer.eos_token_id, f"eos_token_id of the tokenizer of {name}")
+    token_ids(list(tokenizer.all_special_ids), f"the special tokens of the tokenizer of {name}")
+    template = tokenizer.chat_template
+    templates = list(template.values()) if isinstance(template, dict) else [template]
+    if not all(isinstance(item, str | None) for item in templates):
+        raise CorruptModel(f"the chat template of {name} is {shown(template)}, no text")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise CorruptModel(
+            f"the tokenizer of {name} says model_max_length {shown(tokenizer.model_max_length)}, no number"
+        )
+
+
+def _translate_panics(tokenizer: Any, name: str) -> None:
+    """Make a tokenizer raise `CorruptModel` where its Rust code panics or refuses its own settings.
+
+    The two methods below all others are replaced in this one object: what uses a tokenizer is spread over
+    this package and the libraries it calls.
+    """
+    for method in ("_encode_plus", "_decode"):
+        setattr(tokenizer, method, partial(_translated, getattr(tokenizer, method), name))
+
+
+def _translated(method: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return method(*args, **kwargs)
+    except BaseException as error:
+        # Rust's ordinary errors arrive as a bare `Exception`.
+        if type(error) is not Exception and not is_panic(error):
+            raise
+        raise CorruptModel(
+            f"the tokenizer of {name} fails on a text: {fault_text(error)}\n"
+            "hint: copy or download it again; if it is whole, report it to those who made it"
+        ) from error
+
+
+def _cutting_rules(tokenizer: Any) -> Callable[[str], object]:
+    """Return a function that runs the rules of a tokenizer that may have patterns."""
+    backend = tokenizer.backend_tokenizer
+
+    def cut(text: str) -> object:
+        def error(why: str) -> CorruptModel:
+            return CorruptModel(
+                f"the rules of the tokenizer of {tokenizer.name_or_path} fail: {why}"
+            )
+
+        with faults_as(error):
+            if backend.normalizer is not None:
+                text = backend.normalizer.normalize_str(text)
+            if backend.pre_tokenizer is None:
+                return text
+            return backend.pre_tokenizer.pre_tokenize_str(text)
+
+    return cut
+
+
 def _refuse_other_weights(name: str, directory: Path, raw: Mapping[str, Any]) -> None:
     """Refuse a model for which transformers would load other weights than those that are checked here."""
     if (directory / "adapter_config.json").exists():
@@ -463,6 +591,8 @@ def _check_usable(checkpoint: Checkpoint) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = checkpoint.config
+    num_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    check_num_layers(num_layers, checkpoint.tensors, checkpoint.name)
     has_own_code = bool(getattr(config, "auto_map", None)) and checkpoint.trust_remote_code
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not has_own_code:
         raise UnsupportedModel(

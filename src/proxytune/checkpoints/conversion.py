@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from proxytune.checkpoints.config_limits import check_gguf_metadata
+from proxytune.checkpoints.faults import faults_as
 from proxytune.checkpoints.headers import (
     GgufHeader,
     find_weight_files,
@@ -69,18 +71,20 @@ def convert_small_files(path: Path, header: GgufHeader) -> Path:
     def build(part: Path) -> None:
         from transformers import AutoConfig, AutoTokenizer
 
-        try:
+        def error(why: str) -> UnsupportedModel:
+            architecture = header.metadata.get("general.architecture")
+            return UnsupportedModel(
+                f"{path} is a model of the architecture {architecture!r}, which transformers cannot convert "
+                f"from GGUF: {why}\nhint: use the model's original safetensors"
+            )
+
+        with faults_as(error):
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        except Exception as error:
-            architecture = header.metadata.get("general.architecture")
-            raise UnsupportedModel(
-                f"{path} is a model of the architecture {architecture!r}, which transformers cannot convert "
-                f"from GGUF: {error}\nhint: use the model's original safetensors"
-            ) from error
         config.save_pretrained(part)
         tokenizer.save_pretrained(part)
 
+    check_gguf_metadata(header.metadata, header.tensors, str(path))
     target = cache_directory() / "gguf" / _conversion_key(header.digest)
     return build_once(target, build, is_whole=lambda: (target / "config.json").is_file())
 
@@ -114,18 +118,20 @@ def convert_weights(path: Path, *, small_files: Path) -> Path:
         free = shutil.disk_usage(part).free
         if free < num_bytes:
             raise OSError(f"{num_bytes} bytes are needed and {free} are free")
-        try:
+
+        def error(why: str) -> CorruptModel:
+            return CorruptModel(
+                f"the weights of {path} cannot be converted: {why}\n"
+                "hint: copy or download it again, or use the model's original safetensors"
+            )
+
+        with faults_as(error):
             model = AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 gguf_file=path.name,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.float32,
             )
-        except Exception as error:
-            raise CorruptModel(
-                f"the weights of {path} cannot be converted: {error}\n"
-                "hint: copy or download it again, or use the model's original safetensors"
-            ) from error
         model.save_pretrained(part)
         for file in small_files.iterdir():
             # The second is one that another process is writing.

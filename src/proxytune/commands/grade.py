@@ -11,7 +11,7 @@ from proxytune.commands.app import command
 from proxytune.commands.console import json_line, print_text, say
 from proxytune.commands.options import AS_JSON, argument
 from proxytune.errors import InvalidRequest
-from proxytune.evaluate.plan import DATA_DIR, EvalOptions
+from proxytune.evaluate.plan import ALLOW_WEAKER_SANDBOX, DATA_DIR, NO_PROGRAMS, EvalOptions
 from proxytune.settings import option, options_of
 from proxytune.tasks.task import Rule
 
@@ -32,6 +32,7 @@ class GradeOptions:
         "Run the programs of humaneval and ds1000, each in a process with limited time, memory, files "
         "and network, instead of trusting the results in the file",
     )
+    allow_weaker_sandbox: bool = option(False, ALLOW_WEAKER_SANDBOX)
     data_dir: Path | None = option(
         None, replace(DATA_DIR, help="Directory with the benchmark's tests, for --run-code")
     )
@@ -71,12 +72,19 @@ def grade(
         raise InvalidRequest(
             "--data-dir is for --run-code, which is not given.\nhint: leave it out"
         )
+    if options.allow_weaker_sandbox and not options.run_code:
+        raise InvalidRequest(NO_PROGRAMS)
     rows = benchmark.spread(read_rows(file))
     notes: list[str] = []
     if options.run_code:
         from proxytune.evaluate.judges import run_again
 
-        rows, notes = run_again(benchmark, rows, options.data_dir)
+        rows, notes = run_again(
+            benchmark,
+            rows,
+            options.data_dir,
+            allow_weaker_sandbox=options.allow_weaker_sandbox,
+        )
     found = benchmark.grade(rows, options.rule)
     found = replace(found, notes=(*found.notes, *notes))
     content = found.to_dict()

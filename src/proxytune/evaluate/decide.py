@@ -24,7 +24,7 @@ def _judge(work: Work, options: EvalOptions) -> Judge | None:
     task = work.task
     if task.decider == "code" and options.run_code:
         assert isinstance(task, CodeTask)
-        return CodeRunner(task)
+        return CodeRunner(task, allow_weaker_sandbox=options.allow_weaker_sandbox)
     if task.decider == "toxicity" and options.toxicity_model is not None:
         return ToxicityClassifier(options.toxicity_model, device=options.device)
     if task.decider == "judge" and options.judge is not None:

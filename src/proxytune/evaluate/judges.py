@@ -20,7 +20,7 @@ from proxytune.errors import InputFileError, InvalidRequest, ModelNotFound
 from proxytune.recipe.spec import ApiSettings
 from proxytune.tasks.humaneval import CodeTask
 from proxytune.tasks.rows import Row
-from proxytune.tasks.sandbox import Limits, run_programs
+from proxytune.tasks.sandbox import Limits, require_promises, run_programs
 from proxytune.tasks.task import Item, Task
 from proxytune.tasks.toxigen import CLASSIFIER
 
@@ -48,29 +48,43 @@ class CodeRunner:
     Args:
         task: The benchmark that the rows belong to.
         limits: Limits of each program; None takes the benchmark's.
+        allow_weaker_sandbox: Run them even if the system cannot keep every promise of the sandbox.
+
+    Raises:
+        UnsupportedModel: A promise of the sandbox cannot be kept here, and that is not allowed.
     """
 
-    def __init__(self, task: CodeTask, limits: Limits | None = None) -> None:
+    def __init__(
+        self, task: CodeTask, limits: Limits | None = None, *, allow_weaker_sandbox: bool = False
+    ) -> None:
         self._task = task
         self._limits = limits or task.limits
+        self._allow_weaker = allow_weaker_sandbox
+        missing = require_promises(allow_weaker=allow_weaker_sandbox)
         self.name = f"a run of the code, {self._limits.timeout_s:g} s each"
+        if missing:
+            self.name += f", in a sandbox without {', '.join(missing)}"
 
     def decide(self, items: Sequence[Item], rows: Sequence[Row]) -> list[Row | None]:
         """Run every row's program; see `Judge`."""
         programs = [self._task.program(item, row) for item, row in zip(items, rows, strict=True)]
-        outcomes = run_programs(programs, self._limits)
+        outcomes = run_programs(programs, self._limits, allow_weaker=self._allow_weaker)
         return [{"result": outcome.result, "passed": outcome.passed} for outcome in outcomes]
 
 
-def run_again(task: Task, rows: list[Row], data_dir: Path | None) -> tuple[list[Row], list[str]]:
+def run_again(
+    task: Task, rows: list[Row], data_dir: Path | None, *, allow_weaker_sandbox: bool = False
+) -> tuple[list[Row], list[str]]:
     """Return rows as a run of their programs decides, and notes on where that differs from the rows.
 
     Args:
         task: The rows' benchmark.
         rows: Predictions, as read from a file.
         data_dir: Where the benchmark's tests are; None for the Hub.
+        allow_weaker_sandbox: Run them even if the system cannot keep every promise of the sandbox.
 
     Raises:
+        UnsupportedModel: A promise of the sandbox cannot be kept here, and that is not allowed.
         InvalidRequest: Answers to this benchmark are not programs.
         InputFileError: A row is about no item of the benchmark.
     """
@@ -78,6 +92,7 @@ def run_again(task: Task, rows: list[Row], data_dir: Path | None) -> tuple[list[
         raise InvalidRequest(
             f"--run-code is given, and answers to {task.name} are not programs.\nhint: leave it out"
         )
+    judge = CodeRunner(task, allow_weaker_sandbox=allow_weaker_sandbox)
     items = {item.key: item for item in task.items(data_dir)}
     keys = [task.key(row, place) for place, row in enumerate(rows, 1)]
     unknown = next((key for key in keys if key not in items), None)
@@ -86,18 +101,19 @@ def run_again(task: Task, rows: list[Row], data_dir: Path | None) -> tuple[list[
             f"{unknown!r} is not an item of {task.name}, so there are no tests for it.\n"
             "hint: check that the file and --data-dir belong together"
         )
-    decisions = CodeRunner(task).decide([items[key] for key in keys], rows)
+    decisions = judge.decide([items[key] for key in keys], rows)
     decided = [{**row, **(decision or {})} for row, decision in zip(rows, decisions, strict=True)]
     stored = sum(isinstance(row.get("passed"), bool) for row in rows)
+    notes = [f"decided by {judge.name}"]
     if not stored:
-        return decided, []
+        return decided, notes
     others = [
         f"row {place} ({key}): {row['passed']} in the file, {new['result']!r} now"
         for place, (key, row, new) in enumerate(zip(keys, rows, decided, strict=True), 1)
         if isinstance(row.get("passed"), bool) and row["passed"] != new["passed"]
     ]
     summary = f"{len(others):,} of {stored:,} programs ended differently than the file says"
-    return decided, [summary, *others]
+    return decided, [*notes, summary, *others]
 
 
 class ToxicityClassifier:

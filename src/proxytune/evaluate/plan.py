@@ -31,6 +31,11 @@ RUN_CODE = Option(
     "Run the programs that models write, each in a process with limited time, memory, files and network; "
     "without it they stay unscored"
 )
+ALLOW_WEAKER_SANDBOX = Option(
+    "Run programs even where this system cannot keep everything that the sandbox promises; without it the "
+    "command names what is missing and stops"
+)
+NO_PROGRAMS = "--allow-weaker-sandbox is for --run-code, which is not given.\nhint: leave it out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +107,7 @@ class EvalOptions:
     )
     seed: int = option(0, "Random seed of sampled answers")
     run_code: bool = option(False, RUN_CODE)
+    allow_weaker_sandbox: bool = option(False, ALLOW_WEAKER_SANDBOX)
     judge: JudgeSettings | None = None
     toxicity_model: str | None = option(
         None,
@@ -125,6 +131,8 @@ class EvalOptions:
                 "a tuned model and an adapter on the base are both given, and only one can be compared.\n"
                 "hint: leave one of them out"
             )
+        if self.allow_weaker_sandbox and not self.run_code:
+            raise InvalidRequest(NO_PROGRAMS)
         if self.tuned_prompt is not None and self.tuned is None and self.tuned_adapter is None:
             raise InvalidRequest("tuned_prompt is given without a tuned model.\nhint: leave it out")
 

@@ -45,6 +45,7 @@ from proxytune.recipe.recipe import Recipe
 from proxytune.request import Request, SamplingParams
 from proxytune.tasks.registry import TASKS, find_task
 from proxytune.tasks.rows import Row
+from proxytune.tasks.sandbox import require_promises
 from proxytune.tasks.statistics import mean_gap
 from proxytune.tasks.task import RULES, Item, Rule, Task
 
@@ -92,6 +93,9 @@ def evaluate(
     predictors = predictors_of(recipe, options)
     works = [Work.prepare(task, options) for task in options.tasks if task in TASKS]
     foreign = [task for task in options.tasks if task not in TASKS]
+    if options.run_code and any(work.task.decider == "code" for work in works):
+        # Before the models answer, which may take hours.
+        require_promises(allow_weaker=options.allow_weaker_sandbox)
     answering = _Answering(output, options, on_progress)
     steerable = [p for p in predictors if p.role != "tuned"]
     chosen = recipe.named(options.experts)

@@ -333,6 +333,7 @@ class _Examination:
         vocabulary = self._tried(part, lambda: checkpoint.vocabulary, is_noted=is_first)
         if vocabulary is None:
             return values
+        self._tried(part, lambda: checkpoint.eos_token_ids, is_noted=is_first)
         values["num_tokens"] = len(vocabulary.token_to_id)
         values["num_padding"] = len(vocabulary.padding_ids)
         # A recipe may name a thousand models, and each template may take its whole time and be refused.
@@ -413,6 +414,8 @@ class _Examination:
         values: dict[str, Any] = {"num_parameters": num}
         if spec.llama_cpp is not None:
             return values | self._examine_llama_cpp(part, spec, checkpoint, adapter, is_first)
+        if is_first:
+            self._tried(part, checkpoint.check_buildable)
         device = self._tried(part, lambda: _device(spec, is_first), is_noted=is_first)
         if device is None:
             return values

@@ -36,6 +36,7 @@ from proxytune.backends.transformers.lora import (
 )
 from proxytune.backends.transformers.state import TransformersState
 from proxytune.backends.transformers.weights import add_adapters, load_model, quietly
+from proxytune.checkpoints.faults import faults_as
 from proxytune.checkpoints.placement import max_context
 from proxytune.errors import BackendError, ProxytuneError, UnsupportedModel
 
@@ -105,9 +106,11 @@ class TransformersBackend(Backend[TransformersState]):
                 f"{name} is a {type(self.model).__name__}, which takes no KV cache, so it cannot decode "
                 "one token at a time"
             )
-        self._is_pure_attention = _is_pure_attention(config)
-        self._has_slots = _has_slots(config)
-        self._allows_gaps = "position_ids" in self._options and _allows_gaps(self.model, config)
+        layers = _cache_layers(config, name)
+        self._is_pure_attention = _is_pure_attention(layers)
+        # Whether a layer caches token by token, so that an attention mask covers earlier tokens, too.
+        self._has_slots = not layers or any(isinstance(layer, CacheLayerMixin) for layer in layers)
+        self._allows_gaps = "position_ids" in self._options and _allows_gaps(self.model, layers)
         self._max_context = max_context(config)
         self._graphs = None if recorder is None else self._graph_runner(recorder)
 
@@ -393,9 +396,18 @@ def cache_option(model: nn.Module) -> str | None:
     return next((name for name in names if name in options), None)
 
 
-def _is_pure_attention(config: Any) -> bool:
+def _cache_layers(config: Any, name: str) -> list[Any]:
+    """Return a layer of a cache for each layer of a model; none for a model that keeps its own cache."""
+
+    def error(why: str) -> UnsupportedModel:
+        return UnsupportedModel(f"transformers cannot make a KV cache for {name}: {why}")
+
+    with faults_as(error):
+        return list(transformers.DynamicCache(config=config).layers)
+
+
+def _is_pure_attention(layers: Sequence[Any]) -> bool:
     """Return whether every layer caches keys and values token by token, so that tokens can be taken back."""
-    layers = transformers.DynamicCache(config=config).layers
     # By name: transformers 5.19 has no DummyLayer, for layers that use another layer's keys.
     return all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
@@ -404,15 +416,8 @@ def _is_pure_attention(config: Any) -> bool:
     )
 
 
-def _has_slots(config: Any) -> bool:
-    """Return whether a layer caches token by token, so that an attention mask covers earlier tokens, too."""
-    layers = transformers.DynamicCache(config=config).layers
-    return not layers or any(isinstance(layer, CacheLayerMixin) for layer in layers)
-
-
-def _allows_gaps(model: Any, config: Any) -> bool:
+def _allows_gaps(model: Any, layers: Sequence[Any]) -> bool:
     """Return whether attention depends on `position_ids` and mask alone, not on distances between slots."""
-    layers = transformers.DynamicCache(config=config).layers
     if any(getattr(layer, "is_sliding", False) for layer in layers):
         return False
     # Models that compute distances themselves (ALiBi, local attention) do not use the shared attention.

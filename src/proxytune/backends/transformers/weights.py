@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor
 
 from proxytune.checkpoints.adapter import AdapterFiles, beyond_factors, lora_layers
+from proxytune.checkpoints.faults import fault_text, is_fault
 from proxytune.checkpoints.placement import running_device, running_dtype
 from proxytune.errors import (
     AdapterMismatch,
@@ -67,6 +68,7 @@ def load_model(checkpoint: Checkpoint, spec: ModelSpec) -> Any:
     from safetensors import SafetensorError
 
     name = checkpoint.name
+    checkpoint.check_buildable()  # transformers allocates what the weights' files lack before it says so
     device = running_device(spec.device)
     options: dict[str, Any] = {
         "dtype": getattr(
@@ -106,8 +108,11 @@ def load_model(checkpoint: Checkpoint, spec: ModelSpec) -> Any:
         raise CorruptModel(f"the weights of {name} do not fit its config: {error}") from error
     except OSError as error:
         raise ModelNotFound(f"the weights of {name} cannot be opened: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnsupportedModel(f"transformers cannot load {name} as asked: {error}") from error
+    except BaseException as error:
+        if not is_fault(error):
+            raise
+        why = f"transformers cannot load {name} as asked: {fault_text(error)}"
+        raise UnsupportedModel(why) from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
@@ -217,7 +222,7 @@ def _lora_config(
     from peft import LoraConfig
 
     shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
-    layers = lora_layers(files.name, files.config, shapes, module_names)
+    layers = lora_layers(files.name, files.config, shapes, module_names, files.clock)
     rank = Counter(own.rank for own in layers.values()).most_common(1)[0][0]
     alpha: Any = Counter(own.alpha for own in layers.values()).most_common(1)[0][0]
     return LoraConfig(
