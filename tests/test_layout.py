@@ -38,7 +38,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "checkpoint",
         "adapter",
     ),
-    "recipe": ("checks", "spec", "card", "directory", "recipe", "files"),
+    "recipe": ("checks", "address", "spec", "card", "directory", "recipe", "files"),
     "export": ("layout", "tokenizer", "write", "adapter", "model", "recipe"),
     "backends": (
         "base",
@@ -47,6 +47,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "retokenised",
         "toy",
         "api.answers",
+        "api.keys",
+        "api.connections",
         "api.client",
         "api.tokens",
         "api.positions",

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from proxytune.errors import InvalidRequest
 
+KEY_VARIABLE = "PROXYTUNE_API_KEY"
+"""The variable with the key of the API that is called; a server takes its clients' key from it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Grants:
@@ -20,7 +23,7 @@ class Grants:
         allow_pickle: Read pickled weights, which can run any code, of those models for which the recipe asks
             it.
         key_env: The environment variable whose key is sent to the API of the recipe's base; None for what is
-            bound to that host.
+            bound to that host (`backends/api/keys.py`).
 
     Raises:
         InvalidRequest: A grant that is true or false is something else.

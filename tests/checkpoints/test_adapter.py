@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
 
-from proxytune.checkpoints.adapter import find_adapter, lora_layers
+from proxytune.checkpoints.adapter import PatternClock, find_adapter, lora_layers
 from proxytune.checkpoints.checkpoint import find_checkpoint
 from proxytune.errors import AdapterMismatch, CorruptModel, UnsupportedModel
+from proxytune.loading.doctor import examine
+from proxytune.recipe.recipe import Recipe
 from tests.support.tiny import tiny_adapter, tiny_model
 
 BOMB = "(.+)+q_proj|(a|b|.)+(c|.)+(.|.)+X"
@@ -83,8 +86,8 @@ def test_another_kind_of_adapter_is_named_in_few_words(changed, kind):
         {"rank_pattern": {BOMB: 2}},
         {"alpha_pattern": {"first": 2, BOMB: 2}},
         {"alpha_pattern": {f"{BOMB}{number}": 2 for number in range(50)}},
-        {"layers_to_transform": [0, 1], "layers_pattern": BOMB},
-        {"layers_to_transform": [0, 1], "layers_pattern": [BOMB] * 50},
+        {"layers_to_transform": [0, 1], "layers_pattern": f"({BOMB})"},
+        {"layers_to_transform": [0, 1], "layers_pattern": [f"({BOMB})"] * 50},
     ],
     ids=lambda changes: " ".join(changes),
 )
@@ -92,9 +95,41 @@ def test_a_pattern_that_takes_forever_is_refused_in_time(changed, small, changes
     """`doctor` called such an adapter healthy, and loading it never ended."""
     adapter = changed(**changes)
     start = time.process_time()
-    with pytest.raises(CorruptModel, match=r"the pattern .* takes more than 1 s(?s:.*)hint: list"):
+    with pytest.raises(
+        CorruptModel, match=r"the pattern .* takes too long to match(?s:.*)hint: list"
+    ):
         adapter.check_fits(small)
     assert time.process_time() - start < 3
+
+
+def test_the_adapters_of_a_recipe_share_the_time_for_their_patterns(changed, models, tmp_path):
+    """A thousand experts with such an adapter would have taken a thousand times as long."""
+    changed(target_modules=BOMB)
+    shutil.copytree(models / "small", tmp_path / "small")
+    experts = [
+        {"name": f"e{number}", "anti_expert": {"model": "small"}, "expert": {"adapter": "adapter"}}
+        for number in range(30)
+    ]
+    recipe = Recipe.from_dict(
+        {"model_type": "proxytune", "base": {"model": "small"}, "experts": experts},
+        directory=tmp_path,
+    )
+    start = time.process_time()
+    problems = examine(recipe).problems
+    assert time.process_time() - start < 5
+    assert len(problems) == 30
+    assert all("takes too long to match" in str(problem.error) for problem in problems)
+
+
+def test_adapters_with_usual_patterns_share_the_time_with_many_others(changed, small):
+    clock = PatternClock()
+    adapter = changed(
+        target_modules=r"(?:.*?(?:language|text|model).*?)?(?:.*?layers\.\d+\..*?)?(q|v)_proj",
+        alpha_pattern={rf"layers\.{number}\..*": 4 for number in range(12)},
+    )
+    for _ in range(300):
+        replace(adapter, clock=clock).check_fits(small)
+    assert clock.left > 0.5
 
 
 @pytest.mark.parametrize(
@@ -157,6 +192,11 @@ MODULES = [
         {"target_modules": ["up_proj"], "layers_to_transform": []},
         {"target_modules": ["up_proj"], "layers_to_transform": [3], "layers_pattern": "layers"},
         {"target_modules": ["up_proj"], "layers_to_transform": [3], "layers_pattern": ["experts"]},
+        {
+            "target_modules": ["up_proj"],
+            "layers_to_transform": [3],
+            "layers_pattern": ["a|b", "layers"],
+        },
         {"target_modules": ["model.layers.2.mlp.up_proj"], "layers_to_transform": [1]},
         {"target_modules": r".*layers\.(1|2)\..*_proj"},
         {"target_modules": r".*_proj", "exclude_modules": ["q_proj", "experts.3.up_proj"]},

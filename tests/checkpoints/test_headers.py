@@ -159,6 +159,8 @@ def gguf(values=(), tensors=(), *, num_values=None, num_tensors=None, data=bytes
         (gguf(tensors=[tensor("a", [4], 0, 2**64 - 1)]), "a should end at byte"),
         (gguf(tensors=[tensor("a", [33], 2)]), "a of type Q4_0 has the shape"),
         (gguf(tensors=[tensor("a", [1] * 9)]), "9 axes"),
+        (gguf([(TOKENS, array(8, [text("a" * 20_000)]))]), "1 tokens have 20,000 letters"),
+        (gguf([(TOKENS, array(8, [text("a" * 100)] * 31_000))]), "3,100,000 letters"),
         (gguf(tensors=[text("a") + struct.pack("<I", 2**32 - 1)]), "4294967295 axes"),
     ],
 )

@@ -16,7 +16,7 @@ from proxytune.checkpoints.adapter import find_adapter
 from proxytune.checkpoints.checkpoint import find_checkpoint
 from proxytune.checkpoints.headers import read_gguf_header, read_safetensors_header
 from proxytune.recipe.recipe import Recipe
-from tests.support.mutations import mutate_bytes, mutate_json, mutate_safetensors, read_mutants
+from tests.support.mutations import mutate_gguf, mutate_json, mutate_safetensors, read_mutants
 from tests.support.tiny import tiny_adapter, tiny_gguf, tiny_model
 
 MUTANTS = pytest.mark.parametrize(
@@ -134,7 +134,6 @@ def test_a_changed_safetensors_header_is_read_or_a_users_error(models, tmp_path,
 def test_a_changed_gguf_header_is_read_or_a_users_error(models, tmp_path, seeds):
     path = tmp_path / "model.gguf"
     content = (models / "tiny.gguf").read_bytes()
-    header_bytes = content.index(b"output.weight") + 40
 
     def read(mutant):
         path.write_bytes(mutant)
@@ -143,7 +142,26 @@ def test_a_changed_gguf_header_is_read_or_a_users_error(models, tmp_path, seeds)
         for tensor in header.tensors.values():
             assert tensor.num_elements <= 8 * len(mutant)
 
-    def make(random: Random):
-        return mutate_bytes(content, random, within=header_bytes)
+    assert_some_of_both(read_mutants(seeds, lambda random: mutate_gguf(content, random), read))
 
-    assert_some_of_both(read_mutants(seeds, make, read))
+
+@pytest.mark.parametrize(
+    "seeds",
+    [range(30), pytest.param(range(30, 330), marks=pytest.mark.slow)],
+    ids=["quick", "slow"],
+)
+def test_a_changed_gguf_file_is_converted_or_a_users_error(models, tmp_path, monkeypatch, seeds):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "model.gguf"
+    content = (models / "tiny.gguf").read_bytes()
+    path.write_bytes(content)
+    assert find_checkpoint("model.gguf", root=tmp_path).vocabulary  # imports what a child needs
+
+    def read(mutant):
+        path.write_bytes(mutant)
+        found = find_checkpoint("model.gguf", root=tmp_path)
+        assert found.vocabulary.token_to_id
+        assert found.num_parameters
+        assert found.eos_token_ids is not None
+
+    assert_some_of_both(read_mutants(seeds, lambda random: mutate_gguf(content, random), read))

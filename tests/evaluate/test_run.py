@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from proxytune.cli import app
 from proxytune.errors import (
+    ApiError,
     InputFileError,
     InvalidRequest,
     ModelNotFound,
@@ -39,6 +40,7 @@ from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams
 from proxytune.tasks.registry import TASKS
 from proxytune.testing import toy_model, toy_recipe
+from tests.support.hostile_server import HostileServer, json_answer
 from tests.support.tiny import tiny_adapter, tiny_model, tiny_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -484,6 +486,46 @@ def test_an_open_answer_is_judged_twice(judge_server, truth, info, decided):
     assert tuple(found[name] for name in names) == decided
     assert TASKS["truthfulqa_open"].score({**row, **found}, 1, "paper") == float(decided[2])
     assert "b; c" in judge_server.questions[0]
+
+
+def test_a_judges_key_is_the_one_that_the_caller_names(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("A_KEY", "a-secret")
+    row = {"instruction": "i", "output_1": "x", "output_2": "y"}
+    answer = {"choices": [{"message": {"content": "A"}}]}
+    with HostileServer(json_answer(answer)) as server:
+        for key_env in ("A_KEY", None):
+            judge = ChatJudge(JudgeSettings(server.url, "j", key_env), "alpaca_eval")
+            assert judge.decide([], [row])[0] is not None
+    sent = [head.get("Authorization") for _, head in server.requests]
+    assert sent == ["Bearer a-secret", None]
+    with pytest.raises(InvalidRequest, match="over plain HTTP"):
+        ChatJudge(JudgeSettings("http://judge.example.com/v1", "j", "A_KEY"), "alpaca_eval")
+    with pytest.raises(InvalidRequest, match="NO_KEY is not set"):
+        ChatJudge(JudgeSettings(server.url, "j", "NO_KEY"), "alpaca_eval")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"choices": [{"message": {"content": 5}}]},
+        {"choices": [{"message": {"content": ["A"]}}]},
+        {"choices": [{"message": {}}]},
+        {"choices": [{"message": "A"}]},
+        {"choices": {"0": {"message": {"content": "A"}}}},
+        {"choices": [{"message": {"content": "A"}}], "usage": {"prompt_tokens": "lots"}},
+        {"choices": []},
+        {},
+        [],
+    ],
+    ids=str,
+)
+def test_a_judge_that_sends_nonsense_is_an_error(answer):
+    row = {"instruction": "i", "output_1": "x", "output_2": "y"}
+    with HostileServer(json_answer(answer)) as server:
+        judge = ChatJudge(JudgeSettings(server.url, "j", max_retries=0), "alpaca_eval")
+        with pytest.raises(ApiError):
+            judge.decide([], [row])
 
 
 def test_toxicity_is_the_class_that_a_classifier_finds_likelier(tmp_path):

@@ -203,3 +203,11 @@ def test_the_files_that_need_a_grant_are_found_without_loading_anything(with_cod
 def test_a_grant_is_true_or_false_and_nothing_that_counts_as_true(name):
     with pytest.raises(InvalidRequest, match=f"{name} is 'false'"):
         Grants(**{name: "false"})
+
+
+@pytest.mark.parametrize("control", ["\n", "\x1b[2J", "\u2028", "\x85"])
+@pytest.mark.parametrize("key", ["model", "adapter", "revision", "device"])
+def test_no_name_in_a_recipe_writes_lines_of_its_own_into_messages(tmp_path, key, control):
+    spec = {"model": "small", key: f"small{control}No problems."}
+    with pytest.raises(RecipeError, match=f"{key} is .* and must be one line of text"):
+        Recipe.read(write_recipe(tmp_path, {"model": "base"}, spec, {"model": "small"}))

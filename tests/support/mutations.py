@@ -225,6 +225,75 @@ def mutate_safetensors(content: bytes, random: Random) -> bytes:
     return struct.pack("<Q", len(header)) + header + content[8 + length :]
 
 
+_GGUF_VALUES: tuple[bytes, ...] = (
+    *(struct.pack("<II", 4, number) for number in (0, 1, 7, 2**15, 2**31, 2**32 - 1)),
+    *(struct.pack("<IQ", 10, number) for number in (0, 2**32, 2**63, 2**64 - 1)),
+    *(struct.pack("<Ii", 5, number) for number in (-1, -(2**31))),
+    *(struct.pack("<If", 6, number) for number in (0.0, -1.0, 1e38, float("nan"), float("inf"))),
+    struct.pack("<I?", 7, True),
+    struct.pack("<IQ", 8, 0),
+    struct.pack("<IQ", 8, 5) + b"llama",
+    struct.pack("<IQ", 8, 4) + b"\xff\0\xff{",
+    struct.pack("<IQ", 8, 2**63),
+    struct.pack("<IIQ", 9, 8, 0),
+    struct.pack("<IIQ", 9, 8, 2) + 2 * (struct.pack("<Q", 1) + b"a"),
+    struct.pack("<IIQ", 9, 4, 3) + struct.pack("<III", 1, 2, 3),
+    struct.pack("<IIQ", 9, 4, 2**40),
+    struct.pack("<IIQ", 9, 9, 1) + struct.pack("<IQ", 4, 0),
+)
+"""Values of other types and sizes, as a GGUF header has them: the number of the type first."""
+
+
+def mutate_gguf(content: bytes, random: Random) -> bytes:
+    """Return a GGUF file whose header's values are changed, left out or given twice, or any of its bytes."""
+    values = _gguf_values(content)
+    if random.random() < 0.4:
+        end = values[-1][0] + len(values[-1][1]) + 4096
+        return mutate_bytes(content, random, within=end)
+    data = values[-1][0] + len(values[-1][1])
+    pairs = [(content[begin - length : begin], value) for begin, value, length in values]
+    for _ in range(random.randint(1, 3)):
+        place = random.randrange(len(pairs))
+        key, value = pairs[place]
+        change = random.choice(("replace", "replace", "replace", "delete", "repeat", "rename"))
+        if change == "delete" and len(pairs) > 1:
+            del pairs[place]
+        elif change == "repeat":
+            pairs.insert(random.randrange(len(pairs)), (key, value))
+        elif change == "rename":
+            pairs[place] = random.choice(pairs)[0], value
+        else:
+            pairs[place] = key, random.choice(_GGUF_VALUES)
+    body = b"".join(key + value for key, value in pairs)
+    counted = content[:16] + struct.pack("<Q", len(pairs))
+    # The tensors' data begin at the next multiple of 32 after the header, so the file may have to be longer.
+    return counted + body + content[data:] + bytes(32)
+
+
+def _gguf_values(content: bytes) -> list[tuple[int, bytes, int]]:
+    """Return each value of a header: its place, its bytes, and the length of the key before it."""
+    sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+
+    def end_of(kind: int, place: int) -> int:
+        if kind == 8:
+            return place + 8 + int(struct.unpack_from("<Q", content, place)[0])
+        if kind == 9:
+            element, count = struct.unpack_from("<IQ", content, place)
+            place += 12
+            for _ in range(count):
+                place = end_of(element, place)
+            return place
+        return place + sizes[kind]
+
+    place, found = 24, []
+    for _ in range(struct.unpack_from("<Q", content, 16)[0]):
+        length = 8 + struct.unpack_from("<Q", content, place)[0]
+        begin = place + length
+        place = end_of(struct.unpack_from("<I", content, begin)[0], begin + 4)
+        found.append((begin, content[begin:place], length))
+    return found
+
+
 # Readers ---------------------------------------------------------------------------------------------
 
 

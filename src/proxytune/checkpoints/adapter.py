@@ -37,6 +37,16 @@ _LORA_PART = re.compile(
 )
 
 
+PATTERN_SECONDS, _USUAL_SECONDS = 1.0, 0.01
+
+
+@dataclass
+class PatternClock:
+    """The processor time left for the patterns of a recipe's adapters, beyond what is usual for each."""
+
+    left: float = PATTERN_SECONDS
+
+
 @dataclass(frozen=True)
 class AdapterFiles:
     """A LoRA adapter's files, without its values.
@@ -48,6 +58,7 @@ class AdapterFiles:
         tensors: Names and shapes of its weights.
         is_gguf: Whether it is a file for llama.cpp.
         allow_pickle: Whether pickled weights may be read.
+        clock: The time for its patterns, which it shares with the other adapters of a recipe.
     """
 
     name: str
@@ -56,6 +67,7 @@ class AdapterFiles:
     tensors: Mapping[str, StoredTensor] = field(repr=False)
     is_gguf: bool = False
     allow_pickle: bool = False
+    clock: PatternClock = field(default_factory=PatternClock, repr=False, compare=False)
 
     @property
     def num_parameters(self) -> int:
@@ -90,7 +102,7 @@ class AdapterFiles:
     def layers(self, module_names: Iterable[str] = ()) -> dict[str, LoraLayer]:
         """Return the layers that it changes; see `lora_layers`."""
         shapes = {key: tensor.shape for key, tensor in self.tensors.items()}
-        return lora_layers(self.name, self.config, shapes, module_names)
+        return lora_layers(self.name, self.config, shapes, module_names, self.clock)
 
     def _gguf_problems(self, small: Checkpoint) -> list[str]:
         problems: list[str] = []
@@ -258,6 +270,7 @@ def lora_layers(
     config: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
     module_names: Iterable[str] = (),
+    clock: PatternClock | None = None,
 ) -> dict[str, LoraLayer]:
     """Return the layers that an adapter changes, by module name.
 
@@ -266,6 +279,7 @@ def lora_layers(
         config: The content of `adapter_config.json`, as `find_adapter` checks it.
         shapes: Shapes of its tensors, by PEFT's names.
         module_names: Names of the model's modules; empty to leave out the check for missing layers.
+        clock: The time for its patterns, if other adapters share it.
 
     Raises:
         AdapterMismatch: The config names layers of the model for which there are no weights.
@@ -287,7 +301,7 @@ def lora_layers(
             f"the adapter {name} holds no LoRA factors of linear layers.\n"
             "hint: merge it into its model with PEFT's merge_and_unload, and name that model"
         )
-    matches = _Patterns(name)
+    matches = _Patterns(name, clock or PatternClock())
     lacking = next((m for m in matches.targets(config, module_names) if m not in present), None)
     if lacking is not None:
         raise AdapterMismatch(
@@ -311,13 +325,10 @@ def lora_layers(
     return layers
 
 
-_FIRST_LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
+_FIRST_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
 _PLAIN_NAME = re.compile(r"[\w.-]+")
 
 _LARGE_REPEAT = re.compile(r"\{\d*,?\d{4}")
-
-PATTERN_SECONDS = 1.0
-"""The processor time that all patterns of an adapter may take; usual ones take a few milliseconds."""
 
 
 class _Patterns:
@@ -325,18 +336,20 @@ class _Patterns:
 
     Args:
         name: Of the adapter, for errors.
+        clock: The time that is left.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._end = time.monotonic() + PATTERN_SECONDS
+    def __init__(self, name: str, clock: PatternClock) -> None:
+        self._name, self._clock = name, clock
+        self._free = _USUAL_SECONDS
         self._compiled: dict[str, Any] = {}
 
     def _match(self, pattern: str, module: str, *, is_whole: bool = True) -> Any:
         import regex
 
+        start = time.thread_time()
         try:
-            left = self._end - time.monotonic()
+            left = self._clock.left + self._free
             if left <= 0:
                 raise TimeoutError
             if pattern not in self._compiled:
@@ -348,9 +361,14 @@ class _Patterns:
             compiled = self._compiled[pattern]
             return (compiled.fullmatch if is_whole else compiled.match)(module, timeout=left)
         except TimeoutError:
-            why = f"takes more than {PATTERN_SECONDS:g} s to match"
+            why = f"takes too long to match: more than {PATTERN_SECONDS:g} s with the others"
         except (regex.error, re.error, RecursionError, OverflowError, ValueError) as error:
             why = f"cannot be used: {error!s:.80}"
+        finally:
+            spent = time.thread_time() - start
+            free = min(spent, self._free)
+            self._free -= free
+            self._clock.left -= spent - free
         raise CorruptModel(
             f"the adapter {self._name}: the pattern {pattern[:80]!r} in its config {why}.\n"
             "hint: list the names of the layers in place of the pattern"
@@ -405,9 +423,10 @@ class _Patterns:
         def is_in_layer(module: str) -> bool:
             match: Any = None if patterns else _FIRST_LAYER.match(module)
             for pattern in [patterns] if isinstance(patterns, str) else patterns:
-                whole = rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\."
+                whole = rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
                 match = match or self._match(whole, module, is_whole=False)
-            return match is not None and int(match["index"]) in numbers
+            index = match and match["idx"]
+            return index is not None and int(index) in numbers
 
         return is_in_layer
 

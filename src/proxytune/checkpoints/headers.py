@@ -41,6 +41,7 @@ _GGUF_SCALARS = {
 }  # fmt: skip
 
 _TOKENS, _TOKEN_KINDS = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
+_MERGES = "tokenizer.ggml.merges"
 _UNUSED = 5
 _GGUF_PADDING = re.compile(r"\[PAD-?\d+\]")
 """Converters' names for ids that no token has."""
@@ -182,6 +183,9 @@ _MAX_KEYS, _MAX_TENSORS = 1 << 16, 1 << 18
 _MAX_ITEMS = 1 << 21
 """Maximum number of items of all arrays in a GGUF header; the largest vocabularies need 1.3 million."""
 
+_MAX_SPLITS = 3_000_000
+"""Maximum number of letters of the tokens of a file without merges; large vocabularies have 2 million."""
+
 
 def read_gguf_header(path: Path) -> GgufHeader:
     """Return the header of a GGUF file, checked against the file's size.
@@ -265,12 +269,24 @@ class _GgufReader:
         for _ in range(num_values):
             key = self._new_name(metadata)
             metadata[key] = self._value(is_kept=key in (_TOKENS, _TOKEN_KINDS))
+        if _MERGES not in metadata:
+            self._check_splits(metadata.get(_TOKENS))
         tensors: dict[str, StoredTensor] = {}
         places: dict[str, tuple[int, int]] = {}
         for _ in range(num_tensors):
             name = self._new_name(tensors)
             tensors[name], places[name] = self._tensor(name)
         return {k: v for k, v in metadata.items() if v is not None}, tensors, places
+
+    def _check_splits(self, tokens: Any) -> None:
+        """Check that merges can be derived: transformers tries every way to split every token."""
+        listed = tokens if isinstance(tokens, list) else []
+        lengths = [len(token) for token in listed if isinstance(token, str)]
+        if sum(lengths) > _MAX_SPLITS or sum(n * n for n in lengths) > 100 * _MAX_SPLITS:
+            why = (
+                f"its {len(lengths):,} tokens have {sum(lengths):,} letters and come without merges"
+            )
+            raise _not_gguf(self._path, why)
 
     def _take(self, form: str) -> Any:
         values = struct.unpack_from("<" + form, self._view, self.position)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from proxytune.commands.app import command, print_result
 from proxytune.commands.console import say, stdout, styled
-from proxytune.commands.options import JsonOption, RecipeArgument
+from proxytune.commands.options import AS_JSON, KEY_ENV, RecipeArgument
 from proxytune.commands.progress import waiting
+from proxytune.settings import option
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -19,13 +21,26 @@ if TYPE_CHECKING:
     from proxytune.loading.doctor import Diagnosis, ModelReport
 
 
+@dataclass(frozen=True, kw_only=True)
+class AskOptions:
+    """What a base behind an API may be asked, and with which key."""
+
+    ask_server: bool = option(
+        False,
+        "Ask the API of the recipe's base what it shows and accepts, also if that sends a key to it",
+    )
+    key_env: str | None = option(None, KEY_ENV)
+    as_json: bool = option(False, AS_JSON)
+
+
 @command("proxytune doctor my-recipe")
-def doctor(recipe: RecipeArgument, as_json: JsonOption = False) -> None:
+def doctor(recipe: RecipeArgument, options: AskOptions) -> None:
     """Check a recipe without loading weights.
 
     Shows vocabularies, parameters, dtypes, prompt formats, the memory that is needed and available, and the
     rights that the recipe asks for; none of its code runs. The exit code is 2 if something keeps the recipe
-    from running, also if that is only a right that you have to grant.
+    from running, also if that is only a right that you have to grant. An API is asked nothing that needs a
+    key, unless you say --ask-server.
     """
     from proxytune.recipe.recipe import Recipe
 
@@ -33,8 +48,10 @@ def doctor(recipe: RecipeArgument, as_json: JsonOption = False) -> None:
     with waiting("examining the models"):
         from proxytune.loading.doctor import examine
 
-        diagnosis = examine(found, ask_server=True)
-    print_result(diagnosis, lambda found: stdout().print(rendered(found)), as_json=as_json)
+        diagnosis = examine(
+            found, ask_server=True, send_key=options.ask_server, key_env=options.key_env
+        )
+    print_result(diagnosis, lambda found: stdout().print(rendered(found)), as_json=options.as_json)
     if not diagnosis.is_healthy:
         flags = " ".join(dict.fromkeys(one.flag for one in diagnosis.asked))
         others = len(diagnosis.problems) - len(diagnosis.asked)

@@ -39,7 +39,11 @@ PromptArgument = Annotated[
     argument("PROMPT", "The text to continue; - reads it from stdin, without its last line break"),
 ]
 AS_JSON = Option("Print one JSON object on one line", flag="--json")
-JsonOption = Annotated[bool, typer.Option(AS_JSON.flag, help=AS_JSON.help)]
+KEY_ENV = Option(
+    "Environment variable whose key is sent to the API of the recipe's base",
+    metavar="VARIABLE",
+    none_means="the one bound to that host",
+)
 STRENGTH = "Strength of steering: 0 is the base alone, 1 the published method"
 PICTURE = Option("Draw a picture to this file: .png, .svg or .pdf", metavar="FILE")
 
@@ -132,12 +136,7 @@ class GrantOptions:
         False,
         "Read pickled weights, which can run any code, where the recipe asks for it",
     )
-    key_env: str | None = option(
-        None,
-        "Environment variable whose key is sent to the API of the recipe's base",
-        metavar="VARIABLE",
-        none_means="the one bound to that host",
-    )
+    key_env: str | None = option(None, KEY_ENV)
 
     def grants(self) -> Grants:
         """Return these rights."""

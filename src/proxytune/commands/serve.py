@@ -18,9 +18,10 @@ from proxytune.commands.console import stderr
 from proxytune.commands.flags import Pick
 from proxytune.commands.options import ModelOptions, RecipeArgument, argument
 from proxytune.errors import InvalidRequest, missing_extra
+from proxytune.grants import KEY_VARIABLE
 from proxytune.machine import settle
 from proxytune.request import SPECULATIVE
-from proxytune.server.settings import KEY_VARIABLE, ServerSettings, read_keys
+from proxytune.server.settings import ServerSettings, read_keys
 from proxytune.settings import option
 
 VLLM_DRAFT = 4

@@ -186,7 +186,12 @@ class Diagnosis:
 
 
 def examine(
-    recipe: Recipe, *, ask_server: bool = False, files: RecipeFiles | None = None
+    recipe: Recipe,
+    *,
+    ask_server: bool = False,
+    send_key: bool = False,
+    key_env: str | None = None,
+    files: RecipeFiles | None = None,
 ) -> Diagnosis:
     """Check a whole recipe without reading weights.
 
@@ -196,21 +201,25 @@ def examine(
 
     Args:
         recipe: What to check.
-        ask_server: Whether to find out, with a few short calls, what a base behind an API shows and accepts.
-        files: The recipe's files, with what the caller grants; None to look them up without any right.
+        ask_server: Whether to find out, with a few short calls, what a base behind an API shows and accepts,
+            if no key is sent to it.
+        send_key: Whether to ask the server also if a key is sent to it.
+        key_env: The environment variable whose key the caller sends to the API; see `Grants`.
+        files: The recipe's files, with what the caller grants; None to look them up with `key_env` alone.
     """
     asked: tuple[AskedRight, ...] = ()
     if files is None:
         asked = RecipeFiles(recipe).ungranted()
         # Weights are never read here, so pickled ones may be counted.
-        files = RecipeFiles(recipe, Grants(allow_pickle=True))
-    return _Examination(recipe, ask_server, files, asked).run()
+        files = RecipeFiles(recipe, Grants(allow_pickle=True, key_env=key_env))
+    return _Examination(recipe, ask_server, send_key, files, asked).run()
 
 
 @dataclass
 class _Examination:
     recipe: Recipe
     ask_server: bool
+    send_key: bool
     files: RecipeFiles
     asked: tuple[AskedRight, ...]
     problems: list[Problem] = field(default_factory=list)
@@ -270,9 +279,15 @@ class _Examination:
         }
         if spec.api is not None:
             values["kind"] = "api"
+            may_ask = self._tried(part, lambda: self._examine_key(part, spec))
             if checkpoint is not None:
                 values |= self._examine_tokens(part, spec, checkpoint, is_first)
-                values["api"] = self._tried(part, lambda: self._examine_api(part, spec, checkpoint))
+                self.notes.append(
+                    f"{part}: text is cut into tokens by the tokenizer of {checkpoint.name}; of a server's "
+                    "other tokens none can be chosen."
+                )
+                if may_ask:
+                    values["api"] = self._tried(part, lambda: self._ask_server(spec, checkpoint))
             self.reports.append(ModelReport(part=part, **values))
             return
         adapter = self._tried(part, lambda: self._find_adapter(part, spec, checkpoint))
@@ -416,20 +431,33 @@ class _Examination:
         self.counted.add(key)
         return 0 if is_counted else num_bytes
 
-    def _examine_api(self, part: str, spec: ModelSpec, tokens: Checkpoint) -> dict[str, Any] | None:
-        """Return what a server shows and accepts if it may be called; otherwise only look for the key."""
-        from proxytune.backends.api.backend import ApiBackend
-        from proxytune.backends.api.client import ApiClient
+    def _examine_key(self, part: str, spec: ModelSpec) -> bool:
+        """Note which key goes to which host, and return whether the server may be asked."""
+        from proxytune.backends.api.keys import find_key
+        from proxytune.recipe.address import parse_address
 
         assert spec.model is not None and spec.api is not None
-        self.notes.append(
-            f"{part}: text is cut into tokens by the tokenizer of {tokens.name}; of a server's other tokens "
-            "none can be chosen."
-        )
-        if not self.ask_server:
-            ApiClient(spec.model, spec.api).close()
-            return None
-        with closing(ApiBackend.load(spec, tokens)) as server:
+        asked = spec.api.key_env
+        grants = self.files.grants
+        key = find_key(spec.model, asked=asked, key_env=grants.key_env)
+        if key is None:
+            host = parse_address(spec.model).netloc.decode()
+            self.notes.append(f"{part}: no key is sent to {host}.")
+            return self.ask_server
+        note = f"{part}: the key in {key.variable} is sent to {key.host} when the recipe runs"
+        if asked not in (None, key.variable):
+            note += f"; the recipe asks for the one in {asked}, which is not sent"
+        if self.ask_server and not self.send_key:
+            note += ". The server was not asked anything now, as that would send the key: --ask-server does"
+        self.notes.append(f"{note}.")
+        return self.ask_server and self.send_key
+
+    def _ask_server(self, spec: ModelSpec, tokens: Checkpoint) -> dict[str, Any]:
+        """Return what a server shows and accepts."""
+        from proxytune.backends.api.backend import ApiBackend
+
+        grants = self.files.grants
+        with closing(ApiBackend.load(spec, tokens, key_env=grants.key_env)) as server:
             return asdict(server.traits)
 
     def _examine_llama_cpp(

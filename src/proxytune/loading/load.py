@@ -46,7 +46,7 @@ def load_ensemble(
     checkpoints = {member.spec.weights: member.checkpoint for member in found}
     names, adapters = _named_adapters(found)
     backends = {
-        weights: _load_backend(weights, checkpoint, adapters[weights], budget)
+        weights: _load_backend(weights, checkpoint, adapters[weights], budget, grants)
         for weights, checkpoint in checkpoints.items()
     }
     # One for each model: lanes whose members share it are translated at once (`decode/lanes.py`).
@@ -83,11 +83,12 @@ def _load_backend(
     checkpoint: Checkpoint,
     adapters: Mapping[str, AdapterFiles],
     budget: Budget | None,
+    grants: Grants,
 ) -> Backend[Any]:
     if spec.api is not None:
         from proxytune.backends.api.backend import ApiBackend
 
-        return ApiBackend.load(spec, checkpoint, budget=budget)
+        return ApiBackend.load(spec, checkpoint, budget=budget, key_env=grants.key_env)
     if spec.llama_cpp is not None:
         from proxytune.backends.llama_cpp import LlamaCppBackend
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from proxytune.checkpoints import untrusted
 from proxytune.errors import RecipeError, did_you_mean
 from proxytune.settings import option, options_of
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def parse_json(content: bytes | str) -> Any:
@@ -89,6 +92,11 @@ def check_fields(settings: Any) -> None:
             continue
         if declared.type is str:
             check_text(value, declared.name)
+            # Messages show it, and a line end would let it write lines of its own into them.
+            if declared.name != "prompt" and _CONTROL.search(value):
+                raise RecipeError(
+                    f"{declared.name} is {as_json(value)}, and must be one line of text"
+                )
         if not declared.holds(value):
             raise RecipeError(
                 f"{declared.name} is {as_json(value)}, and must be {declared.expected(value)}"

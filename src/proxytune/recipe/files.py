@@ -7,10 +7,10 @@ before anything is imported or loaded.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from proxytune.checkpoints.adapter import AdapterFiles, find_adapter
+from proxytune.checkpoints.adapter import AdapterFiles, PatternClock, find_adapter
 from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from proxytune.checkpoints.hub import PICKLED
 from proxytune.checkpoints.references import local_path
@@ -70,6 +70,7 @@ class RecipeFiles:
         self.grants = grants
         self._found: dict[ModelSpec, Checkpoint | UserError] = {}
         self._owners: dict[ModelSpec, str] = {}
+        self._clock = PatternClock()
         for part, spec in recipe.models.items():
             self._owners.setdefault(spec.weights, part)
 
@@ -132,11 +133,12 @@ class RecipeFiles:
         """
         if spec.adapter is None:
             return None
-        return find_adapter(
+        found = find_adapter(
             spec.adapter,
             root=self.recipe.directory,
             allow_pickle=spec.allow_pickle and self.grants.allow_pickle,
         )
+        return replace(found, clock=self._clock)
 
     def _matching(self, references: Iterable[str], patterns: Iterable[str]) -> tuple[str, ...]:
         """Return the names of files that match, in the directories that are on this machine."""

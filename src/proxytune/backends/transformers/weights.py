@@ -222,7 +222,7 @@ def _lora_config(
     from peft import LoraConfig
 
     shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
-    layers = lora_layers(files.name, files.config, shapes, module_names)
+    layers = lora_layers(files.name, files.config, shapes, module_names, files.clock)
     rank = Counter(own.rank for own in layers.values()).most_common(1)[0][0]
     alpha: Any = Counter(own.alpha for own in layers.values()).most_common(1)[0][0]
     return LoraConfig(

@@ -61,7 +61,7 @@ def low_rank_changes(adapter: AdapterFiles) -> dict[str, LowRank]:
         )
     shapes = {key: tuple(weight.shape) for key, weight in weights.items()}
     changes: dict[str, LowRank] = {}
-    for module, layer in lora_layers(adapter.name, config, shapes).items():
+    for module, layer in lora_layers(adapter.name, config, shapes, clock=adapter.clock).items():
         changes[module] = LowRank(
             down=weights[layer.down],
             up=weights[layer.up],
