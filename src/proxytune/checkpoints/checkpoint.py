@@ -171,9 +171,7 @@ class Checkpoint:
             if not is_fault(error):
                 raise
             if "trust_remote_code" in str(error):
-                raise _remote_code_refused(
-                    self.name, "tokenizer_config.json", "it has an auto_map"
-                ) from error
+                raise _remote_code_refused(self.name, "tokenizer_config.json") from error
             if not any((self.directory / name).is_file() for name in TOKENIZER_FILES):
                 raise ModelNotFound(
                     f"{self.name} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is in "
@@ -566,22 +564,17 @@ def _refuse_other_weights(name: str, directory: Path, raw: Mapping[str, Any]) ->
 
 def _refuse_remote_code(name: str, raw: Mapping[str, Any], *, trust_remote_code: bool) -> None:
     """Refuse a model that needs its own code; many bring code that transformers has had for long."""
-    if trust_remote_code:
-        return
-    for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
-        if "/" in str(raw.get(key)):  # The id of a repository with kernels, which are code.
-            raise _remote_code_refused(name, "config.json", f"{key} is {raw[key]!r}")
-    if not raw.get("auto_map"):
+    if trust_remote_code or not raw.get("auto_map"):
         return
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if raw.get("model_type") not in CONFIG_MAPPING:
-        raise _remote_code_refused(name, "config.json", "it has an auto_map")
+        raise _remote_code_refused(name, "config.json")
 
 
-def _remote_code_refused(name: str, file: str, why: str) -> UnsafeModel:
+def _remote_code_refused(name: str, file: str) -> UnsafeModel:
     return UnsafeModel(
-        f"{name} needs Python code that comes with it ({file}: {why}), and that can do anything.\n"
+        f"{name} needs Python code that comes with it (auto_map in its {file}), and that can do anything.\n"
         "hint: read that code" + OR_GRANT.format("trust_remote_code", "--trust-remote-code")
     )
 
