@@ -16,7 +16,8 @@ from proxytune.decode.batch import Event
 from proxytune.errors import BackendError, QueueFull, ShuttingDown
 from proxytune.model import ProxyTuned
 from proxytune.request import Request, SamplingParams
-from proxytune.server.engine import Engine, Ticket
+from proxytune.server.engine import Engine
+from proxytune.server.turns import Ticket
 from proxytune.testing import toy_model
 
 LETTERS = "abcdefgh"

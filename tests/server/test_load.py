@@ -20,7 +20,8 @@ import pytest
 
 from proxytune.model import ProxyTuned
 from proxytune.request import Request, SamplingParams
-from proxytune.server.engine import Engine, Ticket, _Running
+from proxytune.server.engine import Engine, _Running
+from proxytune.server.turns import Ticket
 from proxytune.testing import toy_model
 from tests.server.test_faults import post
 from tests.support.served import Served, served
@@ -203,7 +204,7 @@ def test_no_request_of_many_clients_is_lost_mixed_up_or_kept(monkeypatch, specul
         while engine.num_running + engine.num_waiting and time.monotonic() < deadline:
             time.sleep(0.01)
         assert (engine.num_running, engine.num_waiting) == (0, 0)
-        assert not (engine._running or engine._waiting or engine._suspects or engine._arriving)
+        assert not (engine._running or len(engine._waiting) or engine._suspects or engine._arriving)
         text = httpx.get(f"{running.url}/metrics").text
         counted = dict(re.findall(r'proxytune_texts_total\{reason="(\w+)"\} ([\d.]+)', text))
     assert not wrong, wrong[:3]

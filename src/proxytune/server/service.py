@@ -7,8 +7,8 @@ jobs. Connections, keys and status codes belong to `app.py`.
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
-import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -23,16 +23,19 @@ from proxytune.measure.score import smallest_context
 from proxytune.model import ProxyTuned
 from proxytune.request import Request, SamplingParams, Steering
 from proxytune.server.answer import Json, Tokens, chat_logprobs, completion_logprobs, explained
-from proxytune.server.engine import Engine, Ticket
+from proxytune.server.engine import Engine
 from proxytune.server.metrics import Metrics
+from proxytune.server.rendering import Rendering, desks
 from proxytune.server.schema import (
     MAX_EXPLAIN_TOP,
     MAX_LOGPROBS,
     ChatRequest,
     CompletionRequest,
     Generation,
+    read_request,
 )
 from proxytune.server.settings import ServerSettings
+from proxytune.server.turns import Ticket
 from proxytune.text.prompts import PLAIN_USER_TURN
 from proxytune.text.vocab import token_bytes
 from proxytune.trace import Step
@@ -125,8 +128,8 @@ class Service:
         )
         self.metrics = Metrics(lambda: self.engine.num_running, lambda: self.engine.num_waiting)
         self.tokens = Tokens(token_bytes(model.ensemble.vocabulary))
-        # Tokenizers are not thread-safe: encoding may change their settings.
-        self._rendering = threading.Lock()
+        self._longest = _longest_prompt(model, settings)
+        self._rendering = Rendering(desks(model, self._longest))
 
     # What is served -------------------------------------------------------------------------------------
 
@@ -163,14 +166,34 @@ class Service:
 
     # Requests -------------------------------------------------------------------------------------------
 
-    def jobs(self, wanted: Generation) -> list[Job]:
-        """Return a job for each text that a request asks for.
+    async def read(
+        self, kind: type[Generation], body: bytes | bytearray, *, client: str, deadline: float
+    ) -> tuple[Generation, list[Job]]:
+        """Return the request that a body holds, and a job for each text that it asks for.
 
-        This tokenises the prompts, so it should not run in the event loop.
+        Args:
+            kind: The class of the request.
+            body: Its JSON.
+            client: As in `turns.py`.
+            deadline: Time on the monotonic clock at which to give up.
 
         Raises:
             UserError: A field cannot be honoured.
+            TimeIsUp: The deadline has passed.
         """
+
+        def work(desk: ProxyTuned) -> tuple[Generation, list[Job]]:
+            wanted = read_request(kind, body)
+            return wanted, self._jobs(wanted, desk)
+
+        rendering = self._rendering.run(client, len(body), work)
+        try:
+            return await asyncio.wait_for(rendering, deadline - time.monotonic())
+        except asyncio.TimeoutError:
+            raise TimeIsUp from None
+
+    def _jobs(self, wanted: Generation, desk: ProxyTuned) -> list[Job]:
+        """Return a job for each text that a request asks for; `desk` renders its prompts."""
         steering = self._steering(wanted)
         prompts: list[Any]
         if isinstance(wanted, ChatRequest):
@@ -195,32 +218,45 @@ class Service:
             sampling = self._sampling(wanted, 1 if asked is None else asked)
             explain = wanted.steering.explain, wanted.steering.explain_top
             request = Request(prompt, sampling, steering.alpha, steering.experts, *explain)
-            with self._rendering:
-                job = self.model.job(request)
-            longest = self.settings.max_prompt_tokens
-            if longest is not None and len(job.prompts[0]) > longest:
-                raise PromptTooLong(
-                    f"the prompt has {len(job.prompts[0])} tokens, and this server allows {longest}.\n"
-                    "hint: shorten the prompt"
-                )
+            if request.is_token_ids:
+                self._check_length(len(request.prompt), self._longest)
+            job = desk.job(request)
+            self._check_length(len(job.prompts[0]), self.settings.max_prompt_tokens)
             if asked is None:
                 job = replace(job, sampling=replace(sampling, max_new_tokens=self._room(job)))
             for number in range(wanted.n):
                 jobs.append(replace(job, sampling=_seeded(job.sampling, number)))
         return jobs
 
-    def begin(self, wanted: Generation, jobs: Sequence[Job], client: str) -> Answer:
+    @staticmethod
+    def _check_length(num_tokens: int, longest: int | None) -> None:
+        if longest is not None and num_tokens > longest:
+            raise PromptTooLong(
+                f"the prompt has {num_tokens} tokens, and this server allows {longest}.\n"
+                "hint: shorten the prompt"
+            )
+
+    def begin(
+        self, wanted: Generation, jobs: Sequence[Job], *, client: str, host: str, deadline: float
+    ) -> Answer:
         """Queue a request's jobs and return its answer. Call it in the event loop that reads the answer.
+
+        Args:
+            wanted: The request.
+            jobs: Its jobs.
+            client: As in `turns.py`.
+            host: The address it came from: those that share a key take turns as users do.
+            deadline: Time on the monotonic clock at which its texts end.
 
         Raises:
             Unavailable: Too many requests are waiting, or the server is shutting down.
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[tuple[AnswerText, Event | Exception]] = asyncio.Queue()
-        deadline = time.monotonic() + self.settings.request_timeout_s
+        user = json.dumps([host, wanted.user])
         texts: list[AnswerText] = []
         for index, job in enumerate(jobs):
-            ticket = Ticket(job, lambda event: None, client, deadline)
+            ticket = Ticket(job, lambda event: None, client, deadline, user)
             ticket.job = replace(job, cancelled=ticket.is_unwanted)
             text = AnswerText(index, ticket)
 
@@ -396,6 +432,15 @@ class Service:
         if wanted.logprobs is None or not steps:
             return None
         return completion_logprobs(steps, self.tokens, offset=offset, has_top=wanted.logprobs > 0)
+
+
+def _longest_prompt(model: ProxyTuned, settings: ServerSettings) -> int | None:
+    """Return the length that no prompt may exceed, whichever models it needs; None if there is none."""
+    contexts = [each.backend.capabilities.max_context for each in model.ensemble.members]
+    known = [context for context in contexts if context is not None]
+    longest = max(known) if len(known) == len(contexts) else None
+    limits = [limit for limit in (longest, settings.max_prompt_tokens) if limit is not None]
+    return min(limits, default=None)
 
 
 def _seeded(sampling: SamplingParams, number: int) -> SamplingParams:

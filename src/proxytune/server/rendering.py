@@ -1,0 +1,190 @@
+"""Reads and renders requests in threads, so that one slow prompt holds up nobody.
+
+Parsing a body, rendering its messages and tokenising them take milliseconds as a rule, and seconds for a
+prompt that was made for it. Each takes a *desk*, of which there are `NUM_DESKS`. One client never has all
+of them, and bodies of more than `LARGE_BYTES` together have half. Of those that wait, the client with the
+fewest desks is next, then whoever came first. A thread cannot be stopped: a client whose time is up is
+answered, and its desk is free when the thread ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import threading
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from proxytune.errors import PromptTooLong
+from proxytune.model import ProxyTuned
+from proxytune.text.prompts import PromptFormat, Tokenizer
+
+NUM_DESKS = 4
+LARGE_BYTES = 2**16
+PIECE_CHARS = 2**14
+"""A long text is counted in pieces of this size before it is tokenised whole."""
+
+Result = TypeVar("Result")
+
+
+class Measured:
+    """A tokenizer that refuses a text which is far too long before it has tokenised all of it.
+
+    Two million characters take a tokenizer seconds and hundreds of megabytes, only to be refused. The tokens
+    of a text's pieces are nearly those of the whole: each cut adds a few. A text is refused if its pieces
+    have a quarter more tokens than any model holds; the exact limit is checked afterwards.
+
+    Args:
+        tokenizer: The tokenizer.
+        max_tokens: Number of tokens that a prompt may have; None for any number.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int | None) -> None:
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of a text.
+
+        Raises:
+            PromptTooLong: It has far more tokens than allowed.
+        """
+        if self._max_tokens is not None and len(text) > 4 * PIECE_CHARS:
+            num_tokens = 0
+            for start in range(0, len(text), PIECE_CHARS):
+                piece = text[start : start + PIECE_CHARS]
+                num_tokens += len(self._tokenizer.encode(piece, add_special_tokens=False))
+                if 4 * num_tokens > 5 * self._max_tokens:
+                    raise PromptTooLong(
+                        f"the prompt has more than {self._max_tokens} tokens, and that is what this server "
+                        "takes.\nhint: shorten the prompt"
+                    )
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+def desks(model: ProxyTuned, max_tokens: int | None) -> list[ProxyTuned]:
+    """Return models that render in threads of their own, without waiting for each other.
+
+    They share weights and everything else. Tokenizers in Rust can be shared as well: after the first text
+    they change no more. Others get a copy for each thread; if one cannot be copied, there is a single desk.
+    """
+    formats = model.formats
+    made: list[ProxyTuned] = []
+    for _ in range(NUM_DESKS):
+        own: dict[int, Any] = {}
+        try:
+            for each in formats:
+                found = each.tokenizer
+                if id(found) not in own:
+                    if not hasattr(found, "backend_tokenizer"):
+                        found = copy.deepcopy(found)
+                    # The first text sets what later ones only read.
+                    found.encode("a", add_special_tokens=False)
+                    own[id(each.tokenizer)] = Measured(found, max_tokens)
+        except Exception:  # Foreign code, which may fail in any way.
+            break
+        desk = copy.copy(model)
+        desk.formats = tuple(PromptFormat(f.prompt_format, own[id(f.tokenizer)]) for f in formats)
+        made.append(desk)
+    return made or [model]
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    client: str
+    is_large: bool
+    desk: asyncio.Future[ProxyTuned]
+
+
+class Rendering:
+    """The desks, and who waits for one. Use it in one event loop.
+
+    Args:
+        free: The desks; see `desks`.
+    """
+
+    def __init__(self, free: list[ProxyTuned]) -> None:
+        self._free = free
+        self._num = len(free)
+        self._waiting: list[_Waiting] = []
+        self._taken: Counter[str] = Counter()
+        self._num_large = 0
+
+    async def run(
+        self, client: str, num_bytes: int, work: Callable[[ProxyTuned], Result]
+    ) -> Result:
+        """Return what `work` returns or raises, called in a thread with a desk's model.
+
+        If the caller is cancelled, the work goes on to its end, and keeps its desk until then.
+
+        Args:
+            client: As in `turns.py`.
+            num_bytes: Size of the body.
+            work: What to do.
+        """
+        loop = asyncio.get_running_loop()
+        waiting = _Waiting(client, num_bytes > LARGE_BYTES, loop.create_future())
+        self._waiting.append(waiting)
+        self._assign()
+        try:
+            desk = await waiting.desk
+        except asyncio.CancelledError:
+            if waiting.desk.done() and not waiting.desk.cancelled():
+                self._release(waiting)
+            else:
+                self._waiting.remove(waiting)
+            raise
+        done: asyncio.Future[Result] = loop.create_future()
+
+        def finish(result: Any, error: BaseException | None) -> None:
+            self._release(waiting)
+            if done.cancelled():
+                return
+            if error is None:
+                done.set_result(result)
+            else:
+                done.set_exception(error)
+
+        def call() -> None:
+            result, error = None, None
+            try:
+                result = work(desk)
+            except BaseException as raised:
+                error = raised
+            with suppress(RuntimeError):  # The server has stopped.
+                loop.call_soon_threadsafe(finish, result, error)
+
+        # A daemon, so that the process can end while it runs.
+        threading.Thread(target=call, name="proxytune-rendering", daemon=True).start()
+        return await done
+
+    def _release(self, waiting: _Waiting) -> None:
+        self._free.append(waiting.desk.result())
+        self._num_large -= waiting.is_large
+        self._taken[waiting.client] -= 1
+        if not self._taken[waiting.client]:
+            del self._taken[waiting.client]
+        self._assign()
+
+    def _assign(self) -> None:
+        """Give free desks to those whose turn it is."""
+        while self._free:
+            fitting = [
+                each
+                for each in self._waiting
+                if self._taken[each.client] < max(1, self._num - 1)
+                and not (each.is_large and self._num_large >= max(1, self._num // 2))
+            ]
+            if not fitting:
+                return
+            first = min(fitting, key=lambda each: self._taken[each.client])
+            self._waiting.remove(first)
+            self._taken[first.client] += 1
+            self._num_large += first.is_large
+            first.desk.set_result(self._free.pop())
