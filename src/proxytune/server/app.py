@@ -87,7 +87,7 @@ def make_app(model: ProxyTuned, settings: ServerSettings) -> FastAPI:
         service.engine.start()
         yield
         # Clients that are still connected had time to finish (`run.py`): what is left is cancelled.
-        await asyncio.to_thread(service.engine.close, 0)
+        await asyncio.to_thread(service.close)
 
     app = FastAPI(
         title="proxytune",

@@ -14,10 +14,10 @@ from proxytune.errors import InvalidRequest, Unavailable
 
 BODIES_HELD = 16
 """Bodies that are arriving or waiting to be read hold at most this many times the limit of one body."""
-MAX_STRINGS = 32_768
-"""Maximum number of strings in a body, keys included; a thousand messages of five parts have 25,000."""
-MAX_CONTAINERS = 16_384
-"""Maximum number of lists and objects in a body; a thousand messages of five parts have 7,000."""
+MAX_STRINGS = 16_384
+"""Maximum number of strings in a body, keys included; a thousand messages of three parts have 15,000."""
+MAX_CONTAINERS = 8_192
+"""Maximum number of lists and objects in a body; a thousand messages of three parts have 5,000."""
 MAX_DEPTH = 32
 """Maximum depth of nesting; a request's own fields nest five deep."""
 

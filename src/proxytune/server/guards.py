@@ -185,10 +185,10 @@ class BodyGuard:
                 is_more = message.get("more_body", False)
                 piece = message.get("body", b"")
                 if len(body) + len(piece) > self._max_bytes:
-                    message = (
+                    why = (
                         f"the body is larger than this server's limit of {self._max_bytes:,} bytes"
                     )
-                    refusal = error_response(413, message)
+                    refusal = error_response(413, why)
                     break
                 try:
                     body.add(piece)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import queue
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -26,6 +27,8 @@ NUM_DESKS = 4
 LARGE_BYTES = 2**16
 PIECE_CHARS = 2**14
 """A long text is counted in pieces of this size before it is tokenised whole."""
+CUT_TOKENS = 16
+"""How many tokens a cut is taken to add at most; a cut through a word adds one or two."""
 
 Result = TypeVar("Result")
 
@@ -34,8 +37,9 @@ class Measured:
     """A tokenizer that refuses a text which is far too long before it has tokenised all of it.
 
     Two million characters take a tokenizer seconds and hundreds of megabytes, only to be refused. The tokens
-    of a text's pieces are nearly those of the whole: each cut adds a few. A text is refused if its pieces
-    have a quarter more tokens than any model holds; the exact limit is checked afterwards.
+    of a text's pieces are nearly those of the whole, since only what is near a cut can differ. A long text
+    is refused if it has more characters than so many of the longest token, or if its pieces have more tokens
+    than allowed, `CUT_TOKENS` for each cut left out. The exact limit is checked afterwards.
 
     Args:
         tokenizer: The tokenizer.
@@ -45,6 +49,7 @@ class Measured:
     def __init__(self, tokenizer: Tokenizer, max_tokens: int | None) -> None:
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
+        self._longest = max(map(len, tokenizer.get_vocab()), default=1)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of a text.
@@ -52,23 +57,31 @@ class Measured:
         Raises:
             PromptTooLong: It has far more tokens than allowed.
         """
-        if self._max_tokens is not None and len(text) > 4 * PIECE_CHARS:
+        if self._max_tokens is not None and len(text) > 4 * max(PIECE_CHARS, self._max_tokens):
+            self._measure(text, self._max_tokens)
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def _measure(self, text: str, max_tokens: int) -> None:
+        num_tokens = len(text) // self._longest
+        if num_tokens <= max_tokens:
             num_tokens = 0
             for start in range(0, len(text), PIECE_CHARS):
                 piece = text[start : start + PIECE_CHARS]
                 num_tokens += len(self._tokenizer.encode(piece, add_special_tokens=False))
-                if 4 * num_tokens > 5 * self._max_tokens:
-                    raise PromptTooLong(
-                        f"the prompt has more than {self._max_tokens} tokens, and that is what this server "
-                        "takes.\nhint: shorten the prompt"
-                    )
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+                num_tokens -= CUT_TOKENS
+                if num_tokens > max_tokens:
+                    break
+        if num_tokens > max_tokens:
+            raise PromptTooLong(
+                f"the prompt has more than {max_tokens} tokens, which is what this server allows.\n"
+                "hint: shorten the prompt"
+            )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
 
-def desks(model: ProxyTuned, max_tokens: int | None) -> list[ProxyTuned]:
+def desk_models(model: ProxyTuned, max_tokens: int | None) -> list[ProxyTuned]:
     """Return models that render in threads of their own, without waiting for each other.
 
     They share weights and everything else. Tokenizers in Rust can be shared as well: after the first text
@@ -99,19 +112,35 @@ def desks(model: ProxyTuned, max_tokens: int | None) -> list[ProxyTuned]:
 class _Waiting:
     client: str
     is_large: bool
-    desk: asyncio.Future[ProxyTuned]
+    desk: asyncio.Future[_Desk]
+
+
+class _Desk:
+    """A model that renders, and its thread."""
+
+    def __init__(self, model: ProxyTuned) -> None:
+        self.model = model
+        self.calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        # A daemon, so that the process can end while it runs.
+        threading.Thread(target=self._work, name="proxytune-rendering", daemon=True).start()
+
+    def _work(self) -> None:
+        while (call := self.calls.get()) is not None:
+            call()
+            del call  # With it the request, which would be kept until the next one.
 
 
 class Rendering:
-    """The desks, and who waits for one. Use it in one event loop.
+    """The desks, and who waits for one. Use it in one event loop, and close it.
 
     Args:
-        free: The desks; see `desks`.
+        models: A model for each desk; see `desk_models`.
     """
 
-    def __init__(self, free: list[ProxyTuned]) -> None:
-        self._free = free
-        self._num = len(free)
+    def __init__(self, models: list[ProxyTuned]) -> None:
+        self._desks = [_Desk(model) for model in models]
+        self._free = list(self._desks)
+        self._num = len(models)
         self._waiting: list[_Waiting] = []
         self._taken: Counter[str] = Counter()
         self._num_large = 0
@@ -154,15 +183,19 @@ class Rendering:
         def call() -> None:
             result, error = None, None
             try:
-                result = work(desk)
+                result = work(desk.model)
             except BaseException as raised:
                 error = raised
             with suppress(RuntimeError):  # The server has stopped.
                 loop.call_soon_threadsafe(finish, result, error)
 
-        # A daemon, so that the process can end while it runs.
-        threading.Thread(target=call, name="proxytune-rendering", daemon=True).start()
+        desk.calls.put(call)
         return await done
+
+    def close(self) -> None:
+        """End the threads, those that are busy when they are done."""
+        for desk in self._desks:
+            desk.calls.put(None)
 
     def _release(self, waiting: _Waiting) -> None:
         self._free.append(waiting.desk.result())

@@ -25,7 +25,7 @@ from proxytune.request import Request, SamplingParams, Steering
 from proxytune.server.answer import Json, Tokens, chat_logprobs, completion_logprobs, explained
 from proxytune.server.engine import Engine
 from proxytune.server.metrics import Metrics
-from proxytune.server.rendering import Rendering, desks
+from proxytune.server.rendering import Rendering, desk_models
 from proxytune.server.schema import (
     MAX_EXPLAIN_TOP,
     MAX_LOGPROBS,
@@ -129,7 +129,12 @@ class Service:
         self.metrics = Metrics(lambda: self.engine.num_running, lambda: self.engine.num_waiting)
         self.tokens = Tokens(token_bytes(model.ensemble.vocabulary))
         self._longest = _longest_prompt(model, settings)
-        self._rendering = Rendering(desks(model, self._longest))
+        self._rendering = Rendering(desk_models(model, self._longest))
+
+    def close(self) -> None:
+        """Stop the engine, and what is still running in it; end the threads."""
+        self.engine.close(0)
+        self._rendering.close()
 
     # What is served -------------------------------------------------------------------------------------
 
