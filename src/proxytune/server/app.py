@@ -105,6 +105,7 @@ def make_app(model: ProxyTuned, settings: ServerSettings) -> FastAPI:
     _add_playground(app)
     # The middleware added last sees a request first.
     in_flight = InFlight(BODIES_HELD * settings.max_body_bytes)
+    app.state.in_flight = in_flight
     app.add_middleware(BodyGuard, settings=settings, in_flight=in_flight)
     app.add_middleware(KeyGuard, keys=settings.api_keys, max_bytes=settings.max_body_bytes)
     if settings.cors_origins:

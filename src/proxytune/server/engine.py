@@ -73,7 +73,7 @@ class Engine:
         self._kept_tokens = kept_tokens
         self._kept: deque[tuple[tuple[str, str], Kept]] = deque()  # (owner, caches), oldest first
         self._condition = threading.Condition()
-        self._waiting = WaitingRoom(max_rows)
+        self._waiting = WaitingRoom(max_waiting)
         self._work = 0  # number of tokens generated so far
         self._suspects: deque[Ticket] = deque()  # their batch failed, so each runs alone
         self._arriving: list[Ticket] = []  # their prompts are being read
@@ -123,10 +123,9 @@ class Engine:
         with self._condition:
             if not self.is_alive:
                 raise ShuttingDown("the server is shutting down.\nhint: try again when it is back")
-            free = max(0, self.max_rows - self.num_running)
-            num_places = self.max_waiting + free - len(self._suspects)
+            free = max(0, self.max_rows - self.num_running) - len(self._suspects)
             full = self._queue_full()
-            turned_away = self._waiting.enter(tickets, num_places=num_places, work=self._work)
+            turned_away = self._waiting.enter(tickets, work=self._work, num_free=free)
             if turned_away is None:
                 raise full
             self._condition.notify()

@@ -9,16 +9,17 @@ engine has generated so far: it serves as a clock, so that the rules are the sam
 last turn is longest ago. Within the client it is the user with the fewest running rows, and among those
 the ticket with the lowest *rank*:
 
-    rank = work when it came + num_rows * size
+    rank = work when it came + num_places * size
 
-So a small request goes ahead of a large one, but only if it comes before the engine has done as much work
-as all rows full of the large one would take. Nobody is overtaken for longer than that.
+So a small request goes ahead of a large one, but only until the engine has done as much work since the large
+one came as a room full of requests of its size is. Nobody is overtaken for longer than that.
 
 **Places.** When the waiting room is full, a newcomer is not simply refused. The client with the most
-tickets in the room, newcomers included, gives up a place; within it the user with the most; of these the
-ticket with the highest rank, the youngest of equals. If that is a newcomer it is refused, otherwise the
-other is turned away and the newcomer stays. So no client can take all places, invented user names do not
-change a client's share, and a small request finds a place among large ones.
+tickets in the room, newcomers included, gives up a place; within it the user with the most; of several such
+users, or of one's tickets, the most frequent class of sizes (from one power of two to the next); of those the
+ticket with the highest rank, the youngest of equals. If that is a newcomer it is refused, otherwise the other is turned away
+and the newcomer stays. So no client can take all places, invented user names do not change a client's share,
+and a small request finds a place among large ones, as a large one does among small ones.
 
 **The short row.** When all rows run long texts (at least `LONG` tokens), one short text (at most `SHORT`) may
 run beside them. Without it, small requests would wait for the end of the longest.
@@ -29,7 +30,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from proxytune.decode.batch import DraftCount, Event
@@ -112,11 +113,11 @@ class WaitingRoom:
     """The waiting tickets, and the rules above.
 
     Args:
-        num_rows: Number of rows that run at once.
+        num_places: Number of tickets that may wait.
     """
 
-    def __init__(self, num_rows: int) -> None:
-        self._num_rows = num_rows
+    def __init__(self, num_places: int) -> None:
+        self._num_places = num_places
         self._num_requests = 0
         self._waiting: dict[str, list[Ticket]] = {}  # the client whose turn was last is at the end
 
@@ -127,14 +128,14 @@ class WaitingRoom:
         return (ticket for own in list(self._waiting.values()) for ticket in list(own))
 
     def enter(
-        self, newcomers: Sequence[Ticket], *, num_places: int, work: int
+        self, newcomers: Sequence[Ticket], *, work: int, num_free: int = 0
     ) -> list[Ticket] | None:
         """Let one request's tickets in, all of them or none.
 
         Args:
             newcomers: The tickets.
-            num_places: Number of tickets that may be in the room afterwards.
             work: Number of tokens that the engine has generated so far.
+            num_free: Number of rows that are free, whose next tickets need no places.
 
         Returns:
             The tickets that are turned away for them, which have left the room; None if they are refused.
@@ -142,11 +143,11 @@ class WaitingRoom:
         self._num_requests += 1
         for ticket in newcomers:
             ticket.request = self._num_requests
-            ticket.rank = work + self._num_rows * ticket.size
+            ticket.rank = work + self._num_places * ticket.size
         # Those whose clients have gone leave at the engine's next step, and are not in the way until then.
         room = [ticket for ticket in self if not ticket.is_unwanted()] + list(newcomers)
         turned_away: list[Ticket] = []
-        while len(room) > num_places:
+        while len(room) > self._num_places + num_free:
             request = _least_entitled(room).request
             if request == self._num_requests:
                 return None
@@ -200,8 +201,20 @@ class WaitingRoom:
 
 def _least_entitled(room: Sequence[Ticket]) -> Ticket:
     """Return the ticket whose place is given up first."""
-    for key in (lambda each: each.client, lambda each: (each.client, each.user)):
+    for key in (_client, _user, _size_class):
         counts = Counter(map(key, room))
         most = max(counts.values())
         room = [ticket for ticket in room if counts[key(ticket)] == most]
     return max(room, key=lambda each: (each.rank, each.request))
+
+
+def _client(ticket: Ticket) -> Hashable:
+    return ticket.client
+
+
+def _user(ticket: Ticket) -> Hashable:
+    return ticket.client, ticket.user
+
+
+def _size_class(ticket: Ticket) -> Hashable:
+    return ticket.size.bit_length()
