@@ -39,7 +39,7 @@ from proxytune.server.body import (
 from proxytune.server.guards import MAX_MESSAGE, OPEN_PATHS, Arrival
 from proxytune.server.rendering import CUT_TOKENS, NUM_DESKS, PIECE_CHARS, Measured
 from proxytune.server.schema import ChatRequest, CompletionRequest, read_request
-from proxytune.testing import toy_model, toy_tokenizer
+from proxytune.testing import toy_tokenizer
 from tests.server.test_faults import (
     BODY,
     KEYS,
@@ -52,6 +52,7 @@ from tests.server.test_faults import (
     post,
     read_all,
     read_answer,
+    read_until,
     text_of,
     wait_until,
 )
@@ -88,6 +89,17 @@ def chat(messages: str, field: str = "") -> str:
 
 
 MESSAGE = '{"role":"user","content":"a"}'
+PART = '{"type":"text","text":"a"}'
+
+
+def parts(*items: str) -> str:
+    return '[{"role":"user","content":[%s]}]' % ",".join(items)
+
+
+def with_metadata(entries: str) -> str:
+    return chat(f"[{MESSAGE}]", f',"metadata":{{{entries}}}')
+
+
 BODIES = {
     "empty lists": completion(f"[{many('[]')}]"),
     "empty objects": completion(f"[{many('{}')}]"),
@@ -100,14 +112,14 @@ BODIES = {
     "infinities": completion(f"[{many('1e400')}]"),
     "numbers of four thousand digits": completion(f"[{many('9' * 4000)}]"),
     "a number of two million digits": completion("9" * (LIMIT - 100)),
-    "a long fraction": with_field(f'"temperature":0.{"1" * (LIMIT - 100)}'),
+    "a long fraction": with_field(f'"temperature":-0.{"1" * (LIMIT - 100)}'),
     "unknown fields": with_field(numbered('"%d":0', 180_000)),
     "fewer unknown fields": with_field(numbered('"%d":0', 16_000)),
-    "unknown fields below": with_field(f'"proxytune":{{{numbered("%s", 0)}{numbered(chr(34) + "%d" + chr(34) + ":0", 16_000)}}}'),
+    "unknown fields below": with_field('"proxytune":{%s}' % numbered('"%d":0', 16_000)),
     "one field again and again": with_field(many('"n":1')),
-    "biases": with_field(f'"logit_bias":{{{numbered(chr(34) + "x%d" + chr(34) + ":0", 150_000)}}}'),
-    "fewer biases": with_field(f'"logit_bias":{{{numbered(chr(34) + "x%d" + chr(34) + ":0", 16_000)}}}'),
-    "experts": with_field(f'"proxytune":{{"experts":{{{numbered(chr(34) + "%d" + chr(34) + ":{}", 8_000)}}}}}'),
+    "biases": with_field('"logit_bias":{%s}' % numbered('"x%d":0', 150_000)),
+    "fewer biases": with_field('"logit_bias":{%s}' % numbered('"x%d":0', 16_000)),
+    "experts": with_field('"proxytune":{"experts":{%s}}' % numbered('"%d":{}', 8_000)),
     "stops": with_field(f'"stop":[{many(chr(34) + "a" + chr(34))}]'),
     "fewer stops": with_field(f'"stop":[{numbered(chr(34) + "%d" + chr(34), 16_000)}]'),
     "stop ids": with_field(f'"stop_token_ids":[{many("1")}]'),
@@ -126,14 +138,14 @@ BODIES = {
     "a text of halves": completion(f'"{many(chr(92) + "ud800", "")}"'),
     "texts": completion(f"[{many(chr(34) * 2)}]"),
     "white space": completion(" " * (LIMIT - 100) + '""'),
-    "parts": chat(f'[{{"role":"user","content":[{many("{}")}]}}]'),
-    "fewer parts": chat(f'[{{"role":"user","content":[{",".join(["{}"] * 8_000)}]}}]'),
-    "good parts": chat('[{"role":"user","content":[%s]}]' % ",".join(['{"type":"text","text":"a"}'] * 3_000)),
+    "parts": chat(parts(many("{}"))),
+    "fewer parts": chat(parts(*["{}"] * 8_000)),
+    "good parts": chat(parts(*[PART] * 3_000)),
     "messages": chat(f"[{many(MESSAGE)}]"),
     "fewer messages": chat(f"[{','.join([MESSAGE] * 4_000)}]"),
     "a long message": chat('[{"role":"user","content":"%s"}]' % ("a b " * (LIMIT // 4 - 100))),
     "tools": chat(f"[{MESSAGE}]", f',"tools":[{many("1")}]'),
-    "metadata": chat(f"[{MESSAGE}]", ',"metadata":{%s}' % numbered('"%d":0', 16_000)),
+    "metadata": with_metadata(numbered('"%d":0', 16_000)),
     "modalities": chat(f"[{MESSAGE}]", f',"modalities":[{many(chr(34) * 2)}]'),
 }  # fmt: skip
 """Each was a request, or is a relative of one, that stopped the server for seconds or took a gigabyte."""
@@ -209,24 +221,28 @@ def test_no_body_stops_the_server_or_fills_its_memory():
 
         asking = threading.Thread(target=ask_health)
         asking.start()
-        wait_until(lambda: len(waits) > 10)
-        before = peak_memory(pid)
-        for name, body in bodies.items():
-            assert len(body) <= LIMIT, name
-            path = "/v1/chat/completions" if b'"messages"' in body[:60] else "/v1/completions"
-            for _ in range(3):
-                waits.clear()
-                status, content, seconds = ask(port, "POST", path, body)
-                assert status == 400 and len(content) < 1000, (name, status, content[:300])
-                assert set(json.loads(content)) == {"error"}
-                waits.append(ask(port, "GET", "/health")[2])
-                if seconds < MAX_WAIT_S and max(waits) < MAX_WAIT_S:
-                    break
-            else:
-                pytest.fail(f"{name}: answered after {seconds:.1f} s, /health {max(waits):.1f} s")
-        grown = peak_memory(pid) - before
-        is_over.set()
-        asking.join()
+        try:
+            wait_until(lambda: len(waits) > 10)
+            before = peak_memory(pid)
+            for name, body in bodies.items():
+                assert len(body) <= LIMIT, name
+                path = "/v1/chat/completions" if b'"messages"' in body[:60] else "/v1/completions"
+                for _ in range(3):
+                    waits.clear()
+                    status, content, seconds = ask(port, "POST", path, body)
+                    assert status == 400 and len(content) < 1000, (name, status, content[:300])
+                    assert set(json.loads(content)) == {"error"}
+                    waits.append(ask(port, "GET", "/health")[2])
+                    if seconds < MAX_WAIT_S and max(waits) < MAX_WAIT_S:
+                        break
+                else:
+                    pytest.fail(
+                        f"{name}: answered after {seconds:.1f} s, /health {max(waits):.1f} s"
+                    )
+            grown = peak_memory(pid) - before
+        finally:
+            is_over.set()
+            asking.join()
     assert grown < MAX_GROWTH
 
 
@@ -285,8 +301,8 @@ def test_a_request_of_the_largest_shape_that_the_api_allows_is_read():
         (CompletionRequest, with_field('"n":1,"n":99'), "less than or equal", "n"),
         (CompletionRequest, with_field(f'"{"a" * 500}":1'), "a" * 100 + "'", "a" * 100),
         (ChatRequest, chat(f"[{','.join([MESSAGE] * 1001)}]"), "at most 1000 items", "messages"),
-        (ChatRequest, chat('[{"role":"user","content":[%s]}]' % ",".join(['{"type":"text","text":"a"}'] * 1001)), "at most 1000", "messages.0.content"),
-        (ChatRequest, chat(f"[{MESSAGE}]", ',"metadata":{%s}' % numbered('"%d":"a"', 17)), "at most 16", "metadata"),
+        (ChatRequest, chat(parts(*[PART] * 1001)), "at most 1000", "messages.0.content"),
+        (ChatRequest, with_metadata(numbered('"%d":"a"', 17)), "at most 16", "metadata"),
     ],
 )  # fmt: skip
 def test_the_first_wrong_item_is_named(kind, body, told, field):
@@ -336,9 +352,10 @@ def test_of_a_text_that_is_far_too_long_only_a_beginning_is_tokenised():
 
 
 def test_of_a_text_with_more_characters_than_its_tokens_can_have_nothing_is_tokenised():
-    tokenizer = counting()
+    measured = Measured(tokenizer := counting(), 20_000)
+    tokenizer.num_chars = 0
     with pytest.raises(PromptTooLong):
-        Measured(tokenizer, 20_000).encode("a" * 2_000_101)
+        measured.encode("a" * 2_000_101)
     assert tokenizer.num_chars == 0
 
 
@@ -595,7 +612,7 @@ def held(running: Served) -> InFlight:
 def test_bodies_without_an_end_take_bounded_memory_and_stop_no_small_request():
     """A thousand connections could each hold two mebibytes."""
     size = 2**16
-    with served(fresh(), max_body_bytes=size, body_timeout_s=5) as running:
+    with served(fresh(), max_body_bytes=size, body_timeout_s=2) as running:
         connections = [running.connect() for _ in range(60)]
         for connection in connections:
             connection.sendall(head(length=size) + b" " * (size // 2))
@@ -691,13 +708,13 @@ def test_a_second_clients_small_requests_are_answered_while_a_first_keeps_many_l
     def keep_asking(running: Served, number: int) -> None:
         user = {"user": f"user {number}"} if has_users else {}
         while not is_over.is_set():
-            status = complete(running, max_tokens=1500, **user).status_code
+            status = complete(running, max_tokens=400, **user).status_code
             statuses[status] += 1
             if status == 429:
-                time.sleep(0.01)
+                time.sleep(0.05)
 
     with served(fresh(), max_rows=2, max_waiting=8) as running:
-        greedy = [threading.Thread(target=keep_asking, args=(running, n)) for n in range(16)]
+        greedy = [threading.Thread(target=keep_asking, args=(running, n)) for n in range(12)]
         for thread in greedy:
             thread.start()
         wait_until(lambda: statuses[429] > 5)
@@ -713,16 +730,12 @@ def test_a_second_clients_small_requests_are_answered_while_a_first_keeps_many_l
 def test_a_stream_that_loses_its_place_is_told_so():
     with served(fresh(), max_rows=1, max_waiting=1, max_tokens=10_000) as running:
         with running.connect() as first, running.connect() as second:
-            first.sendall(post(BODY | {"max_tokens": 10_000, "user": "a"}))
+            first.sendall(post(BODY | {"max_tokens": 10_000}))
             wait_until(lambda: running.service.engine.num_running == 1)
-            second.sendall(post(BODY | {"max_tokens": 10_000, "user": "b", "stream": True}))
+            second.sendall(post(BODY | {"max_tokens": 10_000, "stream": True}))
             wait_until(lambda: running.service.engine.num_waiting == 1)
-            assert complete(running, max_tokens=100, user="c", prompt="a" * 200).status_code in (
-                200,
-                504,
-            )
-            found = read_all(second, 0.5) if False else second.recv(65536)
-            assert b"queue_full" in found
+            assert_it_works(running)
+            assert b"queue_full" in read_until(second, b"[DONE]")
 
 
 # What else strangers send ---------------------------------------------------------------------------
@@ -755,7 +768,7 @@ def test_head_is_get_without_the_content(server):
 @pytest.mark.parametrize(
     "lines",
     [
-        ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="),
+        ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"),
         ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQAAP__"),
         tuple(f"X-{number}: y" for number in range(4000)),
         ("Cookie: " + "a" * 30_000,),
@@ -794,10 +807,10 @@ def test_a_chunked_body_without_an_end_is_refused_for_its_size_or_its_time():
 def test_a_length_that_is_not_the_bodys_harms_only_its_own_connection():
     with served(fresh(), body_timeout_s=0.5) as running:
         body = json.dumps(BODY).encode()
-        for length, statuses in ((len(body) + 5, {408}), (len(body) - 5, {400})):
+        for length, status in ((len(body) + 5, 408), (len(body) - 5, 400)):
             with running.connect() as connection:
                 connection.sendall(head(length=length) + body)
-                assert as_response(read_all(connection)).status_code in statuses
+                assert read_answer(connection).status_code == status
             assert_it_works(running)
 
 

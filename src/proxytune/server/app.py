@@ -143,8 +143,6 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
             return Response(status_code=CLIENT_GONE)
         wanted, jobs = found
         arrival.body.close()
-        if service.settings.log_prompts:
-            logger.info("request %s", _one_line(wanted.model_dump_json(exclude_defaults=True)))
         answer = service.begin(
             wanted, jobs, client=arrival.client, host=arrival.host, deadline=deadline
         )
@@ -326,11 +324,6 @@ class _EventStream(Response):
 
 def _event(content: Json) -> bytes:
     return b"data: " + json.dumps(content, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
-
-
-def _one_line(text: str) -> str:
-    """Return JSON with characters that a terminal may obey, or does not show, as escapes."""
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 
 # Errors -----------------------------------------------------------------------------------------------------

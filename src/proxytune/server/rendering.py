@@ -50,6 +50,8 @@ class Measured:
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._longest = max(map(len, tokenizer.get_vocab()), default=1)
+        # The first text sets what later ones only read.
+        tokenizer.encode(next(iter(tokenizer.get_vocab())), add_special_tokens=False)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of a text.
@@ -81,31 +83,60 @@ class Measured:
         return getattr(self._tokenizer, name)
 
 
+def prompt_limits(model: ProxyTuned, max_tokens: int | None) -> list[int | None]:
+    """Return the number of tokens that a prompt of each member may have; None for any number.
+
+    Args:
+        model: The model.
+        max_tokens: Number of tokens that the base's prompt may have; None for what the base holds.
+    """
+    # Members with the same format and tokenizer see the same text; if the base is one of them, its own limit
+    # counts for all, as no text goes without the base.
+    limits = [each.backend.capabilities.max_context for each in model.ensemble.members]
+    if max_tokens is not None:
+        limits[0] = max_tokens if limits[0] is None else min(limits[0], max_tokens)
+    keys = [(each.prompt_format, id(each.tokenizer)) for each in model.formats]
+    shared: dict[Any, int | None] = {keys[0]: limits[0]}
+    for key, limit in zip(keys, limits, strict=True):
+        known = shared.setdefault(key, limit)
+        if key != keys[0] and known is not None:
+            shared[key] = None if limit is None else max(known, limit)
+    return [shared[key] for key in keys]
+
+
 def desk_models(model: ProxyTuned, max_tokens: int | None) -> list[ProxyTuned]:
     """Return models that render in threads of their own, without waiting for each other.
 
     They share weights and everything else. Tokenizers in Rust can be shared as well: after the first text
     they change no more. Others get a copy for each thread; if one cannot be copied, there is a single desk.
+
+    Args:
+        model: The model.
+        max_tokens: As in `prompt_limits`.
     """
-    formats = model.formats
+    limits = prompt_limits(model, max_tokens)
     made: list[ProxyTuned] = []
-    for _ in range(NUM_DESKS):
-        own: dict[int, Any] = {}
+    for number in range(NUM_DESKS):
+        copies: dict[int, Any] = {}
+        own: dict[Any, Measured] = {}
+        formats = []
         try:
-            for each in formats:
-                found = each.tokenizer
-                if id(found) not in own:
-                    if not hasattr(found, "backend_tokenizer"):
-                        found = copy.deepcopy(found)
-                    # The first text sets what later ones only read.
-                    found.encode("a", add_special_tokens=False)
-                    own[id(each.tokenizer)] = Measured(found, max_tokens)
+            for each, limit in zip(model.formats, limits, strict=True):
+                tokenizer: Any = each.tokenizer
+                if number and not hasattr(tokenizer, "backend_tokenizer"):
+                    if id(tokenizer) not in copies:
+                        copies[id(tokenizer)] = copy.deepcopy(tokenizer)
+                    tokenizer = copies[id(tokenizer)]
+                key = each.prompt_format, id(tokenizer)
+                if key not in own:
+                    own[key] = Measured(tokenizer, limit)
+                formats.append(PromptFormat(each.prompt_format, own[key]))
         except Exception:  # Foreign code, which may fail in any way.
             break
         desk = copy.copy(model)
-        desk.formats = tuple(PromptFormat(f.prompt_format, own[id(f.tokenizer)]) for f in formats)
+        desk.formats = tuple(formats)
         made.append(desk)
-    return made or [model]
+    return made
 
 
 @dataclass(slots=True, eq=False)

@@ -367,13 +367,13 @@ def _first(error: ValidationError) -> InvalidField:
     errors = error.errors(include_url=False, include_input=False)
     field = errors[0]["loc"][:1]
     # A field with several allowed types has an error for each. The one that came furthest belongs to the
-    # intended type: deepest, then latest, then not about the type itself.
+    # intended type: past the last item that a list may have, else deepest, then latest.
     first = max(
         (each for each in errors if each["loc"][:1] == field),
         key=lambda each: (
+            each["type"] == "too_long",
             len(each["loc"]),
             [part for part in each["loc"] if isinstance(part, int)],
-            not each["type"].endswith("_type"),
         ),
     )
     path = [str(part) for part in first["loc"]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import secrets
 import time
 import uuid
@@ -25,7 +26,7 @@ from proxytune.request import Request, SamplingParams, Steering
 from proxytune.server.answer import Json, Tokens, chat_logprobs, completion_logprobs, explained
 from proxytune.server.engine import Engine
 from proxytune.server.metrics import Metrics
-from proxytune.server.rendering import Rendering, desk_models
+from proxytune.server.rendering import Rendering, desk_models, prompt_limits
 from proxytune.server.schema import (
     MAX_EXPLAIN_TOP,
     MAX_LOGPROBS,
@@ -39,6 +40,8 @@ from proxytune.server.turns import Ticket
 from proxytune.text.prompts import PLAIN_USER_TURN
 from proxytune.text.vocab import token_bytes
 from proxytune.trace import Step
+
+logger = logging.getLogger("proxytune.server")
 
 
 class UnknownModel(InvalidRequest):
@@ -128,8 +131,8 @@ class Service:
         )
         self.metrics = Metrics(lambda: self.engine.num_running, lambda: self.engine.num_waiting)
         self.tokens = Tokens(token_bytes(model.ensemble.vocabulary))
-        self._longest = _longest_prompt(model, settings)
-        self._rendering = Rendering(desk_models(model, self._longest))
+        self._max_prompt = prompt_limits(model, settings.max_prompt_tokens)[0]
+        self._rendering = Rendering(desk_models(model, settings.max_prompt_tokens))
 
     def close(self) -> None:
         """Stop the engine, and what is still running in it; end the threads."""
@@ -189,6 +192,9 @@ class Service:
 
         def work(desk: ProxyTuned) -> tuple[Generation, list[Job]]:
             wanted = read_request(kind, body)
+            if self.settings.log_prompts:
+                asked = wanted.model_dump_json(exclude_defaults=True)
+                logger.info("request %s", _one_line(asked))
             return wanted, self._jobs(wanted, desk)
 
         rendering = self._rendering.run(client, len(body), work)
@@ -219,12 +225,12 @@ class Service:
             )
         jobs = []
         for prompt in prompts:
+            if not isinstance(prompt, str) and isinstance(prompt[0], int):
+                self._check_length(len(prompt), self._max_prompt)
             # Without a limit, a chat answer may be as long as the models and the server allow.
             sampling = self._sampling(wanted, 1 if asked is None else asked)
             explain = wanted.steering.explain, wanted.steering.explain_top
             request = Request(prompt, sampling, steering.alpha, steering.experts, *explain)
-            if request.is_token_ids:
-                self._check_length(len(request.prompt), self._longest)
             job = desk.job(request)
             self._check_length(len(job.prompts[0]), self.settings.max_prompt_tokens)
             if asked is None:
@@ -439,13 +445,9 @@ class Service:
         return completion_logprobs(steps, self.tokens, offset=offset, has_top=wanted.logprobs > 0)
 
 
-def _longest_prompt(model: ProxyTuned, settings: ServerSettings) -> int | None:
-    """Return the length that no prompt may exceed, whichever models it needs; None if there is none."""
-    contexts = [each.backend.capabilities.max_context for each in model.ensemble.members]
-    known = [context for context in contexts if context is not None]
-    longest = max(known) if len(known) == len(contexts) else None
-    limits = [limit for limit in (longest, settings.max_prompt_tokens) if limit is not None]
-    return min(limits, default=None)
+def _one_line(text: str) -> str:
+    """Return JSON with characters that a terminal may obey, or does not show, as escapes."""
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 
 def _seeded(sampling: SamplingParams, number: int) -> SamplingParams:

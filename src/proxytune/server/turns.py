@@ -17,9 +17,9 @@ one came as a room full of requests of its size is. Nobody is overtaken for long
 **Places.** When the waiting room is full, a newcomer is not simply refused. The client with the most
 tickets in the room, newcomers included, gives up a place; within it the user with the most; of several such
 users, or of one's tickets, the most frequent class of sizes (from one power of two to the next); of those the
-ticket with the highest rank, the youngest of equals. If that is a newcomer it is refused, otherwise the other is turned away
-and the newcomer stays. So no client can take all places, invented user names do not change a client's share,
-and a small request finds a place among large ones, as a large one does among small ones.
+ticket with the highest rank, the youngest of equals. If that is a newcomer it is refused, otherwise the other
+is turned away and the newcomer stays. So no client can take all places, invented user names do not change a
+client's share, and a small request finds a place among large ones, as a large one does among small ones.
 
 **The short row.** When all rows run long texts (at least `LONG` tokens), one short text (at most `SHORT`) may
 run beside them. Without it, small requests would wait for the end of the longest.
