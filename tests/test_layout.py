@@ -26,6 +26,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "logits": ("certificate", "policy", "sample", "steer", "rules", "views"),
     "text": ("prompts", "detokenize", "vocab"),
     "checkpoints": (
+        "untrusted",
         "headers",
         "conversion",
         "hub",
@@ -34,7 +35,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "checkpoint",
         "adapter",
     ),
-    "recipe": ("checks", "spec", "card", "directory", "recipe"),
+    "recipe": ("checks", "address", "spec", "card", "directory", "recipe", "files"),
     "export": ("layout", "tokenizer", "write", "adapter", "model", "recipe"),
     "backends": (
         "base",
@@ -43,6 +44,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "retokenised",
         "toy",
         "api.answers",
+        "api.keys",
+        "api.connections",
         "api.client",
         "api.tokens",
         "api.positions",
@@ -155,6 +158,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     ),
     "commands": (
         "flags",
+        "streams",
+        "layout",
         "console",
         "progress",
         "app",

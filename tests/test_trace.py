@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -72,3 +75,33 @@ def test_a_trace_file_is_blamed_for_its_own_failures_only(tmp_path):
         pass
     with pytest.raises(OSError, match="elsewhere"), trace_writer(tmp_path / "t.jsonl"):
         raise OSError("elsewhere")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_named_though_closing_the_file_fails_as_well():
+    """Closing writes again what a failed write has left; its error used to hide the other one."""
+    full = Path("/dev/full")
+    with (
+        pytest.raises(OutputFileError, match="/dev/full cannot be written: No space left"),
+        trace_writer(full) as write,
+    ):
+        write([TRACE])
+    with pytest.raises(KeyError), trace_writer(full) as write:
+        with suppress(OutputFileError):
+            write([TRACE])
+        raise KeyError("the block's own error comes first")
+
+
+def test_a_file_that_fails_only_when_it_is_closed_is_named(tmp_path, monkeypatch):
+    """Some network file systems report a full disk no earlier."""
+
+    class Late(io.StringIO):
+        def close(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", lambda *_, **__: Late())
+    with (
+        pytest.raises(OutputFileError, match=r"traces\.jsonl cannot be written: No space left"),
+        trace_writer(tmp_path / "traces.jsonl") as write,
+    ):
+        write([TRACE])

@@ -37,6 +37,7 @@ from proxytune.commands import (  # noqa: F401
 
 # isort: on
 from proxytune.commands.app import app
+from proxytune.commands.streams import guard_streams
 
 
 def main() -> NoReturn:
@@ -45,6 +46,9 @@ def main() -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             # A model writes any character, whatever the terminal's locale has.
             stream.reconfigure(encoding="utf-8", errors="replace")
+    guard_streams()
+    # Colours in a traceback would be shown as the escape sequences they are.
+    os.environ.setdefault("PYTHON_COLORS", "0")
     # Libraries' own progress bars say nothing about the command's work and clutter a log file.
     for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")

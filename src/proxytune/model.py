@@ -21,6 +21,7 @@ from proxytune.decode.ensemble import Ensemble, Job, alone, check_job
 from proxytune.decode.lanes import Kept
 from proxytune.decode.speculative import Drafting, Speculator
 from proxytune.errors import InvalidRequest, ProxytuneError, UnsupportedModel
+from proxytune.grants import Grants
 from proxytune.loading.load import load_ensemble
 from proxytune.measure.given import Choice, choose, first_tokens, trace_given
 from proxytune.measure.score import (
@@ -79,6 +80,9 @@ class ProxyTuned:
         cuda_graphs: bool = False,
         experts: Sequence[str] | None = None,
         budget: Budget | None = None,
+        trust_remote_code: bool = False,
+        allow_pickle: bool = False,
+        key_env: str | None = None,
     ) -> ProxyTuned:
         """Check a whole recipe, then load its models.
 
@@ -91,16 +95,22 @@ class ProxyTuned:
             cuda_graphs: Run short forwards of every model as CUDA graphs, whatever the recipe says.
             experts: Load only these; None loads all.
             budget: Limit on calls to a base behind an API; None for no limit.
+            trust_remote_code: Grant what the recipe asks for: run Python code that comes with its models.
+            allow_pickle: Grant what the recipe asks for: read pickled weights, which can run any code.
+            key_env: The environment variable whose key goes to the API of the base; None for the one that is
+                bound to that host.
 
         Raises:
             RecipeError: The recipe is missing or malformed.
+            UnsafeModel: The recipe asks for a right that is not granted.
             UserError: A model is missing, unsafe, corrupt or does not match; see `errors.py`.
             ApiError: The API of the base cannot be reached.
         """
         recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
         recipe = recipe.with_settings(device=device, dtype=dtype, cuda_graphs=cuda_graphs or None)
         recipe = recipe.only(experts)
-        return cls(*load_ensemble(recipe, budget), recipe)
+        grants = Grants(trust_remote_code, allow_pickle, key_env)
+        return cls(*load_ensemble(recipe, budget, grants), recipe)
 
     def job(self, request: Request, cancelled: Callable[[], bool] | None = None) -> Job:
         """Render a request for every model.

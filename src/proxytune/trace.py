@@ -10,14 +10,14 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, astuple, dataclass, field
 from operator import add
 from pathlib import Path
 from typing import Any, Literal
 
 from proxytune.errors import InputFileError
-from proxytune.files import unwritable
+from proxytune.files import writing
 
 FinishReason = Literal["stop", "length", "cancelled", "uncertified", "failed", "given"]
 """Why generation ended: an end-of-sequence token or a stop string; the token limit; the caller cancelled it;
@@ -262,21 +262,23 @@ def trace_writer(path: Path | None) -> Iterator[Callable[[Iterable[Trace]], None
     if path is None:
         yield lambda traces: None
         return
-    try:
+    with writing(path):
         file = path.open("w", encoding="utf-8")
-    except OSError as error:
-        raise unwritable(path, error) from error
 
     def write(traces: Iterable[Trace]) -> None:
         lines = "".join(trace.to_json() + "\n" for trace in traces)
-        try:
+        with writing(path):
             file.write(lines)
             file.flush()
-        except OSError as error:
-            raise unwritable(path, error) from error
 
-    with file:
+    try:
         yield write
+    except BaseException:
+        with suppress(OSError):  # It writes what a failed write has left.
+            file.close()
+        raise
+    with writing(path):
+        file.close()
 
 
 def _top(pairs: Sequence[Sequence[float]]) -> tuple[tuple[int, float], ...]:

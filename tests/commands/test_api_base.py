@@ -14,15 +14,27 @@ from proxytune.backends.transformers.backend import TransformersBackend
 from proxytune.checkpoints.checkpoint import find_checkpoint
 from proxytune.cli import app
 from proxytune.errors import RecipeError, UnsupportedModel
+from proxytune.grants import Grants
+from proxytune.loading.doctor import examine
+from proxytune.loading.load import load_ensemble
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ApiSettings, ExpertSpec, ModelSpec
 from proxytune.request import SamplingParams
+from proxytune.server.settings import read_keys
 from tests.support.completion_server import VLLM, CompletionServer
+from tests.support.hostile_server import HostileServer, bomb, json_answer
 from tests.support.tiny import NUM_TOKENS, tiny_adapter, tiny_model
 
 TRAITS = replace(VLLM, max_top_logprobs=None)
 PROMPT = "the otter and the rain"
+
+
+@pytest.fixture(autouse=True)
+def no_keys(monkeypatch, tmp_path) -> None:
+    """Leave no key and no settings file of this machine's user in reach."""
+    monkeypatch.delenv("PROXYTUNE_API_KEY", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +108,116 @@ def test_doctor_says_what_the_server_shows(recipe, server):
     report = json.loads(run("doctor", recipe, "--json")[0])
     assert report["is_healthy"]
     assert report["models"][0]["api"]["takes_token_ids"]
+
+
+def asking_for(models: Path, url: str, key_env: str | None) -> Recipe:
+    """Return a recipe as a stranger could write it."""
+    settings = ApiSettings(model="base", key_env=key_env, max_retries=0)
+    return Recipe(
+        base=ModelSpec(model=url, api=settings),
+        experts=(ExpertSpec("tuned", ModelSpec(adapter="adapter"), ModelSpec(model="small")),),
+        directory=models,
+    )
+
+
+@pytest.fixture
+def hostile() -> Iterator[HostileServer]:
+    with HostileServer(json_answer({"error": {"message": "no"}}, 404)) as running:
+        yield running
+
+
+def test_a_recipe_that_asks_for_a_secret_gets_none(models, hostile, tmp_path, monkeypatch):
+    """`doctor` used to send it, in the clear."""
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret")
+    asking_for(models, hostile.url, "AWS_SECRET_ACCESS_KEY").write(tmp_path / "recipe")
+    text = " ".join(run("doctor", tmp_path / "recipe", code=2)[0].split())
+    assert f"asks to send the key in AWS_SECRET_ACCESS_KEY to {hostile.host}" in text
+    assert "--key-env AWS_SECRET_ACCESS_KEY" in text
+    _, error = run("generate", tmp_path / "recipe", "hello", code=2)
+    assert "AWS_SECRET_ACCESS_KEY" in error and "a-secret" not in error + text
+    assert not hostile.requests
+
+
+@pytest.mark.parametrize("way", ["flag", "settings"])
+def test_what_the_refusal_says_to_type_sends_the_key(models, hostile, tmp_path, monkeypatch, way):
+    monkeypatch.setenv("A_KEY", "a-secret")
+    asking_for(models, hostile.url, "A_KEY").write(tmp_path / "recipe")
+    _, error = run("generate", tmp_path / "recipe", "hello", code=2)
+    hint = error[error.index("hint:") :]
+    flags = hint[hint.index("--key-env") :].split()[:2]
+    if way == "settings":
+        line, path = hint[hint.index("{") :].rsplit(" in ", 1)
+        Path(path.strip()).parent.mkdir(parents=True)
+        Path(path.strip()).write_text(line)
+        flags = []
+    run("generate", tmp_path / "recipe", "hello", *flags, code=2)
+    assert {head["Authorization"] for _, head in hostile.requests} == {"Bearer a-secret"}
+
+
+def test_doctor_sends_no_key_without_consent(models, hostile, monkeypatch):
+    monkeypatch.setenv("A_KEY", "a-secret")
+    recipe = asking_for(models, hostile.url, "ANOTHER_KEY")
+    found = examine(recipe, ask_server=True, key_env="A_KEY")
+    assert found.is_healthy and not hostile.requests
+    (note,) = (note for note in found.notes if "A_KEY" in note)
+    assert note.startswith(f"base: the key in A_KEY is sent to {hostile.host} when the recipe runs")
+    assert "the recipe asks for the one in ANOTHER_KEY, which is not sent" in note
+    assert "--ask-server" in note
+    found = examine(recipe, ask_server=True, send_key=True, key_env="A_KEY")
+    assert [type(problem.error) for problem in found.problems] == [UnsupportedModel]
+    assert {head["Authorization"] for _, head in hostile.requests} == {"Bearer a-secret"}
+
+
+def test_doctor_asks_a_server_that_gets_no_key_and_says_so(models, hostile):
+    found = examine(asking_for(models, hostile.url, None), ask_server=True)
+    assert f"base: no key is sent to {hostile.host}." in found.notes
+    assert hostile.requests and not found.is_healthy
+    assert all("Authorization" not in head for _, head in hostile.requests)
+
+
+def test_doctor_says_which_key_goes_where_though_a_tokenizer_is_missing(models, monkeypatch):
+    recipe = replace(
+        asking_for(models, "http://127.0.0.1:9/v1", "A_KEY"), directory=Path("/nowhere")
+    )
+    found = examine(recipe, ask_server=True)
+    assert any("asks to send the key in A_KEY" in str(each.error) for each in found.problems)
+
+
+def test_a_server_sends_its_clients_key_nowhere(models, hostile, monkeypatch):
+    monkeypatch.setenv("PROXYTUNE_API_KEY", "the-key-of-the-clients")
+    read_keys(None)
+    with pytest.raises(UnsupportedModel):
+        load_ensemble(asking_for(models, hostile.url, None))
+    assert {head.get("Authorization") for _, head in hostile.requests} == {None}
+
+
+def test_loading_sends_the_key_that_the_caller_names(models, hostile, monkeypatch):
+    monkeypatch.setenv("A_KEY", "a-secret")
+    with pytest.raises(UnsupportedModel):
+        load_ensemble(asking_for(models, hostile.url, "A_KEY"), grants=Grants(key_env="A_KEY"))
+    assert {head["Authorization"] for _, head in hostile.requests} == {"Bearer a-secret"}
+
+
+@pytest.mark.parametrize("command", ["doctor", "generate"])
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (json_answer(b'{"data":' + b"[" * 200_000 + b"]" * 200_000 + b"}"), "lists and objects"),
+        (json_answer(bomb(64 * 2**20), Content_Encoding="gzip"), "more than"),
+        (json_answer({"usage": {"prompt_tokens": "lots"}, "choices": []}), "'lots'"),
+        (json_answer({}, 503, Retry_After="300"), "another one in 300 s would pass the limit"),
+        (json_answer({"error": "\x1b]0;title\x07"}, 400), r"\x1b]0;title\x07"),
+    ],
+    ids=["deep", "gzip", "usage", "retry", "esc"],
+)
+def test_a_hostile_server_ends_in_a_message(models, hostile, tmp_path, command, answer, error):
+    hostile.respond = answer
+    asking_for(models, hostile.url, None).write(tmp_path / "recipe")
+    arguments = [command, tmp_path / "recipe", *(["hello"] if command == "generate" else [])]
+    is_refused = "x1b" in error or command == "doctor"
+    out, said = run(*arguments, code=2 if is_refused else 1)
+    assert error in " ".join((out + said).split())
+    assert "\x1b" not in out + said
 
 
 def test_doctor_says_that_nothing_answers(models, tmp_path):

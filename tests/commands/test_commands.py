@@ -366,6 +366,7 @@ def test_only_the_chosen_experts_are_loaded(recipe: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(ProxyTuned, "load", staticmethod(load))
     run("generate", recipe, "ab", "--expert", "second", "--device", "cpu", "--dtype", "bfloat16")
     options = {"device": "cpu", "dtype": "bfloat16", "cuda_graphs": False, "budget": None}
+    options |= {"trust_remote_code": False, "allow_pickle": False, "key_env": None}
     assert loaded == [(("second",), options)]
 
 
@@ -494,6 +495,29 @@ def test_an_interrupted_file_is_continued_by_the_same_command(
     assert result.exit_code == 0
     assert "5 lines (2 of them by an earlier run); 15 tokens" in result.stderr
     refused(run(*arguments, "--alpha", "0.5"), "started with other settings", "alpha")
+
+
+def test_lines_added_to_the_input_during_a_run_are_noted(
+    recipe: Path, input_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def load(*arguments: Any, **options: Any) -> ProxyTuned:
+        with input_file.open("a") as file:
+            file.write('{"prompt": "added"}\n')
+        return toy_load(*arguments, **options)
+
+    monkeypatch.setattr(ProxyTuned, "load", staticmethod(load))
+    arguments = ["generate", recipe, "--input-file", input_file, "--output-file", tmp_path / "out",
+                 "--max-new-tokens", "2"]  # fmt: skip
+    num_lines = len(input_file.read_text().splitlines())
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    note = json.loads(result.stdout)["input_change"]
+    assert note.startswith(f"{input_file} has grown") and f"note: {note}\n" in result.stderr
+    assert len((tmp_path / "out").read_text().splitlines()) == num_lines
+    monkeypatch.setattr(ProxyTuned, "load", staticmethod(toy_load))
+    again = run(*arguments, "--json")
+    assert json.loads(again.stdout)["input_change"] is None and "note:" not in again.stderr
+    assert len((tmp_path / "out").read_text().splitlines()) == num_lines + 1
 
 
 def test_a_malformed_line_is_named_or_left_out(recipe: Path, input_file: Path, tmp_path: Path):
@@ -778,9 +802,10 @@ def test_an_unknown_device_or_dtype_is_refused(models: Path, tmp_path: Path):
 
 def process(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
     """Run the command line in a process of its own, after some code."""
+    root = Path(__file__).parents[2]
     return subprocess.run(
         [sys.executable, "-c", f"{code}\nfrom proxytune.cli import main\nmain()", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "LC_ALL": "C",
+        env={**os.environ, "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}", "LC_ALL": "C",
              "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         check=False,
@@ -848,8 +873,9 @@ def test_the_shell_completes_commands_options_and_the_recipes_experts(tmp_path):
 
 
 def test_the_help_lists_the_commands_in_their_usual_order():
-    """A command that imports another one's module registers it first."""
-    output = CliRunner().invoke(cli.app, ["--help"]).output
+    """A command that imports another one's module registers it first, as tests do that import one alone."""
+    program = [sys.executable, "-m", "proxytune", "--help"]
+    output = subprocess.run(program, capture_output=True, text=True, check=True).stdout
     listed = re.findall(r"^  ([a-z][a-z-]*)  ", output.split("Commands:")[1], re.MULTILINE)
     assert listed == [
         "new", "doctor", "export-gguf", "generate", "chat", "serve", "tune", "score", "eval", "grade",

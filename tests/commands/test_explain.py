@@ -192,6 +192,15 @@ def test_generate_writes_a_trace_that_explain_reads(recipe: Path, tmp_path: Path
     assert refused.exit_code == 2 and "--trace-file" in refused.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("command", ["generate", "explain"])
+def test_a_trace_file_that_fails_does_not_take_the_answer_with_it(recipe: Path, command: str):
+    shown = run(command, recipe, "ab", *FIRST)
+    failed = run(command, recipe, "ab", *FIRST, "--trace-file", "/dev/full")
+    assert failed.exit_code == 2 and "/dev/full cannot be written: No space" in failed.stderr
+    assert failed.stdout and failed.stdout == shown.stdout
+
+
 def test_the_page_is_written_beside_the_answer(recipe: Path, tmp_path: Path):
     page = tmp_path / "report.html"
     result = run("explain", recipe, "ab", *FIRST, "--html", page)

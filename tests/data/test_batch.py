@@ -8,7 +8,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxytune.data.batch import BatchProgress, BatchReport, run_batch
-from proxytune.data.lines import BatchOptions, line_seed, parse_line
-from proxytune.data.resumable import number_list
+from proxytune.data.lines import BatchOptions, InputFile, line_seed, parse_line
+from proxytune.data.resumable import ResumableOutput, number_list
 from proxytune.errors import InputFileError, InvalidRequest, OutputFileError, UserError
 from proxytune.model import ProxyTuned
 from proxytune.request import SamplingParams, Steering
@@ -483,6 +483,193 @@ def test_a_full_disk_ends_with_a_message_and_the_run_continues_later(
         run(source, tmp_path / "out.jsonl", skip_bad_lines=True)
     run(source, tmp_path / "out.jsonl", skip_bad_lines=True)
     assert (tmp_path / "out.jsonl").read_bytes() == expected
+
+
+def _run_with_little_room(source: Path, output: Path, num_bytes: int) -> None:
+    """Run in a process of its own whose files may not grow beyond so many bytes."""
+    import resource
+
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
+    with pytest.raises(OutputFileError, match=r"out.jsonl cannot be written: .*\nhint: "):
+        run(source, output, skip_bad_lines=True)
+    os._exit(7)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and limits on the size of a file")
+@pytest.mark.parametrize("share", [0.2, 0.6, 0.99])
+def test_a_disk_that_fills_up_within_a_line_ends_with_a_message_and_the_run_continues_later(
+    tmp_path: Path, whole: tuple[Path, bytes], share: float
+):
+    """Closing the file tries to write the rest again; its traceback used to hide the message."""
+    source, expected = whole
+    output = tmp_path / "out.jsonl"
+    num_bytes = int(share * len(expected))
+    process = multiprocessing.get_context("fork").Process(
+        target=_run_with_little_room, args=(source, output, num_bytes), daemon=True
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == 7
+    assert output.read_bytes() == expected[:num_bytes]
+    assert run(source, output, skip_bad_lines=True).num_resumed > 0 or share == 0.2
+    assert output.read_bytes() == expected
+
+
+def test_a_file_that_fails_only_when_it_is_closed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Some network file systems report a full disk no earlier."""
+    output = ResumableOutput(tmp_path / "out.jsonl", {})
+    file = output._file
+
+    class Late:
+        def close(self) -> None:
+            file.close()
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(output, "_file", Late())
+    with (
+        pytest.raises(OutputFileError, match=r"out.jsonl cannot be written: No space left"),
+        output,
+    ):
+        pass
+    with pytest.raises(KeyError), output:
+        raise KeyError("the block's own error comes first")
+
+
+# An input that changes -----------------------------------------------------------------------------
+
+
+def changing(change: Callable[[], object], *, num_tokens: int) -> Callable[[BatchProgress], None]:
+    """Return what changes the input once, when so many tokens are generated."""
+    changes = [change]
+
+    def on_progress(progress: BatchProgress) -> None:
+        if progress.num_new_tokens >= num_tokens and changes:
+            changes.pop()()
+
+    return on_progress
+
+
+def add(path: Path, text: str) -> None:
+    with path.open("a") as file:
+        file.write(text)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 30, 60, 119, 120])
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_lines_added_during_a_run_are_noticed_and_left_to_the_next(
+    tmp_path: Path, num_tokens: int, end: str
+):
+    """They used to be generated or not, by chance, and the file then counted as finished without them."""
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = prompts(14)
+    write_lines(source, lines[:10])
+    source.write_text(source.read_text().removesuffix("\n") + end)
+    more = ("" if end else "\n") + "".join(json.dumps(line) + "\n" for line in lines[10:])
+    grow = changing(lambda: add(source, more), num_tokens=num_tokens)
+    report = run(source, output, on_progress=grow)
+    assert [line["id"] for line in read_lines(output)] == list(range(10))
+    assert report.num_lines == 10
+    assert report.input_change == (
+        f"{source} has grown; the answers are those to its first 10 lines, and the same command answers "
+        "the others"
+    )
+    # The last two are no whole block, so they are generated again with those beside them.
+    report = run(source, output)
+    assert (report.num_lines, report.num_resumed, report.input_change) == (14, 8, "")
+    run(source, tmp_path / "whole.jsonl")
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert run(source, output).was_complete
+
+
+def test_an_interrupted_run_goes_on_with_lines_that_were_added_after_it(tmp_path: Path):
+    source = write_lines(tmp_path / "in.jsonl", prompts(12))
+    begin(source, tmp_path / "out.jsonl", num_tokens=100)
+    write_lines(source, prompts(15))
+    assert run(source, tmp_path / "out.jsonl").num_resumed == 8
+    run(source, tmp_path / "whole.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_an_input_with_more_lines_is_not_continued_with_other_settings(tmp_path: Path):
+    source = write_lines(tmp_path / "in.jsonl", prompts(3))
+    run(source, tmp_path / "out.jsonl")
+    before = (tmp_path / "out.jsonl").read_bytes()
+    write_lines(source, prompts(5))
+    with pytest.raises(OutputFileError, match=r"alpha was null and is now 0\.5"):
+        run(source, tmp_path / "out.jsonl", alpha=0.5)
+    add(tmp_path / "out.jsonl", "more\n")
+    with pytest.raises(OutputFileError, match="was finished with"):
+        run(source, tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == before + b"more\n"
+
+
+LONG = [{"id": i, "prompt": "ab", "rest": "-" * 9000} for i in range(12)]
+"""Lines that do not fit into one buffer, so that a change of a later one can be read."""
+
+
+@pytest.mark.parametrize("num_tokens", [0, 60])
+@pytest.mark.parametrize("others", [[*LONG[:11], {**LONG[11], "prompt": "zz"}], LONG[:11], []])
+def test_a_line_that_changes_before_its_turn_is_refused(
+    tmp_path: Path, num_tokens: int, others: list[Any]
+):
+    source, output = write_lines(tmp_path / "in.jsonl", LONG), tmp_path / "out.jsonl"
+    run(source, tmp_path / "whole.jsonl")
+    change = changing(lambda: write_lines(source, others), num_tokens=num_tokens)
+    with pytest.raises(InputFileError, match="has changed while it was being read"):
+        run(source, output, on_progress=change)
+    assert (tmp_path / "whole.jsonl").read_bytes().startswith(output.read_bytes())
+    write_lines(source, LONG)
+    run(source, output)
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("way", ["in place", "replaced", "removed"])
+def test_an_input_that_changes_after_its_lines_turn_keeps_its_answers_with_a_note(
+    tmp_path: Path, way: str
+):
+    source, output = write_lines(tmp_path / "in.jsonl", prompts(5)), tmp_path / "out.jsonl"
+    run(source, tmp_path / "whole.jsonl")
+    other = write_lines(tmp_path / "other.jsonl", [{"prompt": "zz"}, *prompts(6)[1:]])
+
+    def change() -> None:
+        if way == "in place":
+            source.write_bytes(other.read_bytes())
+        elif way == "replaced":
+            other.replace(source)
+        else:
+            source.unlink()
+
+    report = run(source, output, on_progress=changing(change, num_tokens=60))
+    assert report.input_change == (
+        f"{source} has changed; the answers are those to what it held before"
+    )
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_an_editor_that_replaces_the_input_by_one_with_more_lines_adds_them(tmp_path: Path):
+    source, output = write_lines(tmp_path / "in.jsonl", prompts(5)), tmp_path / "out.jsonl"
+    other = write_lines(tmp_path / "other.jsonl", prompts(7))
+    grow = changing(lambda: other.replace(source), num_tokens=10)
+    assert "has grown" in run(source, output, on_progress=grow).input_change
+    assert run(source, output).num_lines == 7
+
+
+def test_a_disk_that_cannot_be_read_any_more_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = write_lines(tmp_path / "in.jsonl", prompts(2))
+
+    def fail(self: object, *_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    with InputFile(source, RECIPE, BatchOptions(SAMPLING)) as file:
+        monkeypatch.setattr(file, "_file", type("File", (), {"seek": fail, "close": fail})())
+        with pytest.raises(InputFileError, match="cannot be read: Input/output error"):
+            file.check_lines()
+        monkeypatch.undo()
 
 
 def test_progress_counts_lines_and_tokens(tmp_path: Path):

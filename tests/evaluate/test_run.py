@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -13,12 +14,14 @@ import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from proxytune.cli import app
 from proxytune.errors import (
+    ApiError,
     InputFileError,
     InvalidRequest,
     ModelNotFound,
@@ -26,6 +29,7 @@ from proxytune.errors import (
     UnknownExpert,
 )
 from proxytune.evaluate.compare import Result, compared, paired
+from proxytune.evaluate.harness import run_task
 from proxytune.evaluate.judges import ChatJudge, JudgeSettings, ToxicityClassifier
 from proxytune.evaluate.plan import EvalOptions, Work
 from proxytune.evaluate.predictors import Predictor, Speaker, nudged, predictors_of
@@ -36,6 +40,7 @@ from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams
 from proxytune.tasks.registry import TASKS
 from proxytune.testing import toy_model, toy_recipe
+from tests.support.hostile_server import HostileServer, json_answer
 from tests.support.tiny import tiny_adapter, tiny_model, tiny_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -483,6 +488,46 @@ def test_an_open_answer_is_judged_twice(judge_server, truth, info, decided):
     assert "b; c" in judge_server.questions[0]
 
 
+def test_a_judges_key_is_the_one_that_the_caller_names(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("A_KEY", "a-secret")
+    row = {"instruction": "i", "output_1": "x", "output_2": "y"}
+    answer = {"choices": [{"message": {"content": "A"}}]}
+    with HostileServer(json_answer(answer)) as server:
+        for key_env in ("A_KEY", None):
+            judge = ChatJudge(JudgeSettings(server.url, "j", key_env), "alpaca_eval")
+            assert judge.decide([], [row])[0] is not None
+    sent = [head.get("Authorization") for _, head in server.requests]
+    assert sent == ["Bearer a-secret", None]
+    with pytest.raises(InvalidRequest, match="over plain HTTP"):
+        ChatJudge(JudgeSettings("http://judge.example.com/v1", "j", "A_KEY"), "alpaca_eval")
+    with pytest.raises(InvalidRequest, match="NO_KEY is not set"):
+        ChatJudge(JudgeSettings(server.url, "j", "NO_KEY"), "alpaca_eval")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"choices": [{"message": {"content": 5}}]},
+        {"choices": [{"message": {"content": ["A"]}}]},
+        {"choices": [{"message": {}}]},
+        {"choices": [{"message": "A"}]},
+        {"choices": {"0": {"message": {"content": "A"}}}},
+        {"choices": [{"message": {"content": "A"}}], "usage": {"prompt_tokens": "lots"}},
+        {"choices": []},
+        {},
+        [],
+    ],
+    ids=str,
+)
+def test_a_judge_that_sends_nonsense_is_an_error(answer):
+    row = {"instruction": "i", "output_1": "x", "output_2": "y"}
+    with HostileServer(json_answer(answer)) as server:
+        judge = ChatJudge(JudgeSettings(server.url, "j", max_retries=0), "alpaca_eval")
+        with pytest.raises(ApiError):
+            judge.decide([], [row])
+
+
 def test_toxicity_is_the_class_that_a_classifier_finds_likelier(tmp_path):
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -612,6 +657,54 @@ def test_damaged_decisions_are_refused_by_their_line(recipe, data, tmp_path, jud
     (tmp_path / "decided" / "alpaca_eval" / "base.jsonl").write_text("[]\n")
     with pytest.raises(InputFileError, match="line 1 of"):
         evaluate(recipe, tmp_path, chosen, load=must_not_load)
+
+
+def test_a_decision_that_a_full_disk_cut_off_is_made_again(recipe, data, tmp_path, judge_server):
+    chosen = options(
+        data, "alpaca_eval", judge=JudgeSettings(judge_server.url, "j"), alphas=(), limit=2
+    )
+    evaluate(recipe, tmp_path, chosen, load=load)
+    kept = tmp_path / "decided" / "alpaca_eval" / "base.jsonl"
+    whole, num_asked = kept.read_bytes(), len(judge_server.questions)
+    kept.write_bytes(whole[:-9])
+    evaluate(recipe, tmp_path, chosen, load=must_not_load)
+    assert (kept.read_bytes(), len(judge_server.questions)) == (whole, num_asked + 1)
+
+
+@pytest.mark.parametrize("name", ["generated", "decided", "samples"])
+def test_a_place_that_cannot_be_written_is_named(recipe, data, tmp_path, judge_server, name):
+    chosen = options(
+        data, "alpaca_eval", judge=JudgeSettings(judge_server.url, "j"), alphas=(), limit=1
+    )
+    (tmp_path / name).write_text("a file in the place of a directory")
+    with pytest.raises(OutputFileError, match=rf"{name}.* cannot be written: .*\nhint: "):
+        evaluate(recipe, tmp_path, chosen, load=load)
+
+
+def test_a_cache_of_lm_eval_on_a_full_disk_is_named(tmp_path, monkeypatch):
+    """Its database has errors of its own, which used to be a traceback."""
+
+    def fail(**_):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=fail))
+    own = SimpleNamespace(ProxyTunedLM=lambda *_, **__: None)
+    monkeypatch.setitem(sys.modules, "proxytune.integrations.lm_eval", own)
+    chosen = {"alpha": 1.0, "experts": None, "limit": None, "batch_size": 1, "seed": 0}
+    cache = tmp_path / "new" / "cache"
+    with pytest.raises(OutputFileError, match=r"new/cache cannot be written: .*full(.|\n)*hint: "):
+        run_task("arc", toy_model(), cache=cache, rule="paper", **chosen)
+
+
+def test_results_are_printed_before_a_file_of_them_fails(recipe, data, tmp_path):
+    recipe.write(recipe.directory / "recipe", overwrite=True)
+    (tmp_path / "eval.json").mkdir(parents=True)
+    result = run(
+        recipe.directory / "recipe", "--tasks", "gsm8k", "--data-dir", data, "--limit", 1,
+        "--max-new-tokens", 2, "--output", tmp_path, "--alphas", "1",
+    )  # fmt: skip
+    assert result.exit_code == 2 and "eval.json cannot be written" in result.stderr
+    assert "GSM8K: exact_match in %; 1 items" in result.stdout
 
 
 @pytest.mark.slow

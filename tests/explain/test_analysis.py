@@ -8,6 +8,7 @@ import math
 import random
 import subprocess
 import sys
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from proxytune import cli
-from proxytune.errors import InputFileError, InvalidRequest
+from proxytune.errors import InputFileError, InvalidRequest, OutputFileError
 from proxytune.explain.analysis import analyze
 from proxytune.explain.equations import equation_sides
 from proxytune.explain.moves import moves
@@ -318,6 +319,29 @@ def test_the_tables_have_words_and_the_picture_is_drawn(tmp_path: Path):
     assert picture.read_bytes().startswith(b"\x89PNG")
     refused = run("analyze", "--traces", saved, "--picture", tmp_path / "picture.txt")
     assert refused.exit_code == 2 and ".png" in refused.stderr
+    # A picture that fails does not take the numbers with it.
+    assert refused.stdout == result.stdout
+
+
+def test_a_name_that_matplotlib_would_read_as_mathematics_is_drawn(tmp_path: Path):
+    """`$\\frac$` used to end in an error about the picture's file name."""
+    saved = tmp_path / "traces.jsonl"
+    traces = [
+        told_trace(["a"] * 3, base=[0.5] * 3, steered=[0.6] * 3, alphas={r"$\frac$\x1b": alpha})
+        for alpha in (0.5, 1.0)
+    ]
+    saved.write_text("\n".join(trace.to_json() for trace in traces), encoding="utf-8")
+    result = run("analyze", "--traces", saved, "--picture", tmp_path / "picture.svg")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "picture.svg").read_bytes().startswith(b"<?xml")
+    assert r"$\frac$\x1b at alpha 0.5" in result.stdout
+
+
+def test_a_full_directory_for_temporary_files_is_named(monkeypatch: pytest.MonkeyPatch):
+    trace = told_trace(["a"], base=[0.5], steered=[0.6], alphas={"first": 1.0})
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda: open("/dev/full", "w+b"))  # noqa: SIM115
+    with pytest.raises(OutputFileError, match=r"No space left(.|\n)*TMPDIR"):
+        analyze([trace])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from proxytune.errors import InvalidRequest
+from proxytune.errors import InvalidRequest, UnsafeModel
 from proxytune.logits.policy import Policy
 from proxytune.measure.likelihood import likelihoods
 from proxytune.measure.score import passage_of
@@ -17,6 +17,7 @@ from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.testing import toy_model
+from tests.support.foreign_code import model_with_code
 from tests.support.tiny import tiny_model
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval; `make test-lm-eval` installs it")
@@ -234,6 +235,21 @@ def test_a_prompt_longer_than_the_context_loses_its_beginning(recipe):
 def test_a_batch_size_that_is_no_count_is_refused(size):
     with pytest.raises(InvalidRequest, match="batch_size"):
         ProxyTunedLM(toy_model(), batch_size=size)
+
+
+def test_the_code_of_a_recipes_models_runs_only_with_the_harness_users_word(tmp_path):
+    mark = tmp_path / "the-code-ran"
+    model_with_code(tmp_path / "base", mark)
+    small = ModelSpec(model=str(tiny_model(tmp_path / "small")))
+    base = ModelSpec(model="base", trust_remote_code=True)
+    Recipe(base, (ExpertSpec("e", small, small),), directory=tmp_path).write(tmp_path)
+    arguments = f"recipe={tmp_path}"
+    with pytest.raises(UnsafeModel, match="own_code"):
+        ProxyTunedLM.create_from_arg_string(arguments)
+    assert not mark.exists()
+    # What its flag --trust_remote_code adds to the arguments.
+    ProxyTunedLM.create_from_arg_string(arguments + ",trust_remote_code=True")
+    assert mark.exists()
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from proxytune.errors import (
     PromptTooLong,
     RecipeError,
     UnknownExpert,
+    UnsafeModel,
     UnsupportedModel,
     UserError,
 )
@@ -28,6 +29,7 @@ from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import SamplingParams
+from tests.support.foreign_code import model_with_code
 from tests.support.tiny import NUM_TOKENS, Architecture, tiny_adapter, tiny_model, tiny_tokenizer
 
 # Kernels for one and for many tokens round differently; logits here are of the order of 10.
@@ -594,3 +596,71 @@ def test_trusting_a_recipe_is_not_trusting_the_code_of_its_models(small_recipe):
     path.write_text(json.dumps({**content, "model_type": "evil", "auto_map": own_code}))
     with pytest.raises(UserError, match="needs Python code that comes with it"):
         AutoModelForCausalLM.from_pretrained(small_recipe, trust_remote_code=True)
+
+
+@pytest.fixture
+def recipe_with_code(tmp_path: Path) -> tuple[Path, Path]:
+    """A recipe that asks to run its base's code, and the file that the code makes when it runs."""
+    mark = tmp_path / "the-code-ran"
+    model_with_code(tmp_path / "base", mark)
+    tiny_model(tmp_path / "small")
+    base = ModelSpec(model="base", trust_remote_code=True)
+    return write(tmp_path, ExpertSpec("e", SMALL, SMALL), base=base), mark
+
+
+@pytest.mark.parametrize("said", [{}, {"trust_remote_code": False}, {"trust_remote_code": None}])
+@pytest.mark.parametrize("auto_class", [AutoTokenizer, AutoModelForCausalLM])
+def test_without_the_callers_trust_no_auto_class_runs_the_code_that_a_recipe_asks_for(
+    recipe_with_code, auto_class, said
+):
+    recipe, mark = recipe_with_code
+    with pytest.raises(UnsafeModel, match="own_code"):
+        auto_class.from_pretrained(recipe, **said)
+    assert not mark.exists()
+
+
+def test_the_config_of_a_recipe_runs_no_code_whatever_is_said(recipe_with_code):
+    recipe, mark = recipe_with_code
+    for said in ({}, {"trust_remote_code": False}, {"trust_remote_code": True}):
+        AutoConfig.from_pretrained(recipe, **said)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("auto_class", [AutoTokenizer, AutoModelForCausalLM])
+def test_the_callers_trust_reaches_the_models_of_a_recipe(recipe_with_code, auto_class):
+    recipe, mark = recipe_with_code
+    auto_class.from_pretrained(recipe, trust_remote_code=True)
+    assert mark.exists()
+
+
+def test_trust_ends_with_the_call_that_gave_it(recipe_with_code, tmp_path):
+    recipe, mark = recipe_with_code
+    config = AutoConfig.from_pretrained(recipe, trust_remote_code=True)
+    with pytest.raises(UnsafeModel):
+        AutoTokenizer.from_pretrained(recipe)
+    with pytest.raises(UnsafeModel):
+        AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UnsafeModel):
+        ProxyTunedForCausalLM(config)
+    assert not mark.exists()
+
+
+def test_no_key_of_a_recipe_grants_what_only_its_caller_can(recipe_with_code):
+    recipe, mark = recipe_with_code
+    path = recipe / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "_is_trusted": True, "allow_pickle": True}))
+    assert not AutoConfig.from_pretrained(recipe)._is_trusted
+    with pytest.raises(UserError):
+        AutoTokenizer.from_pretrained(recipe)
+    assert not mark.exists()
+
+
+def test_pickled_weights_need_the_callers_word_in_transformers_too(tmp_path):
+    for name in ("base", "small"):
+        tiny_model(tmp_path / name)
+    asks = ModelSpec(model="small", allow_pickle=True)
+    recipe = write(tmp_path, ExpertSpec("e", asks, asks))
+    with pytest.raises(UnsafeModel, match="allow_pickle=True"):
+        AutoModelForCausalLM.from_pretrained(recipe)
+    AutoModelForCausalLM.from_pretrained(recipe, allow_pickle=True)

@@ -8,7 +8,8 @@ import pytest
 
 from proxytune.decode.ensemble import Pair
 from proxytune.errors import ModelNotFound
-from proxytune.loading.members import RecipeFiles, find_members
+from proxytune.loading.members import find_members
+from proxytune.recipe.files import RecipeFiles
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from tests.support.tiny import tiny_adapter, tiny_model
@@ -34,7 +35,7 @@ def recipe(tmp_path_factory):
 
 
 def test_parts_with_one_model_adapter_and_prompt_are_one_member(recipe):
-    members, pairs = find_members(recipe)
+    members, pairs = find_members(RecipeFiles(recipe))
     assert [member.part for member in members] == [
         "base",
         "one.expert",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -200,6 +201,64 @@ def test_an_expert_and_anti_expert_that_are_both_the_base_are_refused():
 def test_content_that_is_not_proper_json_is_refused(text, message):
     with pytest.raises(RecipeError, match=message):
         Recipe.from_json(text)
+
+
+def test_ten_thousand_experts_are_read_and_chosen_quickly(tmp_path):
+    content = {**SUPPORT, "experts": many_experts(10_000)}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    start = time.process_time()
+    recipe = Recipe.read(tmp_path)
+    assert len(recipe.strengths()) == 10_000
+    assert len(recipe.only(recipe.named()).experts) == 10_000
+    assert recipe.models["expert-9999.expert"].adapter == "adapters/9999"
+    assert time.process_time() - start < 5
+    with pytest.raises(UnknownExpert, match=r"it has expert-0, .*expert-19 and 9980 more"):
+        recipe.named("expert-10000")
+
+
+def many_experts(count):
+    return [
+        {"name": f"expert-{number}", "anti_expert": {"model": "small"},
+         "expert": {"adapter": f"adapters/{number}"}}
+        for number in range(count)
+    ]  # fmt: skip
+
+
+def test_a_recipe_of_more_experts_than_anybody_has_is_refused_before_they_are_built():
+    with pytest.raises(RecipeError, match="20,001 experts, and a recipe may have 20,000"):
+        Recipe.from_dict({**SUPPORT, "experts": [{}] * 20_001})
+
+
+def test_a_recipe_of_more_than_64_mb_is_not_read(tmp_path):
+    (tmp_path / "config.json").write_bytes(b" " * (64 << 20) + json.dumps(SUPPORT).encode())
+    with pytest.raises(RecipeError, match="more than 67,108,864 bytes"):
+        Recipe.read(tmp_path)
+
+
+@pytest.mark.parametrize("value", [10**200, 10**17, -(10**9)])
+@pytest.mark.parametrize(
+    ("settings", "model"),
+    [
+        (settings, model)
+        for model, names in (
+            ("a.gguf", ("threads", "gpu_layers", "context_size")),
+            (
+                "http://h/v1",
+                ("top_logprobs", "lookahead", "max_concurrency", "timeout_s", "max_retries"),
+            ),
+        )
+        for settings in names
+    ],
+)
+def test_a_setting_beyond_what_is_sane_is_refused(settings, model, value):
+    part = "api" if model.startswith("http") else "llama_cpp"
+    with pytest.raises(RecipeError, match=f"{settings} is "):
+        Recipe.from_dict(changed(("base",), {"model": model, part: {settings: value}}))
+
+
+def test_a_reference_that_no_file_can_have_is_written_as_it_is(tmp_path):
+    recipe = Recipe.from_dict(changed(("base", "model"), "a" * 5000))
+    assert recipe.write(tmp_path / "r").base.model == "a" * 5000
 
 
 json_values = st.recursive(

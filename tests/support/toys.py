@@ -18,6 +18,9 @@ def toy_load(
     experts: Sequence[str] | None = None,
     budget: None = None,
     cuda_graphs: bool = False,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    key_env: None = None,
 ) -> ProxyTuned:
     """Stand in for `ProxyTuned.load`: endless texts, in which every earlier token matters a little."""
     if experts is not None:

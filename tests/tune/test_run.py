@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import TrainerControl, TrainerState
 from typer.testing import CliRunner
 
 from proxytune.errors import (
@@ -26,6 +29,7 @@ from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from proxytune.request import SamplingParams
 from proxytune.tune import Display, Interrupted, TuneResult, TuneSettings, tune
+from proxytune.tune.trainer import LossLog
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -427,6 +431,31 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     checkpoints = run.training / "checkpoints"
     assert [path.name for path in checkpoints.glob("checkpoint-*")] == ["checkpoint-2"]
     assert tune(run, resume=True).valid_loss == pytest.approx(expected.valid_loss, abs=1e-6)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_row_of_losses_that_the_disk_does_not_take_is_a_message_with_a_hint() -> None:
+    log = LossLog(Path("/dev/full"), on_row=print, on_step=print)
+    with pytest.raises(OutputFileError, match=r"No space left(.|\n)*hint: .*--resume"):
+        log.on_log(None, TrainerState(global_step=1), TrainerControl(), {"loss": 0.5})
+
+
+def test_an_expert_that_the_disk_does_not_take_is_a_message_with_a_hint(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors has a class of its own for a full disk, which used to be a traceback."""
+
+    save = PeftModel.save_pretrained
+
+    def fail(self: PeftModel, place: Any, *args: Any, **kwargs: Any) -> None:
+        if "adapters" in str(place):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device")
+        save(self, place, *args, **kwargs)
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", fail)
+    run = settings(models, tmp_path, completions(10))
+    with pytest.raises(OutputFileError, match=r"adapters.* cannot be written(.|\n)*--resume"):
+        tune(run)
 
 
 def test_a_checkpoint_that_was_cut_off_is_not_used(models: Path, tmp_path: Path) -> None:

@@ -1,23 +1,29 @@
-"""The files of a LoRA adapter: found, and checked against the model they belong to."""
+"""The files of a LoRA adapter: found, and checked against the model they belong to.
+
+Which layers an adapter changes, with which rank and strength, is worked out here from its tensors and its
+config. PEFT is given the answer and never sees a pattern from an adapter's config, because such a pattern can
+take forever to match.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from proxytune.checkpoints.checkpoint import Checkpoint
+from proxytune.checkpoints.checkpoint import OR_GRANT, Checkpoint
 from proxytune.checkpoints.headers import (
     StoredTensor,
     read_gguf_header,
-    read_json_file,
     read_safetensors_header,
 )
 from proxytune.checkpoints.hub import hub_adapter
 from proxytune.checkpoints.references import unpinned_path
+from proxytune.checkpoints.untrusted import check_links, read_json_file
 from proxytune.errors import (
     AdapterMismatch,
     CorruptModel,
@@ -27,7 +33,7 @@ from proxytune.errors import (
 )
 
 _LORA_PART = re.compile(
-    r"(?P<module>.+?)\.(?P<part>lora_(embedding_)?[AB]|lora_magnitude_vector)(\.\w+)?"
+    r"(?P<module>.+?)\.(?P<part>lora_(embedding_)?[AB]|lora_magnitude_vector)(?P<rest>(\.\w+){0,2})"
 )
 
 
@@ -41,6 +47,7 @@ class AdapterFiles:
         config: The content of `adapter_config.json`, or the file's metadata.
         tensors: Names and shapes of its weights.
         is_gguf: Whether it is a file for llama.cpp.
+        allow_pickle: Whether pickled weights may be read.
     """
 
     name: str
@@ -48,6 +55,7 @@ class AdapterFiles:
     config: Mapping[str, Any] = field(repr=False)
     tensors: Mapping[str, StoredTensor] = field(repr=False)
     is_gguf: bool = False
+    allow_pickle: bool = False
 
     @property
     def num_parameters(self) -> int:
@@ -65,8 +73,11 @@ class AdapterFiles:
 
         Raises:
             AdapterMismatch: A layer is missing or has another size.
+            CorruptModel: Config and tensors contradict each other, or a pattern takes too long to match.
         """
         problems = self._gguf_problems(small) if self.is_gguf else self._problems(small)
+        if not problems and self.tensors and not self.is_gguf:
+            self.layers(small.module_names)
         if problems:
             more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
             source = f" (it was trained on {self.trained_on})" if self.trained_on else ""
@@ -76,12 +87,17 @@ class AdapterFiles:
                 "hint: name the small model that the adapter was trained on"
             )
 
+    def layers(self, module_names: Iterable[str] = ()) -> dict[str, LoraLayer]:
+        """Return the layers that it changes; see `lora_layers`."""
+        shapes = {key: tensor.shape for key, tensor in self.tensors.items()}
+        return lora_layers(self.name, self.config, shapes, module_names)
+
     def _gguf_problems(self, small: Checkpoint) -> list[str]:
         problems: list[str] = []
         for name, tensor in self.tensors.items():
             layer, _, part = name.rpartition(".lora_")
             there = small.tensors.get(layer)
-            if there is None or len(tensor.shape) != 2:
+            if there is None or not there.shape or len(tensor.shape) != 2:
                 problems.append(f"{layer or name} is not there")
                 continue
             outputs, inputs = there.shape[0], there.shape[-1]
@@ -121,15 +137,279 @@ class AdapterFiles:
         return problems
 
 
-def beyond_factors(config: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
-    """Return what an adapter's config sets beyond two factors per layer: `keys`, biases, initialisation."""
-    found = [key for key in keys if config.get(key)]
+# Keys of adapter_config.json that make an adapter more than two factors for each of some layers. A key that
+# this list lacks either does nothing once the adapter is trained, or is read below.
+_BEYOND_FACTORS = (
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config",
+    "modules_to_save", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora",
+    "use_dora", "use_qalora",
+)  # fmt: skip
+
+
+def beyond_factors(config: Mapping[str, Any]) -> list[str]:
+    """Return what an adapter's config sets beyond two factors per layer: keys, biases, initialisation."""
+    found = [key for key in _BEYOND_FACTORS if config.get(key)]
     if config.get("bias", "none") != "none":
-        found.append(f"bias {config['bias']!r}")
+        found.append(f"bias {config['bias']!r:.40}")
     # Other initialisations change the weights under the adapter.
     if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
-        found.append(f"init_lora_weights {config['init_lora_weights']!r}")
+        found.append(f"init_lora_weights {config['init_lora_weights']!r:.40}")
     return found
+
+
+# Layers ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LoraLayer:
+    """What an adapter adds to one layer's weight: `scale * up @ down`.
+
+    Args:
+        down: Name of the tensor `[rank, inputs]`, PEFT's A.
+        up: Name of the tensor `[outputs, rank]`, PEFT's B.
+        rank: The size that both share.
+        alpha: The scale is `alpha / rank`, with rank-stabilised LoRA `alpha / sqrt(rank)`.
+        is_stabilised: Whether it is rank-stabilised.
+    """
+
+    down: str
+    up: str
+    rank: int
+    alpha: float
+    is_stabilised: bool
+
+    @property
+    def scale(self) -> float:
+        """The factor of the product."""
+        return self.alpha / (math.sqrt(self.rank) if self.is_stabilised else self.rank)
+
+
+_MAX_RANK, _MAX_ALPHA = 1 << 20, 1e6
+_MAX_PATTERN = 10_000
+
+
+def _is_whole(value: Any, *, at_most: int = _MAX_RANK, at_least: int = 0) -> bool:
+    return type(value) is int and at_least <= value <= at_most
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_whole(value, at_least=1)
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= _MAX_ALPHA  # NaN is not
+
+
+def _is_flag(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _is_pattern(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= _MAX_PATTERN
+
+
+def _is_names(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(name, str) for name in value)
+    return value is None or _is_pattern(value)
+
+
+def _is_layers(value: Any) -> bool:
+    return value is None or all(map(_is_whole, value if isinstance(value, list) else [value]))
+
+
+def _by_pattern(is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
+        return value is None or (
+            isinstance(value, dict)
+            and all(_is_pattern(key) and is_value(each) for key, each in value.items())
+        )
+
+    return check
+
+
+_CONFIG_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_is_rank, f"a whole number from 1 to {_MAX_RANK}"),
+    "lora_alpha": (_is_alpha, f"a number between -{_MAX_ALPHA:g} and {_MAX_ALPHA:g}"),
+    "target_modules": (_is_names, "a list of names, or a pattern"),
+    "exclude_modules": (_is_names, "a list of names, or a pattern"),
+    "layers_to_transform": (_is_layers, "the number of a layer, or a list of them"),
+    "layers_pattern": (_is_names, "a pattern, or a list of them"),
+    "rank_pattern": (_by_pattern(_is_rank), "an object with a rank for each pattern"),
+    "alpha_pattern": (_by_pattern(_is_alpha), "an object with a number for each pattern"),
+    "use_rslora": (_is_flag, "true or false"),
+    "fan_in_fan_out": (_is_flag, "true or false"),
+    "lora_bias": (_is_flag, "true or false"),
+}
+"""The keys of an adapter's config that decide what it does: what each may hold, and that in words."""
+
+
+def _check_config(config: Mapping[str, Any], path: Path) -> None:
+    for key, (holds, words) in _CONFIG_KEYS.items():
+        if key in config and not holds(config[key]):
+            raise CorruptModel(
+                f"{path}: {key} is {config[key]!r:.80}, and must be {words}.\n"
+                "hint: save the adapter again with PEFT's save_pretrained"
+            )
+
+
+def lora_layers(
+    name: str,
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    module_names: Iterable[str] = (),
+) -> dict[str, LoraLayer]:
+    """Return the layers that an adapter changes, by module name.
+
+    Args:
+        name: Of the adapter, for errors.
+        config: The content of `adapter_config.json`, as `find_adapter` checks it.
+        shapes: Shapes of its tensors, by PEFT's names.
+        module_names: Names of the model's modules; empty to leave out the check for missing layers.
+
+    Raises:
+        AdapterMismatch: The config names layers of the model for which there are no weights.
+        CorruptModel: Config and tensors contradict each other, or a pattern takes too long to match.
+    """
+    factors: dict[str, dict[str, str]] = {}
+    present: set[str] = set()
+    for key, shape in shapes.items():
+        match = _LORA_PART.fullmatch(key.removeprefix("base_model.model."))
+        if match is None:
+            continue
+        present.add(match["module"])
+        if match["part"] in ("lora_A", "lora_B") and (match["rest"] or "").endswith("weight"):
+            if len(shape) < 2:
+                raise CorruptModel(f"the adapter {name}: {key} has the shape {list(shape)}")
+            factors.setdefault(match["module"], {})[match["part"]] = key
+    if not factors:
+        raise UnsupportedModel(
+            f"the adapter {name} holds no LoRA factors of linear layers.\n"
+            "hint: merge it into its model with PEFT's merge_and_unload, and name that model"
+        )
+    matches = _Patterns(name)
+    lacking = next((m for m in matches.targets(config, module_names) if m not in present), None)
+    if lacking is not None:
+        raise AdapterMismatch(
+            f"the adapter {name} does not fit: its config names the layer {lacking}, and it lacks weights "
+            "for that layer.\nhint: an adapter fits only the model it was trained on"
+        )
+    layers: dict[str, LoraLayer] = {}
+    for module, found in factors.items():
+        if len(found) != 2:
+            raise CorruptModel(f"the adapter {name} has only one of the two factors of {module}")
+        down, up = found["lora_A"], found["lora_B"]
+        rank = matches.value(config, "rank_pattern", module, config.get("r", 8))
+        if not rank == shapes[down][0] == shapes[up][1]:
+            raise CorruptModel(
+                f"the adapter {name}: its config gives {module} the rank {rank}, and its factors have "
+                f"{shapes[down][0]} and {shapes[up][1]}.\n"
+                "hint: save the adapter again with PEFT's save_pretrained"
+            )
+        alpha = matches.value(config, "alpha_pattern", module, config.get("lora_alpha", 8))
+        layers[module] = LoraLayer(down, up, rank, alpha, bool(config.get("use_rslora")))
+    return layers
+
+
+_FIRST_LAYER = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
+_PLAIN_NAME = re.compile(r"[\w.-]+")
+
+_LARGE_REPEAT = re.compile(r"\{\d*,?\d{4}")
+
+PATTERN_SECONDS = 1.0
+"""The processor time that all patterns of an adapter may take; usual ones take a few milliseconds."""
+
+
+class _Patterns:
+    """Matches an adapter's patterns against names of modules, as PEFT would, in bounded time.
+
+    Args:
+        name: Of the adapter, for errors.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._end = time.monotonic() + PATTERN_SECONDS
+        self._compiled: dict[str, Any] = {}
+
+    def _match(self, pattern: str, module: str, *, is_whole: bool = True) -> Any:
+        import regex
+
+        try:
+            left = self._end - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            if pattern not in self._compiled:
+                # What `re` does not know, such as recursion, PEFT would refuse as well.
+                re.compile(pattern)
+                if _LARGE_REPEAT.search(pattern):
+                    raise ValueError("it repeats something more than 999 times")
+                self._compiled[pattern] = regex.compile(pattern)
+            compiled = self._compiled[pattern]
+            return (compiled.fullmatch if is_whole else compiled.match)(module, timeout=left)
+        except TimeoutError:
+            why = f"takes more than {PATTERN_SECONDS:g} s to match"
+        except (regex.error, re.error, RecursionError, OverflowError, ValueError) as error:
+            why = f"cannot be used: {error!s:.80}"
+        raise CorruptModel(
+            f"the adapter {self._name}: the pattern {pattern[:80]!r} in its config {why}.\n"
+            "hint: list the names of the layers in place of the pattern"
+        )
+
+    def value(self, config: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
+        """Return what the first of the patterns that fits the end of a module's name gives it."""
+        for pattern, value in (config.get(key) or {}).items():
+            if _PLAIN_NAME.fullmatch(pattern):
+                fits = module == pattern or module.endswith(f".{pattern}")
+            else:
+                fits = self._match(rf"(.*\.)?({pattern})", module)
+            if fits:
+                return value
+        return default
+
+    def targets(self, config: Mapping[str, Any], module_names: Iterable[str]) -> Iterator[str]:
+        """Yield the modules that a config names."""
+        targets = config.get("target_modules")
+        if not targets or targets == "all-linear":  # PEFT would choose them by the model's kind
+            return
+        is_named = self._naming(targets)
+        is_excluded = self._naming(config.get("exclude_modules") or [])
+        is_pattern = isinstance(targets, str)
+        exact = set() if is_pattern else set(targets)
+        is_in_layer = self._layers(config)
+        for module in module_names:
+            if not module or not is_named(module) or is_excluded(module):
+                continue
+            if is_pattern or module in exact or is_in_layer(module):
+                yield module
+
+    def _naming(self, names: str | list[str]) -> Callable[[str], bool]:
+        """Return whether a module is named: by a pattern, or by the last parts of its name."""
+        if isinstance(names, str):
+            return lambda module: bool(self._match(names, module))
+        known = set(names)
+
+        def is_named(module: str) -> bool:
+            parts = module.split(".")
+            return any(".".join(parts[start:]) in known for start in range(len(parts)))
+
+        return is_named
+
+    def _layers(self, config: Mapping[str, Any]) -> Callable[[str], bool]:
+        """Return whether a module is in one of the layers that `layers_to_transform` numbers."""
+        wanted, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or []
+        if wanted is None or wanted == []:
+            return lambda module: True
+        numbers = set(wanted if isinstance(wanted, list) else [wanted])
+
+        def is_in_layer(module: str) -> bool:
+            match: Any = None if patterns else _FIRST_LAYER.match(module)
+            for pattern in [patterns] if isinstance(patterns, str) else patterns:
+                whole = rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\."
+                match = match or self._match(whole, module, is_whole=False)
+            return match is not None and int(match["index"]) in numbers
+
+        return is_in_layer
 
 
 def find_adapter(
@@ -155,6 +435,8 @@ def find_adapter(
         return _gguf_adapter(reference, directory)
     if directory is None:
         directory = hub_adapter(reference, revision=revision, allow_pickle=allow_pickle)
+    if directory.is_dir():
+        check_links(directory, root=root)
     if not (directory / "adapter_config.json").is_file():
         hint = "an adapter's directory holds adapter_config.json and adapter_model.safetensors"
         if (directory / "config.json").is_file():
@@ -163,11 +445,13 @@ def find_adapter(
             f"{reference} holds no adapter: no adapter_config.json in {directory}.\nhint: {hint}"
         )
     config = read_json_file(directory / "adapter_config.json")
-    if config.get("peft_type") != "LORA":
+    kind = config.get("peft_type")
+    if kind != "LORA":
         raise UnsupportedModel(
-            f"the adapter {reference} is of type {config.get('peft_type')!r}, and only LORA can be used.\n"
+            f"the adapter {reference} is of type {kind!r:.40}, and only LORA can be used.\n"
             "hint: merge it into its model with PEFT's merge_and_unload, and name that model"
         )
+    _check_config(config, directory / "adapter_config.json")
     weights = directory / "adapter_model.safetensors"
     if weights.is_file():
         tensors = read_safetensors_header(weights)
@@ -182,9 +466,9 @@ def find_adapter(
     if not allow_pickle:
         raise UnsafeModel(
             f"{reference} has only pickled weights (adapter_model.bin), and reading those can run any code.\n"
-            'hint: save it as safetensors, or if you trust it set "allow_pickle": true'
+            "hint: save it as safetensors" + OR_GRANT.format("allow_pickle", "--allow-pickle")
         )
-    return AdapterFiles(reference, directory, config, {})
+    return AdapterFiles(reference, directory, config, {}, allow_pickle=True)
 
 
 def _gguf_adapter(reference: str, path: Path) -> AdapterFiles:
@@ -197,12 +481,17 @@ def _gguf_adapter(reference: str, path: Path) -> AdapterFiles:
     kind, adapter_kind = map(header.metadata.get, ("general.type", "adapter.type"))
     if kind != "adapter":
         raise ModelNotFound(
-            f"{reference} holds no adapter: its general.type is {kind!r}.\n"
+            f"{reference} holds no adapter: its general.type is {kind!r:.40}.\n"
             'hint: if it is a whole model, give it as {"model": …} without an adapter'
         )
     if adapter_kind != "lora":
         raise UnsupportedModel(
-            f"the adapter {reference} is of type {adapter_kind!r}, and only lora can be used.\n"
+            f"the adapter {reference} is of type {adapter_kind!r:.40}, and only lora can be used.\n"
             "hint: merge it into its model, and name that model"
+        )
+    if not _is_alpha(alpha := header.metadata.get("adapter.lora.alpha", 1.0)):
+        raise CorruptModel(
+            f"{path}: adapter.lora.alpha is {alpha!r:.40}, and must be {_CONFIG_KEYS['lora_alpha'][1]}.\n"
+            "hint: convert the adapter again"
         )
     return AdapterFiles(reference, path, header.metadata, header.tensors, is_gguf=True)

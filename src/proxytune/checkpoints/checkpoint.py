@@ -24,7 +24,6 @@ from proxytune.checkpoints.headers import (
     StoredTensor,
     find_weight_files,
     read_gguf_header,
-    read_json_file,
     read_safetensors_header,
     weight_files_are_there,
 )
@@ -38,6 +37,7 @@ from proxytune.checkpoints.hub import (
 )
 from proxytune.checkpoints.placement import max_context
 from proxytune.checkpoints.references import local_path, unpinned_path
+from proxytune.checkpoints.untrusted import LIST_BYTES, check_links, read_json_file
 from proxytune.errors import CorruptModel, ModelNotFound, UnsafeModel, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -45,6 +45,12 @@ if TYPE_CHECKING:
 
 _NOT_PARAMETERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
 """Constant buffers that old checkpoints store among the weights."""
+
+OR_GRANT = (
+    '; or if you trust whoever made it, set "{0}": true for it in the recipe, and grant that with {1} '
+    "({0}=True in Python)"
+)
+"""What remains to do about a model that needs a right."""
 
 _HEAD = re.compile(r"output\.weight|(.+\.)?(lm_head|embed_out)\.weight")
 _EMBEDDING = re.compile(r"token_embd\.weight|(.+\.)?(embed_tokens|embed_in|wte)\.weight")
@@ -137,7 +143,9 @@ class Checkpoint:
             )
         except Exception as error:
             if "trust_remote_code" in str(error):
-                raise _remote_code_refused(self.name, "tokenizer_config.json") from error
+                raise _remote_code_refused(
+                    self.name, "tokenizer_config.json", "it has an auto_map"
+                ) from error
             if not any((self.directory / name).is_file() for name in TOKENIZER_FILES):
                 raise ModelNotFound(
                     f"{self.name} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is in "
@@ -328,6 +336,7 @@ def find_checkpoint(
         checkpoint = _directory_checkpoint(
             reference,
             directory,
+            root=root,
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
             hub_id=reference if path is None else None,
@@ -347,18 +356,23 @@ def holds_recipe(reference: str, *, root: Path) -> bool:
     path = local_path(reference, root=root)
     directory = hub_directory(reference, revision=None) if path is None else path
     config = directory / "config.json"
-    return config.is_file() and read_json_file(config).get("model_type") == "proxytune"
+    if not config.is_file():
+        return False
+    return read_json_file(config, at_most=LIST_BYTES).get("model_type") == "proxytune"
 
 
 def _directory_checkpoint(
     name: str,
     directory: Path,
     *,
+    root: Path,
     trust_remote_code: bool,
     allow_pickle: bool,
     hub_id: str | None,
     revision: str | None,
 ) -> Checkpoint:
+    if directory.is_dir():
+        check_links(directory, root=root)
     if not (directory / "config.json").is_file():
         hint = "a model's directory holds config.json, a tokenizer and model.safetensors"
         gguf = sorted(directory.glob("*.gguf"))
@@ -368,6 +382,7 @@ def _directory_checkpoint(
             hint = f"name the GGUF file itself: {name.rstrip('/')}/{gguf[0].name}"
         raise ModelNotFound(f"{name} holds no model: no config.json in {directory}.\nhint: {hint}")
     raw = read_json_file(directory / "config.json")
+    _refuse_other_weights(name, directory, raw)
     if raw.get("model_type") == "proxytune":
         raise UnsupportedModel(
             f"{name} is a recipe, and a recipe cannot be a part of another one.\n"
@@ -384,8 +399,8 @@ def _directory_checkpoint(
     if not tensors and pickled and not allow_pickle:
         raise UnsafeModel(
             f"{name} has only pickled weights ({pickled[0]}), and reading those can run any code.\n"
-            "hint: save it as safetensors with save_pretrained, or if you trust it set "
-            '"allow_pickle": true'
+            "hint: save it as safetensors with save_pretrained"
+            + OR_GRANT.format("allow_pickle", "--allow-pickle")
         )
     if not tensors and not pickled:
         others = ", ".join(sorted(path.name for path in directory.glob("*.safetensors"))[:3])
@@ -407,20 +422,39 @@ def _directory_checkpoint(
     )
 
 
+def _refuse_other_weights(name: str, directory: Path, raw: Mapping[str, Any]) -> None:
+    """Refuse a model for which transformers would load other weights than those that are checked here."""
+    if (directory / "adapter_config.json").exists():
+        raise UnsupportedModel(
+            f"{name} holds an adapter beside the model (adapter_config.json), which transformers would put "
+            "on it unasked.\nhint: move the adapter into a directory of its own, and name it as the adapter"
+        )
+    if raw.get("transformers_weights") is not None:
+        raise UnsupportedModel(
+            f"the config.json of {name} names its weights itself (transformers_weights), and only "
+            "model.safetensors and its index are read.\nhint: save the model with save_pretrained"
+        )
+
+
 def _refuse_remote_code(name: str, raw: Mapping[str, Any], *, trust_remote_code: bool) -> None:
     """Refuse a model that needs its own code; many bring code that transformers has had for long."""
-    if trust_remote_code or not raw.get("auto_map"):
+    if trust_remote_code:
+        return
+    for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
+        if "/" in str(raw.get(key)):  # The id of a repository with kernels, which are code.
+            raise _remote_code_refused(name, "config.json", f"{key} is {raw[key]!r}")
+    if not raw.get("auto_map"):
         return
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if raw.get("model_type") not in CONFIG_MAPPING:
-        raise _remote_code_refused(name, "config.json")
+        raise _remote_code_refused(name, "config.json", "it has an auto_map")
 
 
-def _remote_code_refused(name: str, file: str) -> UnsafeModel:
+def _remote_code_refused(name: str, file: str, why: str) -> UnsafeModel:
     return UnsafeModel(
-        f"{name} needs Python code that comes with it (auto_map in its {file}), and that can do anything.\n"
-        'hint: read that code, and if you trust it set "trust_remote_code": true'
+        f"{name} needs Python code that comes with it ({file}: {why}), and that can do anything.\n"
+        "hint: read that code" + OR_GRANT.format("trust_remote_code", "--trust-remote-code")
     )
 
 

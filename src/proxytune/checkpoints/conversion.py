@@ -15,7 +15,7 @@ from proxytune.checkpoints.headers import (
     read_safetensors_header,
 )
 from proxytune.errors import CorruptModel, ModelNotFound, UnsupportedModel
-from proxytune.files import building, remove_unfinished, unwritable, write_whole
+from proxytune.files import building, remove_unfinished, write_whole, writing
 
 CACHE_HINT = "make room there, or set XDG_CACHE_HOME to a directory that can be written"
 
@@ -50,7 +50,7 @@ def build_once(
 
     if target.is_dir() and is_whole():
         return target
-    try:
+    with writing(target, hint=CACHE_HINT):
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
             if target.is_dir():
@@ -60,8 +60,6 @@ def build_once(
             remove_unfinished(target)
             with building(target, hint=CACHE_HINT) as part:
                 build(part)
-    except OSError as error:
-        raise unwritable(target, error, CACHE_HINT) from error
     return target
 
 

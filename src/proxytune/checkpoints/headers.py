@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import mmap
+import os
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from proxytune.checkpoints.untrusted import (
+    LIST_BYTES,
+    check_link,
+    named_inside,
+    open_regular,
+    parse_json,
+    read_json_file,
+)
 from proxytune.errors import CorruptModel, ModelNotFound, UnsupportedModel
 
 # Bits per element and the torch name, by the dtype names of safetensors headers.
@@ -51,11 +59,15 @@ class StoredTensor:
         return math.prod(self.shape)
 
 
+_MAX_LENGTH = 1 << 62
+"""Maximum length of an axis, and number of bits of a tensor."""
+
+
 def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file by name, checked against the file's size.
 
     Raises:
-        CorruptModel: The header is malformed, or the file is shorter or longer than its header says.
+        CorruptModel: The header is malformed, or its tensors are not exactly what the file holds.
     """
 
     def corrupt(why: str) -> CorruptModel:
@@ -63,9 +75,9 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
             f"{path} cannot be read as safetensors: {why}.\nhint: copy or download it again"
         )
 
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+    with open_regular(path) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
             start = file.read(8)
             if start == b"version ":
                 raise CorruptModel(
@@ -77,36 +89,65 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
             length = int.from_bytes(start, "little")
             if length > size - 8:
                 raise corrupt(f"its header should take {length} bytes, and {size - 8} are there")
-            header = json.loads(file.read(length))
-    except OSError as error:
-        raise corrupt(str(error)) from error
-    except (ValueError, RecursionError) as error:
-        raise corrupt("its header is not JSON") from error
-    tensors: dict[str, StoredTensor] = {}
-    end = 0
+            if length > LIST_BYTES:
+                raise corrupt(f"its header takes {length:,} bytes, and may take {LIST_BYTES:,}")
+            content = file.read(length)
+        except OSError as error:
+            raise corrupt(str(error)) from error
     try:
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            shape = tuple(int(length) for length in entry["shape"])
-            bits, dtype = SAFETENSORS_DTYPES.get(entry["dtype"], (None, entry["dtype"].lower()))
-            begin, stop = (int(offset) for offset in entry["data_offsets"])
-            tensors[name] = StoredTensor(shape, dtype)
-            if begin < 0 or stop < begin or any(length < 0 for length in shape):
-                raise corrupt(f"the place of {name} is impossible")
-            if bits is not None and (stop - begin) * 8 != math.prod(shape) * bits:
-                raise corrupt(
-                    f"{name} has {stop - begin} bytes, which is not {list(shape)} {dtype}"
-                )
-            end = max(end, stop)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise corrupt("its header does not list tensors") from error
+        header = parse_json(content, is_strict=True)
+    except ValueError as error:
+        raise corrupt(f"its header is not JSON as it must be: {error}") from error
+    if not isinstance(header, dict) or not content.startswith(b"{"):
+        raise corrupt("its header does not list tensors")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise corrupt("its __metadata__ is not texts by name")
+    tensors: dict[str, StoredTensor] = {}
+    places: list[tuple[int, int]] = []
+    for name, entry in header.items():
+        try:
+            tensors[name], place = _listed_tensor(entry)
+        except (KeyError, TypeError, ValueError) as error:
+            why = f": {error}" if isinstance(error, ValueError) else ""
+            raise corrupt(
+                f"its header does not list tensors, as {name[:80]!r} shows{why}"
+            ) from error
+        places.append(place)
+    end = 0
+    for begin, stop in sorted(places):
+        if begin != end:
+            raise corrupt(f"a tensor begins at byte {begin}, and the one before it ends at {end}")
+        end = stop
     if end != size - 8 - length:
         state = "cut off" if end > size - 8 - length else "longer than its tensors"
         raise corrupt(
             f"it is {state}: its tensors take {end} bytes, and {size - 8 - length} are there"
         )
     return tensors
+
+
+def _listed_tensor(entry: Any) -> tuple[StoredTensor, tuple[int, int]]:
+    """Return a tensor from its entry in a header, and where its bytes begin and end.
+
+    Raises:
+        ValueError: It is impossible; so is what raises KeyError or TypeError.
+    """
+    shape, (begin, stop) = entry["shape"], entry["data_offsets"]
+    numbers = [*shape, begin, stop]
+    if not isinstance(shape, list) or len(shape) > 64:
+        raise ValueError("its shape is not that of a tensor")
+    if not all(type(number) is int and 0 <= number < _MAX_LENGTH for number in numbers):
+        raise ValueError("its shape and its place must be whole numbers of bytes")
+    bits, dtype = SAFETENSORS_DTYPES.get(entry["dtype"], (None, entry["dtype"]))
+    if not isinstance(dtype, str):
+        raise TypeError("a dtype is text")
+    num_bits = math.prod(shape) * (bits or 1)
+    if stop < begin or num_bits >= _MAX_LENGTH:
+        raise ValueError(f"its place or its shape {shape} is impossible")
+    if bits is not None and (stop - begin) * 8 != num_bits:
+        raise ValueError(f"it has {stop - begin} bytes, which is not {shape} {dtype}")
+    return StoredTensor(tuple(shape), dtype.lower()), (begin, stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,44 +178,57 @@ class GgufHeader:
         }
 
 
+_MAX_KEYS, _MAX_TENSORS = 1 << 16, 1 << 18
+_MAX_ITEMS = 1 << 21
+"""Maximum number of items of all arrays in a GGUF header; the largest vocabularies need 1.3 million."""
+
+
 def read_gguf_header(path: Path) -> GgufHeader:
     """Return the header of a GGUF file, checked against the file's size.
 
     Raises:
-        CorruptModel: It is not a GGUF file, or is cut off.
+        CorruptModel: It is not a GGUF file, is cut off, or its header says what cannot be.
         UnsupportedModel: Its version, byte order or a tensor type is unknown, or it is one of several parts.
     """
-    try:
-        size = path.stat().st_size
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         if size < 24:
             raise _not_gguf(path, f"it has {size} bytes")
-        with path.open("rb") as file:
+        try:
             view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise _not_gguf(path, str(error)) from error
+        except OSError as error:
+            raise _not_gguf(path, str(error)) from error
     with view:
         reader = _GgufReader(path, view, size)
         try:
             metadata, tensors, places = reader.header()
-        except (struct.error, RecursionError) as error:
+        except struct.error as error:
             raise _not_gguf(path, "it is cut off inside its header") from error
         header_bytes = reader.position
         digest = hashlib.sha256(view[:header_bytes]).hexdigest()
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1:
+    if type(alignment) is not int or not 0 < alignment <= 1 << 20:
         raise _not_gguf(path, f"its alignment is {alignment!r}")
-    data = -(-header_bytes // alignment) * alignment
-    for name, (offset, num_bytes) in places.items():
-        if data + offset + num_bytes > size:
-            end = data + offset + num_bytes
+    end = data = -(-header_bytes // alignment) * alignment
+    for offset, num_bytes, name in sorted((*place, name) for name, place in places.items()):
+        if data + offset < end:
+            raise _not_gguf(path, f"{name} begins inside the tensor before it")
+        end = data + offset + num_bytes
+        if end > size:
             why = f"it is cut off: {name} should end at byte {end}, and the file has {size}"
             raise _not_gguf(path, why)
-    if int(metadata.get("split.count") or 0) > 1:
+    num_parts = metadata.get("split.count", 0)
+    if type(num_parts) is not int:
+        raise _not_gguf(path, f"its split.count is {num_parts!r}")
+    if num_parts > 1:
         raise UnsupportedModel(
-            f"{path} is one of {metadata['split.count']} parts of a model.\n"
+            f"{path} is one of {num_parts} parts of a model.\n"
             "hint: join them with `llama-gguf-split --merge FIRST_PART OUT.gguf`"
         )
     tokens, kinds = metadata.pop(_TOKENS, []), metadata.pop(_TOKEN_KINDS, [])
+    for key, values, kind in ((_TOKENS, tokens, str), (_TOKEN_KINDS, kinds, int)):
+        if not isinstance(values, list) or not all(type(value) is kind for value in values):
+            raise _not_gguf(path, f"its {key} is no list of {kind.__name__} values")
     if kinds and len(kinds) != len(tokens):
         raise _not_gguf(path, f"it has {len(tokens)} tokens and the kinds of {len(kinds)}")
     return GgufHeader(metadata, tensors, digest, tokens, kinds)
@@ -185,11 +239,12 @@ def _not_gguf(path: Path, why: str) -> CorruptModel:
 
 
 class _GgufReader:
-    """Reads a GGUF file's header, value by value; every length is checked against the file's size."""
+    """Reads a GGUF file's header; every length and count is checked before anything is made of it."""
 
     def __init__(self, path: Path, view: mmap.mmap, size: int) -> None:
-        self._path, self._view, self._size = path, view, size
+        self._path, self._view, self._size = path, view, min(size, LIST_BYTES)
         self.position = 0
+        self._num_items = 0
 
     def header(self) -> tuple[dict[str, Any], dict[str, StoredTensor], dict[str, tuple[int, int]]]:
         """Return metadata, tensors, and where each tensor's data are: offset and length in bytes."""
@@ -203,18 +258,19 @@ class _GgufReader:
                 "3 in little-endian order can be read.\nhint: convert it again with a current llama.cpp"
             )
         num_tensors, num_values = self._take("QQ")
+        if num_tensors > _MAX_TENSORS or num_values > _MAX_KEYS:
+            why = f"it claims {num_tensors:,} tensors and {num_values:,} values in its header"
+            raise _not_gguf(self._path, why)
         metadata: dict[str, Any] = {}
         for _ in range(num_values):
-            key = self._text()
-            value = self._value(self._take("I"), is_kept=key in (_TOKENS, _TOKEN_KINDS))
-            if value is not None:
-                metadata[key] = value
+            key = self._new_name(metadata)
+            metadata[key] = self._value(is_kept=key in (_TOKENS, _TOKEN_KINDS))
         tensors: dict[str, StoredTensor] = {}
         places: dict[str, tuple[int, int]] = {}
         for _ in range(num_tensors):
-            name = self._text()
+            name = self._new_name(tensors)
             tensors[name], places[name] = self._tensor(name)
-        return metadata, tensors, places
+        return {k: v for k, v in metadata.items() if v is not None}, tensors, places
 
     def _take(self, form: str) -> Any:
         values = struct.unpack_from("<" + form, self._view, self.position)
@@ -226,29 +282,54 @@ class _GgufReader:
         self.position = begin + self._length(self._take("Q"))
         return self._view[begin : self.position].decode("utf-8", errors="replace")
 
+    def _new_name(self, known: Mapping[str, Any]) -> str:
+        name = self._text()
+        if name in known:
+            raise _not_gguf(self._path, f"its header has {name[:80]!r} twice")
+        return name
+
     def _length(self, length: int) -> int:
         if length > self._size - self.position:
-            raise _not_gguf(self._path, "it is cut off inside its header")
+            why = "it is cut off inside its header"
+            if self._size == LIST_BYTES:
+                why = f"its header takes more than {LIST_BYTES:,} bytes"
+            raise _not_gguf(self._path, why)
         return length
 
-    def _value(self, kind: int, *, is_kept: bool) -> Any:
+    def _value(self, *, is_kept: bool) -> Any:
         """Return a value; None for an array that is not to be kept."""
+        kind = self._take("I")
         if kind == _GGUF_TEXT:
             return self._text()
         if kind == _GGUF_ARRAY:
-            element, count = self._take("IQ")
-            self._length(count)
-            if is_kept:
-                return [self._value(element, is_kept=True) for _ in range(count)]
-            if element in _GGUF_SCALARS:
-                self.position += count * struct.calcsize("<" + _GGUF_SCALARS[element])
-            else:
-                for _ in range(count):
-                    self._value(element, is_kept=False)
-            return None
+            return self._array(is_kept=is_kept)
+        return self._take(self._scalar(kind))
+
+    def _scalar(self, kind: int) -> str:
         if kind not in _GGUF_SCALARS:
-            raise _not_gguf(self._path, f"its header has a value of the unknown type {kind}")
-        return self._take(_GGUF_SCALARS[kind])
+            # Arrays of arrays are in the format's description, and llama.cpp does not read them either.
+            why = f"its header has a value of the unknown type {kind}"
+            raise _not_gguf(self._path, why)
+        return _GGUF_SCALARS[kind]
+
+    def _array(self, *, is_kept: bool) -> list[Any] | None:
+        element, count = self._take("IQ")
+        self._num_items += count
+        if self._num_items > _MAX_ITEMS:
+            why = f"the arrays in its header claim {self._num_items:,} items"
+            raise _not_gguf(self._path, why)
+        if element != _GGUF_TEXT:
+            form = f"<{count}{self._scalar(element)}"
+            size = self._length(struct.calcsize(form))
+            found = struct.unpack_from(form, self._view, self.position) if is_kept else None
+            self.position += size
+            return None if found is None else list(found)
+        if is_kept:
+            return [self._text() for _ in range(count)]
+        for _ in range(count):
+            length = self._take("Q")
+            self.position += self._length(length)
+        return None
 
     def _tensor(self, name: str) -> tuple[StoredTensor, tuple[int, int]]:
         """Return a tensor's shape and dtype, and where its data are."""
@@ -256,38 +337,27 @@ class _GgufReader:
 
         num_axes = self._take("I")
         if num_axes > 8:
-            raise _not_gguf(self._path, f"the tensor {name} has {num_axes} axes")
+            raise _not_gguf(self._path, f"the tensor {name[:80]} has {num_axes} axes")
         shape = tuple(self._take("Q") for _ in range(num_axes))[::-1]
         number, offset = self._take("IQ")
         try:
             kind = GGMLQuantizationType(number)
         except ValueError as error:
             raise UnsupportedModel(
-                f"{self._path}: the tensor {name} has type {number}, which the installed gguf package does "
-                "not know.\nhint: pip install --upgrade gguf"
+                f"{self._path}: the tensor {name[:80]} has type {number}, which the installed gguf package "
+                "does not know.\nhint: pip install --upgrade gguf"
             ) from error
         block_elements, block_bytes = GGML_QUANT_SIZES[kind]
-        num_bytes = math.prod(shape) * block_bytes // block_elements
-        return StoredTensor(shape, _GGUF_FLOATS.get(kind.name, kind.name)), (offset, num_bytes)
+        num_elements = math.prod(shape)
+        is_huge = max((num_elements, *shape)) >= _MAX_LENGTH
+        if is_huge or (shape[-1] if shape else 1) % block_elements:
+            why = f"the tensor {name[:80]} of type {kind.name} has the shape {list(shape)}"
+            raise _not_gguf(self._path, why)
+        place = offset, num_elements // block_elements * block_bytes
+        return StoredTensor(shape, _GGUF_FLOATS.get(kind.name, kind.name)), place
 
 
-def read_json_file(path: Path) -> dict[str, Any]:
-    """Return the object in a model's JSON file.
-
-    Raises:
-        CorruptModel: It cannot be read, or holds no object.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CorruptModel(f"{path} cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CorruptModel(
-            f"{path} is not JSON: {error}.\nhint: copy or download the model again"
-        ) from error
-    if not isinstance(content, dict):
-        raise CorruptModel(f"{path} holds no JSON object.\nhint: copy or download the model again")
-    return content
+_MAX_FILES = 10_000
 
 
 def find_weight_files(directory: Path, *, stem: str = "model") -> list[Path]:
@@ -295,7 +365,7 @@ def find_weight_files(directory: Path, *, stem: str = "model") -> list[Path]:
 
     Raises:
         ModelNotFound: The index names a file that is not there.
-        CorruptModel: The index cannot be read.
+        CorruptModel: The index cannot be read, or names a file outside the directory.
     """
     single = directory / f"{stem}.safetensors"
     if single.is_file():
@@ -303,17 +373,26 @@ def find_weight_files(directory: Path, *, stem: str = "model") -> list[Path]:
     index = directory / f"{stem}.safetensors.index.json"
     if not index.is_file():
         return []
-    weight_map = read_json_file(index).get("weight_map")
+    weight_map = read_json_file(index, at_most=LIST_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CorruptModel(f"{index} has no weight_map.\nhint: copy or download the model again")
     names = sorted(set(weight_map.values()))
-    missing = [name for name in names if not (directory / name).is_file()]
+    if len(names) > _MAX_FILES:
+        raise CorruptModel(
+            f"{index} names {len(names):,} files, and a model may have {_MAX_FILES:,}.\n"
+            "hint: copy or download the model again"
+        )
+    files = [named_inside(directory, name, source=str(index)) for name in names]
+    missing = [name for name, file in zip(names, files, strict=True) if not file.is_file()]
     if missing:
         raise ModelNotFound(
             f"{directory} lacks {len(missing)} of the {len(names)} weight files that its index names, the "
             f"first of them {missing[0]}.\nhint: copy or download the model again"
         )
-    return [directory / name for name in names]
+    for file in files:
+        if file.parent != directory:  # `check_links` has seen the others
+            check_link(file, directory)
+    return files
 
 
 def weight_files_are_there(directory: Path) -> bool:

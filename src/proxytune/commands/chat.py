@@ -8,13 +8,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from proxytune.commands.app import command
-from proxytune.commands.console import say, strengths_text
+from proxytune.commands.console import print_text, say, strengths_text
 from proxytune.commands.flags import Pick, number_of
 from proxytune.commands.options import ModelOptions, RecipeArgument, SteeringOptions, steering_of
-from proxytune.errors import InvalidRequest, UserError
+from proxytune.errors import InvalidRequest, OutputFileError, UserError
 from proxytune.request import SPECULATIVE, SamplingParams, Steering
 from proxytune.settings import option
 
@@ -100,12 +98,13 @@ class _Chat:
         try:
             steps = self._conversation.say(text)
             for step in steps:
-                typer.echo(step.text, nl=False)
-                sys.stdout.flush()
-            typer.echo()
+                print_text(step.text, end="")
+            print_text()
         except KeyboardInterrupt:
-            typer.echo()
+            print_text()
             say("stopped")
+        except OutputFileError:
+            raise  # stdout takes no more answers
         except UserError as error:
             say(f"{error}\nhint: /reset forgets the conversation so far")
         finally:
@@ -174,5 +173,5 @@ def _typed_lines(is_terminal: bool) -> Iterator[str]:
         except KeyboardInterrupt:
             say("\n(Ctrl-D or /quit ends)")
         except EOFError:
-            typer.echo()
+            print_text()
             return

@@ -10,35 +10,55 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from proxytune.commands.streams import beneath, escaped
 from proxytune.errors import InputFileError, InvalidRequest
-from proxytune.files import unwritable
+from proxytune.files import writing
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from proxytune.measure.score import Interval, ScoreRow
     from proxytune.measure.sweep import Point
 
 
 def stdout() -> Console:
-    """Return the console of answers."""
-    from rich.console import Console
+    """Return the console of answers that are laid out: tables, coloured texts."""
+    from proxytune.commands.layout import PlainConsole
 
     # A table in a file has no width to keep to.
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    width = None if sys.stdout.isatty() else 120
+    return PlainConsole(file=beneath(sys.stdout), width=width)
 
 
 def stderr() -> Console:
     """Return the console of everything that is not an answer."""
-    from rich.console import Console
+    from proxytune.commands.layout import PlainConsole
 
-    return Console(stderr=True, highlight=False)
+    return PlainConsole(file=beneath(sys.stderr))
+
+
+def styled(text: str, style: str = "") -> Text:
+    """Return a text for a console, control characters escaped; rich itself would drop some."""
+    from rich.text import Text
+
+    return Text(escaped(text), style=style)
+
+
+def print_text(text: str = "", *, end: str = "\n") -> None:
+    """Print an answer on stdout, where a file or a pipe gets it exactly.
+
+    `typer.echo` would leave out what looks like a terminal's escape sequence.
+    """
+    sys.stdout.write(text + end)
+    sys.stdout.flush()
 
 
 def say(text: str) -> None:
     """Print a line on stderr."""
-    typer.echo(text, err=True)
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
 
 
 def plain_table(*words: str, numbers: Sequence[str], title: str | None = None) -> Table:
@@ -91,10 +111,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OutputFileError: It cannot be written.
     """
-    try:
+    with writing(path):
         path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise unwritable(path, error) from error
 
 
 def argument_text(text: str) -> str:

@@ -10,10 +10,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from proxytune.commands.app import command
-from proxytune.commands.console import json_line, stdout
+from proxytune.commands.console import json_line, print_text, stdout, styled
 from proxytune.commands.options import AS_JSON
 from proxytune.commands.progress import ProgressBars, waiting
 from proxytune.request import Request, SamplingParams, Steering
@@ -64,7 +62,7 @@ def demo(options: DemoOptions) -> None:
     """
     answer = measured(seed=options.seed, new_tokens=options.new_tokens)
     if options.as_json:
-        typer.echo(json_line(answer))
+        print_text(json_line(answer))
     else:
         show(stdout(), answer)
 
@@ -139,7 +137,6 @@ def show(console: Console, answer: dict[str, Any]) -> None:
     from rich.columns import Columns
     from rich.panel import Panel
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(
         title="Perplexity of held-out text (lower is better)", title_justify="left", expand=False
@@ -157,7 +154,7 @@ def show(console: Console, answer: dict[str, Any]) -> None:
             result["title"],
             f"{perplexity['base']:.1f}",
             f"{perplexity['expert']:.1f}",
-            Text(f"{perplexity['steered']:.1f}", style="bold"),
+            styled(f"{perplexity['steered']:.1f}", "bold"),
             change,
             f"{result['alpha']:g}",
         )
@@ -167,12 +164,12 @@ def show(console: Console, answer: dict[str, Any]) -> None:
         "brackets: 95 % interval\n"
     )
     for result in answer["domains"]:
-        console.print(Text(f"{result['title']}, continued by", style="bold"))
+        console.print(f"{result['title']}, continued by", style="bold")
         width = max(30, (min(console.width, 120) - 1) // 2)
         panels = []
         steered = f"the base, steered (alpha {result['text_alpha']:g})"
         for name, key in (("the base", "base_text"), (steered, "steered_text")):
-            body = Text(result["prompt"], style="dim") + Text(result[key])
+            body = styled(result["prompt"], "dim") + styled(result[key])
             panels.append(Panel(body, title=name, title_align="left", width=width))
         console.print(Columns(panels, padding=(0, 0)))
     console.print(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from proxytune.commands.app import command, print_result
-from proxytune.commands.console import say, stdout
-from proxytune.commands.options import JsonOption, RecipeArgument
+from proxytune.commands.console import say, stdout, styled
+from proxytune.commands.options import AS_JSON, KEY_ENV, RecipeArgument
 from proxytune.commands.progress import waiting
+from proxytune.settings import option
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -19,12 +21,26 @@ if TYPE_CHECKING:
     from proxytune.loading.doctor import Diagnosis, ModelReport
 
 
+@dataclass(frozen=True, kw_only=True)
+class AskOptions:
+    """What a base behind an API may be asked, and with which key."""
+
+    ask_server: bool = option(
+        False,
+        "Ask the API of the recipe's base what it shows and accepts, also if that sends a key to it",
+    )
+    key_env: str | None = option(None, KEY_ENV)
+    as_json: bool = option(False, AS_JSON)
+
+
 @command("proxytune doctor my-recipe")
-def doctor(recipe: RecipeArgument, as_json: JsonOption = False) -> None:
+def doctor(recipe: RecipeArgument, options: AskOptions) -> None:
     """Check a recipe without loading weights.
 
-    Shows vocabularies, parameters, dtypes, prompt formats, and the memory that is needed and available. The
-    exit code is 2 if something keeps the recipe from running.
+    Shows vocabularies, parameters, dtypes, prompt formats, the memory that is needed and available, and the
+    rights that the recipe asks for; none of its code runs. The exit code is 2 if something keeps the recipe
+    from running, also if that is only a right that you have to grant. An API is asked nothing that needs a
+    key, unless you say --ask-server.
     """
     from proxytune.recipe.recipe import Recipe
 
@@ -32,10 +48,17 @@ def doctor(recipe: RecipeArgument, as_json: JsonOption = False) -> None:
     with waiting("examining the models"):
         from proxytune.loading.doctor import examine
 
-        diagnosis = examine(found, ask_server=True)
-    print_result(diagnosis, lambda found: stdout().print(rendered(found)), as_json=as_json)
+        diagnosis = examine(
+            found, ask_server=True, send_key=options.ask_server, key_env=options.key_env
+        )
+    print_result(diagnosis, lambda found: stdout().print(rendered(found)), as_json=options.as_json)
     if not diagnosis.is_healthy:
-        say("error: the recipe cannot run as it is")
+        flags = " ".join(dict.fromkeys(one.flag for one in diagnosis.asked))
+        others = len(diagnosis.problems) - len(diagnosis.asked)
+        if others:
+            say("error: the recipe cannot run as it is")
+        if flags:
+            say(f"error: the recipe asks for rights that only you can grant: {flags}")
         raise typer.Exit(2)
 
 
@@ -43,12 +66,11 @@ def rendered(diagnosis: Diagnosis) -> RenderableType:
     """Return tables and paragraphs for a terminal of 80 columns or more."""
     from rich.console import Group
     from rich.padding import Padding
-    from rich.text import Text
 
     from proxytune.loading.doctor import bytes_text
 
     def paragraph(text: str, style: str = "") -> RenderableType:
-        return Padding(Text(text, style=style), (1, 0, 0, 0))
+        return Padding(styled(text, style), (1, 0, 0, 0))
 
     parts: list[RenderableType] = [_table(diagnosis.models), _legend(diagnosis.models)]
     for device in diagnosis.devices:
@@ -72,12 +94,11 @@ def _table(models: tuple[ModelReport, ...]) -> Table:
     """Return what is known of each model, a row each."""
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
     from proxytune.loading.doctor import bytes_text
 
-    def cell(*lines: str | None) -> Text:
-        return Text("\n".join(line for line in lines if line) or "?")
+    def cell(*lines: str | None) -> str:
+        return "\n".join(line for line in lines if line) or "?"
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), expand=False)
     for heading in ("part", "parameters", "dtype", "context", "prompt", "vocabulary", "memory"):
@@ -90,7 +111,7 @@ def _table(models: tuple[ModelReport, ...]) -> Table:
         dtypes = (model.stored_dtype, None if is_stored else f"runs {model.running_dtype}")
         is_shared = model.kind and model.shares and not model.weight_bytes
         table.add_row(
-            Text(model.part, style="bold"),
+            styled(model.part, "bold"),
             cell(_count(model.num_parameters), f"+ {_count(adapter)}" if adapter else None),
             cell(*dtypes if model.stored_dtype else ()),
             cell(f"{model.max_context:,}" if model.max_context else None),
@@ -104,7 +125,6 @@ def _table(models: tuple[ModelReport, ...]) -> Table:
 def _legend(models: tuple[ModelReport, ...]) -> Table:
     """Return what each model is, and how it sees a prompt."""
     from rich.table import Table
-    from rich.text import Text
 
     legend = Table.grid(padding=(0, 2, 0, 0))
     legend.add_column(no_wrap=True)
@@ -121,7 +141,7 @@ def _legend(models: tuple[ModelReport, ...]) -> Table:
         if model.num_padding:
             lines.append(f"{model.num_padding:,} padding ids, which are never sampled")
         for number, line in enumerate(lines):
-            legend.add_row(Text("" if number else model.part), Text(line))
+            legend.add_row("" if number else model.part, line)
     return legend
 
 

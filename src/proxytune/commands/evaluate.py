@@ -10,10 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from proxytune.commands.app import command, print_result
-from proxytune.commands.console import say, stdout
+from proxytune.commands.console import print_text, say, stdout
 from proxytune.commands.flags import Pick
 from proxytune.commands.options import AS_JSON, ModelOptions, RecipeArgument
 from proxytune.commands.progress import ProgressBars
@@ -96,7 +94,7 @@ def evaluate(
 
     def load(wanted: Recipe, experts: tuple[str, ...] | None) -> ProxyTuned:
         is_api = wanted.base.api is not None
-        own = models if is_api else replace(models, max_calls=None, max_cost=None)
+        own = models if is_api else replace(models, max_calls=None, max_cost=None, key_env=None)
         return own.load(wanted, experts)
 
     def show(state: EvalProgress) -> None:
@@ -106,8 +104,8 @@ def evaluate(
         result = run(
             found, report.output, options, load=load, name=recipe, on_progress=show, say=say
         )
-    _write(result, report.output)
     print_result(result, _show, as_json=report.as_json)
+    _write(result, report.output)
     resumed = f", {result.num_resumed:,} were there before" if result.num_resumed else ""
     say(f"{result.num_generated:,} samples generated{resumed}; everything is in {report.output}")
 
@@ -134,5 +132,5 @@ def _show(report: EvalReport) -> None:
     for task in report.tasks:
         console.print(terminal_table(task))
         for note in task.notes:
-            typer.echo(f"  {note}")
-        typer.echo("")
+            print_text(f"  {note}")
+        print_text()

@@ -8,10 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from proxytune.commands.app import command
-from proxytune.commands.console import argument_text, json_line, say, stdin_text, write_text
+from proxytune.commands.console import (
+    argument_text,
+    json_line,
+    print_text,
+    say,
+    stdin_text,
+    write_text,
+)
 from proxytune.commands.flags import Pick, given_flags
 from proxytune.commands.options import (
     AS_JSON,
@@ -181,13 +186,13 @@ def _show(reports: Iterable[Report], name: str, options: ExplainOptions) -> None
     with trace_writer(options.trace_file) as write:
         kept: list[Report] = []
         for number, report in enumerate(reports):
-            write(run.trace for run in report.runs)
             if options.html is not None or options.as_json:
                 kept.append(report)
             if not options.as_json:
                 print_moves(report, options.rows, is_first=number == 0)
+            write(run.trace for run in report.runs)
     if options.as_json:
-        typer.echo(json_line({"recipe": name, "reports": [r.to_dict() for r in kept]}))
+        print_text(json_line({"recipe": name, "reports": [r.to_dict() for r in kept]}))
     if options.html is not None:
         from proxytune.explain.page import page
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from proxytune.commands.app import command
-from proxytune.commands.console import say
-from proxytune.commands.options import argument
+from proxytune.commands.console import print_text, say
+from proxytune.commands.flags import Pick
+from proxytune.commands.options import GrantOptions, argument
 from proxytune.commands.progress import waiting
 from proxytune.errors import InvalidRequest
 from proxytune.settings import option
@@ -55,6 +54,7 @@ def export_gguf(
         Path, argument("OUTPUT", "Where to write: a directory for a recipe, otherwise a .gguf file")
     ],
     options: ExportOptions,
+    rights: Annotated[GrantOptions, Pick(leave_out=("key_env",))],
 ) -> None:
     """Write models and adapters as GGUF files, which llama.cpp runs.
 
@@ -79,7 +79,7 @@ def export_gguf(
     if not holds_recipe(source, root=Path.cwd()):
         file = _export_model(source, output, options)
         _say_exported(file)
-        typer.echo(file.path)
+        print_text(str(file.path))
         return
     if options.adapter is not None:
         raise InvalidRequest(
@@ -93,11 +93,12 @@ def export_gguf(
             dtype=options.dtype.upper(),
             pre=options.pre,
             overwrite=options.force,
+            grants=rights.grants(),
         )
     for file in written.files:
         _say_exported(file)
     say(f"wrote {written.directory / 'config.json'}")
-    typer.echo(written.directory)
+    print_text(str(written.directory))
 
 
 def _export_model(source: str, output: Path, options: ExportOptions) -> ExportedFile:

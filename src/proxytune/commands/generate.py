@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from proxytune.commands.app import command
 from proxytune.commands.console import (
     argument_text,
     json_line,
+    print_text,
     rate_text,
     say,
     stdin_text,
@@ -101,7 +100,8 @@ def generate(
 
     A file holds one JSON object per line, with prompt (text, messages or token ids) or messages, and
     optionally options for this line alone; the output file holds the same objects with output added. After an
-    interruption, the same command continues the run, and the file becomes the same as without one.
+    interruption, the same command continues the run, and the file becomes the same as without one; it also
+    answers lines that were added to the input since.
     """
     _refuse_contradictions(given_flags(PROMPT=prompt, options=options, sampling=sampling))
     if options.input_file is not None and options.output_file is not None:
@@ -129,9 +129,9 @@ def generate(
         _show_choice(model, request, options)
         return
     trace = _generated(model, request, options)
+    _show(trace, options, logprobs=sampling.logprobs is not None)
     if options.trace_file is not None:
         write_text(options.trace_file, trace.to_json() + "\n")
-    _show(trace, options, logprobs=sampling.logprobs is not None)
 
 
 def _is_streamed(options: GenerateOptions) -> bool:
@@ -144,8 +144,7 @@ def _generated(model: ProxyTuned, request: Request, options: GenerateOptions) ->
     is_streamed = _is_streamed(options)
 
     def show(_: int, event: Event) -> None:
-        typer.echo((event.step.text if event.step else "") + event.tail, nl=False)
-        sys.stdout.flush()
+        print_text((event.step.text if event.step else "") + event.tail, end="")
 
     try:
         return model.generate_batch(
@@ -153,15 +152,15 @@ def _generated(model: ProxyTuned, request: Request, options: GenerateOptions) ->
         )[0]
     except KeyboardInterrupt:
         if is_streamed:
-            typer.echo()
+            print_text()
         raise
     except ProxytuneError as error:
         for kept in error.traces:  # what was generated until then
             if options.as_json:
                 has_logprobs = request.sampling.logprobs is not None
-                typer.echo(json_line(kept.summary(logprobs=has_logprobs)))
+                print_text(json_line(kept.summary(logprobs=has_logprobs)))
             else:
-                typer.echo("" if is_streamed else kept.text)
+                print_text("" if is_streamed else kept.text)
         raise
 
 
@@ -170,9 +169,9 @@ def _show(trace: Trace, options: GenerateOptions, *, logprobs: bool) -> None:
         summary = trace.summary(logprobs=logprobs)
         if options.speculative:
             summary |= {"num_drafted": trace.num_drafted, "num_accepted": trace.num_accepted}
-        typer.echo(json_line(summary))
+        print_text(json_line(summary))
         return
-    typer.echo("" if _is_streamed(options) else trace.text)
+    print_text("" if _is_streamed(options) else trace.text)
     drafted = f" · {trace.num_accepted} of {trace.num_drafted} drafted"
     say(
         f"{rate_text(trace.num_new_tokens, trace.latency_s)} · {trace.finish_reason} · "
@@ -207,9 +206,9 @@ def _show_choice(model: ProxyTuned, request: Request, options: GenerateOptions) 
     probs = dict(zip(answers, found.probs, strict=True))
     if options.as_json:
         content = {"choice": found.option, "index": found.index, "probs": probs}
-        typer.echo(json_line(content | {"is_certified": found.is_certified}))
+        print_text(json_line(content | {"is_certified": found.is_certified}))
         return
-    typer.echo(found.option)
+    print_text(found.option)
     shares = ", ".join(f"{answer.strip()} {prob:.3f}" for answer, prob in probs.items())
     proof = {None: "", True: " · certified", False: " · not certified"}[found.is_certified]
     say(f"{shares} · {strengths_text(found.alphas)}{proof}")
@@ -294,6 +293,8 @@ def _show_file(report: BatchReport, output_file: Path, *, as_json: bool) -> None
             f"{output_file}: {report.num_lines:,} lines{resumed if report.num_resumed else ''}; "
             f"{rate_text(report.num_new_tokens, report.latency_s)}"
         )
+    if report.input_change:
+        say(f"note: {report.input_change}")
     if report.bad_lines:
         say(f"left out {len(report.bad_lines):,} bad line(s): {number_list(report.bad_lines)}")
         for reason in report.reasons:
@@ -306,5 +307,6 @@ def _show_file(report: BatchReport, output_file: Path, *, as_json: bool) -> None
             "num_new_tokens": report.num_new_tokens,
             "bad_lines": list(report.bad_lines),
             "latency_s": round(report.latency_s, 4),
+            "input_change": report.input_change or None,
         }
-        typer.echo(json_line(content))
+        print_text(json_line(content))

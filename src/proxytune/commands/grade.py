@@ -7,10 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from proxytune.commands.app import command
-from proxytune.commands.console import json_line, say
+from proxytune.commands.console import json_line, print_text, say
 from proxytune.commands.options import AS_JSON, argument
 from proxytune.errors import InvalidRequest
 from proxytune.evaluate.plan import DATA_DIR, EvalOptions
@@ -82,7 +80,7 @@ def grade(
     found = benchmark.grade(rows, options.rule)
     found = replace(found, notes=(*found.notes, *notes))
     content = found.to_dict()
-    typer.echo(
+    print_text(
         json_line(content)
         if options.as_json
         else json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)

@@ -14,6 +14,7 @@ from proxytune.commands.console import file_text
 from proxytune.commands.flags import Flag, number_of
 from proxytune.commands.progress import waiting
 from proxytune.errors import InvalidRequest, UserError
+from proxytune.grants import Grants
 from proxytune.request import Steering
 from proxytune.settings import Option, option
 
@@ -38,7 +39,11 @@ PromptArgument = Annotated[
     argument("PROMPT", "The text to continue; - reads it from stdin, without its last line break"),
 ]
 AS_JSON = Option("Print one JSON object on one line", flag="--json")
-JsonOption = Annotated[bool, typer.Option(AS_JSON.flag, help=AS_JSON.help)]
+KEY_ENV = Option(
+    "Environment variable whose key is sent to the API of the recipe's base",
+    metavar="VARIABLE",
+    none_means="the one bound to that host",
+)
 STRENGTH = "Strength of steering: 0 is the base alone, 1 the published method"
 PICTURE = Option("Draw a picture to this file: .png, .svg or .pdf", metavar="FILE")
 
@@ -121,7 +126,25 @@ class PolicyOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class GrantOptions:
+    """Rights that a recipe asks for and that only you can grant."""
+
+    trust_remote_code: bool = option(
+        False, "Run Python code that comes with the recipe's models, where the recipe asks for it"
+    )
+    allow_pickle: bool = option(
+        False,
+        "Read pickled weights, which can run any code, where the recipe asks for it",
+    )
+    key_env: str | None = option(None, KEY_ENV)
+
+    def grants(self) -> Grants:
+        """Return these rights."""
+        return Grants(self.trust_remote_code, self.allow_pickle, self.key_env)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(GrantOptions):
     """Where and how a recipe's models run."""
 
     device: str | None = option(
@@ -203,9 +226,10 @@ class ModelOptions:
         """
         limits = {"--max-calls": self.max_calls, "--max-cost": self.max_cost}
         given = [name for name, limit in limits.items() if limit is not None]
-        if given and recipe.base.api is None:
+        for_api = [*given, *(["--key-env"] if self.key_env is not None else [])]
+        if for_api and recipe.base.api is None:
             raise InvalidRequest(
-                f"{given[0]} is for a base behind an API, and this one runs here.\nhint: leave it out"
+                f"{for_api[0]} is for a base behind an API, and this one runs here.\nhint: leave it out"
             )
         with waiting("loading models"):
             from proxytune.backends.api.client import Budget
@@ -218,6 +242,9 @@ class ModelOptions:
                 cuda_graphs=self.cuda_graphs,
                 experts=None if experts is None else tuple(experts),
                 budget=Budget(self.max_calls, self.max_cost) if given else None,
+                trust_remote_code=self.trust_remote_code,
+                allow_pickle=self.allow_pickle,
+                key_env=self.key_env,
             )
 
 

@@ -14,7 +14,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from proxytune.commands.console import say, stderr
+from proxytune.commands.console import say, stderr, styled
+from proxytune.commands.streams import escaped, live
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -71,7 +72,9 @@ def sign_of_life(doing: str, lines: Lines = LINES) -> AbstractContextManager[Non
 
 def waiting(doing: str) -> AbstractContextManager[object]:
     """Show a sign of life while something runs that does not report how far it has come."""
-    return stderr().status(doing) if stderr_is_terminal() else sign_of_life(doing)
+    if stderr_is_terminal():
+        return live(stderr().status(styled(doing)))
+    return sign_of_life(doing)
 
 
 class ProgressBars:
@@ -90,8 +93,8 @@ class ProgressBars:
         self._latest = doing
         self._bars = _bars() if stderr_is_terminal() else None
         self._stages: dict[str, TaskID] = {}
-        self._shown: AbstractContextManager[object] = self._bars or lines.about(
-            lambda: self._latest
+        self._shown: AbstractContextManager[object] = (
+            lines.about(lambda: self._latest) if self._bars is None else live(self._bars)
         )
 
     def __enter__(self) -> ProgressBars:
@@ -110,6 +113,7 @@ class ProgressBars:
             total: Of how much in all.
             note: What follows these two numbers: their unit, a rate, losses.
         """
+        stage, note = escaped(stage), escaped(note)  # The columns of a bar are no strings to rich.
         count = f"{done:,.0f} of {total:,.0f} {note}".rstrip()
         self._latest = f"{stage}: {count}"
         if self._bars is not None:

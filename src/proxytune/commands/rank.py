@@ -44,7 +44,9 @@ def rank_experts(
     *,
     data: DataOptions,
     options: RankOptions,
-    models: Annotated[ModelOptions, Pick(leave_out=("cuda_graphs", "max_calls", "max_cost"))],
+    models: Annotated[
+        ModelOptions, Pick(leave_out=("cuda_graphs", "max_calls", "max_cost", "key_env"))
+    ],
 ) -> None:
     """Rank experts by how much each alone would help with a kind of text, without generating.
 

@@ -18,16 +18,17 @@ from proxytune.commands.console import stderr
 from proxytune.commands.flags import Pick
 from proxytune.commands.options import ModelOptions, RecipeArgument, argument
 from proxytune.errors import InvalidRequest, missing_extra
+from proxytune.grants import KEY_VARIABLE
 from proxytune.machine import settle
 from proxytune.request import SPECULATIVE
-from proxytune.server.settings import KEY_VARIABLE, ServerSettings, read_keys
+from proxytune.server.settings import ServerSettings, read_keys
 from proxytune.settings import option
 
 VLLM_DRAFT = 4
 """Tokens that the expert drafts at a time in vLLM with --speculative."""
 VLLM_OPTIONS = frozenset(
     {"recipe", "engine", "host", "port", "name", "api_key_file", "no_key", "cors_origins"}
-    | {"max_rows", "speculative", "dtype", "vllm_options"}
+    | {"max_rows", "speculative", "dtype", "trust_remote_code", "allow_pickle", "vllm_options"}
 )
 """What --engine vllm honours; the rest has names of vLLM's own."""
 
@@ -133,6 +134,7 @@ def serve(
             name=name,
             dtype=models.dtype,
             num_drafted=VLLM_DRAFT if listen.speculative else 0,
+            grants=models.grants(),
             options=[*own, *(vllm_options or ())],
         )
         become_vllm_server(command_line, keys)
@@ -193,9 +195,16 @@ def _name(reference: str) -> str:
     return reference.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1] or "recipe"
 
 
+class _OneLine(logging.Formatter):
+    """Keeps a record on a line of its own, so that nothing a client or a server sends can pose as another."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return super().formatMessage(record).replace("\n", "\\n")
+
+
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(message)s"))
     log = logging.getLogger("proxytune.server")
     log.addHandler(handler)
     log.setLevel(logging.INFO)

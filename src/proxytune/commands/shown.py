@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from proxytune.commands.console import plain_table, stdout, strengths_text
+from proxytune.commands.console import plain_table, stdout, strengths_text, styled
 from proxytune.explain.moves import COLOURS
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ INVISIBLE = re.compile(
 
 def print_moves(report: Report, num_rows: int, *, is_first: bool) -> None:
     """Print what steering did to the tokens of a report's first run."""
-    from rich.text import Text
-
     from proxytune.explain.moves import moves
     from proxytune.explain.summary import first_difference
 
@@ -42,8 +40,8 @@ def print_moves(report: Report, num_rows: int, *, is_first: bool) -> None:
         console.print()
         console.rule(style="dim")
     title = "given text, " if run.trace.finish_reason == "given" else ""
-    console.print(Text(title + strengths_text(run.trace.alphas), style="bold"))
-    text = Text(safe(run.trace.prompt), style="dim")
+    console.print(title + strengths_text(run.trace.alphas), style="bold")
+    text = styled(safe(run.trace.prompt), "dim")
     text.append_text(coloured(moved))
     console.print(text)
     if num_rows:
@@ -53,21 +51,20 @@ def print_moves(report: Report, num_rows: int, *, is_first: bool) -> None:
         place = first_difference(other.trace, run.trace)
         where = "the same text" if place is None else f"parts at position {place}"
         label = "the base by itself" if other.is_base else other.name
-        console.print(Text(f"{label}: {where}", style="bold"))
+        console.print(f"{label}: {where}", style="bold")
         shown = moves(other.trace)
         at = len(shown) if place is None else place
-        body = Text(safe("".join(move.piece for move in shown[:at])), style="dim")
+        body = styled(safe("".join(move.piece for move in shown[:at])), "dim")
         body.append(safe("".join(move.piece for move in shown[at:])))
         console.print(body)
     console.print()
-    console.print(Text(summary_line(moved)))
+    console.print(summary_line(moved))
 
 
 def coloured(moved: Sequence[Move]) -> Text:
     """Return a text with each token coloured by its shift, changed ones in angle brackets."""
-    from rich.text import Text
-
-    text = Text(end="")
+    text = styled("")
+    text.end = ""
     for move in moved:
         piece = safe(move.piece)
         if move.is_special:
@@ -89,8 +86,6 @@ def coloured(moved: Sequence[Move]) -> Text:
 
 
 def _show_moved(moved: Sequence[Move], trace: Trace, num_rows: int) -> None:
-    from rich.text import Text
-
     from proxytune.explain.moves import label
 
     known = [m for m in moved if m.prob_change is not None and m.base_logprob is not None]
@@ -112,8 +107,8 @@ def _show_moved(moved: Sequence[Move], trace: Trace, num_rows: int) -> None:
             ]
         table.add_row(
             str(move.index),
-            Text(shown_token(move.label), style=STYLES.get(move.level, "")),
-            *map(Text, firsts),
+            styled(shown_token(move.label), STYLES.get(move.level, "")),
+            *firsts,
             "" if move.base_rank is None else str(move.base_rank),
             f"{base_prob:.1%}",
             f"{steered_prob:.1%}",

@@ -146,7 +146,9 @@ def sweep(
     data: DataOptions,
     options: SweepOptions,
     policy: PolicyOptions,
-    models: Annotated[ModelOptions, Pick(leave_out=("cuda_graphs", "max_calls", "max_cost"))],
+    models: Annotated[
+        ModelOptions, Pick(leave_out=("cuda_graphs", "max_calls", "max_cost", "key_env"))
+    ],
 ) -> None:
     """Try strengths against a metric: pick the best on one part of the data, and measure it on another.
 
@@ -182,10 +184,10 @@ def sweep(
                 seed=options.seed,
                 on_progress=advance,
             )
+    print_result(report, _show, as_json=options.as_json)
     if options.picture is not None:
         draw(report, grid, options.picture)
         say(f"wrote {options.picture}")
-    print_result(report, _show, as_json=options.as_json)
 
 
 def _grid(recipe: Recipe, options: SweepOptions) -> tuple[Grid, tuple[str, ...]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import typer
 
 from proxytune.commands.app import command
-from proxytune.commands.console import json_line, say
+from proxytune.commands.console import json_line, print_text, say
 from proxytune.commands.options import AS_JSON
 from proxytune.commands.progress import ProgressBars
 from proxytune.errors import missing_extra
@@ -52,7 +52,7 @@ def tune(settings: TuneSettings, options: RunOptions) -> None:
         say(str(error))
         raise typer.Exit(130) from None
     if options.as_json:
-        typer.echo(json_line(result.to_dict()))
+        print_text(json_line(result.to_dict()))
         return
     say(f"wrote {settings.directory}: expert {result.expert!r}, alpha {result.alpha:g}")
     for title, report in (("validation", result.valid), ("test", result.test)):

@@ -8,7 +8,9 @@ interrupted run that is started again leaves the same bytes as an uninterrupted 
 - Lines are generated in blocks of `batch_size`, and written and flushed to disk block by block, in the order
   of the input. A restarted run cuts off an incomplete block and generates it again with the same lines.
 - A sampled line without a seed gets one from the run's seed (default 0) and the line's number.
-- `OUTPUT.progress.json` holds the settings that the output was started with; other settings are refused.
+- `OUTPUT.progress.json` holds the settings that the output was started with; other settings are refused. An
+  input that has more lines than it had then is continued. One that changes during the run is noticed: every
+  answer is to a line as it was at the start, and lines added meanwhile are left for the next run.
 
 How one answer is generated is decided in `model.py`.
 """
@@ -17,7 +19,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -45,6 +48,7 @@ class BatchReport:
         bad_lines: Numbers of the input lines left out, from 1.
         reasons: Why the first few of them were left out.
         latency_s: Seconds from the first block to the last, without loading models.
+        input_change: What became of the input file during the run, as a sentence; empty for nothing.
     """
 
     num_lines: int
@@ -53,6 +57,7 @@ class BatchReport:
     bad_lines: tuple[int, ...]
     reasons: tuple[str, ...]
     latency_s: float
+    input_change: str = ""
 
     @property
     def was_complete(self) -> bool:
@@ -91,19 +96,29 @@ def run_batch(
         on_progress: Called once with what an earlier run left, then after each token.
 
     Raises:
-        InputFileError: The input cannot be read, has no prompts, or a line cannot be used.
+        InputFileError: The input cannot be read, has no prompts, a line cannot be used, or a line has
+            changed before its turn.
         OutputFileError: The output cannot be written, is being written by another process, or was started
             with other settings.
         BackendError: A model failed; what is written stays, and the same call continues.
     """
-    if output_file.exists() and input_file.exists() and output_file.samefile(input_file):
+    is_same = False
+    with suppress(OSError):  # One is missing or cannot be reached, which opening it reports.
+        is_same = output_file.samefile(input_file)
+    if is_same:
         raise OutputFileError(
             f"{output_file} is both the input and the output, and writing it would destroy the prompts.\n"
             "hint: give another output file"
         )
     with InputFile(input_file, recipe, options) as source:
         experts = source.check_lines()
-        with ResumableOutput(output_file, _settings(recipe, options, source.sha256)) as output:
+        settings = _settings(recipe, options, source.sha256)
+
+        def continues(begun: Mapping[str, Any]) -> bool:
+            has_grown = {**begun, "input_sha256": source.sha256} == settings
+            return has_grown and source.begins_with(begun["input_sha256"])
+
+        with ResumableOutput(output_file, settings, continues) as output:
             if output.finished is not None:
                 num_lines, bad_lines = output.finished
                 return BatchReport(num_lines, num_lines, 0, bad_lines, tuple(source.reasons), 0.0)
@@ -114,8 +129,17 @@ def run_batch(
             num_new_tokens = _generate(model, source, output, num_resumed, options, on_progress)
             latency_s = time.perf_counter() - started
             output.finish(source.num_lines, source.bad_lines)
+            change = source.change()
     bad_lines, reasons = tuple(sorted(source.bad_lines)), tuple(source.reasons)
-    return BatchReport(source.num_lines, num_resumed, num_new_tokens, bad_lines, reasons, latency_s)
+    return BatchReport(
+        num_lines=source.num_lines,
+        num_resumed=num_resumed,
+        num_new_tokens=num_new_tokens,
+        bad_lines=bad_lines,
+        reasons=reasons,
+        latency_s=latency_s,
+        input_change=change,
+    )
 
 
 def _generate(

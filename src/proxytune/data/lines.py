@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -141,6 +143,11 @@ def _request(prompt: Any, own: Mapping[str, Any], number: int, options: BatchOpt
     return Request(prompt, sampling, steering.alpha, steering.experts)
 
 
+def _numbered(number: int, raw: bytes) -> bytes:
+    """Return a line as the digest of a file takes it."""
+    return b"%d:%d:" % (number, len(raw)) + raw
+
+
 def _experts(value: object) -> Experts:
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return tuple(value)
@@ -159,7 +166,7 @@ def _kind(value: object) -> str:
 
 
 class InputFile:
-    """The input file, read line by line and more than once."""
+    """The input file, read line by line and more than once: always what it held when it was first read."""
 
     def __init__(self, path: Path, recipe: Recipe, options: BatchOptions) -> None:
         self._path = path
@@ -178,10 +185,9 @@ class InputFile:
                 )
             self._file: IO[bytes] = path.open("rb")
         except OSError as error:
-            raise InputFileError(
-                f"{path} cannot be read: {error.strerror}.\nhint: give a file of JSON "
-                'lines, such as {"prompt": "Once upon a time"}'
-            ) from error
+            raise self._unreadable(error) from error
+        self._size: int | None = None  # bytes, as soon as all are read
+        self._hashes = array("q")  # of the lines as they were first read
 
     def __enter__(self) -> InputFile:
         return self
@@ -189,13 +195,46 @@ class InputFile:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def _raw_lines(self) -> Iterator[tuple[int, bytes]]:
-        self._file.seek(0)
-        for number, raw in enumerate(self._file, 1):
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")  # Some editors put a byte order mark there.
-            if raw.strip():
-                yield number, raw
+    def _unreadable(self, error: OSError) -> InputFileError:
+        return InputFileError(
+            f"{self._path} cannot be read: {error.strerror}.\nhint: give a file of JSON "
+            'lines, such as {"prompt": "Once upon a time"}'
+        )
+
+    def _raw_lines(self, file: IO[bytes] | None = None) -> Iterator[tuple[int, bytes]]:
+        """Yield the lines that are not blank, of this file or of what is at its path now.
+
+        Raises:
+            InputFileError: It cannot be read, or a line is not what it was when it was first read.
+        """
+        file, size = file or self._file, 0
+        try:
+            for number in count(1):
+                file.seek(size)  # Another pass may have begun meanwhile.
+                raw = file.readline()
+                if self._size is None:
+                    self._hashes.append(hash(raw))
+                else:
+                    raw = raw[: self._size - size]
+                    if hash(raw) != self._hashes[number - 1]:
+                        raise self._changed()
+                if not raw:
+                    break
+                size += len(raw)
+                if number == 1:
+                    # Some editors put a byte order mark there.
+                    raw = raw.removeprefix(b"\xef\xbb\xbf")
+                if raw.strip():
+                    yield number, raw
+        except OSError as error:
+            raise self._unreadable(error) from error
+        self._size = size
+
+    def _changed(self) -> InputFileError:
+        return InputFileError(
+            f"{self._path} has changed while it was being read: what some lines asked is lost.\n"
+            "hint: restore the file and run the same command again, or give another output file"
+        )
 
     def check_lines(self) -> tuple[str, ...]:
         """Check every line, and return the experts that the lines use.
@@ -206,7 +245,7 @@ class InputFile:
         experts: set[str] = set()
         digest = hashlib.sha256()
         for number, raw in self._raw_lines():
-            digest.update(b"%d:%d:" % (number, len(raw)) + raw)
+            digest.update(_numbered(number, raw))
             try:
                 line = parse_line(raw, number, recipe=self._recipe, options=self._options)
             except UserError as error:
@@ -217,6 +256,34 @@ class InputFile:
         self.sha256 = digest.hexdigest()
         self._check_some_left()
         return tuple(e.name for e in self._recipe.experts if e.name in experts)
+
+    def begins_with(self, sha256: str) -> bool:
+        """Return whether the file with that `sha256` had the first lines of this one."""
+        digest = hashlib.sha256()
+        for number, raw in self._raw_lines():
+            for known in (raw, raw.removesuffix(b"\n")):  # Its last line may have had no end.
+                last = digest.copy()
+                last.update(_numbered(number, known))
+                if last.hexdigest() == sha256:
+                    return True
+            digest.update(_numbered(number, raw))
+        return False
+
+    def change(self) -> str:
+        """Return what has become of the file since it was read, as a sentence; empty if nothing has."""
+        try:
+            with self._path.open("rb") as file:
+                for _ in self._raw_lines(file):
+                    pass
+                file.seek(self._size or 0)
+                if not file.read(1):
+                    return ""
+        except (OSError, InputFileError):
+            return f"{self._path} has changed; the answers are those to what it held before"
+        return (
+            f"{self._path} has grown; the answers are those to its first {self.num_lines:,} lines, and the "
+            "same command answers the others"
+        )
 
     def check_requests(self, model: ProxyTuned) -> None:
         """Check that every prompt fits the models.

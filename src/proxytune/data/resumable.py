@@ -6,7 +6,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,16 +29,24 @@ class ResumableOutput:
     Args:
         path: The file; created if it does not exist.
         settings: Everything that the content depends on. A file started with other settings is refused.
+        continues: Whether these settings go on from those that the file was started with, as those of an
+            input with more lines do. Then the file is continued with these.
 
     Raises:
         OutputFileError: The file cannot be written, is being written by another process, or was started with
             other settings.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        continues: Callable[[Mapping[str, Any]], bool] = lambda begun: False,
+    ) -> None:
         self._path = path
         self._progress_path = path.with_name(path.name + ".progress.json")
         self._settings = settings
+        self._continues = continues
         try:
             self._file = self._open()
         except OSError as error:
@@ -53,8 +61,12 @@ class ResumableOutput:
     def __enter__(self) -> ResumableOutput:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._file.close()  # writes what a failed write has left
+        except OSError as error:
+            if kind is None:
+                raise self._cannot_write(error) from error
 
     def _open(self) -> IO[bytes]:
         if self._path.exists() and not stat.S_ISREG(self._path.stat().st_mode):
@@ -93,19 +105,22 @@ class ResumableOutput:
                 "started, is missing or damaged; the file is left as it is.\n"
                 "hint: give another output file, or remove this one"
             ) from error
-        if begun != self._settings:
+        is_continued = begun != self._settings and self._continues(begun)
+        if begun != self._settings and not is_continued:
             raise OutputFileError(
                 f"{self._path} was started with other settings, and continuing would mix them: "
                 f"{_differences(begun, self._settings)}.\n"
                 "hint: use the settings it was started with, give another output file, or remove this one"
             )
-        if finished is None:
-            return None
-        if finished_size != size:
+        if finished is not None and finished_size != size:
             raise OutputFileError(
                 f"{self._path} was finished with {finished_size:,} bytes and now has {size:,}, so something "
                 "else has written to it.\nhint: give another output file, or remove this one"
             )
+        if is_continued:
+            self._write_progress({})
+        if finished is None or is_continued:
+            return None
         return num_lines, bad_lines
 
     def resume(self, lines: Iterator[Line], num_lines: int, batch_size: int) -> int:

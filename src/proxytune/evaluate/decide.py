@@ -12,6 +12,7 @@ from proxytune.errors import BackendError, InputFileError
 from proxytune.evaluate.judges import ChatJudge, CodeRunner, Judge, ToxicityClassifier
 from proxytune.evaluate.plan import EvalOptions, Work
 from proxytune.evaluate.predictors import Predictor, file_name
+from proxytune.files import append, writing
 from proxytune.tasks.humaneval import CodeTask
 from proxytune.tasks.rows import Row
 
@@ -52,6 +53,7 @@ def decide(
 
     Raises:
         InputFileError: A kept decision cannot be read.
+        OutputFileError: A decision cannot be written; what is kept stays, and the same call continues.
     """
     task = work.task
     if task.decider == "rule":
@@ -94,11 +96,12 @@ class _Decisions:
     def __init__(self, path: Path, judge: str) -> None:
         self._path, self._judge = path, judge
         self.by_row: dict[str, Row] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = path.read_bytes() if path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            path.write_bytes(whole)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = path.read_bytes() if path.exists() else b""
+            whole = content[: content.rfind(b"\n") + 1]
+            if whole != content:
+                os.truncate(path, len(whole))
         for number, line in enumerate(whole.decode("utf-8", "replace").split("\n"), 1):
             if not line:
                 continue
@@ -115,7 +118,4 @@ class _Decisions:
         """Keep a decision, and write it to disk."""
         self.by_row[key] = decision
         entry = {"row": key, "judge": self._judge, "decision": decision}
-        with self._path.open("ab") as file:
-            file.write((json.dumps(entry, ensure_ascii=False) + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
+        append(self._path, json.dumps(entry, ensure_ascii=False) + "\n")

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sqlite3
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proxytune.errors import InputFileError
+from proxytune.errors import InputFileError, OutputFileError
+from proxytune.files import HINT, writing
 from proxytune.tasks.statistics import standard_error
 from proxytune.tasks.task import Grade, Rule
 
@@ -79,6 +81,7 @@ def run_task(
 
     Raises:
         InputFileError: The task's data is missing.
+        OutputFileError: The cache cannot be written.
         BackendError: A model failed.
     """
     from lm_eval import simple_evaluate
@@ -88,7 +91,8 @@ def run_task(
     name = task if isinstance(task, str) else str(task["task"])
     started = time.perf_counter()
     lm = ProxyTunedLM(model, alpha=alpha, expert=experts, batch_size=batch_size, seed=seed)
-    cache.parent.mkdir(parents=True, exist_ok=True)
+    with writing(cache):
+        cache.parent.mkdir(parents=True, exist_ok=True)
     try:
         found = simple_evaluate(
             model=lm,
@@ -98,6 +102,10 @@ def run_task(
             log_samples=True,
             use_cache=str(cache),
         )
+    except sqlite3.Error as error:
+        raise OutputFileError(
+            f"lm-eval's cache {cache} cannot be written: {error}.\nhint: {HINT}"
+        ) from error
     except (OSError, ValueError) as error:
         # Data sets come from the Hub, whose library raises these.
         raise InputFileError(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from proxytune.backends.api.answers import read_message
 from proxytune.backends.api.client import ApiClient, Budget
 from proxytune.errors import InputFileError, InvalidRequest, ModelNotFound
 from proxytune.recipe.spec import ApiSettings
@@ -145,7 +146,8 @@ class JudgeSettings:
     Args:
         url: Base URL of the API, including `/v1`.
         model: The model's name on the server.
-        key_env: Environment variable that holds the API key; None sends no key.
+        key_env: Environment variable that holds the API key; None for the one that is bound to the host, if
+            any.
         max_calls: Maximum number of calls; None sets no limit.
         timeout_s: Seconds to wait for an answer before a call is retried.
         max_retries: Maximum number of retries per call.
@@ -167,20 +169,17 @@ class ChatJudge:
         task: `truthfulqa_open` or `alpaca_eval`.
 
     Raises:
-        InvalidRequest: The environment variable of the key is not set.
+        InvalidRequest: The address cannot be used, or its key is not set or may not be sent there.
+        RecipeError: A setting is outside its limits.
     """
 
     def __init__(self, settings: JudgeSettings, task: str) -> None:
         self.name = f"{settings.model} at {settings.url}"
         self._task = task
         self._model = settings.model
-        api = ApiSettings(
-            key_env=settings.key_env,
-            timeout_s=settings.timeout_s,
-            max_retries=settings.max_retries,
-        )
+        api = ApiSettings(timeout_s=settings.timeout_s, max_retries=settings.max_retries)
         budget = None if settings.max_calls is None else Budget(settings.max_calls, None)
-        self._client = ApiClient(settings.url, api, budget=budget)
+        self._client = ApiClient(settings.url, api, budget=budget, key_env=settings.key_env)
 
     def decide(self, items: Sequence[Item], rows: Sequence[Row]) -> list[Row | None]:
         """Ask about every row; see `Judge`."""
@@ -241,10 +240,10 @@ class ChatJudge:
             "temperature": 0,
             "max_tokens": ANSWER_TOKENS,
         }
-        answer, _ = self._client.post("/chat/completions", body, _check)
-        return str(answer["choices"][0]["message"]["content"])
+        said: list[str] = []
 
+        def read(answer: dict[str, Any]) -> None:
+            said.append(read_message(answer))
 
-def _check(answer: dict[str, Any]) -> None:
-    if not isinstance(answer["choices"][0]["message"]["content"], str):
-        raise ValueError("it has no text")
+        self._client.post("/chat/completions", body, read)
+        return said[-1]

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from proxytune.data.lines import Line
 from proxytune.data.resumable import ResumableOutput
-from proxytune.errors import InvalidRequest, OutputFileError, install_command
+from proxytune.errors import InvalidRequest, install_command
 from proxytune.evaluate.compare import EvalReport, Measured, Result, TaskReport, compared
 from proxytune.evaluate.decide import decide
 from proxytune.evaluate.harness import HarnessRun, is_installed, known_names, run_task, sample_line
@@ -39,7 +39,7 @@ from proxytune.evaluate.predictors import (
     predictors_of,
     tuned_recipe,
 )
-from proxytune.files import write_whole
+from proxytune.files import write_whole, writing
 from proxytune.machine import environment
 from proxytune.recipe.recipe import Recipe
 from proxytune.request import Request, SamplingParams
@@ -203,12 +203,8 @@ class _Answering:
         """Return the answer to every sample, as a line of the predictor's file each."""
         options, name = self.options, predictor.name
         folder = self.output / "generated" / work.task.name
-        try:
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputFileError(
-                f"{folder} cannot be created: {error.strerror}.\nhint: name a folder that can be written"
-            ) from error
         path = folder / f"{file_name(name)}.jsonl"
         samples = list(work.samples(options.seed))
         settings = _settings(work, predictor, recipe, options)

@@ -28,6 +28,7 @@ from proxytune.decode.batch import Batch
 from proxytune.decode.ensemble import Job
 from proxytune.decode.speculative import Drafting
 from proxytune.errors import InvalidRequest
+from proxytune.grants import NOTHING, Grants
 from proxytune.logits.steer import steer
 from proxytune.measure.score import by_backend, needed_members
 from proxytune.model import ProxyTuned
@@ -65,32 +66,25 @@ class PlainModels(NamedTuple):
     anti_expert: Any
 
 
-def load_plain_models(recipe: Recipe, expert: str) -> PlainModels:
+def load_plain_models(recipe: Recipe, expert: str, grants: Grants = NOTHING) -> PlainModels:
     """Load three whole models; each adapter is merged into a separate copy of its model.
 
     Raises:
+        UnsafeModel: The recipe asks for a right that the caller does not grant.
         UserError: A model is missing or cannot be read; see `ProxyTuned.load`.
     """
-    from peft import PeftModel
+    from proxytune.backends.transformers.weights import add_adapters, load_model
+    from proxytune.recipe.files import RecipeFiles
 
-    from proxytune.backends.transformers.weights import load_model
-    from proxytune.checkpoints.adapter import find_adapter
-    from proxytune.checkpoints.checkpoint import find_checkpoint
+    files = RecipeFiles(recipe, grants)
+    files.check_grants()
 
     def load(spec: ModelSpec) -> Any:
-        checkpoint = find_checkpoint(
-            spec.model or "",
-            root=recipe.directory,
-            revision=spec.revision,
-            trust_remote_code=spec.trust_remote_code,
-            allow_pickle=spec.allow_pickle,
-        )
-        model = load_model(checkpoint, spec)
-        if spec.adapter is not None:
-            files = find_adapter(
-                spec.adapter, root=recipe.directory, allow_pickle=spec.allow_pickle
-            )
-            model = PeftModel.from_pretrained(model, str(files.path)).merge_and_unload()
+        model = load_model(files.checkpoint(spec), spec)
+        adapter = files.adapter(spec)
+        if adapter is not None:
+            wrapped, _ = add_adapters(model, spec.model or "", {"merged": adapter})
+            model = wrapped.merge_and_unload()
         return model.eval()
 
     chosen = next(e for e in recipe.experts if e.name == expert)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxytune.evaluate.compare import EvalReport, Result, TaskReport
+from proxytune.files import save_figure
 from proxytune.tasks.statistics import Gap
 
 if TYPE_CHECKING:
@@ -117,7 +118,11 @@ def markdown(report: EvalReport, command: str) -> str:
 
 
 def picture(report: EvalReport, path: Path) -> None:
-    """Draw every benchmark's predictors with bars of one standard error, as a PNG."""
+    """Draw every benchmark's predictors with bars of one standard error, as a PNG.
+
+    Raises:
+        OutputFileError: It cannot be written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -132,9 +137,10 @@ def picture(report: EvalReport, path: Path) -> None:
     for axis, task in zip(axes[0], tasks, strict=False):
         _draw(axis, task, task.results)
     figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    pyplot.close(figure)
+    try:
+        save_figure(figure, path)
+    finally:
+        pyplot.close(figure)
 
 
 def _draw(axis: Any, task: TaskReport, results: Sequence[Result]) -> None:

@@ -15,7 +15,9 @@ from __future__ import annotations
 import array
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from proxytune.errors import InvalidRequest
@@ -23,6 +25,7 @@ from proxytune.explain.equations import equation_sides
 from proxytune.explain.moves import Move, label, moves
 from proxytune.explain.summary import Tally, TokenType, common_contexts
 from proxytune.explain.welch import Moments, welch
+from proxytune.files import writing
 from proxytune.trace import Trace
 
 MIN_COUNT = 100
@@ -146,6 +149,7 @@ def analyze(
 
     Raises:
         InvalidRequest: No trace has tokens, or a trace is not explained.
+        OutputFileError: The directory for temporary files is full.
     """
     builders: dict[tuple[tuple[str, float], ...], _GroupBuilder] = {}
     for trace in traces:
@@ -160,6 +164,11 @@ def analyze(
     return Analysis(tuple(groups))
 
 
+def _writing_temporarily() -> AbstractContextManager[None]:
+    hint = "make room there, or name another directory in the variable TMPDIR"
+    return writing(Path(tempfile.gettempdir()), hint=hint)
+
+
 class _GroupBuilder:
     """Sums up the traces of one group."""
 
@@ -168,7 +177,8 @@ class _GroupBuilder:
         self.group = TraceGroup(name or "no expert", dict(alphas))
         self._types: dict[int, Tally] = {}
         self._texts: dict[int, str | bytes] = {}
-        self._ids = tempfile.TemporaryFile()  # noqa: SIM115  # closed in `finish`
+        with _writing_temporarily():
+            self._ids = tempfile.TemporaryFile()  # noqa: SIM115  # closed in `finish`
 
     def add(self, trace: Trace) -> None:
         """Add a trace."""
@@ -186,7 +196,8 @@ class _GroupBuilder:
                     self._texts[move.token_id] = trace.tokens[move.token_id]
             self._types[move.token_id].add(move)
         self._add_equations(token_moves)
-        array.array("i", [*trace.token_ids, END_OF_TEXT]).tofile(self._ids)
+        with _writing_temporarily():
+            array.array("i", [*trace.token_ids, END_OF_TEXT]).tofile(self._ids)
 
     def _add_equations(self, token_moves: Sequence[Move]) -> None:
         text = "".join(move.piece for move in token_moves)
@@ -221,7 +232,7 @@ class _GroupBuilder:
         ]
         types.sort(key=lambda each: -(each[1].mean_prob_change or 0.0))
         types = types[:num_types]
-        with self._ids:
+        with _writing_temporarily(), self._ids:
             contexts = common_contexts(self._saved_texts(), [token_id for token_id, _ in types])
         for token_id, tally in types:
             window, count = contexts[token_id]

@@ -7,9 +7,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from proxytune.errors import OutputFileError, missing_extra
+from proxytune.errors import missing_extra
 from proxytune.explain.moves import moves
 from proxytune.explain.summary import running_share
+from proxytune.files import save_figure
 from proxytune.trace import Trace
 
 if TYPE_CHECKING:
@@ -85,12 +86,7 @@ def draw_analysis(analysis: Analysis, path: Path) -> None:
     for cell in cells[len(panels) :]:
         cell.set_visible(False)
     try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise OutputFileError(
-            f"the picture {path} cannot be written: {error}.\n"
-            "hint: use a name that ends in .png, .svg or .pdf"
-        ) from error
+        save_figure(figure, path)
     finally:
         pyplot.close(figure)
 
@@ -101,7 +97,7 @@ def _draw_positions(axes: Axes, analysis: Analysis) -> None:
         middles = [(point.first + point.last) / 2 for point in points]
         shares = [100 * (point.share_changed or 0.0) for point in points]
         style: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 3, "linewidth": 1.4}
-        axes.plot(middles, shares, **style, label=group.name)
+        axes.plot(middles, shares, **style, label=_literal(group.name))
     axes.set_xscale("symlog", linthresh=10)
     axes.set_xlim(left=0)
     axes.set_ylim(0, 100)
@@ -124,7 +120,7 @@ def _draw_types(axes: Axes, analysis: Analysis) -> None:
     axes.set_yticks(range(len(types)), names, fontsize=9, parse_math=False)
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_xlabel("mean change in probability")
-    name = f", {group.name}" if len(analysis.groups) > 1 else ""
+    name = f", {_literal(group.name)}" if len(analysis.groups) > 1 else ""
     axes.set_title(f"Token types that moved most{name}", loc="left")
 
 
@@ -143,7 +139,7 @@ def _draw_equations(axes: Axes, analysis: Analysis) -> None:
             capsize=3,
             label=f"{side}-hand side",
         )
-    axes.set_xticks(range(len(groups)), [group.name for group in groups], fontsize=9)
+    axes.set_xticks(range(len(groups)), [_literal(group.name) for group in groups], fontsize=9)
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.set_ylabel("mean change in probability")
     axes.set_title("Tokens in equations (bars: 95 % intervals)", loc="left")
@@ -174,6 +170,11 @@ def _printable(text: str) -> str:
     """Return a token with characters that the fonts can draw."""
     shown = text.replace("\n", "↵").replace("\t", "⇥")
     return "".join(c if c.isprintable() else f"U+{ord(c):04X}" for c in shown) or "(nothing)"
+
+
+def _literal(name: str) -> str:
+    """Return a name that matplotlib does not read as mathematics; that of a saved trace may be any text."""
+    return _printable(name).replace("$", r"\$")
 
 
 def _pyplot() -> ModuleType:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -26,6 +25,8 @@ from proxytune.export.write import (
 if TYPE_CHECKING:
     from gguf import GGUFWriter
     from torch import Tensor
+
+_FACTOR = re.compile(r"\.lora_[AB](\.\w+)?\.weight$")
 
 ADAPTER_DTYPES = ("F32", "F16")
 """Dtypes that an adapter's weights can be stored in, by GGUF's names."""
@@ -105,14 +106,6 @@ def plan_adapter(adapter: AdapterFiles, model: Checkpoint, *, dtype: str) -> Pla
     return PlannedFile(tensors, add_fields, adapter.name)
 
 
-# Keys of adapter_config.json that make an adapter more than two factors for each of some layers.
-_BEYOND_LORA = (
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
-    "modules_to_save", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora",
-    "use_dora", "use_qalora",
-)  # fmt: skip
-
-
 def lora_factors(adapter: AdapterFiles, model: Checkpoint) -> dict[str, Factors]:
     """Read what an adapter adds to each layer, by module name in the Hugging Face layout.
 
@@ -123,21 +116,12 @@ def lora_factors(adapter: AdapterFiles, model: Checkpoint) -> dict[str, Factors]
         CorruptModel: A factor is missing, or the factors of a layer do not match.
     """
     import torch
-    from peft.utils.other import get_pattern_key
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     config = adapter.config
-    beyond = beyond_factors(config, _BEYOND_LORA)
-    layers: dict[str, dict[str, str]] = {}
-    for name in adapter.tensors:
-        match = re.fullmatch(
-            r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight", name
-        )
-        if match is None:
-            beyond.append(name)
-        else:
-            layers.setdefault(match["module"], {})[match["side"]] = name
+    beyond = beyond_factors(config) + [key for key in ("lora_bias",) if config.get(key)]
+    beyond += [name for name in adapter.tensors if not _FACTOR.search(name)]
     if beyond:
         raise UnsupportedModel(
             f"the adapter {adapter.name} is more than LoRA's two factors per linear layer: "
@@ -150,6 +134,7 @@ def lora_factors(adapter: AdapterFiles, model: Checkpoint) -> dict[str, Factors]
             "hint: save it as safetensors with PEFT's save_pretrained"
         )
     adapter.check_fits(model)
+    layers = adapter.layers()
     if "lm_head" in layers and model.config.tie_word_embeddings:
         raise UnsupportedModel(
             f"the adapter {adapter.name} changes the output head of {model.name}, which is its embedding, "
@@ -160,19 +145,9 @@ def lora_factors(adapter: AdapterFiles, model: Checkpoint) -> dict[str, Factors]
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CorruptModel(f"{path} cannot be read: {error}") from error
-    alpha_pattern = config.get("alpha_pattern") or {}
-    patterns = list(alpha_pattern)
-    factors: dict[str, Factors] = {}
-    for module, names in layers.items():
-        if len(names) != 2:
-            raise CorruptModel(f"{path} has only one of the two factors of {module}")
-        a, b = (weights[names[side]].to(torch.float32) for side in "AB")
-        if a.shape[0] != b.shape[1]:
-            raise CorruptModel(
-                f"{path}: the factors of {module} have the ranks {a.shape[0]} and {b.shape[1]}"
-            )
-        alpha = alpha_pattern.get(get_pattern_key(patterns, module), config.get("lora_alpha", 8))
-        rank = a.shape[0]
-        scale = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        factors[module] = Factors(a, b, scale)
-    return factors
+    return {
+        module: Factors(
+            weights[layer.down].to(torch.float32), weights[layer.up].to(torch.float32), layer.scale
+        )
+        for module, layer in layers.items()
+    }

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from proxytune.checkpoints.adapter import find_adapter
-from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
+from proxytune.checkpoints.checkpoint import Checkpoint
 from proxytune.checkpoints.references import is_gguf
 from proxytune.errors import RecipeError
 from proxytune.export.adapter import plan_adapter
 from proxytune.export.model import plan_model
 from proxytune.export.write import ExportedFile, PlannedFile, check_output, last_part, write_file
+from proxytune.grants import NOTHING, Grants
+from proxytune.recipe.files import RecipeFiles
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import LlamaCppSettings, ModelSpec
 
@@ -32,6 +34,7 @@ def export_recipe(
     dtype: str = "F16",
     pre: str | None = None,
     overwrite: bool = False,
+    grants: Grants = NOTHING,
 ) -> ExportedRecipe:
     """Write every small model and adapter of a recipe as a GGUF file, and a recipe that names them.
 
@@ -45,8 +48,10 @@ def export_recipe(
         dtype: One of `DTYPES`, for the models. Adapters are in F32 if that is F32, otherwise in F16.
         pre: As for `export_model`, for all small models.
         overwrite: Whether to replace another recipe, and other files, in `output`.
+        grants: What the caller allows.
 
     Raises:
+        UnsafeModel: The recipe asks for a right that the caller does not grant.
         UserError: As for `export_model` and `export_adapter`, before anything is written.
         RecipeError: `output` holds another recipe, or a model.
     """
@@ -55,7 +60,9 @@ def export_recipe(
         raise RecipeError(
             f"{target} is the recipe that is to be exported.\nhint: choose another directory"
         )
-    plans = _RecipePlans(recipe, target, dtype, pre)
+    files = RecipeFiles(recipe, grants)
+    files.check_grants()
+    plans = _RecipePlans(files, target, dtype, pre)
     experts = tuple(
         replace(own, expert=plans.spec(own.expert), anti_expert=plans.spec(own.anti_expert))
         for own in recipe.experts
@@ -68,11 +75,11 @@ def export_recipe(
     exported.check_free(target, overwrite=overwrite)
     for path in plans.files:
         check_output(target / path, overwrite=overwrite)
-    files = tuple(
+    written = tuple(
         write_file(plan, target / path, overwrite=overwrite) for path, plan in plans.files.items()
     )
     exported.write(target, overwrite=overwrite)
-    return ExportedRecipe(target, files)
+    return ExportedRecipe(target, written)
 
 
 def _in_llama_cpp(spec: ModelSpec, model: str, adapter: str | None) -> ModelSpec:
@@ -85,7 +92,7 @@ def _in_llama_cpp(spec: ModelSpec, model: str, adapter: str | None) -> ModelSpec
 class _RecipePlans:
     """The files of a recipe to export, each planned once however many experts share it."""
 
-    recipe: Recipe
+    found: RecipeFiles
     target: Path
     dtype: str
     pre: str | None
@@ -97,16 +104,9 @@ class _RecipePlans:
         """Return how the exported recipe names a small model."""
         if spec.model is None:
             return spec
-        root = self.recipe.directory
-        model = find_checkpoint(
-            spec.model,
-            root=root,
-            revision=spec.revision,
-            trust_remote_code=spec.trust_remote_code,
-            allow_pickle=spec.allow_pickle,
-        )
+        model = self.found.checkpoint(spec)
         if model.kind == "gguf":
-            reference = self.recipe.reference_from(spec.model, self.target)
+            reference = self.found.recipe.reference_from(spec.model, self.target)
         else:
             place = model.directory.resolve()
             if place not in self._models:
@@ -119,8 +119,8 @@ class _RecipePlans:
         if reference is None:
             return None
         if is_gguf(reference):
-            return self.recipe.reference_from(reference, self.target)
-        adapter = find_adapter(reference, root=self.recipe.directory)
+            return self.found.recipe.reference_from(reference, self.target)
+        adapter = find_adapter(reference, root=self.found.recipe.directory)
         key = (adapter.path.resolve(), (model.gguf_path or model.directory).resolve())
         if key not in self._adapters:
             plan = plan_adapter(adapter, model, dtype="F32" if self.dtype == "F32" else "F16")

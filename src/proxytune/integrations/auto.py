@@ -1,24 +1,37 @@
 """Recipes in transformers' `AutoConfig` and `AutoTokenizer`: a config, and the base's tokenizer.
 
+`trust_remote_code` is the caller's word about the code of the recipe's models. The Auto classes hand it on to
+a model's class, but keep it from configs and tokenizers that are registered with them. So registration also
+makes them note it while they run.
+
 Nothing here loads torch models; `integrations/__init__.py` says why that matters.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
 from proxytune.errors import UnsupportedModel
+from proxytune.grants import Grants
 
 if TYPE_CHECKING:
     from proxytune.recipe.recipe import Recipe
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 """Options of `from_pretrained` about where a recipe comes from."""
+
+GRANT_OPTIONS = ("trust_remote_code", "allow_pickle", "key_env")
+"""Options of `from_pretrained` by which its caller grants what a recipe asks for."""
+
+_trusted: ContextVar[bool] = ContextVar("trust_remote_code", default=False)
+"""Whether the caller of the Auto class that is running trusts code that comes with models."""
 
 
 class ProxyTunedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
@@ -44,6 +57,8 @@ class ProxyTunedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         self.combine = combine
         self.steering = steering
         self.default_expert = default_expert
+        self._is_trusted = _trusted.get()
+        kwargs.pop("_is_trusted", None)  # No key of a recipe grants anything.
         super().__init__(**kwargs)
 
     @classmethod
@@ -113,30 +128,39 @@ class ProxyTunedTokenizer:
 
         Args:
             reference: The recipe: a directory or a Hub id.
-            **options: Those of transformers that concern the Hub, and `SETTINGS`.
+            **options: Those of transformers that concern the Hub, `SETTINGS`, and `GRANT_OPTIONS`.
 
         Raises:
+            UnsafeModel: The recipe asks for a right that the caller does not grant.
             RecipeError: The recipe is missing or malformed.
             UnsupportedModel: An option cannot be honoured.
             UserError: The base's tokenizer is missing or unsafe; see `errors.py`.
         """
-        from proxytune.checkpoints.checkpoint import find_checkpoint
+        from proxytune.recipe.files import RecipeFiles
 
         hub = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
         settings = {key: options.pop(key) for key in cls.SETTINGS if key in options}
+        grants = grants_of(options)
         ignored = ("use_fast", "tokenizer_type", "gguf_file", "tokenizer_file")
         refuse_options(options, ignored=ignored)
         recipe = read_recipe(reference, hub)
-        tokenizer = find_checkpoint(
-            recipe.base.model or "",
-            root=recipe.directory,
-            revision=recipe.base.revision,
-            trust_remote_code=recipe.base.trust_remote_code,
-            allow_pickle=recipe.base.allow_pickle,
-        ).tokenizer
+        files = RecipeFiles(recipe, grants)
+        files.check_grants()
+        tokenizer = files.checkpoint(recipe.base).tokenizer
         for key, value in settings.items():
             setattr(tokenizer, key, value)
         return tokenizer
+
+
+def grants_of(options: dict[str, Any]) -> Grants:
+    """Return what the options of `from_pretrained` grant, and take them out; what is not said is not granted.
+
+    Raises:
+        InvalidRequest: A grant is not true or false.
+    """
+    given = {key: options.pop(key) for key in GRANT_OPTIONS if key in options}
+    given = {key: value for key, value in given.items() if value is not None}
+    return Grants(**{"trust_remote_code": _trusted.get(), **given})
 
 
 def check_one_prompt(recipe: Recipe, *, engine: str, hint: str) -> None:
@@ -194,6 +218,7 @@ def register_config() -> None:
     from transformers.models.auto.configuration_auto import AutoConfig
 
     AutoConfig.register("proxytune", ProxyTunedConfig, exist_ok=True)
+    _note_trust(AutoConfig)
 
 
 def register_tokenizer() -> None:
@@ -202,3 +227,21 @@ def register_tokenizer() -> None:
 
     register: Any = AutoTokenizer.register
     register(ProxyTunedConfig, tokenizer_class=ProxyTunedTokenizer, exist_ok=True)
+    _note_trust(AutoTokenizer)
+
+
+def _note_trust(auto_class: Any) -> None:
+    """Make an Auto class note what its caller says of `trust_remote_code`, for as long as it runs."""
+    load = auto_class.from_pretrained.__func__
+    if hasattr(load, "__wrapped__") and load.__module__ == __name__:
+        return
+
+    @functools.wraps(load, assigned=("__name__", "__qualname__", "__doc__"))
+    def from_pretrained(cls: type, *arguments: Any, **options: Any) -> Any:
+        token = _trusted.set(options.get("trust_remote_code") is True)
+        try:
+            return load(cls, *arguments, **options)
+        finally:
+            _trusted.reset(token)
+
+    auto_class.from_pretrained = classmethod(from_pretrained)

@@ -57,8 +57,13 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         device: Device of all models; None or `cuda:0` for the recipe's.
         dtype: Dtype of all models; None for the recipe's.
         speculative: Use speculative decoding when generating.
+        trust_remote_code: Grant what the recipe asks for: run Python code that comes with its models.
+        allow_pickle: Grant what the recipe asks for: read pickled weights, which can run any code.
+        key_env: The environment variable whose key goes to the API of the base; None for the one that is
+            bound to that host.
 
     Raises:
+        UnsafeModel: The recipe asks for a right that is not granted.
         InvalidRequest: A value cannot be used.
         UserError: The recipe cannot be loaded.
     """
@@ -74,6 +79,9 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         device: str | None = None,
         dtype: str | None = None,
         speculative: bool = False,
+        trust_remote_code: bool = False,
+        allow_pickle: bool = False,
+        key_env: str | None = None,
     ) -> None:
         super().__init__()
         if not recipe:
@@ -88,7 +96,14 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         if isinstance(recipe, ProxyTuned):
             self.model = recipe
         else:
-            self.model = ProxyTuned.load(recipe, device=device, dtype=dtype)
+            self.model = ProxyTuned.load(
+                recipe,
+                device=device,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                allow_pickle=allow_pickle,
+                key_env=key_env,
+            )
         self.batch_size = int(batch_size)
         self.tokenizer = self.model.tokenizer
         self._steering, self._seed = Steering(alpha, names), seed

@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,10 +27,13 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from proxytune.errors import InvalidRequest, RecipeError, UnsupportedModel
+from proxytune.files import writing
+from proxytune.grants import NOTHING, Grants
 from proxytune.integrations.auto import (
     HUB_OPTIONS,
     ProxyTunedConfig,
     check_one_prompt,
+    grants_of,
     read_recipe,
     refuse_options,
 )
@@ -46,12 +50,11 @@ __all__ = ["ProxyTunedCache", "ProxyTunedForCausalLM", "register_model"]
 
 _NO_EFFECT = (
     "low_cpu_mem_usage", "use_safetensors", "adapter_kwargs", "max_shard_size", "safe_serialization",
-    "trust_remote_code", "code_revision",
+    "code_revision",
 )  # fmt: skip
 """Options that have no effect: they concern files that are not read here.
 
-A recipe has no weights, and its models are always read from safetensors. `trust_remote_code` concerns the few
-lines of code in a recipe that import this module; code of its models runs only if the recipe allows it.
+A recipe has no weights of its own.
 """
 
 _CACHE_OPTION = (
@@ -96,7 +99,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         config._attn_implementation_internal = None
         super().__init__(config)
         if proxy_tuned is None:
-            proxy_tuned = _load(config.recipe(), device=None, dtype=None)
+            proxy_tuned = _load(config.recipe(), NOTHING)
         # Not the recipe as loaded: a dtype or device given to `from_pretrained` is not to be saved.
         self.recipe = config.recipe(proxy_tuned.recipe.directory)
         self._ensemble = proxy_tuned.ensemble
@@ -140,9 +143,11 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
             *model_args: Must be empty.
             config: The recipe as a config, if it was read before; it may have been changed since.
             **kwargs: `dtype`, `device_map` (a device, or `auto`) and `attn_implementation`, each for all
-                models, and transformers' options for the Hub. Other options are refused by name.
+                models; `trust_remote_code`, `allow_pickle` and `key_env` as in `ProxyTuned.load`; and
+                transformers' options for the Hub. Other options are refused by name.
 
         Raises:
+            UnsafeModel: The recipe asks for a right that the caller does not grant.
             UnsupportedModel: An option cannot be honoured, or the models need different prompts.
             RecipeError: The recipe is missing or malformed.
             UserError: A model is missing, unsafe, corrupt or does not match; see `errors.py`.
@@ -372,7 +377,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         is_new = not (target / "README.md").exists()
         self.config.recipe(self.recipe.directory).write(target)
         if is_new and card.is_file() and card.parent.resolve() != target.resolve():
-            shutil.copyfile(card, target / "README.md")
+            with writing(target):
+                shutil.copyfile(card, target / "README.md")
         if push_to_hub:
             self.push_to_hub(repo_id or target.name, **hub)
 
@@ -419,14 +425,17 @@ def _load_with_options(recipe: Recipe, options: dict[str, Any]) -> ProxyTuned:
     if options.get("use_safetensors") is False:
         raise UnsupportedModel(
             "use_safetensors is False, but a recipe says for each model whether pickled weights may be "
-            "read.\nhint: leave it out, and set allow_pickle in the recipe's config.json"
+            "read.\nhint: leave it out, and give allow_pickle=True for the models of which the recipe asks it"
         )
+    grants = grants_of(options)
     refuse_options(options, ignored=_NO_EFFECT)
     dtype = None if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
-    return _load(recipe, device=device, dtype=dtype)
+    return _load(recipe, grants, device=device, dtype=dtype)
 
 
-def _load(recipe: Recipe, *, device: str | None, dtype: str | None) -> ProxyTuned:
+def _load(
+    recipe: Recipe, grants: Grants, *, device: str | None = None, dtype: str | None = None
+) -> ProxyTuned:
     """Load a recipe whose models all read one stream of tokens, without a policy that needs its start."""
     from proxytune.model import ProxyTuned
 
@@ -437,7 +446,7 @@ def _load(recipe: Recipe, *, device: str | None, dtype: str | None) -> ProxyTune
         )
     hint = "use proxytune.ProxyTuned or `proxytune generate`, which render a prompt for each model"
     check_one_prompt(recipe, engine="transformers' generate", hint=hint)
-    return ProxyTuned.load(recipe, device=device, dtype=dtype)
+    return ProxyTuned.load(recipe, device=device, dtype=dtype, **asdict(grants))
 
 
 def _generation_defaults(ensemble: Ensemble, base: Any) -> Any:

@@ -28,8 +28,9 @@ from proxytune.errors import (
     VocabularyMismatch,
     missing_extra,
 )
-from proxytune.loading.members import RecipeFiles
+from proxytune.grants import Grants
 from proxytune.machine import device_memory
+from proxytune.recipe.files import AskedRight, RecipeFiles, ungranted_error
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ModelSpec
 from proxytune.text.prompts import render
@@ -144,6 +145,7 @@ class Diagnosis:
         devices: One report for each device that is used.
         problems: Why the recipe cannot run; empty if it can.
         notes: What else is worth knowing.
+        asked: The rights that the recipe asks for and that only the caller can grant. Each is a problem too.
     """
 
     directory: Path
@@ -151,6 +153,7 @@ class Diagnosis:
     devices: tuple[DeviceReport, ...]
     problems: tuple[Problem, ...]
     notes: tuple[str, ...] = ()
+    asked: tuple[AskedRight, ...] = ()
 
     @property
     def is_healthy(self) -> bool:
@@ -178,36 +181,56 @@ class Diagnosis:
                 for p in self.problems
             ],
             "notes": list(self.notes),
+            "asked": [one.to_dict() for one in self.asked],
         }
 
 
-def examine(recipe: Recipe, *, ask_server: bool = False) -> Diagnosis:
+def examine(
+    recipe: Recipe,
+    *,
+    ask_server: bool = False,
+    send_key: bool = False,
+    key_env: str | None = None,
+    files: RecipeFiles | None = None,
+) -> Diagnosis:
     """Check a whole recipe without reading weights.
 
-    On first use a GGUF file's config and tokenizer are converted, which takes seconds, and the small files
-    of a Hub model are downloaded.
+    Unless `files` say what the caller grants, nothing that needs a right is read, no foreign code runs, and
+    each right that the recipe asks for is a problem. On first use a GGUF file's config and tokenizer are
+    converted, which takes seconds, and the small files of a Hub model are downloaded.
 
     Args:
         recipe: What to check.
-        ask_server: Whether to find out, with a few short calls, what a base behind an API shows and accepts.
+        ask_server: Whether to find out, with a few short calls, what a base behind an API shows and accepts,
+            if no key is sent to it.
+        send_key: Whether to ask the server also if a key is sent to it.
+        key_env: The environment variable whose key the caller sends to the API; see `Grants`.
+        files: The recipe's files, with what the caller grants; None to look them up with `key_env` alone.
     """
-    return _Examination(recipe, ask_server).run()
+    asked: tuple[AskedRight, ...] = ()
+    if files is None:
+        asked = RecipeFiles(recipe).ungranted()
+        # Weights are never read here, so pickled ones may be counted.
+        files = RecipeFiles(recipe, Grants(allow_pickle=True, key_env=key_env))
+    return _Examination(recipe, ask_server, send_key, files, asked).run()
 
 
 @dataclass
 class _Examination:
     recipe: Recipe
     ask_server: bool
+    send_key: bool
+    files: RecipeFiles
+    asked: tuple[AskedRight, ...]
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     reports: list[ModelReport] = field(default_factory=list)
     counted: set[tuple[ModelSpec, str]] = field(default_factory=set)
     """Adapters whose memory is counted, by the weights they are on and their path."""
 
-    def __post_init__(self) -> None:
-        self.files = RecipeFiles(self.recipe)
-
     def run(self) -> Diagnosis:
+        for one in self.asked:
+            self._fail(one.part, ungranted_error([one]))
         for part, spec in self.recipe.models.items():
             self._examine_model(part, spec)
         self._check_sides()
@@ -219,6 +242,7 @@ class _Examination:
             devices=self._examine_memory(),
             problems=tuple(self.problems),
             notes=tuple(dict.fromkeys(self.notes)),
+            asked=self.asked,
         )
 
     def _fail(self, where: str, error: UserError | BackendError) -> None:
@@ -242,6 +266,10 @@ class _Examination:
         # The first part with these weights has them counted and their problems reported.
         owner = self.files.owner(spec)
         is_first = owner == part
+        if any(a.part == owner and a.right == "trust_remote_code" for a in self.asked):
+            # What the model's code says of it is known only to those who run that code.
+            self.reports.append(ModelReport(part=part, reference=spec.model or ""))
+            return
         checkpoint = self._tried(part, lambda: self.files.checkpoint(spec), is_noted=is_first)
         values: dict[str, Any] = {
             "reference": spec.model or "",
@@ -251,9 +279,15 @@ class _Examination:
         }
         if spec.api is not None:
             values["kind"] = "api"
+            may_ask = self._tried(part, lambda: self._examine_key(part, spec))
             if checkpoint is not None:
                 values |= self._examine_tokens(part, spec, checkpoint, is_first)
-                values["api"] = self._tried(part, lambda: self._examine_api(part, spec, checkpoint))
+                self.notes.append(
+                    f"{part}: text is cut into tokens by the tokenizer of {checkpoint.name}; of a server's "
+                    "other tokens none can be chosen."
+                )
+                if may_ask:
+                    values["api"] = self._tried(part, lambda: self._ask_server(spec, checkpoint))
             self.reports.append(ModelReport(part=part, **values))
             return
         adapter = self._tried(part, lambda: self._find_adapter(part, spec, checkpoint))
@@ -394,20 +428,33 @@ class _Examination:
         self.counted.add(key)
         return 0 if is_counted else num_bytes
 
-    def _examine_api(self, part: str, spec: ModelSpec, tokens: Checkpoint) -> dict[str, Any] | None:
-        """Return what a server shows and accepts if it may be called; otherwise only look for the key."""
-        from proxytune.backends.api.backend import ApiBackend
-        from proxytune.backends.api.client import ApiClient
+    def _examine_key(self, part: str, spec: ModelSpec) -> bool:
+        """Note which key goes to which host, and return whether the server may be asked."""
+        from proxytune.backends.api.keys import find_key
+        from proxytune.recipe.address import parse_address
 
         assert spec.model is not None and spec.api is not None
-        self.notes.append(
-            f"{part}: text is cut into tokens by the tokenizer of {tokens.name}; of a server's other tokens "
-            "none can be chosen."
-        )
-        if not self.ask_server:
-            ApiClient(spec.model, spec.api).close()
-            return None
-        with closing(ApiBackend.load(spec, tokens)) as server:
+        asked = spec.api.key_env
+        grants = self.files.grants
+        key = find_key(spec.model, asked=asked, key_env=grants.key_env)
+        if key is None:
+            host = parse_address(spec.model).netloc.decode()
+            self.notes.append(f"{part}: no key is sent to {host}.")
+            return self.ask_server
+        note = f"{part}: the key in {key.variable} is sent to {key.host} when the recipe runs"
+        if asked not in (None, key.variable):
+            note += f"; the recipe asks for the one in {asked}, which is not sent"
+        if self.ask_server and not self.send_key:
+            note += ". The server was not asked anything now, as that would send the key: --ask-server does"
+        self.notes.append(f"{note}.")
+        return self.ask_server and self.send_key
+
+    def _ask_server(self, spec: ModelSpec, tokens: Checkpoint) -> dict[str, Any]:
+        """Return what a server shows and accepts."""
+        from proxytune.backends.api.backend import ApiBackend
+
+        grants = self.files.grants
+        with closing(ApiBackend.load(spec, tokens, key_env=grants.key_env)) as server:
             return asdict(server.traits)
 
     def _examine_llama_cpp(

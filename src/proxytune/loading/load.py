@@ -12,9 +12,11 @@ from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
 from proxytune.decode.ensemble import Ensemble, Member
 from proxytune.errors import VocabularyMismatch
+from proxytune.grants import NOTHING, Grants
 from proxytune.loading.doctor import examine
 from proxytune.loading.members import MemberFiles, find_members
 from proxytune.machine import return_free_memory
+from proxytune.recipe.files import RecipeFiles
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ModelSpec
 from proxytune.text.prompts import PromptFormat, Tokenizer, behave_alike
@@ -22,25 +24,29 @@ from proxytune.text.vocab import align
 
 
 def load_ensemble(
-    recipe: Recipe, budget: Budget | None = None
+    recipe: Recipe, budget: Budget | None = None, grants: Grants = NOTHING
 ) -> tuple[Ensemble, tuple[PromptFormat, ...]]:
     """Check a recipe whole, then load its models, and say how each member wants its prompts.
 
     Args:
         recipe: What to load.
         budget: What calls to a base behind an API may cost; None for no limit.
+        grants: What the caller allows.
 
     Raises:
+        UnsafeModel: The recipe asks for a right that the caller does not grant.
         UserError: A model is missing, unsafe, corrupt or does not match; see `errors.py`.
         ApiError: The API of the base cannot be reached.
     """
-    examine(recipe).raise_first()
-    found, pairs = find_members(recipe)
+    files = RecipeFiles(recipe, grants)
+    files.check_grants()  # before anything is imported for the recipe's models
+    examine(recipe, files=files).raise_first()
+    found, pairs = find_members(files)
     base = found[0].checkpoint
     checkpoints = {member.spec.weights: member.checkpoint for member in found}
     names, adapters = _named_adapters(found)
     backends = {
-        weights: _load_backend(weights, checkpoint, adapters[weights], budget)
+        weights: _load_backend(weights, checkpoint, adapters[weights], budget, grants)
         for weights, checkpoint in checkpoints.items()
     }
     # One for each model: lanes whose members share it are translated at once (`decode/lanes.py`).
@@ -77,11 +83,12 @@ def _load_backend(
     checkpoint: Checkpoint,
     adapters: Mapping[str, AdapterFiles],
     budget: Budget | None,
+    grants: Grants,
 ) -> Backend[Any]:
     if spec.api is not None:
         from proxytune.backends.api.backend import ApiBackend
 
-        return ApiBackend.load(spec, checkpoint, budget=budget)
+        return ApiBackend.load(spec, checkpoint, budget=budget, key_env=grants.key_env)
     if spec.llama_cpp is not None:
         from proxytune.backends.llama_cpp import LlamaCppBackend
 

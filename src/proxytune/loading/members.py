@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from proxytune.checkpoints.adapter import AdapterFiles, find_adapter
-from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
+from proxytune.checkpoints.adapter import AdapterFiles
+from proxytune.checkpoints.checkpoint import Checkpoint
 from proxytune.decode.ensemble import Pair
-from proxytune.errors import UserError
-from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.files import RecipeFiles
 from proxytune.recipe.spec import ModelSpec
 
 
@@ -33,68 +32,15 @@ class MemberFiles(NamedTuple):
     adapter: AdapterFiles | None
 
 
-class RecipeFiles:
-    """The files of a recipe's models, each looked up once.
-
-    Args:
-        recipe: Where references start, and which parts there are.
-    """
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self._found: dict[ModelSpec, Checkpoint | UserError] = {}
-        self._owners: dict[ModelSpec, str] = {}
-        for part, spec in recipe.models.items():
-            self._owners.setdefault(spec.weights, part)
-
-    def owner(self, spec: ModelSpec) -> str:
-        """Return the first part that has the weights of `spec`."""
-        return self._owners[spec.weights]
-
-    def checkpoint(self, spec: ModelSpec) -> Checkpoint:
-        """Return the files of a model's weights and tokenizer.
-
-        Raises:
-            UserError: They are missing, unsafe or corrupt; the same error each time.
-        """
-        weights = spec.weights
-        if weights not in self._found:
-            local = weights if spec.api is None else self.recipe.base_tokenizer
-            try:
-                self._found[weights] = find_checkpoint(
-                    local.model or "",
-                    root=self.recipe.directory,
-                    revision=local.revision,
-                    trust_remote_code=local.trust_remote_code,
-                    allow_pickle=local.allow_pickle,
-                )
-            except UserError as error:
-                self._found[weights] = error
-        found = self._found[weights]
-        if isinstance(found, UserError):
-            raise found
-        return found
-
-    def adapter(self, spec: ModelSpec) -> AdapterFiles | None:
-        """Return the files of a model's adapter; None if it has none.
-
-        Raises:
-            UserError: They are missing, unsafe or corrupt.
-        """
-        if spec.adapter is None:
-            return None
-        return find_adapter(
-            spec.adapter, root=self.recipe.directory, allow_pickle=spec.allow_pickle
-        )
-
-
-def find_members(recipe: Recipe) -> tuple[tuple[MemberFiles, ...], tuple[Pair, ...]]:
+def find_members(files: RecipeFiles) -> tuple[tuple[MemberFiles, ...], tuple[Pair, ...]]:
     """Return a recipe's members, the base first, and each expert with its anti-expert as indices of them.
 
     Raises:
+        UnsafeModel: The recipe asks for a right that the caller does not grant.
         UserError: A model or adapter is missing, unsafe or corrupt; see `errors.py`.
     """
-    files = RecipeFiles(recipe)
+    files.check_grants()
+    recipe = files.recipe
     members: list[MemberFiles] = []
     places: dict[tuple[ModelSpec, str | None, str], int] = {}
 

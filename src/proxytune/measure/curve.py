@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from proxytune.errors import InvalidRequest, OutputFileError, missing_extra
+from proxytune.errors import InvalidRequest, missing_extra
+from proxytune.files import save_figure
 from proxytune.measure.metrics import METRICS
 from proxytune.measure.sweep import Grid, SweepReport
 
@@ -40,12 +41,7 @@ def draw(report: SweepReport, grid: Grid, path: Path) -> None:
         _draw_curve(axes, report, grid, varied[0], title)
     else:
         _draw_map(figure, axes, report, grid, varied, title)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise OutputFileError(
-            f"the picture cannot be written to {path}: {error}.\nhint: give a .png, .svg or .pdf file"
-        ) from error
+    save_figure(figure, path, dpi=150)
 
 
 def _draw_curve(axes: Any, report: SweepReport, grid: Grid, which: int, title: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from proxytune.checkpoints.references import HUB_ID, is_gguf
+from proxytune.checkpoints.references import HUB_ID, is_gguf, is_there
 from proxytune.logits.policy import Policy
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 
@@ -70,7 +70,7 @@ def model_card(
 
 def _is_hub_id(reference: str, directory: Path) -> bool:
     is_id = bool(HUB_ID.fullmatch(reference)) and not is_gguf(reference)
-    return is_id and not (directory / reference).exists()
+    return is_id and not is_there(directory / reference)
 
 
 def _runs_in_transformers(models: Mapping[str, ModelSpec]) -> bool:

@@ -3,57 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from proxytune.checkpoints import untrusted
 from proxytune.errors import RecipeError, did_you_mean
 from proxytune.settings import option, options_of
 
 
-def _refuse_constant(constant: str) -> Any:
-    raise RecipeError(f"it holds {constant}, but every number must be finite")
-
-
-def _finite_float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise RecipeError(f"it holds {text[:40]}, but every number must be finite")
-    return value
-
-
-def _object_without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object, refusing a key that is given twice."""
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        keys = [key for key, _ in pairs]
-        doubled = next(key for key in keys if keys.count(key) > 1)
-        raise RecipeError(f"the key {as_json(doubled)} is given twice in one object")
-    return content
-
-
 def parse_json(content: bytes | str) -> Any:
-    """Return the content of a JSON file.
+    """Return the content of a recipe's JSON file.
 
     Raises:
-        RecipeError: It is not JSON, has a key twice, or holds NaN or infinity.
+        RecipeError: It is not JSON, has a key twice, holds NaN or infinity, or is too large or too deep.
     """
     try:
-        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-        return json.loads(
-            text,
-            parse_constant=_refuse_constant,
-            parse_float=_finite_float,
-            object_pairs_hook=_object_without_doubles,
-        )
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"it is not UTF-8: {error}") from error
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"it is not JSON: {error}") from error
-    except RecursionError as error:
-        raise RecipeError("it is nested too deeply to be a recipe") from error
+        return untrusted.parse_json(content, is_strict=True)
     except ValueError as error:
-        raise RecipeError(f"it holds a number that cannot be read: {error}") from error
+        raise RecipeError(str(error)) from error
 
 
 def as_object(value: Any, place: str) -> dict[str, Any]:

@@ -8,16 +8,23 @@ adapters/…               LoRA adapters, if they travel with the recipe
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from proxytune.checkpoints.hub import hub_recipe
-from proxytune.checkpoints.references import HUB_ID, is_url, resolve_package
-from proxytune.errors import ModelNotFound, RecipeError
+from proxytune.checkpoints.references import HUB_ID, is_there, is_url, resolve_package
+from proxytune.checkpoints.untrusted import (
+    CONFIG_BYTES,
+    LIST_BYTES,
+    check_link,
+    parse_json,
+    read_regular,
+)
+from proxytune.errors import CorruptModel, ModelNotFound, RecipeError
 from proxytune.recipe.spec import ModelSpec
 
 LOADER_NAME = "modeling_proxytune.py"
@@ -68,8 +75,9 @@ def find_recipe(reference: str) -> Path:
 def read_config(directory: Path) -> Any:
     """Return what config.json of a directory holds; None if it is missing or no JSON."""
     try:
-        return json.loads((directory / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content = read_regular(directory / "config.json", at_most=LIST_BYTES)
+        return parse_json(content, is_strict=False)
+    except (CorruptModel, ValueError):
         return None
 
 
@@ -77,7 +85,7 @@ def reference_from(source: Path, reference: str, target: Path) -> str:
     """Return a reference that leads from `target` to what `reference` leads to from `source`."""
     path = Path(os.path.expanduser(reference))
     is_elsewhere = reference.startswith("package:") or is_url(reference)
-    if is_elsewhere or path.is_absolute() or not (source / path).exists():
+    if is_elsewhere or path.is_absolute() or not is_there(source / path):
         return reference
     return Path(os.path.relpath(os.path.normpath(source / path), target)).as_posix()
 
@@ -110,12 +118,29 @@ def mover(source: Path, target: Path) -> tuple[Callable[[ModelSpec], ModelSpec],
     return move_spec, inside
 
 
+def copy_adapter(adapter: Path, target: Path, *, root: Path) -> None:
+    """Copy an adapter that is inside the recipe `root` into the directory `target`, links as their files.
+
+    Raises:
+        CorruptModel: Something in it leads out of the recipe, or is neither a file nor a directory.
+    """
+    check_link(adapter, root)
+    for folder, directories, files in os.walk(adapter):
+        for path in (Path(folder, name) for name in (*directories, *files)):
+            check_link(path, root)
+            # A link to a directory could lead to one that holds it.
+            if not (path.is_file() or (path.is_dir() and not path.is_symlink())):
+                raise CorruptModel(
+                    f"{path} is neither a file nor a directory, so the adapter is not copied.\n"
+                    "hint: remove it"
+                )
+    shutil.copytree(adapter, target, dirs_exist_ok=True)
+
+
 def may_write_loader(target: Path) -> bool:
     """Whether the directory has no loader, or one that a version of this package wrote."""
     try:
-        there = (target / LOADER_NAME).read_text("utf-8")
-    except FileNotFoundError:
-        return True
-    except (OSError, UnicodeDecodeError):
-        return False
+        there = read_regular(target / LOADER_NAME, at_most=CONFIG_BYTES).decode()
+    except (CorruptModel, UnicodeDecodeError):
+        return not os.path.lexists(target / LOADER_NAME)
     return there.split("\n")[0] == LOADER.split("\n")[0]

@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from proxytune.checkpoints.references import is_gguf
-from proxytune.errors import InvalidRequest, RecipeError, UnknownExpert, did_you_mean
-from proxytune.files import building, unwritable, write_whole
+from proxytune.checkpoints.untrusted import CONFIG_BYTES, LIST_BYTES, check_link, read_regular
+from proxytune.errors import (
+    CorruptModel,
+    InvalidRequest,
+    RecipeError,
+    UnknownExpert,
+    did_you_mean,
+)
+from proxytune.files import building, write_whole, writing
 from proxytune.logits.policy import COMBINATIONS, Policy
 from proxytune.recipe.card import model_card
 from proxytune.recipe.checks import (
@@ -33,6 +40,7 @@ from proxytune.recipe.checks import (
 from proxytune.recipe.directory import (
     LOADER,
     LOADER_NAME,
+    copy_adapter,
     find_recipe,
     may_write_loader,
     mover,
@@ -51,6 +59,9 @@ from proxytune.request import Steering
 
 VOCABULARIES = ("same", "map")
 """What happens to small models whose tokenizer differs from the base's."""
+
+MAX_EXPERTS = 20_000
+"""Maximum number of experts of a recipe."""
 
 MODEL_TYPE = "proxytune"
 ARCHITECTURE = "ProxyTunedForCausalLM"
@@ -111,17 +122,15 @@ class Recipe:
         if not self.experts:
             raise RecipeError("experts is empty; a recipe needs at least one.\nhint: add an expert")
         names = [expert.name for expert in self.experts]
-        doubled = sorted({name for name in names if names.count(name) > 1})
-        if doubled:
-            raise RecipeError(
-                f"two experts are called {doubled[0]!r}.\nhint: give each its own name"
-            )
+        name, count = Counter(names).most_common(1)[0]
+        if count > 1:
+            raise RecipeError(f"two experts are called {name!r}.\nhint: give each its own name")
         check_fields(self)
         if self.base.api is not None:
             self._check_api()
         if self.default_expert is not None and self.default_expert not in names:
             raise RecipeError(
-                f"default_expert is {as_json(self.default_expert)}, but the experts are {', '.join(names)}"
+                f"default_expert is {as_json(self.default_expert)}, but the experts are {_listed(names)}"
                 f"{did_you_mean(self.default_expert, names)}"
             )
 
@@ -150,13 +159,16 @@ class Recipe:
         """
         directory = find_recipe(os.fspath(reference))
         path = directory / "config.json"
-        try:
-            content = path.read_bytes()
-        except OSError as error:
+        if not os.path.lexists(path):
             raise RecipeError(
-                f"no recipe at {directory}: config.json cannot be read ({error.strerror}).\n"
+                f"no recipe at {directory}: config.json cannot be read (no such file).\n"
                 "hint: write a recipe with `proxytune new`"
-            ) from error
+            )
+        try:
+            check_link(path, directory)
+            content = read_regular(path, at_most=LIST_BYTES)
+        except CorruptModel as error:
+            raise RecipeError(f"no recipe at {directory}: {error}") from error
         try:
             return cls.from_json(content, directory=directory)
         except RecipeError as error:
@@ -190,6 +202,11 @@ class Recipe:
         experts = data["experts"]
         if not isinstance(experts, list):
             raise RecipeError(f"experts is {as_json(experts)}, and must be a list of objects")
+        if len(experts) > MAX_EXPERTS:
+            raise RecipeError(
+                f"there are {len(experts):,} experts, and a recipe may have {MAX_EXPERTS:,}.\n"
+                "hint: write several recipes"
+            )
         combine = data.get("combine", "sum")
         check_text(combine, "combine")
         steering = as_object(data.get("steering") or {}, "steering")
@@ -327,12 +344,12 @@ class Recipe:
         move, inside = mover(source, target)
         moved = self if source == target else self.with_models(move)
         moved.check_free(target, overwrite=overwrite)
-        try:
+        with writing(target):
             target.mkdir(parents=True, exist_ok=True)
             for reference, adapter in inside.items():
                 if not (target / reference).exists():
                     with building(target / reference) as part:
-                        shutil.copytree(adapter, part, dirs_exist_ok=True)
+                        copy_adapter(adapter, part, root=source)
             whole = {**moved.to_dict(), "auto_map": AUTO_MAP}
             content = json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False)
             if may_write_loader(target):
@@ -340,8 +357,6 @@ class Recipe:
             if card is not None or _may_write_card(target):
                 write_whole(target / "README.md", card or moved.model_card())
             write_whole(target / "config.json", content + "\n")
-        except OSError as error:
-            raise unwritable(target, error) from error
         return replace(moved, directory=target)
 
     def reference_from(self, reference: str, target: Path) -> str:
@@ -391,7 +406,7 @@ class Recipe:
         for name in wanted:
             if name not in known:
                 raise UnknownExpert(
-                    f"the recipe has no expert {name!r}; it has {', '.join(known)}"
+                    f"the recipe has no expert {name!r}; it has {_listed(known)}"
                     f"{did_you_mean(name, known)}"
                 )
         return wanted
@@ -406,7 +421,8 @@ class Recipe:
         if names is None:
             return self
         wanted = self.named(names)
-        kept = tuple(expert for expert in self.experts if expert.name in wanted)
+        names_kept = set(wanted)
+        kept = tuple(expert for expert in self.experts if expert.name in names_kept)
         default = self.default_expert if self.default_expert in wanted else None
         return replace(self, experts=kept, default_expert=default)
 
@@ -454,14 +470,18 @@ class Recipe:
         return model_card(self.models, self.experts, self.policy, self.directory)
 
 
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(names[:20]) + more
+
+
 def _may_write_card(target: Path) -> bool:
     """Whether the directory has no model card, or the one that its recipe was written with."""
     try:
-        return (target / "README.md").read_text("utf-8") == Recipe.read(target).model_card()
-    except FileNotFoundError:
-        return True
-    except (OSError, UnicodeDecodeError, RecipeError):
-        return False
+        there = read_regular(target / "README.md", at_most=CONFIG_BYTES).decode()
+        return there == Recipe.read(target).model_card()
+    except (CorruptModel, UnicodeDecodeError, RecipeError):
+        return not os.path.lexists(target / "README.md")
 
 
 def _check_model_type(kind: Any) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from proxytune.checkpoints.placement import DTYPES
 from proxytune.checkpoints.references import is_gguf, is_url
 from proxytune.errors import InvalidRequest, RecipeError
+from proxytune.recipe.address import parse_address
 from proxytune.recipe.checks import (
     as_json,
     as_object,
@@ -57,9 +57,9 @@ class LlamaCppSettings:
         RecipeError: A value cannot be used.
     """
 
-    threads: int | None = recipe_key(at_least=1)
-    gpu_layers: int = recipe_key(-1, at_least=-1)
-    context_size: int | None = recipe_key(at_least=1)
+    threads: int | None = recipe_key(at_least=1, at_most=4096)
+    gpu_layers: int = recipe_key(-1, at_least=-1, at_most=1_000_000)
+    context_size: int | None = recipe_key(at_least=1, at_most=2**31 - 1)
     cache_dtype: str | None = recipe_key(choices=CACHE_DTYPES)
 
     def __post_init__(self) -> None:
@@ -81,14 +81,17 @@ class ApiSettings:
     Args:
         model: The server's name for the model; None for the only one that it lists.
         tokenizer: A model with the base's tokenizer; None for the first anti-expert.
-        key_env: The environment variable that holds the API key; None sends no key. Keys are never stored.
+        key_env: The environment variable whose key the server needs. This is only a request: which key goes
+            there is up to whoever runs the recipe. Keys are never stored.
         endpoint: `completions`, or `chat` if the server offers nothing else; None finds out.
         top_logprobs: Number of likeliest tokens to ask for at each position; None for 100, or what the
             server allows.
         lookahead: Maximum number of tokens of the base's own continuation in one call; None adapts, up to 32.
         max_concurrency: Maximum number of calls at the same time.
-        timeout_s: Seconds after which a call without an answer is repeated.
+        timeout_s: Seconds after which a call without a whole answer is repeated.
         max_retries: Maximum number of repetitions of a failed call.
+        total_timeout_s: Maximum number of seconds for a call with all its repetitions and pauses; None for
+            three times `timeout_s`, and at least 180.
         prompt_price: Price of a million prompt tokens, in any currency.
         completion_price: Price of a million generated tokens, in the same currency.
 
@@ -101,13 +104,14 @@ class ApiSettings:
     # Lower case would let keys pass for names.
     key_env: str | None = recipe_key(pattern="^[A-Z_][A-Z0-9_]{0,63}$")
     endpoint: str | None = recipe_key(choices=ENDPOINTS)
-    top_logprobs: int | None = recipe_key(at_least=1)
-    lookahead: int | None = recipe_key(at_least=1)
-    max_concurrency: int = recipe_key(4, at_least=1)
-    timeout_s: float = recipe_key(60.0, above=0)
-    max_retries: int = recipe_key(8, at_least=0)
-    prompt_price: float = recipe_key(0.0, at_least=0)
-    completion_price: float = recipe_key(0.0, at_least=0)
+    top_logprobs: int | None = recipe_key(at_least=1, at_most=2**20)
+    lookahead: int | None = recipe_key(at_least=1, at_most=1024)
+    max_concurrency: int = recipe_key(4, at_least=1, at_most=64)
+    timeout_s: float = recipe_key(60.0, above=0, at_most=600)
+    max_retries: int = recipe_key(8, at_least=0, at_most=100)
+    total_timeout_s: float | None = recipe_key(above=0, at_most=1800)
+    prompt_price: float = recipe_key(0.0, at_least=0, at_most=1e9)
+    completion_price: float = recipe_key(0.0, at_least=0, at_most=1e9)
 
     def __post_init__(self) -> None:
         # The value is not shown: it may be a key.
@@ -117,6 +121,11 @@ class ApiSettings:
                 'itself.\nhint: export OPENAI_API_KEY=…, and write "key_env": "OPENAI_API_KEY"'
             )
         check_fields(self)
+
+    @property
+    def longest_call_s(self) -> float:
+        """Maximum number of seconds for a call with all its repetitions and pauses."""
+        return self.total_timeout_s or max(180.0, 3 * self.timeout_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +145,9 @@ class ModelSpec:
         attn_implementation: The option of that name in transformers, such as `sdpa`.
         cuda_graphs: Launch the kernels of short forwards all at once; the model must be on one CUDA device.
         prompt: `plain`, `chat` for the tokenizer's own template, or a Jinja template.
-        trust_remote_code: Run code that comes with the model.
-        allow_pickle: Accept pickled weights, which can run any code when they are loaded.
+        trust_remote_code: Ask to run code that comes with the model; only the caller can grant it.
+        allow_pickle: Ask to read pickled weights, which can run any code when they are loaded; only the
+            caller can grant it.
         llama_cpp: Run a `.gguf` file with llama.cpp; None leaves it to transformers.
         api: How to call a base whose `model` is the address of an API, such as `http://localhost:8000/v1`.
 
@@ -179,6 +189,11 @@ class ModelSpec:
     def __post_init__(self) -> None:
         check_fields(self)
         check_json(self.quantization, "quantization")
+        if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
+            raise RecipeError(
+                f"attn_implementation is {as_json(self.attn_implementation)}, a repository of the Hub, whose "
+                'code would run.\nhint: if you trust it, set "trust_remote_code": true beside it'
+            )
         if self.same_as is not None:
             self._check_same_as()
         elif self.model is None and self.adapter is None:
@@ -211,13 +226,10 @@ class ModelSpec:
                     f"model is the address of an API, whose server decides {setting.name}.\n"
                     f"hint: leave {setting.name} out"
                 )
-        address = urlsplit(self.model or "")
-        if address.username or address.password or address.query:
-            raise RecipeError(
-                "the address of the API contains a user name, a password or a query, but a recipe must hold "
-                "no secrets.\n"
-                'hint: name an environment variable in "api": {"key_env": "OPENAI_API_KEY"}'
-            )
+        try:
+            parse_address(self.model or "")
+        except InvalidRequest as error:
+            raise RecipeError(str(error)) from error
 
     def _check_llama_cpp(self) -> None:
         for part, file in (("model", self.model), ("adapter", self.adapter)):

@@ -186,6 +186,7 @@ def make_server(
         timeout_graceful_shutdown=shutdown_timeout_s + LAST_WORDS_S,
         access_log=False,
         log_level="warning",
+        use_colors=False,  # `proxytune serve` shows escape sequences on stderr as text.
         server_header=False,
     )
     return StoppingServer(config, app.state.service.engine, shutdown_timeout_s)

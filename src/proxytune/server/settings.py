@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from proxytune.errors import InputFileError, InvalidRequest
+from proxytune.grants import KEY_VARIABLE
 from proxytune.settings import check, declared, option
 
 if TYPE_CHECKING:  # It brings torch, which the command line's help does not need.
     from proxytune.decode.speculative import Drafting
 
-
-KEY_VARIABLE = "PROXYTUNE_API_KEY"
-"""The environment variable that holds a key, if it is set."""
 MIN_KEY_LENGTH = 16
 """Shorter keys can be guessed."""
 
@@ -89,7 +87,8 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
         InvalidRequest: A key is too short.
     """
     if path is None:
-        found = [os.environ.get(KEY_VARIABLE, "").strip()]
+        # Taken out, so that it is never sent to an API on which the recipe's base is.
+        found = [os.environ.pop(KEY_VARIABLE, "").strip()]
     else:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()

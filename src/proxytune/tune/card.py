@@ -7,6 +7,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from proxytune.files import save_figure
 from proxytune.recipe.recipe import Recipe
 from proxytune.tune.settings import TuneResult, TuneSettings
 
@@ -148,5 +149,7 @@ def loss_plot(
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+    try:
+        save_figure(figure, path)
+    finally:
+        pyplot.close(figure)

@@ -21,18 +21,19 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOTrainer, SFTTrainer  # type: ignore[attr-defined]
 
 from proxytune.errors import BackendError, OutputFileError
-from proxytune.files import write_whole
+from proxytune.files import append, is_disk_error, write_whole
 from proxytune.tune.encode import IGNORED, Example, PreferenceExample
 from proxytune.tune.heads import FrozenHeads, head_of, run_body
 from proxytune.tune.loss import cross_entropy
 from proxytune.tune.offsets import Offsets
+
+RESUME_HINT = "free some disk space, then continue with --resume"
 
 MARKER = "whole"
 """Name of the empty file that marks a complete checkpoint."""
@@ -83,9 +84,7 @@ class _DurableCheckpoints:
             (folder / MARKER).touch()
         except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
-            # Errors of the disk; torch and safetensors wrap them.
-            is_disk = isinstance(error, OSError | SafetensorError)
-            if not is_disk and "PytorchStreamWriter" not in str(error):
+            if not is_disk_error(error):
                 raise
             kept = last_checkpoint(folder.parent)
             state = "there is no earlier one"
@@ -94,7 +93,7 @@ class _DurableCheckpoints:
             raise OutputFileError(
                 f"the checkpoint of step {self.state.global_step} cannot be written to {folder.parent}: "
                 f"{getattr(error, 'strerror', None) or error}; {state}.\n"
-                "hint: free some disk space, then continue with --resume"
+                f"hint: {RESUME_HINT}"
             ) from error
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -390,8 +389,7 @@ class LossLog(TrainerCallback):
             "elapsed_s": round(self._before_s + time.perf_counter() - self._started, 2),
             **{k: float(v) if math.isfinite(v) else None for k, v in kept.items()},
         }
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append(self._path, json.dumps(row) + "\n", hint=RESUME_HINT)
         self._on_row(row)
 
 

@@ -22,7 +22,8 @@ from proxytune.backends.transformers.backend import TransformersBackend
 from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from proxytune.checkpoints.placement import running_device
 from proxytune.checkpoints.references import local_reference
-from proxytune.errors import BackendError, OutputFileError
+from proxytune.errors import BackendError
+from proxytune.files import writing
 from proxytune.machine import peak_memory
 from proxytune.recipe.spec import ModelSpec
 from proxytune.text.vocab import Alignment, align
@@ -356,7 +357,7 @@ class Training:
     def _save_expert(self, model: Any) -> None:
         settings = self.settings
         target = settings.directory / expert_path(settings)
-        try:
+        with writing(target, hint=trainers.RESUME_HINT):
             target.parent.mkdir(parents=True, exist_ok=True)
             # DPO keeps a reference adapter beside the expert's.
             chosen = {} if settings.full else {"selected_adapters": ["default"]}
@@ -365,11 +366,6 @@ class Training:
             (target / "README.md").unlink(missing_ok=True)
             if settings.full:
                 find_checkpoint(settings.small, root=Path.cwd()).tokenizer.save_pretrained(target)
-        except OSError as error:
-            raise OutputFileError(
-                f"the expert cannot be written to {target}: {error.strerror or error}.\n"
-                "hint: free some disk space, then continue with --resume"
-            ) from error
 
 
 def _load(reference: str, *, device: str | None, dtype: str) -> Any:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -532,6 +533,73 @@ def test_an_adapter_that_changes_more_than_lora_layers_is_refused(tmp_path, chan
     tiny_adapter(small, tmp_path / "plain")
     files = edit_adapter(tmp_path / "plain", tmp_path / "more", **changes)
     with pytest.raises(UnsupportedModel, match=next(iter(changes))):
+        load(small, {"a": files})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": "(.+)+q_proj|(a|b|.)+(c|.)+(.|.)+X"},
+        {"alpha_pattern": {"(.+)+q_proj|(a|b|.)+(c|.)+(.|.)+X": 2}},
+        {"rank_pattern": {"(.+)+q_proj|(a|b|.)+(c|.)+(.|.)+X": 2}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_an_adapter_with_a_pattern_that_takes_forever_is_refused_in_time(tmp_path, changes):
+    """PEFT matched it against every layer's name, and loading never ended."""
+    small = tiny_model(tmp_path / "small")
+    tiny_adapter(small, tmp_path / "plain")
+    files = edit_adapter(tmp_path / "plain", tmp_path / "slow", **changes)
+    with pytest.raises(CorruptModel, match="takes more than 1 s to match"):
+        load(small, {"a": files})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": r".*layers\.\d\.self_attn\.(q|v)_proj"},
+        {"target_modules": "all-linear"},
+        {"target_modules": None},
+        {"alpha_pattern": {"q_proj": 4, r"layers\.[01]\..*v_proj": 4}, "lora_alpha": 1},
+        {"rank_pattern": {"(q|v)_proj": 2}, "r": 77},
+        {"exclude_modules": ["k_proj"], "layers_to_transform": [0, 1], "layers_pattern": "layers"},
+        {"megatron_core": "os", "loftq_config": {"a": 1}, "unknown_key": {"b": 2}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_ways_to_name_the_same_layers_give_the_same_logits(tmp_path, changes):
+    small = tiny_model(tmp_path / "small")
+    tiny_adapter(small, tmp_path / "plain")
+    plain = find_adapter(str(tmp_path / "plain"), root=tmp_path)
+    other = edit_adapter(tmp_path / "plain", tmp_path / "other", **changes)
+    backend = load(small, {"plain": plain, "other": other})
+    _, logits = backend.prefill([PROMPTS[0]] * 3, adapters=["plain", "other", None])
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.allclose(logits[0], logits[2])
+
+
+def test_alphas_by_pattern_scale_their_layers(tmp_path):
+    """Twice the alpha of one layer is what PEFT computes for it."""
+    small = tiny_model(tmp_path / "small")
+    tiny_adapter(small, tmp_path / "plain")
+    changes = {"alpha_pattern": {r"layers\.1\..*v_proj": 8, "model.layers.0.self_attn.q_proj": 0.5}}
+    files = edit_adapter(tmp_path / "plain", tmp_path / "other", **changes)
+    _, logits = load(small, {"a": files}).prefill([PROMPTS[0]], adapters=["a"])
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(small)
+    reference = peft.PeftModel.from_pretrained(model, str(tmp_path / "other"))
+    with torch.inference_mode():
+        expected = reference(torch.tensor([PROMPTS[0]])).logits[:, -1]
+    torch.testing.assert_close(logits, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("content", [b"not a pickle", b"\x80\x04K\x01.", b""])
+def test_pickled_adapter_weights_that_cannot_be_read_are_corrupt(tmp_path, content):
+    small = tiny_model(tmp_path / "small")
+    directory = tiny_adapter(small, tmp_path / "adapter")
+    (directory / "adapter_model.safetensors").unlink()
+    (directory / "adapter_model.bin").write_bytes(content)
+    files = find_adapter(str(directory), root=tmp_path, allow_pickle=True)
+    with pytest.raises(CorruptModel, match="cannot be read"):
         load(small, {"a": files})
 
 

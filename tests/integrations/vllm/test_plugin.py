@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from proxytune.errors import UnsupportedModel, VocabularyMismatch
+from proxytune.grants import Grants
 from proxytune.integrations.vllm.config import RecipeConfig, find_ensemble
 from proxytune.integrations.vllm.draft import draft_model, speculative_config
 from proxytune.integrations.vllm.server import vllm_server_command
@@ -34,6 +35,7 @@ from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ApiSettings, ExpertSpec, LlamaCppSettings, ModelSpec
 from proxytune.request import Request, SamplingParams
+from tests.support.foreign_code import model_with_code
 from tests.support.real_servers import free_port, running
 from tests.support.tiny import NUM_TOKENS, tiny_adapter, tiny_model, tiny_tokenizer
 
@@ -653,6 +655,27 @@ def test_a_recipe_that_asks_for_a_dtype_runs_in_no_other(tiny, tmp_path):
         Exception, match="the recipe asks for float32, and vLLM would run in bfloat16"
     ):
         checked(tmp_path / "asking", dtype="bfloat16")
+
+
+def test_code_and_pickles_of_a_recipes_models_need_the_word_of_vllms_caller(tmp_path):
+    mark = tmp_path / "the-code-ran"
+    model_with_code(tmp_path / "base", mark)
+    tiny_model(tmp_path / "small")
+    small = ModelSpec(model="small", allow_pickle=True)
+    base = ModelSpec(model="base", trust_remote_code=True)
+    Recipe(base, (ExpertSpec("e", small, small),), directory=tmp_path).write(tmp_path)
+    pickles = {"additional_config": {"proxytune": {"allow_pickle": True}}}
+    for options in ({}, pickles, {"trust_remote_code": True}):
+        with pytest.raises(Exception, match="Only you can allow that"):
+            checked(tmp_path, **options)
+        assert mark.exists() == ("trust_remote_code" in options)
+    config = checked(tmp_path, trust_remote_code=True, **pickles).model_config.hf_config
+    assert config.grants == Grants(trust_remote_code=True, allow_pickle=True)
+    assert mark.exists()
+    command = vllm_server_command(tmp_path, grants=config.grants)
+    assert "--trust-remote-code" in command
+    given = json.loads(command[command.index("--additional-config") + 1])
+    assert given == pickles["additional_config"]
 
 
 def test_models_of_one_shape_share_what_is_equal_in_them():

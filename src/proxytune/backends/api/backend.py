@@ -71,7 +71,12 @@ class ApiBackend(PartialBackend[ApiState]):
 
     @classmethod
     def load(
-        cls, spec: ModelSpec, tokens: Checkpoint, *, budget: Budget | None = None
+        cls,
+        spec: ModelSpec,
+        tokens: Checkpoint,
+        *,
+        budget: Budget | None = None,
+        key_env: str | None = None,
     ) -> ApiBackend:
         """Connect to a recipe's server.
 
@@ -79,6 +84,7 @@ class ApiBackend(PartialBackend[ApiState]):
             spec: The recipe's base.
             tokens: A model whose tokenizer stands for the base's.
             budget: What calls may cost; None for no limit.
+            key_env: The environment variable that the caller names; see `ApiClient`.
 
         Raises:
             UserError: As the constructor and `ApiClient` raise them.
@@ -86,7 +92,7 @@ class ApiBackend(PartialBackend[ApiState]):
         """
         assert spec.model is not None and spec.api is not None
         return cls(
-            ApiClient(spec.model, spec.api, budget=budget),
+            ApiClient(spec.model, spec.api, budget=budget, key_env=key_env),
             spec.api,
             name=spec.model,
             tokenizer=tokens.tokenizer,

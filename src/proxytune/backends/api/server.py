@@ -17,8 +17,9 @@ from proxytune.backends.api.answers import (
     is_alike,
     read_chat,
     read_completion,
+    read_models,
 )
-from proxytune.backends.api.client import ApiClient, RefusedCall
+from proxytune.backends.api.client import ANSWER_BYTES, ApiClient, RefusedCall
 from proxytune.backends.api.tokens import ApiTokens, name_bytes
 from proxytune.backends.base import NO_TOKEN
 from proxytune.errors import UnsupportedModel
@@ -37,6 +38,12 @@ LADDER = (20, 5, 1)
 
 PROBES = ("the quick brown fox jumps over the lazy", "once upon a time", "a b c d e f g")
 """Short prompts to find out what a server shows; several, because a base may end a text at once."""
+
+ENTRY_BYTES = 1024
+"""More than an answer needs for one token with its logprob, even in the longest way of writing it."""
+
+MAX_ANSWER_BYTES = 64 * 2**20
+"""Maximum size of an answer, however much is asked for."""
 
 FORCING_BIAS = 100.0
 """The largest `logit_bias` that the API allows; it leaves nothing else to choose."""
@@ -115,7 +122,7 @@ class ApiServer:
         names: list[str] = []
 
         def read(answer: dict[str, Any]) -> None:
-            names[:] = [str(model["id"]) for model in answer["data"]]
+            names[:] = read_models(answer)
 
         try:
             self._client.get("/models", read)
@@ -353,7 +360,10 @@ class ApiServer:
             is_chat = self.endpoint == "chat"
             read.append(read_chat(answer) if is_chat else read_completion(answer, scoring))
 
-        _, usage = self._client.post(path, body, check, is_probe=is_probe)
+        num_positions = max_tokens + (0 if scoring is None else len(prompt))
+        num_bytes = ANSWER_BYTES + ENTRY_BYTES * num_positions * (self.top_logprobs + 1)
+        max_bytes = min(num_bytes, MAX_ANSWER_BYTES)
+        _, usage = self._client.post(path, body, check, max_bytes=max_bytes, is_probe=is_probe)
         return replace(read[-1], usage=usage)
 
     def ask_scored(

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from proxytune.backends.api.answers import ShownToken
+from proxytune.backends.api.answers import HIGHEST_LOGPROB, LOWEST_LOGPROB, ShownToken
 from proxytune.backends.api.client import RefusedCall
 from proxytune.backends.api.positions import (
     NOTHING,
@@ -33,6 +33,9 @@ from proxytune.trace import Usage
 
 MAX_LOOKAHEAD = 32
 FIRST_LOOKAHEAD = 8
+
+MAX_ENTRIES = 2**19
+"""Maximum number of logprobs to ask for in one call: at 128 bytes each they fill the largest answer."""
 
 RUN_MEMORY = 8
 """Number of stretches over which the running mean of their used length is taken."""
@@ -130,7 +133,9 @@ class StretchReader:
                 continue
             for token_id in asked:
                 if token_id in logprobs:
-                    found[token_id] = logprobs[token_id] - logprobs[anchor] + anchor_logprob
+                    logprob = logprobs[token_id] - logprobs[anchor] + anchor_logprob
+                    if LOWEST_LOGPROB <= logprob <= HIGHEST_LOGPROB:
+                        found[token_id] = logprob
         return found
 
     def _ask_biased(self, row: ApiRow, prompt: Any, bias: dict[int, float]) -> ShownToken | None:
@@ -246,6 +251,7 @@ class StretchReader:
     def _num_ahead(self, row: ApiRow, length: int) -> int:
         """Return how many tokens to ask for: somewhat more than were used of the last stretches."""
         most = self._settings.lookahead or MAX_LOOKAHEAD
+        most = max(1, min(most, MAX_ENTRIES // self._server.top_logprobs))
         wanted = most if self._settings.lookahead else math.ceil(1.5 * self._run_length) + 2
         if row.num_left is not None:
             wanted = min(wanted, max(1, row.num_left + len(row.token_ids) - length))

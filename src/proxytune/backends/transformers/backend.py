@@ -147,7 +147,6 @@ class TransformersBackend(Backend[TransformersState]):
 
         Raises:
             CorruptModel: The weights cannot be read or do not match the config.
-            UnsafeModel: There are only pickled weights and `allow_pickle` is not set.
             UnsupportedModel: transformers does not know the model, or an adapter is more than LoRA factors.
             AdapterMismatch: An adapter's weights do not fit the model.
             MissingExtra: A quantisation or attention library is not installed.
@@ -157,7 +156,7 @@ class TransformersBackend(Backend[TransformersState]):
             model = load_model(checkpoint, spec)
             names: dict[str, str] = {}
             if adapters:
-                model, names = add_adapters(model, checkpoint.name, adapters, spec.allow_pickle)
+                model, names = add_adapters(model, checkpoint.name, adapters)
         model.requires_grad_(False)
         recorder = CudaRecorder(_graph_device(model, checkpoint.name)) if spec.cuda_graphs else None
         return cls(model, name=checkpoint.name, adapters=names, recorder=recorder, owns_model=True)

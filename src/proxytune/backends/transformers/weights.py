@@ -6,15 +6,18 @@ import contextlib
 import importlib
 import inspect
 import json
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pickle import PickleError
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch import Tensor
 
-from proxytune.checkpoints.adapter import AdapterFiles, beyond_factors
+from proxytune.checkpoints.adapter import AdapterFiles, beyond_factors, lora_layers
 from proxytune.checkpoints.placement import running_device, running_dtype
 from proxytune.errors import (
     AdapterMismatch,
@@ -22,7 +25,6 @@ from proxytune.errors import (
     ModelNotFound,
     NotEnoughMemory,
     ProxytuneError,
-    UnsafeModel,
     UnsupportedModel,
     missing_extra,
 )
@@ -70,8 +72,8 @@ def load_model(checkpoint: Checkpoint, spec: ModelSpec) -> Any:
         "dtype": getattr(
             torch, running_dtype(spec.dtype, stored_dtype=checkpoint.stored_dtype, device=device)
         ),
-        "use_safetensors": None if spec.allow_pickle else True,
-        "trust_remote_code": spec.trust_remote_code,
+        "use_safetensors": None if checkpoint.allow_pickle else True,
+        "trust_remote_code": checkpoint.trust_remote_code,
         "local_files_only": True,
         "output_loading_info": True,
     }
@@ -174,24 +176,18 @@ def _require(module: str, name: str) -> Any:
         ) from error
 
 
-_BEYOND_FACTORS = (
-    "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "use_dora",
-    "alora_invocation_tokens",
-)  # fmt: skip
-"""Keys of an adapter's config that change more than each row's own factors can."""
-
-
 def add_adapters(
-    model: Any, model_name: str, adapters: Mapping[str, AdapterFiles], allow_pickle: bool
+    model: Any, model_name: str, adapters: Mapping[str, AdapterFiles]
 ) -> tuple[Any, dict[str, str]]:
     """Add LoRA adapters to a model; return the wrapped model and PEFT's names for the adapters."""
     from peft import PeftModel, set_peft_model_state_dict
 
+    module_names = [name for name, _ in model.named_modules()]
     names = {name: f"adapter_{index}" for index, name in enumerate(adapters)}  # PEFT allows no dots
     wrapped: Any = None
     for name, files in adapters.items():
-        config, weights = read_adapter(files, allow_pickle=allow_pickle)
-        config.inference_mode = True
+        weights = read_adapter(files)
+        config = _lora_config(files, weights, module_names)
         misfit = f"adapter {files.name} does not fit {model_name}"
         hint = "\nhint: an adapter fits only the model it was trained on"
         try:
@@ -214,27 +210,49 @@ def add_adapters(
     return wrapped, names
 
 
-def read_adapter(files: AdapterFiles, *, allow_pickle: bool) -> tuple[Any, dict[str, Tensor]]:
-    """Return a LoRA adapter's config, as PEFT reads it, and its weights on the CPU.
+def _lora_config(
+    files: AdapterFiles, weights: Mapping[str, Tensor], module_names: Sequence[str]
+) -> Any:
+    """Return PEFT's config of an adapter, with the layers by name and nothing else from the adapter's own."""
+    from peft import LoraConfig
+
+    shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+    layers = lora_layers(files.name, files.config, shapes, module_names)
+    rank = Counter(own.rank for own in layers.values()).most_common(1)[0][0]
+    alpha: Any = Counter(own.alpha for own in layers.values()).most_common(1)[0][0]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(layers),
+        rank_pattern={re.escape(m): own.rank for m, own in layers.items() if own.rank != rank},
+        alpha_pattern={re.escape(m): own.alpha for m, own in layers.items() if own.alpha != alpha},
+        use_rslora=bool(files.config.get("use_rslora")),
+        fan_in_fan_out=bool(files.config.get("fan_in_fan_out")),
+        lora_bias=bool(files.config.get("lora_bias")),
+        inference_mode=True,
+    )
+
+
+def read_adapter(files: AdapterFiles) -> dict[str, Tensor]:
+    """Return a LoRA adapter's weights on the CPU.
 
     Raises:
         CorruptModel: It cannot be read.
-        UnsafeModel: It has only pickled weights, and those are not allowed.
         ModelNotFound: It has no weights.
         UnsupportedModel: It is more than LoRA factors beside linear layers.
     """
-    from peft import PeftConfig
+    weights = _adapter_weights(files)
+    changes = beyond_factors(files.config)
+    changes += [key for key in weights if ".lora_A." not in key and ".lora_B." not in key][:1]
+    if changes:
+        raise UnsupportedModel(
+            f"adapter {files.name} changes more than can be switched for each row: {', '.join(changes)}\n"
+            "hint: merge the adapter into a copy of its model and give that as the expert's model"
+        )
+    return weights
 
-    try:
-        config: Any = PeftConfig.from_pretrained(str(files.path))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CorruptModel(f"the config of adapter {files.name} cannot be read: {error}") from error
-    weights = _adapter_weights(files, allow_pickle)
-    _check_adapter_kind(config, weights, files.name)
-    return config, weights
 
-
-def _adapter_weights(files: AdapterFiles, allow_pickle: bool) -> dict[str, Tensor]:
+def _adapter_weights(files: AdapterFiles) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -243,33 +261,13 @@ def _adapter_weights(files: AdapterFiles, allow_pickle: bool) -> dict[str, Tenso
     try:
         if path.is_file():
             return load_file(path)
-        if allow_pickle and pickled.is_file():
-            weights: dict[str, Tensor] = torch.load(pickled, map_location="cpu", weights_only=True)
-            return weights
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError) as error:
+        if files.allow_pickle and pickled.is_file():
+            weights = torch.load(pickled, map_location="cpu", weights_only=True)
+            if isinstance(weights, dict) and all(isinstance(w, Tensor) for w in weights.values()):
+                return weights
+            raise ValueError("it holds other things than tensors by name")
+    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, PickleError) as error:
         raise CorruptModel(
             f"the weights of adapter {files.name} cannot be read: {error}"
         ) from error
-    if pickled.is_file():
-        raise UnsafeModel(
-            f"adapter {files.name} has only pickled weights, and unpickling can run code.\n"
-            "hint: save it as safetensors, or set allow_pickle if you trust it"
-        )
     raise ModelNotFound(f"adapter {files.name} has no adapter_model.safetensors in {files.path}")
-
-
-def _check_adapter_kind(config: Any, weights: Mapping[str, Tensor], name: str) -> None:
-    """Refuse an adapter that cannot share one forward with plain rows."""
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if kind != "LORA":
-        raise UnsupportedModel(
-            f"adapter {name} is of kind {kind}, and only LORA adapters can share a forward with plain rows\n"
-            "hint: merge the adapter into a copy of its model and give that as the expert's model"
-        )
-    changes = beyond_factors(vars(config), _BEYOND_FACTORS)
-    changes += [key for key in weights if ".lora_A." not in key and ".lora_B." not in key][:1]
-    if changes:
-        raise UnsupportedModel(
-            f"adapter {name} changes more than can be switched for each row: {', '.join(changes)}\n"
-            "hint: merge the adapter into a copy of its model and give that as the expert's model"
-        )

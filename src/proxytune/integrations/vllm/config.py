@@ -17,9 +17,11 @@ from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
 from proxytune.decode.ensemble import Pair
 from proxytune.errors import UnsupportedModel
+from proxytune.grants import NOTHING, Grants
 from proxytune.integrations.auto import ProxyTunedConfig, ProxyTunedTokenizer, check_one_prompt
 from proxytune.integrations.vllm.request import Menu, RowStrengths, set_menu
 from proxytune.loading.members import find_members
+from proxytune.recipe.files import RecipeFiles
 from proxytune.recipe.recipe import ARCHITECTURE, Recipe
 from proxytune.recipe.spec import ModelSpec
 from proxytune.text.vocab import Alignment, align
@@ -72,16 +74,18 @@ class ServedEnsemble:
         return min((limit for limit in limits if limit is not None), default=None)
 
 
-def find_ensemble(recipe: Recipe) -> ServedEnsemble:
+def find_ensemble(recipe: Recipe, grants: Grants = NOTHING) -> ServedEnsemble:
     """Return a recipe's models, found and checked without their weights.
 
     Raises:
+        UnsafeModel: The recipe asks for a right that the caller does not grant.
         UnsupportedModel: The recipe asks for what vLLM cannot do; the message names it.
         UserError: A model is missing, unsafe, corrupt or does not match; see `errors.py`.
     """
     _check_recipe(recipe)
     # vLLM runs all models in one dtype, so a recipe's dtype must not make two members of one.
-    found, pairs = find_members(recipe.with_models(lambda spec: replace(spec, dtype=None)))
+    recipe = recipe.with_models(lambda spec: replace(spec, dtype=None))
+    found, pairs = find_members(RecipeFiles(recipe, grants))
     base = found[0].checkpoint
     members: list[ServedMember] = []
     for part, spec, checkpoint, adapter in found:
@@ -176,6 +180,11 @@ class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
         super().__init__(**kwargs)  # of its own: transformers writes one for configs that have none
 
     @property
+    def grants(self) -> Grants:
+        """What the caller allows, by vLLM's `trust_remote_code` and `additional_config`."""
+        return Grants(self._is_trusted, self.__dict__.get("_allows_pickle", False) is True)
+
+    @property
     def served_recipe(self) -> Recipe:
         """The recipe with the experts that are served."""
         name = str(getattr(self, "name_or_path", "") or "")
@@ -191,9 +200,20 @@ class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
     def ensemble(self) -> ServedEnsemble:
         """The recipe's models."""
         if "_ensemble" not in self.__dict__:
-            self.__dict__["_ensemble"] = find_ensemble(self.served_recipe)
+            self.__dict__["_ensemble"] = find_ensemble(self.served_recipe, self.grants)
         found: ServedEnsemble = self.__dict__["_ensemble"]
         return found
+
+    @property
+    def _shapes(self) -> ServedEnsemble:
+        """The models, as vLLM asks for their shapes before it shows what its caller allows.
+
+        Pickled weights are counted for that, and not read.
+        """
+        asks = any(spec.allow_pickle for spec in self.served_recipe.models.values())
+        if asks and not self.grants.allow_pickle:
+            return find_ensemble(self.served_recipe, replace(self.grants, allow_pickle=True))
+        return self.ensemble
 
     @property
     def row_strengths(self) -> RowStrengths:
@@ -207,7 +227,7 @@ class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
     def text_config(self) -> Any:
         """The base's config, within the limits of all models."""
         if "_text_config" not in self.__dict__:
-            ensemble = self.ensemble
+            ensemble = self._shapes
             text = copy.deepcopy(ensemble.base.config.get_text_config(decoder=True))
             if ensemble.max_context not in (None, ensemble.base.max_context):
                 text.max_position_embeddings = ensemble.max_context
@@ -222,8 +242,9 @@ class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
         """Return the base's config."""
         return self.text_config
 
-    def serve(self, experts: Any, *, is_fixed: str) -> None:
-        """Set which experts are served (None for all), and the reason if requests may not choose."""
+    def serve(self, experts: Any, *, is_fixed: str, allow_pickle: bool) -> None:
+        """Set which experts are served (None for all), why requests may not choose, and what is allowed."""
+        self.__dict__["_allows_pickle"] = Grants(allow_pickle=allow_pickle).allow_pickle
         self.__dict__["_served"] = experts
         self.__dict__["_is_fixed"] = is_fixed
         self.__dict__.pop("_ensemble", None)
@@ -255,10 +276,11 @@ def check_engine(vllm_config: Any) -> None:
     model = vllm_config.model_config
     config: RecipeConfig = model.hf_config
     settings = (vllm_config.additional_config or {}).get("proxytune") or {}
-    unknown = sorted(set(settings) - {"experts"})
+    unknown = sorted(set(settings) - {"experts", "allow_pickle"})
     if unknown:
         raise UnsupportedModel(
-            f"additional_config has proxytune.{unknown[0]}, and only proxytune.experts is known.\n"
+            f"additional_config has proxytune.{unknown[0]}, and only proxytune.experts and "
+            "proxytune.allow_pickle are known.\n"
             'hint: --additional-config \'{"proxytune": {"experts": ["legal"]}}\''
         )
     speculative = vllm_config.speculative_config
@@ -288,6 +310,7 @@ def check_engine(vllm_config: Any) -> None:
         )
     config.serve(
         settings.get("experts"),
+        allow_pickle=settings.get("allow_pickle", False),
         is_fixed=""
         if speculative is None
         else "with speculative decoding vLLM does not say which row of a batch is whose.\n"

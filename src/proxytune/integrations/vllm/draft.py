@@ -13,12 +13,13 @@ from typing import Any
 
 from proxytune.checkpoints.conversion import build_once, cache_directory
 from proxytune.errors import UnsupportedModel
+from proxytune.grants import NOTHING, Grants
 from proxytune.integrations.vllm.config import ServedEnsemble, ServedMember, find_ensemble
 from proxytune.recipe.recipe import Recipe
 
 
 def speculative_config(
-    recipe: Recipe, expert: str | None = None, *, num_tokens: int = 3
+    recipe: Recipe, expert: str | None = None, *, num_tokens: int = 3, grants: Grants = NOTHING
 ) -> dict[str, Any]:
     """Return vLLM's `speculative_config` with an expert as the draft model.
 
@@ -26,14 +27,16 @@ def speculative_config(
         recipe: The recipe that vLLM will serve.
         expert: The expert's name; None for the default expert, otherwise the first.
         num_tokens: Number of tokens to draft at a time.
+        grants: What the caller allows.
 
     Raises:
+        UnsafeModel: The recipe asks for a right that the caller does not grant.
         UnknownExpert: The recipe has no expert of that name.
         UnsupportedModel: The expert has no weights of its own, or vLLM cannot run the recipe.
     """
     name = expert or recipe.default_expert or recipe.experts[0].name
     recipe.named(name)
-    ensemble = find_ensemble(recipe)
+    ensemble = find_ensemble(recipe, grants)
     pair = next(pair for pair in ensemble.pairs if pair.name == name)
     if pair.expert == 0:
         raise UnsupportedModel(
@@ -80,9 +83,10 @@ def _write(ensemble: ServedEnsemble, member: ServedMember, weights: Path, target
 
     model: Any = AutoModelForCausalLM.from_pretrained(weights, dtype="auto", local_files_only=True)
     if member.adapter is not None:
-        from peft import PeftModel
+        from proxytune.backends.transformers.weights import add_adapters
 
-        adapted: Any = PeftModel.from_pretrained(model, str(member.adapter.path))
+        adapters = {"draft": member.adapter}
+        adapted, _ = add_adapters(model, member.checkpoint.name, adapters)
         model = adapted.merge_and_unload()
     alignment = member.alignment
     if alignment.kind != "same":

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from proxytune.errors import InvalidRequest, missing_extra
+from proxytune.grants import NOTHING, Grants
 from proxytune.recipe.recipe import Recipe
 
 MODULE = "vllm.entrypoints.openai.api_server"
@@ -29,6 +30,7 @@ def vllm_server_command(
     dtype: str | None = None,
     max_model_len: int | None = None,
     num_drafted: int = 0,
+    grants: Grants = NOTHING,
     options: Sequence[str] = (),
 ) -> list[str]:
     """Return the command that serves a recipe with vLLM, after checking that vLLM can.
@@ -43,9 +45,11 @@ def vllm_server_command(
         max_model_len: Maximum number of tokens of a row; None for the shortest context of the models.
         num_drafted: Number of tokens that the default expert drafts at a time; 0 turns speculative decoding
             off. With drafts, requests cannot choose strength or experts.
+        grants: What the caller allows.
         options: Further options of vLLM's server, passed on unchanged.
 
     Raises:
+        UnsafeModel: The recipe asks for a right that the caller does not grant.
         MissingExtra: vLLM is not installed.
         RecipeError: The recipe is missing or malformed.
         UnsupportedModel: vLLM cannot run it; the message says why.
@@ -61,19 +65,25 @@ def vllm_server_command(
         raise InvalidRequest(f"num_drafted is {num_drafted}, and must be 0 or more")
     recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
     served = recipe.only(experts)
-    find_ensemble(served)
+    find_ensemble(served, grants)
     command = [sys.executable, "-m", MODULE, "--model", str(recipe.directory)]
     command += ["--served-model-name", name or recipe.directory.name]
     command += ["--host", host, "--port", str(port)]
+    own: dict[str, object] = {}
     if experts is not None:
-        only = {"proxytune": {"experts": [expert.name for expert in served.experts]}}
-        command += ["--additional-config", json.dumps(only)]
+        own["experts"] = [expert.name for expert in served.experts]
+    if grants.allow_pickle:
+        own["allow_pickle"] = True
+    if own:
+        command += ["--additional-config", json.dumps({"proxytune": own})]
+    if grants.trust_remote_code:
+        command += ["--trust-remote-code"]
     if dtype is not None:
         command += ["--dtype", dtype]
     if max_model_len is not None:
         command += ["--max-model-len", str(max_model_len)]
     if num_drafted:
-        drafting = speculative_config(served, num_tokens=num_drafted)
+        drafting = speculative_config(served, num_tokens=num_drafted, grants=grants)
         command += ["--speculative-config", json.dumps(drafting)]
     return [*command, *options]
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from proxytune.backends.transformers.weights import read_adapter
-from proxytune.checkpoints.adapter import AdapterFiles
-from proxytune.errors import AdapterMismatch
+from proxytune.checkpoints.adapter import AdapterFiles, lora_layers
+from proxytune.errors import AdapterMismatch, UnsupportedModel
 from proxytune.integrations.vllm.config import LOAD_FORMAT, RecipeConfig, ServedMember
 
 Named = tuple[str, Tensor]
@@ -45,44 +45,39 @@ class LowRank:
         return weight.float() + change.to(weight.device)
 
 
-def low_rank_changes(adapter: AdapterFiles, *, allow_pickle: bool) -> dict[str, LowRank]:
+def low_rank_changes(adapter: AdapterFiles) -> dict[str, LowRank]:
     """Return what an adapter adds to the weights of its model, by module name.
 
     Raises:
         UnsupportedModel: It contains more than products of two matrices.
         UserError: Its files are missing, unsafe or corrupt.
     """
-    from peft.utils.other import get_pattern_key
-
-    config, weights = read_adapter(adapter, allow_pickle=allow_pickle)
-    ends = (".lora_A.weight", ".lora_B.weight")
+    weights = read_adapter(adapter)
+    config = adapter.config
+    if config.get("lora_bias"):
+        raise UnsupportedModel(
+            f"the adapter {adapter.name} has biases (lora_bias), which vLLM does not get from here.\n"
+            "hint: merge it into its model with PEFT's merge_and_unload, and name that model"
+        )
+    shapes = {key: tuple(weight.shape) for key, weight in weights.items()}
     changes: dict[str, LowRank] = {}
-    for key in weights:
-        if not key.endswith(ends[0]):
-            continue
-        module = key.removesuffix(ends[0])
-        name = module.removeprefix("base_model.model.")
-        ranks, alphas = config.rank_pattern, config.alpha_pattern
-        rank = ranks.get(get_pattern_key(ranks.keys(), name), config.r)
-        alpha = alphas.get(get_pattern_key(alphas.keys(), name), config.lora_alpha)
-        changes[name] = LowRank(
-            down=weights[key],
-            up=weights[module + ends[1]],
-            scaling=alpha / (rank**0.5 if config.use_rslora else rank),
-            is_transposed=bool(config.fan_in_fan_out),
+    for module, layer in lora_layers(adapter.name, config, shapes).items():
+        changes[module] = LowRank(
+            down=weights[layer.down],
+            up=weights[layer.up],
+            scaling=layer.scale,
+            is_transposed=bool(config.get("fan_in_fan_out")),
         )
     return changes
 
 
-def merge(
-    weights: Iterable[Named], adapter: AdapterFiles, *, allow_pickle: bool
-) -> Iterator[Named]:
+def merge(weights: Iterable[Named], adapter: AdapterFiles) -> Iterator[Named]:
     """Yield a model's weights with an adapter merged into them.
 
     Raises:
         AdapterMismatch: A layer that the adapter changes has no weight there.
     """
-    changes = low_rank_changes(adapter, allow_pickle=allow_pickle)
+    changes = low_rank_changes(adapter)
     waiting = set(changes)
     for name, weight in weights:
         module = name.removesuffix(".weight")
@@ -134,7 +129,7 @@ def register_loader() -> None:
             source = DefaultModelLoader.Source(path, None, fall_back_to_pt=pickle)
             weights: Iterable[Named] = self._get_weights_iterator(source)
             if member.adapter is not None:
-                weights = merge(weights, member.adapter, allow_pickle=pickle)
+                weights = merge(weights, member.adapter)
             for name, weight in weights:
                 yield f"{member.name}.{name}", weight
 
