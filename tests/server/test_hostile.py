@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,10 @@ def numbered(form: str, num: int) -> str:
     return ",".join(form % number for number in range(num))
 
 
+def with_object(name: str, entries: str) -> str:
+    return with_field(f'"{name}":{{{entries}}}')
+
+
 def completion(prompt: str) -> str:
     return f'{{"model":"toy","max_tokens":1,"prompt":{prompt}}}'
 
@@ -89,11 +93,12 @@ def chat(messages: str, field: str = "") -> str:
 
 
 MESSAGE = '{"role":"user","content":"a"}'
+EMPTY = '"%d":{}'
 PART = '{"type":"text","text":"a"}'
 
 
 def parts(*items: str) -> str:
-    return '[{"role":"user","content":[%s]}]' % ",".join(items)
+    return f'[{{"role":"user","content":[{",".join(items)}]}}]'
 
 
 def with_metadata(entries: str) -> str:
@@ -115,11 +120,11 @@ BODIES = {
     "a long fraction": with_field(f'"temperature":-0.{"1" * (LIMIT - 100)}'),
     "unknown fields": with_field(numbered('"%d":0', 180_000)),
     "fewer unknown fields": with_field(numbered('"%d":0', 16_000)),
-    "unknown fields below": with_field('"proxytune":{%s}' % numbered('"%d":0', 16_000)),
+    "unknown fields below": with_object("proxytune", numbered('"%d":0', 16_000)),
     "one field again and again": with_field(many('"n":1')),
-    "biases": with_field('"logit_bias":{%s}' % numbered('"x%d":0', 150_000)),
-    "fewer biases": with_field('"logit_bias":{%s}' % numbered('"x%d":0', 16_000)),
-    "experts": with_field('"proxytune":{"experts":{%s}}' % numbered('"%d":{}', 8_000)),
+    "biases": with_object("logit_bias", numbered('"x%d":0', 150_000)),
+    "fewer biases": with_object("logit_bias", numbered('"x%d":0', 16_000)),
+    "experts": with_object("proxytune", f'"experts":{{{numbered(EMPTY, 8_000)}}}'),
     "stops": with_field(f'"stop":[{many(chr(34) + "a" + chr(34))}]'),
     "fewer stops": with_field(f'"stop":[{numbered(chr(34) + "%d" + chr(34), 16_000)}]'),
     "stop ids": with_field(f'"stop_token_ids":[{many("1")}]'),
@@ -619,10 +624,8 @@ def test_bodies_without_an_end_take_bounded_memory_and_stop_no_small_request():
         wait_until(lambda: held(running).num_bytes > 4 * size)
         for connection in connections:
             connection.settimeout(0.5)
-            try:
+            with suppress(OSError):  # it has been refused
                 connection.sendall(b" " * (size // 2 - 1))
-            except OSError:
-                pass  # it has been refused
         for _ in range(5):
             assert held(running).num_bytes <= BODIES_HELD * size
             assert_it_works(running)
@@ -662,7 +665,7 @@ def test_who_has_no_key_has_no_byte_of_a_body_kept_or_read_as_json(monkeypatch):
 def test_every_route_needs_a_key_but_those_that_are_open():
     app = make_app(fresh(), replace(SETTINGS, api_keys=KEYS))
     paths = {route.path.replace("{name}", "toy") for route in app.routes}  # type: ignore[attr-defined]
-    assert OPEN_PATHS < paths and len(paths - OPEN_PATHS) >= 5
+    assert paths > OPEN_PATHS and len(paths - OPEN_PATHS) >= 5
     with served(fresh(), api_keys=KEYS) as running:
         for path in (
             *paths,
@@ -728,14 +731,17 @@ def test_a_second_clients_small_requests_are_answered_while_a_first_keeps_many_l
 
 
 def test_a_stream_that_loses_its_place_is_told_so():
-    with served(fresh(), max_rows=1, max_waiting=1, max_tokens=10_000) as running:
-        with running.connect() as first, running.connect() as second:
-            first.sendall(post(BODY | {"max_tokens": 10_000}))
-            wait_until(lambda: running.service.engine.num_running == 1)
-            second.sendall(post(BODY | {"max_tokens": 10_000, "stream": True}))
-            wait_until(lambda: running.service.engine.num_waiting == 1)
-            assert_it_works(running)
-            assert b"queue_full" in read_until(second, b"[DONE]")
+    with (
+        served(fresh(), max_rows=1, max_waiting=1, max_tokens=10_000) as running,
+        running.connect() as first,
+        running.connect() as second,
+    ):
+        first.sendall(post(BODY | {"max_tokens": 10_000}))
+        wait_until(lambda: running.service.engine.num_running == 1)
+        second.sendall(post(BODY | {"max_tokens": 10_000, "stream": True}))
+        wait_until(lambda: running.service.engine.num_waiting == 1)
+        assert_it_works(running)
+        assert b"queue_full" in read_until(second, b"[DONE]")
 
 
 # What else strangers send ---------------------------------------------------------------------------

@@ -51,7 +51,7 @@ class ServerSettings:
     )
     max_rows: int = option(
         8,
-        "Maximum number of texts that are generated at once; when all are long, a short one may run beside them",
+        "Maximum number of texts that are generated at once; a short one more may run beside long ones",
         at_least=1,
     )
     max_waiting: int = option(
