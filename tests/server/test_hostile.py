@@ -504,6 +504,29 @@ def test_slow_prompts_of_one_client_leave_a_desk_to_others_and_their_turn_comes(
     assert sorted(loop_results) == [f"greedy {n}" for n in range(5)]
 
 
+def test_a_caller_that_goes_just_as_a_desk_is_free_does_not_take_the_desk_with_it():
+    """The desk was lost, and after four such callers nobody was answered any more."""
+    import asyncio
+
+    from proxytune.server.rendering import Rendering
+
+    async def check() -> None:
+        rendering = Rendering([fresh()])
+        gate = threading.Event()
+        first = asyncio.create_task(rendering.run("one", 10, lambda desk: gate.wait(10)))
+        second = asyncio.create_task(rendering.run("two", 10, lambda desk: 2))
+        third = asyncio.create_task(rendering.run("three", 10, lambda desk: 3))
+        await asyncio.sleep(0.01)
+        gate.set()
+        time.sleep(0.1)  # the first one's end is the loop's next event
+        second.cancel()
+        assert await asyncio.wait_for(third, 5) == 3
+        assert await first and second.cancelled()
+        rendering.close()
+
+    asyncio.run(check())
+
+
 def test_large_bodies_have_half_of_the_desks():
     import asyncio
 

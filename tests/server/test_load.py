@@ -156,6 +156,7 @@ def num_objects(*kinds: type) -> int:
         (16, 2000, 0, {}),
         (16, 500, 0, {"speculative": True}),
         (32, 1000, 4, {}),
+        (32, 200, 20, {"max_rows": 4, "max_waiting": 28}),
     ],
 )
 def test_no_request_of_many_clients_is_lost_mixed_up_or_kept(
@@ -217,7 +218,8 @@ def test_no_request_of_many_clients_is_lost_mixed_up_or_kept(
     assert done["whole"] + done["gone"] == num_requests and done["gone"] > num_requests / 5
     # One that went before its request was read never became a text.
     assert done["whole"] <= sum(map(float, counted.values())) <= num_requests
-    assert float(counted["cancelled"]) > num_requests / 20
+    num_unread = num_requests - sum(map(float, counted.values()))
+    assert float(counted["cancelled"]) + num_unread > num_requests / 20
     assert latencies.found and max(latencies.found) < 2
     assert num_objects(Ticket, _Running) == 0
     before, after = levels[num_requests // 4], levels[num_requests]

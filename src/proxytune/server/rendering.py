@@ -242,7 +242,8 @@ class Rendering:
             fitting = [
                 each
                 for each in self._waiting
-                if self._taken[each.client] < max(1, self._num - 1)
+                if not each.desk.cancelled()  # its caller has gone, and leaves the line next
+                and self._taken[each.client] < max(1, self._num - 1)
                 and not (each.is_large and self._num_large >= max(1, self._num // 2))
             ]
             if not fitting:
