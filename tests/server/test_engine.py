@@ -16,7 +16,8 @@ from proxytune.decode.batch import Event
 from proxytune.errors import BackendError, QueueFull, ShuttingDown
 from proxytune.model import ProxyTuned
 from proxytune.request import Request, SamplingParams
-from proxytune.server.engine import Engine, Ticket
+from proxytune.server.engine import Engine
+from proxytune.server.turns import Ticket
 from proxytune.testing import toy_model
 
 LETTERS = "abcdefgh"
@@ -135,6 +136,80 @@ def test_clients_take_turns():
         wait_until(lambda: len(order) == 5)
     # The first of the greedy client's may have begun before the other came.
     assert order.index("other") <= 1
+
+
+@pytest.mark.parametrize("num_users", (1, 90))
+def test_a_small_request_is_taken_and_answered_while_large_ones_fill_rows_and_places(num_users):
+    """All waiting places were taken, whatever the small one's name: it was refused with 429."""
+    model, gate = gated()
+    flood = [ticket(model, "a", "address", num_new=400) for _ in range(8)]
+    for number, (one, _) in enumerate(flood):
+        one.user = f"user {number % num_users}"
+    with Engine(model, max_rows=2, max_waiting=6) as engine:
+        engine.submit([one for one, _ in flood[:2]])
+        wait_until(lambda: engine.num_running == 2)
+        for one, _ in flood[2:]:
+            engine.submit([one])
+        large, _ = ticket(model, "a", "address", num_new=400)
+        large.user = "user 0" if num_users == 1 else "user 90"
+        with pytest.raises(QueueFull):
+            engine.submit([large])
+        small, listener = ticket(model, "b", "address", num_new=5)
+        small.user = "small"
+        engine.submit([small])
+        # The youngest of the large ones is told when to come back.
+        with pytest.raises(QueueFull, match="6 requests are waiting") as refused:
+            flood[-1][1].wait()
+        assert 1 <= refused.value.retry_after_s <= 60
+        gate.permits.release(30)
+        assert listener.wait() == model_text("b", 5)
+        assert max(gate.forwards) == 3 and engine.num_running == 2
+        gate.is_open = True
+        gate.permits.release(1)
+        expected = model_text("a", 400)
+        assert [listener.wait(60) for _, listener in flood[:-1]] == [expected] * 7
+    assert max(gate.forwards) == 3
+
+
+def test_one_short_text_at_a_time_runs_beside_long_ones_and_none_beside_others():
+    model, gate = gated()
+    long = [ticket(model, "a", num_new=300) for _ in range(2)]
+    short = [ticket(model, "b", num_new=5) for _ in range(4)]
+    with Engine(model, max_rows=2) as engine:
+        engine.submit([one for one, _ in long])
+        wait_until(lambda: engine.num_running == 2)
+        engine.submit([one for one, _ in short])
+        gate.is_open = True
+        gate.permits.release(1)
+        assert [listener.wait(60) for _, listener in short] == [model_text("b", 5)] * 4
+        assert [listener.wait(60) for _, listener in long] == [model_text("a", 300)] * 2
+        assert max(gate.forwards) == 3
+        gate.forwards.clear()
+        middle = [ticket(model, "a", num_new=100) for _ in range(2)]
+        more = [ticket(model, "b", num_new=5) for _ in range(4)]
+        engine.submit([one for one, _ in middle])
+        wait_until(lambda: engine.num_running == 2)
+        engine.submit([one for one, _ in more])
+        for _, listener in (*middle, *more):
+            listener.wait(60)
+        assert max(gate.forwards) == 2
+
+
+def test_a_client_that_has_gone_gives_its_place_up_at_once():
+    """Not only at the engine's next step, which a long prompt may delay."""
+    model, gate = gated()
+    with Engine(model, max_rows=1, max_waiting=1) as engine:
+        engine.submit([ticket(model, "a")[0]])
+        wait_until(lambda: engine.num_running == 1 and engine.num_waiting == 0)
+        engine.submit([(gone := ticket(model, "a"))[0]])
+        with pytest.raises(QueueFull):
+            engine.submit([ticket(model, "a")[0]])
+        gone[0].cancel()
+        made, listener = ticket(model, "b")
+        engine.submit([made])
+        gate.is_open = True
+        gate.permits.release(100)
+        assert listener.wait() == model_text("b")
 
 
 def wait_until(condition: Any, timeout: float = 10) -> None:

@@ -382,7 +382,7 @@ def test_a_client_that_vanishes_while_it_waits_leaves_the_queue():
             second.sendall(post(BODY))
             wait_until(lambda: running.service.engine.num_waiting == 1)
         waiting = running.service.engine._waiting
-        wait_until(lambda: all(each.is_cancelled for own in waiting.values() for each in own))
+        wait_until(lambda: all(each.is_cancelled for each in waiting))
         gate.permits.release(2)
         wait_until(lambda: running.service.engine.num_waiting == 0)
         gate.is_open = True

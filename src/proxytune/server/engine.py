@@ -3,9 +3,9 @@
 One thread runs the models. Between two steps of the batch it admits new rows, and drops those whose client
 has gone. HTTP never reaches this file: a *ticket* is a job, with a function to call with each of its events.
 
-Each client has its own queue, and the queues take turns, so that one client's hundred requests do not delay
-another's first one. If the models cannot add rows to a running batch (`Backend.merge`), several batches take
-turns.
+`turns.py` has the rules by which tickets wait and take turns, so that one client's hundred requests do not
+delay another's first one. If the models cannot add rows to a running batch (`Backend.merge`), several batches
+take turns.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from proxytune.decode.batch import Batch, DraftCount, Event
-from proxytune.decode.ensemble import Job
 from proxytune.decode.lanes import Kept
 from proxytune.decode.speculative import Drafting, Speculator
 from proxytune.errors import BackendError, QueueFull, ShuttingDown, UserError
 from proxytune.model import ProxyTuned
+from proxytune.server.turns import LONG, SHORT, Ticket, WaitingRoom
 
 logger = logging.getLogger(__name__)
 
@@ -30,61 +30,6 @@ MIN_REUSED_TOKENS = 32
 """A prompt that shares fewer tokens with an earlier text is read whole, together with other prompts."""
 MAX_ADMITTED_TOKENS = 4096
 """Maximum number of prompt tokens, padding included, that join at once; running rows wait for them."""
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """A job on its way through the engine.
-
-    Args:
-        job: What to generate. If it samples it has a seed, so that it can be run again.
-        on_event: Called in the engine's thread with each event, or with the error that ended the job.
-        client: The client, whose tickets share one queue.
-        deadline: Time on the monotonic clock at which the job ends as if cancelled, with `is_late` set.
-    """
-
-    job: Job
-    on_event: Callable[[Event | Exception], None]
-    client: str = ""
-    deadline: float | None = None
-    submitted: float = field(default_factory=time.monotonic)
-    started: float | None = None
-    first_token: float | None = None
-    ended: float | None = None
-    num_reused: int = 0
-    """Tokens of the base's prompt that were reused from an earlier text."""
-    draft_count: DraftCount = field(default_factory=lambda: DraftCount(0, 0))
-    is_cancelled: bool = False
-    num_steps: int = 0
-    """Steps reported so far; a second run reports only those after them."""
-
-    def cancel(self) -> None:
-        """End the job within one step."""
-        self.is_cancelled = True
-
-    @property
-    def is_late(self) -> bool:
-        """Whether its deadline has passed."""
-        return self.deadline is not None and time.monotonic() >= self.deadline
-
-    def is_unwanted(self) -> bool:
-        """Whether nobody waits for its result any more; the batch calls this at every step."""
-        return self.is_cancelled or self.is_late
-
-    def notify(self, event: Event | Exception) -> None:
-        """Pass an event to the listener, and record its time."""
-        now = time.monotonic()
-        if isinstance(event, Exception) or event.finish_reason is not None:
-            self.ended = now
-        if not isinstance(event, Exception) and event.step is not None:
-            self.first_token = self.first_token or now
-            self.num_steps = max(self.num_steps, event.step.index + 1)
-        try:
-            self.on_event(event)
-        except Exception:
-            # The listener has failed, not the models: the other rows go on.
-            logger.exception("a listener failed")
-            self.cancel()
 
 
 @dataclass(slots=True, eq=False)
@@ -101,7 +46,7 @@ class Engine:
 
     Args:
         model: The model that runs the jobs.
-        max_rows: Maximum number of rows that run at once.
+        max_rows: Maximum number of rows that run at once; beside long ones, one short one more.
         max_waiting: Maximum number of waiting tickets.
         kept_tokens: Number of tokens of finished texts to keep in the models' caches. Later prompts of the
             same client that begin like them reuse them, such as the next turn of a chat.
@@ -126,9 +71,10 @@ class Engine:
         self._speculator = Speculator(drafting) if isinstance(drafting, Drafting) else None
         self._on_step = on_step
         self._kept_tokens = kept_tokens
-        self._kept: deque[tuple[str, Kept]] = deque()  # (client, caches), oldest first
+        self._kept: deque[tuple[tuple[str, str], Kept]] = deque()  # (owner, caches), oldest first
         self._condition = threading.Condition()
-        self._waiting: dict[str, deque[Ticket]] = {}
+        self._waiting = WaitingRoom(max_waiting)
+        self._work = 0  # number of tokens generated so far
         self._suspects: deque[Ticket] = deque()  # their batch failed, so each runs alone
         self._arriving: list[Ticket] = []  # their prompts are being read
         self._running: list[_Running] = []
@@ -157,7 +103,7 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Number of tickets that have not started."""
-        return sum(map(len, list(self._waiting.values()))) + len(self._suspects)
+        return len(self._waiting) + len(self._suspects)
 
     @property
     def num_running(self) -> int:
@@ -165,7 +111,10 @@ class Engine:
         return len(self._arriving) + sum(len(each.tickets) for each in list(self._running))
 
     def submit(self, tickets: Sequence[Ticket]) -> None:
-        """Queue tickets, all of them or none.
+        """Queue the tickets of one request, all of them or none.
+
+        If too many are waiting, a ticket of somebody who is entitled to less may be turned away with
+        `QueueFull` for them.
 
         Raises:
             QueueFull: Too many tickets are waiting.
@@ -174,19 +123,24 @@ class Engine:
         with self._condition:
             if not self.is_alive:
                 raise ShuttingDown("the server is shutting down.\nhint: try again when it is back")
-            free = self.max_rows - self.num_running
-            if self.num_waiting + len(tickets) > self.max_waiting + max(0, free):
-                waiting = self.num_waiting
-                wait_s = waiting / self.max_rows * self._seconds_per_ticket
-                retry_after_s = max(1, min(60, round(wait_s)))
-                raise QueueFull(
-                    f"{waiting} requests are waiting, and this server allows no more.\n"
-                    f"hint: try again in {retry_after_s} seconds",
-                    retry_after_s,
-                )
-            for ticket in tickets:
-                self._waiting.setdefault(ticket.client, deque()).append(ticket)
+            free = max(0, self.max_rows - self.num_running) - len(self._suspects)
+            full = self._queue_full()
+            turned_away = self._waiting.enter(tickets, work=self._work, num_free=free)
+            if turned_away is None:
+                raise full
             self._condition.notify()
+        for ticket in turned_away:
+            ticket.notify(full)
+
+    def _queue_full(self) -> QueueFull:
+        waiting = self.num_waiting
+        wait_s = waiting / self.max_rows * self._seconds_per_ticket
+        retry_after_s = max(1, min(60, round(wait_s)))
+        return QueueFull(
+            f"{waiting} requests are waiting, and this server allows no more.\n"
+            f"hint: try again in {retry_after_s} seconds",
+            retry_after_s,
+        )
 
     def close(self, timeout_s: float) -> None:
         """Accept no new tickets, finish the present ones, and cancel what is left after `timeout_s`."""
@@ -204,8 +158,7 @@ class Engine:
 
     def _all_tickets(self) -> list[Ticket]:
         running = [t for running in self._running for t in running.tickets.values()]
-        waiting = [t for queue in self._waiting.values() for t in queue]
-        return [*running, *self._arriving, *self._suspects, *waiting]
+        return [*running, *self._arriving, *self._suspects, *self._waiting]
 
     def _loop(self) -> None:
         while True:
@@ -221,7 +174,8 @@ class Engine:
                 logger.exception("the engine failed")
                 with self._condition:
                     tickets = self._all_tickets()
-                    self._arriving, self._running, self._waiting = [], [], {}
+                    self._arriving, self._running = [], []
+                    self._waiting.clear()
                     self._suspects.clear()
                 for ticket in tickets:
                     ticket.notify(error)
@@ -255,32 +209,34 @@ class Engine:
 
     def _drop_unwanted(self) -> list[Ticket]:
         """Remove unwanted tickets from the queues, and return them."""
-        unwanted = []
-        for queue in (*self._waiting.values(), self._suspects):
-            gone = [ticket for ticket in queue if ticket.is_unwanted()]
-            for ticket in gone:
-                queue.remove(ticket)
-            unwanted += gone
-        self._waiting = {client: queue for client, queue in self._waiting.items() if queue}
-        return unwanted
+        unwanted = [ticket for ticket in self._waiting if ticket.is_unwanted()]
+        for ticket in unwanted:
+            self._waiting.remove(ticket)
+        failed = [ticket for ticket in self._suspects if ticket.is_unwanted()]
+        for ticket in failed:
+            self._suspects.remove(ticket)
+        return unwanted + failed
 
     def _take_arrivals(self) -> tuple[list[Ticket], bool]:
         """Return the tickets that may join now, and whether they must run alone."""
-        free = self.max_rows - self.num_running
+        running = [ticket for each in self._running for ticket in each.tickets.values()]
+        free = self.max_rows - len(running)
         if free > 0 and self._suspects:
             return [self._suspects.popleft()], True
+        max_size = None
+        if free == 0 and all(ticket.size >= LONG for ticket in running):
+            free, max_size = 1, SHORT
         arrivals: list[Ticket] = []
         longest = 0
-        while self._waiting and len(arrivals) < free:
-            client = next(iter(self._waiting))
-            length = max(map(len, self._waiting[client][0].job.prompts))
-            longest = max(longest, length)
+        while len(arrivals) < free:
+            ticket = self._waiting.next([*running, *arrivals], max_size=max_size)
+            if ticket is None:
+                break
+            longest = max(longest, *map(len, ticket.job.prompts))
             if arrivals and longest * (len(arrivals) + 1) > MAX_ADMITTED_TOKENS:
                 break
-            queue = self._waiting.pop(client)
-            arrivals.append(queue.popleft())
-            if queue:
-                self._waiting[client] = queue  # at the end: the other clients come first
+            self._waiting.take_turn(ticket)
+            arrivals.append(ticket)
         return arrivals, False
 
     def _admit(self, arrivals: list[Ticket], is_alone: bool) -> None:
@@ -301,11 +257,12 @@ class Engine:
     def _take_kept(self, ticket: Ticket) -> Kept | None:
         """Return the kept caches that share most with a ticket's prompt, if they share enough.
 
-        Only those of the same client: the time to an answer must not reveal what other clients have asked.
+        Only those of the same client and user: the time to an answer must not reveal what others have
+        asked.
         """
         shared = [
-            kept.num_shared(ticket.job.prompts) if client == ticket.client else 0
-            for client, kept in self._kept
+            kept.num_shared(ticket.job.prompts) if owner == (ticket.client, ticket.user) else 0
+            for owner, kept in self._kept
         ]
         most = max(shared, default=0)
         if most < MIN_REUSED_TOKENS:
@@ -315,9 +272,9 @@ class Engine:
         del self._kept[index]
         return best
 
-    def _keep(self, client: str, kept: Kept) -> None:
+    def _keep(self, ticket: Ticket, kept: Kept) -> None:
         """Keep the caches of a finished text, and drop the oldest ones beyond the limit."""
-        self._kept.append((client, kept))
+        self._kept.append(((ticket.client, ticket.user), kept))
         while sum(each.num_tokens for _, each in self._kept) > self._kept_tokens:
             self._kept.popleft()
 
@@ -368,8 +325,9 @@ class Engine:
             self._fail(list(running.tickets.values()), error)
             return False
         self._notify(running, events)
+        num_tokens = sum(event.step is not None for event in events)
+        self._work += num_tokens
         if self._on_step is not None:
-            num_tokens = sum(event.step is not None for event in events)
             try:
                 self._on_step(time.perf_counter() - started, num_rows, num_tokens)
             except Exception:
@@ -384,7 +342,7 @@ class Engine:
             if event.finish_reason is not None:
                 ticket.draft_count = running.batch.draft_counts.get(event.row, DraftCount(0, 0))
                 if event.row in running.batch.left:
-                    self._keep(ticket.client, running.batch.left[event.row])
+                    self._keep(ticket, running.batch.left[event.row])
                 running.batch.forget(event.row)
                 del running.tickets[event.row]
                 seconds = time.monotonic() - (ticket.started or ticket.submitted)

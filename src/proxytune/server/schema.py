@@ -2,11 +2,15 @@
 
 A field that cannot be honoured is refused by name, also where ignoring it would look like success; values
 that change nothing (`"store": false`) pass. Names and defaults are the API's own.
+
+Validation stops at the first item of a list that is wrong, or one too many.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+import re
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -15,11 +19,14 @@ from pydantic import (
     Field,
     StrictBool,
     StringConstraints,
+    ValidationError,
     create_model,
     model_validator,
 )
 
+from proxytune.errors import InvalidRequest
 from proxytune.request import FILTERS, MAX_ALPHA, MIN_TEMPERATURE, SamplingParams
+from proxytune.server.body import check_shape
 from proxytune.settings import options_of
 
 MAX_CHOICES = 8
@@ -30,6 +37,23 @@ MAX_STOPS = 16
 MAX_LOGPROBS = 20
 MAX_EXPLAIN_TOP = 20
 MAX_BIASED_TOKENS = 1024
+MAX_MESSAGES = 1000
+MAX_PARTS = 1000
+"""Maximum number of pieces of one message."""
+MAX_METADATA = 16
+"""Maximum number of entries of `metadata`, as in the API."""
+MAX_SHOWN = 100
+"""Maximum number of characters of a field's name in an error."""
+
+Asked = TypeVar("Asked", bound="Generation")
+
+
+class InvalidField(InvalidRequest):
+    """A request's body is not what it has to be; `field` names where, as the client knows it."""
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 def _check_text(text: str) -> str:
@@ -141,8 +165,8 @@ class Generation(_Extensions):
     presence_penalty: float | None = _option("presence_penalty", default=None, ge=-2, le=2)
     frequency_penalty: float | None = _option("frequency_penalty", default=None, ge=-2, le=2)
     seed: int | None = _option("seed", ge=-(2**63), le=None, lt=2**63)
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = _option(
-        "stop", default=None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = (
+        _option("stop", default=None)
     )
     logit_bias: dict[TokenKey, Bias] | None = _option(
         "logit_bias", default=None, max_length=MAX_BIASED_TOKENS
@@ -150,7 +174,7 @@ class Generation(_Extensions):
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
     user: Annotated[str, StringConstraints(max_length=200)] | None = Field(
-        None, description="Requests of one user wait for each other, not for those of other users"
+        None, description="Requests of a key or an address that have other users take turns"
     )
     proxytune: SteeringFields | None = None
     # Extensions that other servers have under the same names.
@@ -162,7 +186,7 @@ class Generation(_Extensions):
     )
     min_tokens: int = _option("min_new_tokens", le=2**31)
     stop_token_ids: list[TokenId] | None = _option(
-        "stop_token_ids", default=None, max_length=MAX_STOPS
+        "stop_token_ids", default=None, max_length=MAX_STOPS, fail_fast=True
     )
     first_logit_bias: dict[TokenKey, Bias] | None = _option(
         "first_logit_bias", default=None, max_length=MAX_BIASED_TOKENS
@@ -215,11 +239,11 @@ class CompletionRequest(Generation):
 
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
         | Annotated[
-            list[Annotated[list[TokenId], Field(min_length=1)]],
-            Field(min_length=1, max_length=MAX_PROMPTS),
+            list[Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]],
+            Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
         ]
     )
     max_tokens: int | None = _option("max_new_tokens", default=16, le=2**31)
@@ -258,7 +282,9 @@ class ChatMessage(_Fields):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    content: (
+        Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
+    )
     name: None = None
     refusal: None = None
 
@@ -273,7 +299,7 @@ class ChatMessage(_Fields):
 class ChatRequest(Generation):
     """`POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=1000)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_tokens: int | None = _option("max_new_tokens", default=None, le=2**31)
     max_completion_tokens: int | None = _option("max_new_tokens", default=None, le=2**31)
     logprobs: StrictBool | None = None
@@ -284,9 +310,9 @@ class ChatRequest(Generation):
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: StrictBool | None = None
     store: Literal[False] | None = None
-    metadata: dict[Text, Text] | None = None
+    metadata: Annotated[dict[Text, Text], Field(max_length=MAX_METADATA)] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=8, fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
@@ -297,3 +323,72 @@ class ChatRequest(Generation):
         ):
             raise ValueError("max_tokens and max_completion_tokens contradict each other")
         return self
+
+
+# Reading ------------------------------------------------------------------------------------------------
+
+
+def read_request(kind: type[Asked], body: bytes | bytearray) -> Asked:
+    """Return the request that a body holds.
+
+    Raises:
+        InvalidRequest: It holds none; an `InvalidField` names the field.
+    """
+    check_shape(body)
+    try:
+        found = json.loads(body.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise InvalidRequest("the body is not JSON: it is not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not JSON: {error.msg}") from None
+    except ValueError:  # Python's own limit: reading n digits takes time in the order of n * n.
+        raise InvalidRequest("the body holds a number of too many digits") from None
+    if not isinstance(found, dict):
+        raise not_an_object()
+    # Before the others are looked at, as each of them would have an error of its own.
+    unknown = next((name for name in found if name not in kind.model_fields), None)
+    if unknown is not None:
+        raise InvalidField(_not_honoured(unknown), _field_name([unknown]))
+    try:
+        return kind.model_validate(found)
+    except ValidationError as error:
+        raise _first(error) from None
+
+
+def not_an_object() -> InvalidRequest:
+    """Return the error for a body that is not a JSON object, or was not declared as one."""
+    return InvalidRequest(
+        "the body must be a JSON object, sent as `Content-Type: application/json`"
+    )
+
+
+def _first(error: ValidationError) -> InvalidField:
+    """Return the first bad field, named as the client knows it."""
+    errors = error.errors(include_url=False, include_input=False)
+    field = errors[0]["loc"][:1]
+    # A field with several allowed types has an error for each. The one that came furthest belongs to the
+    # intended type: past the last item that a list may have, else deepest, then latest.
+    first = max(
+        (each for each in errors if each["loc"][:1] == field),
+        key=lambda each: (
+            each["type"] == "too_long",
+            len(each["loc"]),
+            [part for part in each["loc"] if isinstance(part, int)],
+        ),
+    )
+    path = [str(part) for part in first["loc"]]
+    name = _field_name(path)
+    if first["type"] == "extra_forbidden":
+        return InvalidField(_not_honoured(name or path[-1]), name)
+    text = str(first["msg"]).removeprefix("Value error, ")
+    return InvalidField(f"{name}: {text}" if name else text, name)
+
+
+def _field_name(path: list[str]) -> str | None:
+    # The names of the types that were tried are not part of the field's name.
+    named = [p for p in path if re.fullmatch(r"[a-z_]+|\d+", p) and p != "str"]
+    return ".".join(named)[:MAX_SHOWN] or None
+
+
+def _not_honoured(name: str) -> str:
+    return f"{name[:MAX_SHOWN]!r} is not a field that can be honoured here"

@@ -7,8 +7,9 @@ jobs. Connections, keys and status codes belong to `app.py`.
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import secrets
-import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -23,19 +24,24 @@ from proxytune.measure.score import smallest_context
 from proxytune.model import ProxyTuned
 from proxytune.request import Request, SamplingParams, Steering
 from proxytune.server.answer import Json, Tokens, chat_logprobs, completion_logprobs, explained
-from proxytune.server.engine import Engine, Ticket
+from proxytune.server.engine import Engine
 from proxytune.server.metrics import Metrics
+from proxytune.server.rendering import Rendering, desk_models, prompt_limits
 from proxytune.server.schema import (
     MAX_EXPLAIN_TOP,
     MAX_LOGPROBS,
     ChatRequest,
     CompletionRequest,
     Generation,
+    read_request,
 )
 from proxytune.server.settings import ServerSettings
+from proxytune.server.turns import Ticket
 from proxytune.text.prompts import PLAIN_USER_TURN
 from proxytune.text.vocab import token_bytes
 from proxytune.trace import Step
+
+logger = logging.getLogger("proxytune.server")
 
 
 class UnknownModel(InvalidRequest):
@@ -125,8 +131,13 @@ class Service:
         )
         self.metrics = Metrics(lambda: self.engine.num_running, lambda: self.engine.num_waiting)
         self.tokens = Tokens(token_bytes(model.ensemble.vocabulary))
-        # Tokenizers are not thread-safe: encoding may change their settings.
-        self._rendering = threading.Lock()
+        self._max_prompt = prompt_limits(model, settings.max_prompt_tokens)[0]
+        self._rendering = Rendering(desk_models(model, settings.max_prompt_tokens))
+
+    def close(self) -> None:
+        """Stop the engine, and what is still running in it; end the threads."""
+        self.engine.close(0)
+        self._rendering.close()
 
     # What is served -------------------------------------------------------------------------------------
 
@@ -163,14 +174,37 @@ class Service:
 
     # Requests -------------------------------------------------------------------------------------------
 
-    def jobs(self, wanted: Generation) -> list[Job]:
-        """Return a job for each text that a request asks for.
+    async def read(
+        self, kind: type[Generation], body: bytes | bytearray, *, client: str, deadline: float
+    ) -> tuple[Generation, list[Job]]:
+        """Return the request that a body holds, and a job for each text that it asks for.
 
-        This tokenises the prompts, so it should not run in the event loop.
+        Args:
+            kind: The class of the request.
+            body: Its JSON.
+            client: As in `turns.py`.
+            deadline: Time on the monotonic clock at which to give up.
 
         Raises:
             UserError: A field cannot be honoured.
+            TimeIsUp: The deadline has passed.
         """
+
+        def work(desk: ProxyTuned) -> tuple[Generation, list[Job]]:
+            wanted = read_request(kind, body)
+            if self.settings.log_prompts:
+                asked = wanted.model_dump_json(exclude_defaults=True)
+                logger.info("request %s", _one_line(asked))
+            return wanted, self._jobs(wanted, desk)
+
+        rendering = self._rendering.run(client, len(body), work)
+        try:
+            return await asyncio.wait_for(rendering, deadline - time.monotonic())
+        except asyncio.TimeoutError:
+            raise TimeIsUp from None
+
+    def _jobs(self, wanted: Generation, desk: ProxyTuned) -> list[Job]:
+        """Return a job for each text that a request asks for; `desk` renders its prompts."""
         steering = self._steering(wanted)
         prompts: list[Any]
         if isinstance(wanted, ChatRequest):
@@ -191,36 +225,49 @@ class Service:
             )
         jobs = []
         for prompt in prompts:
+            if not isinstance(prompt, str) and isinstance(prompt[0], int):
+                self._check_length(len(prompt), self._max_prompt)
             # Without a limit, a chat answer may be as long as the models and the server allow.
             sampling = self._sampling(wanted, 1 if asked is None else asked)
             explain = wanted.steering.explain, wanted.steering.explain_top
             request = Request(prompt, sampling, steering.alpha, steering.experts, *explain)
-            with self._rendering:
-                job = self.model.job(request)
-            longest = self.settings.max_prompt_tokens
-            if longest is not None and len(job.prompts[0]) > longest:
-                raise PromptTooLong(
-                    f"the prompt has {len(job.prompts[0])} tokens, and this server allows {longest}.\n"
-                    "hint: shorten the prompt"
-                )
+            job = desk.job(request)
+            self._check_length(len(job.prompts[0]), self.settings.max_prompt_tokens)
             if asked is None:
                 job = replace(job, sampling=replace(sampling, max_new_tokens=self._room(job)))
             for number in range(wanted.n):
                 jobs.append(replace(job, sampling=_seeded(job.sampling, number)))
         return jobs
 
-    def begin(self, wanted: Generation, jobs: Sequence[Job], client: str) -> Answer:
+    @staticmethod
+    def _check_length(num_tokens: int, longest: int | None) -> None:
+        if longest is not None and num_tokens > longest:
+            raise PromptTooLong(
+                f"the prompt has {num_tokens} tokens, and this server allows {longest}.\n"
+                "hint: shorten the prompt"
+            )
+
+    def begin(
+        self, wanted: Generation, jobs: Sequence[Job], *, client: str, host: str, deadline: float
+    ) -> Answer:
         """Queue a request's jobs and return its answer. Call it in the event loop that reads the answer.
+
+        Args:
+            wanted: The request.
+            jobs: Its jobs.
+            client: As in `turns.py`.
+            host: The address it came from: those that share a key take turns as users do.
+            deadline: Time on the monotonic clock at which its texts end.
 
         Raises:
             Unavailable: Too many requests are waiting, or the server is shutting down.
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[tuple[AnswerText, Event | Exception]] = asyncio.Queue()
-        deadline = time.monotonic() + self.settings.request_timeout_s
+        user = json.dumps([host, wanted.user])
         texts: list[AnswerText] = []
         for index, job in enumerate(jobs):
-            ticket = Ticket(job, lambda event: None, client, deadline)
+            ticket = Ticket(job, lambda event: None, client, deadline, user)
             ticket.job = replace(job, cancelled=ticket.is_unwanted)
             text = AnswerText(index, ticket)
 
@@ -396,6 +443,11 @@ class Service:
         if wanted.logprobs is None or not steps:
             return None
         return completion_logprobs(steps, self.tokens, offset=offset, has_top=wanted.logprobs > 0)
+
+
+def _one_line(text: str) -> str:
+    """Return JSON with characters that a terminal may obey, or does not show, as escapes."""
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 
 def _seeded(sampling: SamplingParams, number: int) -> SamplingParams:

@@ -26,7 +26,8 @@ class ServerSettings:
         api_keys: A request to `/v1` must come with one of them; with none, no key is needed.
         hosts: Names under which the server may be called, so that no web page on another name can; None for
             any.
-        max_body_bytes: Maximum size of a request's body.
+        max_body_bytes: Maximum size of a request's body. All bodies that are in memory together take at most
+            sixteen times this.
         body_timeout_s: Maximum time for a request to arrive.
         send_timeout_s: Maximum time for a client to read a piece of its stream.
         speculative: Draft tokens; see `ProxyTuned.generate`.
@@ -48,9 +49,15 @@ class ServerSettings:
         flag="--cors-origin",
         metavar="ORIGIN",
     )
-    max_rows: int = option(8, "Maximum number of texts that are generated at once", at_least=1)
+    max_rows: int = option(
+        8,
+        "Maximum number of texts that are generated at once; a short one more may run beside long ones",
+        at_least=1,
+    )
     max_waiting: int = option(
-        64, "Maximum number of waiting texts; further requests are answered 429", at_least=0
+        64,
+        "Maximum number of waiting texts; beyond it, requests of the client with the most are answered 429",
+        at_least=0,
     )
     kept_tokens: int = option(
         4096,
@@ -67,7 +74,7 @@ class ServerSettings:
     send_timeout_s: float = 60.0
     request_timeout_s: float = option(
         600.0,
-        "Maximum time from a request to the end of its text, waiting included",
+        "Maximum time from a request's arrival to the end of its text, rendering and waiting included",
         above=0,
         flag="--request-timeout",
         metavar="SECONDS",
