@@ -119,28 +119,30 @@ def test_a_chat_on_a_terminal_shows_escapes(tmp_path: Path):
 
 @pytest.fixture
 def hostile_recipe(tmp_path: Path) -> Path:
-    """Return a recipe whose models have control characters and markup in their names."""
-    name = "./x\x1b]0;owned\x07\x9b31m[red]y[/red]\r\u202e"
+    """Return a recipe with control characters and markup in the names of its directory and its models."""
+    model = {"model": "./[red]y[/red]\u202e"}
     content = {
         "model_type": "proxytune",
-        "base": {"model": name},
-        "experts": [{"name": "a", "expert": {"model": name}, "anti_expert": {"model": "./z"}}],
+        "base": model,
+        "experts": [{"name": "a", "expert": model, "anti_expert": {"model": "./z"}}],
     }
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    return tmp_path
+    directory = tmp_path / "x\x1b]0;owned\x07\x9b31m\r"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(content))
+    return directory
 
 
-NAME_SHOWN = r"./x\x1b]0;owned\x07\u009b31m[red]y[/red]\x0d\u202e"
+NAMES_SHOWN = (r"x\x1b]0;owned\x07\u009b31m\x0d", r"./[red]y[/red]\u202e")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m|\x1b\[\?25[lh]|\x1b\[[12]?[AK]|\r")
 """What rich itself sends: colours, and the cursor's way while something runs."""
 
 
-def test_doctor_shows_names_of_models_as_text_on_a_terminal_and_in_a_file(hostile_recipe: Path):
+def test_doctor_shows_names_as_text_on_a_terminal_and_in_a_file(hostile_recipe: Path):
     status, sent = on_terminal("", "doctor", hostile_recipe)
-    assert status == 2 and NAME_SHOWN in sent
+    assert status == 2 and all(name in "".join(sent.split()) for name in NAMES_SHOWN)
     assert "\x1b" not in COLOUR.sub("", sent) and not set("\x07\x9b\u202e") & set(sent)
     status, stdout, stderr = in_pipes("", "doctor", hostile_recipe)
-    assert status == 2 and NAME_SHOWN in stdout
+    assert status == 2 and all(name in "".join(stdout.split()) for name in NAMES_SHOWN)
     assert escaped(stdout) == stdout and escaped(stderr) == stderr
 
 
