@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,10 @@ def test_the_name_of_a_key_is_refused_where_no_server_is_asked(asking):
     result = run("generate", asking, "ab", "--trust-remote-code", "--key-env", "SOME_KEY")
     assert result.exit_code == 2
     assert "--key-env is for a base behind an API" in result.stderr
+
+
+def test_no_option_of_serve_takes_a_key():
+    """Options show in the list of processes; a file's or a variable's name tells nothing."""
+    shown = run("serve", "--help").stdout
+    options = set(re.findall(r"--[a-z-]*key[a-z-]*", shown))
+    assert options == {"--api-key-file", "--no-key", "--key-env"}

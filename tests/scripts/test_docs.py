@@ -474,3 +474,29 @@ def test_the_first_steps_offline_commands_work_one_after_the_other(tmp_path, mon
             assert answer.exit_code == 0, f"{line}\n{answer.output}"
             done.append(words[1])
     assert done == ["generate", "generate", "tune", "generate", "doctor"]
+
+
+# The threat model -------------------------------------------------------------------------------------------
+
+
+def test_every_promise_of_the_threat_model_names_tests_that_exist():
+    page = (DOCS / "guides" / "security.md").read_text()
+    sections = re.split(r"^## ", page, flags=re.MULTILINE)[1:]
+    known = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    promises = [
+        item
+        for section in sections
+        for item in re.findall(
+            r"^- .*?(?=^- |^\S(?!ests)|^$|\Z)", section, re.MULTILINE | re.DOTALL
+        )
+    ]
+    assert len(promises) > 40
+    for promise in promises:
+        tests = re.findall(r"<!-- tests: (.*?) -->", promise, re.DOTALL)
+        assert tests, f"no test is named for: {promise[:80]}"
+        named = {name.strip() for each in tests for name in each.split(",")}
+        assert named <= known, f"{sorted(named - known)} of: {promise[:80]}"
