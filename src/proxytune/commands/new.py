@@ -34,7 +34,9 @@ class BaseOptions:
         None, "Name of the base on the API", metavar="NAME", none_means="the only model it lists"
     )
     key_env: str | None = option(
-        None, "Environment variable that holds the API's key", metavar="VARIABLE"
+        None,
+        "Environment variable whose key the API needs; whoever runs the recipe decides what is sent",
+        metavar="VARIABLE",
     )
     prompt: str = option("plain", FORMAT.format("base"), metavar="FORMAT")
 
