@@ -341,6 +341,8 @@ def _read_in_child(
         status = 1
         try:
             _limit_memory()
+            if "torch" in sys.modules:  # The threads of its OpenMP do not survive a fork.
+                sys.modules["torch"].set_num_threads(1)
             with os.fdopen(writing, "w", buffering=1) as answers:
                 for seed in seeds:
                     mutant = make(Random(seed))
