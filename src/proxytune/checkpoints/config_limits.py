@@ -113,7 +113,8 @@ def check_raw_config(raw: Mapping[str, Any], name: str) -> None:
             continue
         limit = _limit_of(key)
         if limit is not None and not limit.lowest <= value <= limit.highest:
-            raise _corrupt(name, path, value, f"between {limit.lowest} and {limit.highest}")
+            lowest = max(limit.lowest, _NEEDED.get(key, limit.lowest))
+            raise _corrupt(name, path, value, f"between {lowest} and {limit.highest}")
         if isinstance(value, int) and abs(value) > _HIGHEST_OF_ANY:
             raise _corrupt(name, path, value, "a number of 64 bits")
     kind = raw.get("model_type")
