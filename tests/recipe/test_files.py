@@ -199,6 +199,31 @@ def test_the_files_that_need_a_grant_are_found_without_loading_anything(with_cod
     assert not mark.exists()
 
 
+def test_the_names_of_files_write_no_lines_of_their_own_and_are_not_without_end(with_code):
+    (with_code / "base" / "a\nNo problems.py").touch()
+    for number in range(30):
+        (with_code / "base" / f"m{number}.py").touch()
+    with pytest.raises(UnsafeModel) as refused:
+        ProxyTuned.load(with_code)
+    said = str(refused.value)
+    assert r"'a\nNo problems.py'" in said and "and 12 more)" in said
+    assert said.count("\n") == 1
+
+
+def test_the_files_of_a_model_in_the_hubs_cache_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--someone--model"
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "own_code.py"):
+        (snapshot / name).touch()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    asks = {"model": "someone/model", "trust_remote_code": True}
+    with pytest.raises(UnsafeModel, match=r"base \(someone/model: own_code\.py\)"):
+        ProxyTuned.load(write_recipe(tmp_path, asks, {"model": "small"}, {"model": "small"}))
+
+
 @pytest.mark.parametrize("name", ["trust_remote_code", "allow_pickle"])
 def test_a_grant_is_true_or_false_and_nothing_that_counts_as_true(name):
     with pytest.raises(InvalidRequest, match=f"{name} is 'false'"):

@@ -52,6 +52,15 @@ def _cached_snapshot(hub_id: str, file: str, *, revision: str | None) -> Path | 
     return Path(path).parent if isinstance(path, str) else None
 
 
+def cached_directory(hub_id: str, *, revision: str | None) -> Path | None:
+    """Return the snapshot of a model or adapter in the Hub's cache; None if it is not there."""
+    for file in ("config.json", "adapter_config.json"):
+        cached = _cached_snapshot(hub_id, file, revision=revision)
+        if cached is not None:
+            return cached
+    return None
+
+
 def hub_directory(hub_id: str, *, revision: str | None) -> Path:
     """Return the snapshot of a Hub model with its small files, from the cache if they are all there."""
     cached = _cached_snapshot(hub_id, "config.json", revision=revision)

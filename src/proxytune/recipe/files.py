@@ -12,7 +12,7 @@ from typing import Any
 
 from proxytune.checkpoints.adapter import AdapterFiles, PatternClock, find_adapter
 from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
-from proxytune.checkpoints.hub import PICKLED
+from proxytune.checkpoints.hub import PICKLED, cached_directory
 from proxytune.checkpoints.references import local_path
 from proxytune.errors import UnsafeModel, UserError
 from proxytune.grants import NOTHING, Grants
@@ -24,6 +24,9 @@ _MEANINGS = {
     "allow_pickle": ("to read pickled weights, which can run any code", PICKLED),
 }
 """What each right allows, and the names of the files that it is about."""
+
+_MAX_SHOWN = 20
+"""Maximum number of files that a message names for one model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,11 @@ class AskedRight:
     def describe(self) -> str:
         """Return the model and its files in one phrase."""
         named = " + ".join(self.references)
-        return f"{self.part} ({named}: {', '.join(self.files) or 'files not on this machine yet'})"
+        # Whoever made the model chose their names, and how many there are.
+        shown = [name if name.isprintable() else ascii(name) for name in self.files[:_MAX_SHOWN]]
+        if len(self.files) > _MAX_SHOWN:
+            shown.append(f"and {len(self.files) - _MAX_SHOWN} more")
+        return f"{self.part} ({named}: {', '.join(shown) or 'files not on this machine yet'})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON object."""
@@ -87,7 +94,7 @@ class RecipeFiles:
                 is_asked = getattr(spec, right) and not getattr(self.grants, right)
                 if is_asked and (is_first or spec.adapter is not None):
                     named = tuple(r for r in (spec.model, spec.adapter) if r is not None)
-                    files = self._matching(named, patterns)
+                    files = self._matching(named, patterns, spec.revision)
                     found.append(AskedRight(part, right, named, files))
         return tuple(found)
 
@@ -140,7 +147,9 @@ class RecipeFiles:
         )
         return replace(found, clock=self._clock)
 
-    def _matching(self, references: Iterable[str], patterns: Iterable[str]) -> tuple[str, ...]:
+    def _matching(
+        self, references: Iterable[str], patterns: Iterable[str], revision: str | None
+    ) -> tuple[str, ...]:
         """Return the names of files that match, in the directories that are on this machine."""
         names: list[str] = []
         for reference in references:
@@ -148,6 +157,8 @@ class RecipeFiles:
                 place = local_path(reference, root=self.recipe.directory)
             except UserError:
                 continue
+            if place is None:
+                place = cached_directory(reference, revision=revision)
             if place is not None and place.is_dir():
                 names += (f.name for pattern in patterns for f in sorted(place.glob(pattern)))
         return tuple(dict.fromkeys(names))
