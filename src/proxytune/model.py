@@ -84,9 +84,7 @@ class ProxyTuned:
         allow_pickle: bool = False,
         key_env: str | None = None,
     ) -> ProxyTuned:
-        """Check a whole recipe, then load its models.
-
-        A small model that several experts share is loaded once, with all their adapters on it.
+        """Check a whole recipe, then load its models, each once, with the adapters of all experts on it.
 
         Args:
             recipe: A directory, `package:NAME/PATH`, a Hub id, or a recipe already read.
@@ -97,18 +95,15 @@ class ProxyTuned:
             budget: Limit on calls to a base behind an API; None for no limit.
             trust_remote_code: Grant what the recipe asks for: run Python code that comes with its models.
             allow_pickle: Grant what the recipe asks for: read pickled weights, which can run any code.
-            key_env: The environment variable whose key goes to the API of the base; None for the one that is
-                bound to that host.
+            key_env: The variable whose key goes to the base's API; None for the one bound to that host.
 
         Raises:
             RecipeError: The recipe is missing or malformed.
-            UnsafeModel: The recipe asks for a right that is not granted.
-            UserError: A model is missing, unsafe, corrupt or does not match; see `errors.py`.
+            UserError: A model is missing, unsafe, corrupt or does not match, or a right is not granted.
             ApiError: The API of the base cannot be reached.
         """
-        recipe = recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)
+        recipe = (recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)).only(experts)
         recipe = recipe.with_settings(device=device, dtype=dtype, cuda_graphs=cuda_graphs or None)
-        recipe = recipe.only(experts)
         grants = Grants(trust_remote_code, allow_pickle, key_env)
         return cls(*load_ensemble(recipe, budget, grants), recipe)
 
@@ -223,7 +218,8 @@ class ProxyTuned:
     ) -> Trace:
         """Show what each model gives each token of a given continuation, and optionally go on from there.
 
-        Every model reads the continuation at once, in the format that the recipe gives its prompt.
+        Every model reads the continuation at once, in the format that the recipe gives its prompt. The first
+        `num_given` steps of the trace are the continuation's.
 
         Args:
             prompt: Text, messages or token ids.
@@ -232,9 +228,6 @@ class ProxyTuned:
             alpha: Strength of steering; None takes the recipe's.
             experts: A name, names, or names with strengths; None takes the recipe's default.
             top: How many of each model's likeliest tokens to record.
-
-        Returns:
-            A trace whose first `num_given` steps are the continuation's.
 
         Raises:
             InvalidRequest: The continuation has no tokens, or unknown ones.
@@ -265,9 +258,8 @@ class ProxyTuned:
         return self._with_token_texts(trace_given(self.ensemble, job, given, sampling), job)
 
     def _with_token_texts(self, trace: Trace, job: Job) -> Trace:
-        return with_token_texts(
-            trace, job, self.ensemble, self._token_bytes if job.records_views else {}
-        )
+        texts = self._token_bytes if job.records_views else {}
+        return with_token_texts(trace, job, self.ensemble, texts)
 
     @cached_property
     def _token_bytes(self) -> dict[int, bytes]:

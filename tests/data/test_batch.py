@@ -486,7 +486,7 @@ def test_a_full_disk_ends_with_a_message_and_the_run_continues_later(
 
 
 def _run_with_little_room(source: Path, output: Path, num_bytes: int) -> None:
-    """Run in a process of its own whose files may not grow beyond so many bytes."""
+    """Run in a process of its own whose files may not grow beyond a given number of bytes."""
     import resource
 
     torch.set_num_threads(1)
@@ -542,7 +542,7 @@ def test_a_file_that_fails_only_when_it_is_closed_is_named(
 
 
 def changing(change: Callable[[], object], *, num_tokens: int) -> Callable[[BatchProgress], None]:
-    """Return what changes the input once, when so many tokens are generated."""
+    """Return what changes the input once, after a given number of tokens."""
     changes = [change]
 
     def on_progress(progress: BatchProgress) -> None:

@@ -105,7 +105,7 @@ class Latencies:
 
 
 class TurnedAway(Exception):
-    """The server was full, and said so."""
+    """The server was full and refused the request."""
 
 
 def ask(client: httpx.Client, wanted: Wanted, is_streamed: bool) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""An HTTP server on 127.0.0.1 that answers as it is told to, however wrong, and remembers who asked."""
+"""An HTTP server on 127.0.0.1 that answers whatever a test wants and records the requests."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -47,7 +48,7 @@ class ReaderGone(Exception):
     """Whoever read stdout has closed it, as `head` does; there is nobody to answer."""
 
 
-class _Stream:
+class _Stream(ABC):
     """A text stream in the place of stdout or stderr."""
 
     def __init__(self, raw: TextIO, *, escapes: bool) -> None:
@@ -71,8 +72,9 @@ class _Stream:
         """Pass on what is buffered."""
         self._attempt(self.raw.flush)
 
+    @abstractmethod
     def _attempt(self, action: Callable[[], object]) -> None:
-        raise NotImplementedError
+        """Write to the stream below, and deal with its errors."""
 
     def _silence(self) -> None:
         """Let the system discard what is still buffered, which Python would try to write at its end."""

@@ -59,8 +59,6 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         speculative: Use speculative decoding when generating.
         trust_remote_code: Grant what the recipe asks for: run Python code that comes with its models.
         allow_pickle: Grant what the recipe asks for: read pickled weights, which can run any code.
-        key_env: The environment variable whose key goes to the API of the base; None for the one that is
-            bound to that host.
 
     Raises:
         UnsafeModel: The recipe asks for a right that is not granted.
@@ -81,7 +79,6 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         speculative: bool = False,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
-        key_env: str | None = None,
     ) -> None:
         super().__init__()
         if not recipe:
@@ -102,7 +99,6 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 allow_pickle=allow_pickle,
-                key_env=key_env,
             )
         self.batch_size = int(batch_size)
         self.tokenizer = self.model.tokenizer

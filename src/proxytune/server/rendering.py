@@ -38,8 +38,8 @@ class Measured:
 
     Two million characters take a tokenizer seconds and hundreds of megabytes, only to be refused. The tokens
     of a text's pieces are nearly those of the whole, since only what is near a cut can differ. A long text
-    is refused if it has more characters than so many of the longest token, or if its pieces have more tokens
-    than allowed, `CUT_TOKENS` for each cut left out. The exact limit is checked afterwards.
+    is refused if even copies of the longest token could not hold it within the limit, or if its pieces have
+    more tokens than allowed, not counting `CUT_TOKENS` for each cut. The exact limit is checked afterwards.
 
     Args:
         tokenizer: The tokenizer.

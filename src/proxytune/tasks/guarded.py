@@ -521,7 +521,7 @@ def _attempt(program: str, to_parent: int) -> None:
 
 
 def _place(process: int, gate: int) -> tuple[str, str] | None:
-    """Return the stack pointer and the program counter of a main thread that waits at the gate, else None."""
+    """Return stack pointer and program counter of a main thread that waits at the gate; None otherwise."""
     read = str(_ALLOWED["read"][_ARCHITECTURES[os.uname().machine][0]])
     with open(f"/proc/{process}/syscall") as file:
         words = file.read().split()
