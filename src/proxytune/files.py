@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from proxytune.errors import OutputFileError
+from proxytune.errors import OutputFileError, ProxytuneError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +35,7 @@ def writing(path: Path, *, hint: str = HINT) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_disk_error(error):
+        if isinstance(error, ProxytuneError) or not is_disk_error(error):
             raise
         raise unwritable(path, error, hint) from error
 

@@ -19,9 +19,8 @@ class Grants:
     """The rights that the caller grants for one run.
 
     Args:
-        trust_remote_code: Run code that comes with those models for which the recipe asks it.
-        allow_pickle: Read pickled weights, which can run any code, of those models for which the recipe asks
-            it.
+        trust_remote_code: Run code that comes with models, where the recipe asks for it.
+        allow_pickle: Read pickled weights, which can run any code, where the recipe asks for it.
         key_env: The environment variable whose key is sent to the API of the recipe's base; None for what is
             bound to that host (`backends/api/keys.py`).
 

@@ -180,6 +180,17 @@ def test_an_attention_kernel_from_the_hub_is_code_and_refused(copied):
         find(copied)
 
 
+def test_an_attention_kernel_for_one_part_of_a_model_is_code_too(copied):
+    kernels = {"": "someone/kernel"}
+    edit(copied / "config.json", lambda config: config.update(attn_implementation=kernels))
+    with pytest.raises(UnsafeModel, match="someone/kernel"):
+        find(copied)
+
+
+def test_a_vocabulary_under_the_name_of_xlm_is_one():
+    check_raw_config({"model_type": "flaubert", "n_words": 68_729}, "m")
+
+
 @pytest.mark.parametrize("kind", ["marian", "pegasus", "roformer", "xlm"])
 def test_position_tables_made_number_by_number_are_short(kind):
     with pytest.raises(CorruptModel, match="at most 16384"):

@@ -244,10 +244,12 @@ def test_a_log_record_is_one_line_whatever_a_client_or_a_server_sent():
     record = logging.LogRecord("x", logging.INFO, "f", 1, "failed: %s", ("a\nb 200 OK",), None)
     assert _OneLine("%(levelname)s %(message)s").format(record) == r"INFO failed: a\nb 200 OK"
     try:
-        raise ValueError("reason")
+        raise ValueError("reason\nINFO a record")
     except ValueError:
         record.exc_info = sys.exc_info()
-    assert _OneLine("%(message)s").format(record).splitlines()[-1] == "ValueError: reason"
+    lines = _OneLine("%(message)s").format(record).splitlines()[1:]
+    assert lines[-2:] == ["    ValueError: reason", "    INFO a record"]
+    assert all(line.startswith("    ") for line in lines)
 
 
 def test_commands_print_with_the_functions_of_the_console_alone():

@@ -301,7 +301,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
 
 
 def begin(source: Path, output: Path, *, num_tokens: int) -> None:
-    """Run until so many tokens are generated, as if Ctrl-C was pressed then."""
+    """Run until a number of tokens is generated, as if Ctrl-C were pressed then."""
 
     def stop(progress: BatchProgress) -> None:
         if progress.num_new_tokens >= num_tokens:
@@ -573,8 +573,7 @@ def test_lines_added_during_a_run_are_noticed_and_left_to_the_next(
     assert [line["id"] for line in read_lines(output)] == list(range(10))
     assert report.num_lines == 10
     assert report.input_change == (
-        f"{source} has grown; the answers are those to its first 10 lines, and the same command answers "
-        "the others"
+        f"{source} has grown; the same command answers the lines that were added"
     )
     # The last two are no whole block, so they are generated again with those beside them.
     report = run(source, output)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from proxytune import ProxyTuned, SamplingParams
-from proxytune.errors import InvalidRequest, RecipeError, UnsafeModel
+from proxytune.errors import InvalidRequest, ModelNotFound, RecipeError, UnsafeModel
 from proxytune.evaluate.speed import load_plain_models
 from proxytune.export.recipe import export_recipe
 from proxytune.grants import Grants
@@ -222,6 +222,23 @@ def test_the_files_of_a_model_in_the_hubs_cache_are_named(tmp_path, monkeypatch)
     asks = {"model": "someone/model", "trust_remote_code": True}
     with pytest.raises(UnsafeModel, match=r"base \(someone/model: own_code\.py\)"):
         ProxyTuned.load(write_recipe(tmp_path, asks, {"model": "small"}, {"model": "small"}))
+
+
+def test_no_revision_leads_out_of_the_hubs_cache_while_files_are_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "hub" / "models--a--b" / "refs").mkdir(parents=True)
+    (tmp_path / "hub" / "bad").write_bytes(b"\xff")
+    asks = {"model": "a/b", "revision": "../../bad", "allow_pickle": True}
+    with pytest.raises(UnsafeModel, match="files not on this machine"):
+        ProxyTuned.load(write_recipe(tmp_path, asks, {"model": "c"}, {"model": "c"}))
+
+
+@pytest.mark.parametrize("name", ["a--b/c", "a.git", "a" * 200])
+def test_a_name_that_the_hub_allows_for_no_model_is_not_found(tmp_path, name):
+    small = {"model": "small"}
+    tiny_model(tmp_path / "small")
+    with pytest.raises(ModelNotFound):
+        ProxyTuned.load(write_recipe(tmp_path, {"model": name}, small, small))
 
 
 @pytest.mark.parametrize("name", ["trust_remote_code", "allow_pickle"])

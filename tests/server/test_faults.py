@@ -1013,7 +1013,13 @@ def test_pages_of_other_sites_can_neither_read_nor_ask_unless_allowed():
         ):
             assert not [name for name in answer.headers if name.startswith("access-control")]
         # What a page may send without asking first is no JSON to a browser.
-        for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
+        for kind in (
+            "text/plain",
+            "application/x-www-form-urlencoded",
+            "application/x-www-form-urlencoded;a=+json",
+            "multipart/form-data",
+            "",
+        ):
             headers = {"Origin": origin} | ({"Content-Type": kind} if kind else {})
             answer = httpx.post(
                 f"{running.url}/v1/completions", content=json.dumps(BODY), headers=headers

@@ -207,7 +207,7 @@ JUMP""",
 @kept("verdict", "calls")
 @pytest.mark.parametrize("claim", CLAIMED)
 def test_a_program_that_did_not_run_to_its_end_has_not_passed(claim):
-    """A program used to pass by writing so into a pipe whose number it was given."""
+    """A program used to pass by writing a pass into a pipe whose number it was given."""
     program = FIND + CLAIMED[claim].replace("JUMP", JUMP)
     outcome = run_program(program.replace("LAST", str(program.count("\n"))), SHORT)
     assert re.match("failed|timed out", outcome.result)

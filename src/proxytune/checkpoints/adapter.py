@@ -292,7 +292,7 @@ def lora_layers(
         if match is None:
             continue
         present.add(match["module"])
-        if match["part"] in ("lora_A", "lora_B") and (match["rest"] or "").endswith("weight"):
+        if match["part"] in ("lora_A", "lora_B") and match["rest"].endswith("weight"):
             if len(shape) < 2:
                 raise CorruptModel(f"the adapter {name}: {key} has the shape {list(shape)}")
             factors.setdefault(match["module"], {})[match["part"]] = key

@@ -63,7 +63,8 @@ _NOT_PARAMETERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
 """Constant buffers that old checkpoints store among the weights."""
 
 OR_GRANT = (
-    '; or if you trust whoever made it, set "{0}": true for it in the recipe, and grant that with {1} '
+    '; or if a recipe names it and you trust whoever made it, set "{0}": true for it in the recipe, and '
+    "grant that with {1} "
     "({0}=True in Python)"
 )
 """What remains to do about a model that needs a right."""

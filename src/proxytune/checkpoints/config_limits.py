@@ -38,7 +38,7 @@ _LIMITS = tuple(
         # Some 1,000 experts today.
         (r"\w*experts?\w*", -1, 2**16),
         # A million tokens (XLM-V) is the largest vocabulary today, 20 million n-grams the largest table.
-        (r"\w*vocab\w*|num_embeddings", -1, 2**27),
+        (r"\w*vocab\w*|num_embeddings|n_words", -1, 2**27),
         # Some 10,000,000 positions today. A table over positions counts as a buffer (`check_empty_model`).
         (r"\w*(position\w*|length|_len|window\w*|context\w*|ctx)", -1, 2**30),
         # The widest layers have some 200,000 outputs.
@@ -72,6 +72,7 @@ _NEEDED = {
     "max_position_embeddings": -1,
     "sliding_window": -1,
 }
+_KERNEL_KEYS = frozenset({"attn_implementation", "_attn_implementation"})
 _TOKEN_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 _TABLES_IN_PYTHON = ("distilbert", "flaubert", "marian", "pegasus", "roformer", "xlm")
@@ -104,7 +105,8 @@ def check_raw_config(raw: Mapping[str, Any], name: str) -> None:
         # transformers would read another file in place of the one that is checked here.
         raise _corrupt(name, "configuration_files", raw["configuration_files"], "left out")
     for path, key, value in _leaves(raw, name):
-        if key in ("attn_implementation", "_attn_implementation") and "/" in str(value):
+        # transformers also takes an object, with a kernel for each part of the model.
+        if not _KERNEL_KEYS.isdisjoint(path.split(".")) and "/" in str(value):
             raise UnsafeModel(
                 f"the config.json of {name} asks for the attention kernel {value!r}, which is code from the "
                 "Hub.\nhint: take the line out of its config.json"

@@ -48,7 +48,10 @@ def download_snapshot(hub_id: str, *, revision: str | None, patterns: tuple[str,
 def _cached_snapshot(hub_id: str, file: str, *, revision: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    path = try_to_load_from_cache(hub_id, file, revision=revision)
+    try:
+        path = try_to_load_from_cache(hub_id, file, revision=revision)
+    except (OSError, ValueError):  # a name that the Hub allows for no model, or an unreadable cache
+        return None
     return Path(path).parent if isinstance(path, str) else None
 
 

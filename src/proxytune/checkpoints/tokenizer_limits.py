@@ -156,7 +156,7 @@ def _check_ids(token_to_id: Mapping[str, Any], file: str, name: str) -> None:
     if any(kind is not int for kind in set(map(type, ids))):
         raise _wrong(name, f"{file} has a token whose id is no whole number")
     if ids and not (min(ids) >= 0 and max(ids) < MAX_ID):
-        worst = max(ids, key=lambda token_id: abs(token_id))
+        worst = min(ids) if min(ids) < 0 else max(ids)
         raise _wrong(name, f"{file} has the token id {worst}, and ids lie between 0 and {MAX_ID:,}")
 
 

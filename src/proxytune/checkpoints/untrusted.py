@@ -12,7 +12,7 @@ import math
 import os
 import stat
 from collections import Counter
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from proxytune.errors import CorruptModel
@@ -189,7 +189,7 @@ def named_inside(directory: Path, name: str, *, source: str) -> Path:
     # A colon may be a drive or a stream on Windows; no weight file has one in its name.
     parts = PurePosixPath(name).parts
     is_odd = not parts or len(name) > 1000 or any(c in "\\:" or not c.isprintable() for c in name)
-    if is_odd or ".." in parts or name.startswith("/") or PureWindowsPath(name).is_absolute():
+    if is_odd or ".." in parts or name.startswith("/"):
         raise CorruptModel(
             f"{source} names {name[:80]!r}, which is not a file inside {directory}.\n"
             "hint: get the files from a source that you trust"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 from proxytune.commands.app import command
@@ -55,7 +55,7 @@ def bench(
     *,
     options: BenchOptions,
     sampling: Annotated[SamplingParams, Pick(only=("temperature",))],
-    models: Annotated[ModelOptions, Pick(leave_out=("max_calls", "max_cost", "key_env"))],
+    models: Annotated[ModelOptions, Pick(leave_out=("max_calls", "max_cost"))],
 ) -> None:
     """Measure the speed of steering against the base alone.
 
@@ -79,9 +79,9 @@ def bench(
             "hint: name it with --expert"
         )
     (name,) = chosen
-    # The recipe says where its models run.
-    rights = models.trust_remote_code, models.allow_pickle
-    model = ModelOptions(trust_remote_code=rights[0], allow_pickle=rights[1]).load(found, chosen)
+    # Where its models run is in the recipe by now; the rights are not.
+    own = replace(models, device=None, dtype=None, cuda_graphs=False)
+    model = own.load(found, chosen)
     plain = speed.load_plain_models(found, name, models.grants()) if options.compare else None
     measured = [
         speed.measure(

@@ -12,6 +12,7 @@ from proxytune.commands.app import command, print_result
 from proxytune.commands.console import say, stdout, styled
 from proxytune.commands.options import AS_JSON, KEY_ENV, RecipeArgument
 from proxytune.commands.progress import waiting
+from proxytune.errors import InvalidRequest
 from proxytune.settings import option
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ def doctor(recipe: RecipeArgument, options: AskOptions) -> None:
     from proxytune.recipe.recipe import Recipe
 
     found = Recipe.read(recipe)
+    if options.key_env is not None and found.base.api is None:
+        raise InvalidRequest(
+            "--key-env is for a base behind an API, and this one runs here.\nhint: leave it out"
+        )
     with waiting("examining the models"):
         from proxytune.loading.doctor import examine
 

@@ -44,9 +44,7 @@ def rank_experts(
     *,
     data: DataOptions,
     options: RankOptions,
-    models: Annotated[
-        ModelOptions, Pick(leave_out=("cuda_graphs", "max_calls", "max_cost", "key_env"))
-    ],
+    models: Annotated[ModelOptions, Pick(leave_out=("cuda_graphs", "max_calls", "max_cost"))],
 ) -> None:
     """Rank experts by how much each alone would help with a kind of text, without generating.
 

@@ -9,7 +9,7 @@ import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -196,10 +196,13 @@ def _name(reference: str) -> str:
 
 
 class _OneLine(logging.Formatter):
-    """Keeps a record on a line of its own, so that nothing a client or a server sends can pose as another."""
+    """Keeps a record on one line and indents its traceback, so that no text in it poses as another."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return super().formatMessage(record).replace("\n", "\\n")
+
+    def formatException(self, ei: Any) -> str:
+        return "    " + super().formatException(ei).replace("\n", "\n    ")
 
 
 def _log_to_stderr() -> None:

@@ -146,9 +146,7 @@ def sweep(
     data: DataOptions,
     options: SweepOptions,
     policy: PolicyOptions,
-    models: Annotated[
-        ModelOptions, Pick(leave_out=("cuda_graphs", "max_calls", "max_cost", "key_env"))
-    ],
+    models: Annotated[ModelOptions, Pick(leave_out=("cuda_graphs", "max_calls", "max_cost"))],
 ) -> None:
     """Try strengths against a metric: pick the best on one part of the data, and measure it on another.
 

@@ -280,10 +280,7 @@ class InputFile:
                     return ""
         except (OSError, InputFileError):
             return f"{self._path} has changed; the answers are those to what it held before"
-        return (
-            f"{self._path} has grown; the answers are those to its first {self.num_lines:,} lines, and the "
-            "same command answers the others"
-        )
+        return f"{self._path} has grown; the same command answers the lines that were added"
 
     def check_requests(self, model: ProxyTuned) -> None:
         """Check that every prompt fits the models.

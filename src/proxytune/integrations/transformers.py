@@ -425,7 +425,7 @@ def _load_with_options(recipe: Recipe, options: dict[str, Any]) -> ProxyTuned:
     if options.get("use_safetensors") is False:
         raise UnsupportedModel(
             "use_safetensors is False, but a recipe says for each model whether pickled weights may be "
-            "read.\nhint: leave it out, and give allow_pickle=True for the models of which the recipe asks it"
+            "read.\nhint: leave it out, and give allow_pickle=True to grant what the recipe asks for"
         )
     grants = grants_of(options)
     refuse_options(options, ignored=_NO_EFFECT)

@@ -45,6 +45,7 @@ def parse_address(url: str) -> httpx2.URL:
         raise InvalidRequest(
             f"the address of the API at {address.netloc.decode()} contains a user name, a password, a query "
             "or a fragment, but addresses are shown and shared, so they must hold no secrets.\n"
-            "hint: put the key into an environment variable, and name that with --key-env"
+            "hint: put the key into an environment variable, and name that with --key-env (for a judge "
+            "--judge-key-env)"
         )
     return address

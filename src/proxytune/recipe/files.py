@@ -13,7 +13,7 @@ from typing import Any
 from proxytune.checkpoints.adapter import AdapterFiles, PatternClock, find_adapter
 from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from proxytune.checkpoints.hub import PICKLED, cached_directory
-from proxytune.checkpoints.references import local_path
+from proxytune.checkpoints.references import unpinned_path
 from proxytune.errors import UnsafeModel, UserError
 from proxytune.grants import NOTHING, Grants
 from proxytune.recipe.recipe import Recipe
@@ -94,7 +94,8 @@ class RecipeFiles:
                 is_asked = getattr(spec, right) and not getattr(self.grants, right)
                 if is_asked and (is_first or spec.adapter is not None):
                     named = tuple(r for r in (spec.model, spec.adapter) if r is not None)
-                    files = self._matching(named, patterns, spec.revision)
+                    places = ((spec.model, spec.revision), (spec.adapter, None))
+                    files = self._matching(places, patterns)
                     found.append(AskedRight(part, right, named, files))
         return tuple(found)
 
@@ -148,13 +149,15 @@ class RecipeFiles:
         return replace(found, clock=self._clock)
 
     def _matching(
-        self, references: Iterable[str], patterns: Iterable[str], revision: str | None
+        self, places: Iterable[tuple[str | None, str | None]], patterns: Iterable[str]
     ) -> tuple[str, ...]:
         """Return the names of files that match, in the directories that are on this machine."""
         names: list[str] = []
-        for reference in references:
+        for reference, revision in places:
+            if reference is None:
+                continue
             try:
-                place = local_path(reference, root=self.recipe.directory)
+                place = unpinned_path(reference, root=self.recipe.directory, revision=revision)
             except UserError:
                 continue
             if place is None:

@@ -132,7 +132,9 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
         arrival: Arrival = request.state.arrival
         # A page of another site may send other types without asking first.
         if not re.match(
-            r"application/(.+\+)?json\s*(;|$)", request.headers.get("content-type", "")
+            r"application/([\w.+-]+\+)?json\s*(;|$)",
+            request.headers.get("content-type", ""),
+            re.IGNORECASE,
         ):
             raise not_an_object()
         assert arrival.body is not None
@@ -171,14 +173,16 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
     fastapi_document = app.openapi
 
     def document() -> dict[str, Any]:
-        # FastAPI knows only the bodies that it reads itself, in the event loop.
-        document = fastapi_document()
-        _, schemas = models_json_schema(
-            [(CompletionRequest, "validation"), (ChatRequest, "validation")],
-            ref_template="#/components/schemas/{model}",
-        )
-        document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
-        return document
+        # FastAPI keeps what it makes, and knows only the bodies that it reads itself, in the event loop.
+        is_new = app.openapi_schema is None
+        whole = fastapi_document()
+        if is_new:
+            _, schemas = models_json_schema(
+                [(CompletionRequest, "validation"), (ChatRequest, "validation")],
+                ref_template="#/components/schemas/{model}",
+            )
+            whole.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
+        return whole
 
     app.openapi = document  # type: ignore[method-assign]
 
@@ -214,7 +218,7 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
     async def health() -> Json:
         """Report whether the server accepts requests."""
         if not service.engine.is_alive:
-            raise HTTPException(503, "the server is shutting down")
+            raise HTTPException(503, "the server is shutting down", {"Retry-After": "5"})
         return {"status": "ok"}
 
     @app.get("/version")
@@ -343,7 +347,7 @@ def _refusal(error: Exception) -> JSONResponse:
     if isinstance(error, TimeIsUp):
         message = (
             "the text was not finished within this server's time limit for a request.\n"
-            "hint: ask for fewer tokens, or stream the answer"
+            "hint: send a shorter prompt or ask for fewer tokens; a stream shows the text so far"
         )
         return error_response(504, message, kind="server_error", code="timeout")
     if isinstance(error, UnknownModel):

@@ -132,6 +132,8 @@ def desk_models(model: ProxyTuned, max_tokens: int | None) -> list[ProxyTuned]:
                     own[key] = Measured(tokenizer, limit)
                 formats.append(PromptFormat(each.prompt_format, own[key]))
         except Exception:  # Foreign code, which may fail in any way.
+            if not made:
+                raise
             break
         desk = copy.copy(model)
         desk.formats = tuple(formats)

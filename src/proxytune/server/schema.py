@@ -130,7 +130,7 @@ class SteeringFields(_Fields):
 
 
 class StreamOptions(_Fields):
-    """What a stream tells beside the text."""
+    """What a stream holds beside the text."""
 
     include_usage: StrictBool = False
     include_obfuscation: Literal[False] | None = None
@@ -174,7 +174,7 @@ class Generation(_Extensions):
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
     user: Annotated[str, StringConstraints(max_length=200)] | None = Field(
-        None, description="Requests of a key or an address that have other users take turns"
+        None, description="Within a key or an address, requests with different values take turns"
     )
     proxytune: SteeringFields | None = None
     # Extensions that other servers have under the same names.

@@ -11,8 +11,8 @@ the ticket with the lowest *rank*:
 
     rank = work when it came + num_places * size
 
-So a small request goes ahead of a large one, but only until the engine has done as much work since the large
-one came as a room full of requests of its size is. Nobody is overtaken for longer than that.
+So a small request goes ahead of a large one, but only until the engine has generated as many tokens since
+the large one came as a full room of requests of its size asks for. Nobody is overtaken for longer.
 
 **Places.** When the waiting room is full, a newcomer is not simply refused. The client with the most
 tickets in the room, newcomers included, gives up a place; within it the user with the most; of several such
@@ -50,7 +50,8 @@ class Ticket:
 
     Args:
         job: What to generate. If it samples it has a seed, so that it can be run again.
-        on_event: Called in the engine's thread with each event, or with the error that ended the job.
+        on_event: Called with each event, or with the error that ended the job: in the engine's thread, or if
+            it is turned away, in that of whoever takes its place.
         client: The client: a key, or an address.
         deadline: Time on the monotonic clock at which the job ends as if cancelled, with `is_late` set.
         user: A name that the client gives its own requests.

@@ -100,7 +100,8 @@ def missing_promises() -> tuple[str, ...]:
         name = answer.get("missing", "verdict")
         if name in missing:
             raise UnsupportedModel(
-                f"a program that does nothing ended here with {answer['result']!r}, so none can be judged.\n"
+                "a program that does nothing does not pass here "
+                f"({answer.get('result') or answer['why']}), so none can be judged.\n"
                 "hint: leave the samples unscored"
             )
         missing = (*missing, name)
@@ -119,7 +120,7 @@ def require_promises(*, allow_weaker: bool) -> tuple[str, ...]:
             "this system cannot hold a generated program to all of what the sandbox promises. What is "
             f"missing:{listed}\n"
             "hint: run this on a system that allows it, or accept the risk with --allow-weaker-sandbox "
-            "(allow_weaker=True), in a container with nothing to lose"
+            "(allow_weaker=True in Python), in a container with nothing to lose"
         )
     return missing
 
@@ -150,7 +151,7 @@ def run_program(
     answer = _answer(program, limits, missing)
     if "missing" in answer:
         raise UnsupportedModel(
-            f"the sandbox could not be set up this time: {answer['why']}. Every program is to be sure that "
+            f"the sandbox could not be set up this time: {answer['why']}. What could not be promised: "
             f"{PROMISES[answer['missing']]}.\n"
             "hint: try again with fewer other processes"
         )

@@ -3,7 +3,7 @@
 Templates come from strangers. They get the language of transformers' chat templates: its extensions, its
 whitespace rules, its `tojson`, `strftime_now` and `raise_exception`. Of Jinja's filters, tests, functions and
 methods they get those that chat templates use, each with a check of what it would cost (`meter.py`).
-No loader is there, so nothing can be included or imported.
+There is no loader, so nothing can be included or imported.
 """
 
 from __future__ import annotations
@@ -51,12 +51,11 @@ def render(source: str, variables: Mapping[str, Any], *, strict: bool) -> str:
         TemplateRefused: It exceeds a bound.
         Exception: It fails in another way; a template may raise anything.
     """
-    template = compiled(source, strict)
+    template = compiled(source, strict=strict)
     with metered() as meter:
         pieces, num_bytes, limit = [], 0, MAX_ADDED
-        overhead = (
-            "".__sizeof__()
-        )  # of each piece, and not of the text that they are put together to
+        # Of each piece, and not of the text that they form together.
+        overhead = "".__sizeof__()
         for piece in template.root_render_func(template.new_context(dict(variables))):
             num_bytes += piece.__sizeof__() - overhead
             if num_bytes > limit:
@@ -68,7 +67,7 @@ def render(source: str, variables: Mapping[str, Any], *, strict: bool) -> str:
 
 
 @lru_cache(maxsize=64)
-def compiled(source: str, strict: bool) -> jinja2.Template:
+def compiled(source: str, *, strict: bool) -> jinja2.Template:
     """Return a template ready to render; arguments as for `render`.
 
     Raises:

@@ -426,6 +426,14 @@ def chat() -> dict[str, Any]:
     return {"id": "y", "usage": {"prompt_tokens": 3, "completion_tokens": 1}, "choices": [choice]}
 
 
+def test_offsets_that_a_server_does_not_know_are_none():
+    answer = completion()
+    answer["choices"][0]["logprobs"]["text_offset"] = [-1, None]
+    assert len(read_completion(answer, None).tokens) == 2
+    answer["choices"][0]["logprobs"]["text_offset"] = None
+    assert read_completion(answer, None).offsets is None
+
+
 HOSTILE: list[Any] = [
     None, True, False, 0, -1, 1, 5.0, 0.5, 2**31 + 1, 10**300, -(10**300), 10**400, 1e308, -1e308,
     math.nan, math.inf, -math.inf, "", "lots", "5", "token_id:" + "9" * 5000, "bytes:\\x",
@@ -515,7 +523,7 @@ def test_a_usage_that_cannot_be_is_an_error_and_not_a_traceback(count):
 
 
 def test_bytes_of_a_token_are_never_taken_for_a_length():
-    """`bytes(10**12)` would allocate as many."""
+    """`bytes(10**12)` would allocate a terabyte."""
     for content in (10**12, [10**12], "abc", {"length": 5}):
         path = ("choices", 0, "logprobs", "content", 0, "bytes")
         with pytest.raises(UnusableAnswer):

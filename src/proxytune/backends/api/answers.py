@@ -24,7 +24,7 @@ LOWEST_LOGPROB = -1e4
 """Lower logprobs are taken for this one, so that no sum of them leaves the range of float32."""
 
 MAX_COUNT = 2**31
-"""The largest number of tokens that a call may be said to have cost."""
+"""The largest number of tokens that an answer may give as its cost."""
 
 _JSON_NAMES: dict[type, str] = {dict: "an object", list: "a list", str: "text"}
 
@@ -133,8 +133,9 @@ def read_completion(answer: Mapping[str, Any], scoring: str | None) -> ServerAns
             tokens.append(
                 ShownToken(name, _logprob(logprob), likeliest, name, is_by_text=is_by_text)
             )
-    offsets = _optional(logprobs, "text_offset", list)
-    return ServerAnswer(tokens, has_ended, Usage(), [_count(n, "text_offset") for n in offsets])
+    # Offsets are only compared. Some servers give -1 or null where they do not know them.
+    offsets = [n if is_number(n) else -1 for n in _optional(logprobs, "text_offset", list)]
+    return ServerAnswer(tokens, has_ended, Usage(), offsets or None)
 
 
 def read_chat(answer: Mapping[str, Any]) -> ServerAnswer:

@@ -327,7 +327,7 @@ class ApiClient:
             hint = (
                 f"the key is taken from {self._key.variable}; check that it is the right one"
                 if self._key is not None
-                else "name the variable that holds the key: --key-env OPENAI_API_KEY"
+                else "name the variable that holds the key: --key-env NAME, for a judge --judge-key-env NAME"
             )
         elif response.status < 400:
             place = self._shown(response.headers.get("location", "another address"))
@@ -345,7 +345,7 @@ class ApiClient:
         """Return an error answer's message in one line, without the key, which servers may repeat in it."""
         try:
             content = parse_answer(response.content)
-            error = content.get("error", content.get("detail", content))
+            error = content.get("error") or content.get("detail") or content
             found = error.get("message", error) if isinstance(error, dict) else error
             text = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
         except (UnusableAnswer, ValueError, RecursionError):

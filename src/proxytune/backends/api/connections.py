@@ -106,6 +106,8 @@ class Connections:
         with self._lock:
             if not connection.is_cut:
                 self._idle.append(connection)
+                return
+        connection.client.close()
 
     def drop(self) -> None:
         """Close the connections that no call uses."""

@@ -107,7 +107,7 @@ def find_key(url: str, *, asked: str | None = None, key_env: str | None = None) 
         raise InvalidRequest(
             f"the key in {variable} would go to {host} over plain HTTP, where everyone on the way can read "
             "it.\nhint: use https, or a tunnel from this machine (ssh -L); if the server needs no key, "
-            f"unset {variable}"
+            f"bind none to it: {variable} is the choice of {why}"
         )
     return Key(host, variable, value)
 
@@ -202,7 +202,7 @@ def bound_hosts(path: Path) -> dict[tuple[str, int | None], str]:
 
 
 def _own_file(path: Path) -> bytes | None:
-    """Return the content of a regular file that only its user can change; None if there is none."""
+    """Return the content of a regular file of the user or root, which not everyone can change, or None."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -225,7 +225,7 @@ def _own_file(path: Path) -> bytes | None:
     if problem is not None:
         raise InputFileError(
             f"{path} is not used, because {problem}; it decides where keys go.\n"
-            "hint: make it a file of yours that nobody else can write"
+            "hint: make it a file of yours that is not writable for everybody"
         )
     return content
 
@@ -234,7 +234,7 @@ def _host_and_port(name: str) -> tuple[str, int | None]:
     """Return a host as addresses have it, and its port, from `host` or `host:port`."""
     try:
         address = parse_address(f"https://{name}")
-        # A scheme without a default port keeps a port whichever it is.
+        # A scheme without a default port keeps every port, 443 too.
         port = httpx2.URL(f"key://{name}").port
         is_host = address.raw_path == b"/" and not name.endswith("/")
     except InvalidRequest:
