@@ -1,17 +1,18 @@
 """A pytest plugin that points the server tests of llama.cpp or vLLM to `proxytune serve`.
 
-`peer_tests.py` loads it into the peer's environment, which has nothing of this project. It replaces only how
-the tests start a server (llama.cpp: `utils.ServerProcess`; vLLM: `tests.utils.RemoteOpenAIServer`) and the
-names of models and tokenizers; requests and assertions stay the peer's own.
+`peer_tests.py` loads it into the peer's own environment, which has nothing of this project. It replaces how
+the tests start a server (llama.cpp: `utils.ServerProcess`; vLLM: `tests.utils.RemoteOpenAIServer`), and the
+names of models and tokenizers. Requests and assertions stay the peer's own.
 """
 
 from __future__ import annotations
 
 import atexit
-import fnmatch
 import inspect
 import json
+import linecache
 import os
+import re
 import subprocess
 import sys
 import time
@@ -24,42 +25,47 @@ from typing import Any
 import pytest
 
 SETTINGS = json.loads(os.environ["PROXYTUNE_PEER_TESTS"])
-"""What `peer_tests.py` decided: the peer, our command, the tokenizer, ports, reasons, and where to report."""
-START_TIMEOUT_S = 120
+"""What `peer_tests.py` decided: the peer, our command, the port, the table of reasons, where to report."""
+START_TIMEOUT_S = 180
+
+# Our server ---------------------------------------------------------------------------------------------
 
 
 class Server:
-    """One `proxytune serve`, started with what a test asks for."""
+    """One `proxytune serve`, with the options that a test asks for."""
 
     running: Server | None = None
 
-    def __init__(self, options: Sequence[str], port: int) -> None:
+    def __init__(self, options: Sequence[str]) -> None:
         self.options = tuple(options)
-        self.port = port
-        command = [*SETTINGS["serve"], "--port", str(port), *options]
+        self.port = SETTINGS["port"]
+        command = [*SETTINGS["serve"], "--port", str(self.port), *options]
+        own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         self.log = open(SETTINGS["log"], "a", encoding="utf-8")  # noqa: SIM115
         print("$", " ".join(command), file=self.log, flush=True)
-        environment = {
-            name: value for name, value in os.environ.items() if name not in ("PYTHONPATH",)
-        } | SETTINGS["environment"]
         self.process = subprocess.Popen(
-            command, stdout=self.log, stderr=subprocess.STDOUT, env=environment
+            command, stdout=self.log, stderr=subprocess.STDOUT, env=own | SETTINGS["environment"]
         )
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not self._is_healthy():
+        while self.get("/health") is None:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
-                raise RuntimeError(f"proxytune serve did not start; see {SETTINGS['log']}")
+                pytest.exit(f"proxytune serve did not start; {SETTINGS['log']} says why", 3)
             time.sleep(0.2)
 
-    def _is_healthy(self) -> bool:
+    def get(self, path: str, key: str = "none") -> Any:
+        """Return what a path answers, or None."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", headers={"Authorization": f"Bearer {key}"}
+        )
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2) as found:
-                return bool(found.status == 200)
-        except OSError:
-            return False
+            with urllib.request.urlopen(request, timeout=5) as found:
+                return json.load(found)
+        except (OSError, ValueError):
+            return None
 
     def stop(self) -> None:
+        """Stop the process."""
         self.process.terminate()
         try:
             self.process.wait(10)
@@ -70,217 +76,209 @@ class Server:
 
     @classmethod
     def with_options(cls, options: Sequence[str]) -> Server:
-        """Return the running server, or another one if it was started with other options."""
+        """Return the running server, or a new one in its place if it has other options."""
         if cls.running is None or cls.running.options != tuple(options):
             cls.stop_running()
-            cls.running = cls(options, SETTINGS["port"])
+            cls.running = cls(options)
         return cls.running
 
     @classmethod
     def stop_running(cls) -> None:
+        """Stop the server if one runs."""
         if cls.running is not None:
             cls.running.stop()
             cls.running = None
 
 
 atexit.register(Server.stop_running)
+new_names: dict[str, str] = {}
+"""Names of models in the peer's requests, and the names under which our server has them."""
 
 
-def key_file(key: str) -> str:
-    """Return a file with the key that a test expects the server to require."""
-    path = Path(SETTINGS["log"]).with_name("key")
-    path.write_text(key + "\n", "utf-8")
-    return str(path)
+def key_options(key: str | None) -> list[str]:
+    """Return the options of a server that requires a key."""
+    if key is None:
+        return []
+    file = Path(SETTINGS["log"]).with_name("key.txt")
+    file.write_text(f"{key}\n", "utf-8")
+    return ["--api-key-file", str(file)]
+
+
+def rename_models() -> None:
+    """Rename models in what the HTTP clients of the tests send."""
+    import httpx
+    import httpx2  # What the official clients use.
+    import requests
+
+    def renamed(body: Any) -> Any:
+        if isinstance(body, dict) and body.get("model") in new_names:
+            return {**body, "model": new_names[body["model"]]}
+        return body
+
+    send = requests.Session.request
+
+    def request(self: Any, *given: Any, json: Any = None, **options: Any) -> Any:
+        return send(self, *given, json=renamed(json), **options)
+
+    def builder(build: Callable[..., Any]) -> Callable[..., Any]:
+        def build_request(self: Any, *given: Any, **options: Any) -> Any:
+            if isinstance(options.get("content"), bytes):
+                body = renamed(json.loads(options["content"]))
+                options["content"] = json.dumps(body).encode()
+            elif "json" in options:
+                options["json"] = renamed(options["json"])
+            return build(self, *given, **options)
+
+        return build_request
+
+    requests.Session.request = request
+    for module in (httpx, httpx2):
+        for client in (module.Client, module.AsyncClient):
+            client.build_request = builder(client.build_request)
 
 
 # llama.cpp ----------------------------------------------------------------------------------------------
 
-LLAMA_NAMES = (
-    "davinci-002", "gpt-3.5-turbo", "gpt-3.5-turbo-instruct", "gpt-4.1", "test", "codellama70b",
-)  # fmt: skip
-"""Names in llama.cpp's requests, which its server does not read."""
+UNREAD_NAMES = ("davinci-002", "gpt-3.5-turbo", "gpt-3.5-turbo-instruct", "gpt-4.1", "test")
+"""Names in the tests' requests. llama.cpp's server reads none; ours refuses those that it does not have."""
 
 
 def use_llama_cpp() -> None:
-    """Replace how llama.cpp's tests start a server.
-
-    Its server answers whatever name a request has. Ours refuses unknown names, so that the names in the tests
-    become that of the recipe.
-    """
-    import httpx
-    import httpx2
-    import requests
+    """Replace how llama.cpp's tests start a server."""
     import utils
 
-    def start(self: Any, timeout_seconds: float = 60) -> None:
-        options = ["--name", self.model_alias or "tinyllama-2"]
-        if self.api_key:
-            options += ["--api-key-file", key_file(self.api_key)]
-        self.server_port = Server.with_options(options).port
+    def start(self: Any, timeout_seconds: float = 0) -> None:
+        name = self.model_alias or "tinyllama-2"
+        new_names.update(dict.fromkeys(UNREAD_NAMES, name))
+        self.server_port = Server.with_options(["--name", name, *key_options(self.api_key)]).port
         self.ready = True
 
     utils.ServerProcess.start = start
     utils.ServerProcess.stop = lambda self: None
     utils.ServerPreset.load_all = staticmethod(lambda: None)
 
-    def renamed(body: Any) -> Any:
-        if isinstance(body, dict) and (body.get("model") or "test") in LLAMA_NAMES:
-            assert Server.running is not None
-            return {**body, "model": Server.running.options[1]}
-        return body
-
-    original = requests.Session.request
-
-    def request(self: Any, *given: Any, json: Any = None, **options: Any) -> Any:
-        return original(self, *given, json=renamed(json), **options)
-
-    requests.Session.request = request
-    for module in (httpx, httpx2):
-        for client in (module.Client, module.AsyncClient):
-            rename_in(client, renamed)
-
-
-def rename_in(client: Any, renamed: Callable[[Any], Any]) -> None:
-    """Rename models in what the official client sends."""
-    original = client.build_request
-
-    def build_request(self: Any, *given: Any, **options: Any) -> Any:
-        if "json" in options:
-            options["json"] = renamed(options["json"])
-        elif isinstance(options.get("content"), (bytes, str)):
-            options["content"] = json.dumps(renamed(json.loads(options["content"]))).encode()
-        return original(self, *given, **options)
-
-    client.build_request = build_request
-
 
 # vLLM ---------------------------------------------------------------------------------------------------
 
 
 class RemoteOpenAIServer:
-    """Stands where vLLM's class does: the same methods, and our server behind them."""
+    """What vLLM's class of this name offers, with our server behind it."""
 
     DUMMY_API_KEY = "token-abc123"
 
-    def __init__(self, model: str, vllm_serve_args: list[str], **options: Any) -> None:
-        arguments = vllm_serve_args
-        name = model
-        if "--served-model-name" in arguments:
-            name = arguments[arguments.index("--served-model-name") + 1]
-        own = ["--name", name]
-        if "--api-key" in arguments:
-            own += ["--api-key-file", key_file(arguments[arguments.index("--api-key") + 1])]
-        self.host = "127.0.0.1"
-        self.port = Server.with_options(own).port
+    def __init__(
+        self,
+        model: str,
+        vllm_serve_args: list[str],
+        *,
+        env_dict: dict[str, str] | None = None,
+        **options: Any,
+    ) -> None:
+        given = {
+            name: value
+            for name, value in zip(vllm_serve_args, vllm_serve_args[1:] + [""], strict=True)
+            if name.startswith("--")
+        }
+        name = given.get("--served-model-name", model)
+        key = given.get("--api-key", (env_dict or {}).get("VLLM_API_KEY"))
+        server = Server.with_options(["--name", name, *key_options(key)])
+        # An adapter that is asked for under a name of its own is what an expert is here.
+        adapter = given.get("--lora-modules", "").partition("=")[0]
+        if adapter:
+            found = server.get("/v1/models", key or "none")
+            new_names[adapter] = found["data"][1]["id"]
+        self.host, self.port = "127.0.0.1", server.port
+        self.url_root = f"http://{self.host}:{self.port}"
 
     def __enter__(self) -> RemoteOpenAIServer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        pass
-
-    @property
-    def url_root(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        """Leave the server for the next module, which often asks for the same."""
 
     def url_for(self, *parts: str) -> str:
-        return self.url_root + "/" + "/".join(part.strip("/") for part in parts if part)
+        return "/".join([self.url_root, *(part.strip("/") for part in parts if part)])
 
     def get_client(self, **options: Any) -> Any:
         import openai
 
-        return openai.OpenAI(**self._openai(options))
+        return openai.OpenAI(**self._options("v1", options))
 
     def get_async_client(self, **options: Any) -> Any:
         import openai
 
-        return openai.AsyncOpenAI(**self._openai(options))
+        return openai.AsyncOpenAI(**self._options("v1", options))
 
     def get_client_anthropic(self, **options: Any) -> Any:
         import anthropic
 
-        return anthropic.Anthropic(**self._anthropic(options))
+        return anthropic.Anthropic(**self._options("", options))
 
     def get_async_client_anthropic(self, **options: Any) -> Any:
         import anthropic
 
-        return anthropic.AsyncAnthropic(**self._anthropic(options))
+        return anthropic.AsyncAnthropic(**self._options("", options))
 
-    def _openai(self, options: dict[str, Any]) -> dict[str, Any]:
-        return {"base_url": self.url_for("v1"), **self._anthropic({}), **options} | (
-            {"base_url": self.url_for("v1")} if "base_url" not in options else {}
-        )
-
-    def _anthropic(self, options: dict[str, Any]) -> dict[str, Any]:
-        fixed = {"base_url": self.url_root, "api_key": self.DUMMY_API_KEY}
-        return {**fixed, "max_retries": 0, "timeout": 120, **options}
+    def _options(self, path: str, options: dict[str, Any]) -> dict[str, Any]:
+        own = {"base_url": self.url_for(path), "api_key": self.DUMMY_API_KEY, "max_retries": 0}
+        return {**own, "timeout": SETTINGS["timeout"], **options}
 
 
-class _Absent(types.ModuleType):
-    """`tests.utils` without what its import needs; everything but the server is a stand-in."""
+class TestUtilities(types.ModuleType):
+    """`tests.utils` with the server alone; the rest concerns GPUs, and its decorators do nothing here."""
 
     def __getattr__(self, name: str) -> Any:
+        if name == "VLLM_PATH":
+            return Path(SETTINGS["folder"])
         if name.startswith("__"):
             raise AttributeError(name)
-        if name == "VLLM_PATH":
-            return Path(SETTINGS["root"])
         if name.isupper():
             return []
-        return lambda *given, **options: given[0] if given and callable(given[0]) else _unchanged
 
+        def unchanged(*given: Any, **options: Any) -> Any:
+            return given[0] if given and callable(given[0]) else unchanged
 
-def _unchanged(function: Any) -> Any:
-    return function
+        return unchanged
 
 
 def use_vllm() -> None:
-    """Replace how vLLM's tests start a server, and give them the tokenizer of the recipe."""
-    module = _Absent("tests.utils")
+    """Replace how vLLM's tests start a server, and give them the recipe's tokenizer."""
+    module = TestUtilities("tests.utils")
     module.RemoteOpenAIServer = RemoteOpenAIServer  # type: ignore[attr-defined]
     sys.modules["tests.utils"] = module
-    from transformers import AutoTokenizer
-    from vllm import tokenizers
+    import transformers
+    import vllm.config
+    import vllm.tokenizers
+    import vllm.transformers_utils.repo_utils as repo_utils
 
-    load = AutoTokenizer.from_pretrained
-    own = load(SETTINGS["tokenizer"])
-    AutoTokenizer.from_pretrained = lambda *given, **options: own
-    tokenizers.get_tokenizer = lambda *given, **options: own
-    from vllm.transformers_utils import repo_utils
+    tokenizer = transformers.AutoTokenizer.from_pretrained(SETTINGS["tokenizer"])
 
-    # Adapters that tests name only to start the server.
+    class ModelConfig:
+        def __init__(self, *given: Any, **options: Any) -> None: ...
+
+        def get_vocab_size(self) -> int:
+            return len(tokenizer)
+
     class Hub:
-        def snapshot_download(self, *given: Any, **options: Any) -> str:
-            return "not-downloaded"
+        """Adapters are named only to start a server, so that none has to be downloaded."""
 
+        def snapshot_download(self, *given: Any, **options: Any) -> str:
+            return "an-adapter"
+
+    transformers.AutoTokenizer.from_pretrained = lambda *given, **options: tokenizer
+    vllm.tokenizers.get_tokenizer = lambda *given, **options: tokenizer
+    vllm.config.ModelConfig = ModelConfig
     repo_utils.hf_api = Hub
 
 
-# pytest -------------------------------------------------------------------------------------------------
+def asks_a_server(item: pytest.Item) -> bool:
+    """Whether a test of vLLM, or a fixture that it uses, starts a server.
 
-
-def pytest_configure(config: pytest.Config) -> None:
-    {"llama.cpp": use_llama_cpp, "vllm": use_vllm}[SETTINGS["peer"]]()
-
-
-def short_name(item: pytest.Item) -> str:
-    return item.nodeid.removeprefix(SETTINGS["prefix"])
-
-
-def reason_of(name: str) -> str | None:
-    """Return why a test is left out, by the table."""
-    for pattern, reason in SETTINGS["left_out"].items():
-        if name == pattern or fnmatch.fnmatchcase(name, pattern.replace("[", "[[]")):
-            return str(reason)
-    return None
-
-
-def reaches_server(item: pytest.Item) -> bool:
-    """Whether a test of vLLM asks a server: it, or a fixture that it uses, starts one."""
-    functions: list[Any] = [getattr(item, "obj", None)]
-    fixtures = getattr(item, "_fixtureinfo", None)
-    if fixtures is not None:
-        functions += [each.func for found in fixtures.name2fixturedefs.values() for each in found]
-    for function in functions:
+    The others call vLLM's Python in this process, and would pass whatever our server does.
+    """
+    fixtures = item._fixtureinfo.name2fixturedefs  # type: ignore[attr-defined]
+    functions = [each.func for found in fixtures.values() for each in found]
+    for function in [item.obj, *functions]:  # type: ignore[attr-defined]
         try:
             if "RemoteOpenAIServer" in inspect.getsource(inspect.unwrap(function)):
                 return True
@@ -289,44 +287,87 @@ def reaches_server(item: pytest.Item) -> bool:
     return False
 
 
+# Choosing and reporting ---------------------------------------------------------------------------------
+
+
+def name_of(nodeid: str) -> str:
+    return nodeid.removeprefix(SETTINGS["prefix"])
+
+
+def reason_of(test: str) -> str | None:
+    """Return the reason that the table has for a test; the most exact entry counts."""
+    found: dict[int, str] = {}
+    for reason, entry in SETTINGS["reasons"].items():
+        for pattern in entry["tests"]:
+            if test == pattern or test.startswith((f"{pattern}::", f"{pattern}[", f"{pattern}/")):
+                found[len(pattern)] = reason
+            elif pattern.endswith("*") and test.startswith(pattern[:-1]):
+                found[len(pattern)] = reason
+    return found[max(found)] if found else None
+
+
+def report(test: str, outcome: str, **more: Any) -> None:
+    with open(SETTINGS["report"], "a", encoding="utf-8") as file:
+        print(json.dumps({"test": test, "outcome": outcome, **more}), file=file)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    rename_models()
+    {"llama.cpp": use_llama_cpp, "vllm": use_vllm}[SETTINGS["peer"]]()
+
+
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     kept = []
     for item in items:
-        reason = reason_of(short_name(item))
-        if reason is None and SETTINGS["peer"] == "vllm" and not reaches_server(item):
-            reason = "in-process"
-        if reason is not None and not SETTINGS["run_left_out"]:
-            report(short_name(item), "left out", reason)
-        else:
+        test = name_of(item.nodeid)
+        reason = reason_of(test)
+        if reason == "run":
+            reason = None
+        elif reason is None and SETTINGS["peer"] == "vllm" and not asks_a_server(item):
+            reason = "in_process"
+        entry = SETTINGS["reasons"].get(reason, {})
+        if reason is None or "fails_at" in entry or (SETTINGS["all"] and entry.get("can_run")):
+            item.stash[REASON] = reason
             kept.append(item)
+        else:
+            report(test, "left out", reason=reason)
     items[:] = kept
 
 
-def report(test: str, outcome: str, detail: str, **more: Any) -> None:
-    with open(SETTINGS["report"], "a", encoding="utf-8") as file:
-        print(json.dumps({"test": test, "outcome": outcome, "detail": detail, **more}), file=file)
+REASON = pytest.StashKey[str | None]()
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.failed:
+        test = name_of(report.nodeid)
+        reason = reason_of(test)
+        outcome = "failed" if reason is None else "left out"
+        globals()["report"](test, outcome, reason=reason, detail=str(report.longrepr)[-1000:])
 
 
 @pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     outcome = yield
     found = outcome.get_result()  # type: ignore[attr-defined]
-    name = short_name(item)
+    test, reason = name_of(item.nodeid), item.stash[REASON]
     if found.skipped:
         why = found.longrepr[2] if isinstance(found.longrepr, tuple) else str(found.longrepr)
-        report(name, "skipped", why)
+        report(test, "left out", reason=reason or "skipped", detail=why)
     elif found.failed:
         crash = getattr(found.longrepr, "reprcrash", None)
-        message = crash.message if crash is not None else str(found.longrepr)
-        report(name, "failed", message[:2000], when=found.when)
+        detail = str(found.longrepr) if crash is None else crash.message
+        if crash is not None:
+            detail = f"{line_of(crash.path, crash.lineno)}\n{detail}"
+        fails_at = SETTINGS["reasons"].get(reason, {}).get("fails_at")
+        as_listed = fails_at is not None and re.search(fails_at, detail)
+        left_out = reason is not None and (fails_at is None or as_listed)
+        report(test, "left out" if left_out else "failed", reason=reason, detail=detail[:2000])
     elif found.when == "call":
-        report(name, "passed", "", seconds=round(found.duration, 2))
+        report(test, "passed", reason=reason, seconds=round(found.duration, 2))
 
 
-def pytest_collectreport(report: Any) -> None:
-    if report.failed:
-        with open(SETTINGS["report"], "a", encoding="utf-8") as file:
-            test = report.nodeid.removeprefix(SETTINGS["prefix"])
-            detail = str(report.longrepr)[-1500:]
-            print(json.dumps({"test": test, "outcome": "error", "detail": detail}), file=file)
+def line_of(path: str, number: int) -> str:
+    """Return the line of a test that failed, with those that belong to it."""
+    lines = [linecache.getline(path, number + each).strip() for each in range(3)]
+    return " ".join(lines)
