@@ -1,7 +1,7 @@
 """Run the server tests of llama.cpp or vLLM against `proxytune serve`.
 
     python scripts/peer_tests.py llama.cpp llama_cpp_python-0.3.36.tar.gz --python PEER/bin/python
-    python scripts/peer_tests.py vllm vllm-0.32.0.tar.gz --python PEER/bin/python --json docs/performance/vllm_tests.json
+    python scripts/peer_tests.py vllm vllm-0.32.0.tar.gz --python PEER/bin/python --json numbers.json
 
 The second argument is a checkout of the peer or an sdist with its tests; nothing is fetched. `--python` is an
 environment with what the tests import, which the script names if it is missing; for vLLM that is vLLM itself.
@@ -130,7 +130,7 @@ def run_tests(arguments: argparse.Namespace, peer: dict[str, Any], folder: Path)
         # Above lies what the tests of the models need, GPUs included.
         options += ["--confcutdir=tests/entrypoints", "--rootdir=.", "-o", "asyncio_mode=auto"]
     with open(arguments.output, "w", encoding="utf-8") as output:
-        subprocess.run(
+        done = subprocess.run(
             [*pytest, *options, *(arguments.only or peer["tests"])],
             cwd=folder / "tests",
             env=environment,
@@ -138,6 +138,9 @@ def run_tests(arguments: argparse.Namespace, peer: dict[str, Any], folder: Path)
             stderr=subprocess.STDOUT,
             check=False,
         )
+    if done.returncode not in (0, 1, 5):  # Beside tests that pass, fail, or are all left out.
+        last = arguments.output.read_text("utf-8").splitlines()[-1]
+        raise Unusable(f"the tests did not run to their end: {last}")
     return [json.loads(line) for line in report.read_text("utf-8").splitlines()]
 
 

@@ -18,7 +18,7 @@ import sys
 import time
 import types
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,25 @@ import pytest
 SETTINGS = json.loads(os.environ["PROXYTUNE_PEER_TESTS"])
 """What `peer_tests.py` decided: the peer, our command, the port, the table of reasons, where to report."""
 START_TIMEOUT_S = 180
+MIN_KEY_LENGTH = 16
+"""Of a key that our server takes."""
 
 # Our server ---------------------------------------------------------------------------------------------
 
 
 class Server:
-    """One `proxytune serve`, with the options that a test asks for."""
+    """One `proxytune serve`; another one takes its place where a test wants another key."""
 
     running: Server | None = None
 
-    def __init__(self, options: Sequence[str]) -> None:
-        self.options = tuple(options)
+    def __init__(self, key: str | None) -> None:
+        self.key = key
         self.port = SETTINGS["port"]
-        command = [*SETTINGS["serve"], "--port", str(self.port), *options]
+        command = [*SETTINGS["serve"], "--port", str(self.port)]
+        if key is not None:
+            file = Path(SETTINGS["report"]).with_name("key.txt")
+            file.write_text(f"{key}\n", "utf-8")
+            command += ["--api-key-file", str(file)]
         own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         self.log = open(SETTINGS["log"], "a", encoding="utf-8")  # noqa: SIM115
         print("$", " ".join(command), file=self.log, flush=True)
@@ -47,22 +53,24 @@ class Server:
             command, stdout=self.log, stderr=subprocess.STDOUT, env=own | SETTINGS["environment"]
         )
         deadline = time.monotonic() + START_TIMEOUT_S
-        while self.get("/health") is None:
+        while self._get("/health") is None:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
                 pytest.exit(f"proxytune serve did not start; {SETTINGS['log']} says why", 3)
             time.sleep(0.2)
 
-    def get(self, path: str, key: str = "none") -> Any:
-        """Return what a path answers, or None."""
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}", headers={"Authorization": f"Bearer {key}"}
-        )
+    def _get(self, path: str) -> Any:
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}")
+        request.add_header("Authorization", f"Bearer {self.key}")
         try:
             with urllib.request.urlopen(request, timeout=5) as found:
                 return json.load(found)
         except (OSError, ValueError):
             return None
+
+    def model_names(self) -> list[str]:
+        """Return the name of the recipe, and of each of its experts."""
+        return [model["id"] for model in self._get("/v1/models")["data"]]
 
     def stop(self) -> None:
         """Stop the process."""
@@ -75,11 +83,15 @@ class Server:
         self.log.close()
 
     @classmethod
-    def with_options(cls, options: Sequence[str]) -> Server:
-        """Return the running server, or a new one in its place if it has other options."""
-        if cls.running is None or cls.running.options != tuple(options):
+    def with_key(cls, key: str | None) -> Server:
+        """Return a running server that requires a key, or none."""
+        if key is not None:
+            long_key = key.ljust(MIN_KEY_LENGTH, "-")
+            new_keys[f"Bearer {key}"] = f"Bearer {long_key}"
+            key = long_key
+        if cls.running is None or cls.running.key != key:
             cls.stop_running()
-            cls.running = cls(options)
+            cls.running = cls(key)
         return cls.running
 
     @classmethod
@@ -93,15 +105,8 @@ class Server:
 atexit.register(Server.stop_running)
 new_names: dict[str, str] = {}
 """Names of models in the peer's requests, and the names under which our server has them."""
-
-
-def key_options(key: str | None) -> list[str]:
-    """Return the options of a server that requires a key."""
-    if key is None:
-        return []
-    file = Path(SETTINGS["log"]).with_name("key.txt")
-    file.write_text(f"{key}\n", "utf-8")
-    return ["--api-key-file", str(file)]
+new_keys: dict[str, str] = {}
+"""Headers with keys that are too short for our server, and those with a longer one."""
 
 
 def rename_models() -> None:
@@ -117,8 +122,12 @@ def rename_models() -> None:
 
     send = requests.Session.request
 
-    def request(self: Any, *given: Any, json: Any = None, **options: Any) -> Any:
-        return send(self, *given, json=renamed(json), **options)
+    def request(
+        self: Any, *given: Any, json: Any = None, headers: Any = None, **options: Any
+    ) -> Any:
+        if headers and headers.get("Authorization") in new_keys:
+            headers = {**headers, "Authorization": new_keys[headers["Authorization"]]}
+        return send(self, *given, json=renamed(json), headers=headers, **options)
 
     def builder(build: Callable[..., Any]) -> Callable[..., Any]:
         def build_request(self: Any, *given: Any, **options: Any) -> Any:
@@ -148,9 +157,10 @@ def use_llama_cpp() -> None:
     import utils
 
     def start(self: Any, timeout_seconds: float = 0) -> None:
-        name = self.model_alias or "tinyllama-2"
-        new_names.update(dict.fromkeys(UNREAD_NAMES, name))
-        self.server_port = Server.with_options(["--name", name, *key_options(self.api_key)]).port
+        server = Server.with_key(self.api_key)
+        names = server.model_names()
+        new_names.update(dict.fromkeys((*UNREAD_NAMES, self.model_alias), names[0]))
+        self.server_port = server.port
         self.ready = True
 
     utils.ServerProcess.start = start
@@ -176,17 +186,18 @@ class RemoteOpenAIServer:
     ) -> None:
         given = {
             name: value
-            for name, value in zip(vllm_serve_args, vllm_serve_args[1:] + [""], strict=True)
+            for name, value in zip(vllm_serve_args, [*vllm_serve_args[1:], ""], strict=True)
             if name.startswith("--")
         }
         name = given.get("--served-model-name", model)
         key = given.get("--api-key", (env_dict or {}).get("VLLM_API_KEY"))
-        server = Server.with_options(["--name", name, *key_options(key)])
+        server = Server.with_key(key)
+        names = server.model_names()
+        new_names[name] = names[0]
         # An adapter that is asked for under a name of its own is what an expert is here.
         adapter = given.get("--lora-modules", "").partition("=")[0]
         if adapter:
-            found = server.get("/v1/models", key or "none")
-            new_names[adapter] = found["data"][1]["id"]
+            new_names[adapter] = names[1]
         self.host, self.port = "127.0.0.1", server.port
         self.url_root = f"http://{self.host}:{self.port}"
 
@@ -299,9 +310,9 @@ def reason_of(test: str) -> str | None:
     found: dict[int, str] = {}
     for reason, entry in SETTINGS["reasons"].items():
         for pattern in entry["tests"]:
-            if test == pattern or test.startswith((f"{pattern}::", f"{pattern}[", f"{pattern}/")):
-                found[len(pattern)] = reason
-            elif pattern.endswith("*") and test.startswith(pattern[:-1]):
+            is_part = test.startswith((f"{pattern}::", f"{pattern}[", f"{pattern}/"))
+            is_begun = pattern.endswith("*") and test.startswith(pattern[:-1])
+            if test == pattern or is_part or is_begun:
                 found[len(pattern)] = reason
     return found[max(found)] if found else None
 
