@@ -1,8 +1,8 @@
 """Clients of the server's APIs do what they can, each in the Python that it is installed in.
 
 The scripts in `clients/` list the things. OpenAI's client belongs to this project's environment. The others
-do not: `make test-fit` installs them into one of their own and names its Python in CLIENTS_PYTHON; without it
-their tests are skipped.
+do not: `make test-fit` installs them into two of their own and names their Pythons in CLIENTS_PYTHON and
+LLAMA_INDEX_PYTHON; without these their tests are skipped.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ def test_each_script_is_run():
 
 @pytest.mark.parametrize("client", NUM_THINGS)
 def test_a_client_does_what_it_can(client, addresses, tmp_path):
-    python = sys.executable if client == "with_openai" else os.environ.get("CLIENTS_PYTHON")
+    variable = {"with_llama_index": "LLAMA_INDEX_PYTHON"}.get(client, "CLIENTS_PYTHON")
+    python = sys.executable if client == "with_openai" else os.environ.get(variable)
     if not python:
-        pytest.skip("CLIENTS_PYTHON names no Python with the clients of the server: make test-fit")
+        pytest.skip(f"{variable} names no Python with this client of the server: make test-fit")
     done = subprocess.run(
         [Path(python).absolute(), SCRIPTS / f"{client}.py", addresses["ADDRESS"]],
         cwd=tmp_path,
