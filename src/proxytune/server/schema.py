@@ -45,7 +45,7 @@ MAX_METADATA = 16
 MAX_SHOWN = 100
 """Maximum number of characters of a field's name in an error."""
 
-Asked = TypeVar("Asked", bound="Generation")
+Asked = TypeVar("Asked", bound="_Fields")
 
 
 class InvalidField(InvalidRequest):

@@ -12,10 +12,10 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 from proxytune.decode.batch import Event
 from proxytune.decode.ensemble import Job
@@ -30,6 +30,7 @@ from proxytune.server.rendering import Rendering, desk_models, prompt_limits
 from proxytune.server.schema import (
     MAX_EXPLAIN_TOP,
     MAX_LOGPROBS,
+    Asked,
     ChatRequest,
     CompletionRequest,
     Generation,
@@ -37,11 +38,13 @@ from proxytune.server.schema import (
 )
 from proxytune.server.settings import ServerSettings
 from proxytune.server.turns import Ticket
-from proxytune.text.prompts import PLAIN_USER_TURN
+from proxytune.text.prompts import PLAIN_USER_TURN, render_each
 from proxytune.text.vocab import token_bytes
 from proxytune.trace import Step
 
 logger = logging.getLogger("proxytune.server")
+
+Result = TypeVar("Result")
 
 
 class UnknownModel(InvalidRequest):
@@ -61,6 +64,8 @@ class AnswerText:
     num_steps: int = 0
     num_chars: int = 0
     finish_reason: str | None = None
+    stopped_by: str | None = None
+    """The stop string that ended it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,37 +179,61 @@ class Service:
 
     # Requests -------------------------------------------------------------------------------------------
 
-    async def read(
-        self, kind: type[Generation], body: bytes | bytearray, *, client: str, deadline: float
-    ) -> tuple[Generation, list[Job]]:
-        """Return the request that a body holds, and a job for each text that it asks for.
+    async def render(
+        self,
+        work: Callable[[ProxyTuned], Result],
+        *,
+        client: str,
+        num_bytes: int,
+        deadline: float,
+    ) -> Result:
+        """Return what `work` returns, which reads or renders in a thread of its own; see `rendering.py`.
 
         Args:
-            kind: The class of the request.
-            body: Its JSON.
+            work: What to do with a model that renders.
             client: As in `turns.py`.
+            num_bytes: Size of the body that is read.
             deadline: Time on the monotonic clock at which to give up.
 
         Raises:
-            UserError: A field cannot be honoured.
             TimeIsUp: The deadline has passed.
+            Exception: What `work` raises.
         """
-
-        def work(desk: ProxyTuned) -> tuple[Generation, list[Job]]:
-            wanted = read_request(kind, body)
-            if self.settings.log_prompts:
-                asked = wanted.model_dump_json(exclude_defaults=True)
-                logger.info("request %s", _one_line(asked))
-            return wanted, self._jobs(wanted, desk)
-
-        rendering = self._rendering.run(client, len(body), work)
+        rendering = self._rendering.run(client, num_bytes, work)
         try:
             return await asyncio.wait_for(rendering, deadline - time.monotonic())
         except asyncio.TimeoutError:
             raise TimeIsUp from None
 
-    def _jobs(self, wanted: Generation, desk: ProxyTuned) -> list[Job]:
-        """Return a job for each text that a request asks for; `desk` renders its prompts."""
+    def take(self, kind: type[Asked], body: bytes | bytearray) -> Asked:
+        """Return the request that a body holds, and log it if prompts are to be logged.
+
+        Raises:
+            InvalidRequest: It holds none.
+        """
+        wanted = read_request(kind, body)
+        if self.settings.log_prompts:
+            logger.info("request %s", _one_line(wanted.model_dump_json(exclude_defaults=True)))
+        return wanted
+
+    def check_model(self, name: str) -> None:
+        """Refuse a name that is not a model's.
+
+        Raises:
+            UnknownModel: There is no such model.
+        """
+        names = self.model_names
+        if name not in names:
+            raise UnknownModel(
+                f"there is no model {name!r} here; the models are: {', '.join(names)}"
+            )
+
+    def jobs(self, wanted: Generation, desk: ProxyTuned) -> list[Job]:
+        """Return a job for each text that a request asks for; `desk` renders its prompts.
+
+        Raises:
+            UserError: A field cannot be honoured.
+        """
         steering = self._steering(wanted)
         prompts: list[Any]
         if isinstance(wanted, ChatRequest):
@@ -238,6 +267,15 @@ class Service:
             for number in range(wanted.n):
                 jobs.append(replace(job, sampling=_seeded(job.sampling, number)))
         return jobs
+
+    def prompt_ids(self, wanted: ChatRequest, desk: ProxyTuned) -> list[int]:
+        """Return the token ids that the base reads of a chat.
+
+        Raises:
+            UserError: It cannot be rendered.
+        """
+        messages: Any = [message.as_message() for message in wanted.messages]
+        return list(render_each(messages, desk.formats[:1], ["the base"])[0])
 
     @staticmethod
     def _check_length(num_tokens: int, longest: int | None) -> None:
@@ -290,12 +328,8 @@ class Service:
         return Answer(wanted, texts, events, prompts)
 
     def _steering(self, wanted: Generation) -> Steering:
-        names = self.model_names
-        if wanted.model not in names:
-            raise UnknownModel(
-                f"there is no model {wanted.model!r} here; the models are: {', '.join(names)}"
-            )
-        asked, named = wanted.steering, names[wanted.model]
+        self.check_model(wanted.model)
+        asked, named = wanted.steering, self.model_names[wanted.model]
         if asked.experts is not None:
             if named is not None:
                 raise InvalidRequest(
@@ -357,6 +391,7 @@ class Service:
                         message = "the server is stopping, and the text was not finished in time"
                         raise ShuttingDown(message)
                 owner.finish_reason = event.finish_reason
+                owner.stopped_by = event.stopped_by
             text = event.tail if event.step is None else event.step.text
             yield AnswerPart(owner, text, () if event.step is None else (event.step,))
             owner.num_chars += len(text)
@@ -376,13 +411,17 @@ class Service:
                 choice["text"] = prompt + content
             choice["logprobs"] = self._logprobs(answer.wanted, steps, 0)
             if answer.wanted.proxytune is not None:
-                choice["proxytune"] = {
-                    "alphas": dict(text.ticket.job.strengths),
-                    "seed": text.ticket.job.sampling.seed,
-                    "tokens": self._explained(answer, steps),
-                }
+                choice["proxytune"] = self.steered(answer, text, steps)
             choices.append(choice)
         return self._envelope(answer) | {"choices": choices, "usage": answer.usage}
+
+    def steered(self, answer: Answer, text: AnswerText, steps: Sequence[Step]) -> Json:
+        """Return the field `proxytune` of a text: how it was steered, and its tokens if asked."""
+        return {
+            "alphas": dict(text.ticket.job.strengths),
+            "seed": text.ticket.job.sampling.seed,
+            "tokens": self.explained(answer, steps),
+        }
 
     def first_chunks(self, answer: Answer) -> list[Json]:
         """Return the first chunks of a stream: the roles of a chat, or the prompts that `echo` asks for."""
@@ -399,7 +438,7 @@ class Service:
         """Return the chunk that a part adds to a stream; None if it adds nothing."""
         text = part.owner
         logprobs = self._logprobs(answer.wanted, part.steps, text.num_chars)
-        tokens = self._explained(answer, part.steps)
+        tokens = self.explained(answer, part.steps)
         if not (part.text or text.finish_reason or logprobs or tokens):
             return None
         choice: Json = {"index": text.index}
@@ -429,7 +468,8 @@ class Service:
             "system_fingerprint": f"proxytune-{version('proxytune')}",
         }
 
-    def _explained(self, answer: Answer, steps: Sequence[Step]) -> list[Json]:
+    def explained(self, answer: Answer, steps: Sequence[Step]) -> list[Json]:
+        """Return what each model predicted for each token, if the request asked for it."""
         if answer.wanted.proxytune is None or not answer.wanted.proxytune.explain:
             return []
         return [explained(step, self.tokens) for step in steps]

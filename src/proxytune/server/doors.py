@@ -1,0 +1,132 @@
+"""Doors: how an API reads a body, and how it writes the answer, whole or as events.
+
+A *door* reads a body of its own form into the request of a chat or a completion, which `service.py` turns
+into jobs. Its *writer* writes the parts of the answer in that form again. Queueing, limits, steering and
+errors are the same behind every door. This file has the doors of completions and chats; `responses.py` and
+`messages.py` have others.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+
+from proxytune.decode.ensemble import Job
+from proxytune.model import ProxyTuned
+from proxytune.server.answer import Json
+from proxytune.server.guards import Refusal
+from proxytune.server.schema import ChatRequest, CompletionRequest, Generation
+from proxytune.server.service import Answer, AnswerPart, Service
+
+
+def json_bytes(content: Json) -> bytes:
+    """Return JSON in UTF-8."""
+    return json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
+
+
+def event(content: Json, name: str | None = None) -> bytes:
+    """Return a server-sent event, with a name if it has one."""
+    data = b"data: " + json_bytes(content) + b"\n\n"
+    return data if name is None else f"event: {name}\n".encode() + data
+
+
+class Writer(ABC):
+    """Writes one answer in a door's form: `whole`, or `begin`, `add` for each part, and `end` or `fail`."""
+
+    @abstractmethod
+    def whole(self, answer: Answer, parts: Sequence[AnswerPart]) -> Json:
+        """Return the JSON of an answer that is not streamed."""
+
+    @abstractmethod
+    def begin(self, answer: Answer) -> Iterable[bytes]:
+        """Return the first events of a stream."""
+
+    @abstractmethod
+    def add(self, answer: Answer, part: AnswerPart) -> Iterable[bytes]:
+        """Return the events that a part adds to a stream."""
+
+    @abstractmethod
+    def end(self, answer: Answer) -> Iterable[bytes]:
+        """Return the last events of a stream that has all its texts."""
+
+    @abstractmethod
+    def fail(self, answer: Answer, refusal: Refusal, request_id: str) -> Iterable[bytes]:
+        """Return the last events of a stream that cannot go on."""
+
+
+class Door(ABC):
+    """One API's way in.
+
+    Args:
+        service: What answers.
+    """
+
+    kind: type[Generation]
+    """What a body holds."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    @abstractmethod
+    def read(
+        self, body: bytes | bytearray, desk: ProxyTuned, client: str
+    ) -> tuple[Writer, Generation, list[Job]]:
+        """Return who writes the answer to a body, the request in it, and a job for each of its texts.
+
+        Args:
+            body: The JSON.
+            desk: Renders its prompts. The call is made in that desk's thread.
+            client: As in `turns.py`.
+
+        Raises:
+            UserError: A field cannot be honoured.
+        """
+
+
+class _Chunks(Writer):
+    """Writes completions and chats."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def whole(self, answer: Answer, parts: Sequence[AnswerPart]) -> Json:
+        return self._service.whole(answer, parts)
+
+    def begin(self, answer: Answer) -> Iterable[bytes]:
+        return map(event, self._service.first_chunks(answer))
+
+    def add(self, answer: Answer, part: AnswerPart) -> Iterable[bytes]:
+        found = self._service.chunk(answer, part)
+        return [] if found is None else [event(found)]
+
+    def end(self, answer: Answer) -> Iterable[bytes]:
+        options = answer.wanted.stream_options
+        if options is not None and options.include_usage:
+            yield event(self._service.usage_chunk(answer))
+        yield b"data: [DONE]\n\n"
+
+    def fail(self, answer: Answer, refusal: Refusal, request_id: str) -> Iterable[bytes]:
+        return [event(refusal.content), b"data: [DONE]\n\n"]
+
+
+class _OwnDoor(Door):
+    """A door whose bodies are read as they are."""
+
+    def read(
+        self, body: bytes | bytearray, desk: ProxyTuned, client: str
+    ) -> tuple[Writer, Generation, list[Job]]:
+        wanted = self.service.take(self.kind, body)
+        return _Chunks(self.service), wanted, self.service.jobs(wanted, desk)
+
+
+class CompletionDoor(_OwnDoor):
+    """`POST /v1/completions`."""
+
+    kind = CompletionRequest
+
+
+class ChatDoor(_OwnDoor):
+    """`POST /v1/chat/completions`."""
+
+    kind = ChatRequest

@@ -1,0 +1,307 @@
+"""The door of the Anthropic API: `POST /v1/messages`, with its own blocks, events and usage.
+
+A request is a chat: `system` is its first message, and an assistant's message at the end is the beginning of
+the answer. Only text goes in and out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StrictBool, StringConstraints, model_validator
+
+from proxytune.decode.ensemble import Job
+from proxytune.model import ProxyTuned
+from proxytune.server.answer import Json
+from proxytune.server.doors import Door, Writer, event, json_bytes
+from proxytune.server.guards import Refusal
+from proxytune.server.schema import (
+    MAX_MESSAGES,
+    MAX_PARTS,
+    MAX_STOPS,
+    ChatMessage,
+    ChatRequest,
+    Generation,
+    Name,
+    SteeringFields,
+    Stop,
+    Text,
+    _Fields,
+    _option,
+)
+from proxytune.server.service import Answer, AnswerPart, Service
+from proxytune.trace import Step
+
+
+class CacheControl(_Fields):
+    """Where a prompt may be cached. Here it always is, so this changes nothing."""
+
+    type: Literal["ephemeral"]
+    ttl: Literal["5m", "1h"] | None = None
+
+
+class Block(_Fields):
+    """A piece of a message: text, or the thinking before it."""
+
+    type: Literal["text", "thinking"]
+    text: Text | None = None
+    thinking: Text | None = None
+    signature: Annotated[str, StringConstraints(max_length=10_000)] | None = None
+    cache_control: CacheControl | None = None
+    citations: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Block:
+        if getattr(self, self.type) is None:
+            raise ValueError(f"a block of the type {self.type!r} needs the field {self.type!r}")
+        other = self.thinking if self.type == "text" else self.text
+        if other is not None:
+            raise ValueError(f"a block of the type {self.type!r} has no other text")
+        return self
+
+
+class TextBlock(_Fields):
+    """A piece of the system message."""
+
+    type: Literal["text"]
+    text: Text
+    cache_control: CacheControl | None = None
+    citations: Annotated[list[Any], Field(max_length=0)] | None = None
+
+
+class InputMessage(_Fields):
+    """One turn."""
+
+    role: Literal["user", "assistant", "system"]
+    content: (
+        Text | Annotated[list[Block], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> InputMessage:
+        if self.role != "assistant" and self.thinking:
+            raise ValueError("only the assistant's messages have blocks of the type 'thinking'")
+        return self
+
+    @property
+    def thinking(self) -> str:
+        """What the assistant thought before."""
+        if isinstance(self.content, str):
+            return ""
+        return "".join(block.thinking or "" for block in self.content)
+
+    @property
+    def text(self) -> str:
+        """Its text."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(block.text or "" for block in self.content)
+
+
+class Metadata(_Fields):
+    """Who asks."""
+
+    user_id: Annotated[str, StringConstraints(max_length=256)] | None = Field(
+        None, description="As `user` in the other APIs"
+    )
+
+
+class Thinking(_Fields):
+    """Whether a model that reasons is to reason."""
+
+    type: Literal["disabled", "adaptive"] = Field(
+        description="`disabled` is given to chat templates as `enable_thinking`"
+    )
+    display: Literal["summarized"] | None = None
+
+
+class OutputConfig(_Fields):
+    """How much a model that reasons is to reason."""
+
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = Field(
+        None, description="Given to chat templates as `reasoning_effort`"
+    )
+    format: None = None
+
+
+class ToolChoice(_Fields):
+    """There are no tools, so each choice that allows none is the same."""
+
+    type: Literal["none", "auto"]
+    disable_parallel_tool_use: StrictBool | None = None
+
+
+class Conversation(_Fields):
+    """What is asked, without how it is answered."""
+
+    messages: list[InputMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    system: (
+        Text | Annotated[list[TextBlock], Field(max_length=MAX_PARTS, fail_fast=True)] | None
+    ) = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    # What clients send by habit, with the values that change nothing.
+    cache_control: CacheControl | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: ToolChoice | None = None
+    speed: Literal["standard"] | None = None
+
+    def chat(self) -> dict[str, Any]:
+        """Return the fields of the chat that this is."""
+        messages: list[Json] = []
+        if self.system is not None:
+            system = self.system
+            if not isinstance(system, str):
+                system = "".join(block.text for block in system)
+            messages.append({"role": "system", "content": system})
+        for each in self.messages:
+            message: Json = {"role": each.role, "content": each.text}
+            if each.thinking:
+                message["reasoning_content"] = each.thinking
+            messages.append(message)
+        values: dict[str, Any] = {
+            "messages": [ChatMessage.model_construct(**message) for message in messages]
+        }
+        if self.messages[-1].role == "assistant":
+            values |= {"add_generation_prompt": False, "continue_final_message": True}
+        if self.thinking is not None and self.thinking.type == "disabled":
+            values["chat_template_kwargs"] = {"enable_thinking": False}
+        if self.output_config is not None and self.output_config.effort is not None:
+            values["reasoning_effort"] = self.output_config.effort
+        return values
+
+
+class MessagesRequest(Conversation, Generation):
+    """`POST /v1/messages`."""
+
+    max_tokens: int = _option("max_new_tokens", default=..., le=2**31)
+    stop_sequences: Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    metadata: Metadata | None = None
+    service_tier: Literal["auto", "standard_only"] | None = None
+    # What this API has not.
+    n: Literal[1] = 1
+    stop: None = None
+    stream_options: None = None
+    container: None = None
+    diagnostics: None = None
+    inference_geo: None = None
+    require_certified: Literal[False] = False
+
+
+class CountTokensRequest(Conversation):
+    """`POST /v1/messages/count_tokens`."""
+
+    model: Name
+    proxytune: SteeringFields | None = Field(
+        None, description="Does not change what the base reads"
+    )
+
+
+class MessagesDoor(Door):
+    """Reads messages."""
+
+    kind = MessagesRequest
+
+    def read(
+        self, body: bytes | bytearray, desk: ProxyTuned, client: str
+    ) -> tuple[Writer, Generation, list[Job]]:
+        """Return who writes a message, the chat that it answers, and its job."""
+        asked = self.service.take(MessagesRequest, body)
+        values = {name: getattr(asked, name) for name in Generation.model_fields}
+        values |= asked.chat()
+        values["max_completion_tokens"] = asked.max_tokens
+        values["stop"] = asked.stop_sequences
+        if asked.metadata is not None:
+            values["user"] = asked.metadata.user_id or asked.user
+        wanted = ChatRequest.model_construct(**values)
+        return _MessageWriter(self.service, asked), wanted, self.service.jobs(wanted, desk)
+
+
+def count_tokens(service: Service, body: bytes | bytearray, desk: ProxyTuned) -> bytes:
+    """Return the JSON that says how many tokens the base reads of a conversation.
+
+    Raises:
+        UserError: A field cannot be honoured.
+    """
+    asked = service.take(CountTokensRequest, body)
+    service.check_model(asked.model)
+    wanted = ChatRequest.model_construct(model=asked.model, **asked.chat())
+    return json_bytes({"input_tokens": len(service.prompt_ids(wanted, desk))})
+
+
+class _MessageWriter(Writer):
+    """Writes one message."""
+
+    def __init__(self, service: Service, asked: MessagesRequest) -> None:
+        self._service = service
+        self._asked = asked
+
+    def whole(self, answer: Answer, parts: Sequence[AnswerPart]) -> Json:
+        """Return the message."""
+        steps: list[Step] = [step for part in parts for step in part.steps]
+        block = {"type": "text", "text": "".join(part.text for part in parts)}
+        message = self._message(answer, [block]) | self._stop(answer)
+        message["usage"] = _usage(answer)
+        if self._asked.proxytune is not None:
+            message["proxytune"] = self._service.steered(answer, answer.texts[0], steps)
+        return message
+
+    def _message(self, answer: Answer, content: list[Json]) -> Json:
+        return {
+            "id": f"msg_{answer.id}",
+            "type": "message",
+            "role": "assistant",
+            "model": self._asked.model,
+            "content": content,
+        }
+
+    def _stop(self, answer: Answer) -> Json:
+        """Return why the text ended."""
+        (text,) = answer.texts
+        if text.finish_reason == "length":
+            return {"stop_reason": "max_tokens", "stop_sequence": None}
+        # A chat that is written as plain text has a stop string of its own.
+        if text.stopped_by is not None and text.stopped_by in (self._asked.stop_sequences or ()):
+            return {"stop_reason": "stop_sequence", "stop_sequence": text.stopped_by}
+        return {"stop_reason": "end_turn", "stop_sequence": None}
+
+    def begin(self, answer: Answer) -> Iterator[bytes]:
+        """Return what announces the message and its text."""
+        message = self._message(answer, []) | {"stop_reason": None, "stop_sequence": None}
+        yield _event("message_start", message=message | {"usage": _usage(answer)})
+        yield _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+
+    def add(self, answer: Answer, part: AnswerPart) -> Iterator[bytes]:
+        """Return the delta of a part."""
+        tokens = self._service.explained(answer, part.steps)
+        if part.text or tokens:
+            own = {"proxytune": {"tokens": tokens}} if tokens else {}
+            delta = {"type": "text_delta", "text": part.text}
+            yield _event("content_block_delta", index=0, delta=delta, **own)
+
+    def end(self, answer: Answer) -> Iterator[bytes]:
+        """Return what closes the text and the message."""
+        yield _event("content_block_stop", index=0)
+        yield _event("message_delta", delta=self._stop(answer), usage=_usage(answer))
+        yield _event("message_stop")
+
+    def fail(self, answer: Answer, refusal: Refusal, request_id: str) -> Iterable[bytes]:
+        """Return the error that ends the stream."""
+        return [event(refusal.anthropic(request_id), "error")]
+
+
+def _event(kind: str, **content: Any) -> bytes:
+    return event({"type": kind} | content, kind)
+
+
+def _usage(answer: Answer) -> Json:
+    usage = answer.usage
+    num_reused = usage["prompt_tokens_details"]["cached_tokens"]
+    return {
+        # As in the API, these do not count what was reused.
+        "input_tokens": usage["prompt_tokens"] - num_reused,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": num_reused,
+        "output_tokens": usage["completion_tokens"],
+    }

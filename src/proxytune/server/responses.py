@@ -1,0 +1,479 @@
+"""The door of the OpenAI Responses API: `POST /v1/responses`, with its own items, events and usage.
+
+A response is a chat: its instructions, the conversation of the response before it, and its input are the
+messages. Only text goes in and out. What a client may go on from is in `stored.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StrictBool, StringConstraints, model_validator
+
+from proxytune.decode.ensemble import Job
+from proxytune.errors import InvalidRequest, PromptTooLong
+from proxytune.model import ProxyTuned
+from proxytune.server.answer import Json, chat_logprobs
+from proxytune.server.doors import Door, Writer, event, json_bytes
+from proxytune.server.guards import Refusal
+from proxytune.server.schema import (
+    MAX_LOGPROBS,
+    MAX_MESSAGES,
+    MAX_METADATA,
+    MAX_PARTS,
+    ChatMessage,
+    ChatRequest,
+    Generation,
+    InvalidField,
+    Text,
+    TextFormat,
+    _Fields,
+    _option,
+)
+from proxytune.server.service import Answer, AnswerPart, Service
+from proxytune.server.stored import Kept, KeptAnswers
+from proxytune.trace import Step
+
+MAX_INCLUDED = 16
+LOGPROBS = "message.output_text.logprobs"
+Id = Annotated[str, StringConstraints(max_length=200)]
+Anything = Annotated[list[Any], Field(max_length=MAX_PARTS)]
+Status = Literal["in_progress", "completed", "incomplete"]
+
+
+class InputPart(_Fields):
+    """A piece of an input item."""
+
+    type: Literal["input_text", "output_text", "reasoning_text"]
+    text: Text
+    # What clients send back with an answer; none of it changes what the models read.
+    annotations: Anything | None = None
+    logprobs: Anything | None = None
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+
+
+class SummaryPart(_Fields):
+    """A piece of the summary of a reasoning item."""
+
+    type: Literal["summary_text"]
+    text: Text
+
+
+class InputItem(_Fields):
+    """A message, or the reasoning before one."""
+
+    type: Literal["message", "reasoning"] | None = "message"
+    role: Literal["user", "assistant", "system", "developer"] | None = None
+    content: (
+        Text | Annotated[list[InputPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None
+    ) = None
+    summary: Annotated[list[SummaryPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
+    encrypted_content: None = None
+    id: Id | None = None
+    status: Status | None = None
+    phase: Literal["commentary", "final_answer"] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> InputItem:
+        if not self.is_reasoning and (self.role is None or self.content is None):
+            raise ValueError("a message needs a role and content")
+        if self.is_reasoning and self.role is not None:
+            raise ValueError("reasoning has no role")
+        if not self.is_reasoning and self.summary:
+            raise ValueError("a message has no summary")
+        return self
+
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether it is no message."""
+        return self.type == "reasoning"
+
+    @property
+    def text(self) -> str:
+        """Its text."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content or [])
+
+
+class ReasoningOptions(_Fields):
+    """How much a model that reasons is to reason."""
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
+        None, description="Given to chat templates as `reasoning_effort`"
+    )
+    # There is no summary: the reasoning itself is in the answer.
+    summary: Literal["auto"] | None = None
+    generate_summary: Literal["auto"] | None = None
+
+
+class TextOptions(_Fields):
+    """What form the text has."""
+
+    format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class ResponsesRequest(Generation):
+    """`POST /v1/responses`."""
+
+    input: (
+        Text
+        | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    )
+    instructions: Text | None = Field(None, description="A system message before all others")
+    max_output_tokens: int | None = _option("max_new_tokens", default=None, le=2**31)
+    previous_response_id: Id | None = Field(
+        None, description="Go on from this response of the same client, if it is still kept"
+    )
+    store: StrictBool | None = Field(None, description="Keep the response; the default is true")
+    truncation: Literal["auto", "disabled"] | None = Field(
+        None, description="`auto` leaves out the oldest messages of a conversation that is too long"
+    )
+    include: (
+        Annotated[
+            list[
+                Literal[
+                    "message.output_text.logprobs",
+                    "reasoning.encrypted_content",
+                    "file_search_call.results",
+                    "web_search_call.results",
+                    "web_search_call.action.sources",
+                    "message.input_image.image_url",
+                    "computer_call_output.output.image_url",
+                    "code_interpreter_call.outputs",
+                ]
+            ],
+            Field(max_length=MAX_INCLUDED, fail_fast=True),
+        ]
+        | None
+    ) = Field(None, description="Of these, only logprobs add something here")
+    top_logprobs: int | None = _option("logprobs", le=MAX_LOGPROBS)
+    reasoning: ReasoningOptions | None = None
+    text: TextOptions | None = None
+    metadata: (
+        Annotated[
+            dict[
+                Annotated[Text, StringConstraints(max_length=64)],
+                Annotated[Text, StringConstraints(max_length=512)],
+            ],
+            Field(max_length=MAX_METADATA),
+        ]
+        | None
+    ) = None
+    # What clients send by habit, with the values that change nothing.
+    n: Literal[1] = 1
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: StrictBool | None = None
+    max_tool_calls: int | None = Field(None, strict=True, ge=0)
+    background: Literal[False] | None = None
+    conversation: None = None
+    prompt: None = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: Id | None = None
+    prompt_cache_key: Id | None = None
+    prompt_cache_retention: Literal["in_memory", "24h"] | None = None
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether the text comes with its logprobs."""
+        return LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
+
+    def messages(self) -> list[Json]:
+        """Return the input as messages."""
+        if isinstance(self.input, str):
+            return [{"role": "user", "content": self.input}]
+        found: list[Json] = []
+        reasoning = ""
+        for item in self.input:
+            if item.is_reasoning:
+                reasoning += item.text
+                continue
+            message: Json = {"role": item.role, "content": item.text}
+            if reasoning and item.role == "assistant":
+                message["reasoning_content"] = reasoning
+            reasoning = ""
+            found.append(message)
+        return found
+
+
+class ResponsesDoor(Door):
+    """Reads responses, and keeps them.
+
+    Args:
+        service: What answers.
+        kept: The responses that are kept.
+    """
+
+    kind = ResponsesRequest
+
+    def __init__(self, service: Service, kept: KeptAnswers) -> None:
+        super().__init__(service)
+        self.kept = kept
+
+    def read(
+        self, body: bytes | bytearray, desk: ProxyTuned, client: str
+    ) -> tuple[Writer, Generation, list[Job]]:
+        """Return who writes a response, the chat that it is, and its job."""
+        asked = self.service.take(ResponsesRequest, body)
+        conversation = [*self._before(asked, client), *asked.messages()]
+        if not conversation:
+            raise InvalidField("input: there is no message, so there is nothing to answer", "input")
+        wanted = _chat(asked, conversation)
+        jobs = self._jobs(wanted, desk, is_truncated=asked.truncation == "auto")
+        return _ResponseWriter(self, asked, conversation, client), wanted, jobs
+
+    def _before(self, asked: ResponsesRequest, client: str) -> list[Json]:
+        """Return the conversation that a request goes on from."""
+        name = asked.previous_response_id
+        if name is None:
+            return []
+        kept = self.kept.get(client, name)
+        if kept is None:
+            raise UnknownResponse(name, "previous_response_id")
+        found: list[Json] = json.loads(kept.conversation)
+        return found
+
+    def _jobs(self, wanted: ChatRequest, desk: ProxyTuned, *, is_truncated: bool) -> list[Job]:
+        """Return the jobs of a chat, without as many of its oldest messages as do not fit."""
+        try:
+            return self.service.jobs(wanted, desk)
+        except PromptTooLong:
+            if not is_truncated:
+                raise
+        # System messages stay, and so does the last message.
+        droppable = [
+            at
+            for at, message in enumerate(wanted.messages[:-1])
+            if message.role not in ("system", "developer")
+        ]
+        low, high = 1, len(droppable)  # how many to drop; fewer never fit where more do not
+        found: list[Job] | None = None
+        while low <= high:
+            num_dropped = (low + high) // 2
+            dropped = set(droppable[:num_dropped])
+            left = [each for at, each in enumerate(wanted.messages) if at not in dropped]
+            try:
+                found = self.service.jobs(wanted.model_copy(update={"messages": left}), desk)
+                high = num_dropped - 1
+            except PromptTooLong:
+                low = num_dropped + 1
+        if found is None:
+            raise PromptTooLong(
+                "the last message does not fit into the models' context, even without those before it.\n"
+                "hint: shorten it"
+            )
+        return found
+
+
+class UnknownResponse(InvalidRequest):
+    """A request names a response that its client has not, or no longer; `field` is where it does."""
+
+    def __init__(self, name: str, field: str | None = None) -> None:
+        super().__init__(
+            f"there is no response {name[:100]!r} here: it was not stored, was deleted, or has made room "
+            "for newer ones.\nhint: send the whole conversation as `input`"
+        )
+        self.field = field
+
+
+def _chat(asked: ResponsesRequest, conversation: Sequence[Json]) -> ChatRequest:
+    """Return the chat that a response is."""
+    values = {name: getattr(asked, name) for name in Generation.model_fields}
+    if asked.instructions is not None:
+        conversation = [{"role": "system", "content": asked.instructions}, *conversation]
+    values["user"] = asked.user or asked.safety_identifier
+    values["messages"] = [ChatMessage.model_construct(**message) for message in conversation]
+    values["max_completion_tokens"] = asked.max_output_tokens
+    if asked.has_logprobs:
+        values |= {"logprobs": True, "top_logprobs": asked.top_logprobs}
+    if asked.reasoning is not None and asked.reasoning.effort is not None:
+        values["reasoning_effort"] = asked.reasoning.effort
+    return ChatRequest.model_construct(**values)
+
+
+class _ResponseWriter(Writer):
+    """Writes one response, and keeps it when it is whole."""
+
+    def __init__(
+        self, door: ResponsesDoor, asked: ResponsesRequest, conversation: list[Json], client: str
+    ) -> None:
+        self._door = door
+        self._asked = asked
+        self._conversation = conversation
+        self._client = client
+        self._number = 0
+        self._steps: list[Step] = []
+        self._text = ""
+
+    # Whole ----------------------------------------------------------------------------------------------
+
+    def whole(self, answer: Answer, parts: Sequence[AnswerPart]) -> Json:
+        """Return the response."""
+        for part in parts:
+            self._take(part)
+        return self._keep(answer)
+
+    def _take(self, part: AnswerPart) -> None:
+        self._text += part.text
+        self._steps += part.steps
+
+    def _keep(self, answer: Answer) -> Json:
+        """Return the finished response, which is now kept if it may be."""
+        response = self._finished(answer)
+        if not response["store"]:
+            return response
+        turn = {"role": "assistant", "content": self._text}
+        kept = Kept(json_bytes(response), json.dumps([*self._conversation, turn]).encode())
+        if self._door.kept.has_room(kept):
+            self._door.kept.add(self._client, response["id"], kept)
+        else:
+            response["store"] = False
+        return response
+
+    def _finished(self, answer: Answer) -> Json:
+        reason = answer.texts[0].finish_reason
+        is_whole = reason == "stop"
+        status = "completed" if is_whole else "incomplete"
+        why = "max_output_tokens" if reason == "length" else None
+        details = None if is_whole else {"reason": why}
+        response = self._response(answer, status, [self._message(answer, status)]) | {
+            "completed_at": int(time.time()) if is_whole else None,
+            "incomplete_details": details,
+            "usage": _usage(answer),
+        }
+        if self._asked.proxytune is not None:
+            response["proxytune"] = self._door.service.steered(answer, answer.texts[0], self._steps)
+        return response
+
+    def _response(self, answer: Answer, status: str, output: list[Json]) -> Json:
+        asked = self._asked
+        reasoning, text = asked.reasoning, asked.text
+        return {
+            "id": f"resp_{answer.id}",
+            "object": "response",
+            "created_at": answer.created,
+            "status": status,
+            "background": False,
+            "completed_at": None,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": asked.instructions,
+            "max_output_tokens": asked.max_output_tokens,
+            "max_tool_calls": asked.max_tool_calls,
+            "metadata": asked.metadata or {},
+            "model": asked.model,
+            "output": output,
+            "parallel_tool_calls": asked.parallel_tool_calls is not False,
+            "previous_response_id": asked.previous_response_id,
+            "prompt_cache_key": asked.prompt_cache_key,
+            "reasoning": {
+                "effort": None if reasoning is None else reasoning.effort,
+                "summary": None,
+            },
+            "safety_identifier": asked.safety_identifier,
+            "service_tier": "default",
+            "store": asked.store is not False,
+            "temperature": 1.0 if asked.temperature is None else asked.temperature,
+            "text": {
+                "format": {"type": "text"},
+                "verbosity": (text and text.verbosity) or "medium",
+            },
+            "tool_choice": asked.tool_choice or "auto",
+            "tools": [],
+            "top_logprobs": asked.top_logprobs or 0,
+            "top_p": 1.0 if asked.top_p is None else asked.top_p,
+            "truncation": asked.truncation or "disabled",
+            "usage": None,
+            "user": asked.user,
+        }
+
+    def _message(self, answer: Answer, status: str, *, is_empty: bool = False) -> Json:
+        return {
+            "id": f"msg_{answer.id}",
+            "type": "message",
+            "status": status,
+            "role": "assistant",
+            "content": [] if is_empty else [self._part(self._text, self._steps)],
+        }
+
+    def _part(self, text: str, steps: Sequence[Step]) -> Json:
+        part = {"type": "output_text", "text": text, "annotations": []}
+        return part | {"logprobs": self._logprobs(steps)}
+
+    def _logprobs(self, steps: Sequence[Step]) -> list[Json]:
+        if not self._asked.has_logprobs:
+            return []
+        found: list[Json] = chat_logprobs(steps, self._door.service.tokens)["content"]
+        return found
+
+    # Streamed -------------------------------------------------------------------------------------------
+
+    def _event(self, kind: str, content: Json) -> bytes:
+        number, self._number = self._number, self._number + 1
+        return event({"type": kind, "sequence_number": number} | content, kind)
+
+    def begin(self, answer: Answer) -> Iterator[bytes]:
+        """Return what announces the response, its message, and the message's text."""
+        response = self._response(answer, "in_progress", [])
+        yield self._event("response.created", {"response": response})
+        yield self._event("response.in_progress", {"response": response})
+        item = self._message(answer, "in_progress", is_empty=True)
+        yield self._event("response.output_item.added", {"output_index": 0, "item": item})
+        place = self._place(answer)
+        yield self._event("response.content_part.added", place | {"part": self._part("", ())})
+
+    def _place(self, answer: Answer) -> Json:
+        return {"item_id": f"msg_{answer.id}", "output_index": 0, "content_index": 0}
+
+    def add(self, answer: Answer, part: AnswerPart) -> Iterator[bytes]:
+        """Return the delta of a part."""
+        self._take(part)
+        logprobs = self._logprobs(part.steps)
+        tokens = self._door.service.explained(answer, part.steps)
+        if part.text or logprobs or tokens:
+            delta = self._place(answer) | {"delta": part.text, "logprobs": logprobs}
+            if tokens:
+                delta["proxytune"] = {"tokens": tokens}
+            yield self._event("response.output_text.delta", delta)
+
+    def end(self, answer: Answer) -> Iterator[bytes]:
+        """Return what closes the text, the message and the response."""
+        response = self._keep(answer)
+        (item,) = response["output"]
+        (part,) = item["content"]
+        place = self._place(answer)
+        done = {"text": part["text"], "logprobs": part["logprobs"]}
+        yield self._event("response.output_text.done", place | done)
+        yield self._event("response.content_part.done", place | {"part": part})
+        yield self._event("response.output_item.done", {"output_index": 0, "item": item})
+        yield self._event(f"response.{response['status']}", {"response": response})
+
+    def fail(self, answer: Answer, refusal: Refusal, request_id: str) -> Iterable[bytes]:
+        """Return the failed response."""
+        code = "rate_limit_exceeded" if refusal.status_code == 429 else "server_error"
+        response = self._response(answer, "failed", [self._message(answer, "incomplete")])
+        response |= {
+            "error": {"code": code, "message": refusal.message},
+            "store": False,
+            "usage": _usage(answer),
+        }
+        yield self._event("response.failed", {"response": response})
+
+
+def _usage(answer: Answer) -> Json:
+    usage = answer.usage
+    return {
+        "input_tokens": usage["prompt_tokens"],
+        "input_tokens_details": {
+            "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+            "cache_write_tokens": 0,
+        },
+        "output_tokens": usage["completion_tokens"],
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": usage["total_tokens"],
+    }

@@ -1,0 +1,154 @@
+"""Texts and conversations as token ids, and back: `POST /tokenize` and `POST /detokenize`.
+
+Requests and answers are those of vLLM's server, and with `content` in place of `prompt` those of llama.cpp's.
+The tokens are the base's.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StrictBool, model_validator
+
+from proxytune.measure.score import smallest_context
+from proxytune.model import ProxyTuned
+from proxytune.server.answer import Json
+from proxytune.server.doors import json_bytes
+from proxytune.server.schema import (
+    MAX_MESSAGES,
+    ChatMessage,
+    ChatRequest,
+    InvalidField,
+    Name,
+    Text,
+    TokenId,
+    _Fields,
+)
+from proxytune.server.service import Service
+
+MAX_TOKENS = 2**18
+"""Maximum number of token ids in a request."""
+
+
+class TokenizeRequest(_Fields):
+    """`POST /tokenize`: one of `prompt`, `messages` and `content`."""
+
+    model: Name | None = None
+    prompt: Text | None = None
+    messages: (
+        Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+        | None
+    ) = None
+    add_special_tokens: StrictBool | None = Field(
+        None,
+        description="Default: true for a prompt, false for messages, whose template writes them",
+    )
+    return_token_strs: StrictBool | None = None
+    add_generation_prompt: StrictBool | None = Field(None, description="Default: true")
+    continue_final_message: StrictBool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    # As llama.cpp's server has it.
+    content: Text | None = Field(None, description="A text, without special tokens unless asked")
+    add_special: StrictBool | None = Field(None, description="As `add_special_tokens`, for content")
+    parse_special: Literal[True] | None = None
+    with_pieces: StrictBool | None = Field(
+        None, description="Return each token of content with its text"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> TokenizeRequest:
+        given = [
+            name for name in ("prompt", "messages", "content") if getattr(self, name) is not None
+        ]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"one of prompt, messages and content is needed, and {found} is there")
+        for name, owner in _OWNERS.items():
+            if getattr(self, name) is not None and owner != given[0] and owner is not None:
+                raise ValueError(f"{name} belongs to {owner}, and {given[0]} is there")
+        return self
+
+
+_OWNERS = {
+    "add_generation_prompt": "messages",
+    "continue_final_message": "messages",
+    "chat_template_kwargs": "messages",
+    "add_special": "content",
+    "with_pieces": "content",
+}
+
+
+class DetokenizeRequest(_Fields):
+    """`POST /detokenize`."""
+
+    model: Name | None = None
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
+
+
+def tokenize(service: Service, body: bytes | bytearray, desk: ProxyTuned) -> bytes:
+    """Return the JSON of a text's or a conversation's tokens.
+
+    Raises:
+        UserError: A field cannot be honoured.
+    """
+    asked = service.take(TokenizeRequest, body)
+    if asked.model is not None:
+        service.check_model(asked.model)
+    token_ids = _token_ids(service, asked, desk)
+    found: Json = {
+        "count": len(token_ids),
+        "max_model_len": smallest_context(service.model.ensemble.members),
+        "tokens": token_ids,
+    }
+    if asked.with_pieces:
+        found["tokens"] = [{"id": each, "piece": _piece(service, each)} for each in token_ids]
+    if asked.return_token_strs:
+        found["token_strs"] = list(service.model.tokenizer.convert_ids_to_tokens(token_ids))
+    return json_bytes(found)
+
+
+def _token_ids(service: Service, asked: TokenizeRequest, desk: ProxyTuned) -> list[int]:
+    tokenizer = desk.formats[0].tokenizer
+    if asked.content is not None:
+        return list(tokenizer.encode(asked.content, add_special_tokens=bool(asked.add_special)))
+    if asked.prompt is not None:
+        has_special = asked.add_special_tokens is not False
+        return list(tokenizer.encode(asked.prompt, add_special_tokens=has_special))
+    wanted = ChatRequest.model_construct(
+        model=asked.model or service.settings.name,
+        messages=asked.messages,
+        add_generation_prompt=asked.add_generation_prompt is not False,
+        continue_final_message=bool(asked.continue_final_message),
+        chat_template_kwargs=asked.chat_template_kwargs,
+    )
+    return service.prompt_ids(wanted, desk)
+
+
+def _piece(service: Service, token_id: int) -> str | list[int]:
+    """Return a token's text, or its bytes where they are no text."""
+    raw = service.tokens.bytes_by_id.get(token_id, b"")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return list(raw)
+
+
+def detokenize(service: Service, body: bytes | bytearray, desk: ProxyTuned) -> bytes:
+    """Return the JSON of the text of tokens.
+
+    Raises:
+        UserError: A field cannot be honoured.
+    """
+    asked = service.take(DetokenizeRequest, body)
+    if asked.model is not None:
+        service.check_model(asked.model)
+    width = service.model.ensemble.vocabulary.width
+    high = max(asked.tokens, default=0)
+    if high >= width:
+        raise InvalidField(f"tokens: holds {high}, and the base has {width} token ids", "tokens")
+    text = desk.formats[0].tokenizer.decode(
+        asked.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    # llama.cpp's server calls it `content`; its clients name no model.
+    return json_bytes({"prompt": text} | ({} if asked.model is not None else {"content": text}))
