@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from proxytune.decode.ensemble import Job
 from proxytune.model import ProxyTuned
@@ -29,6 +30,13 @@ def event(content: Json, name: str | None = None) -> bytes:
     """Return a server-sent event, with a name if it has one."""
     data = b"data: " + json_bytes(content) + b"\n\n"
     return data if name is None else f"event: {name}\n".encode() + data
+
+
+def common_fields(asked: Generation) -> dict[str, Any]:
+    """Return those fields of a request that it gives and that every request has."""
+    return {
+        name: getattr(asked, name) for name in asked.model_fields_set & set(Generation.model_fields)
+    }
 
 
 class Writer(ABC):

@@ -14,7 +14,7 @@ from pydantic import Field, StrictBool, StringConstraints, model_validator
 from proxytune.decode.ensemble import Job
 from proxytune.model import ProxyTuned
 from proxytune.server.answer import Json
-from proxytune.server.doors import Door, Writer, event, json_bytes
+from proxytune.server.doors import Door, Writer, common_fields, event, json_bytes
 from proxytune.server.guards import Refusal
 from proxytune.server.schema import (
     MAX_MESSAGES,
@@ -208,8 +208,7 @@ class MessagesDoor(Door):
     ) -> tuple[Writer, Generation, list[Job]]:
         """Return who writes a message, the chat that it answers, and its job."""
         asked = self.service.take(MessagesRequest, body)
-        values = {name: getattr(asked, name) for name in Generation.model_fields}
-        values |= asked.chat()
+        values = common_fields(asked) | asked.chat()
         values["max_completion_tokens"] = asked.max_tokens
         values["stop"] = asked.stop_sequences
         if asked.metadata is not None:

@@ -17,7 +17,7 @@ from proxytune.decode.ensemble import Job
 from proxytune.errors import InvalidRequest, PromptTooLong
 from proxytune.model import ProxyTuned
 from proxytune.server.answer import Json, chat_logprobs
-from proxytune.server.doors import Door, Writer, event, json_bytes
+from proxytune.server.doors import Door, Writer, common_fields, event, json_bytes
 from proxytune.server.guards import Refusal
 from proxytune.server.schema import (
     MAX_LOGPROBS,
@@ -224,7 +224,12 @@ class ResponsesDoor(Door):
         if not conversation:
             raise InvalidField("input: there is no message, so there is nothing to answer", "input")
         wanted = _chat(asked, conversation)
-        jobs = self._jobs(wanted, desk, is_truncated=asked.truncation == "auto")
+        try:
+            jobs = self.service.jobs(wanted, desk)
+        except PromptTooLong:
+            if asked.truncation != "auto":
+                raise
+            conversation, wanted, jobs = self._truncated(asked, conversation, desk)
         return _ResponseWriter(self, asked, conversation, client), wanted, jobs
 
     def _before(self, asked: ResponsesRequest, client: str) -> list[Json]:
@@ -238,33 +243,33 @@ class ResponsesDoor(Door):
         found: list[Json] = json.loads(kept.conversation)
         return found
 
-    def _jobs(self, wanted: ChatRequest, desk: ProxyTuned, *, is_truncated: bool) -> list[Job]:
-        """Return the jobs of a chat, without as many of its oldest messages as do not fit."""
-        try:
-            return self.service.jobs(wanted, desk)
-        except PromptTooLong:
-            if not is_truncated:
-                raise
-        # System messages stay, and so does the last message.
+    def _truncated(
+        self, asked: ResponsesRequest, conversation: Sequence[Json], desk: ProxyTuned
+    ) -> tuple[list[Json], ChatRequest, list[Job]]:
+        """Return what is left of a conversation without as many of its oldest messages as do not fit.
+
+        System messages stay, and so does the last message.
+        """
         droppable = [
             at
-            for at, message in enumerate(wanted.messages[:-1])
-            if message.role not in ("system", "developer")
+            for at, message in enumerate(conversation[:-1])
+            if message["role"] not in ("system", "developer")
         ]
-        low, high = 1, len(droppable)  # how many to drop; fewer never fit where more do not
-        found: list[Job] | None = None
+        found = None
+        low, high = 1, len(droppable)  # how many to leave out
         while low <= high:
             num_dropped = (low + high) // 2
             dropped = set(droppable[:num_dropped])
-            left = [each for at, each in enumerate(wanted.messages) if at not in dropped]
+            left = [each for at, each in enumerate(conversation) if at not in dropped]
+            wanted = _chat(asked, left)
             try:
-                found = self.service.jobs(wanted.model_copy(update={"messages": left}), desk)
+                found = left, wanted, self.service.jobs(wanted, desk)
                 high = num_dropped - 1
             except PromptTooLong:
                 low = num_dropped + 1
         if found is None:
             raise PromptTooLong(
-                "the last message does not fit into the models' context, even without those before it.\n"
+                "the last message is too long for the models, even without those before it.\n"
                 "hint: shorten it"
             )
         return found
@@ -283,7 +288,7 @@ class UnknownResponse(InvalidRequest):
 
 def _chat(asked: ResponsesRequest, conversation: Sequence[Json]) -> ChatRequest:
     """Return the chat that a response is."""
-    values = {name: getattr(asked, name) for name in Generation.model_fields}
+    values = common_fields(asked)
     if asked.instructions is not None:
         conversation = [{"role": "system", "content": asked.instructions}, *conversation]
     values["user"] = asked.user or asked.safety_identifier
@@ -411,6 +416,17 @@ class _ResponseWriter(Writer):
         found: list[Json] = chat_logprobs(steps, self._door.service.tokens)["content"]
         return found
 
+    def _brief_logprobs(self, steps: Sequence[Step]) -> list[Json]:
+        """Return logprobs as events have them: without bytes."""
+
+        def brief(each: Json) -> Json:
+            return {"token": each["token"], "logprob": each["logprob"]}
+
+        return [
+            brief(each) | {"top_logprobs": [brief(top) for top in each["top_logprobs"]]}
+            for each in self._logprobs(steps)
+        ]
+
     # Streamed -------------------------------------------------------------------------------------------
 
     def _event(self, kind: str, content: Json) -> bytes:
@@ -433,7 +449,7 @@ class _ResponseWriter(Writer):
     def add(self, answer: Answer, part: AnswerPart) -> Iterator[bytes]:
         """Return the delta of a part."""
         self._take(part)
-        logprobs = self._logprobs(part.steps)
+        logprobs = self._brief_logprobs(part.steps)
         tokens = self._door.service.explained(answer, part.steps)
         if part.text or logprobs or tokens:
             delta = self._place(answer) | {"delta": part.text, "logprobs": logprobs}
@@ -447,7 +463,7 @@ class _ResponseWriter(Writer):
         (item,) = response["output"]
         (part,) = item["content"]
         place = self._place(answer)
-        done = {"text": part["text"], "logprobs": part["logprobs"]}
+        done = {"text": self._text, "logprobs": self._brief_logprobs(self._steps)}
         yield self._event("response.output_text.done", place | done)
         yield self._event("response.content_part.done", place | {"part": part})
         yield self._event("response.output_item.done", {"output_index": 0, "item": item})

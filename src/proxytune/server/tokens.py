@@ -65,7 +65,7 @@ class TokenizeRequest(_Fields):
             found = " and ".join(given) or "none"
             raise ValueError(f"one of prompt, messages and content is needed, and {found} is there")
         for name, owner in _OWNERS.items():
-            if getattr(self, name) is not None and owner != given[0] and owner is not None:
+            if getattr(self, name) is not None and owner not in given:
                 raise ValueError(f"{name} belongs to {owner}, and {given[0]} is there")
         return self
 
