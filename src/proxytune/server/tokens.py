@@ -25,6 +25,7 @@ from proxytune.server.schema import (
     _Fields,
 )
 from proxytune.server.service import Service
+from proxytune.text.prompts import prompt_ids, text_ids
 
 MAX_TOKENS = 2**18
 """Maximum number of token ids in a request."""
@@ -111,10 +112,10 @@ def tokenize(service: Service, body: bytes | bytearray, desk: ProxyTuned) -> byt
 def _token_ids(service: Service, asked: TokenizeRequest, desk: ProxyTuned) -> list[int]:
     tokenizer = desk.formats[0].tokenizer
     if asked.content is not None:
-        return list(tokenizer.encode(asked.content, add_special_tokens=bool(asked.add_special)))
+        return (prompt_ids if asked.add_special else text_ids)(asked.content, tokenizer)
     if asked.prompt is not None:
         has_special = asked.add_special_tokens is not False
-        return list(tokenizer.encode(asked.prompt, add_special_tokens=has_special))
+        return (prompt_ids if has_special else text_ids)(asked.prompt, tokenizer)
     wanted = ChatRequest.model_construct(
         model=asked.model or service.settings.name,
         messages=asked.messages,
