@@ -851,7 +851,7 @@ def test_errors_repeat_no_more_than_a_page_of_what_was_sent(server, monkeypatch)
     def quote(self: Any, wanted: Any, desk: Any) -> None:
         raise InvalidRequest(wanted.prompt)
 
-    monkeypatch.setattr("proxytune.server.service.Service.jobs", quote)
+    monkeypatch.setattr("proxytune.server.service.Service.orders", quote)
     answer = complete(server, prompt="a" * 50_000)
     assert answer.status_code == 400
     assert len(checked_error(answer)["message"]) == MAX_MESSAGE + 1

@@ -263,7 +263,7 @@ def test_a_slow_body_a_full_room_and_a_broken_model_are_told_in_the_same_form(mo
         def fail(*_: Any) -> None:
             raise RuntimeError(f"in {__file__}")
 
-        monkeypatch.setattr(running.service, "jobs", fail)
+        monkeypatch.setattr(running.service, "orders", fail)
         broken = ask(running)
         assert broken.status_code == 500 and error_of(broken)["type"] == "api_error"
 

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-from proxytune.decode.ensemble import Job
 from proxytune.model import ProxyTuned
 from proxytune.server.answer import Json
 from proxytune.server.guards import Refusal
 from proxytune.server.schema import ChatRequest, CompletionRequest, Generation
-from proxytune.server.service import Answer, AnswerPart, Service
+from proxytune.server.service import Answer, AnswerPart, Order, Service
+from proxytune.trace import Step
 
 
-def json_bytes(content: Json) -> bytes:
+def json_bytes(content: Json | list[Json]) -> bytes:
     """Return JSON in UTF-8."""
     return json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
 
@@ -37,6 +37,60 @@ def common_fields(asked: Generation) -> dict[str, Any]:
     return {
         name: getattr(asked, name) for name in asked.model_fields_set & set(Generation.model_fields)
     }
+
+
+class Piece(NamedTuple):
+    """What a part adds to the reasoning or to the text of an answer; `steps` are the tokens of it."""
+
+    is_reasoning: bool
+    text: str
+    steps: tuple[Step, ...]
+
+
+class Gathered:
+    """The reasoning and the text of an answer with one text, and which tokens belong to which."""
+
+    def __init__(self) -> None:
+        self.reasoning = ""
+        self.text = ""
+        self.steps: list[Step] = []
+        self.text_steps: list[Step] = []
+        self._open: list[Step] = []  # it is not known yet what they belong to
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is a text, which may be empty: there is none if the reasoning was cut off."""
+        return bool(self.text) or not self.reasoning
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Number of tokens of the reasoning."""
+        return len(self.steps) - len(self.text_steps)
+
+    def take(self, part: AnswerPart) -> Iterator[Piece]:
+        """Add a part, and return it in pieces of one kind each."""
+        self.steps += part.steps
+        self._open += part.steps
+        if part.reasoning:
+            self.reasoning += part.reasoning
+            yield Piece(True, part.reasoning, () if part.text else self._close())
+        if part.text or part.owner.order.splitter is None:
+            self.text += part.text
+            yield self._text_piece(part.text)
+
+    def end(self) -> Iterator[Piece]:
+        """Return the piece of the tokens whose text never came, if there are any."""
+        if self._open:
+            yield self._text_piece("") if self.has_text else Piece(True, "", self._close())
+
+    def _text_piece(self, text: str) -> Piece:
+        steps = self._close()
+        self.text_steps += steps
+        return Piece(False, text, steps)
+
+    def _close(self) -> tuple[Step, ...]:
+        steps, self._open = tuple(self._open), []
+        return steps
 
 
 class Writer(ABC):
@@ -79,8 +133,8 @@ class Door(ABC):
     @abstractmethod
     def read(
         self, body: bytes | bytearray, desk: ProxyTuned, client: str
-    ) -> tuple[Writer, Generation, list[Job]]:
-        """Return who writes the answer to a body, the request in it, and a job for each of its texts.
+    ) -> tuple[Writer, Generation, list[Order]]:
+        """Return who writes the answer to a body, the request in it, and an order for each of its texts.
 
         Args:
             body: The JSON.
@@ -123,9 +177,9 @@ class _OwnDoor(Door):
 
     def read(
         self, body: bytes | bytearray, desk: ProxyTuned, client: str
-    ) -> tuple[Writer, Generation, list[Job]]:
+    ) -> tuple[Writer, Generation, list[Order]]:
         wanted = self.service.take(self.kind, body)
-        return _Chunks(self.service), wanted, self.service.jobs(wanted, desk)
+        return _Chunks(self.service), wanted, self.service.orders(wanted, desk)
 
 
 class CompletionDoor(_OwnDoor):

@@ -11,10 +11,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StringConstraints, model_validator
 
-from proxytune.decode.ensemble import Job
 from proxytune.model import ProxyTuned
 from proxytune.server.answer import Json
-from proxytune.server.doors import Door, Writer, common_fields, event, json_bytes
+from proxytune.server.doors import (
+    Door,
+    Gathered,
+    Piece,
+    Writer,
+    common_fields,
+    event,
+    json_bytes,
+)
 from proxytune.server.guards import Refusal
 from proxytune.server.schema import (
     MAX_MESSAGES,
@@ -30,8 +37,7 @@ from proxytune.server.schema import (
     _Fields,
     _option,
 )
-from proxytune.server.service import Answer, AnswerPart, Service
-from proxytune.trace import Step
+from proxytune.server.service import Answer, AnswerPart, Order, Service
 
 
 class CacheControl(_Fields):
@@ -177,7 +183,7 @@ class MessagesRequest(Conversation, Generation):
 
     max_tokens: int = _option("max_new_tokens", default=..., le=2**31)
     stop_sequences: Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
-    metadata: Metadata | None = None
+    metadata: Metadata | None = None  # type: ignore[assignment]
     service_tier: Literal["auto", "standard_only"] | None = None
     # What this API has not.
     n: Literal[1] = 1
@@ -192,7 +198,7 @@ class MessagesRequest(Conversation, Generation):
 class CountTokensRequest(Conversation):
     """`POST /v1/messages/count_tokens`."""
 
-    model: Name
+    model: Name | None = None
     proxytune: SteeringFields | None = Field(
         None, description="Does not change what the base reads"
     )
@@ -205,8 +211,8 @@ class MessagesDoor(Door):
 
     def read(
         self, body: bytes | bytearray, desk: ProxyTuned, client: str
-    ) -> tuple[Writer, Generation, list[Job]]:
-        """Return who writes a message, the chat that it answers, and its job."""
+    ) -> tuple[Writer, Generation, list[Order]]:
+        """Return who writes a message, the chat that it answers, and its order."""
         asked = self.service.take(MessagesRequest, body)
         values = common_fields(asked) | asked.chat()
         values["max_completion_tokens"] = asked.max_tokens
@@ -214,7 +220,7 @@ class MessagesDoor(Door):
         if asked.metadata is not None:
             values["user"] = asked.metadata.user_id or asked.user
         wanted = ChatRequest.model_construct(**values)
-        return _MessageWriter(self.service, asked), wanted, self.service.jobs(wanted, desk)
+        return _MessageWriter(self.service, asked), wanted, self.service.orders(wanted, desk)
 
 
 def count_tokens(service: Service, body: bytes | bytearray, desk: ProxyTuned) -> bytes:
@@ -224,7 +230,8 @@ def count_tokens(service: Service, body: bytes | bytearray, desk: ProxyTuned) ->
         UserError: A field cannot be honoured.
     """
     asked = service.take(CountTokensRequest, body)
-    service.check_model(asked.model)
+    if asked.model is not None:
+        service.check_model(asked.model)
     wanted = ChatRequest.model_construct(model=asked.model, **asked.chat())
     return json_bytes({"input_tokens": len(service.prompt_ids(wanted, desk))})
 
@@ -235,15 +242,24 @@ class _MessageWriter(Writer):
     def __init__(self, service: Service, asked: MessagesRequest) -> None:
         self._service = service
         self._asked = asked
+        self._gathered = Gathered()
+        self._blocks: list[str] = []
+        """The types of the blocks that the stream has begun."""
 
     def whole(self, answer: Answer, parts: Sequence[AnswerPart]) -> Json:
         """Return the message."""
-        steps: list[Step] = [step for part in parts for step in part.steps]
-        block = {"type": "text", "text": "".join(part.text for part in parts)}
-        message = self._message(answer, [block]) | self._stop(answer)
+        gathered = self._gathered
+        for part in parts:
+            list(gathered.take(part))
+        content: list[Json] = []
+        if gathered.reasoning:
+            content.append({"type": "thinking", "thinking": gathered.reasoning, "signature": ""})
+        if gathered.has_text:
+            content.append({"type": "text", "text": gathered.text})
+        message = self._message(answer, content) | self._stop(answer)
         message["usage"] = _usage(answer)
         if self._asked.proxytune is not None:
-            message["proxytune"] = self._service.steered(answer, answer.texts[0], steps)
+            message["proxytune"] = self._service.steered(answer, answer.texts[0], gathered.steps)
         return message
 
     def _message(self, answer: Answer, content: list[Json]) -> Json:
@@ -251,7 +267,7 @@ class _MessageWriter(Writer):
             "id": f"msg_{answer.id}",
             "type": "message",
             "role": "assistant",
-            "model": self._asked.model,
+            "model": self._asked.model or self._service.settings.name,
             "content": content,
         }
 
@@ -266,22 +282,50 @@ class _MessageWriter(Writer):
         return {"stop_reason": "end_turn", "stop_sequence": None}
 
     def begin(self, answer: Answer) -> Iterator[bytes]:
-        """Return what announces the message and its text."""
+        """Return what announces the message."""
         message = self._message(answer, []) | {"stop_reason": None, "stop_sequence": None}
         yield _event("message_start", message=message | {"usage": _usage(answer)})
-        yield _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
 
     def add(self, answer: Answer, part: AnswerPart) -> Iterator[bytes]:
-        """Return the delta of a part."""
-        tokens = self._service.explained(answer, part.steps)
-        if part.text or tokens:
+        """Return the deltas of a part."""
+        for piece in self._gathered.take(part):
+            yield from self._deltas(answer, piece)
+
+    def _deltas(self, answer: Answer, piece: Piece) -> Iterator[bytes]:
+        tokens = self._service.explained(answer, piece.steps)
+        if piece.text or tokens:
+            kind = "thinking" if piece.is_reasoning else "text"
+            yield from self._open(kind)
             own = {"proxytune": {"tokens": tokens}} if tokens else {}
-            delta = {"type": "text_delta", "text": part.text}
-            yield _event("content_block_delta", index=0, delta=delta, **own)
+            delta = {"type": f"{kind}_delta", kind: piece.text}
+            index = len(self._blocks) - 1
+            yield _event("content_block_delta", index=index, delta=delta, **own)
+
+    def _open(self, kind: str) -> Iterator[bytes]:
+        """Begin a block if it has not begun; the one before it is then complete."""
+        if kind in self._blocks:
+            return
+        yield from self._close()
+        block = {"type": kind, kind: ""} | ({"signature": ""} if kind == "thinking" else {})
+        yield _event("content_block_start", index=len(self._blocks), content_block=block)
+        self._blocks.append(kind)
+
+    def _close(self) -> Iterator[bytes]:
+        if not self._blocks:
+            return
+        index = len(self._blocks) - 1
+        if self._blocks[-1] == "thinking":
+            # Clients wait for one; there is nothing here to sign.
+            delta = {"type": "signature_delta", "signature": ""}
+            yield _event("content_block_delta", index=index, delta=delta)
+        yield _event("content_block_stop", index=index)
 
     def end(self, answer: Answer) -> Iterator[bytes]:
-        """Return what closes the text and the message."""
-        yield _event("content_block_stop", index=0)
+        """Return what closes the last block and the message."""
+        for piece in self._gathered.end():
+            yield from self._deltas(answer, piece)
+        yield from self._open("text" if self._gathered.has_text else "thinking")
+        yield from self._close()
         yield _event("message_delta", delta=self._stop(answer), usage=_usage(answer))
         yield _event("message_stop")
 

@@ -13,11 +13,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StringConstraints, model_validator
 
-from proxytune.decode.ensemble import Job
 from proxytune.errors import InvalidRequest, PromptTooLong
+from proxytune.measure.score import smallest_context
 from proxytune.model import ProxyTuned
 from proxytune.server.answer import Json, chat_logprobs
-from proxytune.server.doors import Door, Writer, common_fields, event, json_bytes
+from proxytune.server.doors import (
+    Door,
+    Gathered,
+    Piece,
+    Writer,
+    common_fields,
+    event,
+    json_bytes,
+)
 from proxytune.server.guards import Refusal
 from proxytune.server.schema import (
     MAX_LOGPROBS,
@@ -29,11 +37,10 @@ from proxytune.server.schema import (
     Generation,
     InvalidField,
     Text,
-    TextFormat,
     _Fields,
     _option,
 )
-from proxytune.server.service import Answer, AnswerPart, Service
+from proxytune.server.service import Answer, AnswerPart, Order, Service
 from proxytune.server.stored import Kept, KeptAnswers
 from proxytune.trace import Step
 
@@ -108,6 +115,12 @@ class ReasoningOptions(_Fields):
     # There is no summary: the reasoning itself is in the answer.
     summary: Literal["auto"] | None = None
     generate_summary: Literal["auto"] | None = None
+
+
+class TextFormat(_Fields):
+    """The only format that can be promised: text as the model writes it."""
+
+    type: Literal["text"]
 
 
 class TextOptions(_Fields):
@@ -217,20 +230,18 @@ class ResponsesDoor(Door):
 
     def read(
         self, body: bytes | bytearray, desk: ProxyTuned, client: str
-    ) -> tuple[Writer, Generation, list[Job]]:
-        """Return who writes a response, the chat that it is, and its job."""
+    ) -> tuple[Writer, Generation, list[Order]]:
+        """Return who writes a response, the chat that it is, and its order."""
         asked = self.service.take(ResponsesRequest, body)
         conversation = [*self._before(asked, client), *asked.messages()]
         if not conversation:
             raise InvalidField("input: there is no message, so there is nothing to answer", "input")
-        wanted = _chat(asked, conversation)
-        try:
-            jobs = self.service.jobs(wanted, desk)
-        except PromptTooLong:
-            if asked.truncation != "auto":
-                raise
-            conversation, wanted, jobs = self._truncated(asked, conversation, desk)
-        return _ResponseWriter(self, asked, conversation, client), wanted, jobs
+        if asked.truncation == "auto":
+            conversation, wanted, orders = self._truncated(asked, conversation, desk)
+        else:
+            wanted = _chat(asked, conversation)
+            orders = self.service.orders(wanted, desk)
+        return _ResponseWriter(self, asked, conversation, client), wanted, orders
 
     def _before(self, asked: ResponsesRequest, client: str) -> list[Json]:
         """Return the conversation that a request goes on from."""
@@ -244,35 +255,46 @@ class ResponsesDoor(Door):
         return found
 
     def _truncated(
-        self, asked: ResponsesRequest, conversation: Sequence[Json], desk: ProxyTuned
-    ) -> tuple[list[Json], ChatRequest, list[Job]]:
-        """Return what is left of a conversation without as many of its oldest messages as do not fit.
+        self, asked: ResponsesRequest, conversation: list[Json], desk: ProxyTuned
+    ) -> tuple[list[Json], ChatRequest, list[Order]]:
+        """Return a conversation without as many of its oldest messages as leave no room, and its orders.
 
-        System messages stay, and so does the last message.
+        Room is needed for the new tokens that are asked for, up to half of what the models hold. System
+        messages stay, and so does the last message.
+
+        Raises:
+            PromptTooLong: Even those do not fit.
         """
         droppable = [
             at
             for at, message in enumerate(conversation[:-1])
             if message["role"] not in ("system", "developer")
         ]
-        found = None
-        low, high = 1, len(droppable)  # how many to leave out
-        while low <= high:
-            num_dropped = (low + high) // 2
+        context = smallest_context(self.service.model.ensemble.members)
+        needed = min(asked.max_output_tokens or 1, self.service.settings.max_tokens)
+        needed = needed if context is None else max(1, min(needed, context // 2))
+
+        def without(num_dropped: int) -> tuple[list[Json], ChatRequest, list[Order]]:
             dropped = set(droppable[:num_dropped])
             left = [each for at, each in enumerate(conversation) if at not in dropped]
             wanted = _chat(asked, left)
+            return left, wanted, self.service.orders(wanted, desk)
+
+        found = None
+        low, high = 0, len(droppable)
+        while low < high:
+            # Most conversations fit, and are rendered once.
+            num_dropped = (low + high) // 2 if low or found else 0
             try:
-                found = left, wanted, self.service.jobs(wanted, desk)
-                high = num_dropped - 1
+                tried = without(num_dropped)
+                has_room = tried[2][0].max_tokens >= needed
             except PromptTooLong:
+                has_room = False
+            if has_room:
+                found, high = tried, num_dropped
+            else:
                 low = num_dropped + 1
-        if found is None:
-            raise PromptTooLong(
-                "the last message is too long for the models, even without those before it.\n"
-                "hint: shorten it"
-            )
-        return found
+        return found or without(len(droppable))
 
 
 class UnknownResponse(InvalidRequest):
@@ -308,32 +330,33 @@ class _ResponseWriter(Writer):
         self, door: ResponsesDoor, asked: ResponsesRequest, conversation: list[Json], client: str
     ) -> None:
         self._door = door
+        self._service = door.service
         self._asked = asked
         self._conversation = conversation
         self._client = client
+        self._gathered = Gathered()
         self._number = 0
-        self._steps: list[Step] = []
-        self._text = ""
+        self._place: Json | None = None
+        """Where the stream's present item is; None before the first one."""
 
     # Whole ----------------------------------------------------------------------------------------------
 
     def whole(self, answer: Answer, parts: Sequence[AnswerPart]) -> Json:
         """Return the response."""
         for part in parts:
-            self._take(part)
+            list(self._gathered.take(part))
+        list(self._gathered.end())
         return self._keep(answer)
-
-    def _take(self, part: AnswerPart) -> None:
-        self._text += part.text
-        self._steps += part.steps
 
     def _keep(self, answer: Answer) -> Json:
         """Return the finished response, which is now kept if it may be."""
         response = self._finished(answer)
         if not response["store"]:
             return response
-        turn = {"role": "assistant", "content": self._text}
-        kept = Kept(json_bytes(response), json.dumps([*self._conversation, turn]).encode())
+        turn = {"role": "assistant", "content": self._gathered.text}
+        if self._gathered.reasoning:
+            turn["reasoning_content"] = self._gathered.reasoning
+        kept = Kept(json_bytes(response), json_bytes([*self._conversation, turn]))
         if self._door.kept.has_room(kept):
             self._door.kept.add(self._client, response["id"], kept)
         else:
@@ -341,23 +364,21 @@ class _ResponseWriter(Writer):
         return response
 
     def _finished(self, answer: Answer) -> Json:
-        reason = answer.texts[0].finish_reason
-        is_whole = reason == "stop"
+        (text,) = answer.texts
+        is_whole = text.finish_reason == "stop"
         status = "completed" if is_whole else "incomplete"
-        why = "max_output_tokens" if reason == "length" else None
-        details = None if is_whole else {"reason": why}
-        response = self._response(answer, status, [self._message(answer, status)]) | {
+        why = "max_output_tokens" if text.finish_reason == "length" else None
+        response = self._response(answer, status, self._output(answer, status)) | {
             "completed_at": int(time.time()) if is_whole else None,
-            "incomplete_details": details,
-            "usage": _usage(answer),
+            "incomplete_details": None if is_whole else {"reason": why},
+            "usage": self._usage(answer),
         }
         if self._asked.proxytune is not None:
-            response["proxytune"] = self._door.service.steered(answer, answer.texts[0], self._steps)
+            response["proxytune"] = self._service.steered(answer, text, self._gathered.steps)
         return response
 
     def _response(self, answer: Answer, status: str, output: list[Json]) -> Json:
         asked = self._asked
-        reasoning, text = asked.reasoning, asked.text
         return {
             "id": f"resp_{answer.id}",
             "object": "response",
@@ -371,23 +392,20 @@ class _ResponseWriter(Writer):
             "max_output_tokens": asked.max_output_tokens,
             "max_tool_calls": asked.max_tool_calls,
             "metadata": asked.metadata or {},
-            "model": asked.model,
+            "model": asked.model or self._service.settings.name,
             "output": output,
             "parallel_tool_calls": asked.parallel_tool_calls is not False,
             "previous_response_id": asked.previous_response_id,
             "prompt_cache_key": asked.prompt_cache_key,
             "reasoning": {
-                "effort": None if reasoning is None else reasoning.effort,
+                "effort": None if asked.reasoning is None else asked.reasoning.effort,
                 "summary": None,
             },
             "safety_identifier": asked.safety_identifier,
             "service_tier": "default",
             "store": asked.store is not False,
             "temperature": 1.0 if asked.temperature is None else asked.temperature,
-            "text": {
-                "format": {"type": "text"},
-                "verbosity": (text and text.verbosity) or "medium",
-            },
+            "text": {"format": {"type": "text"}, "verbosity": "medium"},
             "tool_choice": asked.tool_choice or "auto",
             "tools": [],
             "top_logprobs": asked.top_logprobs or 0,
@@ -397,23 +415,39 @@ class _ResponseWriter(Writer):
             "user": asked.user,
         }
 
-    def _message(self, answer: Answer, status: str, *, is_empty: bool = False) -> Json:
-        return {
-            "id": f"msg_{answer.id}",
-            "type": "message",
-            "status": status,
-            "role": "assistant",
-            "content": [] if is_empty else [self._part(self._text, self._steps)],
-        }
+    def _output(self, answer: Answer, status: str) -> list[Json]:
+        """Return the items: the reasoning, if there is any, and the message."""
+        kinds = [True] if self._gathered.reasoning else []
+        kinds += [False] if self._gathered.has_text else []
+        return [
+            self._item(answer, each, status if each is kinds[-1] else "completed") for each in kinds
+        ]
 
-    def _part(self, text: str, steps: Sequence[Step]) -> Json:
-        part = {"type": "output_text", "text": text, "annotations": []}
-        return part | {"logprobs": self._logprobs(steps)}
+    def _item(
+        self, answer: Answer, is_reasoning: bool, status: str, *, is_begun: bool = False
+    ) -> Json:
+        content = [] if is_begun else [self._content(is_reasoning)]
+        if is_reasoning:
+            item = {"id": f"rs_{answer.id}", "type": "reasoning", "summary": []}
+            return item | {"content": content, "encrypted_content": None, "status": status}
+        item = {"id": f"msg_{answer.id}", "type": "message", "role": "assistant"}
+        return item | {"content": content, "status": status}
+
+    def _content(self, is_reasoning: bool, *, is_begun: bool = False) -> Json:
+        gathered = self._gathered
+        if is_reasoning:
+            return {"type": "reasoning_text", "text": "" if is_begun else gathered.reasoning}
+        return {
+            "type": "output_text",
+            "text": "" if is_begun else gathered.text,
+            "annotations": [],
+            "logprobs": [] if is_begun else self._logprobs(gathered.text_steps),
+        }
 
     def _logprobs(self, steps: Sequence[Step]) -> list[Json]:
         if not self._asked.has_logprobs:
             return []
-        found: list[Json] = chat_logprobs(steps, self._door.service.tokens)["content"]
+        found: list[Json] = chat_logprobs(steps, self._service.tokens)["content"]
         return found
 
     def _brief_logprobs(self, steps: Sequence[Step]) -> list[Json]:
@@ -427,6 +461,17 @@ class _ResponseWriter(Writer):
             for each in self._logprobs(steps)
         ]
 
+    def _usage(self, answer: Answer) -> Json:
+        usage = answer.usage
+        num_reused = usage["prompt_tokens_details"]["cached_tokens"]
+        return {
+            "input_tokens": usage["prompt_tokens"],
+            "input_tokens_details": {"cached_tokens": num_reused, "cache_write_tokens": 0},
+            "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": self._gathered.num_reasoning_tokens},
+            "total_tokens": usage["total_tokens"],
+        }
+
     # Streamed -------------------------------------------------------------------------------------------
 
     def _event(self, kind: str, content: Json) -> bytes:
@@ -434,62 +479,72 @@ class _ResponseWriter(Writer):
         return event({"type": kind, "sequence_number": number} | content, kind)
 
     def begin(self, answer: Answer) -> Iterator[bytes]:
-        """Return what announces the response, its message, and the message's text."""
+        """Return what announces the response."""
         response = self._response(answer, "in_progress", [])
         yield self._event("response.created", {"response": response})
         yield self._event("response.in_progress", {"response": response})
-        item = self._message(answer, "in_progress", is_empty=True)
-        yield self._event("response.output_item.added", {"output_index": 0, "item": item})
-        place = self._place(answer)
-        yield self._event("response.content_part.added", place | {"part": self._part("", ())})
-
-    def _place(self, answer: Answer) -> Json:
-        return {"item_id": f"msg_{answer.id}", "output_index": 0, "content_index": 0}
 
     def add(self, answer: Answer, part: AnswerPart) -> Iterator[bytes]:
-        """Return the delta of a part."""
-        self._take(part)
-        logprobs = self._brief_logprobs(part.steps)
-        tokens = self._door.service.explained(answer, part.steps)
-        if part.text or logprobs or tokens:
-            delta = self._place(answer) | {"delta": part.text, "logprobs": logprobs}
-            if tokens:
-                delta["proxytune"] = {"tokens": tokens}
-            yield self._event("response.output_text.delta", delta)
+        """Return the deltas of a part."""
+        for piece in self._gathered.take(part):
+            yield from self._deltas(answer, piece)
+
+    def _deltas(self, answer: Answer, piece: Piece) -> Iterator[bytes]:
+        tokens = self._service.explained(answer, piece.steps)
+        logprobs = [] if piece.is_reasoning else self._brief_logprobs(piece.steps)
+        if not (piece.text or tokens or logprobs):
+            return
+        yield from self._open(answer, piece.is_reasoning)
+        assert self._place is not None
+        delta = self._place | {"delta": piece.text}
+        delta |= {"proxytune": {"tokens": tokens}} if tokens else {}
+        if piece.is_reasoning:
+            yield self._event("response.reasoning_text.delta", delta)
+        else:
+            yield self._event("response.output_text.delta", delta | {"logprobs": logprobs})
+
+    def _open(self, answer: Answer, is_reasoning: bool) -> Iterator[bytes]:
+        """Begin an item if it has not begun; the reasoning before it is then complete."""
+        item = self._item(answer, is_reasoning, "in_progress", is_begun=True)
+        if self._place is not None:
+            if self._place["item_id"] == item["id"]:
+                return
+            yield from self._close(self._item(answer, not is_reasoning, "completed"))
+        index = 0 if self._place is None else 1
+        self._place = {"item_id": item["id"], "output_index": index, "content_index": 0}
+        yield self._event("response.output_item.added", {"output_index": index, "item": item})
+        part = self._content(is_reasoning, is_begun=True)
+        yield self._event("response.content_part.added", self._place | {"part": part})
+
+    def _close(self, item: Json) -> Iterator[bytes]:
+        assert self._place is not None
+        (part,) = item["content"]
+        done = self._place | {"text": part["text"]}
+        if item["type"] == "reasoning":
+            yield self._event("response.reasoning_text.done", done)
+        else:
+            done["logprobs"] = self._brief_logprobs(self._gathered.text_steps)
+            yield self._event("response.output_text.done", done)
+        yield self._event("response.content_part.done", self._place | {"part": part})
+        index = self._place["output_index"]
+        yield self._event("response.output_item.done", {"output_index": index, "item": item})
 
     def end(self, answer: Answer) -> Iterator[bytes]:
-        """Return what closes the text, the message and the response."""
+        """Return what closes the last item and the response."""
+        for piece in self._gathered.end():
+            yield from self._deltas(answer, piece)
+        yield from self._open(answer, not self._gathered.has_text)
         response = self._keep(answer)
-        (item,) = response["output"]
-        (part,) = item["content"]
-        place = self._place(answer)
-        done = {"text": self._text, "logprobs": self._brief_logprobs(self._steps)}
-        yield self._event("response.output_text.done", place | done)
-        yield self._event("response.content_part.done", place | {"part": part})
-        yield self._event("response.output_item.done", {"output_index": 0, "item": item})
+        yield from self._close(response["output"][-1])
         yield self._event(f"response.{response['status']}", {"response": response})
 
     def fail(self, answer: Answer, refusal: Refusal, request_id: str) -> Iterable[bytes]:
         """Return the failed response."""
         code = "rate_limit_exceeded" if refusal.status_code == 429 else "server_error"
-        response = self._response(answer, "failed", [self._message(answer, "incomplete")])
-        response |= {
+        output = [] if self._place is None else self._output(answer, "incomplete")
+        response = self._response(answer, "failed", output) | {
             "error": {"code": code, "message": refusal.message},
             "store": False,
-            "usage": _usage(answer),
+            "usage": self._usage(answer),
         }
         yield self._event("response.failed", {"response": response})
-
-
-def _usage(answer: Answer) -> Json:
-    usage = answer.usage
-    return {
-        "input_tokens": usage["prompt_tokens"],
-        "input_tokens_details": {
-            "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
-            "cache_write_tokens": 0,
-        },
-        "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": usage["total_tokens"],
-    }

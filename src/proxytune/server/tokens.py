@@ -12,12 +12,12 @@ from pydantic import Field, StrictBool, model_validator
 
 from proxytune.measure.score import smallest_context
 from proxytune.model import ProxyTuned
+from proxytune.request import ChatOptions
 from proxytune.server.answer import Json
 from proxytune.server.doors import json_bytes
 from proxytune.server.schema import (
     MAX_MESSAGES,
     ChatMessage,
-    ChatRequest,
     InvalidField,
     Name,
     Text,
@@ -25,7 +25,7 @@ from proxytune.server.schema import (
     _Fields,
 )
 from proxytune.server.service import Service
-from proxytune.text.prompts import prompt_ids, text_ids
+from proxytune.text.prompts import prompt_ids, render_text, text_ids
 
 MAX_TOKENS = 2**18
 """Maximum number of token ids in a request."""
@@ -41,8 +41,7 @@ class TokenizeRequest(_Fields):
         | None
     ) = None
     add_special_tokens: StrictBool | None = Field(
-        None,
-        description="Default: true for a prompt, false for messages, whose template writes them",
+        None, description="Default: true for a prompt; for messages, as the base reads chats"
     )
     return_token_strs: StrictBool | None = None
     add_generation_prompt: StrictBool | None = Field(None, description="Default: true")
@@ -66,12 +65,13 @@ class TokenizeRequest(_Fields):
             found = " and ".join(given) or "none"
             raise ValueError(f"one of prompt, messages and content is needed, and {found} is there")
         for name, owner in _OWNERS.items():
-            if getattr(self, name) is not None and owner not in given:
+            if getattr(self, name) is not None and not set(given) & set(owner.split(" or ")):
                 raise ValueError(f"{name} belongs to {owner}, and {given[0]} is there")
         return self
 
 
 _OWNERS = {
+    "add_special_tokens": "prompt or messages",
     "add_generation_prompt": "messages",
     "continue_final_message": "messages",
     "chat_template_kwargs": "messages",
@@ -96,7 +96,7 @@ def tokenize(service: Service, body: bytes | bytearray, desk: ProxyTuned) -> byt
     asked = service.take(TokenizeRequest, body)
     if asked.model is not None:
         service.check_model(asked.model)
-    token_ids = _token_ids(service, asked, desk)
+    token_ids = _token_ids(asked, desk)
     found: Json = {
         "count": len(token_ids),
         "max_model_len": smallest_context(service.model.ensemble.members),
@@ -109,21 +109,31 @@ def tokenize(service: Service, body: bytes | bytearray, desk: ProxyTuned) -> byt
     return json_bytes(found)
 
 
-def _token_ids(service: Service, asked: TokenizeRequest, desk: ProxyTuned) -> list[int]:
-    tokenizer = desk.formats[0].tokenizer
+def _token_ids(asked: TokenizeRequest, desk: ProxyTuned) -> list[int]:
+    base = desk.formats[0]
     if asked.content is not None:
-        return (prompt_ids if asked.add_special else text_ids)(asked.content, tokenizer)
+        return (prompt_ids if asked.add_special else text_ids)(asked.content, base.tokenizer)
     if asked.prompt is not None:
         has_special = asked.add_special_tokens is not False
-        return (prompt_ids if has_special else text_ids)(asked.prompt, tokenizer)
-    wanted = ChatRequest.model_construct(
-        model=asked.model or service.settings.name,
-        messages=asked.messages,
-        add_generation_prompt=asked.add_generation_prompt is not False,
+        return (prompt_ids if has_special else text_ids)(asked.prompt, base.tokenizer)
+    assert asked.messages is not None
+    options = ChatOptions(
+        add_generation_prompt=asked.add_generation_prompt,
         continue_final_message=bool(asked.continue_final_message),
-        chat_template_kwargs=asked.chat_template_kwargs,
+        template_kwargs=asked.chat_template_kwargs or {},
     )
-    return service.prompt_ids(wanted, desk)
+    messages: Any = [message.as_message() for message in asked.messages]
+    if asked.add_special_tokens is None:
+        return base.render(messages, "the base", options)
+    text = render_text(
+        messages,
+        prompt_format=base.chat,
+        tokenizer=base.tokenizer,
+        name="the base",
+        chat_template=base.template,
+        options=options,
+    )
+    return (prompt_ids if asked.add_special_tokens else text_ids)(text, base.tokenizer)
 
 
 def _piece(service: Service, token_id: int) -> str | list[int]:
