@@ -128,7 +128,7 @@ def test_nulls_change_nothing_over_http(server: Served, path: str):
 def test_an_answer_can_be_sent_back_as_the_client_has_it(server: Served):
     answer = {
         "role": "assistant",
-        "content": "Green.",
+        "content": "green.",
         "refusal": None,
         "annotations": [],
         "audio": None,
@@ -137,7 +137,7 @@ def test_an_answer_can_be_sent_back_as_the_client_has_it(server: Served):
         "reasoning_content": None,
         "provider_specific_fields": {"refusal": None},
     }
-    bare = [*MESSAGES, {"role": "assistant", "content": "Green."}, *MESSAGES]
+    bare = [*MESSAGES, {"role": "assistant", "content": "green."}, *MESSAGES]
     plain = post(server, "chat/completions", messages=bare, max_tokens=4, temperature=0)
     found = post(
         server,
