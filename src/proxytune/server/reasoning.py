@@ -7,7 +7,8 @@ the end of the prompt. Line breaks next to a tag belong to neither part.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+
+from proxytune.text.prompts import PromptFormat, Tokenizer
 
 OPENING = "<think>"
 CLOSING = "</think>"
@@ -15,18 +16,14 @@ NUM_LAST_TOKENS = 16
 """Tokens at the end of a prompt in which an opening tag is looked for."""
 
 
-class _Decoder(Protocol):
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = ...) -> str:
-        """Return the text of token ids."""
+def has_reasoning(base: PromptFormat) -> bool:
+    """Whether a base thinks aloud in chats, as far as its chat template shows."""
+    template = base.template if base.chat == "chat" else base.chat
+    return CLOSING in (template or "")
 
 
-def has_reasoning(chat_template: str) -> bool:
-    """Whether the models that a chat template is for think aloud, as far as the template shows."""
-    return CLOSING in chat_template
-
-
-def opens_reasoning(prompt_ids: Sequence[int], tokenizer: _Decoder) -> bool:
-    """Whether a prompt ends within the model's reasoning: its last tag opens, and no answer begins."""
+def opens_reasoning(prompt_ids: Sequence[int], tokenizer: Tokenizer) -> bool:
+    """Whether a prompt ends with an opening tag, so that the text begins within the reasoning."""
     end = list(prompt_ids[-NUM_LAST_TOKENS:])
     text = tokenizer.decode(end, skip_special_tokens=False)
     return text.rstrip().endswith(OPENING)

@@ -183,6 +183,7 @@ class Service:
         )
         self.metrics = Metrics(lambda: self.engine.num_running, lambda: self.engine.num_waiting)
         self.tokens = Tokens(token_bytes(model.ensemble.vocabulary))
+        self._has_reasoning = has_reasoning(model.formats[0])
         self._max_prompt = prompt_limits(model, settings.max_prompt_tokens)[0]
         self._rendering = Rendering(desk_models(model, settings.max_prompt_tokens))
 
@@ -211,7 +212,7 @@ class Service:
             "name": self.settings.name,
             "base": name,
             # A base without a chat format reads conversations as plain text, and few such models answer well.
-            "has_chat": base.prompt != "plain",
+            "has_chat": not self.model.formats[0].joins_messages,
             "default_experts": list(recipe.named()),
             "experts": [{"name": e.name, "alpha": e.alpha} for e in recipe.experts],
             "limits": {
@@ -277,7 +278,9 @@ class Service:
                 self._check_length(len(prompt), self._max_prompt)
             explain = wanted.steering.explain, wanted.steering.explain_top
             sampling = self._sampling(wanted, 1)
-            request = Request(prompt, sampling, steering.alpha, steering.experts, *explain)
+            request = Request(
+                prompt, sampling, steering.alpha, steering.experts, *explain, wanted.chat_options
+            )
             job = desk.job(request)
             self._check_length(len(job.prompts[0]), self.settings.max_prompt_tokens)
             # Without a limit, an answer may be as long as the models and the server allow.
@@ -295,7 +298,14 @@ class Service:
                 own = replace(job, sampling=_seeded(job.sampling, number))
                 is_cut = asked is not None and asked > limit
                 orders.append(
-                    Order(own, echo, scores, limit, is_cut, self._splitter(wanted, job, desk))
+                    Order(
+                        own,
+                        echo,
+                        scores,
+                        limit,
+                        is_cut,
+                        self._splitter(wanted, job, desk.formats[0]),
+                    )
                 )
         return orders
 
@@ -378,7 +388,7 @@ class Service:
         stops = wanted.stops
         if isinstance(wanted, ChatRequest):
             num_top = wanted.top_logprobs
-            if self.model.recipe.base.prompt == "plain":
+            if self.model.formats[0].joins_messages:
                 # Unless stopped, a base without a chat format goes on to write the user's next turn.
                 stops = (*stops, PLAIN_USER_TURN)
         else:
@@ -539,8 +549,15 @@ class Service:
         scored = text.ticket.scores.tokens
         return prompt_logprobs(scored, self.tokens, num_top=wanted.prompt_logprobs)
 
-    def _splitter(self, wanted: Generation, job: Job, desk: ProxyTuned) -> ReasoningSplitter | None:
-        return None
+    def _splitter(
+        self, wanted: Generation, job: Job, base: PromptFormat
+    ) -> ReasoningSplitter | None:
+        """Return what tells the reasoning of a chat's answer apart; None if the base writes none."""
+        if not (
+            self._has_reasoning and isinstance(wanted, ChatRequest) and wanted.splits_reasoning
+        ):
+            return None
+        return ReasoningSplitter(opens_reasoning(job.prompts[0], base.tokenizer))
 
 
 def _check_listed(num_logprobs: int) -> None:
@@ -566,7 +583,7 @@ def _echo(wanted: Generation, prompt: Any, job: Job, base: PromptFormat) -> Echo
             text = last.as_message()["content"]
     elif isinstance(wanted, CompletionRequest) and wanted.echo:
         # The tokens that are scored are those of the prompt as the recipe's template writes it.
-        is_as_sent = isinstance(prompt, str) and (base.prompt_format == "plain" or not is_scored)
+        is_as_sent = isinstance(prompt, str) and (base.text == "plain" or not is_scored)
         text = prompt if is_as_sent else base.tokenizer.decode(list(job.prompts[0]))
     if not is_scored:
         return Echo(text)
