@@ -1,4 +1,4 @@
-"""What requests may hold: nulls, values that change nothing, aliases, limits, and what is said of the rest."""
+"""What requests may hold: nulls, values that change nothing, limits, and what is said of the rest."""
 
 from __future__ import annotations
 
@@ -117,9 +117,17 @@ def test_what_is_needed_and_null_is_missing():
 
 @pytest.mark.parametrize("path", ("completions", "chat/completions"))
 def test_nulls_change_nothing_over_http(server: Served, path: str):
-    nulls = (
-        "n stream echo top_k min_p repetition_penalty min_tokens ignore_eos stop seed user".split()
-    )
+    nulls = [
+        "n",
+        "stream",
+        "echo",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "min_tokens",
+        "ignore_eos",
+        "stop",
+    ]
     plain = post(server, path, temperature=0, max_tokens=4).json()["choices"]
     found = post(server, path, temperature=0, max_tokens=4, **dict.fromkeys(nulls))
     assert found.status_code == 200 and found.json()["choices"] == plain

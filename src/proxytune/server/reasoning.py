@@ -22,11 +22,18 @@ def has_reasoning(base: PromptFormat) -> bool:
     return CLOSING in (template or "")
 
 
-def opens_reasoning(prompt_ids: Sequence[int], tokenizer: Tokenizer) -> bool:
-    """Whether a prompt ends with an opening tag, so that the text begins within the reasoning."""
-    end = list(prompt_ids[-NUM_LAST_TOKENS:])
-    text = tokenizer.decode(end, skip_special_tokens=False)
-    return text.rstrip().endswith(OPENING)
+def opens_reasoning(prompt_ids: Sequence[int], tokenizer: Tokenizer, *, begun: str = "") -> bool:
+    """Whether a text begins within the reasoning.
+
+    Args:
+        prompt_ids: The base's prompt, which may end with an opening tag.
+        tokenizer: The base's tokenizer.
+        begun: The beginning of the answer, if it is given, which may have a tag that is not closed.
+    """
+    if begun.rfind(OPENING) > begun.rfind(CLOSING):
+        return True
+    end = tokenizer.decode(list(prompt_ids[-NUM_LAST_TOKENS:]), skip_special_tokens=False)
+    return str(end).rstrip().endswith(OPENING)
 
 
 class ReasoningSplitter:

@@ -557,7 +557,8 @@ class Service:
             self._has_reasoning and isinstance(wanted, ChatRequest) and wanted.splits_reasoning
         ):
             return None
-        return ReasoningSplitter(opens_reasoning(job.prompts[0], base.tokenizer))
+        begun = wanted.messages[-1].as_message()["content"] if wanted.continue_final_message else ""
+        return ReasoningSplitter(opens_reasoning(job.prompts[0], base.tokenizer, begun=begun))
 
 
 def _check_listed(num_logprobs: int) -> None:
