@@ -163,6 +163,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "habits",
         "refusals",
         "schema",
+        "echo",
         "answer",
         "reasoning",
         "settings",

@@ -7,7 +7,8 @@ the end of the prompt. Line breaks next to a tag belong to neither part.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+
+from proxytune.text.prompts import PromptFormat, Tokenizer
 
 OPENING = "<think>"
 CLOSING = "</think>"
@@ -15,21 +16,24 @@ NUM_LAST_TOKENS = 16
 """Tokens at the end of a prompt in which an opening tag is looked for."""
 
 
-class _Decoder(Protocol):
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = ...) -> str:
-        """Return the text of token ids."""
+def has_reasoning(base: PromptFormat) -> bool:
+    """Whether a base thinks aloud in chats, as far as its chat template shows."""
+    template = base.template if base.chat == "chat" else base.chat
+    return CLOSING in (template or "")
 
 
-def has_reasoning(chat_template: str) -> bool:
-    """Whether the models that a chat template is for think aloud, as far as the template shows."""
-    return CLOSING in chat_template
+def opens_reasoning(prompt_ids: Sequence[int], tokenizer: Tokenizer, *, begun: str = "") -> bool:
+    """Whether a text begins within the reasoning.
 
-
-def opens_reasoning(prompt_ids: Sequence[int], tokenizer: _Decoder) -> bool:
-    """Whether a prompt ends within the model's reasoning: its last tag opens, and no answer begins."""
-    end = list(prompt_ids[-NUM_LAST_TOKENS:])
-    text = tokenizer.decode(end, skip_special_tokens=False)
-    return text.rstrip().endswith(OPENING)
+    Args:
+        prompt_ids: The base's prompt, which may end with an opening tag.
+        tokenizer: The base's tokenizer.
+        begun: The beginning of the answer, if it is given, which may have a tag that is not closed.
+    """
+    if begun.rfind(OPENING) > begun.rfind(CLOSING):
+        return True
+    end = tokenizer.decode(list(prompt_ids[-NUM_LAST_TOKENS:]), skip_special_tokens=False)
+    return str(end).rstrip().endswith(OPENING)
 
 
 class ReasoningSplitter:

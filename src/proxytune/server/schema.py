@@ -27,7 +27,7 @@ from pydantic import (
 )
 
 from proxytune.errors import InvalidRequest
-from proxytune.request import FILTERS, MAX_ALPHA, MIN_TEMPERATURE, SamplingParams
+from proxytune.request import FILTERS, MAX_ALPHA, MIN_TEMPERATURE, ChatOptions, SamplingParams
 from proxytune.server.body import check_shape
 from proxytune.server.habits import HABITS, refused
 from proxytune.server.refusals import explain, field_name, not_honoured
@@ -287,6 +287,11 @@ class Generation(_Extensions):
         return tuple(stop for stop in found if stop)
 
     @property
+    def chat_options(self) -> ChatOptions:
+        """How messages are rendered."""
+        return ChatOptions()
+
+    @property
     def num_new(self) -> int | None:
         """How many tokens to generate at most; None for as many as fit."""
         for name in ("max_completion_tokens", "n_predict", "max_tokens"):
@@ -522,6 +527,23 @@ class ChatRequest(Generation):
                 "new one; set one of them to false"
             )
         return self
+
+    @property
+    def chat_options(self) -> ChatOptions:
+        """How messages are rendered."""
+        variables = dict(self.chat_template_kwargs or {})
+        if self.reasoning_effort is not None:
+            # As in vLLM: some templates know the effort, others only whether to think.
+            variables.setdefault("reasoning_effort", self.reasoning_effort)
+            variables.setdefault("enable_thinking", self.reasoning_effort != "none")
+        is_given = "add_generation_prompt" in self.model_fields_set
+        begins_turn = self.add_generation_prompt if is_given else None
+        return ChatOptions(begins_turn, self.continue_final_message, variables)
+
+    @property
+    def splits_reasoning(self) -> bool:
+        """Whether the reasoning of a reasoning model is kept apart from its answer."""
+        return self.separate_reasoning and self.reasoning_format != "none"
 
 
 # Reading ------------------------------------------------------------------------------------------------

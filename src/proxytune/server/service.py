@@ -188,6 +188,7 @@ class Service:
         )
         self.metrics = Metrics(lambda: self.engine.num_running, lambda: self.engine.num_waiting)
         self.tokens = Tokens(token_bytes(model.ensemble.vocabulary))
+        self._has_reasoning = has_reasoning(model.formats[0])
         self._max_prompt = prompt_limits(model, settings.max_prompt_tokens)[0]
         self._rendering = Rendering(desk_models(model, settings.max_prompt_tokens))
 
@@ -306,7 +307,9 @@ class Service:
                 self._check_length(len(prompt), self._max_prompt)
             explain = wanted.steering.explain, wanted.steering.explain_top
             sampling = self._sampling(wanted, 1)
-            request = Request(prompt, sampling, steering.alpha, steering.experts, *explain)
+            request = Request(
+                prompt, sampling, steering.alpha, steering.experts, *explain, wanted.chat_options
+            )
             job = desk.job(request)
             self._check_length(len(job.prompts[0]), self.settings.max_prompt_tokens)
             # Without a limit, an answer may be as long as the models and the server allow.
@@ -324,7 +327,14 @@ class Service:
                 own = replace(job, sampling=_seeded(job.sampling, number))
                 is_cut = asked is not None and asked > limit
                 orders.append(
-                    Order(own, echo, scores, limit, is_cut, self._splitter(wanted, job, desk))
+                    Order(
+                        own,
+                        echo,
+                        scores,
+                        limit,
+                        is_cut,
+                        self._splitter(wanted, job, desk.formats[0]),
+                    )
                 )
         return orders
 
@@ -586,8 +596,16 @@ class Service:
         scored = text.ticket.scores.tokens
         return prompt_logprobs(scored, self.tokens, num_top=wanted.prompt_logprobs)
 
-    def _splitter(self, wanted: Generation, job: Job, desk: ProxyTuned) -> ReasoningSplitter | None:
-        return None
+    def _splitter(
+        self, wanted: Generation, job: Job, base: PromptFormat
+    ) -> ReasoningSplitter | None:
+        """Return what tells the reasoning of a chat's answer apart; None if the base writes none."""
+        if not (
+            self._has_reasoning and isinstance(wanted, ChatRequest) and wanted.splits_reasoning
+        ):
+            return None
+        begun = wanted.messages[-1].as_message()["content"] if wanted.continue_final_message else ""
+        return ReasoningSplitter(opens_reasoning(job.prompts[0], base.tokenizer, begun=begun))
 
 
 def _check_listed(num_logprobs: int) -> None:
