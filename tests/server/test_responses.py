@@ -116,13 +116,14 @@ INPUTS: list[tuple[Any, Any]] = [
     ([{"role": "user", "content": "abc"}], [{"role": "user", "content": "abc"}]),
     (
         [{"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "b"}]},
-         {"role": "user", "content": [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "c"}]}],
+         {"role": "user", "content": [
+             {"type": "input_text", "text": "a"}, {"type": "input_text", "text": "c"}]}],
         [{"role": "system", "content": "b"}, {"role": "user", "content": "ac"}],
     ),
     (
         [{"role": "user", "content": "a"},
-         {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "b"}],
-          "encrypted_content": None, "status": None},
+         {"type": "reasoning", "id": "rs_1", "summary": [],
+          "content": [{"type": "reasoning_text", "text": "b"}], "encrypted_content": None, "status": None},
          {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed", "phase": None,
           "content": [{"type": "output_text", "text": "c", "annotations": [], "logprobs": []}]},
          {"role": "user", "content": "b"}],
@@ -212,11 +213,19 @@ def test_a_response_can_be_read_and_deleted_again(client, server):
     raw = httpx.delete(f"{server.url}/v1/responses/{found.id}")
     assert raw.json() == {"id": found.id, "object": "response", "deleted": True}
     for call in (client.responses.retrieve, client.responses.delete):
-        with pytest.raises(openai.NotFoundError, match="no response"):
+        with pytest.raises(openai.NotFoundError, match="not found"):
             call(found.id)
     answer = ask(server, previous_response_id=found.id)
     assert answer.status_code == 404
     assert checked_error(answer)["param"] == "previous_response_id"
+
+
+def test_a_response_that_is_kept_is_whole_and_cannot_be_cancelled(client):
+    found = client.responses.create(model="toy", input="abc", max_output_tokens=3)
+    with pytest.raises(openai.BadRequestError, match="Cannot cancel a synchronous response"):
+        client.responses.cancel(found.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.cancel("resp_1")
 
 
 def test_a_response_that_is_not_to_be_stored_is_not(client):

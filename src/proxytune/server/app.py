@@ -28,6 +28,7 @@ from starlette.types import Receive, Scope, Send
 
 from proxytune.errors import (
     BackendError,
+    InvalidRequest,
     PromptTooLong,
     QueueFull,
     ShuttingDown,
@@ -35,6 +36,7 @@ from proxytune.errors import (
     UnknownExpert,
     UserError,
 )
+from proxytune.measure.score import smallest_context
 from proxytune.model import ProxyTuned
 from proxytune.pages.policy import assemble, page_policy
 from proxytune.server.answer import Json
@@ -213,12 +215,21 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
             raise UnknownResponse(response_id)
         return {"id": response_id, "object": "response", "deleted": True}
 
+    async def cancel_response(request: Request, response_id: str) -> Json:
+        """Refuse to cancel a response: each is whole before it is kept."""
+        if kept.get(request.state.arrival.client, response_id) is None:
+            raise UnknownResponse(response_id)
+        raise InvalidRequest(
+            "Cannot cancel a synchronous response.\nhint: close its connection while it is written"
+        )
+
     for path, is_shown in (
         ("/v1/responses/{response_id}", True),
         ("/responses/{response_id}", False),
     ):
         app.get(path, include_in_schema=is_shown, **options)(response_by_id)
         app.delete(path, include_in_schema=is_shown, **options)(delete_response)
+        app.post(f"{path}/cancel", include_in_schema=is_shown, **options)(cancel_response)
 
 
 def _add_token_routes(app: FastAPI, service: Service) -> None:
@@ -311,8 +322,14 @@ def _document_bodies(app: FastAPI) -> None:
 def _add_model_routes(app: FastAPI, service: Service) -> None:
     started = int(time.time())
 
+    max_context = smallest_context(service.model.ensemble.members)
+
     def model_entry(name: str) -> Json:
-        return {"id": name, "object": "model", "created": started, "owned_by": "proxytune"}
+        own: Json = {"id": name, "object": "model", "created": started, "owned_by": "proxytune"}
+        # As vLLM has it for adapters and the model that they are for.
+        parent = None if name == service.settings.name else service.settings.name
+        root = name if parent is None else service.model_names[name]
+        return own | {"root": root, "parent": parent, "max_model_len": max_context}
 
     @app.get("/models", include_in_schema=False)
     @app.get("/v1/models", responses={401: ERRORS[401]}, dependencies=[BEARER])
@@ -320,9 +337,11 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         """List the recipe, and each of its experts as `recipe:expert`."""
         return {"object": "list", "data": [model_entry(name) for name in service.model_names]}
 
-    @app.get("/models/{name}", include_in_schema=False)
+    @app.get("/models/{name:path}", include_in_schema=False)
     @app.get(
-        "/v1/models/{name}", responses={401: ERRORS[401], 404: ERRORS[404]}, dependencies=[BEARER]
+        "/v1/models/{name:path}",
+        responses={401: ERRORS[401], 404: ERRORS[404]},
+        dependencies=[BEARER],
     )
     async def model_by_name(name: str) -> Json:
         """Describe one model."""

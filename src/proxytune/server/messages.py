@@ -170,7 +170,7 @@ class Conversation(_Fields):
             "messages": [ChatMessage.model_construct(**message) for message in messages]
         }
         if self.messages[-1].role == "assistant":
-            values |= {"add_generation_prompt": False, "continue_final_message": True}
+            values["continue_final_message"] = True
         if self.thinking is not None and self.thinking.type == "disabled":
             values["chat_template_kwargs"] = {"enable_thinking": False}
         if self.output_config is not None and self.output_config.effort is not None:

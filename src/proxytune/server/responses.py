@@ -302,7 +302,7 @@ class UnknownResponse(InvalidRequest):
 
     def __init__(self, name: str, field: str | None = None) -> None:
         super().__init__(
-            f"there is no response {name[:100]!r} here: it was not stored, was deleted, or has made room "
+            f"Response with id {name[:100]!r} not found. It was not stored, was deleted, or has made room "
             "for newer ones.\nhint: send the whole conversation as `input`"
         )
         self.field = field

@@ -23,7 +23,7 @@ from proxytune.errors import InvalidRequest, PromptTooLong, ShuttingDown
 from proxytune.measure.prompt import check_scored
 from proxytune.measure.score import smallest_context
 from proxytune.model import ProxyTuned
-from proxytune.request import ChatOptions, Request, SamplingParams, Steering
+from proxytune.request import Request, SamplingParams, Steering
 from proxytune.server.answer import (
     Json,
     Tokens,
@@ -37,7 +37,7 @@ from proxytune.server.answer import (
 from proxytune.server.echo import Echo, token_offsets
 from proxytune.server.engine import Engine
 from proxytune.server.metrics import Metrics
-from proxytune.server.reasoning import ReasoningSplitter
+from proxytune.server.reasoning import ReasoningSplitter, has_reasoning, opens_reasoning
 from proxytune.server.rendering import Rendering, desk_models, prompt_limits
 from proxytune.server.schema import (
     MAX_EXPLAIN_TOP,
@@ -345,13 +345,7 @@ class Service:
             UserError: It cannot be rendered.
         """
         messages: Any = [message.as_message() for message in wanted.messages]
-        options = ChatOptions(
-            add_generation_prompt=wanted.add_generation_prompt
-            and not wanted.continue_final_message,
-            continue_final_message=wanted.continue_final_message,
-            template_kwargs=wanted.chat_template_kwargs or {},
-        )
-        return desk.formats[0].render(messages, "the base", options)
+        return desk.formats[0].render(messages, "the base", wanted.chat_options)
 
     @staticmethod
     def _check_length(num_tokens: int, longest: int | None) -> None:

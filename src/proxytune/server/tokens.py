@@ -17,6 +17,7 @@ from proxytune.server.answer import Json
 from proxytune.server.doors import json_bytes
 from proxytune.server.schema import (
     MAX_MESSAGES,
+    MAX_TEMPLATE_KWARGS,
     ChatMessage,
     InvalidField,
     Name,
@@ -46,7 +47,7 @@ class TokenizeRequest(_Fields):
     return_token_strs: StrictBool | None = None
     add_generation_prompt: StrictBool | None = Field(None, description="Default: true")
     continue_final_message: StrictBool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(None, max_length=MAX_TEMPLATE_KWARGS)
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     # As llama.cpp's server has it.
     content: Text | None = Field(None, description="A text, without special tokens unless asked")
