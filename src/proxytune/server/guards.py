@@ -105,7 +105,7 @@ class Refusal(JSONResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
-        if ANTHROPIC_PATH.match(scope["path"]):
+        if ANTHROPIC_PATH.match(scope.get("path", "")):
             arrival: Arrival | None = scope.get("state", {}).get("arrival")
             self.body = self.render(self.anthropic(arrival.request_id if arrival else ""))
             self.headers["content-length"] = str(len(self.body))

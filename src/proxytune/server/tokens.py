@@ -102,6 +102,7 @@ def tokenize(service: Service, body: bytes | bytearray, desk: ProxyTuned) -> byt
         "count": len(token_ids),
         "max_model_len": smallest_context(service.model.ensemble.members),
         "tokens": token_ids,
+        "token_strs": None,
     }
     if asked.with_pieces:
         found["tokens"] = [{"id": each, "piece": _piece(service, each)} for each in token_ids]
