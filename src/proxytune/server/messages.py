@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictBool, StringConstraints, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    StrictBool,
+    StringConstraints,
+    create_model,
+    model_validator,
+)
 
 from proxytune.model import ProxyTuned
 from proxytune.server.answer import Json
@@ -23,6 +30,7 @@ from proxytune.server.doors import (
     json_bytes,
 )
 from proxytune.server.guards import Refusal
+from proxytune.server.habits import HABITS, Habit, refused
 from proxytune.server.schema import (
     MAX_MESSAGES,
     MAX_PARTS,
@@ -47,10 +55,16 @@ class CacheControl(_Fields):
     ttl: Literal["5m", "1h"] | None = None
 
 
+def _check_block(kind: Any) -> Any:
+    if isinstance(kind, str) and kind not in ("text", "thinking"):
+        raise refused("the models here read text alone: blocks are text, or thinking before it")
+    return kind
+
+
 class Block(_Fields):
     """A piece of a message: text, or the thinking before it."""
 
-    type: Literal["text", "thinking"]
+    type: Annotated[Literal["text", "thinking"], BeforeValidator(_check_block)]
     text: Text | None = None
     thinking: Text | None = None
     signature: Annotated[str, StringConstraints(max_length=10_000)] | None = None
@@ -113,12 +127,19 @@ class Metadata(_Fields):
     )
 
 
+def _check_thinking(kind: Any) -> Any:
+    if kind in ("enabled", "between_tools"):
+        raise refused("thinking has no budget here; it can be adaptive or disabled")
+    return kind
+
+
 class Thinking(_Fields):
     """Whether a model that reasons is to reason."""
 
-    type: Literal["disabled", "adaptive"] = Field(
+    type: Annotated[Literal["disabled", "adaptive"], BeforeValidator(_check_thinking)] = Field(
         description="`disabled` is given to chat templates as `enable_thinking`"
     )
+    budget_tokens: None = None
     display: Literal["summarized"] | None = None
 
 
@@ -138,7 +159,32 @@ class ToolChoice(_Fields):
     disable_parallel_tool_use: StrictBool | None = None
 
 
-class Conversation(_Fields):
+_SCORED = "prompts are scored by /v1/completions and /v1/chat/completions alone"
+_HABITS = {
+    "tools": HABITS["tools"],
+    "speed": Habit("string", ("standard",), "there is one speed here"),
+    "mcp_servers": Habit("array", ([],), "there are no such servers here"),
+}
+"""Fields of conversations that are accepted with the values that change nothing."""
+_MESSAGE_HABITS = {
+    "n": Habit("integer", (1,), "a message has one text"),
+    "n_predict": Habit("integer", (), "max_tokens is the field for that here"),
+    "stop": Habit("string", (), "stop_sequences is the field for that here"),
+    "prompt_logprobs": Habit("integer", (), _SCORED),
+    "stream_options": Habit("object", ({},), "the usage is always part of a stream of messages"),
+    "require_certified": Habit("boolean", (False,), "a message cannot say why it ended then"),
+    "service_tier": Habit("string", ("auto", "standard_only"), "there is one tier here"),
+    "container": Habit("string", (), "there are no containers here"),
+    "inference_geo": Habit("string", (), "the models run where this server runs"),
+}
+"""Those of messages."""
+_habits: dict[str, Any] = {name: habit.as_field() for name, habit in _HABITS.items()}
+_message_habits: dict[str, Any] = {n: habit.as_field() for n, habit in _MESSAGE_HABITS.items()}
+_Conversation: Any = create_model("_Conversation", __base__=_Fields, **_habits)
+_Message: Any = create_model("_Message", __base__=Generation, **_message_habits)
+
+
+class Conversation(_Conversation):
     """What is asked, without how it is answered."""
 
     messages: list[InputMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
@@ -147,11 +193,8 @@ class Conversation(_Fields):
     ) = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    # What clients send by habit, with the values that change nothing.
-    cache_control: CacheControl | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    cache_control: CacheControl | None = Field(None, description="Accepted; changes nothing here")
     tool_choice: ToolChoice | None = None
-    speed: Literal["standard"] | None = None
 
     def chat(self) -> dict[str, Any]:
         """Return the fields of the chat that this is."""
@@ -178,21 +221,12 @@ class Conversation(_Fields):
         return values
 
 
-class MessagesRequest(Conversation, Generation):
+class MessagesRequest(Conversation, _Message):
     """`POST /v1/messages`."""
 
     max_tokens: int = _option("max_new_tokens", default=..., le=2**31)
     stop_sequences: Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     metadata: Metadata | None = None  # type: ignore[assignment]
-    service_tier: Literal["auto", "standard_only"] | None = None
-    # What this API has not.
-    n: Literal[1] = 1
-    stop: None = None
-    stream_options: None = None
-    container: None = None
-    diagnostics: None = None
-    inference_geo: None = None
-    require_certified: Literal[False] = False
 
 
 class CountTokensRequest(Conversation):

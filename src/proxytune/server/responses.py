@@ -11,7 +11,14 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictBool, StringConstraints, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    StrictBool,
+    StringConstraints,
+    create_model,
+    model_validator,
+)
 
 from proxytune.errors import InvalidRequest, PromptTooLong
 from proxytune.measure.score import smallest_context
@@ -27,6 +34,7 @@ from proxytune.server.doors import (
     json_bytes,
 )
 from proxytune.server.guards import Refusal
+from proxytune.server.habits import Habit, refused
 from proxytune.server.schema import (
     MAX_LOGPROBS,
     MAX_MESSAGES,
@@ -36,6 +44,7 @@ from proxytune.server.schema import (
     ChatRequest,
     Generation,
     InvalidField,
+    StreamOptions,
     Text,
     _Fields,
     _option,
@@ -51,10 +60,32 @@ Anything = Annotated[list[Any], Field(max_length=MAX_PARTS)]
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
+def _check_part(kind: Any) -> Any:
+    if isinstance(kind, str) and kind not in ("input_text", "output_text", "reasoning_text"):
+        raise refused("the models here read text alone: input_text, output_text and reasoning_text")
+    return kind
+
+
+def _check_item(kind: Any) -> Any:
+    if isinstance(kind, str) and kind not in ("message", "reasoning"):
+        raise refused("items here are messages and reasoning: tools cannot be called")
+    return kind
+
+
+def _check_format(kind: Any) -> Any:
+    if isinstance(kind, str) and kind != "text":
+        raise refused(
+            "an answer cannot be held to a schema here: it is the text that the model writes"
+        )
+    return kind
+
+
 class InputPart(_Fields):
     """A piece of an input item."""
 
-    type: Literal["input_text", "output_text", "reasoning_text"]
+    type: Annotated[
+        Literal["input_text", "output_text", "reasoning_text"], BeforeValidator(_check_part)
+    ]
     text: Text
     # What clients send back with an answer; none of it changes what the models read.
     annotations: Anything | None = None
@@ -72,7 +103,7 @@ class SummaryPart(_Fields):
 class InputItem(_Fields):
     """A message, or the reasoning before one."""
 
-    type: Literal["message", "reasoning"] | None = "message"
+    type: Annotated[Literal["message", "reasoning"], BeforeValidator(_check_item)] = "message"
     role: Literal["user", "assistant", "system", "developer"] | None = None
     content: (
         Text | Annotated[list[InputPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None
@@ -120,7 +151,7 @@ class ReasoningOptions(_Fields):
 class TextFormat(_Fields):
     """The only format that can be promised: text as the model writes it."""
 
-    type: Literal["text"]
+    type: Annotated[Literal["text"], BeforeValidator(_check_format)]
 
 
 class TextOptions(_Fields):
@@ -130,7 +161,31 @@ class TextOptions(_Fields):
     verbosity: Literal["medium"] | None = None
 
 
-class ResponsesRequest(Generation):
+class ResponseStreamOptions(StreamOptions):
+    """What a stream holds beside the text; the usage is always in its last event."""
+
+    continuous_usage_stats: Literal[False] = False
+
+
+_SCORED = "prompts are scored by /v1/completions and /v1/chat/completions alone"
+_HABITS = {
+    "n": Habit("integer", (1,), "a response has one answer"),
+    "n_predict": Habit("integer", (), "max_output_tokens is the field for that here"),
+    "prompt_logprobs": Habit("integer", (), _SCORED),
+    "background": Habit("boolean", (False,), "a response is written while its client waits"),
+    "conversation": Habit("string", (), "previous_response_id is the field for that here"),
+    "prompt": Habit("object", (), "there are no stored prompts here"),
+    "max_tool_calls": Habit("integer"),
+    "moderation": Habit("object", (), "nothing is moderated here"),
+    "context_management": Habit("array", ([],), "conversations are not compacted here"),
+    "prompt_cache_options": Habit("object"),
+}
+"""Fields of responses that are accepted with the values that change nothing."""
+_habits: dict[str, Any] = {name: habit.as_field() for name, habit in _HABITS.items()}
+_Habits: Any = create_model("_Habits", __base__=Generation, **_habits)
+
+
+class ResponsesRequest(_Habits):
     """`POST /v1/responses`."""
 
     input: (
@@ -177,19 +232,7 @@ class ResponsesRequest(Generation):
         ]
         | None
     ) = None
-    # What clients send by habit, with the values that change nothing.
-    n: Literal[1] = 1
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: StrictBool | None = None
-    max_tool_calls: int | None = Field(None, strict=True, ge=0)
-    background: Literal[False] | None = None
-    conversation: None = None
-    prompt: None = None
-    service_tier: Literal["auto", "default"] | None = None
-    safety_identifier: Id | None = None
-    prompt_cache_key: Id | None = None
-    prompt_cache_retention: Literal["in_memory", "24h"] | None = None
+    stream_options: ResponseStreamOptions | None = None
 
     @property
     def has_logprobs(self) -> bool:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictBool, model_validator
+from pydantic import AfterValidator, Field, StrictBool, model_validator
 
 from proxytune.measure.score import smallest_context
 from proxytune.model import ProxyTuned
 from proxytune.request import ChatOptions
 from proxytune.server.answer import Json
 from proxytune.server.doors import json_bytes
+from proxytune.server.habits import HABITS
 from proxytune.server.schema import (
     MAX_MESSAGES,
     MAX_TEMPLATE_KWARGS,
@@ -48,7 +49,9 @@ class TokenizeRequest(_Fields):
     add_generation_prompt: StrictBool | None = Field(None, description="Default: true")
     continue_final_message: StrictBool | None = None
     chat_template_kwargs: dict[str, Any] | None = Field(None, max_length=MAX_TEMPLATE_KWARGS)
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tools: Annotated[Any, AfterValidator(HABITS["tools"].check)] = Field(
+        None, description="Cannot be honoured unless empty"
+    )
     # As llama.cpp's server has it.
     content: Text | None = Field(None, description="A text, without special tokens unless asked")
     add_special: StrictBool | None = Field(None, description="As `add_special_tokens`, for content")
