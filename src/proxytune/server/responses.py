@@ -356,7 +356,6 @@ def _chat(asked: ResponsesRequest, conversation: Sequence[Json]) -> ChatRequest:
     values = common_fields(asked)
     if asked.instructions is not None:
         conversation = [{"role": "system", "content": asked.instructions}, *conversation]
-    values["user"] = asked.user or asked.safety_identifier
     values["messages"] = [ChatMessage.model_construct(**message) for message in conversation]
     values["max_completion_tokens"] = asked.max_output_tokens
     if asked.has_logprobs:
@@ -364,6 +363,26 @@ def _chat(asked: ResponsesRequest, conversation: Sequence[Json]) -> ChatRequest:
     if asked.reasoning is not None and asked.reasoning.effort is not None:
         values["reasoning_effort"] = asked.reasoning.effort
     return ChatRequest.model_construct(**values)
+
+
+_TOLD: dict[str, Any] = {
+    "instructions": None,
+    "max_output_tokens": None,
+    "max_tool_calls": None,
+    "metadata": {},
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "prompt_cache_key": None,
+    "safety_identifier": None,
+    "store": True,
+    "temperature": 1.0,
+    "tool_choice": "auto",
+    "top_logprobs": 0,
+    "top_p": 1.0,
+    "truncation": "disabled",
+    "user": None,
+}
+"""What a response repeats of its request, with the values of fields that the request does not have."""
 
 
 class _ResponseWriter(Writer):
@@ -422,6 +441,8 @@ class _ResponseWriter(Writer):
 
     def _response(self, answer: Answer, status: str, output: list[Json]) -> Json:
         asked = self._asked
+        told = {name: getattr(asked, name) for name in _TOLD}
+        effort = None if asked.reasoning is None else asked.reasoning.effort
         return {
             "id": f"resp_{answer.id}",
             "object": "response",
@@ -431,32 +452,14 @@ class _ResponseWriter(Writer):
             "completed_at": None,
             "error": None,
             "incomplete_details": None,
-            "instructions": asked.instructions,
-            "max_output_tokens": asked.max_output_tokens,
-            "max_tool_calls": asked.max_tool_calls,
-            "metadata": asked.metadata or {},
             "model": asked.model or self._service.settings.name,
             "output": output,
-            "parallel_tool_calls": asked.parallel_tool_calls is not False,
-            "previous_response_id": asked.previous_response_id,
-            "prompt_cache_key": asked.prompt_cache_key,
-            "reasoning": {
-                "effort": None if asked.reasoning is None else asked.reasoning.effort,
-                "summary": None,
-            },
-            "safety_identifier": asked.safety_identifier,
+            "reasoning": {"effort": effort, "summary": None},
             "service_tier": "default",
-            "store": asked.store is not False,
-            "temperature": 1.0 if asked.temperature is None else asked.temperature,
             "text": {"format": {"type": "text"}, "verbosity": "medium"},
-            "tool_choice": asked.tool_choice or "auto",
             "tools": [],
-            "top_logprobs": asked.top_logprobs or 0,
-            "top_p": 1.0 if asked.top_p is None else asked.top_p,
-            "truncation": asked.truncation or "disabled",
             "usage": None,
-            "user": asked.user,
-        }
+        } | {name: _TOLD[name] if value is None else value for name, value in told.items()}
 
     def _output(self, answer: Answer, status: str) -> list[Json]:
         """Return the items: the reasoning, if there is any, and the message."""
