@@ -153,7 +153,8 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
         whole = await _whole(service, answer, request.receive)
         if whole is None:
             return Response(status_code=CLIENT_GONE)
-        return JSONResponse(whole, headers=answer.headers)
+        # Elsewhere, because thousands of logprobs would hold up all other requests.
+        return await asyncio.to_thread(JSONResponse, whole, headers=answer.headers)
 
     def body_of(kind: type[Generation]) -> dict[str, Any]:
         schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
@@ -255,7 +256,8 @@ async def _whole(service: Service, answer: Answer, receive: Receive) -> Json | N
     """Return the JSON of an answer once all its texts have ended; None if the client goes away."""
 
     async def gather() -> Json:
-        return service.whole(answer, [part async for part in service.parts(answer)])
+        parts = [part async for part in service.parts(answer)]
+        return await asyncio.to_thread(service.whole, answer, parts)
 
     try:
         return await _unless_gone(receive, gather())
@@ -315,7 +317,10 @@ class _EventStream(Response):
             yield _event(chunk)
         try:
             async for part in service.parts(answer):
-                found = service.chunk(answer, part)
+                if part.offset is None and part.owner.ticket.scores is not None:
+                    found = await asyncio.to_thread(service.chunk, answer, part)
+                else:
+                    found = service.chunk(answer, part)
                 if found is not None:
                     yield _event(found)
         except Exception as error:
