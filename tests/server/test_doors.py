@@ -11,6 +11,8 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
+from proxytune.server.habits import HABITS
+from proxytune.server.schema import SAMPLING, Generation
 from tests.server import test_messages, test_reasoning, test_responses
 from tests.server.test_app import fresh, text_of
 from tests.server.test_faults import KEYS, wait_until
@@ -93,6 +95,31 @@ def test_the_documentation_has_the_bodies_of_all_doors(server):
         re.findall(r'"#/components/schemas/(\w+)"', httpx.get(f"{server.url}/openapi.json").text)
     )
     assert named <= set(schemas)
+
+
+HONOURED = {
+    "model", "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "stop", "logit_bias",
+    "stream", "stream_options", "user", "metadata", "proxytune", "top_k", "repeat_penalty", "repeat_last_n",
+    "min_tokens", "stop_token_ids", "first_logit_bias",
+}  # fmt: skip
+"""The fields of all requests that responses honour; messages have other words for some of them."""
+
+
+@pytest.mark.parametrize("path", ("/v1/responses", "/v1/messages"))
+def test_each_field_of_a_chat_is_honoured_or_refused_by_name_at_the_other_doors(server, path):
+    """A new field of all requests has to be thought of here, or it would be ignored."""
+    own = {"chat_template_kwargs", "vllm_xargs"}  # as the request language of all doors has them
+    fields = set(Generation.model_fields) - set(HABITS) - set(SAMPLING) - HONOURED - own
+    values: dict[str, Any] = dict.fromkeys(fields, True) | {
+        "n": 2,
+        "n_predict": 1,
+        "prompt_logprobs": 1,
+    }
+    assert {"n", "n_predict", "prompt_logprobs", "return_token_ids"} <= fields
+    for field in fields:
+        body = {"model": "toy", **BODIES[path], field: values[field]}
+        answer = httpx.post(f"{server.url}{path}", json=body, timeout=20)
+        assert answer.status_code == 400 and field in answer.text, (field, answer.text)
 
 
 # Names of requests ----------------------------------------------------------------------------------

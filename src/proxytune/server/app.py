@@ -180,7 +180,8 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
         whole = await _whole(service, answer, writer, request.receive)
         if whole is None:
             return Response(status_code=CLIENT_GONE)
-        return JSONResponse(whole, headers=answer.headers)
+        # Elsewhere, because thousands of logprobs would hold up all other requests.
+        return await asyncio.to_thread(JSONResponse, whole, headers=answer.headers)
 
     def add(path: str, door: Door, name: str, description: str) -> None:
         async def answer(request: Request) -> Response:
@@ -395,7 +396,8 @@ async def _whole(service: Service, answer: Answer, writer: Writer, receive: Rece
     """Return the JSON of an answer once all its texts have ended; None if the client goes away."""
 
     async def gather() -> Json:
-        return writer.whole(answer, [part async for part in service.parts(answer)])
+        parts = [part async for part in service.parts(answer)]
+        return await asyncio.to_thread(writer.whole, answer, parts)
 
     try:
         return await _unless_gone(receive, gather())
@@ -457,7 +459,10 @@ class _EventStream(Response):
             yield line
         try:
             async for part in self._service.parts(answer):
-                for line in writer.add(answer, part):
+                lines = writer.add(answer, part)
+                if part.offset is None and part.owner.ticket.scores is not None:
+                    lines = await asyncio.to_thread(list, lines)
+                for line in lines:
                     yield line
         except Exception as error:
             for line in writer.fail(answer, _refusal(error), self._request_id):

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from pydantic import BaseModel, create_model
 
 from proxytune.model import ProxyTuned
 from proxytune.server.answer import Json
 from proxytune.server.guards import Refusal
+from proxytune.server.habits import Habit
 from proxytune.server.schema import ChatRequest, CompletionRequest, Generation
 from proxytune.server.service import Answer, AnswerPart, Order, Service
 from proxytune.trace import Step
@@ -37,6 +40,22 @@ def common_fields(asked: Generation) -> dict[str, Any]:
     return {
         name: getattr(asked, name) for name in asked.model_fields_set & set(Generation.model_fields)
     }
+
+
+_WHERE = "/v1/completions and /v1/chat/completions"
+PLAIN_ONLY = {
+    "n": Habit("integer", (1,), f"there is one answer here; several are given by {_WHERE}"),
+    "prompt_logprobs": Habit("integer", (), f"prompts are scored by {_WHERE} alone"),
+    "return_token_ids": Habit("boolean", (False,), f"token ids are listed by {_WHERE} alone"),
+    "return_tokens_as_token_ids": Habit("boolean", (False,), f"that is done by {_WHERE} alone"),
+}
+"""Fields of completions and chats that other doors take with the values that change nothing."""
+
+
+def with_habits(name: str, base: type[BaseModel], habits: Mapping[str, Habit]) -> Any:
+    """Return a class of requests with fields that are taken with some values alone."""
+    fields: dict[str, Any] = {key: habit.as_field() for key, habit in habits.items()}
+    return create_model(name, __base__=base, **fields)
 
 
 class Piece(NamedTuple):

@@ -14,13 +14,13 @@ from pydantic import (
     Field,
     StrictBool,
     StringConstraints,
-    create_model,
     model_validator,
 )
 
 from proxytune.model import ProxyTuned
 from proxytune.server.answer import Json
 from proxytune.server.doors import (
+    PLAIN_ONLY,
     Door,
     Gathered,
     Piece,
@@ -28,6 +28,7 @@ from proxytune.server.doors import (
     common_fields,
     event,
     json_bytes,
+    with_habits,
 )
 from proxytune.server.guards import Refusal
 from proxytune.server.habits import HABITS, Habit, refused
@@ -159,18 +160,15 @@ class ToolChoice(_Fields):
     disable_parallel_tool_use: StrictBool | None = None
 
 
-_SCORED = "prompts are scored by /v1/completions and /v1/chat/completions alone"
 _HABITS = {
     "tools": HABITS["tools"],
     "speed": Habit("string", ("standard",), "there is one speed here"),
     "mcp_servers": Habit("array", ([],), "there are no such servers here"),
 }
 """Fields of conversations that are accepted with the values that change nothing."""
-_MESSAGE_HABITS = {
-    "n": Habit("integer", (1,), "a message has one text"),
+_MESSAGE_HABITS = PLAIN_ONLY | {
     "n_predict": Habit("integer", (), "max_tokens is the field for that here"),
     "stop": Habit("string", (), "stop_sequences is the field for that here"),
-    "prompt_logprobs": Habit("integer", (), _SCORED),
     "stream_options": Habit("object", ({},), "the usage is always part of a stream of messages"),
     "require_certified": Habit("boolean", (False,), "a message cannot say why it ended then"),
     "service_tier": Habit("string", ("auto", "standard_only"), "there is one tier here"),
@@ -178,10 +176,8 @@ _MESSAGE_HABITS = {
     "inference_geo": Habit("string", (), "the models run where this server runs"),
 }
 """Those of messages."""
-_habits: dict[str, Any] = {name: habit.as_field() for name, habit in _HABITS.items()}
-_message_habits: dict[str, Any] = {n: habit.as_field() for n, habit in _MESSAGE_HABITS.items()}
-_Conversation: Any = create_model("_Conversation", __base__=_Fields, **_habits)
-_Message: Any = create_model("_Message", __base__=Generation, **_message_habits)
+_Conversation: Any = with_habits("_Conversation", _Fields, _HABITS)
+_Message: Any = with_habits("_Message", Generation, _MESSAGE_HABITS)
 
 
 class Conversation(_Conversation):

@@ -16,7 +16,6 @@ from pydantic import (
     Field,
     StrictBool,
     StringConstraints,
-    create_model,
     model_validator,
 )
 
@@ -25,6 +24,7 @@ from proxytune.measure.score import smallest_context
 from proxytune.model import ProxyTuned
 from proxytune.server.answer import Json, chat_logprobs
 from proxytune.server.doors import (
+    PLAIN_ONLY,
     Door,
     Gathered,
     Piece,
@@ -32,6 +32,7 @@ from proxytune.server.doors import (
     common_fields,
     event,
     json_bytes,
+    with_habits,
 )
 from proxytune.server.guards import Refusal
 from proxytune.server.habits import Habit, refused
@@ -167,11 +168,8 @@ class ResponseStreamOptions(StreamOptions):
     continuous_usage_stats: Literal[False] = False
 
 
-_SCORED = "prompts are scored by /v1/completions and /v1/chat/completions alone"
-_HABITS = {
-    "n": Habit("integer", (1,), "a response has one answer"),
+_HABITS = PLAIN_ONLY | {
     "n_predict": Habit("integer", (), "max_output_tokens is the field for that here"),
-    "prompt_logprobs": Habit("integer", (), _SCORED),
     "background": Habit("boolean", (False,), "a response is written while its client waits"),
     "conversation": Habit("string", (), "previous_response_id is the field for that here"),
     "prompt": Habit("object", (), "there are no stored prompts here"),
@@ -181,8 +179,7 @@ _HABITS = {
     "prompt_cache_options": Habit("object"),
 }
 """Fields of responses that are accepted with the values that change nothing."""
-_habits: dict[str, Any] = {name: habit.as_field() for name, habit in _HABITS.items()}
-_Habits: Any = create_model("_Habits", __base__=Generation, **_habits)
+_Habits: Any = with_habits("_Habits", Generation, _HABITS)
 
 
 class ResponsesRequest(_Habits):

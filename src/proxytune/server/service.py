@@ -99,6 +99,7 @@ class AnswerText:
     ticket: Ticket
     order: Order
     num_steps: int = 0
+    num_reasoning: int = 0
     num_chars: int = 0
     has_begun: bool = False
     finish_reason: str | None = None
@@ -164,11 +165,13 @@ class Answer:
         num_prompt = sum(len(text.ticket.job.prompts[0]) for text in self.texts[:: self.wanted.n])
         num_new = sum(text.num_steps for text in self.texts)
         num_reused = sum(text.ticket.num_reused for text in self.texts)
+        num_reasoning = sum(text.num_reasoning for text in self.texts)
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_new,
             "total_tokens": num_prompt + num_new,
             "prompt_tokens_details": {"cached_tokens": num_reused},
+            "completion_tokens_details": {"reasoning_tokens": num_reasoning},
         }
 
 
@@ -188,6 +191,7 @@ class Service:
         )
         self.metrics = Metrics(lambda: self.engine.num_running, lambda: self.engine.num_waiting)
         self.tokens = Tokens(token_bytes(model.ensemble.vocabulary))
+        self._named_by_id = replace(self.tokens, shows_ids=True)
         self._has_reasoning = has_reasoning(model.formats[0])
         self._max_prompt = prompt_limits(model, settings.max_prompt_tokens)[0]
         self._rendering = Rendering(desk_models(model, settings.max_prompt_tokens))
@@ -470,6 +474,7 @@ class Service:
             reasoning, splitter = "", owner.order.splitter
             if splitter is not None:
                 is_last = event.finish_reason is not None
+                owner.num_reasoning += splitter.is_inside and bool(steps)
                 reasoning, text = splitter.push(text, is_last=is_last)
             offset = owner.num_chars if owner.has_begun else None
             owner.has_begun = True
@@ -492,15 +497,17 @@ class Service:
                     choice["message"]["reasoning_content"] = reasoning
             else:
                 choice["text"] = content
-            choice["logprobs"] = self._logprobs(answer.wanted, text, steps, None)
-            if not answer.is_chat and answer.wanted.prompt_logprobs is not None:
                 choice["prompt_logprobs"] = self._prompt_logprobs(answer.wanted, text)
+                choice["prompt_token_ids"] = _prompt_ids(answer, text)
+            choice["token_ids"] = _token_ids(answer, steps)
+            choice["logprobs"] = self._logprobs(answer.wanted, text, steps, None)
             if answer.wanted.proxytune is not None:
                 choice["proxytune"] = self.steered(answer, text, steps)
             choices.append(choice)
         whole = self._envelope(answer) | {"choices": choices, "usage": answer.usage}
-        if answer.is_chat and answer.wanted.prompt_logprobs is not None:
+        if answer.is_chat:
             whole["prompt_logprobs"] = self._prompt_logprobs(answer.wanted, answer.texts[0])
+            whole["prompt_token_ids"] = _prompt_ids(answer, answer.texts[0])
         return whole
 
     def steered(self, answer: Answer, text: AnswerText, steps: Sequence[Step]) -> Json:
@@ -516,7 +523,10 @@ class Service:
         if not answer.is_chat:
             return []
         delta = {"role": "assistant", "content": ""}
-        return [self._chunk(answer, {"index": t.index, "delta": delta}) for t in answer.texts]
+        chunks = [self._chunk(answer, {"index": t.index, "delta": delta}) for t in answer.texts]
+        if answer.wanted.return_token_ids:
+            chunks[0]["prompt_token_ids"] = _prompt_ids(answer, answer.texts[0])
+        return chunks
 
     def chunk(self, answer: Answer, part: AnswerPart) -> Json | None:
         """Return the chunk that a part adds to a stream; None if it adds nothing."""
@@ -526,7 +536,8 @@ class Service:
         reasoning = part.reasoning if shows_reasoning(answer.wanted) else ""
         logprobs = self._logprobs(answer.wanted, text, part.steps, part.offset)
         tokens = self.explained(answer, part.steps)
-        if not (content or reasoning or text.finish_reason or logprobs or tokens):
+        token_ids = _token_ids(answer, part.steps)
+        if not (content or reasoning or text.finish_reason or logprobs or tokens or token_ids):
             return None
         choice: Json = {"index": text.index}
         if answer.is_chat:
@@ -537,6 +548,10 @@ class Service:
         choice["logprobs"] = logprobs
         if tokens:
             choice["proxytune"] = {"tokens": tokens}
+        if answer.wanted.return_token_ids:
+            choice["token_ids"] = token_ids
+            if part.offset is None and not answer.is_chat:
+                choice["prompt_token_ids"] = _prompt_ids(answer, text)
         return self._chunk(answer, choice, text.finish_reason)
 
     def usage_chunk(self, answer: Answer) -> Json:
@@ -570,23 +585,25 @@ class Service:
         self, wanted: Generation, text: AnswerText, steps: Sequence[Step], offset: int | None
     ) -> Json | None:
         """Return the `logprobs` of steps; those of the prompt come before them if `offset` is None."""
+        tokens = self._named_by_id if wanted.return_tokens_as_token_ids else self.tokens
         if isinstance(wanted, ChatRequest):
-            return chat_logprobs(steps, self.tokens) if wanted.logprobs and steps else None
+            return chat_logprobs(steps, tokens) if wanted.logprobs and steps else None
         assert isinstance(wanted, CompletionRequest)
         if wanted.logprobs is None:
             return None
         echo, scores, found = text.order.echo, text.ticket.scores, None
         if steps:
             start = len(echo.text) + (offset or 0)
-            has_top = wanted.logprobs > 0
-            found = completion_logprobs(steps, self.tokens, offset=start, has_top=has_top)
+            found = completion_logprobs(steps, tokens, offset=start)
         if offset is None and wanted.echo and scores is not None:
-            first = echoed_logprobs(echo, scores.tokens, self.tokens, num_top=wanted.logprobs)
+            first = echoed_logprobs(echo, scores.tokens, tokens, num_top=wanted.logprobs)
             return joined_logprobs(first, found)
         return found
 
-    def _prompt_logprobs(self, wanted: Generation, text: AnswerText) -> list[Json | None]:
-        assert text.ticket.scores is not None and wanted.prompt_logprobs is not None
+    def _prompt_logprobs(self, wanted: Generation, text: AnswerText) -> list[Json | None] | None:
+        if wanted.prompt_logprobs is None:
+            return None
+        assert text.ticket.scores is not None
         scored = text.ticket.scores.tokens
         return prompt_logprobs(scored, self.tokens, num_top=wanted.prompt_logprobs)
 
@@ -600,6 +617,16 @@ class Service:
             return None
         begun = wanted.messages[-1].as_message()["content"] if wanted.continue_final_message else ""
         return ReasoningSplitter(opens_reasoning(job.prompts[0], base.tokenizer, begun=begun))
+
+
+def _token_ids(answer: Answer, steps: Sequence[Step]) -> list[int] | None:
+    """Return the token ids of steps, if the request asks for them."""
+    return [step.token_id for step in steps] if answer.wanted.return_token_ids else None
+
+
+def _prompt_ids(answer: Answer, text: AnswerText) -> list[int] | None:
+    """Return the token ids of a text's prompt as the base reads it, if the request asks for them."""
+    return list(text.ticket.job.prompts[0]) if answer.wanted.return_token_ids else None
 
 
 def _check_listed(num_logprobs: int) -> None:
