@@ -13,8 +13,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, create_model
-
 from proxytune.model import ProxyTuned
 from proxytune.server.answer import Json
 from proxytune.server.guards import Refusal
@@ -52,10 +50,9 @@ PLAIN_ONLY = {
 """Fields of completions and chats that other doors take with the values that change nothing."""
 
 
-def with_habits(name: str, base: type[BaseModel], habits: Mapping[str, Habit]) -> Any:
-    """Return a class of requests with fields that are taken with some values alone."""
-    fields: dict[str, Any] = {key: habit.as_field() for key, habit in habits.items()}
-    return create_model(name, __base__=base, **fields)
+def as_fields(habits: Mapping[str, Habit]) -> dict[str, Any]:
+    """Return what pydantic's `create_model` takes for fields that are taken with some values alone."""
+    return {name: habit.as_field() for name, habit in habits.items()}
 
 
 class Piece(NamedTuple):

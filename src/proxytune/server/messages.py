@@ -14,6 +14,7 @@ from pydantic import (
     Field,
     StrictBool,
     StringConstraints,
+    create_model,
     model_validator,
 )
 
@@ -25,10 +26,10 @@ from proxytune.server.doors import (
     Gathered,
     Piece,
     Writer,
+    as_fields,
     common_fields,
     event,
     json_bytes,
-    with_habits,
 )
 from proxytune.server.guards import Refusal
 from proxytune.server.habits import HABITS, Habit, refused
@@ -176,8 +177,8 @@ _MESSAGE_HABITS = PLAIN_ONLY | {
     "inference_geo": Habit("string", (), "the models run where this server runs"),
 }
 """Those of messages."""
-_Conversation: Any = with_habits("_Conversation", _Fields, _HABITS)
-_Message: Any = with_habits("_Message", Generation, _MESSAGE_HABITS)
+_Conversation: Any = create_model("_Conversation", __base__=_Fields, **as_fields(_HABITS))
+_Message: Any = create_model("_Message", __base__=Generation, **as_fields(_MESSAGE_HABITS))
 
 
 class Conversation(_Conversation):

@@ -16,6 +16,7 @@ from pydantic import (
     Field,
     StrictBool,
     StringConstraints,
+    create_model,
     model_validator,
 )
 
@@ -29,10 +30,10 @@ from proxytune.server.doors import (
     Gathered,
     Piece,
     Writer,
+    as_fields,
     common_fields,
     event,
     json_bytes,
-    with_habits,
 )
 from proxytune.server.guards import Refusal
 from proxytune.server.habits import Habit, refused
@@ -179,7 +180,7 @@ _HABITS = PLAIN_ONLY | {
     "prompt_cache_options": Habit("object"),
 }
 """Fields of responses that are accepted with the values that change nothing."""
-_Habits: Any = with_habits("_Habits", Generation, _HABITS)
+_Habits: Any = create_model("_Habits", __base__=Generation, **as_fields(_HABITS))
 
 
 class ResponsesRequest(_Habits):
