@@ -299,15 +299,15 @@ def test_a_request_of_the_largest_shape_that_the_api_allows_is_read():
 @pytest.mark.parametrize(
     ("kind", "body", "told", "field"),
     [
-        (CompletionRequest, completion('["a"' + ',"a"' * 64 + "]"), "at most 64 items", "prompt"),
-        (CompletionRequest, completion("[1,1,1,-1,-2]"), "greater than or equal", "prompt.3"),
-        (CompletionRequest, completion("[[1],[]]"), "at least 1 item", "prompt.1"),
+        (CompletionRequest, completion('["a"' + ',"a"' * 64 + "]"), "more than 64 items", "prompt"),
+        (CompletionRequest, completion("[1,1,1,-1,-2]"), "must be at least 0", "prompt.3"),
+        (CompletionRequest, completion("[[1],[]]"), "must have at least 1", "prompt.1"),
         (CompletionRequest, with_field('"beams":1,"more":2'), "'beams' is not a field", "beams"),
-        (CompletionRequest, with_field('"n":1,"n":99'), "less than or equal", "n"),
+        (CompletionRequest, with_field('"n":1,"n":99'), "must be at most 8", "n"),
         (CompletionRequest, with_field(f'"{"a" * 500}":1'), "a" * 100 + "'", "a" * 100),
-        (ChatRequest, chat(f"[{','.join([MESSAGE] * 1001)}]"), "at most 1000 items", "messages"),
-        (ChatRequest, chat(parts(*[PART] * 1001)), "at most 1000", "messages.0.content"),
-        (ChatRequest, with_metadata(numbered('"%d":"a"', 17)), "at most 16", "metadata"),
+        (ChatRequest, chat(f"[{','.join([MESSAGE] * 1001)}]"), "more than 1000 items", "messages"),
+        (ChatRequest, chat(parts(*[PART] * 1001)), "more than 1000 items", "messages.0.content"),
+        (ChatRequest, with_metadata(numbered('"%d":"a"', 17)), "more than 16 items", "metadata"),
     ],
 )  # fmt: skip
 def test_the_first_wrong_item_is_named(kind, body, told, field):

@@ -222,6 +222,9 @@ class Service:
             "base": name,
             # A base without a chat format reads conversations as plain text, and few such models answer well.
             "has_chat": not self.model.formats[0].joins_messages,
+            # A template may stand around one question, without the turns before it.
+            "has_turns": not self.model.formats[0].is_single_turn,
+            "has_reasoning": self._has_reasoning,
             "default_experts": list(recipe.named()),
             "experts": [{"name": e.name, "alpha": e.alpha} for e in recipe.experts],
             "limits": {
