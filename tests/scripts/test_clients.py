@@ -1,8 +1,7 @@
 """Clients of the server's APIs do what they can, each in the Python that it is installed in.
 
-The scripts in `clients/` list the things. OpenAI's client belongs to this project's environment. The others
-do not: `make test-fit` installs them into two of their own and names their Pythons in CLIENTS_PYTHON and
-LLAMA_INDEX_PYTHON; without these their tests are skipped.
+The scripts in `clients/` list the things. OpenAI's client belongs to this project's environment, the others
+run in Pythons of their own (`tests/support/clients.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import pytest
 
 from proxytune.model import ProxyTuned
 from proxytune.server.settings import ServerSettings
+from tests.support.clients import clients_python
 from tests.support.served import served
 
 SCRIPTS = Path(__file__).parent / "clients"
@@ -61,12 +61,13 @@ def test_each_script_is_run():
 
 @pytest.mark.parametrize("client", NUM_THINGS)
 def test_a_client_does_what_it_can(client, addresses, tmp_path):
-    variable = {"with_llama_index": "LLAMA_INDEX_PYTHON"}.get(client, "CLIENTS_PYTHON")
-    python = sys.executable if client == "with_openai" else os.environ.get(variable)
-    if not python:
-        pytest.skip(f"{variable} names no Python with this client of the server: make test-fit")
+    if client == "with_openai":
+        python = sys.executable
+    else:
+        is_llama_index = client == "with_llama_index"
+        python = clients_python("LLAMA_INDEX_PYTHON" if is_llama_index else "CLIENTS_PYTHON")
     done = subprocess.run(
-        [Path(python).absolute(), SCRIPTS / f"{client}.py", addresses["ADDRESS"]],
+        [python, SCRIPTS / f"{client}.py", addresses["ADDRESS"]],
         cwd=tmp_path,
         env={
             **os.environ,
