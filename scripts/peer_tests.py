@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
@@ -26,10 +27,7 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+import tomllib
 
 HERE = Path(__file__).parent
 TABLE = HERE / "peer_tests.toml"
@@ -105,7 +103,7 @@ def run_tests(arguments: argparse.Namespace, peer: dict[str, Any], folder: Path)
         "peer": arguments.peer,
         "serve": [*command, "--max-tokens", str(arguments.max_tokens)],
         "environment": {"PYTHONPATH": os.environ.get("PYTHONPATH", "")},
-        "port": arguments.port,
+        "port": arguments.port or free_port(),
         "timeout": arguments.timeout,
         "tokenizer": str(save_tokenizer(arguments.recipe, folder))
         if arguments.peer == "vllm"
@@ -124,8 +122,7 @@ def run_tests(arguments: argparse.Namespace, peer: dict[str, Any], folder: Path)
         "HF_HUB_OFFLINE": "1",
     }
     pytest = [arguments.python, "-m", "pytest", "-p", "peer_tests_plugin", "-p", "no:cacheprovider"]
-    options = ["--quiet", "--tb=short", "--no-header", "--timeout", str(arguments.timeout)]
-    options += ["--continue-on-collection-errors"]
+    options = ["--quiet", "--tb=short", "--no-header", "--continue-on-collection-errors"]
     if arguments.peer == "vllm":
         # Above lies what the tests of the models need, GPUs included.
         options += ["--confcutdir=tests/entrypoints", "--rootdir=.", "-o", "asyncio_mode=auto"]
@@ -142,6 +139,13 @@ def run_tests(arguments: argparse.Namespace, peer: dict[str, Any], folder: Path)
         last = arguments.output.read_text("utf-8").splitlines()[-1]
         raise Unusable(f"the tests did not run to their end: {last}")
     return [json.loads(line) for line in report.read_text("utf-8").splitlines()]
+
+
+def free_port() -> int:
+    """Return a port on which nobody listens."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def save_tokenizer(recipe: str, folder: Path) -> Path:
@@ -211,7 +215,7 @@ def table(found: dict[str, Any]) -> str:
     return head + "\n".join(f"| {what} | {number:,} |" for what, number in rows)
 
 
-def parse(given: list[str] | None = None) -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("peer", choices=("llama.cpp", "vllm"))
     parser.add_argument(
@@ -221,7 +225,9 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
         "--python", type=Path, required=True, help="Python with what the tests import"
     )
     parser.add_argument("--recipe", default="package:proxytune/smol")
-    parser.add_argument("--port", type=int, default=8790)
+    parser.add_argument(
+        "--port", type=int, default=0, help="port of our server; 0 picks a free one"
+    )
     parser.add_argument(
         "--only", nargs="+", metavar="TEST", help="run these files or tests, as pytest names them"
     )
@@ -234,10 +240,13 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
         "--max-tokens", type=int, default=256, help="limit for a text, as CPUs are slow"
     )
     parser.add_argument("--timeout", type=int, default=180, help="seconds for one test")
+    parser.add_argument(
+        "--table", type=Path, default=TABLE, help="which tests are left out, and why"
+    )
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--log", type=Path, default=Path("peer_tests.server.log"))
     parser.add_argument("--output", type=Path, default=Path("peer_tests.pytest.log"))
-    arguments = parser.parse_args(given)
+    arguments = parser.parse_args()
     arguments.python = arguments.python.absolute()
     return arguments
 
@@ -245,7 +254,7 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Run the command; returns its exit code."""
     arguments = parse()
-    peer = tomllib.loads(TABLE.read_text("utf-8"))[arguments.peer]
+    peer = tomllib.loads(arguments.table.read_text("utf-8"))[arguments.peer]
     reasons = peer["reasons"]
     try:
         check_environment(arguments.python, peer["needs"])
@@ -269,7 +278,7 @@ def main() -> int:
         arguments.json.write_text(json.dumps(numbers, indent=2) + "\n", "utf-8")
     unknown = [] if arguments.only else unknown_tests(reasons, found)
     for each in unknown:
-        print(f"{TABLE.name} names {each}, and there is no such test", file=sys.stderr)
+        print(f"{arguments.table.name} names {each}, and there is no such test", file=sys.stderr)
     return 1 if numbers["failed"] or unknown else 0
 
 

@@ -7,12 +7,14 @@ names of models and tokenizers. Requests and assertions stay the peer's own.
 
 from __future__ import annotations
 
+import ast
 import atexit
+import importlib.util
 import inspect
 import json
-import linecache
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -111,8 +113,6 @@ new_keys: dict[str, str] = {}
 
 def rename_models() -> None:
     """Rename models in what the HTTP clients of the tests send."""
-    import httpx
-    import httpx2  # What the official clients use.
     import requests
 
     def renamed(body: Any) -> Any:
@@ -120,14 +120,15 @@ def rename_models() -> None:
             return {**body, "model": new_names[body["model"]]}
         return body
 
+    def with_new_keys(headers: Any) -> Any:
+        return headers and {name: new_keys.get(value, value) for name, value in headers.items()}
+
     send = requests.Session.request
 
     def request(
         self: Any, *given: Any, json: Any = None, headers: Any = None, **options: Any
     ) -> Any:
-        if headers and headers.get("Authorization") in new_keys:
-            headers = {**headers, "Authorization": new_keys[headers["Authorization"]]}
-        return send(self, *given, json=renamed(json), headers=headers, **options)
+        return send(self, *given, json=renamed(json), headers=with_new_keys(headers), **options)
 
     def builder(build: Callable[..., Any]) -> Callable[..., Any]:
         def build_request(self: Any, *given: Any, **options: Any) -> Any:
@@ -136,14 +137,17 @@ def rename_models() -> None:
                 options["content"] = json.dumps(body).encode()
             elif "json" in options:
                 options["json"] = renamed(options["json"])
+            options["headers"] = with_new_keys(options.get("headers"))
             return build(self, *given, **options)
 
         return build_request
 
     requests.Session.request = request
-    for module in (httpx, httpx2):
-        for client in (module.Client, module.AsyncClient):
-            client.build_request = builder(client.build_request)
+    for name in ("httpx", "httpx2"):  # Official clients of different ages use one or the other.
+        if importlib.util.find_spec(name) is not None:
+            module = importlib.import_module(name)
+            for client in (module.Client, module.AsyncClient):
+                client.build_request = builder(client.build_request)
 
 
 # llama.cpp ----------------------------------------------------------------------------------------------
@@ -359,6 +363,17 @@ def pytest_collectreport(report: pytest.CollectReport) -> None:
 
 
 @pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    def give_up(signum: int, frame: Any) -> None:
+        raise TimeoutError(f"not done within {SETTINGS['timeout']} s")
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(SETTINGS["timeout"])
+    yield
+    signal.alarm(0)
+
+
+@pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     outcome = yield
     found = outcome.get_result()  # type: ignore[attr-defined]
@@ -370,7 +385,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
         crash = getattr(found.longrepr, "reprcrash", None)
         detail = str(found.longrepr) if crash is None else crash.message
         if crash is not None:
-            detail = f"{line_of(crash.path, crash.lineno)}\n{detail}"
+            detail = f"{statement_at(crash.path, crash.lineno)}\n{detail}"
         fails_at = SETTINGS["reasons"].get(reason, {}).get("fails_at")
         as_listed = fails_at is not None and re.search(fails_at, detail)
         left_out = reason is not None and (fails_at is None or as_listed)
@@ -379,7 +394,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
         report(test, "passed", reason=reason, seconds=round(found.duration, 2))
 
 
-def line_of(path: str, number: int) -> str:
-    """Return the line of a test that failed, with those that belong to it."""
-    lines = [linecache.getline(path, number + each).strip() for each in range(3)]
-    return " ".join(lines)
+def statement_at(path: str, number: int) -> str:
+    """Return the statement of a test at a line, and nothing of those around it."""
+    source = Path(path).read_text("utf-8")
+    at_line = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.stmt) and node.lineno <= number <= (node.end_lineno or 0)
+    ]
+    shortest = min(at_line, key=lambda node: (node.end_lineno or 0) - node.lineno, default=None)
+    return "" if shortest is None else ast.get_source_segment(source, shortest) or ""
