@@ -112,7 +112,9 @@ def test_what_is_needed_and_null_is_missing():
     )
     assert refusal(ChatRequest, messages=None).field == "messages"
     nobodys = [{"role": "user", "content": None}]
-    assert "content is missing" in str(refusal(ChatRequest, messages=nobodys))
+    assert refusal(ChatRequest, messages=nobodys).field == "messages.0.content"
+    silent = [*MESSAGES, {"role": "assistant", "content": None}]
+    assert read(ChatRequest, messages=silent).messages[1].as_message()["content"] == ""
 
 
 @pytest.mark.parametrize("path", ("completions", "chat/completions"))
