@@ -317,6 +317,15 @@ def test_a_stream_reports_its_usage_in_every_piece_if_asked(server: Served):
     assert [chunk["usage"] is None for chunk in chunks] == [True, True, True, False]
 
 
+@pytest.mark.parametrize("name", ("prediction", "chat_template_kwargs", "prompt_cache_key"))
+def test_half_a_character_is_refused_also_where_nothing_reads_it(name: str):
+    half = "\ud800" if name == "prompt_cache_key" else {"a": ["\ud800"]}
+    with pytest.raises(InvalidRequest, match="half of a surrogate pair"):
+        read(ChatRequest, **{name: half})
+    whole = "\U0001f600" if name == "prompt_cache_key" else {"a": ["\U0001f600"]}
+    assert getattr(read(ChatRequest, **{name: whole}), name) == whole
+
+
 # What is said of the rest ------------------------------------------------------------------------
 
 

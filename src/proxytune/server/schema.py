@@ -577,9 +577,16 @@ def read_request(kind: type[Asked], body: bytes | bytearray) -> Asked:
     if unknown is not None:
         raise InvalidField(not_honoured(unknown), field_name([unknown]))
     try:
-        return kind.model_validate(found)
+        wanted = kind.model_validate(found)
     except ValidationError as error:
         raise InvalidField(*explain(error)) from None
+    if re.search(rb"\\u[dD][89a-fA-F]", body):
+        # Also in what is passed on as it is, to a template or to the log.
+        try:
+            _check_text(json.dumps(found, ensure_ascii=False))
+        except ValueError as error:
+            raise InvalidRequest(f"the body {error}") from None
+    return wanted
 
 
 def not_an_object() -> InvalidRequest:
