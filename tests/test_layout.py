@@ -20,10 +20,11 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "files": (),
     "machine": (),
     "settings": (),
+    "policy": (),
     "request": (),
     "grants": (),
     "trace": (),
-    "logits": ("certificate", "policy", "sample", "steer", "rules", "views"),
+    "logits": ("certificate", "sample", "steer", "rules", "views"),
     "text": ("meter", "library", "template", "prompts", "detokenize", "vocab"),
     "checkpoints": (
         "faults",
@@ -38,7 +39,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "checkpoint",
         "adapter",
     ),
-    "recipe": ("checks", "address", "spec", "card", "directory", "recipe", "files"),
+    "recipe": ("checks", "address", "spec", "card", "directory", "recipe", "fields", "files"),
     "export": ("layout", "tokenizer", "write", "adapter", "model", "recipe"),
     "backends": (
         "base",

@@ -30,8 +30,8 @@ from proxytune.integrations.vllm.config import RecipeConfig, find_ensemble
 from proxytune.integrations.vllm.draft import draft_model, speculative_config
 from proxytune.integrations.vllm.server import vllm_server_command
 from proxytune.integrations.vllm.weights import share_equal_parameters
-from proxytune.logits.policy import Policy
 from proxytune.model import ProxyTuned
+from proxytune.policy import Policy
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ApiSettings, ExpertSpec, LlamaCppSettings, ModelSpec
 from proxytune.request import Request, SamplingParams
@@ -66,6 +66,16 @@ ASKED: tuple[tuple[dict[str, Any] | None, dict[str, Any]], ...] = (
     (
         {"expert": "tinyshakespeare=0.3,legal=0.6"},
         {"experts": {"tinyshakespeare": 0.3, "legal": 0.6}},
+    ),
+    # A row's own policy, beside rows of others.
+    ({"policy": "gate_sure"}, {"policy": "gate_sure"}),
+    (
+        {"policy": '{"clip": 1.5}', "expert": "legal", "alpha": 1.2},
+        {"policy": {"clip": 1.5}, "experts": "legal", "alpha": 1.2},
+    ),
+    (
+        {"combine": "union", "expert": ["legal", "medical"]},
+        {"combine": "union", "experts": ("legal", "medical")},
     ),
 )
 
@@ -171,7 +181,7 @@ def cases_of(
         asked.append(
             {"prompt": text, "max_tokens": length, "logprobs": 2, "extra_args": extra, **more}
         )
-        same.append(Request(text, sampling, own.get("alpha"), own.get("experts")))
+        same.append(Request(text, sampling, **own))
     return asked, same
 
 
@@ -230,7 +240,11 @@ def test_a_text_ends_where_the_base_says(engine, expected):
 
 
 def test_a_wrong_request_is_refused_and_the_engine_goes_on(engine):
-    for extra, field in (({"alpha": "x"}, "alpha"), ({"expert": "nonsense"}, "nonsense")):
+    for extra, field in (
+        ({"alpha": "x"}, "alpha"),
+        ({"expert": "nonsense"}, "nonsense"),
+        ({"policy": "x"}, "policy"),
+    ):
         (answer,) = engine.ask([{"prompt": "a", "max_tokens": 2, "extra_args": extra}])
         assert answer["kind"] in ("VLLMValidationError", "ValueError") and field in answer["error"]
     (answer,) = engine.ask([{"prompt": "a", "max_tokens": 2, "extra_args": {"alpha": 1}}])
@@ -424,7 +438,7 @@ def test_the_second_model_runner_is_told_whose_row_is_whose(tiny, monkeypatch):
 
     monkeypatch.setattr(model_states, "resolve_model_state_cls", lambda config, model: State)
     config = checked(tiny).model_config.hf_config
-    model = SimpleNamespace(_models=[None], _menu=config.menu, _rows=config.row_strengths)
+    model = SimpleNamespace(_models=[None], _menu=config.menu, _rows=config.rows)
     state = _follow_rows(None, model)()
     for slot, extra in ((3, {"alpha": 0}), (5, None), (0, {"expert": "two"})):
         params = SimpleNamespace(extra_args=extra)
@@ -435,14 +449,15 @@ def test_the_second_model_runner_is_told_whose_row_is_whose(tiny, monkeypatch):
     )
     state.preprocess_state(batch, None, None, None)
     assert calls == [3, 5, 0, batch]
-    default, zero, two = config.menu.default, (0.0,) * 5, (0.0, 0.0, 0.5, 0.0, 0.0)
+    default = config.menu.default
+    zero, two = (default._replace(strengths=own) for own in ((0.0,) * 5, (0.0, 0.0, 0.5, 0.0, 0.0)))
     assert model._rows.take(5) == [default, default, zero, two, two]
     state.add_request(3, SimpleNamespace(sampling_params=SimpleNamespace(extra_args=None)))
     batch = SimpleNamespace(
         idx_mapping_np=np.array([3, 5]), expanded_idx_mapping=torch.tensor([3, 5])
     )
     state.preprocess_state(batch, None, None, None)
-    assert model._rows.take(2) is None
+    assert model._rows.take(2) == [default] * 2
 
 
 # Speculation --------------------------------------------------------------------------------------
@@ -640,9 +655,9 @@ def test_the_config_is_the_bases_within_the_limits_of_all(tiny):
     ]
     assert config.model_config.get_vocab_size() == NUM_TOKENS + 6
     assert config.load_config.load_format == "proxytune"
-    assert recipe_config.menu.strengths({"expert": "contrast"}) == (0.0, 0.5)
+    assert recipe_config.menu.asked({"expert": "contrast"}).strengths == (0.0, 0.5)
     with pytest.raises(Exception, match="no expert 'two'"):
-        recipe_config.menu.strengths({"expert": "two"})
+        recipe_config.menu.asked({"expert": "two"})
     assert checked(tiny).model_config.max_model_len == 192
 
 

@@ -19,7 +19,7 @@ from proxytune.decode.ensemble import Pair
 from proxytune.errors import UnsupportedModel
 from proxytune.grants import NOTHING, Grants
 from proxytune.integrations.auto import ProxyTunedConfig, ProxyTunedTokenizer, check_one_prompt
-from proxytune.integrations.vllm.request import Menu, RowStrengths, set_menu
+from proxytune.integrations.vllm.request import Menu, Rows, set_menu
 from proxytune.loading.members import find_members
 from proxytune.recipe.files import RecipeFiles
 from proxytune.recipe.recipe import ARCHITECTURE, Recipe
@@ -216,11 +216,11 @@ class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
         return self.ensemble
 
     @property
-    def row_strengths(self) -> RowStrengths:
+    def rows(self) -> Rows:
         """What the model and the logits processor of one worker share."""
         if "_rows" not in self.__dict__:
-            self.__dict__["_rows"] = RowStrengths(self.menu.default)
-        rows: RowStrengths = self.__dict__["_rows"]
+            self.__dict__["_rows"] = Rows(self.menu.default)
+        rows: Rows = self.__dict__["_rows"]
         return rows
 
     @property
