@@ -25,7 +25,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "grants": (),
     "trace": (),
     "logits": ("certificate", "sample", "steer", "rules", "views"),
-    "text": ("meter", "library", "template", "prompts", "detokenize", "vocab"),
+    "text": ("meter", "library", "template", "prompts", "one_stream", "detokenize", "vocab"),
     "checkpoints": (
         "faults",
         "untrusted",
@@ -77,7 +77,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "batch",
         "collect",
     ),
-    "loading": ("members", "doctor", "load"),
+    "loading": ("formats", "members", "samples", "doctor", "load"),
     "measure": ("metrics", "score", "branch", "given", "likelihood", "rank", "sweep", "curve"),
     "model": (),
     "testing": (),
