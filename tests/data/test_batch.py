@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxytune.data.batch import BatchProgress, BatchReport, run_batch
-from proxytune.data.lines import BatchOptions, InputFile, line_seed, parse_line
+from proxytune.data.lines import SAMPLING_OPTIONS, BatchOptions, InputFile, line_seed, parse_line
 from proxytune.data.resumable import ResumableOutput, number_list
 from proxytune.errors import InputFileError, InvalidRequest, OutputFileError, UserError
 from proxytune.model import ProxyTuned
@@ -120,6 +120,23 @@ def test_options_of_a_line_hold_for_it_alone(tmp_path: Path):
     assert both["alpha"] == {"first": 0.25, "second": 2}
     assert len(both["logprobs"]) == 12 and len(both["logprobs"][0]["top"]) == 2
     assert "logprobs" not in plain
+
+
+def test_a_null_is_absence_everywhere_in_a_line(tmp_path: Path):
+    """Nulls of `messages`, `options` and of single options were refused, or hid what the run had set."""
+    options = dict.fromkeys(("alpha", "expert", *SAMPLING_OPTIONS))
+    lines = [
+        {"prompt": "ab"},
+        {"prompt": "ab", "messages": None, "options": None},
+        {"prompt": "ab", "options": options},
+        {"messages": [{"role": "user", "content": "ab", "tool_calls": None}], "prompt": None},
+    ]
+    seeded = [line | {"options": {**(line.get("options") or {}), "seed": 3}} for line in lines]
+    run(write_lines(tmp_path / "in.jsonl", seeded), tmp_path / "out.jsonl")
+    plain, *others = (line["output"] for line in read_lines(tmp_path / "out.jsonl"))
+    assert others == [plain] * 3
+    given = one(lines[2], tmp_path, sampling=replace(SAMPLING, stop=("b",), max_new_tokens=5))
+    assert given["options"] == options and given["output"]["num_new_tokens"] <= 5
 
 
 def test_a_top_k_larger_than_any_vocabulary_keeps_all_tokens(tmp_path: Path):

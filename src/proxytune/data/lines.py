@@ -101,30 +101,38 @@ def parse_line(raw: bytes, number: int, *, recipe: Recipe, options: BatchOptions
         raise InputFileError(f"JSON that cannot be kept ({error})") from error
     if not isinstance(content, dict):
         raise InputFileError(f'it is a JSON {_kind(content)}, and must be an object with "prompt"')
-    if "prompt" in content and "messages" in content:
+    given = _without_nulls(content)
+    if "prompt" in given and "messages" in given:
         raise InputFileError(
             'it has both "prompt" and "messages", and only one of them can be the prompt'
         )
-    if "prompt" not in content and "messages" not in content:
-        given = ", ".join(map(repr, content)) or "none"
-        raise InputFileError(f'it has neither "prompt" nor "messages" (its fields: {given})')
-    if "output" in content:
+    if "prompt" not in given and "messages" not in given:
+        names = ", ".join(map(repr, given)) or "none"
+        raise InputFileError(f'it has neither "prompt" nor "messages" (its fields: {names})')
+    if "output" in given:
         raise InputFileError(
             'it has a field "output", which is where the answer goes.\nhint: rename the field'
         )
-    prompt = content["messages" if "messages" in content else "prompt"]
+    prompt = given["messages" if "messages" in given else "prompt"]
     is_list = isinstance(prompt, list)
-    if "messages" in content and not (is_list and all(isinstance(m, dict) for m in prompt)):
+    if "messages" in given and not (is_list and all(isinstance(m, dict) for m in prompt)):
         raise InputFileError('"messages" must be a list of {"role": text, "content": text}')
     if is_list:
-        prompt = tuple(prompt)
-    own = content.get("options", {})
+        prompt = tuple(_without_nulls(item) for item in prompt)
+    own = given.get("options", {})
     if not isinstance(own, dict):
         raise InputFileError(f'"options" is a JSON {_kind(own)}, and must be an object')
-    request = _request(prompt, own, number, options)
+    request = _request(prompt, _without_nulls(own), number, options)
     recipe.strengths(request.steering)
     recipe.policy_for(request.steering)
     return Line(number, content, request)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a JSON object without the fields that are null, as if they were left out; others as they are."""
+    if not isinstance(value, dict):
+        return value
+    return {name: each for name, each in value.items() if each is not None}
 
 
 def _request(prompt: Any, own: Mapping[str, Any], number: int, options: BatchOptions) -> Request:

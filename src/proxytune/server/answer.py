@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from proxytune.measure.prompt import PromptToken
+from proxytune.server.echo import Echo
 from proxytune.trace import Step, View
 
 Json = dict[str, Any]
@@ -55,9 +57,51 @@ def completion_logprobs(
     return {
         "tokens": [tokens.text(step.token_id) for step in steps],
         "token_logprobs": [step.logprob for step in steps],
-        "top_logprobs": [_by_text(step, tokens) for step in steps] if has_top else None,
+        "top_logprobs": [_best(step.top, tokens) for step in steps] if has_top else None,
         "text_offset": offsets,
     }
+
+
+def echoed_logprobs(
+    echo: Echo, scored: Sequence[PromptToken], tokens: Tokens, *, num_top: int
+) -> Json:
+    """Return `choices[].logprobs` for the tokens of a prompt; nothing comes before the first one."""
+    top = [None, *(_best(each.top[:num_top], tokens) for each in scored)]
+    return {
+        "tokens": [tokens.text(token_id) for token_id in echo.token_ids],
+        "token_logprobs": [None, *(_finite(each.logprob) for each in scored)],
+        "top_logprobs": top if num_top else None,
+        "text_offset": list(echo.offsets),
+    }
+
+
+def joined_logprobs(first: Json, second: Json | None) -> Json:
+    """Return `choices[].logprobs` of a prompt and of the text after it."""
+    if second is None:
+        return first
+    return {key: value and [*value, *second[key]] for key, value in first.items()}
+
+
+def prompt_logprobs(
+    scored: Sequence[PromptToken], tokens: Tokens, *, num_top: int
+) -> list[Json | None]:
+    """Return `prompt_logprobs` as vLLM writes it: for each token, itself and the likeliest ones, by id."""
+    found: list[Json | None] = [None]
+    for each in scored:
+        entries = [(each.token_id, _finite(each.logprob), each.rank)]
+        best = _possible(each.top[:num_top])
+        entries += [(*pair, rank) for rank, pair in enumerate(best, start=1)]
+        found.append(
+            {
+                str(token_id): {
+                    "logprob": logprob,
+                    "rank": rank,
+                    "decoded_token": tokens.text(token_id),
+                }
+                for token_id, logprob, rank in entries
+            }
+        )
+    return found
 
 
 def explained(step: Step, tokens: Tokens) -> Json:
@@ -92,12 +136,17 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _by_text(step: Step, tokens: Tokens) -> dict[str, float]:
+def _best(top: Sequence[tuple[int, float]], tokens: Tokens) -> dict[str, float]:
     """Return the most likely tokens, best first; where incomplete characters share a text, the best one."""
     found: dict[str, float] = {}
-    for token_id, logprob in _possible(step.top):
+    for token_id, logprob in _possible(top):
         found.setdefault(tokens.text(token_id), logprob)
     return found
+
+
+def _finite(logprob: float) -> float:
+    # A policy can make a token impossible. JSON has no -inf, and the API writes it so.
+    return max(logprob, -9999.0)
 
 
 def _possible(top: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

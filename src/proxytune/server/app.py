@@ -143,15 +143,17 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
         found = await _unless_gone(request.receive, reading)
         if found is None:
             return Response(status_code=CLIENT_GONE)
-        wanted, jobs = found
+        wanted, orders = found
         arrival.body.close()
         answer = service.begin(
-            wanted, jobs, client=arrival.client, host=arrival.host, deadline=deadline
+            wanted, orders, client=arrival.client, host=arrival.host, deadline=deadline
         )
         if wanted.stream:
             return _EventStream(service, answer)
         whole = await _whole(service, answer, request.receive)
-        return Response(status_code=CLIENT_GONE) if whole is None else JSONResponse(whole)
+        if whole is None:
+            return Response(status_code=CLIENT_GONE)
+        return JSONResponse(whole, headers=answer.headers)
 
     def body_of(kind: type[Generation]) -> dict[str, Any]:
         schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
@@ -289,7 +291,8 @@ class _EventStream(Response):
         self.status_code = 200
         self.background = None
         self.body = b""
-        self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        self.init_headers(headers | answer.headers)
         del self.headers["content-length"]
         self._service = service
         self._answer = answer
