@@ -164,6 +164,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "habits",
         "refusals",
         "schema",
+        "steering",
         "echo",
         "answer",
         "reasoning",

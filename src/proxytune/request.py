@@ -341,9 +341,9 @@ class Request:
         experts: A name, names, or names with strengths; None takes the recipe's default.
         explain: Record in each step what base, expert, anti-expert and steered model gave.
         explain_top: Number of likeliest tokens of each model to record, 0 to 1,000.
+        chat: How a conversation is rendered.
         policy: How strongly to steer at each token, as in `Steering`; None takes the recipe's.
         combine: How several experts steer, as in `Steering`; None takes the recipe's.
-        chat: How a conversation is rendered.
 
     Raises:
         InvalidRequest: The prompt is empty or of no known kind, options of a conversation are given for
@@ -356,9 +356,9 @@ class Request:
     experts: Experts | None = None
     explain: bool = False
     explain_top: int = 5
+    chat: ChatOptions = field(default_factory=ChatOptions)
     policy: PolicySettings | None = None
     combine: str | None = None
-    chat: ChatOptions = field(default_factory=ChatOptions)
 
     def __post_init__(self) -> None:
         _ = self.steering  # checks it

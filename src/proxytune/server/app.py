@@ -53,8 +53,9 @@ from proxytune.server.schema import (
     InvalidField,
     not_an_object,
 )
-from proxytune.server.service import Answer, Service, TimeIsUp, UnknownModel
+from proxytune.server.service import Answer, Service, TimeIsUp
 from proxytune.server.settings import ServerSettings
+from proxytune.server.steering import UnknownModel
 
 logger = logging.getLogger("proxytune.server")
 

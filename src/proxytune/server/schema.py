@@ -22,12 +22,21 @@ from pydantic import (
     StrictBool,
     StringConstraints,
     ValidationError,
+    WithJsonSchema,
     create_model,
     model_validator,
 )
 
 from proxytune.errors import InvalidRequest
-from proxytune.request import FILTERS, MAX_ALPHA, MIN_TEMPERATURE, ChatOptions, SamplingParams
+from proxytune.policy import COMBINATIONS, POLICIES, Policy
+from proxytune.request import (
+    FILTERS,
+    MAX_ALPHA,
+    MIN_TEMPERATURE,
+    ChatOptions,
+    SamplingParams,
+    Steering,
+)
 from proxytune.server.body import check_shape
 from proxytune.server.habits import HABITS, refused
 from proxytune.server.refusals import explain, field_name, not_honoured
@@ -119,6 +128,25 @@ class _Fields(BaseModel):
         return _without_nulls(found)
 
 
+def _check_policy(policy: Any) -> Any:
+    try:
+        Policy().changed(_without_nulls(policy), None)
+    except InvalidRequest as error:
+        raise ValueError(str(error)) from None
+    return policy
+
+
+def _check_combination(combine: Any) -> Any:
+    try:
+        Policy().changed(None, combine)
+    except InvalidRequest as error:
+        raise ValueError(str(error)) from None
+    return combine
+
+
+_POLICY_SCHEMA = {"anyOf": [{"type": "string", "enum": list(POLICIES)}, {"type": "object"}]}
+
+
 class SteeringFields(_Fields):
     """How this request is steered.
 
@@ -136,6 +164,14 @@ class SteeringFields(_Fields):
         ]
         | None
     ) = None
+    policy: Annotated[Any, AfterValidator(_check_policy), WithJsonSchema(_POLICY_SCHEMA)] = Field(
+        None, description="A policy's name, or settings as in the recipe's steering, instead of its"
+    )
+    combine: Annotated[
+        Any,
+        AfterValidator(_check_combination),
+        WithJsonSchema({"type": "string", "enum": list(COMBINATIONS)}),
+    ] = Field(None, description="How several experts steer, instead of as the recipe says")
     explain: StrictBool = Field(False, description="Report what each model gave each token")
     explain_top: int = Field(
         5,
@@ -152,6 +188,11 @@ class SteeringFields(_Fields):
                 "experts have strengths of their own, so neither expert nor alpha may be given beside them"
             )
         return self
+
+    def as_steering(self) -> Steering:
+        """Return it as the library has it."""
+        experts = self.expert if self.experts is None else self.experts
+        return Steering(self.alpha, experts, _without_nulls(self.policy), self.combine)
 
 
 def _check_obfuscation(value: Any) -> Any:
@@ -217,6 +258,10 @@ class Generation(_Extensions):
         | None
     ) = Field(None, description="Accepted; changes nothing here")
     proxytune: SteeringFields | None = None
+    vllm_xargs: dict[str, Any] | None = Field(
+        None,
+        description="alpha, expert, policy and combine, as vLLM's plugin of this project reads them",
+    )
     # Extensions that other servers have under the same names.
     n_predict: NumNew | None = Field(None, description="The same as max_tokens")
     top_k: int = _option(
