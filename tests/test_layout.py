@@ -174,6 +174,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "guards",
         "app",
         "run",
+        "vllm",
     ),
     "commands": (
         "flags",

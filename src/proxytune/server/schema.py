@@ -60,7 +60,7 @@ MAX_TEMPLATE_KWARGS = 32
 NO_LIMIT = -1
 """As a number of new tokens: as many as fit. As a seed: a new one each time. Both are llama.cpp's."""
 
-Asked = TypeVar("Asked", bound="Generation")
+Asked = TypeVar("Asked", bound="_Fields")
 
 
 class InvalidField(InvalidRequest):
@@ -193,6 +193,12 @@ class SteeringFields(_Fields):
         """Return it as the library has it."""
         experts = self.expert if self.experts is None else self.experts
         return Steering(self.alpha, experts, _without_nulls(self.policy), self.combine)
+
+
+class SteeringOnly(_Fields):
+    """The field of this project in a request whose other fields another server reads."""
+
+    proxytune: SteeringFields | None = None
 
 
 def _check_obfuscation(value: Any) -> Any:

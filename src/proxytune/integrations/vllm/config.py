@@ -24,6 +24,7 @@ from proxytune.loading.members import find_members
 from proxytune.recipe.files import RecipeFiles
 from proxytune.recipe.recipe import ARCHITECTURE, Recipe
 from proxytune.recipe.spec import ModelSpec
+from proxytune.text.prompts import PromptFormat
 from proxytune.text.vocab import Alignment, align
 
 _log = logging.getLogger(__name__)
@@ -88,11 +89,10 @@ def find_ensemble(recipe: Recipe, grants: Grants = NOTHING) -> ServedEnsemble:
     found, pairs = find_members(RecipeFiles(recipe, grants))
     base = found[0].checkpoint
     members: list[ServedMember] = []
-    for part, spec, checkpoint, adapter, _ in found:
+    for part, _, checkpoint, adapter, own in found:
         if adapter is not None:
             adapter.check_fits(checkpoint)
-        if members and spec.prompt == "chat":
-            _check_templates(part, base, checkpoint)
+        _check_texts(part, found[0].format, own)
         name = f"small_{len(members) - 1}" if members else "base"
         alignment = align(base.vocabulary, checkpoint.vocabulary)
         members.append(ServedMember(name, part, checkpoint, adapter, alignment))
@@ -109,12 +109,6 @@ def _check_recipe(recipe: Recipe) -> None:
         raise UnsupportedModel(
             "the recipe's steering has a schedule, and vLLM does not tell a model where its prompt ended.\n"
             "hint: leave schedule out, or use `proxytune serve` without --engine vllm"
-        )
-    if recipe.base.prompt not in ("plain", "chat"):
-        raise UnsupportedModel(
-            "the recipe has a prompt template of its own, and vLLM renders chats with the "
-            "base's, or with one given to its server.\n"
-            'hint: write "prompt": "chat", and give the template to vLLM with --chat-template'
         )
     _check_dtypes(recipe.models)
 
@@ -161,11 +155,15 @@ def _check_dtypes(specs: dict[str, ModelSpec]) -> None:
         )
 
 
-def _check_templates(title: str, base: Checkpoint, small: Checkpoint) -> None:
-    if base.tokenizer.chat_template != small.tokenizer.chat_template:
+def _check_texts(title: str, base: PromptFormat, own: PromptFormat) -> None:
+    """Refuse a model that reads texts in another way than the base.
+
+    Where models read messages differently, the recipe's tokenizer says so when a chat is rendered.
+    """
+    if own.text == "chat" and own.template != base.template:
         raise UnsupportedModel(
-            f"{title} has another chat template than the base, so their prompts differ, and vLLM has one "
-            "stream of tokens for all models.\n"
+            f"{title} reads texts through another chat template than the base, so their prompts differ, and "
+            "vLLM has one stream of tokens for all models.\n"
             "hint: use `proxytune serve` without --engine vllm, which renders a prompt for each model"
         )
 
@@ -194,7 +192,7 @@ class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
     @property
     def menu(self) -> Menu:
         """What requests choose from."""
-        return Menu(self.served_recipe, self.__dict__.get("_is_fixed", ""))
+        return Menu(self.served_recipe, self.__dict__.get("_is_fixed", ""), self.grants)
 
     @property
     def ensemble(self) -> ServedEnsemble:

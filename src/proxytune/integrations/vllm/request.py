@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from proxytune.errors import InvalidRequest, UserError, closest, did_you_mean
+from proxytune.grants import NOTHING, Grants
 from proxytune.policy import Policy
 from proxytune.recipe.fields import KEYS, read_steering
 from proxytune.recipe.recipe import Recipe
@@ -36,10 +37,12 @@ class Menu:
     Args:
         recipe: The recipe with only the served experts.
         is_fixed: Why requests may not choose; empty if they may.
+        grants: What the caller allows.
     """
 
     recipe: Recipe
     is_fixed: str = ""
+    grants: Grants = NOTHING
 
     @property
     def default(self) -> RowSteering:
