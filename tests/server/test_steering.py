@@ -51,8 +51,14 @@ def post(server: Served, body: dict[str, Any] | bytes, path: str = "/v1/completi
 # One steering, said in several ways; and the same for the library.
 SAID: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"proxytune": {"policy": "gate_agree"}}, {"policy": "gate_agree"}),
-    ({"proxytune": {"policy": {"clip": 1.5}, "combine": "union"}}, {"policy": {"clip": 1.5}, "combine": "union"}),
-    ({"proxytune": {"policy": {"schedule": [[0, 1], [4, 0]]}}}, {"policy": {"schedule": [[0, 1], [4, 0]]}}),
+    (
+        {"proxytune": {"policy": {"clip": 1.5}, "combine": "union"}},
+        {"policy": {"clip": 1.5}, "combine": "union"},
+    ),
+    (
+        {"proxytune": {"policy": {"schedule": [[0, 1], [4, 0]]}}},
+        {"policy": {"schedule": [[0, 1], [4, 0]]}},
+    ),
     ({"proxytune": {"policy": None, "combine": None, "alpha": None, "expert": None}}, {}),
     ({"proxytune": {"policy": {"policy": None, "clip": None}}}, {"policy": "constant"}),
     ({"proxytune": None, "vllm_xargs": None}, {}),
@@ -61,24 +67,54 @@ SAID: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"vllm_xargs": {"alpha": 0}}, {"alpha": 0.0}),
     ({"vllm_xargs": {"alpha": 0.4, "expert": "two"}}, {"alpha": 0.4, "experts": "two"}),
     ({"vllm_xargs": {"expert": ["one=0.25", "two"]}}, {"experts": {"one": 0.25, "two": 0.5}}),
-    ({"vllm_xargs": {"expert": "one=0.25, two", "alpha": 2}}, {"experts": {"one": 0.25, "two": 2.0}}),
+    (
+        {"vllm_xargs": {"expert": "one=0.25, two", "alpha": 2}},
+        {"experts": {"one": 0.25, "two": 2.0}},
+    ),
     ({"vllm_xargs": {"expert": {"two": 0.25}}}, {"experts": {"two": 0.25}}),
     ({"vllm_xargs": {"policy": "gate_agree"}}, {"policy": "gate_agree"}),
-    ({"vllm_xargs": {"policy": '{"clip": 1.5}', "combine": "union"}}, {"policy": {"clip": 1.5}, "combine": "union"}),
-    ({"vllm_xargs": {"policy": '{"schedule": [[0, 1], [4, 0]]}'}}, {"policy": {"schedule": [[0, 1], [4, 0]]}}),
+    (
+        {"vllm_xargs": {"policy": '{"clip": 1.5}', "combine": "union"}},
+        {"policy": {"clip": 1.5}, "combine": "union"},
+    ),
+    (
+        {"vllm_xargs": {"policy": '{"schedule": [[0, 1], [4, 0]]}'}},
+        {"policy": {"schedule": [[0, 1], [4, 0]]}},
+    ),
     # In two places, which say the same or different things.
     ({"proxytune": {"alpha": 0.5}, "vllm_xargs": {"alpha": 0.5}}, {"alpha": 0.5}),
-    ({"proxytune": {"alpha": 0.5}, "vllm_xargs": {"expert": "two"}}, {"alpha": 0.5, "experts": "two"}),
+    (
+        {"proxytune": {"alpha": 0.5}, "vllm_xargs": {"expert": "two"}},
+        {"alpha": 0.5, "experts": "two"},
+    ),
     ({"proxytune": {"expert": "two"}, "vllm_xargs": {"expert": ["two"]}}, {"experts": "two"}),
-    ({"proxytune": {"expert": "two"}, "vllm_xargs": {"expert": "two=0.3"}}, {"experts": {"two": 0.3}}),
-    ({"proxytune": {"experts": {"two": 0.3}}, "vllm_xargs": {"expert": "two"}}, {"experts": {"two": 0.3}}),
-    ({"proxytune": {"policy": {"clip": 2}}, "vllm_xargs": {"policy": '{"clip": 2.0}'}}, {"policy": {"clip": 2}}),
-    ({"proxytune": {"policy": "gate_agree"}, "vllm_xargs": {"combine": "union"}}, {"policy": "gate_agree", "combine": "union"}),
+    (
+        {"proxytune": {"expert": "two"}, "vllm_xargs": {"expert": "two=0.3"}},
+        {"experts": {"two": 0.3}},
+    ),
+    (
+        {"proxytune": {"experts": {"two": 0.3}}, "vllm_xargs": {"expert": "two"}},
+        {"experts": {"two": 0.3}},
+    ),
+    (
+        {"proxytune": {"policy": {"clip": 2}}, "vllm_xargs": {"policy": '{"clip": 2.0}'}},
+        {"policy": {"clip": 2}},
+    ),
+    (
+        {"proxytune": {"policy": "gate_agree"}, "vllm_xargs": {"combine": "union"}},
+        {"policy": "gate_agree", "combine": "union"},
+    ),
     ({"model": "toy:two"}, {"experts": "two"}),
-    ({"model": "toy:two", "proxytune": {"alpha": 0.3, "policy": "gate_agree"}}, {"alpha": 0.3, "experts": "two", "policy": "gate_agree"}),
+    (
+        {"model": "toy:two", "proxytune": {"alpha": 0.3, "policy": "gate_agree"}},
+        {"alpha": 0.3, "experts": "two", "policy": "gate_agree"},
+    ),
     ({"model": "toy:two", "proxytune": {"experts": {"two": 0.3}}}, {"experts": {"two": 0.3}}),
-    ({"model": "toy:two", "vllm_xargs": {"expert": "two", "alpha": 0.3}}, {"alpha": 0.3, "experts": "two"}),
-]  # fmt: skip
+    (
+        {"model": "toy:two", "vllm_xargs": {"expert": "two", "alpha": 0.3}},
+        {"alpha": 0.3, "experts": "two"},
+    ),
+]
 
 
 @pytest.mark.parametrize(("said", "same"), SAID, ids=lambda each: json.dumps(each))
@@ -156,7 +192,11 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"proxytune": {"policy": {"threshold": 0.5}}}, "proxytune.policy", "threshold has no effect"),
     ({"proxytune": {"policy": {"x": 0.5}}}, "proxytune.policy", "'x' is not a setting"),
     ({"proxytune": {"policy": {"schedule": [[2**70, 1]]}}}, "proxytune.policy", "schedule is"),
-    ({"proxytune": {"policy": {"schedule": [[i, 1] for i in range(1001)]}}}, "proxytune.policy", "at most 1,000"),
+    (
+        {"proxytune": {"policy": {"schedule": [[i, 1] for i in range(1001)]}}},
+        "proxytune.policy",
+        "at most 1,000",
+    ),
     ({"proxytune": {"combine": "product"}}, "proxytune.combine", "combine is 'product'"),
     ({"proxytune": {"combine": {}}}, "proxytune.combine", "combine is"),
     ({"proxytune": {"policy": "nudge", "combine": "union"}}, "proxytune", "which expert counts"),
@@ -176,16 +216,52 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"vllm_xargs": {"combine": 3}}, "vllm_xargs", "combine is 3"),
     ({"vllm_xargs": {"experts": "one"}}, "vllm_xargs", "'experts'"),
     ({"vllm_xargs": {"session_id": "x"}}, "vllm_xargs", "'session_id'"),
-    ({"proxytune": {"alpha": 1}, "vllm_xargs": {"alpha": 0.5}}, "vllm_xargs", "one strength and vllm_xargs for another"),
-    ({"proxytune": {"expert": "one"}, "vllm_xargs": {"expert": "two"}}, "vllm_xargs", "one expert and vllm_xargs for another"),
-    ({"proxytune": {"experts": {"one": 1}}, "vllm_xargs": {"expert": "one=2"}}, "vllm_xargs", "one strength and vllm_xargs for another"),
-    ({"proxytune": {"alpha": 1}, "vllm_xargs": {"expert": "one=2"}}, "vllm_xargs", "strength is given twice"),
-    ({"proxytune": {"policy": "nudge"}, "vllm_xargs": {"policy": "gate_sure"}}, "vllm_xargs", "one policy and vllm_xargs for another"),
-    ({"proxytune": {"combine": "sum"}, "vllm_xargs": {"combine": "union"}}, "vllm_xargs", "one combination and vllm_xargs for another"),
-    ({"model": "toy:two", "proxytune": {"expert": "one"}}, "proxytune", "one expert and proxytune for another"),
-    ({"model": "toy:two", "proxytune": {"experts": {"one": 1, "two": 1}}}, "proxytune", "one expert and proxytune for another"),
-    ({"model": "toy:two", "vllm_xargs": {"expert": "one"}}, "vllm_xargs", "one expert and vllm_xargs for another"),
-]  # fmt: skip
+    (
+        {"proxytune": {"alpha": 1}, "vllm_xargs": {"alpha": 0.5}},
+        "vllm_xargs",
+        "one strength and vllm_xargs for another",
+    ),
+    (
+        {"proxytune": {"expert": "one"}, "vllm_xargs": {"expert": "two"}},
+        "vllm_xargs",
+        "one expert and vllm_xargs for another",
+    ),
+    (
+        {"proxytune": {"experts": {"one": 1}}, "vllm_xargs": {"expert": "one=2"}},
+        "vllm_xargs",
+        "one strength and vllm_xargs for another",
+    ),
+    (
+        {"proxytune": {"alpha": 1}, "vllm_xargs": {"expert": "one=2"}},
+        "vllm_xargs",
+        "strength is given twice",
+    ),
+    (
+        {"proxytune": {"policy": "nudge"}, "vllm_xargs": {"policy": "gate_sure"}},
+        "vllm_xargs",
+        "one policy and vllm_xargs for another",
+    ),
+    (
+        {"proxytune": {"combine": "sum"}, "vllm_xargs": {"combine": "union"}},
+        "vllm_xargs",
+        "one combination and vllm_xargs for another",
+    ),
+    (
+        {"model": "toy:two", "proxytune": {"expert": "one"}},
+        "proxytune",
+        "one expert and proxytune for another",
+    ),
+    (
+        {"model": "toy:two", "proxytune": {"experts": {"one": 1, "two": 1}}},
+        "proxytune",
+        "one expert and proxytune for another",
+    ),
+    (
+        {"model": "toy:two", "vllm_xargs": {"expert": "one"}},
+        "vllm_xargs",
+        "one expert and vllm_xargs for another",
+    ),
+]
 
 
 @pytest.mark.parametrize(("asked", "param", "said"), WRONG, ids=lambda each: json.dumps(each)[:60])

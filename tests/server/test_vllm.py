@@ -94,17 +94,32 @@ def client(place, monkeypatch):
 CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"proxytune": {"alpha": 0.5}}, {"vllm_xargs": {"alpha": 0.5}}),
     ({"proxytune": {"expert": "two"}}, {"vllm_xargs": {"expert": ["two"]}}),
-    ({"proxytune": {"experts": {"one": 0.25, "two": 1}}}, {"vllm_xargs": {"expert": ["one=0.25", "two=1.0"]}}),
-    ({"proxytune": {"policy": "gate_sure", "combine": "union"}}, {"vllm_xargs": {"policy": "gate_sure", "combine": "union"}}),
+    (
+        {"proxytune": {"experts": {"one": 0.25, "two": 1}}},
+        {"vllm_xargs": {"expert": ["one=0.25", "two=1.0"]}},
+    ),
+    (
+        {"proxytune": {"policy": "gate_sure", "combine": "union"}},
+        {"vllm_xargs": {"policy": "gate_sure", "combine": "union"}},
+    ),
     ({"proxytune": {"policy": {"clip": 2}}}, {"vllm_xargs": {"policy": '{"clip": 2}'}}),
-    ({"proxytune": {"alpha": 1}, "vllm_xargs": {"session_id": "s"}}, {"vllm_xargs": {"session_id": "s", "alpha": 1.0}}),
-    ({"proxytune": {"alpha": 1, "explain": False, "explain_top": 3}}, {"vllm_xargs": {"alpha": 1.0}}),
+    (
+        {"proxytune": {"alpha": 1}, "vllm_xargs": {"session_id": "s"}},
+        {"vllm_xargs": {"session_id": "s", "alpha": 1.0}},
+    ),
+    (
+        {"proxytune": {"alpha": 1, "explain": False, "explain_top": 3}},
+        {"vllm_xargs": {"alpha": 1.0}},
+    ),
     ({"proxytune": None}, {"vllm_xargs": None}),
     ({"proxytune": {"alpha": None, "expert": None, "policy": None}}, {"vllm_xargs": None}),
     ({"vllm_xargs": {"alpha": None, "session_id": "s"}}, {"vllm_xargs": {"session_id": "s"}}),
     ({"model": "r:two"}, {"model": "r", "vllm_xargs": {"expert": ["two"]}}),
-    ({"model": "r:two", "proxytune": {"alpha": 2, "expert": "two"}}, {"model": "r", "vllm_xargs": {"alpha": 2.0, "expert": ["two"]}}),
-]  # fmt: skip
+    (
+        {"model": "r:two", "proxytune": {"alpha": 2, "expert": "two"}},
+        {"model": "r", "vllm_xargs": {"alpha": 2.0, "expert": ["two"]}},
+    ),
+]
 KEPT: list[dict[str, Any]] = [
     {},
     {"model": "r"},
@@ -153,7 +168,11 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"proxytune": {"alpha": 1e9}}, "proxytune.alpha", "alpha"),
     ({"proxytune": {"strength": 1}}, "proxytune.strength", "strength"),
     ({"proxytune": {"policy": "x"}}, "proxytune.policy", "policy is 'x'"),
-    ({"proxytune": {"policy": {"schedule": [[0, 1], [9, 0]]}}}, "proxytune", "policy has a schedule"),
+    (
+        {"proxytune": {"policy": {"schedule": [[0, 1], [9, 0]]}}},
+        "proxytune",
+        "policy has a schedule",
+    ),
     ({"proxytune": {"combine": 3}}, "proxytune.combine", "combine is 3"),
     ({"proxytune": {"expert": "three"}}, "proxytune", "no expert 'three'"),
     ({"proxytune": {"experts": {"one": 1}, "alpha": 1}}, "proxytune", "strengths of their own"),
@@ -165,7 +184,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"vllm_xargs": {"policy": "{"}}, "vllm_xargs", "not JSON"),
     ({"model": "r:two", "proxytune": {"expert": "one"}}, "proxytune", "one expert"),
     ({"model": "r:two", "use_beam_search": True}, "use_beam_search", "use_beam_search"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])

@@ -527,7 +527,8 @@ def test_the_openai_client_steers_each_request(server, expected):
     from openai import BadRequestError, OpenAI
 
     client = OpenAI(base_url=server, api_key="none", max_retries=0)
-    assert [model.id for model in client.models.list()] == ["smol"]
+    names = ["smol", *(f"smol:{expert}" for expert in SERVED)]
+    assert sorted(model.id for model in client.models.list()) == sorted(names)
     for (extra, _), trace in zip(ASKED, expected["http"], strict=True):
         body = None if extra is None else {"vllm_xargs": extra}
         answer = client.completions.create(
@@ -557,6 +558,112 @@ def test_the_openai_client_steers_each_request(server, expected):
             model="smol", prompt="a", max_tokens=2, echo=True, logprobs=1,
             extra_body={"vllm_xargs": {"alpha": 0}},
         )  # fmt: skip
+
+
+def as_field(own: dict[str, Any]) -> dict[str, Any]:
+    """Return the field `proxytune` for what is asked of the library."""
+    experts = own.get("experts")
+    field = {key: value for key, value in own.items() if key != "experts"}
+    if isinstance(experts, tuple):
+        experts = {name: next(e.alpha for e in SMOL.experts if e.name == name) for name in experts}
+    if experts is not None:
+        field["expert" if isinstance(experts, str) else "experts"] = experts
+    return field
+
+
+def test_the_request_language_of_the_local_server_steers_in_vllm(server, expected):
+    """In the field `proxytune`, in the name of the model, and on every route that generates."""
+    import httpx
+
+    def post(path: str, body: dict[str, Any]) -> httpx.Response:
+        return httpx.post(server.removesuffix("/v1") + path, json=body, timeout=120)
+
+    prompt: dict[str, Any] = {"prompt": "The Mayor shall", "max_tokens": 12, "temperature": 0}
+    for (_, own), trace in zip(ASKED, expected["http"], strict=True):
+        answer = post("/v1/completions", {"model": "smol", **prompt, "proxytune": as_field(own)})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"][0]["text"] == trace.text
+    answer = post("/v1/completions", {"model": "smol:legal", **prompt})
+    assert answer.json()["choices"][0]["text"] == expected["http"][ASKED.index(LEGAL)].text
+    question = [{"role": "user", "content": "Who goes there?"}]
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/completions": prompt,
+        "/v1/chat/completions": {"messages": question, "max_tokens": 12, "temperature": 0},
+        "/v1/responses": {"input": "Who goes there?", "max_output_tokens": 12, "temperature": 0},
+        "/v1/messages": {"messages": question, "max_tokens": 12, "temperature": 0},
+    }
+    steered = {"expert": "legal", "alpha": 1.5, "policy": {"clip": 2}, "combine": "union"}
+    texts = {}
+    for path, body in bodies.items():
+        said = post(path, {"model": "smol", **body, "proxytune": steered})
+        named = post(
+            path, {"model": "smol:legal", **body, "proxytune": {**steered, "expert": None}}
+        )
+        extra = {**steered, "policy": '{"clip": 2}'}
+        own = post(path, {"model": "smol", **body, "vllm_xargs": extra})
+        for answer in (said, named, own):
+            assert answer.status_code == 200, answer.text
+        texts[path] = [_text_in(answer.json()) for answer in (said, named, own)]
+        assert len(set(texts[path])) == 1
+        plain = post(path, {"model": "smol", **body, "proxytune": {"alpha": 0}})
+        assert _text_in(plain.json()) != texts[path][0]
+        wrong = post(path, {"model": "smol", **body, "proxytune": {"policy": "nonsense"}})
+        assert wrong.status_code == 400 and "policy is 'nonsense'" in wrong.text
+        explained = post(path, {"model": "smol", **body, "proxytune": {"explain": True}})
+        assert explained.status_code == 400 and "proxytune.explain" in explained.text
+        assert post(path, {"model": "smol:nobody", **body}).status_code == 404
+    chats = {texts[path][0] for path in bodies if path != "/v1/completions"}
+    assert len(chats) == 1
+    about = httpx.get(server.removesuffix("/v1") + "/v1/proxytune").json()
+    assert {each["name"] for each in about["experts"]} == set(SERVED)
+    assert about["limits"]["max_context"] == 256
+
+
+def _text_in(answer: dict[str, Any]) -> str:
+    """Return the text of an answer of any route."""
+    if "choices" in answer:
+        choice = answer["choices"][0]
+        found: str = choice["text"] if "text" in choice else choice["message"]["content"]
+    elif "output" in answer:
+        found = answer["output"][-1]["content"][0]["text"]
+    else:
+        found = answer["content"][0]["text"]
+    return found
+
+
+def test_texts_and_chats_of_a_recipe_with_formats_of_its_own_are_the_librarys(tiny, tmp_path):
+    """A template around every text, and messages that are joined, which need an end of their own."""
+    import httpx
+
+    recipe = Recipe.read(tiny)
+    formats = {"prompt": "Q: {{ prompt }}\nA:", "chat": "plain"}
+    own = {part: formats for part in ("base", "expert", "anti_expert")}
+    changed(recipe, **own).write(tmp_path / "formats")
+    library = ProxyTuned.load(tmp_path / "formats")
+    sampling = SamplingParams(max_new_tokens=12)
+    policy = {"clip": 1.5}
+    text = library.generate("the rain", sampling, alpha=1.5, policy=policy).text
+    plain = library.generate("the rain", sampling).text
+    chat = "".join(step.text for step in library.chat(sampling).say("the rain"))
+    assert text != plain
+    port = free_port()
+    command = vllm_server_command(
+        str(tmp_path / "formats"), port=port, name="formats", dtype="float32",
+        options=["--enforce-eager"],
+    )  # fmt: skip
+    with running(command[1:], port, tmp_path / "log", environment=ENVIRONMENT, limit_s=400) as url:
+
+        def ask(path: str, **body: Any) -> str:
+            body = {"model": "formats", "max_tokens": 12, "temperature": 0} | body
+            answer = httpx.post(url.removesuffix("/v1") + path, json=body, timeout=120)
+            assert answer.status_code == 200, answer.text
+            return _text_in(answer.json())
+
+        steered = {"alpha": 1.5, "policy": policy}
+        assert ask("/v1/completions", prompt="the rain", proxytune=steered) == text
+        assert ask("/v1/completions", prompt=["the rain"]) == plain
+        messages = [{"role": "user", "content": "the rain"}]
+        assert ask("/v1/chat/completions", messages=messages) == chat
 
 
 # Refusals -----------------------------------------------------------------------------------------
@@ -598,10 +705,6 @@ def changed(
     ("change", "said"),
     [
         ({"expert": {"prompt": "chat"}}, "one.expert reads texts as 'chat'.*\n.*proxytune serve"),
-        (
-            {part: {"prompt": "{{ messages }}"} for part in ("base", "expert", "anti_expert")},
-            "a prompt template of its own.*\n.*--chat-template",
-        ),
         ({"base": {"model": "http://localhost/v1", "api": ApiSettings()}}, "behind an API"),
         ({"base": {"quantization": {"load_in_4bit": True}}}, "base is to be quantised"),
         ({"base": {"device": "cuda:0"}}, "base sets device"),
