@@ -748,6 +748,25 @@ def test_settings_of_vllm_that_several_models_cannot_honour_are_refused(tiny, op
         checked(tiny, **options)
 
 
+def test_a_template_around_texts_is_refused_where_vllm_would_leave_it_out(tiny, tmp_path):
+    recipe = Recipe.read(tiny)
+
+    def written(text: str) -> Path:
+        parts = {part: {"prompt": text} for part in ("base", "expert", "anti_expert")}
+        changed(recipe, **parts).write(tmp_path / "recipe", overwrite=True)
+        return tmp_path / "recipe"
+
+    place = written("Q: {{ prompt }}")
+    with pytest.raises(Exception, match="template around every text.*\n.*proxytune serve"):
+        checked(place)
+    promised = {"proxytune": {"renders_texts": True}}
+    checked(place, additional_config=promised)
+    command = vllm_server_command(place)
+    assert json.loads(command[command.index("--additional-config") + 1]) == promised
+    assert "--additional-config" not in vllm_server_command(tiny)
+    checked(written("chat"))  # as before: messages are rendered
+
+
 def test_the_config_is_the_bases_within_the_limits_of_all(tiny):
     config = checked(tiny, additional_config={"proxytune": {"experts": ["one", "contrast"]}})
     recipe_config: RecipeConfig = config.model_config.hf_config

@@ -33,6 +33,9 @@ LOAD_FORMAT = "proxytune"
 """The name in vLLM of the loader in `weights.py`."""
 
 _OWN_FORMATS = ("auto", "hf", "safetensors", LOAD_FORMAT)
+_SETTINGS = ("experts", "allow_pickle", "renders_texts")
+"""Settings in vLLM's `additional_config` under `proxytune`: which experts are served; whether pickled weights
+may be read; whether texts come to vLLM as the recipe's text format makes them."""
 _DRAFTS = ("draft_model", "ngram", "ngram_gpu", "suffix")
 """Drafting methods that need only the model's tokens."""
 
@@ -168,6 +171,24 @@ def _check_texts(title: str, base: PromptFormat, own: PromptFormat) -> None:
         )
 
 
+def _check_texts_are_rendered(recipe: Recipe, is_promised: bool) -> None:
+    """Refuse a recipe with a template for texts, where vLLM would send them without it."""
+    if is_promised or recipe.base.prompt == "plain":
+        return
+    if recipe.base.prompt == "chat":
+        # Before recipes could say it apart, this was said of messages, which vLLM renders.
+        _log.warning(
+            "vLLM sends texts as they are, and the recipe reads them through its chat template; messages are "
+            "rendered. `proxytune serve --engine vllm` renders both"
+        )
+        return
+    raise UnsupportedModel(
+        "the recipe has a template around every text, and vLLM sends texts as they are.\n"
+        "hint: start it with `proxytune serve --engine vllm`; or render the texts yourself, and give vLLM "
+        '--additional-config \'{"proxytune": {"renders_texts": true}}\''
+    )
+
+
 class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
     """The config that vLLM works with: a recipe, and the shape of its base."""
 
@@ -274,11 +295,11 @@ def check_engine(vllm_config: Any) -> None:
     model = vllm_config.model_config
     config: RecipeConfig = model.hf_config
     settings = (vllm_config.additional_config or {}).get("proxytune") or {}
-    unknown = sorted(set(settings) - {"experts", "allow_pickle"})
+    unknown = sorted(set(settings) - set(_SETTINGS))
     if unknown:
         raise UnsupportedModel(
-            f"additional_config has proxytune.{unknown[0]}, and only proxytune.experts and "
-            "proxytune.allow_pickle are known.\n"
+            f"additional_config has proxytune.{unknown[0]}, and only "
+            f"{', '.join(f'proxytune.{key}' for key in _SETTINGS)} are known.\n"
             'hint: --additional-config \'{"proxytune": {"experts": ["legal"]}}\''
         )
     speculative = vllm_config.speculative_config
@@ -314,6 +335,7 @@ def check_engine(vllm_config: Any) -> None:
         else "with speculative decoding vLLM does not say which row of a batch is whose.\n"
         "hint: leave it out, or start vLLM without speculative_config",
     )
+    _check_texts_are_rendered(config.served_recipe, settings.get("renders_texts") is True)
     wanted = {spec.dtype for spec in config.served_recipe.models.values()} - {None, "auto"}
     running = str(model.dtype).removeprefix("torch.")
     if wanted and wanted != {running}:

@@ -80,6 +80,8 @@ def vllm_server_command(
         own["experts"] = [expert.name for expert in served.experts]
     if grants.allow_pickle:
         own["allow_pickle"] = True
+    if served.base.prompt != "plain":
+        own["renders_texts"] = True  # by the middleware
     if own:
         command += ["--additional-config", json.dumps({"proxytune": own})]
     if grants.trust_remote_code:
