@@ -43,8 +43,8 @@ test-vllm: .venv-vllm/.installed ## Run the tests of recipes inside vLLM, and of
 test-lm-eval: .venv-lm-eval/.installed ## Run the tests of recipes in lm-eval
 	.venv-lm-eval/bin/python -m pytest tests/integrations/test_lm_eval.py $(ARGS)
 
-test-fit: setup .venv-fit/.installed ## Run the snippets of other tools: transformers, OpenAI's client, LangChain, LiteLLM
-	CLIENTS_PYTHON=.venv-fit/bin/python $(BIN)/python -m pytest tests/scripts/test_other_tools.py $(ARGS)
+test-fit: setup .venv-fit/.installed ## Run the snippets of other tools: transformers, clients of OpenAI and Anthropic, LangChain, LiteLLM
+	CLIENTS_PYTHON=.venv-fit/bin/python $(BIN)/python -m pytest tests/scripts/test_other_tools.py tests/server/test_messages.py $(ARGS)
 
 test-package: setup ## Build wheel and sdist, install them into a clean environment, and look at what a user gets
 	$(BIN)/python scripts/check_package.py $(ARGS)
@@ -105,7 +105,7 @@ clean: ## Remove caches and build outputs (.venv and zoo/build stay)
 # Clients of the server, which need nothing of this project.
 .venv-fit/.installed:
 	$(PYTHON) -m venv .venv-fit
-	.venv-fit/bin/python -m pip install --disable-pip-version-check --progress-bar off langchain-openai==1.7.4 litellm==1.110.2
+	.venv-fit/bin/python -m pip install --disable-pip-version-check --progress-bar off anthropic==2.14.0 langchain-openai==1.7.4 litellm==1.110.2
 	touch $@
 
 .venv-gguf/.installed: $(INPUTS)

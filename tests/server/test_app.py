@@ -295,6 +295,7 @@ def test_the_recipe_describes_itself(server):
     assert about["name"] == "toy" and about["limits"]["max_context"] == 256
     assert about["experts"] == [{"name": "one", "alpha": 1.0}, {"name": "two", "alpha": 0.5}]
     assert about["default_experts"] == ["one", "two"]
+    assert (about["has_chat"], about["has_turns"], about["has_reasoning"]) == (False, True, False)
 
 
 def test_health_version_and_metrics(server, client):

@@ -143,6 +143,18 @@ def test_an_answer_that_ends_within_its_reasoning_has_no_content(server: Served)
     assert (found["reasoning_content"], found["content"]) == ("hm", "")
 
 
+def test_tokens_of_the_reasoning_are_counted(server: Served):
+    usage = post(server, chat_template_kwargs={"opened": True}).json()["usage"]
+    assert usage["completion_tokens_details"] == {"reasoning_tokens": 4}
+    usage = post(server, reasoning_effort="none").json()["usage"]
+    assert usage["completion_tokens_details"] == {"reasoning_tokens": 0}
+
+
+def test_the_server_says_whether_its_base_thinks_aloud(server: Served):
+    about = httpx.get(f"{server.url}/v1/proxytune").json()
+    assert about["has_chat"] and about["has_turns"] and about["has_reasoning"]
+
+
 @pytest.mark.parametrize(
     "body", ({"chat_template_kwargs": {"enable_thinking": False}}, {"reasoning_effort": "none"})
 )

@@ -341,7 +341,7 @@ def test_a_stream_reports_its_usage_in_every_piece_if_asked(server: Served):
         (
             CompletionRequest,
             {"logit_bias": {"x": 1}},
-            'logit_bias.x has the key "x", and its keys must be token ids',
+            'logit_bias: its keys must be token ids, unlike "x"',
         ),
         (
             CompletionRequest,

@@ -66,15 +66,27 @@ def test_echo_with_logprobs_lists_the_prompts_tokens_before_the_new_ones(server,
     assert listed["token_logprobs"][0] is None and listed["top_logprobs"][0] is None
     assert listed["token_logprobs"][1:4] == logprobs_of("abcd")
     assert listed["token_logprobs"][1:] == pytest.approx(logprobs_of(text), abs=1e-5)
-    assert all(len(top) == 2 for top in listed["top_logprobs"][1:])
+    assert all(2 <= len(top) <= 3 for top in listed["top_logprobs"][1:])
     assert found.json()["usage"]["completion_tokens"] == num_new
     assert found.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
 
 
-def test_logprobs_of_zero_list_no_others(server):
-    choice = post(server, prompt="ab", max_tokens=0, logprobs=0, echo=True).json()["choices"][0]
-    assert choice["logprobs"]["top_logprobs"] is None
-    assert choice["logprobs"]["token_logprobs"] == [None, *logprobs_of("ab")]
+def test_logprobs_of_zero_list_the_token_itself_alone(server):
+    """`top_logprobs` was null, and in the API and in vLLM it always has the chosen token."""
+    choice = post(server, prompt="ab", max_tokens=1, logprobs=0, echo=True).json()["choices"][0]
+    scores = choice["logprobs"]["token_logprobs"]
+    assert scores[:2] == [None, *logprobs_of("ab")]
+    new = choice["text"][2]
+    assert choice["logprobs"]["top_logprobs"] == [None, {"b": scores[1]}, {new: scores[2]}]
+
+
+def test_the_token_itself_is_listed_beside_the_likeliest_ones(server):
+    body = {"prompt": "abcdefgh", "max_tokens": 0, "echo": True}
+    listed = post(server, logprobs=1, **body).json()["choices"][0]["logprobs"]
+    tokens = zip("bcdefgh", listed["token_logprobs"][1:], listed["top_logprobs"][1:], strict=True)
+    for token, logprob, top in tokens:
+        assert top[token] == logprob <= max(top.values()) and 1 <= len(top) <= 2
+    assert any(len(top) == 2 for top in listed["top_logprobs"][1:])
 
 
 @pytest.mark.parametrize("steering", ({"alpha": 0}, {"alpha": 2.5, "experts": "two"}))
@@ -132,6 +144,37 @@ def test_prompt_logprobs_have_vllms_form(server, path):
     alone = post(server, path, prompt_logprobs=0, max_tokens=0, **prompt).json()
     found = alone["prompt_logprobs"] if is_chat else alone["choices"][0]["prompt_logprobs"]
     assert [len(entry) for entry in found[1:]] == [1, 1]
+
+
+@pytest.mark.parametrize("path", ("completions", "chat/completions"))
+def test_token_ids_are_listed_if_asked(server, path):
+    is_chat = path.startswith("chat")
+    prompt = {"messages": [{"role": "user", "content": "abc"}]} if is_chat else {"prompt": "abc"}
+    body = prompt | {"max_tokens": 3, "temperature": 0, "return_token_ids": True}
+    whole = post(server, path, **body).json()
+    choice = whole["choices"][0]
+    assert (whole if is_chat else choice)["prompt_token_ids"] == [0, 1, 2]
+    new_ids = fresh().generate("abc", SamplingParams(max_new_tokens=3)).token_ids
+    assert choice["token_ids"] == list(new_ids)
+    lines = post(server, path, stream=True, **body).text.split("\n\n")
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if "{" in line]
+    choices = [chunk["choices"][0] for chunk in chunks]
+    streamed = [token_id for each in choices for token_id in each.get("token_ids") or []]
+    assert streamed == list(new_ids)
+    assert (chunks if is_chat else choices)[0]["prompt_token_ids"] == [0, 1, 2]
+    plain = post(server, path, **(body | {"return_token_ids": None})).json()
+    assert plain["choices"][0]["token_ids"] is None
+    assert (plain if is_chat else plain["choices"][0])["prompt_token_ids"] is None
+
+
+def test_tokens_can_be_written_as_their_ids(server):
+    body = {"prompt": "abc", "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
+    plain = post(server, **body).json()["choices"][0]
+    found = post(server, return_tokens_as_token_ids=True, **body).json()["choices"][0]
+    assert found["text"] == plain["text"]
+    assert found["logprobs"]["tokens"][:3] == ["token_id:0", "token_id:1", "token_id:2"]
+    assert found["logprobs"]["text_offset"] == plain["logprobs"]["text_offset"]
+    assert "token_id:1" in found["logprobs"]["top_logprobs"][1]
 
 
 def test_what_cannot_be_scored_is_refused_by_name(server):

@@ -140,6 +140,34 @@ def test_a_chat_and_a_stream_take_a_policy(client):
     assert "".join(chunk.choices[0].text for chunk in stream) == wanted
 
 
+ROUTES: dict[str, dict[str, Any]] = {
+    "/v1/completions": GREEDY,
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "ab"}], "max_tokens": 12},
+    "/v1/responses": {"input": "ab", "max_output_tokens": 12},
+    "/v1/messages": {"messages": [{"role": "user", "content": "ab"}], "max_tokens": 12},
+}
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_every_route_that_generates_is_steered_in_every_way(server, path):
+    body = {"model": "toy", "temperature": 0} | ROUTES[path]
+    steered = {"alpha": 0.4, "expert": "two", "policy": {"clip": 1.5}, "combine": "union"}
+    ways: list[dict[str, Any]] = [
+        {"proxytune": steered},
+        {"vllm_xargs": {**steered, "policy": '{"clip": 1.5}'}},
+        {"model": "toy:two", "proxytune": {**steered, "expert": None}},
+        {"proxytune": {"alpha": 0.4}, "vllm_xargs": {**steered, "alpha": None}},
+    ]
+    wanted = text_of(alpha=0.4, experts="two", policy={"clip": 1.5}, combine="union")
+    for asked in ways:
+        answer = post(server, body | asked, path)
+        assert answer.status_code == 200, answer.text
+        assert json.dumps(wanted) in answer.text
+    for asked in ({"proxytune": {"policy": "nonsense"}}, {"vllm_xargs": {"policy": "nonsense"}}):
+        answer = post(server, body | asked, path)
+        assert answer.status_code == 400 and "policy is 'nonsense'" in answer.text
+
+
 def test_an_explained_answer_under_a_policy_that_excludes_tokens_is_json(server):
     """Excluded tokens have no logprob that JSON could write."""
     policy = {"plausibility": 0.9}
@@ -305,7 +333,7 @@ def test_the_server_says_what_requests_may_choose(server):
 def test_a_base_behind_an_api_offers_what_it_can_show():
     small = ModelSpec(model="small")
     recipe = Recipe(ModelSpec(model="http://localhost:1/v1"), (ExpertSpec("law", small, small),))
-    about = about_recipe(recipe, "law", has_chat=False, limits={})
+    about = about_recipe(recipe, "law", base=fresh().formats[0], limits={})
     assert about["policies"] == ["constant"]
     assert about["combinations"] == [
         "sum", "inverse_entropy", "sign_agreement", "route_entropy", "union", "intersection",

@@ -38,7 +38,7 @@ class Habit:
             PydanticCustomError: It is another one.
         """
         if self.neutral is None:
-            if not _IS_OF[self.kind](value):
+            if not _is_of(self.kind, value):
                 raise refused(f"must be {_WORDS[self.kind]}")
         elif not any(_same(value, each) for each in self.neutral):
             raise refused(self.why)
@@ -66,17 +66,17 @@ def _same(value: Any, other: Any) -> bool:
     return isinstance(value, bool) == isinstance(other, bool) and bool(value == other)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_of(kind: str, value: Any) -> bool:
+    return isinstance(value, _TYPES[kind]) and isinstance(value, bool) == (kind == "boolean")
 
 
-_IS_OF = {
-    "boolean": lambda value: isinstance(value, bool),
-    "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
-    "number": _is_number,
-    "string": lambda value: isinstance(value, str),
-    "array": lambda value: isinstance(value, list),
-    "object": lambda value: isinstance(value, dict),
+_TYPES: dict[str, tuple[type, ...]] = {
+    "boolean": (bool,),
+    "integer": (int,),
+    "number": (int, float),
+    "string": (str,),
+    "array": (list,),
+    "object": (dict,),
 }
 _WORDS = {
     "boolean": "true or false",
@@ -157,8 +157,6 @@ HABITS: dict[str, Habit] = {
     "repetition_detection": Habit("object", (), "there is no such end of a text here"),
     "thinking_token_budget": Habit("integer", (-1,), "reasoning is not counted apart here"),
     "stream_interval": Habit("integer", (1,), "each token has its own piece of a stream here"),
-    "return_tokens_as_token_ids": Habit("boolean", (False,), "tokens are shown as text here"),
-    "return_token_ids": Habit("boolean", (False,), _REPORT),
     "return_token_offsets": Habit("boolean", (False,), _REPORT),
     "return_prompt_text": Habit("boolean", (False,), _REPORT),
     "documents": Habit("array", ([],), "documents go into the messages here"),

@@ -49,6 +49,11 @@ class ReasoningSplitter:
         self._has_text = False
         """Whether the present part has begun, so that line breaks belong to it."""
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether the text that comes next is still reasoning, as far as is known."""
+        return self._tag == CLOSING
+
     def push(self, piece: str, *, is_last: bool = False) -> tuple[str, str]:
         """Return what a piece of the text adds to the reasoning, and what it adds to the answer.
 

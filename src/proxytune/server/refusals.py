@@ -121,8 +121,6 @@ def _sentence(error: Mapping[str, Any], name: str, several: str | None) -> str:
         return f"{name} has more than {context['max_length']} characters, which is all that it may have"
     if kind == "string_too_short":
         return f"{name} is empty, and must have at least {context['min_length']} character"
-    if kind == "string_pattern_mismatch":
-        return f"{name} has the key {shown}, and its keys must be token ids"
     return f"{name} cannot be read"
 
 

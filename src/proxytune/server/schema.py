@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
@@ -39,7 +40,7 @@ from proxytune.request import (
 )
 from proxytune.server.body import check_shape
 from proxytune.server.habits import HABITS, refused
-from proxytune.server.refusals import explain, field_name, not_honoured
+from proxytune.server.refusals import MAX_SHOWN, explain, field_name, not_honoured
 from proxytune.settings import options_of
 
 MAX_CHOICES = 8
@@ -93,7 +94,7 @@ Alpha = Annotated[float, Field(strict=True, ge=-MAX_ALPHA, le=MAX_ALPHA, allow_i
 Bias = Annotated[float, Field(strict=True, ge=-100, le=100, allow_inf_nan=False)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
-TokenKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+TOKEN_KEY = r"[0-9]{1,9}"
 Stop = Annotated[str, StringConstraints(max_length=1000)]
 SAMPLING = options_of(SamplingParams)
 """The library's options, which are fields of requests too."""
@@ -229,9 +230,21 @@ _EXTENSIONS: dict[str, Any] = {
 }
 _EXTENSIONS |= {name: habit.as_field() for name, habit in HABITS.items()}
 _Extensions: Any = create_model("_Extensions", __base__=_Fields, **_EXTENSIONS)
-Biases = Annotated[
-    dict[TokenKey, Bias], BeforeValidator(_without_nulls), Field(max_length=MAX_BIASED_TOKENS)
-]
+
+
+def _biases(found: Any) -> Any:
+    """Return biases without nulls, after a look at all their keys: an error names each bad one."""
+    found = _without_nulls(found)
+    if isinstance(found, dict) and len(found) <= MAX_BIASED_TOKENS:
+        bad = [key[:MAX_SHOWN] for key in found if not re.fullmatch(TOKEN_KEY, key)]
+        if bad:
+            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+            names = ", ".join(map(json.dumps, bad[:3]))
+            raise refused(f"its keys must be token ids, unlike {names}{more}")
+    return found
+
+
+Biases = Annotated[dict[str, Bias], BeforeValidator(_biases), Field(max_length=MAX_BIASED_TOKENS)]
 NumNew = Annotated[int, Field(strict=True, ge=NO_LIMIT, le=2**31)]
 """A number of new tokens; what does not fit is cut off."""
 
@@ -287,6 +300,12 @@ class Generation(_Extensions):
         "stop_token_ids", default=None, max_length=MAX_STOPS, fail_fast=True
     )
     first_logit_bias: Biases | None = _option("first_logit_bias", default=None)
+    return_token_ids: StrictBool = Field(
+        False, description="List the token ids of the text, and of the prompt as the base reads it"
+    )
+    return_tokens_as_token_ids: StrictBool = Field(
+        False, description="In logprobs, write tokens as token_id:NUMBER"
+    )
     prompt_logprobs: int | None = Field(
         None,
         strict=True,
@@ -305,8 +324,12 @@ class Generation(_Extensions):
             )
         self._check_same("n_predict", "max_tokens", "max_completion_tokens")
         self._check_same("repeat_penalty", "repetition_penalty")
-        penalties = self.repetition_penalty * (self.repeat_penalty or 1.0)
-        has_penalties = penalties != 1 or self.presence_penalty or self.frequency_penalty
+        factors = [getattr(self, "repetition_penalty", 1.0), self.repeat_penalty or 1.0]
+        has_penalties = (
+            any(factor != 1 for factor in factors)
+            or self.presence_penalty
+            or self.frequency_penalty
+        )
         if self.repeat_last_n != NO_LIMIT and has_penalties:
             raise ValueError(
                 f"repeat_last_n is {self.repeat_last_n}, and penalties count the whole text here; "

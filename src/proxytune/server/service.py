@@ -12,10 +12,10 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 from proxytune.decode.batch import Event
 from proxytune.decode.ensemble import Job
@@ -42,6 +42,7 @@ from proxytune.server.rendering import Rendering, desk_models, prompt_limits
 from proxytune.server.schema import (
     MAX_EXPLAIN_TOP,
     MAX_LOGPROBS,
+    Asked,
     ChatRequest,
     CompletionRequest,
     Generation,
@@ -61,6 +62,8 @@ from proxytune.text.vocab import token_bytes
 from proxytune.trace import Step
 
 logger = logging.getLogger("proxytune.server")
+
+Result = TypeVar("Result")
 
 MAX_PROMPT_LOGPROBS = 2**17
 """Maximum number of logprobs of prompt tokens in one answer; each takes about 100 bytes until it is sent."""
@@ -99,9 +102,12 @@ class AnswerText:
     ticket: Ticket
     order: Order
     num_steps: int = 0
+    num_reasoning: int = 0
     num_chars: int = 0
     has_begun: bool = False
     finish_reason: str | None = None
+    stopped_by: str | None = None
+    """The stop string that ended it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +168,13 @@ class Answer:
         num_prompt = sum(len(text.ticket.job.prompts[0]) for text in self.texts[:: self.wanted.n])
         num_new = sum(text.num_steps for text in self.texts)
         num_reused = sum(text.ticket.num_reused for text in self.texts)
+        num_reasoning = sum(text.num_reasoning for text in self.texts)
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_new,
             "total_tokens": num_prompt + num_new,
             "prompt_tokens_details": {"cached_tokens": num_reused},
+            "completion_tokens_details": {"reasoning_tokens": num_reasoning},
         }
 
 
@@ -186,6 +194,7 @@ class Service:
         )
         self.metrics = Metrics(lambda: self.engine.num_running, lambda: self.engine.num_waiting)
         self.tokens = Tokens(token_bytes(model.ensemble.vocabulary))
+        self._named_by_id = replace(self.tokens, shows_ids=True)
         self._has_reasoning = has_reasoning(model.formats[0])
         self._max_prompt = prompt_limits(model, settings.max_prompt_tokens)[0]
         self._rendering = Rendering(desk_models(model, settings.max_prompt_tokens))
@@ -213,42 +222,62 @@ class Service:
             "max_logprobs": MAX_LOGPROBS,
             "max_explain_top": MAX_EXPLAIN_TOP,
         }
-        has_chat = not self.model.formats[0].joins_messages
-        return about_recipe(self.model.recipe, self.settings.name, has_chat=has_chat, limits=limits)
+        base = self.model.formats[0]
+        return about_recipe(self.model.recipe, self.settings.name, base=base, limits=limits)
 
     # Requests -------------------------------------------------------------------------------------------
 
-    async def read(
-        self, kind: type[Generation], body: bytes | bytearray, *, client: str, deadline: float
-    ) -> tuple[Generation, list[Order]]:
-        """Return the request that a body holds, and an order for each text that it asks for.
+    async def render(
+        self,
+        work: Callable[[ProxyTuned], Result],
+        *,
+        client: str,
+        num_bytes: int,
+        deadline: float,
+    ) -> Result:
+        """Return what `work` returns, which reads or renders in a thread of its own; see `rendering.py`.
 
         Args:
-            kind: The class of the request.
-            body: Its JSON.
+            work: What to do with a model that renders.
             client: As in `turns.py`.
+            num_bytes: Size of the body that is read.
             deadline: Time on the monotonic clock at which to give up.
 
         Raises:
-            UserError: A field cannot be honoured.
             TimeIsUp: The deadline has passed.
+            Exception: What `work` raises.
         """
-
-        def work(desk: ProxyTuned) -> tuple[Generation, list[Order]]:
-            wanted = read_request(kind, body)
-            if self.settings.log_prompts:
-                asked = wanted.model_dump_json(exclude_defaults=True)
-                logger.info("request %s", _one_line(asked))
-            return wanted, self._orders(wanted, desk)
-
-        rendering = self._rendering.run(client, len(body), work)
+        rendering = self._rendering.run(client, num_bytes, work)
         try:
             return await asyncio.wait_for(rendering, deadline - time.monotonic())
         except asyncio.TimeoutError:
             raise TimeIsUp from None
 
-    def _orders(self, wanted: Generation, desk: ProxyTuned) -> list[Order]:
-        """Return an order for each text that a request asks for; `desk` renders its prompts."""
+    def take(self, kind: type[Asked], body: bytes | bytearray) -> Asked:
+        """Return the request that a body holds, and log it if prompts are to be logged.
+
+        Raises:
+            InvalidRequest: It holds none.
+        """
+        wanted = read_request(kind, body)
+        if self.settings.log_prompts:
+            logger.info("request %s", _one_line(wanted.model_dump_json(exclude_defaults=True)))
+        return wanted
+
+    def check_model(self, name: str) -> None:
+        """Refuse a name that is not a model's.
+
+        Raises:
+            UnknownModel: There is no such model.
+        """
+        expert_named(self.model.recipe, self.settings.name, name)
+
+    def orders(self, wanted: Generation, desk: ProxyTuned) -> list[Order]:
+        """Return an order for each text that a request asks for; `desk` renders its prompts.
+
+        Raises:
+            UserError: A field cannot be honoured.
+        """
         steering = self._steering(wanted)
         prompts: list[Any]
         if isinstance(wanted, ChatRequest):
@@ -302,6 +331,15 @@ class Service:
                     )
                 )
         return orders
+
+    def prompt_ids(self, wanted: ChatRequest, desk: ProxyTuned) -> list[int]:
+        """Return the token ids that the base reads of a chat.
+
+        Raises:
+            UserError: It cannot be rendered.
+        """
+        messages: Any = [message.as_message() for message in wanted.messages]
+        return desk.formats[0].render(messages, "the base", wanted.chat_options)
 
     @staticmethod
     def _check_length(num_tokens: int, longest: int | None) -> None:
@@ -409,11 +447,13 @@ class Service:
                         message = "the server is stopping, and the text was not finished in time"
                         raise ShuttingDown(message)
                 owner.finish_reason = event.finish_reason
+                owner.stopped_by = event.stopped_by
             text = event.tail if event.step is None else event.step.text
             steps = () if event.step is None else (event.step,)
             reasoning, splitter = "", owner.order.splitter
             if splitter is not None:
                 is_last = event.finish_reason is not None
+                owner.num_reasoning += splitter.is_inside and bool(steps)
                 reasoning, text = splitter.push(text, is_last=is_last)
             offset = owner.num_chars if owner.has_begun else None
             owner.has_begun = True
@@ -436,27 +476,36 @@ class Service:
                     choice["message"]["reasoning_content"] = reasoning
             else:
                 choice["text"] = content
-            choice["logprobs"] = self._logprobs(answer.wanted, text, steps, None)
-            if not answer.is_chat and answer.wanted.prompt_logprobs is not None:
                 choice["prompt_logprobs"] = self._prompt_logprobs(answer.wanted, text)
+                choice["prompt_token_ids"] = _prompt_ids(answer, text)
+            choice["token_ids"] = _token_ids(answer, steps)
+            choice["logprobs"] = self._logprobs(answer.wanted, text, steps, None)
             if answer.wanted.proxytune is not None:
-                choice["proxytune"] = {
-                    "alphas": dict(text.ticket.job.strengths),
-                    "seed": text.ticket.job.sampling.seed,
-                    "tokens": self._explained(answer, steps),
-                }
+                choice["proxytune"] = self.steered(answer, text, steps)
             choices.append(choice)
         whole = self._envelope(answer) | {"choices": choices, "usage": answer.usage}
-        if answer.is_chat and answer.wanted.prompt_logprobs is not None:
+        if answer.is_chat:
             whole["prompt_logprobs"] = self._prompt_logprobs(answer.wanted, answer.texts[0])
+            whole["prompt_token_ids"] = _prompt_ids(answer, answer.texts[0])
         return whole
+
+    def steered(self, answer: Answer, text: AnswerText, steps: Sequence[Step]) -> Json:
+        """Return the field `proxytune` of a text: how it was steered, and its tokens if asked."""
+        return {
+            "alphas": dict(text.ticket.job.strengths),
+            "seed": text.ticket.job.sampling.seed,
+            "tokens": self.explained(answer, steps),
+        }
 
     def first_chunks(self, answer: Answer) -> list[Json]:
         """Return the first chunks of a stream: the roles of a chat."""
         if not answer.is_chat:
             return []
         delta = {"role": "assistant", "content": ""}
-        return [self._chunk(answer, {"index": t.index, "delta": delta}) for t in answer.texts]
+        chunks = [self._chunk(answer, {"index": t.index, "delta": delta}) for t in answer.texts]
+        if answer.wanted.return_token_ids:
+            chunks[0]["prompt_token_ids"] = _prompt_ids(answer, answer.texts[0])
+        return chunks
 
     def chunk(self, answer: Answer, part: AnswerPart) -> Json | None:
         """Return the chunk that a part adds to a stream; None if it adds nothing."""
@@ -465,8 +514,9 @@ class Service:
             content = text.order.echo.text + content
         reasoning = part.reasoning if shows_reasoning(answer.wanted) else ""
         logprobs = self._logprobs(answer.wanted, text, part.steps, part.offset)
-        tokens = self._explained(answer, part.steps)
-        if not (content or reasoning or text.finish_reason or logprobs or tokens):
+        tokens = self.explained(answer, part.steps)
+        token_ids = _token_ids(answer, part.steps)
+        if not (content or reasoning or text.finish_reason or logprobs or tokens or token_ids):
             return None
         choice: Json = {"index": text.index}
         if answer.is_chat:
@@ -477,6 +527,10 @@ class Service:
         choice["logprobs"] = logprobs
         if tokens:
             choice["proxytune"] = {"tokens": tokens}
+        if answer.wanted.return_token_ids:
+            choice["token_ids"] = token_ids
+            if part.offset is None and not answer.is_chat:
+                choice["prompt_token_ids"] = _prompt_ids(answer, text)
         return self._chunk(answer, choice, text.finish_reason)
 
     def usage_chunk(self, answer: Answer) -> Json:
@@ -500,7 +554,8 @@ class Service:
             "system_fingerprint": f"proxytune-{version('proxytune')}",
         }
 
-    def _explained(self, answer: Answer, steps: Sequence[Step]) -> list[Json]:
+    def explained(self, answer: Answer, steps: Sequence[Step]) -> list[Json]:
+        """Return what each model predicted for each token, if the request asked for it."""
         if answer.wanted.proxytune is None or not answer.wanted.proxytune.explain:
             return []
         return [explained(step, self.tokens) for step in steps]
@@ -509,23 +564,25 @@ class Service:
         self, wanted: Generation, text: AnswerText, steps: Sequence[Step], offset: int | None
     ) -> Json | None:
         """Return the `logprobs` of steps; those of the prompt come before them if `offset` is None."""
+        tokens = self._named_by_id if wanted.return_tokens_as_token_ids else self.tokens
         if isinstance(wanted, ChatRequest):
-            return chat_logprobs(steps, self.tokens) if wanted.logprobs and steps else None
+            return chat_logprobs(steps, tokens) if wanted.logprobs and steps else None
         assert isinstance(wanted, CompletionRequest)
         if wanted.logprobs is None:
             return None
         echo, scores, found = text.order.echo, text.ticket.scores, None
         if steps:
             start = len(echo.text) + (offset or 0)
-            has_top = wanted.logprobs > 0
-            found = completion_logprobs(steps, self.tokens, offset=start, has_top=has_top)
+            found = completion_logprobs(steps, tokens, offset=start)
         if offset is None and wanted.echo and scores is not None:
-            first = echoed_logprobs(echo, scores.tokens, self.tokens, num_top=wanted.logprobs)
+            first = echoed_logprobs(echo, scores.tokens, tokens, num_top=wanted.logprobs)
             return joined_logprobs(first, found)
         return found
 
-    def _prompt_logprobs(self, wanted: Generation, text: AnswerText) -> list[Json | None]:
-        assert text.ticket.scores is not None and wanted.prompt_logprobs is not None
+    def _prompt_logprobs(self, wanted: Generation, text: AnswerText) -> list[Json | None] | None:
+        if wanted.prompt_logprobs is None:
+            return None
+        assert text.ticket.scores is not None
         scored = text.ticket.scores.tokens
         return prompt_logprobs(scored, self.tokens, num_top=wanted.prompt_logprobs)
 
@@ -539,6 +596,16 @@ class Service:
             return None
         begun = wanted.messages[-1].as_message()["content"] if wanted.continue_final_message else ""
         return ReasoningSplitter(opens_reasoning(job.prompts[0], base.tokenizer, begun=begun))
+
+
+def _token_ids(answer: Answer, steps: Sequence[Step]) -> list[int] | None:
+    """Return the token ids of steps, if the request asks for them."""
+    return [step.token_id for step in steps] if answer.wanted.return_token_ids else None
+
+
+def _prompt_ids(answer: Answer, text: AnswerText) -> list[int] | None:
+    """Return the token ids of a text's prompt as the base reads it, if the request asks for them."""
+    return list(text.ticket.job.prompts[0]) if answer.wanted.return_token_ids else None
 
 
 def _check_listed(num_logprobs: int) -> None:

@@ -15,7 +15,9 @@ from proxytune.policy import COMBINATIONS, POLICIES, Policy
 from proxytune.recipe.fields import KEYS, read_steering
 from proxytune.recipe.recipe import Recipe
 from proxytune.request import Steering
+from proxytune.server.reasoning import has_reasoning
 from proxytune.server.schema import InvalidField, SteeringFields
+from proxytune.text.prompts import PromptFormat
 
 Json = dict[str, Any]
 
@@ -48,26 +50,29 @@ def expert_named(recipe: Recipe, name: str, model: str) -> str | None:
     return names[model]
 
 
-def about_recipe(recipe: Recipe, name: str, *, has_chat: bool, limits: Json) -> Json:
+def about_recipe(recipe: Recipe, name: str, *, base: PromptFormat, limits: Json) -> Json:
     """Return a description of a recipe and of what a request may ask for.
 
     Args:
         recipe: What is served.
         name: What it is called.
-        has_chat: Whether its base has a chat format.
+        base: How its base reads prompts.
         limits: The server's own.
     """
-    base = recipe.base
+    model = recipe.base
 
     def honoured(policies: Mapping[str, Policy]) -> list[str]:
-        return [key for key, each in policies.items() if base.api is None or not each.reads_base]
+        return [key for key, each in policies.items() if model.api is None or not each.reads_base]
 
     return {
         "name": name,
         # Only the last part: a path would reveal where files are on the server.
-        "base": base.api.model if base.api is not None else (base.model or "").rsplit("/", 1)[-1],
+        "base": model.api.model if model.api else (model.model or "").rsplit("/", 1)[-1],
         # A base without a chat format reads conversations as plain text, and few such models answer well.
-        "has_chat": has_chat,
+        "has_chat": not base.joins_messages,
+        # A template may stand around one question, without the turns before it.
+        "has_turns": not base.is_single_turn,
+        "has_reasoning": has_reasoning(base),
         "default_experts": list(recipe.named()),
         "experts": [{"name": e.name, "alpha": e.alpha} for e in recipe.experts],
         "steering": recipe.policy.to_dict(),

@@ -362,8 +362,7 @@ def _add_route(app: Any, reader: TextReader) -> None:
             "max_logprobs": config.max_logprobs,
             "max_explain_top": 0,
         }
-        has_chat = not own.joins_messages
-        found = about_recipe(menu.recipe, _name(app), has_chat=has_chat, limits=limits)
+        found = about_recipe(menu.recipe, _name(app), base=own, limits=limits)
         return found | ({"fixed": menu.is_fixed} if menu.is_fixed else {})
 
     if plugin.MENU is not None:
