@@ -11,10 +11,10 @@ import torch
 from proxytune.backends.toy import ToyBackend
 from proxytune.decode.batch import Batch
 from proxytune.errors import InvalidRequest
-from proxytune.logits.policy import Policy
 from proxytune.measure.prompt import PromptToken, check_scored, score_prompt
 from proxytune.measure.score import CHUNK_TOKENS
 from proxytune.model import ProxyTuned
+from proxytune.policy import Policy
 from proxytune.request import Request, SamplingParams
 from proxytune.testing import toy_model
 
