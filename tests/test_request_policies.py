@@ -262,7 +262,7 @@ def test_a_base_behind_an_api_shows_too_little_for_some_policies_of_requests():
 def test_a_policy_in_a_text_is_a_name_or_json():
     assert settings_in("gate_sure") == "gate_sure"
     assert settings_in(' {"clip": 2}') == {"clip": 2}
-    for text in ("{", '{"a": ' * 100_000):
+    for text in ("{", '{"a": ' * 10_000):
         with pytest.raises(InvalidRequest, match="--policy is not JSON"):
             settings_in(text, "--policy")
 

@@ -38,6 +38,8 @@ DEFAULT_THRESHOLD = 0.4
 
 MAX_POINTS = 1000
 """Maximum number of points of a schedule."""
+MAX_JSON = 2**16
+"""Maximum number of characters of a policy as JSON text, which nothing bounds before it is parsed."""
 
 PolicySettings = str | Mapping[str, Any]
 """What a caller says of a policy: its name, or an object of settings, as the `steering` of a recipe."""
@@ -216,10 +218,12 @@ def settings_in(text: str, name: str = "policy") -> PolicySettings:
         name: What the caller calls it in errors.
 
     Raises:
-        InvalidRequest: It begins as a JSON object and is none.
+        InvalidRequest: It begins as a JSON object and is none, or is too long.
     """
     if not text.lstrip().startswith("{"):
         return text
+    if len(text) > MAX_JSON:
+        raise InvalidRequest(f"{name} has {len(text):,} characters, and may have {MAX_JSON:,}")
     try:
         settings: dict[str, Any] = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -14,6 +14,7 @@ from proxytune.policy import COMBINATIONS, POLICIES, Policy
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams, Steering
+from proxytune.server.schema import InvalidField
 from proxytune.server.steering import about_recipe, expert_named, steering_of
 from proxytune.testing import toy_model, toy_recipe
 from tests.support.served import Served, served
@@ -305,6 +306,14 @@ def test_a_wrong_steering_is_answered_with_the_name_of_its_field(server, asked, 
 def test_a_model_that_is_not_served_is_not_found(server, model):
     answer = post(server, GREEDY | {"model": model})
     assert (answer.status_code, answer.json()["error"]["param"]) == (404, "model")
+
+
+def test_more_experts_than_may_steer_a_text_are_refused():
+    names = [f"e{number}" for number in range(65)]
+    recipe = toy_recipe(dict.fromkeys(names, 1.0))
+    with pytest.raises(InvalidField, match="65 experts, and 64 may"):
+        steering_of(recipe, expert=None, fields=None, xargs={"expert": names})
+    assert steering_of(recipe, expert=None, fields=None, xargs={"expert": names[1:]})
 
 
 def test_what_does_not_go_together_with_the_recipe_is_answered_400():

@@ -390,7 +390,7 @@ class Recipe:
             UnknownExpert: The recipe has no expert of that name.
             InvalidRequest: No expert is named.
         """
-        known = [expert.name for expert in self.experts]
+        known = {expert.name: None for expert in self.experts}
         if names is None:
             return tuple(known) if self.default_expert is None else (self.default_expert,)
         wanted = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
@@ -401,8 +401,8 @@ class Recipe:
         for name in wanted:
             if name not in known:
                 raise UnknownExpert(
-                    f"the recipe has no expert {name!r}; it has {_listed(known)}"
-                    f"{did_you_mean(name, known)}"
+                    f"the recipe has no expert {name!r}; it has {_listed(list(known))}"
+                    f"{did_you_mean(name, list(known))}"
                 )
         return wanted
 

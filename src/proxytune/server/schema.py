@@ -50,6 +50,8 @@ MAX_PROMPTS = 64
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 MAX_EXPLAIN_TOP = 20
+MAX_EXPERTS = 64
+"""Maximum number of experts that steer one text."""
 MAX_BIASED_TOKENS = 1024
 MAX_MESSAGES = 1000
 MAX_PARTS = 1000
@@ -161,7 +163,7 @@ class SteeringFields(_Fields):
         Annotated[
             dict[Name, Alpha],
             BeforeValidator(_without_nulls),
-            Field(min_length=1, max_length=64),
+            Field(min_length=1, max_length=MAX_EXPERTS),
         ]
         | None
     ) = None

@@ -16,7 +16,7 @@ from proxytune.recipe.fields import KEYS, read_steering
 from proxytune.recipe.recipe import Recipe
 from proxytune.request import Steering
 from proxytune.server.reasoning import has_reasoning
-from proxytune.server.schema import InvalidField, SteeringFields
+from proxytune.server.schema import MAX_EXPERTS, InvalidField, SteeringFields
 from proxytune.text.prompts import PromptFormat
 
 Json = dict[str, Any]
@@ -116,6 +116,11 @@ def steering_of(
             raise InvalidField(f"vllm_xargs: {error}", "vllm_xargs") from error
         if read is not None:
             found = _joined(found, source, read, "vllm_xargs", recipe)
+    if len(_names(found)) > MAX_EXPERTS:
+        raise InvalidField(
+            f"vllm_xargs: expert names {len(_names(found)):,} experts, and {MAX_EXPERTS} may steer one text",
+            "vllm_xargs",
+        )
     recipe.strengths(found)
     try:
         recipe.policy_for(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,10 +11,8 @@ from proxytune.errors import InvalidRequest, UnknownExpert
 from proxytune.integrations.vllm import request as module
 from proxytune.integrations.vllm.request import Menu, Rows, RowSteering, check_request
 from proxytune.policy import Policy
-from proxytune.recipe.fields import read_steering, write_steering
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
-from proxytune.request import Steering
 
 SMALL = ModelSpec(model="owner/small")
 
@@ -167,26 +164,3 @@ def test_rows_that_are_not_those_expected_are_no_guess():
     rows.expect([None, row(0.5)])
     with pytest.raises(RuntimeError, match="3 rows where its batch has 2"):
         rows.take(3)
-
-
-@pytest.mark.parametrize(
-    "steering",
-    [
-        Steering(),
-        Steering(0.25),
-        Steering(experts="legal"),
-        Steering(1e-5, ("legal", "v1.2")),
-        Steering(experts={"legal": 1 / 3, "v1.2": -1e-5, "medical": 0}),
-        Steering(policy="gate_sure", combine="union"),
-        Steering(0.5, policy={"policy": "gate_sure", "threshold": 0.1, "clip": 3}),
-    ],
-    ids=str,
-)
-def test_steering_written_as_fields_is_read_back_as_it_was(steering):
-    fields = write_steering(steering)
-    for value in fields.values():  # what vllm_xargs can hold
-        items = value if isinstance(value, list) else [value]
-        assert all(isinstance(item, str | int | float) for item in items)
-    asked = read_steering(recipe(), json.loads(json.dumps(fields))) or Steering()
-    assert recipe().strengths(asked) == recipe().strengths(steering)
-    assert recipe().policy_for(asked) == recipe().policy_for(steering)
