@@ -20,10 +20,11 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "files": (),
     "machine": (),
     "settings": (),
+    "policy": (),
     "request": (),
     "grants": (),
     "trace": (),
-    "logits": ("certificate", "policy", "sample", "steer", "rules", "views"),
+    "logits": ("certificate", "sample", "steer", "rules", "views"),
     "text": ("meter", "library", "template", "prompts", "one_stream", "detokenize", "vocab"),
     "checkpoints": (
         "faults",
@@ -38,7 +39,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "checkpoint",
         "adapter",
     ),
-    "recipe": ("checks", "address", "spec", "card", "directory", "recipe", "files"),
+    "recipe": ("checks", "address", "spec", "card", "directory", "recipe", "fields", "files"),
     "export": ("layout", "tokenizer", "write", "adapter", "model", "recipe"),
     "backends": (
         "base",
@@ -166,6 +167,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "echo",
         "answer",
         "reasoning",
+        "steering",
         "settings",
         "rendering",
         "service",
@@ -177,6 +179,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "tokens",
         "app",
         "run",
+        "vllm",
     ),
     "commands": (
         "flags",

@@ -10,7 +10,7 @@ import torch
 
 from proxytune.decode.batch import Batch
 from proxytune.decode.collect import Collector, run
-from proxytune.decode.ensemble import Ensemble, Job
+from proxytune.decode.ensemble import Ensemble, Job, policy_of
 from proxytune.errors import BackendError, InvalidRequest
 from proxytune.measure.score import Passage, explain_passage
 from proxytune.request import SamplingParams
@@ -100,7 +100,8 @@ def trace_given(
     started = time.perf_counter()
     text = TextStream(ensemble.tokenizer, prompt_ids=job.prompts[0])
     passage = Passage(tuple(tuple(ids) for ids in job.prompts), tuple(given))
-    found = explain_passage(ensemble, passage, alphas=job.alphas, num_top=job.num_top)
+    steered = replace(ensemble, policy=policy_of(ensemble, job))
+    found = explain_passage(steered, passage, alphas=job.alphas, num_top=job.num_top)
     steps = tuple(replace(step, text=text.push(step.token_id)) for step in found)
     content = "".join(step.text for step in steps)
     num_prompt_tokens = len(job.prompts[0])

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from proxytune.checkpoints.references import HUB_ID, is_gguf, is_there
-from proxytune.logits.policy import Policy
+from proxytune.policy import Policy
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 
 CARD = """\
