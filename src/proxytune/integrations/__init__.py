@@ -39,10 +39,31 @@ def _register_model() -> None:
         register()
 
 
+def _guard_trainer() -> None:
+    from proxytune.integrations.frozen import guard_trainer
+
+    guard_trainer()
+
+
+def _guard_peft_model() -> None:
+    from proxytune.integrations.frozen import guard_peft_model
+
+    guard_peft_model()
+
+
+def _guard_peft_tuners() -> None:
+    from proxytune.integrations.frozen import guard_peft_tuners
+
+    guard_peft_tuners()
+
+
 _REGISTRATIONS: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.tokenization_auto": _register_tokenizer,
     "transformers.models.auto.modeling_auto": _register_model,
+    "transformers.trainer": _guard_trainer,
+    "peft.peft_model": _guard_peft_model,
+    "peft.tuners.tuners_utils": _guard_peft_tuners,
 }
 
 
