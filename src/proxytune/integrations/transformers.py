@@ -372,7 +372,9 @@ class ProxyTunedForCausalLM(FrozenModels, SteeredGenerationMixin, PreTrainedMode
         if is_new and card.is_file() and card.parent.resolve() != target.resolve():
             with writing(target):
                 shutil.copyfile(card, target / "README.md")
-        if self.generation_config != _generation_defaults(self._ensemble, self.members[0]):
+        saved = target / GENERATION_CONFIG_NAME
+        defaults = _generation_defaults(self._ensemble, self.members[0])
+        if self.generation_config != defaults or saved.exists():
             with writing(target):
                 self.generation_config.save_pretrained(target)
         if push_to_hub:
