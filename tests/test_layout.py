@@ -125,6 +125,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "auto",
         "lm_eval",
         "ensemble_cache",
+        "frozen",
+        "generation",
         "transformers",
         "vllm.request",
         "vllm.config",

@@ -122,7 +122,7 @@ class ProxyTunedCache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        """Not linear: `generate` leaves out the tokens that are kept, which it does not where all layers are."""
+        """One layer that is not linear: otherwise `generate` would run the kept tokens again."""
         return [False]
 
     @property

@@ -1,7 +1,7 @@
 """A recipe's models stay as they are: what would train, extend or replace their weights is refused.
 
-A `Trainer` and PEFT ask nothing of a model before they begin to change it or what belongs to it. So they are made
-to ask here, when their modules are imported; `integrations/__init__.py` says how.
+A `Trainer` and PEFT ask nothing of a model before they begin to change it. So they are made to ask here when
+their modules are imported; `integrations/__init__.py` says how.
 """
 
 from __future__ import annotations

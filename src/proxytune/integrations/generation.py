@@ -1,8 +1,8 @@
 """A recipe in transformers' `generate`: what differs from one model's.
 
-Options that need the inside of one model, or a cache of another kind, are refused before anything runs. A call's
-`alpha` and `experts` hold in all that it does: transformers runs the model on its own for classifier-free guidance,
-and hands a call's arguments to assistant models.
+Options that need the inside of one model, or a cache of another kind, are refused before anything runs. A
+call's `alpha` and `experts` hold in all that it does: for classifier-free guidance transformers runs the model
+without them, and it gives them to assistant models, which do not know them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class SteeredGenerationMixin(GenerationMixin):
     transformers looks for `GenerationMixin` in the name of a class to know that its models can generate.
     """
 
-    _ensemble: Any  # transformers evaluates annotations, so no name can be here that is for type checkers
+    _ensemble: (
+        Any  # transformers evaluates annotations, so no name can be here that is for type checkers
+    )
     generation_config: GenerationConfig
 
     def generate(
@@ -139,8 +141,8 @@ class SteeredGenerationMixin(GenerationMixin):
         )
         if cache.num_slots and cache.num_rows != num_rows:
             raise InvalidRequest(
-                f"the cache holds {cache.num_rows} rows, and {num_rows} are to be generated.\nhint: give one "
-                "that was made for as many rows, or repeat its rows with cache.batch_repeat_interleave"
+                f"the cache holds {cache.num_rows} row(s), and {num_rows} are to be generated.\nhint: give "
+                "one that was made for as many rows, or repeat its rows with cache.batch_repeat_interleave"
             )
         if given is not None:
             cache._is_user_defined = True  # type: ignore[attr-defined]
@@ -167,7 +169,8 @@ class SteeredGenerationMixin(GenerationMixin):
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
         """Return the logits processors; the one for classifier-free guidance steers as the call does."""
-        processors = super()._get_logits_processor(*args, **kwargs)
+        parent: Any = super()
+        processors = parent._get_logits_processor(*args, **kwargs)
         steering = _steering_of(kwargs.get("model_kwargs"))
         for processor in processors:
             is_guidance = isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
@@ -180,7 +183,8 @@ class SteeredGenerationMixin(GenerationMixin):
         model_kwargs = kwargs.get("model_kwargs")
         if kwargs.get("assistant_model") is not self and model_kwargs:
             kwargs["model_kwargs"] = {k: v for k, v in model_kwargs.items() if k not in _STEERING}
-        return super()._get_candidate_generator(*args, **kwargs)
+        parent: Any = super()
+        return parent._get_candidate_generator(*args, **kwargs)
 
 
 def _steering_of(model_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:

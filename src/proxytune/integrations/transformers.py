@@ -124,10 +124,10 @@ class ProxyTunedForCausalLM(FrozenModels, SteeredGenerationMixin, PreTrainedMode
 
     def _set_attributes(self) -> None:
         """Set what transformers and evaluation harnesses look up on a model and its config."""
-        base = self.members[0]
+        base: Any = self.members[0]
         self.config.vocab_size = self._ensemble.vocabulary.width
         self.config.max_position_embeddings = smallest_context(self._ensemble.members)
-        base_config: Any = base.config.get_text_config()
+        base_config = base.config.get_text_config()
         for key in _SPECIAL_TOKENS:  # Pipelines compare them with an assistant's.
             setattr(self.config, key, getattr(base_config, key, None))
         devices: list[dict[str, Any]] = [getattr(m, "hf_device_map", {}) for m in self.members]
@@ -151,8 +151,8 @@ class ProxyTunedForCausalLM(FrozenModels, SteeredGenerationMixin, PreTrainedMode
             *model_args: Must be empty.
             config: The recipe as a config, if it was read before; it may have been changed since.
             **kwargs: `dtype`, `device_map` (a device, or `auto`) and `attn_implementation`, each for all
-                models; `generation_config`; `trust_remote_code`, `allow_pickle` and `key_env` as in `ProxyTuned.load`; and
-                transformers' options for the Hub. Other options are refused by name.
+                models; `generation_config`; `trust_remote_code`, `allow_pickle` and `key_env` as in
+                `ProxyTuned.load`; and transformers' options for the Hub. Other options are refused by name.
 
         Raises:
             UnsafeModel: The recipe asks for a right that the caller does not grant.
@@ -185,7 +185,10 @@ class ProxyTunedForCausalLM(FrozenModels, SteeredGenerationMixin, PreTrainedMode
     def _from_recipe(
         cls, recipe: Recipe, config: ProxyTunedConfig | None, options: dict[str, Any]
     ) -> ProxyTunedForCausalLM:
-        for key in ("output_attentions", "output_hidden_states"):  # AutoConfig puts them into the config
+        for key in (
+            "output_attentions",
+            "output_hidden_states",
+        ):  # AutoConfig puts them into the config
             if getattr(config, key, False):
                 raise UnsupportedModel(
                     f"{key} is true, but the output of several models has no place for it.\n"
@@ -545,6 +548,8 @@ def _checked_ids(input_ids: Tensor | None, options: Mapping[str, Any]) -> Tensor
         raise InvalidRequest(
             "input_ids must be given, as [batch, num_tokens] with at least one token"
         )
+    if input_ids.is_floating_point():
+        raise InvalidRequest(f"input_ids has dtype {input_ids.dtype}, but token ids are integers")
     return input_ids
 
 
