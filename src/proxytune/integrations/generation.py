@@ -1,8 +1,8 @@
 """A recipe in transformers' `generate`: what differs from one model's.
 
 Options that need the inside of one model, or a cache of another kind, are refused before anything runs. A
-call's `alpha` and `experts` hold in all that it does: for classifier-free guidance transformers runs the model
-without them, and it gives them to assistant models, which do not know them.
+call's `alpha` and `experts` hold in all that it does: for classifier-free guidance, transformers runs the
+model without them, and it gives them to assistant models, which do not know them.
 """
 
 from __future__ import annotations
