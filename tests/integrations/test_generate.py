@@ -408,6 +408,17 @@ def test_what_is_no_batch_of_token_ids_is_refused_with_the_way_to_one(model, inp
         model(ids.float())
 
 
+def test_a_batch_padded_on_the_right_is_refused_and_the_hint_works(model, recipe, library):
+    """transformers warned in its log, and the shorter texts went on after their padding."""
+    tokenizer = AutoTokenizer.from_pretrained(recipe, padding_side="right")
+    with pytest.raises(InvalidRequest, match="padding_side = 'left'"):
+        model.generate(**tokenizer([TEXT, "a"], return_tensors="pt", padding=True), **NEW)
+    tokenizer.padding_side = "left"
+    ids = model.generate(**tokenizer([TEXT, "a"], return_tensors="pt", padding=True), **NEW)
+    new = tokenizer.batch_decode(ids[:, -8:])
+    assert new == [library.generate(text, EIGHT).text for text in (TEXT, "a")]
+
+
 def test_a_text_that_may_outgrow_a_context_is_refused_before_the_first_token(
     model, tokenizer, inputs
 ):

@@ -215,7 +215,7 @@ def _refuse(settings: Mapping[str, Any]) -> None:
 
 
 def _check_inputs(inputs: Any, options: Mapping[str, Any]) -> None:
-    """Refuse inputs that are not a batch of token ids, or that a cache already holds."""
+    """Refuse inputs that are no batch of token ids, end with padding, or are in the cache already."""
     if inputs is None:
         return
     if not isinstance(inputs, Tensor):
@@ -233,6 +233,11 @@ def _check_inputs(inputs: Any, options: Mapping[str, Any]) -> None:
         )
     cache = options.get("cache", options.get("past_key_values"))
     mask = options.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.numel() and not mask[:, -1].all():
+        raise InvalidRequest(
+            "attention_mask ends with padding, after which a model would go on instead of after the text.\n"
+            "hint: pad on the left: tokenizer.padding_side = 'left'"
+        )
     num_slots = cache.num_slots if isinstance(cache, ProxyTunedCache) else 0
     is_whole = not isinstance(mask, Tensor) or mask.shape[-1] == inputs.shape[1]
     if num_slots and is_whole and inputs.shape[1] <= num_slots:
