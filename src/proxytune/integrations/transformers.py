@@ -440,6 +440,13 @@ def _load(
     """Load a recipe whose models all read one stream of tokens, without a policy that needs its start."""
     from proxytune.model import ProxyTuned
 
+    for part, spec in recipe.models.items():
+        if spec.api is not None or spec.llama_cpp is not None:
+            place = "behind an API" if spec.api is not None else "in llama.cpp"
+            raise UnsupportedModel(
+                f"{part} runs {place}, and transformers' generate needs every model in transformers.\n"
+                "hint: use proxytune.ProxyTuned, `proxytune generate` or `proxytune serve`"
+            )
     if recipe.policy.has_positions:
         raise UnsupportedModel(
             "the recipe's steering has a schedule, but transformers' generate does not show a model where "
