@@ -551,6 +551,24 @@ def test_a_chat_is_joined_as_in_the_library_where_no_model_has_a_template(tmp_pa
     assert answer_of(answered) == ProxyTuned.load(tmp_path).generate(chat, EIGHT).text
 
 
+def test_a_template_for_texts_is_not_applied_and_the_way_that_is_said_gives_the_librarys_text(
+    tmp_path,
+):
+    for seed, name in enumerate(("base", "tuned", "small")):
+        tiny_model(tmp_path / name, seed=seed)
+    base, tuned, small = (
+        ModelSpec(model=name, prompt="Q: {{ prompt }}\nA:") for name in ("base", "tuned", "small")
+    )
+    Recipe(base, (ExpertSpec("e", tuned, small),), directory=tmp_path).write(tmp_path)
+    with pytest.warns(
+        UserWarning, match="template, which is not applied here.*\nhint: give a text"
+    ):
+        pipe = pipeline("text-generation", model=str(tmp_path))
+    message = [{"role": "user", "content": TEXT}]
+    answered = pipe(message, **NEW, return_full_text=False)
+    assert answer_of(answered) == ProxyTuned.load(tmp_path).generate(TEXT, EIGHT).text
+
+
 def test_a_chat_that_the_models_read_differently_is_refused_with_a_way_out(tmp_path):
     tiny_model(tmp_path / "base", seed=1)
     tokenizer = tiny_tokenizer(chat_template="{{ messages[-1].content }}?")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -142,6 +143,8 @@ class ProxyTunedTokenizer:
             reference: The recipe: a directory or a Hub id.
             **options: Those of transformers that concern the Hub, `SETTINGS`, and `GRANT_OPTIONS`.
 
+        Warns if the recipe has a template for texts, which a tokenizer does not apply.
+
         Raises:
             UnsafeModel: The recipe asks for a right that the caller does not grant.
             RecipeError: The recipe is missing or malformed.
@@ -159,6 +162,12 @@ class ProxyTunedTokenizer:
         recipe = read_recipe(reference, hub)
         files = RecipeFiles(recipe, grants)
         files.check_grants()
+        if recipe.base.prompt != "plain":
+            warnings.warn(
+                "the recipe reads texts through a template, which is not applied here: texts are sent as they "
+                "are.\nhint: give a text as a user's message in a chat, which is rendered as the recipe says",
+                stacklevel=2,
+            )
         tokenizer = files.checkpoint(recipe.base).tokenizer
         if settings.get("chat_template") is None:
             formats = find_formats(files)
