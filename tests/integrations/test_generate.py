@@ -104,6 +104,18 @@ def new_ids(output: Any, inputs: Any) -> list[int]:
     return ids
 
 
+def test_steering_may_stand_in_a_generation_config(recipe, inputs):
+    """It was kept in the config, as anything is there, and changed nothing."""
+    model = AutoModelForCausalLM.from_pretrained(recipe)
+    expected = {alpha: model.generate(**inputs, **NEW, alpha=alpha) for alpha in (0.0, 0.5, 1.0)}
+    assert len({str(ids) for ids in expected.values()}) == 3
+    config = GenerationConfig(alpha=0.0, experts="lora", **NEW)
+    assert torch.equal(model.generate(**inputs, generation_config=config), expected[0.0])
+    assert torch.equal(model.generate(**inputs, generation_config=config, alpha=1.0), expected[1.0])
+    model.generation_config.alpha = 0.5
+    assert torch.equal(model.generate(**inputs, **NEW), expected[0.5])
+
+
 # Drafts ---------------------------------------------------------------------------------------------
 
 
@@ -406,6 +418,16 @@ def test_what_is_no_batch_of_token_ids_is_refused_with_the_way_to_one(model, inp
             model.generate(given, **NEW)
     with pytest.raises(InvalidRequest, match=r"torch\.float32"):
         model(ids.float())
+
+
+def test_a_mask_of_another_shape_is_refused_by_its_name(model, inputs):
+    with pytest.raises(InvalidRequest, match=r"attention_mask has shape \[1, 5\].*\[1, 12\]"):
+        model.generate(inputs["input_ids"], attention_mask=torch.ones(1, 5), **NEW)
+
+
+def test_an_assistant_does_not_draft_for_beams(model, base, inputs):
+    with pytest.raises(InvalidRequest, match="num_beams is 2, but drafts continue one sequence"):
+        model.generate(**inputs, **NEW, num_beams=2, assistant_model=base)
 
 
 def test_a_batch_padded_on_the_right_is_refused_and_the_hint_works(model, recipe, library):

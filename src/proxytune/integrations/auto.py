@@ -164,8 +164,8 @@ class ProxyTunedTokenizer:
         files.check_grants()
         if recipe.base.prompt != "plain":
             warnings.warn(
-                "the recipe reads texts through a template, which is not applied here: texts are sent as they "
-                "are.\nhint: give a text as a user's message in a chat, which is rendered as the recipe says",
+                "the recipe reads texts through a template, which is not applied here: texts are sent as "
+                "they are.\nhint: give a text as the user's message in a chat, which the template renders",
                 stacklevel=2,
             )
         tokenizer = files.checkpoint(recipe.base).tokenizer

@@ -71,8 +71,8 @@ class SteeredGenerationMixin(GenerationMixin):
             inputs: `[batch, num_tokens]`, of the base's vocabulary; or `input_ids`.
             generation_config: As in transformers.
             *arguments: As in transformers.
-            **options: As in transformers; and `alpha` and `experts`, as in `forward`. With `stop_strings`,
-                `tokenizer` is the recipe's own unless given.
+            **options: As in transformers; and `alpha` and `experts`, as in `forward`, which may stand in a
+                generation config too. With `stop_strings`, `tokenizer` is the recipe's own unless given.
 
         Raises:
             InvalidRequest: An option cannot be honoured, or the inputs are not token ids.
@@ -83,13 +83,28 @@ class SteeredGenerationMixin(GenerationMixin):
         """
         settings = {
             key: _setting(key, options, generation_config, self.generation_config)
-            for key in (*_REFUSED, "cache_implementation", "stop_strings")
+            for key in (*_REFUSED, "cache_implementation", "num_beams", "stop_strings")
         }
         _refuse(settings)
+        if options.get("assistant_model") is not None and (settings["num_beams"] or 1) > 1:
+            raise InvalidRequest(
+                f"assistant_model was given, and num_beams is {settings['num_beams']}, but drafts continue "
+                "one sequence.\nhint: leave one of the two out"
+            )
         _check_inputs(inputs if inputs is not None else options.get("input_ids"), options)
         if settings["stop_strings"] is not None and options.get("tokenizer") is None:
             options["tokenizer"] = self._ensemble.tokenizer
         return super().generate(inputs, generation_config, *arguments, **options)
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the settings and what `forward` gets, with steering that stands among the settings."""
+        parent: Any = super()
+        config, model_kwargs = parent._prepare_generation_config(*args, **kwargs)
+        for key in _STEERING:
+            value = getattr(config, key, None)
+            if value is not None:
+                model_kwargs.setdefault(key, value)
+        return config, model_kwargs
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """Return what `forward` gets; transformers adds the tokenizers of a call, which concern its text."""
@@ -239,6 +254,10 @@ def _check_inputs(inputs: Any, options: Mapping[str, Any]) -> None:
             "hint: pad on the left: tokenizer.padding_side = 'left'"
         )
     num_slots = cache.num_slots if isinstance(cache, ProxyTunedCache) else 0
+    if isinstance(mask, Tensor) and not num_slots and mask.shape != inputs.shape:
+        raise InvalidRequest(
+            f"attention_mask has shape {list(mask.shape)}, but input_ids has {list(inputs.shape)}"
+        )
     is_whole = not isinstance(mask, Tensor) or mask.shape[-1] == inputs.shape[1]
     if num_slots and is_whole and inputs.shape[1] <= num_slots:
         raise InvalidRequest(
