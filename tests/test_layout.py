@@ -136,6 +136,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "auto",
         "lm_eval",
         "ensemble_cache",
+        "frozen",
+        "generation",
         "transformers",
         "vllm.request",
         "vllm.config",
