@@ -1,12 +1,14 @@
-// The playground: what is asked of both models, and how their answers are shown. It follows tokens.js and requests.js in
-// one scope.
+// The playground: what is asked of both models, and how their answers are shown. It follows tokens.js, requests.js and
+// examples.js in one scope.
 
 const SIDES = ["base", "steered"];
 const NAMES = { base: "Base", steered: "Steered" };
 const TOP = 8; // alternatives listed for each model
 const STEPS = [Math.log(1.25), Math.log(2), Math.log(8)]; // where the colours change, in nats
 
-const state = { info: null, key: "", mode: "prompt", running: new Map(), afterKey: null };
+const isTouch = matchMedia("(pointer: coarse)").matches; // keys on the screen have no Shift Enter: there Enter is a new line
+
+const state = { info: null, key: "", mode: "text", running: new Map(), afterKey: null };
 
 // What steering did to a token ---------------------------------------------------------------------------
 
@@ -47,11 +49,11 @@ class Pane {
     this.element = $(`pane-${side}`);
     this.scroll = this.element.querySelector(".scroll");
     this.sum = this.element.querySelector(".sum");
-    this.flows = { prompt: make("div", "flow"), chat: make("div", "flow") };
+    this.flows = { text: make("div", "flow"), chat: make("div", "flow") };
     this.turns = []; // of the chat: {question, answer}
-    this.answers = { prompt: null, chat: null }; // the latest of each mode
-    this.scroll.append(this.flows.prompt, this.flows.chat);
-    this.clear("prompt");
+    this.answers = { text: null, chat: null }; // the latest of each mode
+    this.scroll.append(this.flows.text, this.flows.chat);
+    this.clear("text");
     this.clear("chat");
   }
   clear(mode) {
@@ -66,19 +68,19 @@ class Pane {
     this.summarise();
   }
   // Add an answer to the page, below what it answers.
-  begin(mode, question) {
+  begin(mode, question, maxTokens) {
     const flow = this.flows[mode];
-    if (mode === "prompt" || this.turns.length === 0) {
-      if (mode === "prompt") this.clear(mode);
+    if (mode === "text" || this.turns.length === 0) {
+      if (mode === "text") this.clear(mode);
       flow.replaceChildren();
     }
     // An earlier question cannot be asked again once the conversation has gone on.
     for (const button of flow.querySelectorAll(".problem button")) button.remove();
-    const answer = new Answer(this);
+    const answer = new Answer(this, mode, maxTokens);
     const turn = make("div", "turn");
     const text = make("div", "text");
     text.dir = "auto";
-    if (mode === "prompt") {
+    if (mode === "text") {
       const given = make("span", "given", question.length > 600 ? `…${question.slice(-600)}` : question);
       given.title = "Your prompt";
       text.append(given);
@@ -105,7 +107,7 @@ class Pane {
 }
 
 class Answer extends TokenText {
-  constructor(pane) {
+  constructor(pane, mode, maxTokens) {
     super(pane, `answer-${numAnswers++}`, `${NAMES[pane.side]} answer, token by token`);
     this.list.setAttribute("aria-busy", "true");
     this.tokens = [];
@@ -116,6 +118,7 @@ class Answer extends TokenText {
     this.startedAt = this.lastAt = 0;
     this.numKnown = this.numChanged = this.numKl = this.sumKl = 0;
     this.after = make("div");
+    Object.assign(this, { mode, maxTokens });
   }
   add(text, tokens) {
     const now = performance.now();
@@ -141,7 +144,16 @@ class Answer extends TokenText {
   end(reason) {
     this.ended = reason;
     this.list.setAttribute("aria-busy", "false");
+    if (reason === "stop" && this.text.trim() === "") this.sayEmpty();
     paintSoon(this);
+  }
+  // An answer without text looks as if nothing had happened: say what did, and what to try.
+  sayEmpty() {
+    const another = this.mode === "chat" ? "other words" : "the beginning of a text, or Chat for a question";
+    const hint = this.pane.side === "base" ? `Try ${another}, or another seed.` : `Try a strength nearer to 0, ${another}, or another seed.`;
+    const box = make("div", "notice");
+    box.append(make("strong", "", "The model ended its answer at once, without any text."), make("p", "", hint));
+    this.after.replaceChildren(box);
   }
   // Draw what came since the last frame.
   paint() {
@@ -194,7 +206,9 @@ class Answer extends TokenText {
       const span = (this.lastAt - this.startedAt) / 1000;
       if (count > 1 && span > 0.1) add("tokens/s", ((count - 1) / span).toFixed(1)).title = "From the first token to the last, while both answers run";
     }
-    if (this.ended) add(ENDINGS[this.ended] ?? this.ended);
+    // The server gives fewer tokens than asked for where its own limit, or the models' context, is smaller.
+    if (this.ended === "length" && count < this.maxTokens) add("reached the limit of the server or of its models");
+    else if (this.ended) add(ENDINGS[this.ended] ?? this.ended);
     this.pane.sum.replaceChildren(...elements);
   }
 }
@@ -282,6 +296,14 @@ const setAlpha = (alpha) => {
   showAlpha();
 };
 
+// What is set, on one line: in a narrow window the settings are folded away below it.
+const showSettings = () => {
+  const settings = readSettings();
+  const { max_tokens: count, temperature, seed } = settings.sampling;
+  const drawn = temperature === 0 ? "greedy" : `temperature ${temperature} · seed ${seed}`;
+  $("settings-sum").textContent = `${settings.names.length ? strengthWords(settings) : "no expert"} · ${plural(count, "token")} · ${drawn}`;
+};
+
 const showAlpha = () => {
   const slider = $("alpha");
   const alpha = numberOf("alpha-number");
@@ -295,18 +317,18 @@ const showAlpha = () => {
   const own = ownAlpha();
   $("alpha-own").hidden = !known(own) || own === alpha;
   if (known(own)) $("alpha-own").textContent = `Back to the recipe's ${strength(own)}`;
+  showSettings();
 };
 
 const showSampling = () => {
-  const temperature = numberOf("temperature");
-  $("sampling-sum").textContent = `${$("max-tokens").value} tokens, ${temperature === 0 ? "greedy" : `temperature ${$("temperature").value}, seed ${$("seed").value}`}`;
-  $("top-p").disabled = temperature === 0;
+  $("top-p").disabled = numberOf("temperature") === 0;
+  showSettings();
 };
 
-const showExperts = () => {
+const showExperts = (only = null) => {
   const { info } = state;
   const isMix = $("mix").checked;
-  const before = chosen();
+  const before = only === null ? chosen() : [only];
   const wanted = before.length ? before : info.default_experts?.length ? info.default_experts : [info.experts[0]?.name];
   const isOn = (name) => (isMix ? wanted.includes(name) : wanted[0] === name);
   $("experts").replaceChildren(...info.experts.map((expert) => {
@@ -346,6 +368,39 @@ const onExpert = (event) => {
   showAlpha();
 };
 
+// Examples -----------------------------------------------------------------------------------------------
+
+const openExamples = (isOpen) => {
+  $("examples-open").setAttribute("aria-expanded", String(isOpen));
+  $("examples").hidden = !isOpen;
+};
+
+const tryExample = ({ prompt, expert }) => {
+  if (state.running.size) return;
+  if (expert !== null) {
+    $("mix").checked = false;
+    showExperts(expert);
+    setAlpha(Math.min(3, Math.max(-1, ownAlpha() ?? 1)));
+  }
+  $("prompt").value = prompt;
+  run();
+};
+
+const showExamples = () => {
+  if (!state.info) return;
+  $("examples").replaceChildren(...examplesFor(state.info, state.mode).map((example) => {
+    const button = make("button", "example");
+    button.type = "button";
+    const prompt = make("span", "", example.prompt.replace(/\s+/g, " "));
+    prompt.dir = "auto";
+    button.append(...(example.expert === null ? [] : [make("bdi", "", example.expert), " "]), prompt);
+    button.addEventListener("click", () => tryExample(example));
+    return button;
+  }));
+  $("examples-open").hidden = false;
+  openExamples(panes.base.answers[state.mode] === null);
+};
+
 // Running ------------------------------------------------------------------------------------------------
 
 const alarm = (text) => { if ($("alert").textContent !== text) $("alert").textContent = text; };
@@ -357,7 +412,10 @@ const showBusy = () => {
   $("run").hidden = isBusy;
   $("run").disabled = !state.info;
   $("new").hidden = state.mode !== "chat" || isBusy || panes.base.turns.length === 0;
-  if (hadFocus) (isBusy ? $("stop") : $("run")).focus();
+  // Its reader is where the answers are.
+  if (hadFocus) (isBusy ? $("stop") : $("run")).focus({ preventScroll: true });
+  document.body.classList.toggle("busy", isBusy);
+  for (const button of $("examples").children) button.disabled = isBusy;
   for (const side of SIDES) panes[side].element.classList.toggle("busy", state.running.has(side));
 };
 
@@ -370,8 +428,7 @@ const invalidField = () => {
 };
 
 const pointAt = (field) => {
-  const folded = field.closest("details");
-  if (folded) folded.open = true;
+  if ($("settings").contains(field)) $("settings").open = true;
   field.focus();
 };
 
@@ -413,7 +470,7 @@ const showProblem = (answer, problem, again) => {
 // Ask for one side's answer, from the start or again.
 const startSide = async (side, question, settings, mode) => {
   const pane = panes[side];
-  const answer = pane.begin(mode, question);
+  const answer = pane.begin(mode, question, settings.sampling.max_tokens);
   const turn = { question, answer };
   if (mode === "chat") pane.turns.push(turn);
   const controller = new AbortController();
@@ -480,6 +537,7 @@ const run = () => {
   const { mode } = state;
   if (mode === "chat") $("prompt").value = "";
   $("alert").textContent = "";
+  openExamples(false);
   tell("Both answers are being written.");
   for (const side of SIDES) startSide(side, question, settings, mode);
   // Where the answers are below the fold, on a phone, go to them.
@@ -497,13 +555,15 @@ const setMode = (mode) => {
   closeDetails();
   const isChat = mode === "chat";
   $("prompt").placeholder = isChat ? "Write a message. Both models answer, each in a conversation of its own." : "Write the beginning of a text. Both answers continue it.";
-  $("prompt-label").textContent = isChat ? "Message" : "Prompt";
-  $("hint").replaceChildren(...(isChat
+  $("prompt-label").textContent = isChat ? "Message" : "Beginning of a text";
+  $("chat-note").hidden = !isChat || !state.info || state.info.has_chat;
+  $("hint").replaceChildren(...(isChat && !isTouch
     ? [make("kbd", "", "Enter"), " sends, ", make("kbd", "", "Shift Enter"), " is a new line"]
     : [make("kbd", "", "Ctrl Enter"), " runs"]));
   $("run").textContent = isChat ? "Send" : "Run";
   $("system-field").hidden = !isChat;
   for (const side of SIDES) panes[side].show(mode);
+  showExamples();
   showBusy();
 };
 
@@ -547,7 +607,12 @@ const load = async () => {
     return;
   }
   const isFirst = !state.info;
-  state.info = await response.json();
+  try {
+    state.info = await response.json();
+  } catch {
+    showTrouble("The server's answer cannot be read.", "Is there something between this page and the server that changes its answers?");
+    return;
+  }
   const { info } = state;
   $("recipe").textContent = info.name;
   $("base").textContent = `on ${info.base}`;
@@ -559,9 +624,7 @@ const load = async () => {
     $("max-tokens").max = String(limit);
     if (numberOf("max-tokens") > limit) $("max-tokens").value = String(limit);
   }
-  const chat = document.querySelector("input[value=chat]");
-  chat.disabled = !info.has_chat;
-  chat.parentNode.title = info.has_chat ? "" : "This recipe's models have no chat template.";
+  $("chat-note").hidden = state.mode !== "chat" || info.has_chat;
   // A recipe that sums several experts by default begins as it is: alpha 1, its own strengths as weights.
   const isSum = isFirst && info.default_experts?.length > 1;
   if (isSum) $("mix").checked = true;
@@ -573,6 +636,7 @@ const load = async () => {
   const own = ownAlpha();
   if (isFirst && known(own)) setAlpha(Math.min(3, Math.max(-1, own)));
   showSampling();
+  showExamples();
   showBusy();
   tell(`Ready: ${info.name}.`);
 };
@@ -604,7 +668,7 @@ $("ask").addEventListener("submit", (event) => {
 });
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.isComposing) return;
-  if (event.ctrlKey || event.metaKey || (state.mode === "chat" && !event.shiftKey && !event.altKey)) {
+  if (event.ctrlKey || event.metaKey || (state.mode === "chat" && !isTouch && !event.shiftKey && !event.altKey)) {
     event.preventDefault();
     run();
   }
@@ -620,6 +684,7 @@ $("new").addEventListener("click", () => {
     panes[side].clear("chat");
     panes[side].show("chat");
   }
+  openExamples(true);
   showBusy();
   $("prompt").focus();
 });
@@ -631,7 +696,9 @@ $("alpha-own").addEventListener("click", () => {
   $("alpha-number").focus();
 });
 $("experts").addEventListener("change", onExpert);
-$("mix").addEventListener("change", showExperts);
+$("mix").addEventListener("change", () => showExperts());
+$("settings").addEventListener("input", showSettings);
+$("examples-open").addEventListener("click", () => openExamples($("examples").hidden));
 $("sampling").addEventListener("input", showSampling);
 $("colours").addEventListener("change", () => {
   panes.steered.scroll.classList.toggle("plain", !$("colours").checked);
@@ -658,7 +725,11 @@ for (const side of SIDES) {
 }
 $("close").addEventListener("click", () => closeDetails(true));
 
-$("sampling").open = matchMedia("(min-width: 960px)").matches;
-setMode("prompt");
+// In a wide window the settings stand beside the answers; in a narrow one they fold away above them.
+const wide = matchMedia("(min-width: 960px)");
+const foldSettings = () => { $("settings").open = wide.matches; };
+wide.addEventListener("change", foldSettings);
+foldSettings();
+setMode("text");
 showSampling();
 load();
