@@ -39,7 +39,8 @@ COVERED = """(root) => {
         // A text that is cut short ends with its element.
         const middle = (from, to) => (Math.max(box[from], own[from]) + Math.min(box[to], own[to])) / 2;
         const hit = document.elementFromPoint(middle("left", "right"), middle("top", "bottom"));
-        return hit && (e.contains(hit) || (e.matches("input") && hit.contains(e)));
+        // A control and its label are one.
+        return hit && (e.contains(hit) || (e.closest("label")?.contains(hit) ?? false));
     };
     // What is taller than its window is not in view at its beginning.
     return seen(root).filter((e) => (isControl(e) || ownText(e).length) && !isHit(e, "nearest") && !isHit(e, "start")).map(nameOf);

@@ -96,6 +96,8 @@ class Fake:
     has_chat: bool = True
     experts: tuple[str, ...] = ("shakespeare", "legal")
     default_experts: tuple[str, ...] = ()
+    hides_base: bool = False  # as behind an API that shows no distribution
+    thoughts: int = 0  # how many tokens of a chat's answer are reasoning
     asked: list[dict[str, Any]] = field(default_factory=list)
     num_left: int = 0
     refusals: list[tuple[int, dict[str, Any], dict[str, str]]] = field(default_factory=list)
@@ -192,6 +194,10 @@ class FakeHandler(QuietHandler):
         if script.fault == "nothing":
             self.end_with_reset()
             return
+        if self.fake.hides_base:
+            hidden = {"logprob": None, "rank": None, "entropy": None, "top": []}
+            for each in tokens:
+                each["kl"], each["views"]["base"], each["views"]["steered"] = None, hidden, hidden
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
@@ -213,7 +219,9 @@ class FakeHandler(QuietHandler):
                 "finish_reason": reason,
                 "proxytune": {"tokens": some},
             }
-            choice |= {"delta": {"content": text}} if "messages" in body else {"text": text}
+            is_thought = "messages" in body and start < self.fake.thoughts
+            delta = {"reasoning_content" if is_thought else "content": text}
+            choice |= {"delta": delta} if "messages" in body else {"text": text}
             self.event(
                 {"id": "x", "object": "chunk", "created": 0, "model": "smol", "choices": [choice]}
             )

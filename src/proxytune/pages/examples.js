@@ -4,9 +4,9 @@
 const MAX_EXAMPLES = 6;
 const TOPICS = [
   { words: /shakespeare|verse|poem|poet|drama/i, text: "Good morrow, my good", chat: "Greet the king, who comes home from a war." },
-  { words: /legal|law|contract/i, text: "The owner of a building shall", chat: "May a tenant sublet a flat?" },
+  { words: /legal|law|contract/i, text: "The owner of a building shall", chat: "Explain what a contract is." },
   { words: /recipes|cook|food|kitchen/i, text: "Pancakes\n\n## Ingredients\n\n-", chat: "How do I make pancakes?" },
-  { words: /python|code|coder|program/i, text: 'def read_lines(path):\n    """Return', chat: "Write a Python function that reverses a list." },
+  { words: /python|code|coder|program/i, text: 'def read_lines(path):\n    """Return', chat: "Write a Python class for a bank account." },
   { words: /medic|health|clinic|pharma/i, text: "The symptoms of diabetes are", chat: "What are the symptoms of diabetes?" },
   { words: /math|gsm|algebra|equation/i, text: "Ann has 3 apples and buys 4 more. Now she has", chat: "Ann has 3 apples and buys 4 more. How many has she now?" },
   { words: /story|stories|fiction|novel/i, text: "The lighthouse had been dark for a year when", chat: "Tell me a story about a lighthouse." },

@@ -116,7 +116,7 @@ class Answer extends TokenText {
     this.unsaid = ""; // not yet given to the screen reader
     this.ended = null;
     this.startedAt = this.lastAt = 0;
-    this.numKnown = this.numChanged = this.numKl = this.sumKl = 0;
+    this.numKnown = this.numChanged = this.numKl = this.sumKl = this.numThoughts = 0;
     this.after = make("div");
     Object.assign(this, { mode, maxTokens });
   }
@@ -135,24 +135,34 @@ class Answer extends TokenText {
     }
     this.lastAt = now;
     const own = tokens.map((token) => token.text).join("");
-    const rest = text.startsWith(own) ? text.slice(own.length) : "";
-    this.loose += rest;
-    this.text += own + rest;
-    this.unsaid += own + rest;
+    // A reasoning model's tokens before its answer are shown, and are no part of what it answered.
+    if (own && !text) {
+      for (const token of tokens) token.isThought = true;
+      this.numThoughts += tokens.length;
+    }
+    if (text.startsWith(own)) this.loose += text.slice(own.length);
+    this.text += text;
+    this.unsaid += text;
     paintSoon(this);
   }
   end(reason) {
     this.ended = reason;
     this.list.setAttribute("aria-busy", "false");
-    if (reason === "stop" && this.text.trim() === "") this.sayEmpty();
+    if (["stop", "length"].includes(reason) && this.text.trim() === "") this.sayEmpty(reason);
     paintSoon(this);
   }
   // An answer without text looks as if nothing had happened: say what did, and what to try.
-  sayEmpty() {
+  sayEmpty(reason) {
+    const isCut = reason === "length";
     const another = this.mode === "chat" ? "other words" : "the beginning of a text, or Chat for a question";
-    const hint = this.pane.side === "base" ? `Try ${another}, or another seed.` : `Try a strength nearer to 0, ${another}, or another seed.`;
+    const weaker = this.pane.side === "base" ? "" : "a strength nearer to 0, ";
+    const [what, next] = this.numThoughts
+      ? [`The model ${isCut ? "was still reasoning at its last token" : "ended after its reasoning"}, without an answer.`, isCut ? "Allow more tokens." : `Try ${weaker}another seed.`]
+      : isCut
+        ? ["The model wrote nothing but white space.", `Allow more tokens, or try ${weaker}${another}.`]
+        : ["The model ended its answer at once, without any text.", `Try ${weaker}${another}, or another seed.`];
     const box = make("div", "notice");
-    box.append(make("strong", "", "The model ended its answer at once, without any text."), make("p", "", hint));
+    box.append(make("strong", "", what), make("p", "", next));
     this.after.replaceChildren(box);
   }
   // Draw what came since the last frame.
@@ -174,7 +184,7 @@ class Answer extends TokenText {
   draw(token, index) {
     const nats = moved(token);
     const baseChoice = changed(token) ? firstChoice(token) ?? "another token" : null;
-    return this.drawToken(index, { name: token.token, text: token.text, nats, level: level(nats), baseChoice });
+    return this.drawToken(index, { name: token.token, text: token.text, nats, level: level(nats), baseChoice, ...(token.isThought ? { kind: "thought", more: ["reasoning"] } : {}) });
   }
   // A last token without text is the model's own end of the text.
   markEnd() {
@@ -197,6 +207,7 @@ class Answer extends TokenText {
     const count = this.tokens.length;
     if (count) {
       add(count === 1 ? "token" : "tokens", String(count));
+      if (this.numThoughts) add("of them reasoning", String(this.numThoughts));
       if (this.pane.side === "steered") {
         if (this.numKnown) add("first choices changed", `${Math.round((100 * this.numChanged) / this.numKnown)} %`);
         if (this.numKl) add("nats mean KL", decimal(this.sumKl / this.numKl)).title = "KL(steered ‖ base), averaged over the tokens";
@@ -438,7 +449,7 @@ const messagesFor = (pane, turn) => {
   for (const { question, answer } of pane.turns) {
     if (turn.answer === answer) break;
     // A question without an answer is left out: models expect the two to alternate.
-    if (answer.text) messages.push({ role: "user", content: question }, { role: "assistant", content: answer.text });
+    if (answer.text.trim()) messages.push({ role: "user", content: question }, { role: "assistant", content: answer.text });
   }
   return [...messages, { role: "user", content: turn.question }];
 };
