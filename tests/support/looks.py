@@ -42,8 +42,12 @@ COVERED = """(root) => {
         // A control and its label are one.
         return hit && (e.contains(hit) || (e.closest("label")?.contains(hit) ?? false));
     };
-    // What is taller than its window is not in view at its beginning.
-    return seen(root).filter((e) => (isControl(e) || ownText(e).length) && !isHit(e, "nearest") && !isHit(e, "start")).map(nameOf);
+    const isTall = (e) => { // taller than the box that it scrolls in: its beginning is not in view
+        let box = e.parentElement;
+        while (box !== document.documentElement && !(/auto|scroll/.test(getComputedStyle(box).overflowY) && box.scrollHeight > box.clientHeight)) box = box.parentElement;
+        return e.getBoundingClientRect().height > box.clientHeight / 2;
+    };
+    return seen(root).filter((e) => (isControl(e) || ownText(e).length) && !isHit(e, "nearest") && !(isTall(e) && isHit(e, "start"))).map(nameOf);
 }"""
 COLOURS = """() => seen("body").filter((e) => ownText(e).length && !e.matches(":disabled")).map((e) => {
     const layers = [];
