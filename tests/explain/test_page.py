@@ -130,16 +130,17 @@ def test_nothing_sticks_out_or_is_covered_or_too_faint(tmp_path, browser, width,
         page.goto(address)
 
         def check(when: str) -> None:
-            assert sticking_out(page) == [], when
-            assert covered(page) == [], when
             assert too_faint(page) == [], when
+            if not is_dark:  # places are the same
+                assert sticking_out(page) == [], when
+                assert covered(page) == [], when
 
         check("several continuations")
         page.locator("#case").select_option(index=1)
         check("a long text")
         page.locator("#pane-steered .tok").nth(70).click()
         token, details = (page.locator(which).bounding_box() for which in (".tok.on", "#details"))
-        assert 0 <= token["y"] and token["y"] + token["height"] <= details["y"]
+        assert token["y"] >= 0 and token["y"] + token["height"] <= details["y"]
         assert details["y"] + details["height"] <= height + 1
         check("a token open")
         assert page.faults == []
@@ -149,7 +150,7 @@ def test_a_table_that_is_too_wide_scrolls_in_itself(tmp_path, browser):
     with open_page(browser=browser, width=390) as page:
         page.goto(written(tmp_path / "report.html", long_report(60)))
         own, inner = page.evaluate(
-            "(() => { const e = document.querySelector('.scroller'); return [e.clientWidth, e.scrollWidth]; })()"
+            "[...document.querySelectorAll('.scroller')].flatMap(e => [e.clientWidth, e.scrollWidth])"
         )
         assert own < 390 < inner
         page.locator(".scroller").focus()
@@ -166,7 +167,7 @@ def test_a_place_clicked_in_the_curve_stays_in_sight(tmp_path, browser):
         plot.scroll_into_view_if_needed()
         plot.click(position={"x": 100, "y": 20})
         seen, details = plot.bounding_box(), page.locator("#details").bounding_box()
-        assert 0 <= seen["y"] and seen["y"] + seen["height"] <= details["y"]
+        assert seen["y"] >= 0 and seen["y"] + seen["height"] <= details["y"]
 
 
 def test_its_figures_are_those_of_the_summary(tmp_path, browser):

@@ -1,4 +1,7 @@
-"""The playground at the widths of a phone, a tablet and a wide window: all of it can be seen, read and reached."""
+"""The playground on a phone, on a tablet and in a wide window: all of it is seen, read and reached."""
+
+# The page writes strengths with the letter a reader expects, which looks like another.
+# ruff: noqa: RUF001
 
 from __future__ import annotations
 
@@ -26,7 +29,14 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def fake() -> Iterator[Fake]:
     with serve_fake() as running:
-        running.experts = ("shakespeare", "legal", "python", "medical", "a-customer" * 6, "instruct")
+        running.experts = (
+            "shakespeare",
+            "legal",
+            "python",
+            "medical",
+            "a-customer" * 6,
+            "instruct",
+        )
         running.script = Script(base=WORDS, steered=WORDS, per_chunk=10)
         yield running
 
@@ -34,18 +44,17 @@ def fake() -> Iterator[Fake]:
 @pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("mode", ["text", "chat"])
 @SIZES
-def test_nothing_sticks_out_or_is_covered_or_too_faint(
-    browser, fake, width, height, mode, is_dark
-):
+def test_nothing_sticks_out_or_is_covered_or_too_faint(browser, fake, width, height, mode, is_dark):
     fake.has_chat = False  # then the chat has a note as well
     with open_page(browser=browser, width=width, height=height, is_dark=is_dark) as page:
         ready(page, fake)
         page.check(f"input[value={mode}]")
 
         def check(when: str) -> None:
-            assert sticking_out(page) == [], when
-            assert covered(page) == [], when
             assert too_faint(page) == [], when
+            if not is_dark:  # places are the same
+                assert sticking_out(page) == [], when
+                assert covered(page) == [], when
 
         check("at the start")
         run(page, "word " * 30 + "x" * 200)
@@ -72,7 +81,7 @@ def test_a_token_opened_is_in_sight_with_what_is_behind_it(browser, fake, width,
             page.locator("#pane-steered .tok").nth(index).click()
             token = page.locator("#pane-steered .tok.on").bounding_box()
             details = page.locator("#details").bounding_box()
-            assert 0 <= token["y"] and token["y"] + token["height"] <= details["y"]
+            assert token["y"] >= 0 and token["y"] + token["height"] <= details["y"]
             assert details["y"] + details["height"] <= height + 1
             assert details["height"] <= 0.61 * height
 

@@ -1,8 +1,5 @@
 """What a newcomer meets on the playground: examples to click, recipes of any size, answers without text."""
 
-# The page writes minus signs with the letter a reader expects, which looks like another.
-# ruff: noqa: RUF001
-
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -123,7 +120,9 @@ def test_recipes_with_one_expert_and_with_fifty_fit(browser, fake, num_experts, 
             page.click("#settings summary")
         assert page.is_visible("#mix-label") == (num_experts > 1)
         assert page.locator("#experts li").count() == num_experts
-        assert page.locator("#expert-card").bounding_box()["height"] < 400  # the list scrolls in itself
+        assert (
+            page.locator("#expert-card").bounding_box()["height"] < 400
+        )  # the list scrolls in itself
         last = f"customer-{num_experts - 1}"
         page.check(f"input[value={last}]")
         run(page)

@@ -6,10 +6,13 @@ import re
 from typing import Any
 
 ELEMENTS = """
-    const isShown = (e) => e.checkVisibility({ visibilityProperty: true }) && !e.closest(".unseen, .skip, noscript");
-    const ownText = (e) => [...e.childNodes].filter((n) => n.nodeType === Node.TEXT_NODE && n.data.trim() !== "");
+    const isShown = (e) => e.checkVisibility({ visibilityProperty: true })
+        && !e.closest(".unseen, .skip, noscript");
+    const ownText = (e) => [...e.childNodes]
+        .filter((node) => node.nodeType === Node.TEXT_NODE && node.data.trim() !== "");
     const isControl = (e) => e.matches("button, input, select, textarea, summary");
-    const nameOf = (e) => `${e.tagName.toLowerCase()}#${e.id}.${e.className} ${JSON.stringify(e.textContent.trim().slice(0, 60))}`;
+    const nameOf = (e) => `${e.tagName.toLowerCase()}#${e.id}.${e.className} `
+        + JSON.stringify(e.textContent.trim().slice(0, 60));
     const seen = (root) => [...document.querySelectorAll(root + " *")].filter(isShown);
 """
 WIDE = """() => {
@@ -42,22 +45,28 @@ COVERED = """(root) => {
         // A control and its label are one.
         return hit && (e.contains(hit) || (e.closest("label")?.contains(hit) ?? false));
     };
-    const isTall = (e) => { // taller than the box that it scrolls in: its beginning is not in view
+    const scrolls = (box) => /auto|scroll/.test(getComputedStyle(box).overflowY)
+        && box.scrollHeight > box.clientHeight;
+    const isTall = (e) => { // for the box that it scrolls in: its beginning is then not in view
         let box = e.parentElement;
-        while (box !== document.documentElement && !(/auto|scroll/.test(getComputedStyle(box).overflowY) && box.scrollHeight > box.clientHeight)) box = box.parentElement;
+        while (box !== document.documentElement && !scrolls(box)) box = box.parentElement;
         return e.getBoundingClientRect().height > box.clientHeight / 2;
     };
-    return seen(root).filter((e) => (isControl(e) || ownText(e).length) && !isHit(e, "nearest") && !(isTall(e) && isHit(e, "start"))).map(nameOf);
+    return seen(root).filter((e) => isControl(e) || ownText(e).length)
+        .filter((e) => !isHit(e, "nearest") && !(isTall(e) && isHit(e, "start"))).map(nameOf);
 }"""
 COLOURS = """() => seen("body").filter((e) => ownText(e).length && !e.matches(":disabled")).map((e) => {
     const layers = [];
     for (let p = e; p; p = p.parentElement) layers.push(getComputedStyle(p).backgroundColor);
-    return [nameOf(e), getComputedStyle(e).color, layers.find((c) => !/, 0\\)$/.test(c) && c !== "transparent")];
+    const paper = layers.find((colour) => !/, 0\\)$/.test(colour) && colour !== "transparent");
+    return [nameOf(e), getComputedStyle(e).color, paper];
 })"""
 
 
 def _evaluate(page: Any, script: str, *arguments: Any) -> list[Any]:
-    result: list[Any] = page.evaluate(f"(argument) => {{ {ELEMENTS} return ({script})(argument); }}", *arguments)
+    result: list[Any] = page.evaluate(
+        f"(argument) => {{ {ELEMENTS} return ({script})(argument); }}", *arguments
+    )
     return result
 
 
@@ -67,7 +76,7 @@ def sticking_out(page: Any) -> list[str]:
 
 
 def covered(page: Any, root: str = "body") -> list[str]:
-    """Return the texts and controls below an element that something else lies over once they are scrolled into view."""
+    """Return the texts and controls below an element that stay covered when they are scrolled into view."""
     return _evaluate(page, COVERED, root)
 
 
@@ -85,7 +94,10 @@ def contrast(one: str, other: str) -> float:
 
 
 def too_faint(page: Any) -> list[str]:
-    """Return the texts whose contrast with what is behind them is below 4.5, WCAG's limit; disabled controls are exempt."""
+    """Return the texts whose contrast with what is behind them is below 4.5, the limit of WCAG 2.
+
+    Disabled controls are exempt.
+    """
     return [
         f"{name}: {ink} on {paper}"
         for name, ink, paper in _evaluate(page, COLOURS)

@@ -1,4 +1,4 @@
-"""A small server that speaks to the playground page as `proxytune serve` does, and what tests do with the page."""
+"""A small server that speaks to the playground as `proxytune serve` does, and what tests do with the page."""
 
 from __future__ import annotations
 

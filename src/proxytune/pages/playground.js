@@ -309,6 +309,7 @@ const setAlpha = (alpha) => {
 
 // What is set, on one line: in a narrow window the settings are folded away below it.
 const showSettings = () => {
+  if (!state.info) return;
   const settings = readSettings();
   const { max_tokens: count, temperature, seed } = settings.sampling;
   const drawn = temperature === 0 ? "greedy" : `temperature ${temperature} · seed ${seed}`;
