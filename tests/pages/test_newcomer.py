@@ -158,10 +158,13 @@ def test_an_answer_that_ends_at_once_says_so_with_a_hint(browser, fake, mode):
         run(page, "Hello")
         base = page.inner_text("#pane-base .flow:not([hidden]) .notice")
         steered = page.inner_text("#pane-steered .flow:not([hidden]) .notice")
-        for said in (base, steered):
-            assert "ended its answer at once, without any text" in said
-            assert ("Chat for a question" in said) == (mode == "text")
-        assert "strength nearer to 0" in steered and "strength" not in base
+        assert "The answer is empty: the first token ended it." in base
+        assert "The answer is nothing but white space." in steered
+        words = (
+            "other words" if mode == "chat" else "the beginning of a text, Chat if it is a question"
+        )
+        assert f"Try {words} or another seed." in base
+        assert f"Try a strength nearer to 0, {words} or another seed." in steered
         fake.script = Script()
         run(page, "Hello again")
         assert page.locator("#pane-base .flow:not([hidden]) .notice").count() == (mode == "chat")
@@ -243,3 +246,21 @@ def test_an_answer_that_is_no_json_is_said_so(browser, fake):
         page.wait_for_selector("#trouble:has-text('answer cannot be read')")
         assert page.is_disabled("#run")
         assert page.faults == []
+
+
+def test_a_conversation_that_has_grown_too_long_is_told_how_to_go_on(browser, fake):
+    message = "the prompt has 401 tokens, and this server allows 200.\nhint: shorten the prompt"
+    with open_page(browser=browser) as page:
+        ready(page, fake)
+        page.check("input[value=chat]")
+        run(page, "Hello")
+        refusal = (400, {"message": message, "code": "context_length_exceeded"}, {})
+        fake.refusals = [refusal, refusal]
+        run(page, "And then?")
+        said = page.inner_text("#pane-steered .problem")
+        assert message in said and "a new chat begins without it" in said
+        assert "Change it and run again" not in said  # the server's hint says what to do
+        assert page.inner_text("#pane-steered .sum") == "not answered"
+        page.click("#new")
+        run(page, "And then?")
+        assert fake.asked[-1]["messages"] == [{"role": "user", "content": "And then?"}]

@@ -124,9 +124,15 @@ class FakeHandler(QuietHandler):
         return owner
 
     def refuse(
-        self, status: int, message: str, *, param: str | None = None, **headers: str
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        **headers: str,
     ) -> None:
-        error = {"message": message, "type": "invalid_request_error", "param": param, "code": None}
+        error = {"message": message, "type": "invalid_request_error", "param": param, "code": code}
         self.send(status, json.dumps({"error": error}).encode(), **headers)
 
     def has_key(self) -> bool:

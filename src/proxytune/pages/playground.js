@@ -154,15 +154,19 @@ class Answer extends TokenText {
   // An answer without text looks as if nothing had happened: say what did, and what to try.
   sayEmpty(reason) {
     const isCut = reason === "length";
-    const another = this.mode === "chat" ? "other words" : "the beginning of a text, or Chat for a question";
-    const weaker = this.pane.side === "base" ? "" : "a strength nearer to 0, ";
-    const [what, next] = this.numThoughts
-      ? [`The model ${isCut ? "was still reasoning at its last token" : "ended after its reasoning"}, without an answer.`, isCut ? "Allow more tokens." : `Try ${weaker}another seed.`]
-      : isCut
-        ? ["The model wrote nothing but white space.", `Allow more tokens, or try ${weaker}${another}.`]
-        : ["The model ended its answer at once, without any text.", `Try ${weaker}${another}, or another seed.`];
+    const isChat = this.mode === "chat";
+    const options = [
+      this.pane.side === "base" ? "" : "a strength nearer to 0",
+      isChat ? "other words" : "the beginning of a text",
+      isChat ? "" : "Chat if it is a question",
+      numberOf("temperature") > 0 ? "another seed" : "",
+    ].filter(Boolean);
+    const next = `Try ${options.join(", ").replace(/, ([^,]*)$/, " or $1")}.`;
+    const [what, hint] = this.numThoughts
+      ? [`The model ${isCut ? "was still reasoning at its last token" : "ended after its reasoning"}, without an answer.`, isCut ? "Allow more tokens." : next]
+      : [isCut || this.tokens.length > 1 ? "The answer is nothing but white space." : "The answer is empty: the first token ended it.", next];
     const box = make("div", "notice");
-    box.append(make("strong", "", what), make("p", "", next));
+    box.append(make("strong", "", what), make("p", "", hint));
     this.after.replaceChildren(box);
   }
   // Draw what came since the last frame.
@@ -219,6 +223,7 @@ class Answer extends TokenText {
     }
     // The server gives fewer tokens than asked for where its own limit, or the models' context, is smaller.
     if (this.ended === "length" && count < this.maxTokens) add("reached the limit of the server or of its models");
+    else if (this.ended === "failed" && !count) add("not answered");
     else if (this.ended) add(ENDINGS[this.ended] ?? this.ended);
     this.pane.sum.replaceChildren(...elements);
   }
@@ -458,7 +463,10 @@ const messagesFor = (pane, turn) => {
 const showProblem = (answer, problem, again) => {
   const box = make("div", "problem");
   box.append(make("strong", "", problem.title));
-  const text = [problem.message !== problem.title ? problem.message : "", problem.next].filter(Boolean).join("\n");
+  const { mode, pane } = answer;
+  const isOld = problem.isTooLong && mode === "chat" && pane.turns.length > 1;
+  const next = isOld ? "The conversation counts too: a new chat begins without it." : problem.next;
+  const text = [problem.message !== problem.title ? problem.message : "", next].filter(Boolean).join("\n");
   if (text) box.append(make("p", "", text));
   const button = make("button", "", "Try again");
   button.type = "button";
@@ -468,7 +476,7 @@ const showProblem = (answer, problem, again) => {
   });
   box.append(button);
   answer.after.replaceChildren(box);
-  const { scroll } = answer.pane;
+  const { scroll } = pane;
   scroll.scrollTop = scroll.scrollHeight;
   alarm([problem.title, text].join(" "));
   const field = $(fields[problem.param] ?? "");
