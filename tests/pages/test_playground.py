@@ -453,6 +453,14 @@ def test_a_base_without_a_chat_template_chats_too_and_the_page_says_how_it_reads
         assert page.faults == []
 
 
+def test_a_template_for_one_question_says_that_earlier_turns_are_not_read(browser, fake):
+    fake.has_turns = False
+    with open_page(browser=browser) as page:
+        ready(page, fake)
+        page.check("input[value=chat]")
+        assert "reads the last message" in page.inner_text("#chat-note")
+
+
 def test_experts_bring_their_own_strength_and_several_are_weighed(browser, fake):
     with open_page(browser=browser) as page:
         ready(page, fake)

@@ -94,6 +94,7 @@ class Fake:
     script: Script = field(default_factory=Script)
     key: str | None = None
     has_chat: bool = True
+    has_turns: bool = True
     experts: tuple[str, ...] = ("shakespeare", "legal")
     default_experts: tuple[str, ...] = ()
     hides_base: bool = False  # as behind an API that shows no distribution
@@ -155,6 +156,7 @@ class FakeHandler(QuietHandler):
                 "name": "smol",
                 "base": "SmolLM2-135M-Instruct",
                 "has_chat": self.fake.has_chat,
+                "has_turns": self.fake.has_turns,
                 "default_experts": self.fake.default_experts or self.fake.experts[:1],
                 "experts": [
                     {"name": name, "alpha": alphas[i % 3]}

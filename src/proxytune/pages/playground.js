@@ -569,6 +569,15 @@ const stop = () => {
   for (const controller of [...state.running.values()]) controller.abort();
 };
 
+// How the base reads a conversation, where that is not what people expect of a chat.
+const showChatNote = () => {
+  const { has_chat: hasChat = true, has_turns: hasTurns = true } = state.info ?? {};
+  $("chat-note").textContent = !hasChat
+    ? "This recipe's base has no chat template, so it reads a conversation as plain text: “User: …”, “Assistant: …”."
+    : "This recipe's template holds a single question: the base reads the last message, without what was said before.";
+  $("chat-note").hidden = state.mode !== "chat" || (hasChat && hasTurns);
+};
+
 const setMode = (mode) => {
   stop();
   state.mode = mode;
@@ -576,7 +585,7 @@ const setMode = (mode) => {
   const isChat = mode === "chat";
   $("prompt").placeholder = isChat ? "Write a message. Both models answer, each in a conversation of its own." : "Write the beginning of a text. Both answers continue it.";
   $("prompt-label").textContent = isChat ? "Message" : "Beginning of a text";
-  $("chat-note").hidden = !isChat || !state.info || state.info.has_chat;
+  showChatNote();
   $("hint").replaceChildren(...(isChat && !isTouch
     ? [make("kbd", "", "Enter"), " sends, ", make("kbd", "", "Shift Enter"), " is a new line"]
     : [make("kbd", "", "Ctrl Enter"), " runs"]));
@@ -644,7 +653,7 @@ const load = async () => {
     $("max-tokens").max = String(limit);
     if (numberOf("max-tokens") > limit) $("max-tokens").value = String(limit);
   }
-  $("chat-note").hidden = state.mode !== "chat" || info.has_chat;
+  showChatNote();
   // A recipe that sums several experts by default begins as it is: alpha 1, its own strengths as weights.
   const isSum = isFirst && info.default_experts?.length > 1;
   if (isSum) $("mix").checked = true;
