@@ -136,3 +136,31 @@ def test_stop_can_be_clicked_on_a_phone_while_a_token_is_open(browser, fake):
         page.click("#stop")
         settle(page)
         assert "stopped" in page.inner_text("#pane-base .sum")
+
+
+def test_keys_go_from_the_question_over_examples_and_settings_to_the_answers(browser, fake):
+    with open_page(browser=browser, width=390, height=844) as page:
+        ready(page, fake)
+        run(page)
+        page.click("#examples-open")
+        page.focus("#prompt")
+        passed = []
+        while "tokens" not in passed and len(passed) < 40:
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.matches('summary')"):
+                page.keyboard.press("Enter")  # unfolds
+            name, is_seen = page.evaluate(
+                "(() => { const e = document.activeElement; const label = e.closest('label') ?? e;"
+                "const { top, bottom } = label.getBoundingClientRect();"
+                "const name = e.localName === 'summary' ? 'settings' : e.value === 'text' ? 'mode'"
+                " : ['example', 'tokens'].includes(e.className) ? e.className : e.id;"
+                "return [name, top >= 0 && bottom <= innerHeight]; })()"
+            )
+            passed.append(name)
+            assert is_seen or name == "tokens", passed  # the text may be taller than the window
+        order = [
+            *("mode", "examples-open", "run", "example", "settings", "alpha-number", "alpha"),
+            *("mix", "max-tokens", "temperature", "top-p", "seed", "tokens"),
+        ]
+        assert [name for name in dict.fromkeys(passed) if name in order] == order
+        assert page.faults == []
