@@ -539,7 +539,7 @@ def test_what_cannot_be_trained_on_is_refused_before_training(
         {"valid_share": 1.0},
         {"lora_rank": 0},
         {"dtype": "float64"},
-        {"method": "cpt", "prompt": "plain", "base_prompt": "chat"},
+        {"method": "cpt", "template": "plain", "base_template": "chat"},
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(
