@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from proxytune.request import ChatOptions, Message, Prompt
-from proxytune.text.prompts import Tokenizer, continuation_ids, render_text
+from proxytune.text.prompts import Tokenizer, answered, continuation_ids, render_text
 
 
 class Turn(NamedTuple):
@@ -53,7 +53,8 @@ class Turns:
         """Return the turn that answers a prompt.
 
         A text in the `plain` format and its answer are joined as they are. Otherwise the turn is what the
-        format makes of a conversation that ends with the answer, after what it makes of the prompt.
+        format makes of a conversation that ends with the answer, after what it makes of the prompt. A format
+        that shows no answers is followed by one as `answered` says.
 
         Raises:
             PromptFormatError: The format cannot render them; see `render`.
@@ -65,7 +66,9 @@ class Turns:
         before = self._rendered(history)
         turn: Message = {"role": "assistant", "content": answer}
         whole = self._rendered([*history, turn], ChatOptions(add_generation_prompt=False))
-        if not whole.startswith(before):
+        if not whole.startswith(
+            before
+        ):  # The format opens a turn with something that it does not show later.
             return Turn(answer)
         return self._written(whole[len(before) :], answer, before)
 
@@ -90,7 +93,9 @@ class Turns:
         shown = answer if answer in rest else answer.strip()  # Many templates trim it.
         start = rest.find(shown)
         if start < 0:  # The format strips reasoning from turns, or writes prompts only.
-            return Turn(rest, is_ended=True) if rest.strip() else Turn(answer)
+            if rest.strip():
+                return Turn(rest, is_ended=True)
+            return Turn(answered(before, answer)[len(before) :])
         lead, after = rest[:start], rest[start + len(shown) :]
         if not lead.strip() and not self._has_generation_prompt:
             # Some templates open the assistant's next turn even when not asked to.

@@ -27,12 +27,12 @@ def model_card(recipe: Recipe, settings: TuneSettings, result: TuneResult) -> st
 
 
 def last_word(settings: TuneSettings, result: TuneResult) -> list[str]:
-    """Return the end of a run for a terminal: what was measured, the verdict, and what to try next."""
+    """Return the end of a run for a terminal: measurements, verdict, what to try next."""
     counts, verdict = result.data["train"], result.verdict
     lines = [
         f"wrote {settings.directory}: expert {result.expert!r}, alpha {result.alpha:g}{_tried(result)}",
-        f"trained on {counts['rows_read']:,} of {counts['rows']:,} rows ({counts['num_trained']:,} tokens) in "
-        f"{result.num_steps:,} steps, by method {result.method}",
+        f"trained on {counts['rows_read']:,} of {counts['rows']:,} rows ({counts['num_trained']:,} tokens) "
+        f"in {result.num_steps:,} steps, by method {result.method}",
     ]
     if verdict is None:
         return [*lines, "nothing was measured, so nothing shows whether steering helps"]
@@ -166,7 +166,7 @@ def _training(settings: TuneSettings, result: TuneResult) -> list[str]:
             shown[setting.name] = value
     shown["learning_rate"] = result.learning_rate
     shown["template"], shown["base_template"] = result.template, result.base_template
-    for name in ("epochs", "batch_size", "seed", *(() if settings.full else ("lora_rank",))):
+    for name in ("batch_size", "seed", *(() if settings.full else ("lora_rank",))):
         shown[name] = getattr(settings, name)
     lines += [f"| {key} | {_shown(value)} |" for key, value in shown.items()]
     frozen = ""

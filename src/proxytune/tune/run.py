@@ -153,7 +153,17 @@ class _Run:
         # Here, since TRL takes seconds to import and everything above can refuse the run.
         from proxytune.tune.training import Training
 
-        outcome = Training(settings, method, small, base, encoded, max_length, display).run()
+        training = Training(
+            settings,
+            method,
+            small,
+            base,
+            encoded,
+            has_answers=train.kind != "text",
+            max_length=max_length,
+            display=display,
+        )
+        outcome = training.run()
         data["train"] |= _counts(encoded["train"].only(outcome.pop("examples_read")))
         display.say("writing the recipe")
         recipe = self._recipe(small, formats)

@@ -2,9 +2,9 @@
 
 Two questions are asked, and each has a 95 % interval:
 
-- *Wording*: is the perplexity of the rows' answers, or of their texts, lower than the base's?
-- *Answers*: are greedy answers to the rows' prompts closer to the given ones (chrF)? With preference pairs: is
-  the chosen answer likelier than the rejected one more often? Texts have no answers: what they teach is
+- *Wording*: is the perplexity of the answers, or of texts, lower than the base's?
+- *Answers*: are greedy answers to the rows' prompts closer to the given ones (chrF)? With preference pairs:
+  is the chosen answer likelier than the rejected one more often? Texts have no answers: what they teach is
   wording.
 
 Steering *helps* if the answers are better, or for texts the wording. It *helps wording only* if the wording
