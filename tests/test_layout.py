@@ -25,7 +25,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "grants": (),
     "trace": (),
     "logits": ("certificate", "sample", "steer", "rules", "views"),
-    "text": ("meter", "library", "template", "prompts", "one_stream", "detokenize", "vocab"),
+    "text": ("meter", "library", "template", "prompts", "turns", "one_stream", "detokenize", "vocab"),
     "checkpoints": (
         "faults",
         "untrusted",
@@ -124,9 +124,11 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "tune": (
         "encode",
         "settings",
+        "formats",
         "heads",
         "loss",
         "offsets",
+        "verdict",
         "card",
         "trainer",
         "training",
