@@ -24,7 +24,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "grants": (),
     "trace": (),
     "logits": ("certificate", "policy", "sample", "steer", "rules", "views"),
-    "text": ("meter", "library", "template", "prompts", "detokenize", "vocab"),
+    "text": ("meter", "library", "template", "prompts", "one_stream", "detokenize", "vocab"),
     "checkpoints": (
         "faults",
         "untrusted",
@@ -76,7 +76,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "batch",
         "collect",
     ),
-    "loading": ("members", "doctor", "load"),
+    "loading": ("formats", "members", "samples", "doctor", "load"),
     "measure": ("metrics", "score", "branch", "given", "likelihood", "rank", "sweep", "curve"),
     "model": (),
     "testing": (),

@@ -55,7 +55,7 @@ class ProxyTuned:
 
     Args:
         ensemble: The models.
-        formats: How each of the ensemble's members wants its prompts, in the same order.
+        formats: How each of the ensemble's members reads prompts, in the same order.
         recipe: The names of the experts and their default strengths.
     """
 
@@ -123,7 +123,7 @@ class ProxyTuned:
             prompts = [m.own_ids(token_ids, is_start=True) for m in self.ensemble.members]
         else:
             names = [member.name for member in self.ensemble.members]
-            prompts = render_each(request.prompt, self.formats, names)
+            prompts = render_each(request.prompt, self.formats, names, request.chat)
             if self.recipe.base.api is not None:
                 prompts[0] = ChatPrompt.of(prompts[0], request.prompt)
         alphas = tuple(strengths.get(pair.name) for pair in self.ensemble.pairs)
@@ -485,7 +485,7 @@ class Conversation:
         """
         messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
         sampling = self.sampling
-        if self._model.recipe.base.prompt == "plain":
+        if self._model.formats[0].joins_messages:
             # A base without a chat format would go on to write the user's next turn.
             sampling = replace(sampling, stop=(*sampling.stop, PLAIN_USER_TURN))
         model = self._model

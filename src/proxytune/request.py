@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, TypedDict
+from typing import Annotated, Any, TypedDict
 
 from proxytune.errors import InvalidRequest
 from proxytune.settings import Option, check, is_number, option, options_of
@@ -18,7 +18,10 @@ Experts = str | tuple[str, ...] | Mapping[str, float]
 
 
 class Message(TypedDict):
-    """One turn of a conversation, in the chat format of the OpenAI API."""
+    """One turn of a conversation, in the chat format of the OpenAI API.
+
+    A message may have further keys, such as `name` or `reasoning_content`: chat templates see them.
+    """
 
     role: str
     content: str
@@ -26,6 +29,11 @@ class Message(TypedDict):
 
 Prompt = str | Sequence[Message] | Sequence[int]
 """Text, a conversation, or token ids of the base's vocabulary."""
+
+TEMPLATE_NAMES = frozenset(
+    {"messages", "prompt", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+)
+"""What a chat template gets besides `ChatOptions.template_kwargs`, which cannot replace it."""
 
 
 MAX_ALPHA = 1e4
@@ -258,21 +266,63 @@ class Steering:
 
 
 @dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """How a conversation is rendered; the names are those of `apply_chat_template` in transformers.
+
+    Args:
+        add_generation_prompt: Begin the assistant's turn after the last message; None does so unless the
+            last message is continued.
+        continue_final_message: Continue the last message instead of beginning a turn after it.
+        template_kwargs: Further variables of chat templates, such as `{"enable_thinking": False}`. A template
+            that does not know a variable ignores it.
+
+    Raises:
+        InvalidRequest: Two options exclude each other, or a variable has a name that templates use already.
+    """
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        _require(
+            not (self.add_generation_prompt and self.continue_final_message),
+            "add_generation_prompt begins a turn and continue_final_message continues one, so only one of "
+            "them can be true",
+        )
+        _require(
+            isinstance(self.template_kwargs, Mapping)
+            and all(isinstance(name, str) for name in self.template_kwargs),
+            "template_kwargs must be an object of variables by name",
+        )
+        for name in TEMPLATE_NAMES & set(self.template_kwargs):
+            _require(False, f"template_kwargs has {name!r}, which templates get from the request")
+
+    @property
+    def begins_turn(self) -> bool:
+        """Whether the assistant's turn begins after the last message."""
+        if self.add_generation_prompt is None:
+            return not self.continue_final_message
+        return self.add_generation_prompt
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One prompt with everything that decides its result.
 
     Args:
         prompt: Text, a conversation (`[{"role": …, "content": …}]`), or token ids. Text and conversations
-            are rendered for each model in its own format; token ids go to every model as they are.
+            are rendered for each model as the recipe says; token ids go to every model as they are.
         sampling: How tokens are chosen.
         alpha: Strength of every expert; None takes each expert's own from the recipe.
         experts: A name, names, or names with strengths; None takes the recipe's default.
         explain: Record in each step what base, expert, anti-expert and steered model gave.
         explain_top: Number of likeliest tokens of each model to record, 0 to 1,000.
+        chat: How a conversation is rendered.
 
     Raises:
-        InvalidRequest: The prompt is empty or of no known kind, or a strength is not a finite number or is
-            given twice.
+        InvalidRequest: The prompt is empty or of no known kind, options of a conversation are given for
+            another prompt, or a strength is not a finite number or is given twice.
     """
 
     prompt: Prompt
@@ -281,6 +331,7 @@ class Request:
     experts: Experts | None = None
     explain: bool = False
     explain_top: int = 5
+    chat: ChatOptions = field(default_factory=ChatOptions)
 
     def __post_init__(self) -> None:
         Steering(self.alpha, self.experts)  # checks them
@@ -295,6 +346,12 @@ class Request:
         _require(
             len(self.prompt) > 0,
             "the prompt is empty, so there is nothing to continue.\nhint: give at least one token of text",
+        )
+        is_chat = not isinstance(self.prompt, str) and isinstance(self.prompt[0], Mapping)
+        _require(
+            is_chat or self.chat == ChatOptions(),
+            "the prompt is not a conversation, and options of a conversation are given.\n"
+            "hint: give messages, or leave the options out",
         )
         if isinstance(self.prompt, str):
             return

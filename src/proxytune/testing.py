@@ -115,4 +115,6 @@ def toy_model(
     ensemble = Ensemble(
         tuple(members), tuple(pairs), vocabulary, (TOKENS.index(EOS),), tokenizer, recipe.policy
     )
-    return ProxyTuned(ensemble, [PromptFormat("plain", tokenizer)] * len(members), recipe)
+    return ProxyTuned(
+        ensemble, [PromptFormat("plain", "plain", None, tokenizer)] * len(members), recipe
+    )

@@ -430,7 +430,7 @@ def test_a_recipe_whose_models_want_different_prompts_is_refused_by_name(tmp_pat
     for name in ("base", "small"):
         tiny_model(tmp_path / name)
     write(tmp_path, ExpertSpec("e", ModelSpec(model="small", prompt="chat"), SMALL))
-    with pytest.raises(UnsupportedModel, match=r"e\.expert wants its prompt as 'chat'"):
+    with pytest.raises(UnsupportedModel, match=r"e\.expert reads texts as 'chat'"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 

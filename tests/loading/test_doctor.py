@@ -74,10 +74,10 @@ def test_a_healthy_recipe_is_reported_part_by_part(models):
     assert base.architecture == "Qwen2ForCausalLM"
     assert (base.vocabulary, base.num_tokens, base.num_padding) == ("base", NUM_TOKENS, 6)
     assert (expert.vocabulary, expert.num_padding) == ("padded", 0)
-    assert base.prompt_sample == (
-        "<|im_start|>user\nWhat is steering?<|im_end|>\n<|im_start|>assistant\n"
-    )
-    assert expert.prompt_sample == "What is steering?"
+    asked = "<|im_start|>user\nWhat is steering?<|im_end|>\n<|im_start|>assistant\n"
+    assert "".join(base.text_tokens) == "".join(base.chat_tokens) == asked
+    assert "".join(expert.text_tokens) == "What is steering?"
+    assert "".join(expert.chat_tokens) == asked
     assert (base.running_dtype, base.device, base.max_context) == ("float32", "cpu", 128)
 
 

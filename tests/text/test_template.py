@@ -15,6 +15,7 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from proxytune.errors import PromptFormatError
+from proxytune.request import ChatOptions
 from proxytune.text import meter, template
 from proxytune.text.prompts import check_syntax, render_text
 from tests.support import hostile_templates as hostile
@@ -164,7 +165,7 @@ def test_a_tokenizers_own_template_sees_what_transformers_gives_it():
             prompt_format="chat",
             tokenizer=tokenizer,
             name="m",
-            add_generation_prompt=begins,
+            options=ChatOptions(begins),
         )
 
 

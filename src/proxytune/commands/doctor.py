@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,9 @@ def rendered(diagnosis: Diagnosis) -> RenderableType:
                 f"{bytes_text(device.cache_bytes)} per 1,000 tokens of each sequence; free: {free}"
             )
         )
+    seen = {(model.text_tokens, model.chat_tokens) for model in diagnosis.models}
+    if len(seen) == 1 and None not in seen.pop():
+        parts.append(paragraph("All models see the same tokens."))
     parts += [paragraph(f"note: {note}") for note in diagnosis.notes]
     for problem in diagnosis.problems:
         line = f"{problem.where}: {type(problem.error).__name__}: {problem.error}"
@@ -106,7 +109,9 @@ def _table(models: tuple[ModelReport, ...]) -> Table:
         return "\n".join(line for line in lines if line) or "?"
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), expand=False)
-    for heading in ("part", "parameters", "dtype", "context", "prompt", "vocabulary", "memory"):
+    for heading in (
+        "part", "parameters", "dtype", "context", "text", "messages", "vocabulary", "memory",
+    ):  # fmt: skip
         is_number = heading in ("parameters", "context", "memory")
         justify = "right" if is_number else "left"
         table.add_column(heading, justify=justify, overflow="fold", no_wrap=is_number)  # type: ignore[arg-type]
@@ -120,7 +125,8 @@ def _table(models: tuple[ModelReport, ...]) -> Table:
             cell(_count(model.num_parameters), f"+ {_count(adapter)}" if adapter else None),
             cell(*dtypes if model.stored_dtype else ()),
             cell(f"{model.max_context:,}" if model.max_context else None),
-            cell(model.prompt_format if model.prompt_format in ("plain", "chat") else "template"),
+            cell(_format(model.prompt_format)),
+            cell(_format(model.chat_format)),
             cell(model.vocabulary, f"{model.num_tokens:,}" if model.num_tokens else None),
             cell("shared" if is_shared else bytes_text(model.weight_bytes)),
         )
@@ -128,26 +134,39 @@ def _table(models: tuple[ModelReport, ...]) -> Table:
 
 
 def _legend(models: tuple[ModelReport, ...]) -> Table:
-    """Return what each model is, and how it sees a prompt."""
+    """Return what each model is, and how it sees prompts where that is not as the model before it does."""
     from rich.table import Table
 
     legend = Table.grid(padding=(0, 2, 0, 0))
     legend.add_column(no_wrap=True)
     legend.add_column(overflow="fold")
+    seen: tuple[tuple[str, ...] | None, ...] | None = None
     for model in models:
         what = model.reference + (f" + {model.adapter}" if model.adapter else "")
         kind = ", ".join(filter(None, (model.architecture, model.kind))) or "not usable"
         if model.kind and model.shares:
             kind += f", shares the weights of {model.shares}"
         lines = [f"{what} ({kind})"]
-        if model.prompt_sample is not None:
-            lines.append(f"sees {model.prompt_sample!r}")
+        if (model.text_tokens, model.chat_tokens) != seen:
+            seen = model.text_tokens, model.chat_tokens
+            for what, tokens in (("a text", model.text_tokens), ("a message", model.chat_tokens)):
+                if tokens is not None:
+                    lines.append(f"sees {what} as {_tokens_text(tokens)}")
         lines += _api_lines(model.api)
         if model.num_padding:
             lines.append(f"{model.num_padding:,} padding ids, which are never sampled")
         for number, line in enumerate(lines):
             legend.add_row("" if number else model.part, line)
     return legend
+
+
+def _format(prompt_format: str | None) -> str | None:
+    return "template" if prompt_format not in (None, "plain", "chat") else prompt_format
+
+
+def _tokens_text(tokens: Sequence[str]) -> str:
+    """Return tokens with a bar between them, on one line."""
+    return "|".join(repr(token)[1:-1] for token in tokens)
 
 
 def _count(number: int | None) -> str | None:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from proxytune.recipe.recipe import Recipe
     from proxytune.recipe.spec import ExpertSpec, ModelSpec
 
-FORMAT = "Prompt format of the {}: plain, chat, or a Jinja template"
+FORMAT = "How the {} reads texts: plain, chat (its chat template), or a Jinja template"
+CHAT = "How the {} reads messages, in the same three ways"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,9 @@ class BaseOptions:
         metavar="VARIABLE",
     )
     prompt: str = option("plain", FORMAT.format("base"), metavar="FORMAT")
+    chat: str | None = option(
+        None, CHAT.format("base"), metavar="FORMAT", none_means="its chat template, if it has one"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +67,19 @@ class ExpertOptions:
         none_means="the last part of its path",
     )
     expert_prompt: str = option("plain", FORMAT.format("expert"), metavar="FORMAT")
+    expert_chat: str | None = option(
+        None,
+        CHAT.format("expert"),
+        metavar="FORMAT",
+        none_means="as the docs' page on recipes describes",
+    )
     anti_expert_prompt: str = option("plain", FORMAT.format("anti-expert"), metavar="FORMAT")
+    anti_expert_chat: str | None = option(
+        None,
+        CHAT.format("anti-expert"),
+        metavar="FORMAT",
+        none_means="as the docs' page on recipes describes",
+    )
 
     def spec(self, directory: Path, *, llama_cpp: bool) -> ExpertSpec:
         """Return the expert of a recipe in this directory."""
@@ -73,8 +89,13 @@ class ExpertOptions:
         small = partial(_small_model, directory=directory, llama_cpp=llama_cpp)
         return ExpertSpec(
             name=name,
-            expert=small(self.expert, self.adapter, self.expert_prompt),
-            anti_expert=small(self.anti_expert, self.anti_expert_adapter, self.anti_expert_prompt),
+            expert=small(self.expert, self.adapter, self.expert_prompt, self.expert_chat),
+            anti_expert=small(
+                self.anti_expert,
+                self.anti_expert_adapter,
+                self.anti_expert_prompt,
+                self.anti_expert_chat,
+            ),
             alpha=check_alpha(self.alpha),
         )
 
@@ -144,10 +165,10 @@ def _refuse_contradictions(
         raise InvalidRequest(
             "--add keeps the existing recipe and --force replaces it.\nhint: give one of them"
         )
-    if options.add and (base.base is not None or base.prompt != "plain"):
+    if options.add and base != BaseOptions():
         raise InvalidRequest(
-            "--add takes the base and its prompt format from the existing recipe.\n"
-            "hint: leave --base and --prompt out"
+            "--add takes the base and how it reads prompts from the existing recipe.\n"
+            "hint: leave --base, --prompt and --chat out"
         )
     if base.base is None and not options.add:
         raise InvalidRequest(
@@ -169,12 +190,18 @@ def _new_recipe(base: BaseOptions, spec: ExpertSpec, directory: Path) -> Recipe:
             "hint: leave them out, or give the address of an API as --base"
         )
     reference = local_reference(base.base or "", directory)
-    model = ModelSpec(model=reference, prompt=base.prompt, api=api)
+    model = ModelSpec(model=reference, prompt=base.prompt, chat=base.chat, api=api)
     return Recipe(base=model, experts=(spec,), directory=directory)
 
 
 def _small_model(
-    reference: str | None, adapter: str | None, prompt: str, directory: Path, llama_cpp: bool
+    reference: str | None,
+    adapter: str | None,
+    prompt: str,
+    chat: str | None,
+    *,
+    directory: Path,
+    llama_cpp: bool,
 ) -> ModelSpec:
     from proxytune.checkpoints.references import is_gguf, local_reference
     from proxytune.recipe.spec import LlamaCppSettings, ModelSpec
@@ -185,11 +212,12 @@ def _small_model(
                 "an adapter cannot sit on the base, whose logits are reused as they are.\n"
                 "hint: name the model that the adapter belongs to"
             )
-        return ModelSpec(same_as="base", prompt=prompt)
+        return ModelSpec(same_as="base", prompt=prompt, chat=chat)
     return ModelSpec(
         model=None if reference is None else local_reference(reference, directory),
         adapter=None if adapter is None else local_reference(adapter, directory),
         prompt=prompt,
+        chat=chat,
         llama_cpp=LlamaCppSettings() if llama_cpp and is_gguf(reference or "") else None,
     )
 

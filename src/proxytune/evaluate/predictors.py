@@ -80,11 +80,12 @@ def tuned_recipe(recipe: Recipe, options: EvalOptions) -> Recipe:
     prompt = options.tuned_prompt or (first.expert.prompt if first.expert.model else "plain")
     same = ModelSpec(same_as="base")
     if options.tuned_adapter is not None:
-        base, spec = recipe.base, replace(recipe.base, adapter=options.tuned_adapter, prompt=prompt)
+        base = recipe.base
+        spec = replace(base, adapter=options.tuned_adapter, prompt=prompt, chat=first.expert.chat)
     else:
         spec = ModelSpec(model=options.tuned, dtype=recipe.base.dtype, device=recipe.base.device)
         # It is both base and expert of this recipe: one model, loaded once.
-        base = spec = replace(spec, prompt=prompt)
+        base = spec = replace(spec, prompt=prompt, chat=first.expert.chat)
     experts = (ExpertSpec("tuned", spec, same),)
     return replace(recipe, base=base, experts=experts, default_expert=None)
 

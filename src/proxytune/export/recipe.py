@@ -85,7 +85,11 @@ def export_recipe(
 def _in_llama_cpp(spec: ModelSpec, model: str, adapter: str | None) -> ModelSpec:
     """Return the spec of a GGUF file, without the settings for running the model in transformers."""
     settings = spec.llama_cpp or LlamaCppSettings()
-    return ModelSpec(model=model, adapter=adapter, prompt=spec.prompt, llama_cpp=settings)
+    return replace(
+        ModelSpec(model=model, adapter=adapter, llama_cpp=settings),
+        prompt=spec.prompt,
+        chat=spec.chat,
+    )
 
 
 @dataclass(slots=True)

@@ -114,7 +114,10 @@ class ProxyTunedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
 
 class ProxyTunedTokenizer:
-    """The tokenizer class of a recipe: `from_pretrained` returns the base's own tokenizer."""
+    """The tokenizer class of a recipe: `from_pretrained` returns the base's own tokenizer.
+
+    Its chat template writes what the library renders for the recipe's models (`text/one_stream.py`).
+    """
 
     SETTINGS = (
         "bos_token", "chat_template", "clean_up_tokenization_spaces", "eos_token", "model_max_length",
@@ -134,9 +137,11 @@ class ProxyTunedTokenizer:
             UnsafeModel: The recipe asks for a right that the caller does not grant.
             RecipeError: The recipe is missing or malformed.
             UnsupportedModel: An option cannot be honoured.
-            UserError: The base's tokenizer is missing or unsafe; see `errors.py`.
+            UserError: A model's tokenizer is missing or unsafe; see `errors.py`.
         """
+        from proxytune.loading.formats import find_formats
         from proxytune.recipe.files import RecipeFiles
+        from proxytune.text.one_stream import one_template
 
         hub = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
         settings = {key: options.pop(key) for key in cls.SETTINGS if key in options}
@@ -147,6 +152,12 @@ class ProxyTunedTokenizer:
         files = RecipeFiles(recipe, grants)
         files.check_grants()
         tokenizer = files.checkpoint(recipe.base).tokenizer
+        if settings.get("chat_template") is None:
+            formats = find_formats(files)
+            wanted = one_template(formats)
+            # One of several templates by name stays what it is, with the others beside it.
+            if formats["base"].template != wanted:
+                tokenizer.chat_template = wanted
         for key, value in settings.items():
             setattr(tokenizer, key, value)
         return tokenizer
@@ -177,7 +188,7 @@ def check_one_prompt(recipe: Recipe, *, engine: str, hint: str) -> None:
     for part, spec in recipe.models.items():
         if spec.same_as is None and spec.prompt != recipe.base.prompt:
             raise UnsupportedModel(
-                f"{part} wants its prompt as {spec.prompt!r} and base as {recipe.base.prompt!r}, and "
+                f"{part} reads texts as {spec.prompt!r} and base as {recipe.base.prompt!r}, and "
                 f"{engine} has one stream of tokens for all.\nhint: {hint}"
             )
 

@@ -22,8 +22,8 @@ from proxytune.errors import InvalidRequest, missing_extra
 from proxytune.measure.likelihood import likelihoods
 from proxytune.measure.score import Passage, needed_members, smallest_context
 from proxytune.model import ProxyTuned
-from proxytune.request import Message, Prompt, Request, SamplingParams, Steering
-from proxytune.text.prompts import continuation_ids, render
+from proxytune.request import ChatOptions, Message, Prompt, Request, SamplingParams, Steering
+from proxytune.text.prompts import continuation_ids, prompt_ids
 
 try:
     from lm_eval import utils
@@ -34,6 +34,8 @@ except ImportError as error:
 
 CHAT_MARK = "\x02messages:"
 """Prefix of a context that is a conversation as JSON, because the harness passes contexts as text."""
+BEGUN_MARK = "\x02begun:"
+"""The same for a conversation whose last message, the beginning of the answer, is continued."""
 MAX_NEW_TOKENS = 256
 """Maximum number of new tokens if a task gives none, as in the harness's own models."""
 DEFAULT_LENGTH = 2048
@@ -146,28 +148,26 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
         """Return the token ids of a text."""
-        special = add_special_tokens is not False
-        return list(self.tokenizer.encode(string, add_special_tokens=special))
+        if add_special_tokens is False:
+            return list(self.tokenizer.encode(string, add_special_tokens=False))
+        return prompt_ids(string, self.tokenizer)
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """Return what the harness records as the chat template: the prompt format of each model."""
         if isinstance(chat_template, str):
             raise InvalidRequest(
                 f"a chat template was given ({chat_template}), but each model of a recipe has its own.\n"
-                'hint: set "prompt" in the recipe'
+                'hint: set "chat" in the recipe'
             )
-        return " | ".join(f.prompt_format for f in self.model.formats) if chat_template else ""
+        return " | ".join(f.chat for f in self.model.formats) if chat_template else ""
 
     def apply_chat_template(
         self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """Return a conversation as a context, which each model later renders in its own format."""
-        if not add_generation_prompt:
-            raise InvalidRequest(
-                "the task begins the assistant's answer itself (gen_prefix), but a recipe's prompt formats "
-                "cannot continue it.\nhint: leave --apply_chat_template out for this task"
-            )
-        return CHAT_MARK + json.dumps(list(chat_history), ensure_ascii=False)
+        # Without a generation prompt, the task has begun the assistant's answer (gen_prefix).
+        mark = CHAT_MARK if add_generation_prompt else BEGUN_MARK
+        return mark + json.dumps(list(chat_history), ensure_ascii=False)
 
     # Likelihoods -----------------------------------------------------------------------------------------
 
@@ -224,7 +224,7 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return scores
 
     def _passage(self, context: str, continuation: str) -> Passage:
-        prompt = self._prompt(context)
+        prompt, options = self._prompt(context)
         formats = self.model.formats
         if isinstance(prompt, str) and not prompt:
             # As in the harness: a start token before the text, unless the text begins with it.
@@ -232,18 +232,17 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             if ids[0] == self.prefix_token_id:
                 return self._plain_passage(ids[:1], ids[1:])
             return self._plain_passage([self.prefix_token_id], ids)
-        if isinstance(prompt, str) and formats[0].prompt_format == "plain":
+        if isinstance(prompt, str) and formats[0].text == "plain":
             context_ids, continued = self._encode_pair(prompt, continuation)
         else:
             context_ids, continued = None, continuation_ids(continuation, self.tokenizer)
         prompts = []
         own = zip(self.model.ensemble.members, formats, strict=True)
         for index, (member, each) in enumerate(own):
-            if context_ids is not None and (index == 0 or each.prompt_format == "plain"):
+            if context_ids is not None and (index == 0 or each.text == "plain"):
                 ids = member.own_ids(context_ids, is_start=True)
             else:
-                kind, tokenizer = each.prompt_format, each.tokenizer
-                ids = render(prompt, prompt_format=kind, tokenizer=tokenizer, name=member.name)
+                ids = each.render(prompt, member.name, options)
             prompts.append(ids)
         return self._truncated(prompts, continued)
 
@@ -304,20 +303,22 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             seed=line_seed(self._seed, self._num_requests) if is_sampled else None,
             stop=tuple(text for text in until if text),
         )
-        prompt = self._prompt(context)
-        if isinstance(prompt, str) and all(f.prompt_format == "plain" for f in self.model.formats):
+        prompt, options = self._prompt(context)
+        if isinstance(prompt, str) and all(f.text == "plain" for f in self.model.formats):
             ids = self.tok_encode(prompt) if prompt else [self.prefix_token_id]
             room = self.max_length - sampling.max_new_tokens
             prompt = ids[-room:] if 0 < room < len(ids) else ids
-        return Request(prompt, sampling, self._steering.alpha, self._steering.experts)
+        steering = self._steering
+        return Request(prompt, sampling, steering.alpha, steering.experts, chat=options)
 
     @staticmethod
-    def _prompt(context: str) -> Prompt:
-        """Return a context as text or messages."""
-        if not context.startswith(CHAT_MARK):
-            return context
-        messages: list[Message] = json.loads(context.removeprefix(CHAT_MARK))
-        return messages
+    def _prompt(context: str) -> tuple[Prompt, ChatOptions]:
+        """Return a context as text, or as messages with how they are rendered."""
+        for mark in (CHAT_MARK, BEGUN_MARK):
+            if context.startswith(mark):
+                messages: list[Message] = json.loads(context.removeprefix(mark))
+                return messages, ChatOptions(continue_final_message=mark == BEGUN_MARK)
+        return context, ChatOptions()
 
 
 def main() -> None:

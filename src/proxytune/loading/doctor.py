@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any, TypeVar
@@ -30,18 +31,17 @@ from proxytune.errors import (
     missing_extra,
 )
 from proxytune.grants import Grants
+from proxytune.loading.formats import base_format, pair_formats
+from proxytune.loading.samples import Sample, notes_on, sample_of
 from proxytune.machine import device_memory
 from proxytune.recipe.files import AskedRight, RecipeFiles, ungranted_error
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ModelSpec
 from proxytune.text.meter import MAX_SECONDS
-from proxytune.text.prompts import render
+from proxytune.text.prompts import PromptFormat
 from proxytune.text.vocab import align
 
 Read = TypeVar("Read")
-
-SAMPLE_PROMPT = "What is steering?"
-"""The prompt on which each prompt format is shown."""
 
 SAMPLE_TEXT = (
     "She had not meant to stay so long, but the rain went on, and nobody in the kitchen seemed to mind. "
@@ -84,8 +84,10 @@ class ModelReport:
         running_dtype: Dtype of the weights in memory.
         device: The device it runs on.
         max_context: Maximum number of tokens of prompt and text.
-        prompt_format: `plain`, `chat` or a template.
-        prompt_sample: A short prompt as this model sees it.
+        prompt_format: How it reads texts: `plain`, `chat` or a template.
+        chat_format: How it reads messages, in the same three ways.
+        text_tokens: A short text as this model sees it, in tokens.
+        chat_tokens: A short message as this model sees it, in tokens.
         vocabulary: How it compares with the base's: `same`, `padded`, `permuted`, `mapped` or `differs`;
             `base` for the base.
         num_tokens: Number of tokens in the vocabulary.
@@ -108,7 +110,9 @@ class ModelReport:
     device: str | None = None
     max_context: int | None = None
     prompt_format: str | None = None
-    prompt_sample: str | None = None
+    chat_format: str | None = None
+    text_tokens: tuple[str, ...] | None = None
+    chat_tokens: tuple[str, ...] | None = None
     vocabulary: str | None = None
     num_tokens: int | None = None
     num_padding: int | None = None
@@ -229,14 +233,13 @@ class _Examination:
     reports: list[ModelReport] = field(default_factory=list)
     counted: set[tuple[ModelSpec, str]] = field(default_factory=set)
     """Adapters whose memory is counted, by the weights they are on and their path."""
-    refused_s: float = 0.0
-    """Time of templates that rendered nothing."""
 
     def run(self) -> Diagnosis:
         for one in self.asked:
             self._fail(one.part, ungranted_error([one]))
         for part, spec in self.recipe.models.items():
             self._examine_model(part, spec)
+        self._examine_prompts()
         self._check_sides()
         if not self.recipe.policy.is_plain:
             self.notes.append(f"it steers by the policy {self.recipe.policy.describe()}")
@@ -336,12 +339,6 @@ class _Examination:
         self._tried(part, lambda: checkpoint.eos_token_ids, is_noted=is_first)
         values["num_tokens"] = len(vocabulary.token_to_id)
         values["num_padding"] = len(vocabulary.padding_ids)
-        # A recipe may name a thousand models, and each template may take its whole time and be refused.
-        if self.refused_s < MAX_SECONDS:
-            start = monotonic()
-            values["prompt_sample"] = self._tried(part, lambda: _prompt_sample(spec, checkpoint))
-            if values["prompt_sample"] is None:
-                self.refused_s += monotonic() - start
         if part == "base":
             values["vocabulary"] = "base"
         elif self.reports[0].num_tokens is not None:
@@ -356,6 +353,58 @@ class _Examination:
                 elif is_first:
                     self._fail(part, error)
         return values
+
+    def _examine_prompts(self) -> None:
+        """Show how the models that could be read see a short text and a short message."""
+        readable = {report.part for report in self.reports if report.num_tokens is not None}
+        if "base" not in readable:
+            return
+        base = self._tried("base", lambda: base_format(self.files), is_noted=False)
+        if base is None:
+            return
+        formats = {"base": base}
+        for pair in self.recipe.experts:
+            sides = {"expert": pair.expert, "anti_expert": pair.anti_expert}
+            own = {f"{pair.name}.{side}" for side, spec in sides.items() if spec.same_as is None}
+            if own <= readable:
+                found = partial(pair_formats, pair, self.files, base)
+                formats |= self._tried(pair.name, found, is_noted=False) or {}
+        samples = self._samples(formats)
+        self.notes += notes_on(self.recipe, samples, formats)
+        for index, report in enumerate(self.reports):
+            part = report.part if report.part in samples else "base"
+            if report.part in samples or report.shares == "base":
+                sample = samples.get(part)
+                chat = None if sample is None or isinstance(sample.chat, UserError) else sample.chat
+                self.reports[index] = replace(
+                    report,
+                    chat_format=formats[part].chat,
+                    text_tokens=None if sample is None else sample.text,
+                    chat_tokens=chat,
+                )
+
+    def _samples(self, formats: Mapping[str, PromptFormat]) -> dict[str, Sample]:
+        samples: dict[str, Sample] = {}
+        known: dict[Hashable, Sample | None] = {}
+        refused_s = 0.0
+        for part, own in formats.items():
+            key = own.text, own.chat, own.template, id(own.tokenizer)
+            if key not in known:
+                # A recipe may name a thousand models, and each template may take its whole time.
+                if refused_s >= MAX_SECONDS:
+                    continue
+                start = monotonic()
+                name = self.recipe.models[part].model or part
+                known[key] = self._tried(part, partial(sample_of, own, name))
+                sample = known[key]
+                if sample is None or isinstance(sample.chat, UserError):
+                    refused_s += monotonic() - start
+            if (sample := known[key]) is not None:
+                samples[part] = sample
+                is_given = self.recipe.models[part].given_chat is not None
+                if is_given and isinstance(sample.chat, UserError):
+                    self._fail(part, sample.chat)
+        return samples
 
     def _examine_map(self, part: str, base: Checkpoint, small: Checkpoint) -> None:
         """Note how much of the base's vocabulary, and of ordinary text, another tokenizer covers."""
@@ -517,12 +566,6 @@ class _Examination:
                     ),
                 )
         return tuple(devices)
-
-
-def _prompt_sample(spec: ModelSpec, checkpoint: Checkpoint) -> str:
-    tokenizer, name = checkpoint.tokenizer, checkpoint.name
-    token_ids = render(SAMPLE_PROMPT, prompt_format=spec.prompt, tokenizer=tokenizer, name=name)
-    return str(tokenizer.decode(token_ids))
 
 
 def _weight_bytes(

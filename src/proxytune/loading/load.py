@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from proxytune.backends.api.client import Budget
@@ -61,11 +62,11 @@ def load_ensemble(
             backends[weights] = RetokenisedBackend(backends[weights], checkpoint, base)
     tokenizers = _shared_tokenizers(checkpoints)
     members, formats = [], []
-    for (part, spec, _, _), adapter in zip(found, names, strict=True):
+    for (part, spec, _, _, own), adapter in zip(found, names, strict=True):
         weights = spec.weights
         name = part if weights.model == part else f"{part} ({weights.model})"
         members.append(Member(name, backends[weights], alignments[weights], adapter))
-        formats.append(PromptFormat(spec.prompt, tokenizers[weights]))
+        formats.append(replace(own, tokenizer=tokenizers[weights]))
     ensemble = Ensemble(
         tuple(members),
         pairs,
@@ -104,7 +105,7 @@ def _named_adapters(
     """Return the name of each member's adapter, and by weights the adapters that go onto them."""
     names: list[str | None] = []
     adapters: dict[ModelSpec, dict[str, AdapterFiles]] = {}
-    for part, spec, _, files in found:
+    for part, spec, _, files, _ in found:
         known = adapters.setdefault(spec.weights, {})
         name = None
         if files is not None:

@@ -93,7 +93,7 @@ def check_fields(settings: Any) -> None:
         if declared.type is str:
             check_text(value, declared.name)
             # Messages show it, and a line end would let it write lines of its own into them.
-            if declared.name != "prompt" and _CONTROL.search(value):
+            if declared.name not in ("prompt", "chat") and _CONTROL.search(value):
                 raise RecipeError(
                     f"{declared.name} is {as_json(value)}, and must be one line of text"
                 )

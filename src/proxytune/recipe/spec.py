@@ -41,6 +41,14 @@ FOR_TRANSFORMERS: dict[str, Any] = {
 """Keys that only models run by transformers have, and their defaults."""
 
 
+_FORMAT: dict[str, Any] = {
+    "choices": ("plain", "chat"),
+    "pattern": r"\{\{|\{%",
+    "words": '"plain", "chat" or a Jinja template',
+}
+"""What may say how a model reads its prompts."""
+
+
 @dataclass(frozen=True, slots=True)
 class LlamaCppSettings:
     """How llama.cpp runs a `.gguf` file as it is; transformers would unpack it to float32.
@@ -144,7 +152,10 @@ class ModelSpec:
         quantization: The `quantization_config` of transformers, such as `{"load_in_4bit": true}`.
         attn_implementation: The option of that name in transformers, such as `sdpa`.
         cuda_graphs: Launch the kernels of short forwards all at once; the model must be on one CUDA device.
-        prompt: `plain`, `chat` for the tokenizer's own template, or a Jinja template.
+        prompt: How the model reads a text: `plain`, `chat` for the tokenizer's chat template, or a Jinja
+            template.
+        chat: How the model reads messages, in the same three ways; None for `prompt` where that is not
+            `plain`, otherwise the tokenizer's chat template (`loading/formats.py` has the whole rule).
         trust_remote_code: Ask to run code that comes with the model; only the caller can grant it.
         allow_pickle: Ask to read pickled weights, which can run any code when they are loaded; only the
             caller can grant it.
@@ -175,12 +186,8 @@ class ModelSpec:
     )
     attn_implementation: str | None = recipe_key()
     cuda_graphs: bool = recipe_key(False)
-    prompt: str = recipe_key(
-        "plain",
-        choices=("plain", "chat"),
-        pattern=r"\{\{|\{%",
-        words='"plain", "chat" or a Jinja template',
-    )
+    prompt: str = recipe_key("plain", **_FORMAT)
+    chat: str | None = recipe_key(**_FORMAT)
     trust_remote_code: bool = recipe_key(False)
     allow_pickle: bool = recipe_key(False)
     llama_cpp: LlamaCppSettings | None = None
@@ -219,7 +226,7 @@ class ModelSpec:
     def _check_api(self) -> None:
         if self.api is None:
             object.__setattr__(self, "api", ApiSettings())
-        kept = {"model", "prompt", "api"}
+        kept = {"model", "prompt", "chat", "api"}
         for setting in fields(self):
             if setting.name not in kept and getattr(self, setting.name) != setting.default:
                 raise RecipeError(
@@ -256,8 +263,13 @@ class ModelSpec:
 
     @property
     def weights(self) -> ModelSpec:
-        """The spec without adapter and prompt; models with equal ones share one copy of the weights."""
-        return replace(self, adapter=None, prompt="plain")
+        """The spec without adapter and formats; models with equal ones share one copy of the weights."""
+        return replace(self, adapter=None, prompt="plain", chat=None)
+
+    @property
+    def given_chat(self) -> str | None:
+        """How the recipe says that the model reads messages; None if it does not say."""
+        return self.chat if self.chat or self.prompt == "plain" else self.prompt
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object of this model, leaving out defaults."""
@@ -276,7 +288,7 @@ class ExpertSpec:
     """One expert with its anti-expert.
 
     An expert given as an adapter alone sits on the anti-expert's model. It inherits everything about those
-    weights; only the prompt format is its own.
+    weights; only the prompt formats are its own.
 
     Args:
         name: Letters, digits, `.`, `_` and `-`.

@@ -16,12 +16,12 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from proxytune.errors import PromptTooLong
 from proxytune.model import ProxyTuned
-from proxytune.text.prompts import PromptFormat, Tokenizer
+from proxytune.text.prompts import Tokenizer
 
 NUM_DESKS = 4
 LARGE_BYTES = 2**16
@@ -95,7 +95,7 @@ def prompt_limits(model: ProxyTuned, max_tokens: int | None) -> list[int | None]
     limits = [each.backend.capabilities.max_context for each in model.ensemble.members]
     if max_tokens is not None:
         limits[0] = max_tokens if limits[0] is None else min(limits[0], max_tokens)
-    keys = [(each.prompt_format, id(each.tokenizer)) for each in model.formats]
+    keys = [(each.text, each.chat, id(each.tokenizer)) for each in model.formats]
     shared: dict[Any, int | None] = {keys[0]: limits[0]}
     for key, limit in zip(keys, limits, strict=True):
         known = shared.setdefault(key, limit)
@@ -127,10 +127,10 @@ def desk_models(model: ProxyTuned, max_tokens: int | None) -> list[ProxyTuned]:
                     if id(tokenizer) not in copies:
                         copies[id(tokenizer)] = copy.deepcopy(tokenizer)
                     tokenizer = copies[id(tokenizer)]
-                key = each.prompt_format, id(tokenizer)
+                key = each.text, each.chat, id(tokenizer)
                 if key not in own:
                     own[key] = Measured(tokenizer, limit)
-                formats.append(PromptFormat(each.prompt_format, own[key]))
+                formats.append(replace(each, tokenizer=own[key]))
         except Exception:  # Foreign code, which may fail in any way.
             if not made:
                 raise

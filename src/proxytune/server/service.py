@@ -159,7 +159,7 @@ class Service:
             "name": self.settings.name,
             "base": name,
             # A base without a chat format reads conversations as plain text, and few such models answer well.
-            "has_chat": base.prompt != "plain",
+            "has_chat": not self.model.formats[0].joins_messages,
             "default_experts": list(recipe.named()),
             "experts": [{"name": e.name, "alpha": e.alpha} for e in recipe.experts],
             "limits": {
@@ -316,7 +316,7 @@ class Service:
         stops = wanted.stops
         if isinstance(wanted, ChatRequest):
             num_top = wanted.top_logprobs
-            if self.model.recipe.base.prompt == "plain":
+            if self.model.formats[0].joins_messages:
                 # Unless stopped, a base without a chat format goes on to write the user's next turn.
                 stops = (*stops, PLAIN_USER_TURN)
         else:

@@ -80,6 +80,15 @@ def compiled(source: str, *, strict: bool) -> jinja2.Template:
         return _environment(strict).from_string(source)
 
 
+@lru_cache(maxsize=64)
+def names(source: str, *, strict: bool) -> frozenset[str]:
+    """Return the names that a template uses; arguments and errors as for `compiled`."""
+    if len(source) > MAX_SOURCE:
+        raise TemplateRefused(f"is longer than {MAX_SOURCE:,} characters")
+    with metered():
+        return frozenset(n.name for n in _environment(strict).parse(source).find_all(nodes.Name))
+
+
 @lru_cache(maxsize=2)
 def _environment(strict: bool) -> _Environment:
     return _Environment(strict)

@@ -15,7 +15,7 @@ from typing import Any
 
 from proxytune.data.rows import Rows, answers_of
 from proxytune.errors import InputFileError, InvalidRequest, PromptFormatError
-from proxytune.request import Message, Prompt
+from proxytune.request import ChatOptions, Message, Prompt
 from proxytune.text.prompts import Tokenizer, check_syntax, continuation_ids, render, render_text
 
 IGNORED = -100
@@ -355,5 +355,5 @@ class _Encoder:
 
     def _text(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         return render_text(
-            list(messages), add_generation_prompt=add_generation_prompt, **self._format
+            list(messages), options=ChatOptions(add_generation_prompt), **self._format
         )

@@ -582,7 +582,7 @@ def changed(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"expert": {"prompt": "chat"}}, "one.expert wants its prompt as 'chat'.*\n.*proxytune serve"),
+        ({"expert": {"prompt": "chat"}}, "one.expert reads texts as 'chat'.*\n.*proxytune serve"),
         (
             {part: {"prompt": "{{ messages }}"} for part in ("base", "expert", "anti_expert")},
             "a prompt template of its own.*\n.*--chat-template",

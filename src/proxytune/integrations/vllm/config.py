@@ -88,7 +88,7 @@ def find_ensemble(recipe: Recipe, grants: Grants = NOTHING) -> ServedEnsemble:
     found, pairs = find_members(RecipeFiles(recipe, grants))
     base = found[0].checkpoint
     members: list[ServedMember] = []
-    for part, spec, checkpoint, adapter in found:
+    for part, spec, checkpoint, adapter, _ in found:
         if adapter is not None:
             adapter.check_fits(checkpoint)
         if members and spec.prompt == "chat":
