@@ -94,6 +94,9 @@ def test_a_hint_names_uv_where_the_environment_has_no_pip(monkeypatch):
     assert pip_install("x==1") == "uv pip install --python /venv/bin/python x==1"
 
 
+CHECKOUT = "pip install .    # in a checkout of proxytune"
+
+
 @pytest.mark.parametrize(
     ("origin", "command"),
     [
