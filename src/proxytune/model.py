@@ -33,7 +33,15 @@ from proxytune.measure.score import (
     windows,
 )
 from proxytune.recipe.recipe import Recipe
-from proxytune.request import Experts, Message, Prompt, Request, SamplingParams, Steering
+from proxytune.request import (
+    ChatOptions,
+    Experts,
+    Message,
+    Prompt,
+    Request,
+    SamplingParams,
+    Steering,
+)
 from proxytune.text.prompts import (
     PLAIN_USER_TURN,
     ChatPrompt,
@@ -125,7 +133,7 @@ class ProxyTuned:
             names = [member.name for member in self.ensemble.members]
             prompts = render_each(request.prompt, self.formats, names, request.chat)
             if self.recipe.base.api is not None:
-                prompts[0] = ChatPrompt.of(prompts[0], request.prompt)
+                prompts[0] = ChatPrompt.of(prompts[0], request.prompt, request.chat)
         alphas = tuple(strengths.get(pair.name) for pair in self.ensemble.pairs)
         views = request.explain, request.explain_top
         job = Job(request.sampling, tuple(prompts), alphas, *views, cancelled, strengths)
@@ -459,7 +467,7 @@ class _Memory:
 class Conversation:
     """A chat with a steered model: `say` answers and remembers.
 
-    `alpha`, `experts` and `sampling` may change between turns.
+    `alpha`, `experts`, `sampling` and `options` (how the conversation is rendered) may change between turns.
     """
 
     def __init__(
@@ -474,8 +482,14 @@ class Conversation:
         self._speculative = speculative
         self._memory = _Memory()
         self.sampling = sampling
+        self.options = ChatOptions()
         self.alpha, self.experts = steering.alpha, steering.experts
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
+
+    @property
+    def joins_messages(self) -> bool:
+        """Whether the base has no chat format, so that messages are joined as text."""
+        return self._model.formats[0].joins_messages
 
     def say(self, text: str) -> Iterator[Step]:
         """Yield the steps of the answer to `text`; one that is cut short stays in the conversation as it is.
@@ -485,11 +499,11 @@ class Conversation:
         """
         messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
         sampling = self.sampling
-        if self._model.formats[0].joins_messages:
+        if self.joins_messages:
             # A base without a chat format would go on to write the user's next turn.
             sampling = replace(sampling, stop=(*sampling.stop, PLAIN_USER_TURN))
         model = self._model
-        request = Request(messages, sampling, self.alpha, self.experts)
+        request = Request(messages, sampling, self.alpha, self.experts, chat=self.options)
         speculator = model._speculator(self._speculative)
         steps = model._steps(model.job(request), speculator, self._memory)
         return self._answer(messages, steps)

@@ -558,6 +558,19 @@ def test_chat_answers_each_line_and_remembers_the_conversation(recipe: Path):
     assert result.stdout == "".join(f"{answer}\n" for answer in expected)
 
 
+def test_a_chat_says_how_messages_are_joined_where_the_base_has_no_chat_template(recipe: Path):
+    assert "messages are joined as `User: …`" in talk(recipe, "hi").stderr
+
+
+def test_variables_of_a_chat_template_must_be_an_object(recipe: Path):
+    for given in ("[1]", "{", '{"messages": []}'):
+        result = talk(recipe, "hi", options=("--chat-template-kwargs", given))
+        assert result.exit_code == 2
+        assert "template_kwargs" in result.stderr.replace("-", "_")
+    options = ("--chat-template-kwargs", '{"enable_thinking": false}')
+    assert talk(recipe, "hi", options=options).stdout == talk(recipe, "hi").stdout
+
+
 def test_a_chat_with_drafts_is_the_chat_without(recipe: Path):
     lines = ("hi", "and", "/alpha 0.5", "so")
     plain = talk(recipe, *lines)

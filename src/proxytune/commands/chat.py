@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -9,11 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from proxytune.commands.app import command
-from proxytune.commands.console import print_text, say, strengths_text
+from proxytune.commands.console import EMPTY_ANSWER, print_text, say, strengths_text
 from proxytune.commands.flags import Pick, number_of
 from proxytune.commands.options import ModelOptions, RecipeArgument, SteeringOptions, steering_of
 from proxytune.errors import InvalidRequest, OutputFileError, UserError
-from proxytune.request import SPECULATIVE, SamplingParams, Steering
+from proxytune.request import SPECULATIVE, ChatOptions, SamplingParams, Steering
 from proxytune.settings import option
 
 if TYPE_CHECKING:
@@ -23,18 +24,40 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatOptions:
+class TalkOptions:
     """How a conversation begins, and how its answers are generated."""
 
     system: str | None = option(None, "System message before the first turn")
+    chat_template_kwargs: str | None = option(
+        None,
+        "Variables for the chat template, as a JSON object, such as '{\"enable_thinking\": false}'",
+        metavar="JSON",
+    )
     speculative: bool = option(False, SPECULATIVE)
+
+    def rendering(self) -> ChatOptions:
+        """Return how the conversation is rendered.
+
+        Raises:
+            InvalidRequest: The variables are not a JSON object, or one has a name that is taken.
+        """
+        try:
+            variables = json.loads(self.chat_template_kwargs or "{}")
+        except (ValueError, RecursionError):
+            variables = None
+        if not isinstance(variables, dict):
+            raise InvalidRequest(
+                f"--chat-template-kwargs is {self.chat_template_kwargs!r}, and must be a JSON object.\n"
+                "hint: --chat-template-kwargs '{\"enable_thinking\": false}'"
+            )
+        return ChatOptions(template_kwargs=variables)
 
 
 @command("proxytune chat my-recipe --alpha 0.5", is_endless=True)
 def chat(
     recipe: RecipeArgument,
     *,
-    options: ChatOptions,
+    options: TalkOptions,
     steering: SteeringOptions,
     sampling: Annotated[
         SamplingParams, Pick(leave_out=("logprobs",), defaults={"max_new_tokens": 256})
@@ -45,6 +68,7 @@ def chat(
 
     Strength and expert can be changed during the conversation: /help shows how.
     """
+    rendering = options.rendering()
     found = models.read(recipe)
     wanted = steering.of(found)
     conversation = models.load(found, None).chat(
@@ -54,6 +78,7 @@ def chat(
         experts=wanted.experts,
         speculative=options.speculative,
     )
+    conversation.options = rendering
     _Chat(conversation, found).run()
 
 
@@ -81,6 +106,11 @@ class _Chat:
             with suppress(ImportError):
                 import readline  # noqa: F401  # gives input() a history and arrow keys
         say(f"{self._recipe.base.model}, {self._steering()}. /help lists the commands.")
+        if self._conversation.joins_messages:
+            say(
+                "The base has no chat template: messages are joined as `User: …` and `Assistant: …`. "
+                '"chat" in the recipe sets another format.'
+            )
         for line in _typed_lines(is_terminal):
             line = line.strip()
             if line == "/quit":
@@ -97,9 +127,13 @@ class _Chat:
         steps: Iterator[Step] | None = None
         try:
             steps = self._conversation.say(text)
+            answer = ""
             for step in steps:
+                answer += step.text
                 print_text(step.text, end="")
             print_text()
+            if not answer.strip():
+                say(EMPTY_ANSWER)
         except KeyboardInterrupt:
             print_text()
             say("stopped")

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     from proxytune.measure.sweep import Point
 
 
+EMPTY_ANSWER = (
+    "note: the answer is empty: the first token ended it.\n"
+    "hint: --min-new-tokens 1 makes it go on, a smaller --alpha steers less, and `proxytune doctor` shows "
+    "what each model reads"
+)
+
+
 def stdout() -> Console:
     """Return the console of answers that are laid out: tables, coloured texts."""
     from proxytune.commands.layout import PlainConsole

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from proxytune.commands.app import command
 from proxytune.commands.console import (
+    EMPTY_ANSWER,
     argument_text,
     json_line,
     print_text,
@@ -180,6 +181,8 @@ def _show(trace: Trace, options: GenerateOptions, *, logprobs: bool) -> None:
         + (drafted if options.speculative else "")
         + _calls(trace)
     )
+    if not trace.text.strip() and trace.finish_reason == "stop":
+        say(EMPTY_ANSWER)
 
 
 def _calls(trace: Trace) -> str:

@@ -87,12 +87,13 @@ class ChatPrompt(tuple[int, ...]):
     """
 
     messages: tuple[Message, ...]
+    options: ChatOptions
 
     @classmethod
-    def of(cls, token_ids: Sequence[int], prompt: Prompt) -> ChatPrompt:
-        """Return these token ids with the text or messages they come from."""
+    def of(cls, token_ids: Sequence[int], prompt: Prompt, options: ChatOptions) -> ChatPrompt:
+        """Return these token ids with the text or messages they come from, and how those are rendered."""
         itself = cls(token_ids)
-        itself.messages = tuple(_messages(prompt))
+        itself.messages, itself.options = tuple(_messages(prompt)), options
         return itself
 
 

@@ -21,7 +21,7 @@ from proxytune.decode.speculative import Drafting
 from proxytune.errors import ApiError, BackendError, BudgetSpent, InvalidRequest, UnsupportedModel
 from proxytune.model import ProxyTuned
 from proxytune.recipe.spec import ApiSettings, ModelSpec
-from proxytune.request import SamplingParams
+from proxytune.request import ChatOptions, Request, SamplingParams
 from proxytune.testing import EOS, TOKENS, toy_model
 from tests.support.completion_server import (
     LLAMA_CPP,
@@ -155,8 +155,6 @@ def test_a_text_does_not_depend_on_how_it_was_asked_for(lookahead, speculative, 
 
 
 def local_request(prompt: str, sampling: SamplingParams) -> Any:
-    from proxytune.request import Request
-
     return Request(prompt, sampling)
 
 
@@ -317,6 +315,40 @@ def test_a_chat_answer_is_continued_if_the_server_can():
             assert trace.num_new_tokens == 16
             assert trace.token_ids[0] == first.token_ids[0]
             assert remote.generate(prompt, greedy(16), alpha=1.0).num_certified == 16
+
+
+def test_the_last_message_is_continued_if_the_server_can():
+    messages = [{"role": "user", "content": PROMPTS[0]}, {"role": "assistant", "content": "the"}]
+    traits = replace(VLLM_CHAT, max_top_logprobs=None, endpoint="chat")
+    with behind(in_process(), traits) as (remote, server, _):
+        options = ChatOptions(continue_final_message=True)
+        continued = Request(messages, greedy(8), 0.0, chat=options)
+        whole = server.chat_template(messages[:1]) + "the"
+        assert (
+            remote.generate(continued).token_ids
+            == in_process().generate(whole, greedy(8), alpha=0.0).token_ids
+        )
+    with (
+        behind(in_process(), OPENAI_CHAT) as (remote, _, _),
+        pytest.raises(UnsupportedModel, match="the last message cannot be continued"),
+    ):
+        remote.generate(continued)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (ChatOptions(template_kwargs={"enable_thinking": False}), "template_kwargs"),
+        (ChatOptions(add_generation_prompt=False), "add_generation_prompt"),
+    ],
+)
+def test_what_a_chat_endpoint_renders_itself_cannot_be_set(options, name):
+    messages = [{"role": "user", "content": "the cat"}]
+    with (
+        behind(in_process(), OPENAI_CHAT) as (remote, _, _),
+        pytest.raises(UnsupportedModel, match=f"renders messages itself, so {name}"),
+    ):
+        remote.generate(Request(messages, greedy(1), chat=options))
 
 
 def test_a_server_that_does_not_continue_chat_answers_is_refused_when_it_has_to():

@@ -24,6 +24,7 @@ from proxytune.backends.api.tokens import ApiTokens, name_bytes
 from proxytune.backends.base import NO_TOKEN
 from proxytune.errors import UnsupportedModel
 from proxytune.recipe.spec import ApiSettings
+from proxytune.request import Message
 from proxytune.text.prompts import ChatPrompt
 from proxytune.trace import Usage
 
@@ -311,8 +312,26 @@ class ApiServer:
             )
         begun = self.tokens.decode(new) if new else ""
         if isinstance(prompt, ChatPrompt):
-            return list(prompt.messages), begun
+            return self._chat_of(prompt, begun)
         return [{"role": "user", "content": self.tokens.text_of(prompt)}], begun
+
+    def _chat_of(self, prompt: ChatPrompt, begun: str) -> tuple[list[Message], str]:
+        """Return the messages to send, and the beginning of the answer, which may be the last message."""
+        options, messages = prompt.options, list(prompt.messages)
+        asked = "template_kwargs" if options.template_kwargs else "add_generation_prompt"
+        if options.template_kwargs or not (options.begins_turn or options.continue_final_message):
+            raise UnsupportedModel(
+                f"{self.name} renders messages itself, so {asked} cannot be set for it.\n"
+                "hint: leave it out, or use a server with /v1/completions"
+            )
+        if not options.continue_final_message:
+            return messages, begun
+        if not self.continues:
+            raise UnsupportedModel(
+                f"{self.name} does not continue an answer that has been begun, so the last message cannot be "
+                "continued.\nhint: end with the user's message, or use a server with /v1/completions"
+            )
+        return messages[:-1], messages[-1]["content"] + begun
 
     def ask(
         self,
