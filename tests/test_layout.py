@@ -113,9 +113,11 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "tune": (
         "encode",
         "settings",
+        "formats",
         "heads",
         "loss",
         "offsets",
+        "verdict",
         "card",
         "trainer",
         "training",

@@ -54,15 +54,10 @@ def tune(settings: TuneSettings, options: RunOptions) -> None:
     if options.as_json:
         print_text(json_line(result.to_dict()))
         return
-    say(f"wrote {settings.directory}: expert {result.expert!r}, alpha {result.alpha:g}")
-    for title, report in (("validation", result.valid), ("test", result.test)):
-        if report is not None:
-            base_row, *others = report["rows"]
-            best = next(r for r in others if (r["name"], r["alpha"]) == ("steered", result.alpha))
-            say(
-                f"{title} perplexity: base {base_row['perplexity']:.2f}, steered at alpha "
-                f"{result.alpha:g} {best['perplexity']:.2f} ({best['change']:+.1%})"
-            )
+    from proxytune.tune.card import last_word
+
+    for line in last_word(settings, result):
+        say(line)
     say(f'next: proxytune generate {settings.output} "..."')
 
 

@@ -7,8 +7,10 @@ never reach this file.
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -72,15 +74,27 @@ class Encoded:
     Args:
         examples: Examples in the order of the rows. A packed example may hold parts of several rows, and a
             conversation may need several examples.
+        sources: Indices of the rows that each example comes from.
+        truncated: Indices of the rows cut to the maximum length.
         num_rows: Number of rows given.
-        num_truncated: Number of rows cut to the maximum length.
         num_dropped: Number of rows left out because their prompt alone fills the maximum length.
     """
 
     examples: list[Example] | list[PreferenceExample]
+    sources: list[tuple[int, ...]]
+    truncated: frozenset[int]
     num_rows: int
-    num_truncated: int
     num_dropped: int
+
+    @cached_property
+    def rows_read(self) -> frozenset[int]:
+        """Indices of the rows that models read, at least in part."""
+        return frozenset(itertools.chain.from_iterable(self.sources))
+
+    @property
+    def num_truncated(self) -> int:
+        """Number of rows that models read, cut to the maximum length."""
+        return len(self.truncated & self.rows_read)
 
     @cached_property
     def num_tokens(self) -> int:
@@ -91,6 +105,12 @@ class Encoded:
     def num_trained(self) -> int:
         """Number of tokens with a loss; for preferences, of both answers."""
         return sum(example.num_trained for example in self.examples)
+
+    def only(self, kept: Collection[int]) -> Encoded:
+        """Return some of the examples, by index, in their order."""
+        indices = sorted(kept)
+        examples: Any = [self.examples[i] for i in indices]
+        return replace(self, examples=examples, sources=[self.sources[i] for i in indices])
 
 
 def limited(part: Encoded, max_tokens: int | None, seed: int) -> Encoded:
@@ -105,8 +125,7 @@ def limited(part: Encoded, max_tokens: int | None, seed: int) -> Encoded:
             break
         kept.add(index)
         size += sizes[index]
-    examples: Any = [example for i, example in enumerate(part.examples) if i in kept]
-    return replace(part, examples=examples)
+    return part.only(kept)
 
 
 # Encoding ------------------------------------------------------------------------------------------
@@ -158,12 +177,7 @@ def encode(
         return encoder.packed() if packed else encoder.examples(encoder.text)
     if rows.kind == "preference":
         return encoder.preferences()
-    return encoder.examples(encoder.conversation if is_conversation(rows) else encoder.completion)
-
-
-def is_conversation(rows: Rows) -> bool:
-    """Whether prompts are lists of messages."""
-    return rows.kind == "messages" or isinstance(rows.rows[0].get("prompt"), list)
+    return encoder.examples(encoder.conversation if rows.is_conversation else encoder.completion)
 
 
 class _Encoder:
@@ -182,7 +196,9 @@ class _Encoder:
     # Examples of all rows
 
     def packed(self) -> Encoded:
-        stream = [i for index in range(len(self._rows)) for i in self._document(index)]
+        documents = [self._document(index) for index in range(len(self._rows))]
+        stream = list(itertools.chain.from_iterable(documents))
+        ends = list(itertools.accumulate(map(len, documents)))
         step = self._max_length - 1
         starts = range(0, len(stream) - 1, step)
         windows = [stream[start : start + self._max_length] for start in starts]
@@ -191,27 +207,37 @@ class _Encoder:
                 f"{self._rows.source} has {len(stream)} token(s), and training needs at least two: one to "
                 "start from and one to predict.\nhint: give more text"
             )
-        return self._encoded([Example(w, [IGNORED, *w[1:]]) for w in windows], 0, 0)
+        last = [start + len(window) - 1 for start, window in zip(starts, windows, strict=True)]
+        sources = [
+            tuple(range(bisect_right(ends, start), bisect_right(ends, end) + 1))
+            for start, end in zip(starts, last, strict=True)
+        ]
+        return self._encoded([Example(w, [IGNORED, *w[1:]]) for w in windows], sources, set(), 0)
 
     def examples(self, of_row: Callable[[int], list[Example]]) -> Encoded:
         """Return the examples that a function makes of each row, cut to the maximum length."""
         kept: list[Example] = []
-        num_truncated = num_dropped = 0
+        sources: list[tuple[int, ...]] = []
+        truncated: set[int] = set()
+        num_dropped = 0
         for index in range(len(self._rows)):
             whole = self._of(index, of_row)
             most = self._max_length
             cut = [Example(e.token_ids[:most], e.labels[:most]) for e in whole]
             left = [e for e in cut if e.num_trained]
             kept += left
+            sources += [(index,)] * len(left)
             if not left:
                 num_dropped += 1
             elif any(len(e.token_ids) > most for e in whole):
-                num_truncated += 1
-        return self._encoded(kept, num_truncated, num_dropped)
+                truncated.add(index)
+        return self._encoded(kept, sources, truncated, num_dropped)
 
     def preferences(self) -> Encoded:
         kept: list[PreferenceExample] = []
-        num_truncated = num_dropped = 0
+        sources: list[tuple[int, ...]] = []
+        truncated: set[int] = set()
+        num_dropped = 0
         for index in range(len(self._rows)):
             whole = self._of(index, self._preference)
             room = self._max_length - len(whole.prompt_ids)
@@ -219,14 +245,17 @@ class _Encoder:
                 num_dropped += 1
                 continue
             answers = whole.chosen_ids, whole.rejected_ids
-            num_truncated += max(map(len, answers)) > room
+            if max(map(len, answers)) > room:
+                truncated.add(index)
             kept.append(PreferenceExample(whole.prompt_ids, *(ids[:room] for ids in answers)))
-        return self._encoded(kept, num_truncated, num_dropped)
+            sources.append((index,))
+        return self._encoded(kept, sources, truncated, num_dropped)
 
     def _encoded(
         self,
         examples: list[Example] | list[PreferenceExample],
-        num_truncated: int,
+        sources: list[tuple[int, ...]],
+        truncated: set[int],
         num_dropped: int,
     ) -> Encoded:
         if not examples:
@@ -234,7 +263,7 @@ class _Encoder:
                 f"no row of {self._rows.source} has anything to train on within {self._max_length} tokens, "
                 "because the prompts alone fill them.\nhint: raise --max-length"
             )
-        return Encoded(examples, len(self._rows), num_truncated, num_dropped)
+        return Encoded(examples, sources, frozenset(truncated), len(self._rows), num_dropped)
 
     # Examples of one row
 
