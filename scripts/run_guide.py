@@ -39,8 +39,8 @@ proxytune() {
     serve)
       command proxytune "$@" --port "$PORT" &
       server=$!
-      trap 'kill $server; wait $server' EXIT
-      until curl -sf "http://127.0.0.1:$PORT/health"; do
+      trap 'kill $server; wait $server || true' EXIT
+      until curl -sfo /dev/null "http://127.0.0.1:$PORT/health"; do
         kill -0 $server
         sleep 0.2
       done ;;
@@ -87,7 +87,9 @@ def steps_of(page: Path, *, installs: bool = False) -> list[Step]:
             continue
         headings = [line for line in lines[: block.line] if re.match(r"#+ ", line)]
         steps.append(
-            Step(headings[-1].strip("# ") if headings else "", block.language, block.line, block.text)
+            Step(
+                headings[-1].strip("# ") if headings else "", block.language, block.line, block.text
+            )
         )
     return steps
 
@@ -134,7 +136,7 @@ def run(
     starts = [float(seconds) for _, seconds in times]
     return [
         Ran(step, output, end - start)
-        for step, output, start, end in zip(steps, outputs, starts, starts[1:], strict=True)
+        for step, output, start, end in zip(steps, outputs, starts[:-1], starts[1:], strict=True)
     ]
 
 
@@ -147,7 +149,12 @@ def new_environment(home: Path) -> dict[str, str]:
     }
     own = str(Path(sys.prefix) / "bin")
     path = [part for part in kept.get("PATH", "").split(os.pathsep) if part != own]
-    return {**kept, "HOME": str(home), "PATH": os.pathsep.join(path), "XDG_CACHE_HOME": str(home / "cache")}
+    return {
+        **kept,
+        "HOME": str(home),
+        "PATH": os.pathsep.join(path),
+        "XDG_CACHE_HOME": str(home / "cache"),
+    }
 
 
 def own_environment() -> dict[str, str]:

@@ -39,6 +39,7 @@ SHARED: dict[str, Any] = {
     "eval_every": 40,
     "patience": 2,
     "measure_tokens": 0,  # `publish.py` measures.
+    "test_share": 0,
     "dtype": "bfloat16",
 }
 
@@ -79,7 +80,7 @@ class Expert:
 
 LONGER: dict[str, Any] = {"max_tokens": 120_000, "epochs": 3}
 SHORT_ROWS: dict[str, Any] = {
-    "prompt": "plain",
+    "template": "plain",
     "max_tokens": 32_000,
     "batch_size": 16,
     "epochs": 3,
