@@ -24,7 +24,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "grants": (),
     "trace": (),
     "logits": ("certificate", "policy", "sample", "steer", "rules", "views"),
-    "text": ("meter", "library", "template", "prompts", "one_stream", "detokenize", "vocab"),
+    "text": ("meter", "library", "template", "prompts", "turns", "one_stream", "detokenize", "vocab"),
     "checkpoints": (
         "faults",
         "untrusted",

@@ -27,6 +27,8 @@ INSTRUCTION_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
 
 SHARED: dict[str, Any] = {
     "method": "cpt",
+    "template": "plain",
+    "test_share": 0.0,  # `publish.py` has test rows of its own.
     "alpha": 1.0,
     "max_tokens": 80_000,
     "max_valid_tokens": 6_000,

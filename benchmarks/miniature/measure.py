@@ -226,5 +226,7 @@ def measure(plan: Plan, name: str, *, say: Callable[[str], None]) -> dict[str, A
             return measure_task(model, valid, test)
         text = read_rows(plan, name, "test")[0]["text"]
         token_ids = model.tokenizer.encode(text, add_special_tokens=False)
-        alphas = {kind: plan.read_stage(f"{name}.{kind}")["result"]["alpha"] for kind in KINDS}
+        tuned = {kind: plan.read_stage(f"{name}.{kind}")["result"] for kind in KINDS}
+        # The best strength is measured also where it does not help and the recipe's is 0.
+        alphas = {kind: result.get("best_alpha") or result["alpha"] for kind, result in tuned.items()}
         return measure_text(model, token_ids, alphas, plan.num_windows, say=say)

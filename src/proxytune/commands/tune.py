@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import typer
 
@@ -39,6 +39,9 @@ def tune(settings: TuneSettings, options: RunOptions) -> None:
 
     Ctrl-C saves the state, and --resume continues.
     """
+    # In a shell's quotes a line break is written as two characters.
+    typed = {name: getattr(settings, name) for name in ("template", "base_template")}
+    settings = replace(settings, **{k: v and v.replace("\\n", "\n") for k, v in typed.items()})
     try:
         from proxytune.tune.run import tune as run
     except ImportError as error:

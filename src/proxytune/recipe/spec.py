@@ -155,7 +155,7 @@ class ModelSpec:
         prompt: How the model reads a text: `plain`, `chat` for the tokenizer's chat template, or a Jinja
             template.
         chat: How the model reads messages, in the same three ways; None for `prompt` where that is not
-            `plain`, otherwise the tokenizer's chat template (`loading/formats.py` has the whole rule).
+            `plain`, otherwise the tokenizer's chat template if there is one.
         trust_remote_code: Ask to run code that comes with the model; only the caller can grant it.
         allow_pickle: Ask to read pickled weights, which can run any code when they are loaded; only the
             caller can grant it.

@@ -17,6 +17,7 @@ _METHODS = {
     "dpo": "Direct Preference Optimization (arXiv:2305.18290)",
     "cpt": "Consistent Proxy Tuning (arXiv:2407.01155): trained through the frozen base and anti-expert",
 }
+_COUNTS = ("rows", "rows_read", "num_tokens", "num_trained", "num_truncated", "num_dropped")
 
 
 def model_card(recipe: Recipe, settings: TuneSettings, result: TuneResult) -> str:
@@ -26,43 +27,44 @@ def model_card(recipe: Recipe, settings: TuneSettings, result: TuneResult) -> st
 
 
 def last_word(settings: TuneSettings, result: TuneResult) -> list[str]:
-    """Return the end of a run for a terminal: what was measured, the verdict, and what to do next."""
-    verdict = result.verdict
+    """Return the end of a run for a terminal: measurements, verdict, what to try next."""
+    counts, verdict = result.data["train"], result.verdict
     lines = [
-        f"wrote {settings.directory}: expert {result.expert!r}, alpha {result.alpha:g}{_tried(result)}"
+        f"wrote {settings.directory}: expert {result.expert!r}, alpha {result.alpha:g}{_tried(result)}",
+        f"trained on {counts['rows_read']:,} of {counts['rows']:,} rows ({counts['num_trained']:,} tokens) "
+        f"in {result.num_steps:,} steps, by method {result.method}",
     ]
-    counts = result.data["train"]
-    lines.append(
-        f"trained on {counts['rows_read']:,} of {counts['rows']:,} training rows, {counts['num_trained']:,} tokens "
-        f"of theirs, in {result.num_steps:,} steps"
-    )
     if verdict is None:
         return [*lines, "nothing was measured, so nothing shows whether steering helps"]
     report = result.valid if verdict["rows"] == "valid" else result.test
     assert report is not None
-    source = "chosen on" if verdict["rows"] == "valid" else "that nothing was chosen on"
+    which = "of validation" if verdict["rows"] == "valid" else "that nothing was chosen on"
     lines.append(
-        f"perplexity on {verdict['num_rows']:,} rows {source} ({report['num_tokens']:,} tokens, 95 % intervals):"
+        f"perplexity on {verdict['num_rows']:,} rows {which} ({report['num_tokens']:,} tokens), with 95 % "
+        "intervals:"
     )
-    for row in report["rows"]:
-        side = row["name"].rpartition(".")[2]
-        shown = side in ("base", "expert") or row["alpha"] == verdict["alpha"]
-        if not shown:
-            continue
-        name = {"expert": "expert alone"}.get(side, side)
-        name += "" if row["alpha"] is None else f" at alpha {row['alpha']:g}"
-        change = "" if side == "base" else f"  {row['change']:+.1%}"
-        change += "" if side == "base" else interval_words(row["change_interval"], "+.1%")
-        interval = interval_words(row["interval"], ".2f")
-        lines.append(f"  {name:<22} {row['perplexity']:.2f}{interval}{change}")
+    lines += [
+        _shown_score(row)
+        for row in report["rows"]
+        if row["alpha"] == verdict["alpha"] or row["name"].rpartition(".")[2] in ("base", "expert")
+    ]
     for sample in verdict["samples"]:
         lines += ["", f"  prompt: {_line(sample['prompt'])}"]
-        lines += [
-            f"    {side + ':':<9} {_line(sample[side]) or '(nothing: the answer ends at once)'}"
-            for side in ("base", "steered", "given")
-        ]
+        for side in ("base", "steered", "given"):
+            text = _line(sample[side]) or "(nothing: the answer ends at once)"
+            lines.append(f"    {side + ':':<9} {text}")
     lines += ["", f"steering {verdict['word']}: {verdict['reason']}"]
     return [*lines, *(f"try next: {hint}" for hint in verdict["hints"])]
+
+
+def _shown_score(row: Mapping[str, Any]) -> str:
+    side = row["name"].rpartition(".")[2]
+    name = "expert alone" if side == "expert" else side
+    name += "" if row["alpha"] is None else f" at alpha {row['alpha']:g}"
+    text = f"  {name:<22} {row['perplexity']:.2f}{interval_words(row['interval'], '.2f')}"
+    if side == "base":
+        return text
+    return f"{text}  {row['change']:+.1%}{interval_words(row['change_interval'], '+.1%')}"
 
 
 def _tried(result: TuneResult) -> str:
@@ -73,8 +75,8 @@ def _tried(result: TuneResult) -> str:
     text = f", of {low:g} to {high:g} tried"
     if result.alpha == 0:
         return (
-            f": none of {low:g} to {high:g} helps on the validation rows, so the recipe is the base; the best is "
-            f"{result.best_alpha:g}"
+            f": of {low:g} to {high:g} tried, none helps on the validation rows, so the recipe is the base "
+            f"alone (the best was {result.best_alpha:g})"
         )
     return text + ("" if result.edge is None else f", the {result.edge} of them")
 
@@ -150,17 +152,7 @@ def _training(settings: TuneSettings, result: TuneResult) -> list[str]:
         "| --- | " + "---: | " * 6 + "--- |",
     ]
     for name, part in result.data.items():
-        counts = [
-            f"{part[key]:,}" if key in part else ""
-            for key in (
-                "rows",
-                "rows_read",
-                "num_tokens",
-                "num_trained",
-                "num_truncated",
-                "num_dropped",
-            )  # fmt: skip
-        ]
+        counts = [f"{part[key]:,}" if key in part else "" for key in _COUNTS]
         lines.append(
             f"| {name}: `{part['source']}` ({part['kind']}) | {' | '.join(counts)} | "
             f"`{part['digest'][:16]}` |"
@@ -174,7 +166,7 @@ def _training(settings: TuneSettings, result: TuneResult) -> list[str]:
             shown[setting.name] = value
     shown["learning_rate"] = result.learning_rate
     shown["template"], shown["base_template"] = result.template, result.base_template
-    for name in ("epochs", "batch_size", "seed", *(() if settings.full else ("lora_rank",))):
+    for name in ("batch_size", "seed", *(() if settings.full else ("lora_rank",))):
         shown[name] = getattr(settings, name)
     lines += [f"| {key} | {_shown(value)} |" for key, value in shown.items()]
     frozen = ""

@@ -13,12 +13,13 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 from proxytune.data.rows import Rows, answers_of
 from proxytune.errors import InputFileError, InvalidRequest, PromptFormatError
-from proxytune.request import ChatOptions, Message, Prompt
-from proxytune.text.prompts import Tokenizer, check_syntax, continuation_ids, render, render_text
+from proxytune.request import Prompt
+from proxytune.text.prompts import Tokenizer, check_syntax, continuation_ids, render
+from proxytune.text.turns import Turns
 
 IGNORED = -100
 """The label of a position that is not trained on."""
@@ -188,6 +189,7 @@ class _Encoder:
         self._tokenizer = tokenizer
         self._format: dict[str, Any] = {"prompt_format": prompt_format, "tokenizer": tokenizer}
         self._format["name"] = name
+        self._turns = Turns(prompt_format, tokenizer, name)
         self._is_chat = rows.kind != "text" and check_syntax(prompt_format, name) == "chat"
         self._max_length = max_length
         eos_id = tokenizer.eos_token_id
@@ -274,7 +276,7 @@ class _Encoder:
     def completion(self, index: int) -> list[Example]:
         ((prompt, answer),) = answers_of(self._rows.rows[index])
         prompt_ids = self._prompt(prompt, index)
-        answer_ids = self._answer(answer, index) + self._end
+        answer_ids = self._answer(prompt, answer, index)
         return [Example(prompt_ids + answer_ids, [IGNORED] * len(prompt_ids) + answer_ids)]
 
     def conversation(self, index: int) -> list[Example]:
@@ -298,7 +300,7 @@ class _Encoder:
         answers = []
         for answer in (row["chosen"], row["rejected"]):
             if isinstance(answer, str):
-                answers.append(self._answer(answer, index) + self._end)
+                answers.append(self._answer(row["prompt"], answer, index))
                 continue
             history = row["prompt"] + answer[:-1]
             content = answer[-1]["content"]
@@ -344,45 +346,20 @@ class _Encoder:
             return self._tokenizer.eos_token_id
         return self._tokenizer.get_vocab().get(token)
 
-    def _answer(self, text: str, index: int) -> list[int]:
-        token_ids = continuation_ids(text, self._tokenizer)
-        if not token_ids:
-            raise InputFileError(
-                f"{self._rows.where(index)}: {self._format['name']} has no tokens for its answer, so there "
-                "is nothing to learn.\nhint: leave this row out"
-            )
-        return token_ids
+    def _answer(self, prompt: Prompt, answer: str, index: int) -> list[int]:
+        """Return the token ids of an answer, and the token that ends it."""
+        token_ids = self._turns.answer_ids(prompt, answer)
+        return token_ids or self._refuse_empty(index)
 
     def _turn(self, history: Sequence[Any], content: str, index: int) -> list[int]:
-        """Return the token ids of an assistant's turn and of what closes it."""
-        prompt = self._text(history)
-        turn: Message = {"role": "assistant", "content": content}
-        whole = self._text([*history, turn], add_generation_prompt=False)
-        text, is_ended = content, False
-        if whole.startswith(prompt):
-            text, is_ended = self._written(whole[len(prompt) :], content, prompt)
-        return self._answer(text, index) + ([] if is_ended else self._end)
+        """Return the token ids of an assistant's turn and of all that closes it."""
+        turn = self._turns.after(history, content)
+        text = turn.text + turn.end
+        token_ids = continuation_ids(text, self._tokenizer) or self._refuse_empty(index)
+        return token_ids + ([] if turn.is_ended else self._end)
 
-    def _written(self, rest: str, content: str, prompt: str) -> tuple[str, bool]:
-        """Return a turn's text as the format wrote it after the prompt, and whether that closes the turn."""
-        shown = content if content in rest else content.strip()  # Many templates trim it.
-        start = rest.find(shown)
-        if start < 0:  # The format strips reasoning from turns, or writes prompts only.
-            return (rest, True) if rest.strip() else (content, False)
-        before, after = rest[:start], rest[start + len(shown) :]
-        if not before.strip() and not self._has_generation_prompt:
-            # Some templates open the assistant's next turn even when not asked to.
-            while after and prompt.endswith(after[-1]):
-                after, prompt = after[:-1], prompt[:-1]
-        return (before + shown + after, True) if after.strip() else (before + shown, False)
-
-    @cached_property
-    def _has_generation_prompt(self) -> bool:
-        """Whether the format opens the assistant's turn only when asked to."""
-        probe: list[Message] = [{"role": "user", "content": "x"}]
-        return self._text(probe) != self._text(probe, add_generation_prompt=False)
-
-    def _text(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        return render_text(
-            list(messages), options=ChatOptions(add_generation_prompt), **self._format
+    def _refuse_empty(self, index: int) -> NoReturn:
+        raise InputFileError(
+            f"{self._rows.where(index)}: {self._format['name']} has no tokens for its answer, so there "
+            "is nothing to learn.\nhint: leave this row out"
         )

@@ -1,11 +1,10 @@
 """What stands around a question: how the models of a run read what rows hold and what people type.
 
-Rows hold what people type and what they shall read. The words and tokens around that, such as `Question:`
-before a question and `Answer:` after it, are the recipe's *format*, once. Training renders rows in it, and the
-recipe takes it along, so that `generate`, `chat` and `serve` send the models what they were trained on.
+Rows hold what people type and what they are to read. The words and tokens around that, such as `Question:`
+before a question and `Answer:` after it, are the recipe's *format*, once. Training renders rows in it, and
+the recipe takes it along, so that `generate`, `chat` and `serve` send the models what they were trained on.
 
-A format that nobody chose leads to an answer: a bare question, without anything after it, would have the models
-end the text or continue the question.
+A format that nobody chose leads to an answer. After a bare question, models end the text, or go on asking.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ class Formats:
         base: Of the base.
         reason: Why the format was chosen, for the user; None if it was asked for, or if nothing is chosen
             because the rows are texts.
+        chat: How all of them read messages; None where that follows from the other two.
         are_equal: Whether base and small models see the same text, so that one sequence of tokens can be
             trained through all of them.
     """
@@ -38,6 +38,7 @@ class Formats:
     small: str
     base: str
     reason: str | None
+    chat: str | None
     are_equal: bool
 
 
@@ -53,8 +54,8 @@ def formats_of(
         base: The large model; None if there is none.
 
     Raises:
-        PromptFormatError: A format is of no known kind or malformed, or `chat` is asked for and the small model
-            has no chat template.
+        PromptFormatError: A format is of no known kind or malformed, or `chat` is asked for and the small
+            model has no chat template.
     """
     own, reason = settings.template, None
     if own is None:
@@ -62,16 +63,20 @@ def formats_of(
     kind = check_syntax(own, small.name)
     template = own_template(small.tokenizer, small.name) if kind == "chat" else None
     of_base = settings.base_template
+    # Messages are read as the rows were, which for rows joined as they are is no chat template.
+    chat = "plain" if own == "plain" and rows.kind != "text" else None
     if of_base is None:
         # A base with a template of its own reads the small model's, so that both see the same text.
         differs = base is not None and template != _template(base.tokenizer)
-        return Formats(own, template if template is not None and differs else own, reason, True)
+        return Formats(
+            own, template if template is not None and differs else own, reason, chat, True
+        )
     if base is not None:
         check_syntax(of_base, base.name)
     shown = [template or own, of_base]
     if of_base == "chat" and base is not None:
         shown[1] = own_template(base.tokenizer, base.name)
-    return Formats(own, of_base, reason, shown[0] == shown[1])
+    return Formats(own, of_base, reason, chat, shown[0] == shown[1])
 
 
 def _chosen(rows: Rows, small: Checkpoint, base: Checkpoint | None) -> tuple[str, str | None]:
@@ -88,7 +93,8 @@ def _chosen(rows: Rows, small: Checkpoint, base: Checkpoint | None) -> tuple[str
         return "chat", f"{kept} rendered with the chat template of {small.name} (--template chat)"
     if not rows.is_conversation:
         return QUESTION, (
-            f"{small.name} has no chat template, so a question stands in {QUESTION!r}; --template changes that"
+            f"{small.name} has no chat template, so a question stands in {QUESTION!r}; --template changes "
+            "that"
         )
     if base is not None and (template := _template(base.tokenizer)):
         return template, (

@@ -153,7 +153,17 @@ class _Run:
         # Here, since TRL takes seconds to import and everything above can refuse the run.
         from proxytune.tune.training import Training
 
-        outcome = Training(settings, method, small, base, encoded, max_length, display).run()
+        training = Training(
+            settings,
+            method,
+            small,
+            base,
+            encoded,
+            has_answers=train.kind != "text",
+            max_length=max_length,
+            display=display,
+        )
+        outcome = training.run()
         data["train"] |= _counts(encoded["train"].only(outcome.pop("examples_read")))
         display.say("writing the recipe")
         recipe = self._recipe(small, formats)
@@ -266,8 +276,8 @@ class _Run:
             with suppress(InputFileError):  # A single text without a place to cut it.
                 return split_rows(train, share, settings.seed)
         self._display.say(
-            f"there are too few rows to hold some back for the last word ({num_rows:,}), so it comes from the "
-            "validation rows, on which the strength is chosen; --test-data gives others"
+            f"there are too few rows ({num_rows:,}) to hold some back for the last word, so it comes from "
+            "the validation rows, on which the strength is chosen; --test-data gives others"
         )
         return train, None
 
@@ -340,19 +350,17 @@ class _Run:
         directory = settings.directory
         reference = local_reference(settings.small, directory)
         path = expert_path(settings)
-        prompt = formats.small
-        if settings.full:
-            expert = ModelSpec(model=path, prompt=prompt)
-        else:
-            expert = ModelSpec(model=reference, adapter=path, prompt=prompt)
-        anti_expert = ModelSpec(model=reference, prompt=prompt)
+        anti_expert = ModelSpec(model=reference, prompt=formats.small, chat=formats.chat)
+        expert = replace(anti_expert, **{"model" if settings.full else "adapter": path})
         if not settings.is_pair:
             # The tuned model by itself: small + 1 * (tuned - small).
             same = ModelSpec(same_as="base")
             pair = ExpertSpec(settings.expert_name, expert, same, settings.alpha or 1.0)
             return Recipe(base=anti_expert, experts=(pair,), directory=directory)
         large = ModelSpec(
-            model=local_reference(settings.base or "", directory), prompt=formats.base
+            model=local_reference(settings.base or "", directory),
+            prompt=formats.base,
+            chat=formats.chat,
         )
         pair = ExpertSpec(settings.expert_name, expert, anti_expert, settings.alpha or 1.0)
         return Recipe(base=large, experts=(pair,), directory=directory)

@@ -132,7 +132,13 @@ class TuneSettings:
         none_means="2e-4 for wide models up to 2e-3 for narrow ones; a tenth of that with --full, and for "
         "dpo",
     )
-    epochs: float = option(3.0, "Passes over the rows", above=0, metavar="N")
+    epochs: float | None = option(
+        None,
+        "Passes over the rows",
+        above=0,
+        metavar="N",
+        none_means="3; for fewer than 800 answers as many as make 300 steps, at most 10",
+    )
     max_tokens: int | None = option(
         None,
         "Maximum number of tokens to train on, in rows drawn by the seed",
@@ -252,6 +258,17 @@ class TuneSettings:
             c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in self.directory.name
         ).lstrip("._-")
         return name or "expert"
+
+
+def default_epochs(examples_per_step: int, num_examples: int, *, are_answers: bool) -> float:
+    """Return the default number of passes over the rows.
+
+    Few answers need more than 3 passes: 255 rows of a support desk brought the validation loss of the
+    steered base from 3.8 to 1.3 nats in 96 steps, and to 0.3 in 200. Training ends by itself when the loss no
+    longer falls.
+    """
+    per_epoch = -(-num_examples // examples_per_step)
+    return min(10.0, max(3.0, 300 / per_epoch)) if are_answers else 3.0
 
 
 def default_learning_rate(method: Method, *, full: bool, width: int) -> float:

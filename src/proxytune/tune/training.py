@@ -44,6 +44,7 @@ from proxytune.tune.settings import (
     Interrupted,
     Method,
     TuneSettings,
+    default_epochs,
     default_learning_rate,
     expert_path,
 )
@@ -59,6 +60,7 @@ class Training:
         small: The model to tune.
         base: The large model; `cpt` trains through it. None if there is none.
         encoded: Examples by `train` and, with validation, `valid`.
+        has_answers: Whether they are answers to prompts, and not texts.
         max_length: Maximum number of tokens per example.
         display: Shows progress.
     """
@@ -68,6 +70,7 @@ class Training:
     small: Checkpoint
     base: Checkpoint | None
     encoded: Mapping[str, Encoded]
+    has_answers: bool
     max_length: int
     display: Display
 
@@ -206,7 +209,12 @@ class Training:
         settings = self.settings
         num_batches = math.ceil(len(self.encoded["train"].examples) / settings.batch_size)
         per_epoch = math.ceil(num_batches / settings.accumulate)
-        return settings.max_steps or max(1, math.ceil(per_epoch * settings.epochs))
+        epochs = settings.epochs or default_epochs(
+            settings.batch_size * settings.accumulate,
+            len(self.encoded["train"].examples),
+            are_answers=self.has_answers and self.method != "dpo",
+        )
+        return settings.max_steps or max(1, math.ceil(per_epoch * epochs))
 
     def _trainer(
         self, model: Any, ensemble: trainers.FrozenEnsemble | None, learning_rate: float

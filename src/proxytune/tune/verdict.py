@@ -2,15 +2,15 @@
 
 Two questions are asked, and each has a 95 % interval:
 
-- *Wording*: is the perplexity of the rows' answers, or of their texts, lower than the base's?
-- *Answers*: are greedy answers to the rows' prompts closer to the given ones (chrF), with preference pairs: is
-  the chosen answer likelier than the rejected one more often? Texts have no answers: what they teach is
+- *Wording*: is the perplexity of the answers, or of texts, lower than the base's?
+- *Answers*: are greedy answers to the rows' prompts closer to the given ones (chrF)? With preference pairs:
+  is the chosen answer likelier than the rejected one more often? Texts have no answers: what they teach is
   wording.
 
-Steering *helps* if the answers are better, or for texts the wording. It *helps wording only* if the wording is
-better and the answers are not: the model would write the given answers more readily, and still answers no
-better when it writes by itself. Otherwise it *does not help*. A difference counts only if its interval leaves
-out zero; where there are too few rows for an interval, its sign counts, and the verdict says so.
+Steering *helps* if the answers are better, or for texts the wording. It *helps wording only* if the wording
+is better and the answers are not: the model would write the given answers more readily, and still answers no
+better when it writes by itself. Otherwise it *does not help*. A difference counts only if its interval
+leaves out zero. Where there are too few rows for an interval, its sign counts, and the reason says so.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 Word = Literal["helps", "helps wording only", "does not help"]
 
 MOST_ANSWERS = 24
-"""Maximum number of prompts that are answered. Each is answered twice, by the base and by the steered base."""
+"""Maximum number of prompts that are answered, each by the base and by the steered base."""
 ANSWER_TOKENS = 64
 """Maximum number of new tokens of an answer; longer given answers are compared up to there."""
 NUM_EXAMPLES = 2
@@ -375,8 +375,8 @@ def hints_for(
         )
     if word == "helps wording only":
         hints.append(
-            "compare the two answers to each prompt: if the base's are right already, wording is all there is "
-            "to gain; otherwise give more rows, or a larger small model"
+            "compare the two answers to each prompt: if the base's are right already, wording is all there "
+            "is to gain; otherwise give more rows, or a larger small model"
         )
     elif word == "does not help":
         hints.append(
