@@ -6,8 +6,9 @@
 Every block of bash and Python is run, in one shell. A comment in the line above a block changes that:
 `<!-- installs -->` has it run with `--install` alone, and `<!-- not run: WHY -->` never. What a person at
 the terminal does is done for them: `proxytune chat` is asked a question, and `proxytune serve` goes on in the
-background until the page ends. With `--install`, ADDRESS in the page's commands is the address of this
-checkout's repository, and caches of packages and models are empty.
+background until the page ends. The directory is beside the checkout, which is called `proxytune` there.
+With `--install`, ADDRESS in the page's commands is the address of this checkout's repository, and caches of
+packages and models are empty.
 
 The table of times goes to stdout, what the commands print to `--log`.
 """
@@ -163,6 +164,14 @@ def own_environment() -> dict[str, str]:
     return {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
 
 
+def beside_checkout(folder: Path) -> Path:
+    """Return an empty directory in `folder`, where `../proxytune` is this checkout."""
+    (folder / "proxytune").symlink_to(ROOT, target_is_directory=True)
+    directory = folder / "empty"
+    directory.mkdir()
+    return directory
+
+
 def table(ran: Sequence[Ran]) -> str:
     """Return the time of each heading's steps, and of all, as a Markdown table."""
     totals: dict[str, float] = {}
@@ -183,13 +192,12 @@ def main() -> int:
     parser.add_argument("--log", type=Path, help="where to write what the commands print")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="proxytune-guide-") as name:
-        home, work = Path(name) / "home", Path(name) / "work"
+        home = Path(name) / "home"
         home.mkdir()
-        work.mkdir()
         try:
             ran = run(
                 steps_of(arguments.page, installs=arguments.install),
-                work,
+                Path(name) if arguments.install else beside_checkout(Path(name)),
                 environment=new_environment(home) if arguments.install else own_environment(),
                 address=ROOT.as_uri() if arguments.install else "",
             )

@@ -41,7 +41,6 @@ SHARED: dict[str, Any] = {
     "eval_every": 40,
     "patience": 2,
     "measure_tokens": 0,  # `publish.py` measures.
-    "test_share": 0,
     "dtype": "bfloat16",
 }
 

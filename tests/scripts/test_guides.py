@@ -19,6 +19,7 @@ import run_guide  # noqa: E402
 FIRST_STEPS = ROOT / "docs" / "first-steps.md"
 GUIDES = {
     ROOT / "README.md": ("chat", "serve", "curl"),
+    ROOT / "docs" / "guides" / "tune-an-expert.md": ("tune", "generate", "chat", "serve"),
     FIRST_STEPS: ("chat", "generate", "tune", "generate", "chat", "doctor"),
 }
 """The commands that each page has, in order, among those that are run."""
@@ -52,7 +53,11 @@ def test_a_page_leads_to_answers_in_an_empty_directory(page, tmp_path):
     pytest.importorskip("uvicorn", reason="uvicorn is not installed; the extra is proxytune[serve]")
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
-    ran = run_guide.run(run_guide.steps_of(page), tmp_path, environment=run_guide.own_environment())
+    ran = run_guide.run(
+        run_guide.steps_of(page),
+        run_guide.beside_checkout(tmp_path),
+        environment=run_guide.own_environment(),
+    )
     for each in ran:
         if {"chat", "generate"} & {*commands_of(each.step)} or each.step.language == "python":
             assert len(each.output.split()) > 20, f"{each.step.text}\n{each.output}"
