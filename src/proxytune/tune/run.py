@@ -351,7 +351,9 @@ class _Run:
         reference = local_reference(settings.small, directory)
         path = expert_path(settings)
         anti_expert = ModelSpec(model=reference, prompt=formats.small, chat=formats.chat)
-        expert = replace(anti_expert, **{"model" if settings.full else "adapter": path})
+        expert = replace(anti_expert, model=path)
+        if not settings.full:
+            expert = replace(anti_expert, adapter=path)
         if not settings.is_pair:
             # The tuned model by itself: small + 1 * (tuned - small).
             same = ModelSpec(same_as="base")
