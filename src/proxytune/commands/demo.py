@@ -1,7 +1,7 @@
 """The main job on real models, offline: what `proxytune demo` shows.
 
 SmolLM2-135M-Instruct is the base; the experts are the smol family's, shipped with the package. Questions and
-texts are held out: no expert was trained on them or chosen by them. Every number is measured when shown.
+texts are held out: no model was trained on them or chosen by them. Every number is measured when shown.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def show(console: Console, answer: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"The answer is the likeliest of {len(task['options'])} areas; always naming the most frequent "
-        f"one is right in {task['most_frequent']:.0%}. No expert was tuned on these "
+        f"one is right in {task['most_frequent']:.0%}. The expert was tuned on none of the "
         f"{task['num_diseases']} diseases.\n"
     )
     table = _table("Text: predict what comes next (perplexity, lower is better)")

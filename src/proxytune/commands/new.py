@@ -149,7 +149,7 @@ def new(
         recipe = replace(recipe, vocabulary="map")
     recipe.write(directory, overwrite=options.add or options.force)
     say(f"wrote {directory / 'config.json'}")
-    say(f"next: proxytune doctor {directory}")
+    say(f"next: proxytune doctor {directory}, then proxytune chat {directory}")
 
 
 def _refuse_contradictions(
