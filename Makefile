@@ -19,7 +19,7 @@ help: ## List these commands
 
 setup: .venv/.installed ## Install everything into .venv (the other commands do it when needed)
 
-# The demo needs only a part of what the tests need, so an environment for the tests will do.
+# The demo brings what chatting, serving and tuning need. It is a part of what the tests need, so theirs will do.
 demo: $(if $(wildcard .venv/.installed),.venv/.installed,.venv/.installed-demo) ## Steer a real model with real experts and print base and steered side by side
 	$(BIN)/proxytune demo $(ARGS)
 
@@ -97,7 +97,7 @@ clean: ## Remove caches and build outputs (.venv and zoo/build stay)
 	touch $@
 
 .venv/.installed-demo: $(INPUTS)
-	EXTRAS= scripts/set_up.sh .venv
+	EXTRAS=serve,tune scripts/set_up.sh .venv
 	touch $@
 
 .venv-tf519/.installed: $(INPUTS)
