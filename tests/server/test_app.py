@@ -434,6 +434,26 @@ def test_a_text_that_takes_too_long_is_given_up():
         assert running.service.engine.num_running == 0
 
 
+@pytest.mark.parametrize("keys", [(), ("a-key-for-this-test",)], ids=["open", "with a key"])
+def test_the_document_asks_for_a_key_where_the_server_does(keys):
+    """It used to ask always, so that tests made from it missed a 401."""
+    with served(toy_model(), api_keys=keys) as running:
+        document = httpx.get(f"{running.url}/openapi.json").json()
+    asking = [
+        path
+        for path, operations in document["paths"].items()
+        if any("security" in operation for operation in operations.values())
+    ]
+    assert bool(document["components"].get("securitySchemes")) is bool(keys)
+    assert ("/v1/chat/completions" in asking) is bool(keys) and "/health" not in asking
+
+
+def test_metrics_are_documented_as_the_text_that_they_are(server):
+    document = httpx.get(f"{server.url}/openapi.json").json()
+    (kind,) = document["paths"]["/metrics"]["get"]["responses"]["200"]["content"]
+    assert httpx.get(f"{server.url}/metrics").headers["content-type"].startswith(kind)
+
+
 def test_the_fields_of_requests_are_those_that_the_api_documents(server):
     schema = httpx.get(f"{server.url}/openapi.json").json()
     for model, path in ((CompletionRequest, "completions"), (ChatRequest, "chat/completions")):
