@@ -1030,6 +1030,14 @@ def test_pages_of_other_sites_can_neither_read_nor_ask_unless_allowed():
     with served(fresh(), cors_origins=(origin,)) as running:
         answer = httpx.options(f"{running.url}/v1/completions", headers=asks)
         assert answer.headers["access-control-allow-origin"] == origin
+        for method in ("GET", "DELETE"):
+            asked = asks | {"Access-Control-Request-Method": method}
+            asked["Access-Control-Request-Headers"] = "x-api-key, anthropic-version, x-request-id"
+            answer = httpx.options(f"{running.url}/v1/responses/a", headers=asked)
+            assert (
+                answer.status_code == 200
+                and method in answer.headers["access-control-allow-methods"]
+            )
         other = httpx.get(f"{running.url}/v1/models", headers={"Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
 

@@ -137,6 +137,27 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+ANTHROPIC_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""The Anthropic API's types of errors, by status; others are `invalid_request_error` or `api_error`."""
+
+
+def anthropic_error(message: str, status: int, request_id: str) -> Json:
+    """Return the body of an error as the Anthropic API has it."""
+    other = "api_error" if status >= 500 else "invalid_request_error"
+    error = {"type": ANTHROPIC_KINDS.get(status, other), "message": message}
+    return {"type": "error", "error": error, "request_id": request_id}
+
+
 def _best(
     chosen: Step | PromptToken, top: Sequence[tuple[int, float]], tokens: Tokens
 ) -> dict[str, float]:

@@ -12,10 +12,10 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 from proxytune.decode.batch import Event
 from proxytune.decode.ensemble import Job
@@ -45,9 +45,15 @@ from proxytune.server.schema import (
     ChatRequest,
     CompletionRequest,
     Generation,
-    read_request,
 )
 from proxytune.server.settings import ServerSettings
+from proxytune.server.steering import (
+    about_recipe,
+    check_keys,
+    expert_named,
+    model_names,
+    steering_of,
+)
 from proxytune.server.turns import PromptScores, Ticket
 from proxytune.text.prompts import PLAIN_USER_TURN, PromptFormat
 from proxytune.text.vocab import token_bytes
@@ -55,12 +61,10 @@ from proxytune.trace import Step
 
 logger = logging.getLogger("proxytune.server")
 
+Result = TypeVar("Result")
+
 MAX_PROMPT_LOGPROBS = 2**17
 """Maximum number of logprobs of prompt tokens in one answer; each takes about 100 bytes until it is sent."""
-
-
-class UnknownModel(InvalidRequest):
-    """A request names a model that is not served."""
 
 
 class TimeIsUp(Exception):
@@ -100,6 +104,8 @@ class AnswerText:
     num_chars: int = 0
     has_begun: bool = False
     finish_reason: str | None = None
+    stopped_by: str | None = None
+    """The stop string that ended it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,70 +207,64 @@ class Service:
     @property
     def model_names(self) -> dict[str, str | None]:
         """Valid values of `model`, each with the expert it stands for; None is the recipe's default."""
-        name = self.settings.name
-        return {name: None} | {f"{name}:{e.name}": e.name for e in self.model.recipe.experts}
+        return model_names(self.model.recipe, self.settings.name)
 
     def about(self) -> Json:
         """Return a description of the recipe and of what a request may ask for."""
-        recipe = self.model.recipe
         context = smallest_context(self.model.ensemble.members)
         longest = self.settings.max_prompt_tokens or (None if context is None else context - 1)
-        base = recipe.base
-        # Only the last part: a path would reveal where files are on the server.
-        name = base.api.model if base.api is not None else (base.model or "").rsplit("/", 1)[-1]
-        return {
-            "name": self.settings.name,
-            "base": name,
-            # A base without a chat format reads conversations as plain text, and few such models answer well.
-            "has_chat": not self.model.formats[0].joins_messages,
-            # A template may stand around one question, without the turns before it.
-            "has_turns": not self.model.formats[0].is_single_turn,
-            "has_reasoning": self._has_reasoning,
-            "default_experts": list(recipe.named()),
-            "experts": [{"name": e.name, "alpha": e.alpha} for e in recipe.experts],
-            "limits": {
-                "max_tokens": self.settings.max_tokens,
-                "max_prompt_tokens": longest,
-                "max_context": context,
-                "max_logprobs": MAX_LOGPROBS,
-                "max_explain_top": MAX_EXPLAIN_TOP,
-            },
-            "version": version("proxytune"),
+        limits = {
+            "max_tokens": self.settings.max_tokens,
+            "max_prompt_tokens": longest,
+            "max_context": context,
+            "max_logprobs": MAX_LOGPROBS,
+            "max_explain_top": MAX_EXPLAIN_TOP,
         }
+        base = self.model.formats[0]
+        return about_recipe(self.model.recipe, self.settings.name, base=base, limits=limits)
 
     # Requests -------------------------------------------------------------------------------------------
 
-    async def read(
-        self, kind: type[Generation], body: bytes | bytearray, *, client: str, deadline: float
-    ) -> tuple[Generation, list[Order]]:
-        """Return the request that a body holds, and an order for each text that it asks for.
+    async def render(
+        self,
+        work: Callable[[ProxyTuned], Result],
+        *,
+        client: str,
+        num_bytes: int,
+        deadline: float,
+    ) -> Result:
+        """Return what `work` returns, which reads or renders in a thread of its own; see `rendering.py`.
 
         Args:
-            kind: The class of the request.
-            body: Its JSON.
+            work: What to do with a model that renders.
             client: As in `turns.py`.
+            num_bytes: Size of the body that is read.
             deadline: Time on the monotonic clock at which to give up.
 
         Raises:
-            UserError: A field cannot be honoured.
             TimeIsUp: The deadline has passed.
+            Exception: What `work` raises.
         """
-
-        def work(desk: ProxyTuned) -> tuple[Generation, list[Order]]:
-            wanted = read_request(kind, body)
-            if self.settings.log_prompts:
-                asked = wanted.model_dump_json(exclude_defaults=True)
-                logger.info("request %s", _one_line(asked))
-            return wanted, self._orders(wanted, desk)
-
-        rendering = self._rendering.run(client, len(body), work)
+        rendering = self._rendering.run(client, num_bytes, work)
         try:
             return await asyncio.wait_for(rendering, deadline - time.monotonic())
         except asyncio.TimeoutError:
             raise TimeIsUp from None
 
-    def _orders(self, wanted: Generation, desk: ProxyTuned) -> list[Order]:
-        """Return an order for each text that a request asks for; `desk` renders its prompts."""
+    def check_model(self, name: str) -> None:
+        """Refuse a name that is not a model's.
+
+        Raises:
+            UnknownModel: There is no such model.
+        """
+        expert_named(self.model.recipe, self.settings.name, name)
+
+    def orders(self, wanted: Generation, desk: ProxyTuned) -> list[Order]:
+        """Return an order for each text that a request asks for; `desk` renders its prompts.
+
+        Raises:
+            UserError: A field cannot be honoured.
+        """
         steering = self._steering(wanted)
         prompts: list[Any]
         if isinstance(wanted, ChatRequest):
@@ -283,10 +283,13 @@ class Service:
         for prompt in prompts:
             if not isinstance(prompt, str) and isinstance(prompt[0], int):
                 self._check_length(len(prompt), self._max_prompt)
-            explain = wanted.steering.explain, wanted.steering.explain_top
-            sampling = self._sampling(wanted, 1)
             request = Request(
-                prompt, sampling, steering.alpha, steering.experts, *explain, wanted.chat_options
+                prompt,
+                self._sampling(wanted, 1),
+                explain=wanted.steering.explain,
+                explain_top=wanted.steering.explain_top,
+                chat=wanted.chat_options,
+                **steering.as_options(),
             )
             job = desk.job(request)
             self._check_length(len(job.prompts[0]), self.settings.max_prompt_tokens)
@@ -369,25 +372,11 @@ class Service:
         return Answer(wanted, texts, events)
 
     def _steering(self, wanted: Generation) -> Steering:
-        names, model = self.model_names, wanted.model or self.settings.name
-        if model not in names:
-            raise UnknownModel(
-                f"there is no model {model!r} here; the models are: {', '.join(names)}"
-            )
-        asked, named = wanted.steering, names[model]
-        if asked.experts is not None:
-            if named is not None:
-                raise InvalidRequest(
-                    f"the model {model!r} names an expert, and proxytune.experts names others.\n"
-                    f"hint: use the model {self.settings.name!r}"
-                )
-            return Steering(experts=asked.experts)
-        if named is not None and asked.expert not in (None, named):
-            raise InvalidRequest(
-                f"the model {model!r} names an expert, and proxytune.expert names another.\n"
-                f"hint: use the model {self.settings.name!r}"
-            )
-        return Steering(asked.alpha, asked.expert or named)
+        recipe, xargs = self.model.recipe, wanted.vllm_xargs
+        expert = expert_named(recipe, self.settings.name, wanted.model or self.settings.name)
+        if xargs is not None:
+            check_keys(xargs)
+        return steering_of(recipe, expert=expert, fields=wanted.proxytune, xargs=xargs)
 
     def _sampling(self, wanted: Generation, max_new_tokens: int) -> SamplingParams:
         """Return the library's settings for the API's fields; its defaults are the API's."""
@@ -436,6 +425,7 @@ class Service:
                         message = "the server is stopping, and the text was not finished in time"
                         raise ShuttingDown(message)
                 owner.finish_reason = event.finish_reason
+                owner.stopped_by = event.stopped_by
             text = event.tail if event.step is None else event.step.text
             steps = () if event.step is None else (event.step,)
             reasoning, splitter = "", owner.order.splitter
@@ -469,17 +459,21 @@ class Service:
             choice["token_ids"] = _token_ids(answer, steps)
             choice["logprobs"] = self._logprobs(answer.wanted, text, steps, None)
             if answer.wanted.proxytune is not None:
-                choice["proxytune"] = {
-                    "alphas": dict(text.ticket.job.strengths),
-                    "seed": text.ticket.job.sampling.seed,
-                    "tokens": self._explained(answer, steps),
-                }
+                choice["proxytune"] = self.steered(answer, text, steps)
             choices.append(choice)
         whole = self._envelope(answer) | {"choices": choices, "usage": answer.usage}
         if answer.is_chat:
             whole["prompt_logprobs"] = self._prompt_logprobs(answer.wanted, answer.texts[0])
             whole["prompt_token_ids"] = _prompt_ids(answer, answer.texts[0])
         return whole
+
+    def steered(self, answer: Answer, text: AnswerText, steps: Sequence[Step]) -> Json:
+        """Return the field `proxytune` of a text: how it was steered, and its tokens if asked."""
+        return {
+            "alphas": dict(text.ticket.job.strengths),
+            "seed": text.ticket.job.sampling.seed,
+            "tokens": self.explained(answer, steps),
+        }
 
     def first_chunks(self, answer: Answer) -> list[Json]:
         """Return the first chunks of a stream: the roles of a chat."""
@@ -498,7 +492,7 @@ class Service:
             content = text.order.echo.text + content
         reasoning = part.reasoning if shows_reasoning(answer.wanted) else ""
         logprobs = self._logprobs(answer.wanted, text, part.steps, part.offset)
-        tokens = self._explained(answer, part.steps)
+        tokens = self.explained(answer, part.steps)
         token_ids = _token_ids(answer, part.steps)
         if not (content or reasoning or text.finish_reason or logprobs or tokens or token_ids):
             return None
@@ -538,7 +532,8 @@ class Service:
             "system_fingerprint": f"proxytune-{version('proxytune')}",
         }
 
-    def _explained(self, answer: Answer, steps: Sequence[Step]) -> list[Json]:
+    def explained(self, answer: Answer, steps: Sequence[Step]) -> list[Json]:
+        """Return what each model predicted for each token, if the request asked for it."""
         if answer.wanted.proxytune is None or not answer.wanted.proxytune.explain:
             return []
         return [explained(step, self.tokens) for step in steps]
@@ -621,11 +616,6 @@ def _echo(wanted: Generation, prompt: Any, job: Job, base: PromptFormat) -> Echo
     token_ids = tuple(job.prompts[0])
     offsets = token_offsets(text, token_ids, base.tokenizer) if text else ()
     return Echo(text, token_ids, offsets)
-
-
-def _one_line(text: str) -> str:
-    """Return JSON with characters that a terminal may obey, or does not show, as escapes."""
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 
 def _seeded(sampling: SamplingParams, number: int) -> SamplingParams:
