@@ -32,6 +32,7 @@ from proxytune.measure.score import (
     smallest_context,
     windows,
 )
+from proxytune.policy import PolicySettings
 from proxytune.recipe.recipe import Recipe
 from proxytune.request import (
     ChatOptions,
@@ -52,6 +53,7 @@ from proxytune.text.prompts import (
     start_id,
     text_ids,
 )
+from proxytune.text.turns import Turns
 from proxytune.text.vocab import token_bytes
 from proxytune.trace import Step, Trace
 
@@ -120,10 +122,13 @@ class ProxyTuned:
 
         Raises:
             UnknownExpert: It names an expert the recipe does not have.
-            InvalidRequest: A prompt renders to nothing, or a token id does not exist.
+            InvalidRequest: A prompt renders to nothing, a token id does not exist, or the policy does not fit
+                the recipe.
             PromptTooLong: Prompt and new tokens exceed a model's context.
         """
-        strengths = self.recipe.strengths(request.steering)
+        steering = request.steering
+        strengths = self.recipe.strengths(steering)
+        policy = steering.policy_over(self.ensemble.policy)
         prompts: list[Sequence[int]]
         if request.is_token_ids:
             token_ids = [i for i in request.prompt if isinstance(i, int)]
@@ -136,7 +141,7 @@ class ProxyTuned:
                 prompts[0] = ChatPrompt.of(prompts[0], request.prompt, request.chat)
         alphas = tuple(strengths.get(pair.name) for pair in self.ensemble.pairs)
         views = request.explain, request.explain_top
-        job = Job(request.sampling, tuple(prompts), alphas, *views, cancelled, strengths)
+        job = Job(request.sampling, tuple(prompts), alphas, *views, cancelled, strengths, policy)
         check_job(self.ensemble, job)
         return job
 
@@ -147,6 +152,8 @@ class ProxyTuned:
         *,
         alpha: float | None = None,
         experts: Experts | None = None,
+        policy: PolicySettings | None = None,
+        combine: str | None = None,
         explain: bool = False,
         cancelled: Callable[[], bool] | None = None,
         speculative: bool | Drafting = False,
@@ -158,6 +165,8 @@ class ProxyTuned:
             sampling: How tokens are chosen. Default: greedy, 128 tokens.
             alpha: Strength of steering; None takes the recipe's.
             experts: A name, names, or names with strengths; None takes the recipe's default.
+            policy: A policy's name, or an object as the `steering` of a recipe, in place of the recipe's.
+            combine: How several experts steer, in place of the recipe's.
             explain: Record what each model gave each token.
             cancelled: Called once a step; True ends the generation with the text so far.
             speculative: Draft tokens and verify several at once: the same text, faster where drafting pays.
@@ -167,7 +176,8 @@ class ProxyTuned:
             UserError: The request cannot be honoured; see `job`.
             BackendError: A model failed.
         """
-        request = as_request(prompt, sampling, Steering(alpha, experts), explain=explain)
+        steering = Steering(alpha, experts, policy, combine)
+        request = as_request(prompt, sampling, steering, explain=explain)
         return self.generate_batch([request], cancelled=cancelled, speculative=speculative)[0]
 
     def generate_batch(
@@ -222,6 +232,8 @@ class ProxyTuned:
         *,
         alpha: float | None = None,
         experts: Experts | None = None,
+        policy: PolicySettings | None = None,
+        combine: str | None = None,
         top: int = 5,
     ) -> Trace:
         """Show what each model gives each token of a given continuation, and optionally go on from there.
@@ -235,6 +247,8 @@ class ProxyTuned:
             sampling: How to go on after it; None ends there. Penalties and the seed's draws start afresh.
             alpha: Strength of steering; None takes the recipe's.
             experts: A name, names, or names with strengths; None takes the recipe's default.
+            policy: A policy's name, or an object as the `steering` of a recipe, in place of the recipe's.
+            combine: How several experts steer, in place of the recipe's.
             top: How many of each model's likeliest tokens to record.
 
         Raises:
@@ -255,14 +269,16 @@ class ProxyTuned:
                 "hint: let it generate the text: leave the continuation out, or in Python call "
                 "generate(..., explain=True)"
             )
-        if sampling is not None and self.ensemble.policy.has_positions:
+        steering = Steering(alpha, experts, policy, combine)
+        if sampling is not None and steering.policy_over(self.ensemble.policy).has_positions:
             raise InvalidRequest(
-                "the recipe's strength follows a schedule of positions, which would start again after the "
-                "given tokens.\nhint: explain the continuation alone, or a recipe without a schedule"
+                "the strength follows a schedule of positions, which would start again after the "
+                "given tokens.\nhint: explain the continuation alone, or leave the schedule out"
             )
         num_new = 0 if sampling is None else sampling.max_new_tokens
         limits = SamplingParams(max_new_tokens=len(given) + num_new)
-        job = self.job(Request(prompt, limits, alpha, experts, True, top))
+        asked = Request(prompt, limits, explain=True, explain_top=top, **steering.as_options())
+        job = self.job(asked)
         return self._with_token_texts(trace_given(self.ensemble, job, given, sampling), job)
 
     def _with_token_texts(self, trace: Trace, job: Job) -> Trace:
@@ -280,6 +296,8 @@ class ProxyTuned:
         *,
         alpha: float | None = None,
         experts: Experts | None = None,
+        policy: PolicySettings | None = None,
+        combine: str | None = None,
     ) -> Choice:
         """Return which of a few answers the steered base would begin with.
 
@@ -292,6 +310,8 @@ class ProxyTuned:
             options: The answers as they would follow the prompt: " A" if a space comes first.
             alpha: Strength of steering; None takes the recipe's.
             experts: A name, names, or names with strengths; None takes the recipe's default.
+            policy: A policy's name, or an object as the `steering` of a recipe, in place of the recipe's.
+            combine: How several experts steer, in place of the recipe's.
 
         Raises:
             InvalidRequest: There are fewer than two options, or two begin with the same token.
@@ -299,7 +319,8 @@ class ProxyTuned:
             BackendError: A model failed.
         """
         first_tokens(options, self.tokenizer)  # refused before the prompt is looked at
-        job = self.job(Request(prompt, SamplingParams(max_new_tokens=1), alpha, experts))
+        steering = Steering(alpha, experts, policy, combine)
+        job = self.job(Request(prompt, SamplingParams(max_new_tokens=1), **steering.as_options()))
         return choose(self.ensemble, job, options, shows_all=self.recipe.base.api is None)
 
     def stream(
@@ -309,6 +330,8 @@ class ProxyTuned:
         *,
         alpha: float | None = None,
         experts: Experts | None = None,
+        policy: PolicySettings | None = None,
+        combine: str | None = None,
         explain: bool = False,
         speculative: bool | Drafting = False,
     ) -> Iterator[Step]:
@@ -317,7 +340,8 @@ class ProxyTuned:
         The texts of the steps, joined, are the text of `generate`. Arguments and errors are the same, and
         the request is checked before this returns.
         """
-        request = as_request(prompt, sampling, Steering(alpha, experts), explain=explain)
+        steering = Steering(alpha, experts, policy, combine)
+        request = as_request(prompt, sampling, steering, explain=explain)
         return self._steps(self.job(request), self._speculator(speculative), _Memory())
 
     def _steps(self, job: Job, speculator: Speculator | None, memory: _Memory) -> Iterator[Step]:
@@ -335,11 +359,14 @@ class ProxyTuned:
         system: str | None = None,
         alpha: float | None = None,
         experts: Experts | None = None,
+        policy: PolicySettings | None = None,
+        combine: str | None = None,
         speculative: bool | Drafting = False,
     ) -> Conversation:
         """Begin a conversation that remembers its turns. The models read only what is new."""
         sampling = sampling or SamplingParams()
-        return Conversation(self, sampling, system, Steering(alpha, experts), speculative)
+        steering = Steering(alpha, experts, policy, combine)
+        return Conversation(self, sampling, system, steering, speculative)
 
     def score(
         self,
@@ -409,8 +436,8 @@ class ProxyTuned:
     ) -> ScoreReport:
         """Measure how well base, expert, anti-expert and steered base predict given answers to prompts.
 
-        Every model sees the prompts in its own format, as in `generate`. The end-of-sequence token is part
-        of each answer.
+        Every model sees the prompts in its own format, as in `generate`. What the base's format writes
+        between prompt and answer, and the token that ends it, are part of each answer.
 
         Args:
             pairs: Prompts and their answers. What exceeds a context or `max_tokens` is cut off an answer's
@@ -467,7 +494,8 @@ class _Memory:
 class Conversation:
     """A chat with a steered model: `say` answers and remembers.
 
-    `alpha`, `experts`, `sampling` and `options` (how the conversation is rendered) may change between turns.
+    `alpha`, `experts`, `policy`, `combine`, `sampling` and `options` (how the conversation is rendered) may
+    change between turns.
     """
 
     def __init__(
@@ -484,6 +512,7 @@ class Conversation:
         self.sampling = sampling
         self.options = ChatOptions()
         self.alpha, self.experts = steering.alpha, steering.experts
+        self.policy, self.combine = steering.policy, steering.combine
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
 
     @property
@@ -503,7 +532,8 @@ class Conversation:
             # A base without a chat format would go on to write the user's next turn.
             sampling = replace(sampling, stop=(*sampling.stop, PLAIN_USER_TURN))
         model = self._model
-        request = Request(messages, sampling, self.alpha, self.experts, chat=self.options)
+        steering = Steering(self.alpha, self.experts, self.policy, self.combine)
+        request = Request(messages, sampling, chat=self.options, **steering.as_options())
         speculator = model._speculator(self._speculative)
         steps = model._steps(model.job(request), speculator, self._memory)
         return self._answer(messages, steps)
@@ -527,12 +557,14 @@ def _completion_passages(
     tokenizer, names = ensemble.tokenizer, [member.name for member in ensemble.members]
     limits = [smallest_context(ensemble.members), max_tokens]
     limit = min([n for n in limits if n is not None], default=None)
+    turns: dict[str, Turns] = {}
     passages = []
     for prompt, answer in pairs:
         prompts = tuple(map(tuple, render_each(prompt, formats, names)))
-        token_ids = continuation_ids(answer, tokenizer)
-        if tokenizer.eos_token_id is not None:
-            token_ids.append(tokenizer.eos_token_id)
+        own = formats[0].of(prompt)
+        if own not in turns:
+            turns[own] = Turns(own, tokenizer, names[0], formats[0].template)
+        token_ids = turns[own].answer_ids(prompt, answer)
         if limit is not None:
             token_ids = token_ids[: max(0, limit - max(map(len, prompts)))]
         if token_ids:
@@ -549,9 +581,8 @@ def as_request(
         InvalidRequest: A whole request and further settings were both given.
     """
     if not isinstance(prompt, Request):
-        return Request(
-            prompt, sampling or SamplingParams(), steering.alpha, steering.experts, explain
-        )
+        sampling = sampling or SamplingParams()
+        return Request(prompt, sampling, explain=explain, **steering.as_options())
     if sampling is not None or steering != Steering() or explain:
         raise InvalidRequest(
             "a whole Request and settings beside it were given, so it is unclear which apply.\n"

@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 
 from proxytune.errors import InvalidRequest, UnsafeModel
-from proxytune.logits.policy import Policy
 from proxytune.measure.likelihood import likelihoods
 from proxytune.measure.score import passage_of
 from proxytune.model import ProxyTuned
+from proxytune.policy import Policy
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.testing import toy_model

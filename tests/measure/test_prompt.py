@@ -11,10 +11,10 @@ import torch
 from proxytune.backends.toy import ToyBackend
 from proxytune.decode.batch import Batch
 from proxytune.errors import InvalidRequest
-from proxytune.logits.policy import Policy
 from proxytune.measure.prompt import PromptToken, check_scored, score_prompt
 from proxytune.measure.score import CHUNK_TOKENS
 from proxytune.model import ProxyTuned
+from proxytune.policy import Policy
 from proxytune.request import Request, SamplingParams
 from proxytune.testing import toy_model
 
@@ -86,6 +86,8 @@ def test_what_cannot_be_scored_is_refused():
         check_scored(model.ensemble, other)
     # The base alone is scored, whatever an expert would read.
     check_scored(model.ensemble, replace(other, alphas=(0.0,)))
-    model.ensemble = replace(model.ensemble, policy=Policy(schedule=((0, 1.0), (5, 0.0))))
+    schedule = Policy(schedule=((0, 1.0), (5, 0.0)))
     with pytest.raises(InvalidRequest, match="schedule"):
-        check_scored(model.ensemble, job)
+        check_scored(model.ensemble, replace(job, policy=schedule))
+    with pytest.raises(InvalidRequest, match="schedule"):  # the ensemble's, where the job has none
+        check_scored(replace(model.ensemble, policy=schedule), replace(job, policy=None))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # Importing it loads torch, which a malformed file should not
     from proxytune.recipe.recipe import Recipe
 
 SAMPLING_OPTIONS = options_of(SamplingParams)
-LINE_OPTIONS = ("alpha", "expert", *SAMPLING_OPTIONS)
+LINE_OPTIONS = ("alpha", "expert", "policy", "combine", *SAMPLING_OPTIONS)
 """What `options` of a line may hold."""
 
 
@@ -124,6 +124,7 @@ def parse_line(raw: bytes, number: int, *, recipe: Recipe, options: BatchOptions
         raise InputFileError(f'"options" is a JSON {_kind(own)}, and must be an object')
     request = _request(prompt, _without_nulls(own), number, options)
     recipe.strengths(request.steering)
+    recipe.policy_for(request.steering)
     return Line(number, content, request)
 
 
@@ -146,9 +147,9 @@ def _request(prompt: Any, own: Mapping[str, Any], number: int, options: BatchOpt
     if changes.get("seed") is None and not sampling.is_greedy:
         sampling = replace(sampling, seed=line_seed(options.sampling.seed, number))
     expert = own.get("expert")
-    steering = Steering(own.get("alpha"), None if expert is None else _experts(expert))
-    steering = steering.over(options.steering)
-    return Request(prompt, sampling, steering.alpha, steering.experts)
+    experts = None if expert is None else _experts(expert)
+    steering = Steering(own.get("alpha"), experts, own.get("policy"), own.get("combine"))
+    return Request(prompt, sampling, **steering.over(options.steering).as_options())
 
 
 def _numbered(number: int, raw: bytes) -> bytes:

@@ -7,12 +7,13 @@ token as the prompt. What the models have read is kept for the text that follows
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from proxytune.decode.ensemble import Ensemble, Job, members_of, pairs_of
+from proxytune.decode.ensemble import Ensemble, Job, members_of, pairs_of, policy_of
 from proxytune.decode.lanes import Kept, grouped
 from proxytune.errors import BackendError, InvalidRequest, UnsupportedModel
 from proxytune.measure.score import (
@@ -52,9 +53,10 @@ def check_scored(ensemble: Ensemble, job: Job) -> None:
             "the base is behind an API, which shows few of its logits, so prompts are not scored here.\n"
             "hint: leave out prompt_logprobs, or echo with logprobs"
         )
-    if ensemble.policy.has_positions and pairs_of(job):
+    policy = policy_of(ensemble, job)
+    if policy.has_positions and pairs_of(job):
         raise InvalidRequest(
-            "the recipe's strength follows a schedule of new tokens, and a prompt has none, so it cannot be "
+            "the strength follows a schedule of new tokens, and a prompt has none, so it cannot be "
             "scored.\nhint: leave out prompt_logprobs, or echo with logprobs"
         )
     for index in members_of(ensemble, job):
@@ -86,6 +88,7 @@ def score_prompt(
     prompt = list(job.prompts[0])
     if len(prompt) < 2:
         return None
+    steering = replace(ensemble, policy=policy_of(ensemble, job))
     alphas = [a if which in pairs_of(job) else None for which, a in enumerate(job.alphas)]
     passage = passage_of(ensemble, prompt[:1], prompt[1:])
     states: list[Any] = []
@@ -106,7 +109,7 @@ def score_prompt(
             place = first + start
             positions = torch.arange(place, place + len(rows[0]))
             steered = steered_rows(
-                ensemble, rows, alphas, positions=positions, padding_ids=padding_ids
+                steering, rows, alphas, positions=positions, padding_ids=padding_ids
             ).logits
             logprobs = steered.index_fill(-1, padding_ids, -torch.inf).log_softmax(-1)
             found += _tokens(logprobs, passage.token_ids[place : place + len(rows[0])], num_top)

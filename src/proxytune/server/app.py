@@ -57,8 +57,9 @@ from proxytune.server.messages import (
 )
 from proxytune.server.responses import ResponsesDoor, ResponsesRequest, UnknownResponse
 from proxytune.server.schema import ChatRequest, CompletionRequest, InvalidField, not_an_object
-from proxytune.server.service import Answer, Service, TimeIsUp, UnknownModel
+from proxytune.server.service import Answer, Service, TimeIsUp
 from proxytune.server.settings import ServerSettings
+from proxytune.server.steering import UnknownModel
 from proxytune.server.stored import KeptAnswers
 from proxytune.server.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 

@@ -23,12 +23,21 @@ from pydantic import (
     StrictBool,
     StringConstraints,
     ValidationError,
+    WithJsonSchema,
     create_model,
     model_validator,
 )
 
 from proxytune.errors import InvalidRequest
-from proxytune.request import FILTERS, MAX_ALPHA, MIN_TEMPERATURE, ChatOptions, SamplingParams
+from proxytune.policy import COMBINATIONS, POLICIES, Policy
+from proxytune.request import (
+    FILTERS,
+    MAX_ALPHA,
+    MIN_TEMPERATURE,
+    ChatOptions,
+    SamplingParams,
+    Steering,
+)
 from proxytune.server.body import check_shape
 from proxytune.server.habits import HABITS, UNUSED, Habit, refused
 from proxytune.server.refusals import MAX_SHOWN, explain, field_name, not_honoured
@@ -41,6 +50,8 @@ MAX_PROMPTS = 64
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 MAX_EXPLAIN_TOP = 20
+MAX_EXPERTS = 64
+"""Maximum number of experts that steer one text."""
 MAX_BIASED_TOKENS = 1024
 MAX_MESSAGES = 1000
 MAX_PARTS = 1000
@@ -139,6 +150,25 @@ class _Fields(BaseModel):
         return _without_nulls(found)
 
 
+def _check_policy(policy: Any) -> Any:
+    try:
+        Policy().changed(_without_nulls(policy), None)
+    except InvalidRequest as error:
+        raise ValueError(str(error)) from None
+    return policy
+
+
+def _check_combination(combine: Any) -> Any:
+    try:
+        Policy().changed(None, combine)
+    except InvalidRequest as error:
+        raise ValueError(str(error)) from None
+    return combine
+
+
+_POLICY_SCHEMA = {"anyOf": [{"type": "string", "enum": list(POLICIES)}, {"type": "object"}]}
+
+
 class SteeringFields(_Fields):
     """How this request is steered.
 
@@ -152,10 +182,18 @@ class SteeringFields(_Fields):
         Annotated[
             dict[Name, Alpha],
             BeforeValidator(_without_nulls),
-            Field(min_length=1, max_length=64),
+            Field(min_length=1, max_length=MAX_EXPERTS),
         ]
         | None
     ) = None
+    policy: Annotated[Any, AfterValidator(_check_policy), WithJsonSchema(_POLICY_SCHEMA)] = Field(
+        None, description="A policy's name, or settings as in the recipe's steering, instead of its"
+    )
+    combine: Annotated[
+        Any,
+        AfterValidator(_check_combination),
+        WithJsonSchema({"type": "string", "enum": list(COMBINATIONS)}),
+    ] = Field(None, description="How several experts steer, instead of as the recipe says")
     explain: StrictBool = Field(False, description="Report what each model gave each token")
     explain_top: int = Field(
         5,
@@ -172,6 +210,17 @@ class SteeringFields(_Fields):
                 "experts have strengths of their own, so neither expert nor alpha may be given beside them"
             )
         return self
+
+    def as_steering(self) -> Steering:
+        """Return it as the library has it."""
+        experts = self.expert if self.experts is None else self.experts
+        return Steering(self.alpha, experts, _without_nulls(self.policy), self.combine)
+
+
+class SteeringOnly(_Fields):
+    """The field of this project in a request whose other fields another server reads."""
+
+    proxytune: SteeringFields | None = None
 
 
 class StreamOptions(_Fields):
@@ -243,6 +292,10 @@ class Generation(_Extensions):
         | None
     ) = Field(None, description=UNUSED)
     proxytune: SteeringFields | None = None
+    vllm_xargs: dict[str, Any] | None = Field(
+        None,
+        description="alpha, expert, policy and combine, as vLLM's plugin of this project reads them",
+    )
     # Extensions that other servers have under the same names.
     n_predict: NumNew | None = Field(None, description="The same as max_tokens")
     top_k: int = _option(

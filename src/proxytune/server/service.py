@@ -47,6 +47,13 @@ from proxytune.server.schema import (
     Generation,
 )
 from proxytune.server.settings import ServerSettings
+from proxytune.server.steering import (
+    about_recipe,
+    check_keys,
+    expert_named,
+    model_names,
+    steering_of,
+)
 from proxytune.server.turns import PromptScores, Ticket
 from proxytune.text.prompts import PLAIN_USER_TURN, PromptFormat
 from proxytune.text.vocab import token_bytes
@@ -58,10 +65,6 @@ Result = TypeVar("Result")
 
 MAX_PROMPT_LOGPROBS = 2**17
 """Maximum number of logprobs of prompt tokens in one answer; each takes about 100 bytes until it is sent."""
-
-
-class UnknownModel(InvalidRequest):
-    """A request names a model that is not served."""
 
 
 class TimeIsUp(Exception):
@@ -204,36 +207,21 @@ class Service:
     @property
     def model_names(self) -> dict[str, str | None]:
         """Valid values of `model`, each with the expert it stands for; None is the recipe's default."""
-        name = self.settings.name
-        return {name: None} | {f"{name}:{e.name}": e.name for e in self.model.recipe.experts}
+        return model_names(self.model.recipe, self.settings.name)
 
     def about(self) -> Json:
         """Return a description of the recipe and of what a request may ask for."""
-        recipe = self.model.recipe
         context = smallest_context(self.model.ensemble.members)
         longest = self.settings.max_prompt_tokens or (None if context is None else context - 1)
-        base = recipe.base
-        # Only the last part: a path would reveal where files are on the server.
-        name = base.api.model if base.api is not None else (base.model or "").rsplit("/", 1)[-1]
-        return {
-            "name": self.settings.name,
-            "base": name,
-            # A base without a chat format reads conversations as plain text, and few such models answer well.
-            "has_chat": not self.model.formats[0].joins_messages,
-            # A template may stand around one question, without the turns before it.
-            "has_turns": not self.model.formats[0].is_single_turn,
-            "has_reasoning": self._has_reasoning,
-            "default_experts": list(recipe.named()),
-            "experts": [{"name": e.name, "alpha": e.alpha} for e in recipe.experts],
-            "limits": {
-                "max_tokens": self.settings.max_tokens,
-                "max_prompt_tokens": longest,
-                "max_context": context,
-                "max_logprobs": MAX_LOGPROBS,
-                "max_explain_top": MAX_EXPLAIN_TOP,
-            },
-            "version": version("proxytune"),
+        limits = {
+            "max_tokens": self.settings.max_tokens,
+            "max_prompt_tokens": longest,
+            "max_context": context,
+            "max_logprobs": MAX_LOGPROBS,
+            "max_explain_top": MAX_EXPLAIN_TOP,
         }
+        base = self.model.formats[0]
+        return about_recipe(self.model.recipe, self.settings.name, base=base, limits=limits)
 
     # Requests -------------------------------------------------------------------------------------------
 
@@ -269,11 +257,7 @@ class Service:
         Raises:
             UnknownModel: There is no such model.
         """
-        names = self.model_names
-        if name not in names:
-            raise UnknownModel(
-                f"there is no model {name!r} here; the models are: {', '.join(names)}"
-            )
+        expert_named(self.model.recipe, self.settings.name, name)
 
     def orders(self, wanted: Generation, desk: ProxyTuned) -> list[Order]:
         """Return an order for each text that a request asks for; `desk` renders its prompts.
@@ -299,10 +283,13 @@ class Service:
         for prompt in prompts:
             if not isinstance(prompt, str) and isinstance(prompt[0], int):
                 self._check_length(len(prompt), self._max_prompt)
-            explain = wanted.steering.explain, wanted.steering.explain_top
-            sampling = self._sampling(wanted, 1)
             request = Request(
-                prompt, sampling, steering.alpha, steering.experts, *explain, wanted.chat_options
+                prompt,
+                self._sampling(wanted, 1),
+                explain=wanted.steering.explain,
+                explain_top=wanted.steering.explain_top,
+                chat=wanted.chat_options,
+                **steering.as_options(),
             )
             job = desk.job(request)
             self._check_length(len(job.prompts[0]), self.settings.max_prompt_tokens)
@@ -385,22 +372,11 @@ class Service:
         return Answer(wanted, texts, events)
 
     def _steering(self, wanted: Generation) -> Steering:
-        model = wanted.model or self.settings.name
-        self.check_model(model)
-        asked, named = wanted.steering, self.model_names[model]
-        if asked.experts is not None:
-            if named is not None:
-                raise InvalidRequest(
-                    f"the model {model!r} names an expert, and proxytune.experts names others.\n"
-                    f"hint: use the model {self.settings.name!r}"
-                )
-            return Steering(experts=asked.experts)
-        if named is not None and asked.expert not in (None, named):
-            raise InvalidRequest(
-                f"the model {model!r} names an expert, and proxytune.expert names another.\n"
-                f"hint: use the model {self.settings.name!r}"
-            )
-        return Steering(asked.alpha, asked.expert or named)
+        recipe, xargs = self.model.recipe, wanted.vllm_xargs
+        expert = expert_named(recipe, self.settings.name, wanted.model or self.settings.name)
+        if xargs is not None:
+            check_keys(xargs)
+        return steering_of(recipe, expert=expert, fields=wanted.proxytune, xargs=xargs)
 
     def _sampling(self, wanted: Generation, max_new_tokens: int) -> SamplingParams:
         """Return the library's settings for the API's fields; its defaults are the API's."""
