@@ -28,11 +28,11 @@ sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmarks.smol_texts import OWN_EXPERTS, RECIPE, ROOT, WINDOW, passages, write  # noqa: E402
 from proxytune.decode.ensemble import Pair  # noqa: E402
-from proxytune.logits.policy import Policy  # noqa: E402
 from proxytune.logits.rules import apply_policy, has_conflict  # noqa: E402
 from proxytune.logits.steer import Contribution, combine  # noqa: E402
 from proxytune.measure.score import needed_members, passage_logits, token_losses  # noqa: E402
 from proxytune.model import ProxyTuned  # noqa: E402
+from proxytune.policy import Policy  # noqa: E402
 
 OUTPUT = ROOT / "docs" / "performance" / "policies.json"
 STRIDE = 2

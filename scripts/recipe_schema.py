@@ -1,7 +1,7 @@
 """The recipe's format as JSON Schema, and as tables of keys, made from the dataclasses that read it.
 
 Keys, types, defaults and limits are the fields of `recipe/spec.py`, `recipe/recipe.py` and
-`logits/policy.py`; descriptions are their docstrings. Rules between keys are stated here as well as there,
+`policy.py`; descriptions are their docstrings. Rules between keys are stated here as well as there,
 and tests/scripts/test_docs.py holds both against each other. Rules that JSON Schema cannot state, such as a
 default expert that exists, are left to the recipe.
 """
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from proxytune.logits.policy import PICKING, USERS, Policy
+from proxytune.policy import PICKING, USERS, Policy
 from proxytune.recipe.recipe import ARCHITECTURE, METADATA_KEYS, MODEL_TYPE, Recipe
 from proxytune.recipe.spec import ApiSettings, ExpertSpec, LlamaCppSettings, ModelSpec
 from proxytune.settings import Option, options_of

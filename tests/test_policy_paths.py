@@ -16,11 +16,11 @@ from proxytune.cli import app
 from proxytune.commands.options import PolicyOptions
 from proxytune.decode.speculative import Drafting
 from proxytune.errors import InvalidRequest, RecipeError, UnsupportedModel
-from proxytune.logits.policy import Policy
 from proxytune.logits.rules import apply_policy
 from proxytune.logits.steer import Contribution
 from proxytune.measure.score import passage_losses, passage_of
 from proxytune.model import ProxyTuned
+from proxytune.policy import Policy
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams

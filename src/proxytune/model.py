@@ -32,6 +32,7 @@ from proxytune.measure.score import (
     smallest_context,
     windows,
 )
+from proxytune.policy import PolicySettings
 from proxytune.recipe.recipe import Recipe
 from proxytune.request import (
     ChatOptions,
@@ -121,10 +122,13 @@ class ProxyTuned:
 
         Raises:
             UnknownExpert: It names an expert the recipe does not have.
-            InvalidRequest: A prompt renders to nothing, or a token id does not exist.
+            InvalidRequest: A prompt renders to nothing, a token id does not exist, or the policy does not fit
+                the recipe.
             PromptTooLong: Prompt and new tokens exceed a model's context.
         """
-        strengths = self.recipe.strengths(request.steering)
+        steering = request.steering
+        strengths = self.recipe.strengths(steering)
+        policy = steering.policy_over(self.ensemble.policy)
         prompts: list[Sequence[int]]
         if request.is_token_ids:
             token_ids = [i for i in request.prompt if isinstance(i, int)]
@@ -135,9 +139,13 @@ class ProxyTuned:
             prompts = render_each(request.prompt, self.formats, names, request.chat)
             if self.recipe.base.api is not None:
                 prompts[0] = ChatPrompt.of(prompts[0], request.prompt, request.chat)
+        sampling = request.sampling
+        if request.is_chat and self.formats[0].joins_messages:
+            # A base without a chat format would go on to write the user's next turn.
+            sampling = replace(sampling, stop=(*sampling.stop, PLAIN_USER_TURN))
         alphas = tuple(strengths.get(pair.name) for pair in self.ensemble.pairs)
         views = request.explain, request.explain_top
-        job = Job(request.sampling, tuple(prompts), alphas, *views, cancelled, strengths)
+        job = Job(sampling, tuple(prompts), alphas, *views, cancelled, strengths, policy)
         check_job(self.ensemble, job)
         return job
 
@@ -148,6 +156,8 @@ class ProxyTuned:
         *,
         alpha: float | None = None,
         experts: Experts | None = None,
+        policy: PolicySettings | None = None,
+        combine: str | None = None,
         explain: bool = False,
         cancelled: Callable[[], bool] | None = None,
         speculative: bool | Drafting = False,
@@ -159,6 +169,8 @@ class ProxyTuned:
             sampling: How tokens are chosen. Default: greedy, 128 tokens.
             alpha: Strength of steering; None takes the recipe's.
             experts: A name, names, or names with strengths; None takes the recipe's default.
+            policy: A policy's name, or an object as the `steering` of a recipe, in place of the recipe's.
+            combine: How several experts steer, in place of the recipe's.
             explain: Record what each model gave each token.
             cancelled: Called once a step; True ends the generation with the text so far.
             speculative: Draft tokens and verify several at once: the same text, faster where drafting pays.
@@ -168,7 +180,8 @@ class ProxyTuned:
             UserError: The request cannot be honoured; see `job`.
             BackendError: A model failed.
         """
-        request = as_request(prompt, sampling, Steering(alpha, experts), explain=explain)
+        steering = Steering(alpha, experts, policy, combine)
+        request = as_request(prompt, sampling, steering, explain=explain)
         return self.generate_batch([request], cancelled=cancelled, speculative=speculative)[0]
 
     def generate_batch(
@@ -223,6 +236,8 @@ class ProxyTuned:
         *,
         alpha: float | None = None,
         experts: Experts | None = None,
+        policy: PolicySettings | None = None,
+        combine: str | None = None,
         top: int = 5,
     ) -> Trace:
         """Show what each model gives each token of a given continuation, and optionally go on from there.
@@ -236,6 +251,8 @@ class ProxyTuned:
             sampling: How to go on after it; None ends there. Penalties and the seed's draws start afresh.
             alpha: Strength of steering; None takes the recipe's.
             experts: A name, names, or names with strengths; None takes the recipe's default.
+            policy: A policy's name, or an object as the `steering` of a recipe, in place of the recipe's.
+            combine: How several experts steer, in place of the recipe's.
             top: How many of each model's likeliest tokens to record.
 
         Raises:
@@ -256,14 +273,16 @@ class ProxyTuned:
                 "hint: let it generate the text: leave the continuation out, or in Python call "
                 "generate(..., explain=True)"
             )
-        if sampling is not None and self.ensemble.policy.has_positions:
+        steering = Steering(alpha, experts, policy, combine)
+        if sampling is not None and steering.policy_over(self.ensemble.policy).has_positions:
             raise InvalidRequest(
-                "the recipe's strength follows a schedule of positions, which would start again after the "
-                "given tokens.\nhint: explain the continuation alone, or a recipe without a schedule"
+                "the strength follows a schedule of positions, which would start again after the "
+                "given tokens.\nhint: explain the continuation alone, or leave the schedule out"
             )
         num_new = 0 if sampling is None else sampling.max_new_tokens
         limits = SamplingParams(max_new_tokens=len(given) + num_new)
-        job = self.job(Request(prompt, limits, alpha, experts, True, top))
+        asked = Request(prompt, limits, explain=True, explain_top=top, **steering.as_options())
+        job = self.job(asked)
         return self._with_token_texts(trace_given(self.ensemble, job, given, sampling), job)
 
     def _with_token_texts(self, trace: Trace, job: Job) -> Trace:
@@ -281,6 +300,8 @@ class ProxyTuned:
         *,
         alpha: float | None = None,
         experts: Experts | None = None,
+        policy: PolicySettings | None = None,
+        combine: str | None = None,
     ) -> Choice:
         """Return which of a few answers the steered base would begin with.
 
@@ -293,6 +314,8 @@ class ProxyTuned:
             options: The answers as they would follow the prompt: " A" if a space comes first.
             alpha: Strength of steering; None takes the recipe's.
             experts: A name, names, or names with strengths; None takes the recipe's default.
+            policy: A policy's name, or an object as the `steering` of a recipe, in place of the recipe's.
+            combine: How several experts steer, in place of the recipe's.
 
         Raises:
             InvalidRequest: There are fewer than two options, or two begin with the same token.
@@ -300,7 +323,8 @@ class ProxyTuned:
             BackendError: A model failed.
         """
         first_tokens(options, self.tokenizer)  # refused before the prompt is looked at
-        job = self.job(Request(prompt, SamplingParams(max_new_tokens=1), alpha, experts))
+        steering = Steering(alpha, experts, policy, combine)
+        job = self.job(Request(prompt, SamplingParams(max_new_tokens=1), **steering.as_options()))
         return choose(self.ensemble, job, options, shows_all=self.recipe.base.api is None)
 
     def stream(
@@ -310,6 +334,8 @@ class ProxyTuned:
         *,
         alpha: float | None = None,
         experts: Experts | None = None,
+        policy: PolicySettings | None = None,
+        combine: str | None = None,
         explain: bool = False,
         speculative: bool | Drafting = False,
     ) -> Iterator[Step]:
@@ -318,7 +344,8 @@ class ProxyTuned:
         The texts of the steps, joined, are the text of `generate`. Arguments and errors are the same, and
         the request is checked before this returns.
         """
-        request = as_request(prompt, sampling, Steering(alpha, experts), explain=explain)
+        steering = Steering(alpha, experts, policy, combine)
+        request = as_request(prompt, sampling, steering, explain=explain)
         return self._steps(self.job(request), self._speculator(speculative), _Memory())
 
     def _steps(self, job: Job, speculator: Speculator | None, memory: _Memory) -> Iterator[Step]:
@@ -336,11 +363,14 @@ class ProxyTuned:
         system: str | None = None,
         alpha: float | None = None,
         experts: Experts | None = None,
+        policy: PolicySettings | None = None,
+        combine: str | None = None,
         speculative: bool | Drafting = False,
     ) -> Conversation:
         """Begin a conversation that remembers its turns. The models read only what is new."""
         sampling = sampling or SamplingParams()
-        return Conversation(self, sampling, system, Steering(alpha, experts), speculative)
+        steering = Steering(alpha, experts, policy, combine)
+        return Conversation(self, sampling, system, steering, speculative)
 
     def score(
         self,
@@ -468,7 +498,8 @@ class _Memory:
 class Conversation:
     """A chat with a steered model: `say` answers and remembers.
 
-    `alpha`, `experts`, `sampling` and `options` (how the conversation is rendered) may change between turns.
+    `alpha`, `experts`, `policy`, `combine`, `sampling` and `options` (how the conversation is rendered) may
+    change between turns.
     """
 
     def __init__(
@@ -485,6 +516,7 @@ class Conversation:
         self.sampling = sampling
         self.options = ChatOptions()
         self.alpha, self.experts = steering.alpha, steering.experts
+        self.policy, self.combine = steering.policy, steering.combine
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
 
     @property
@@ -499,12 +531,9 @@ class Conversation:
             UserError: The request cannot be honoured; the turn is not remembered.
         """
         messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
-        sampling = self.sampling
-        if self.joins_messages:
-            # A base without a chat format would go on to write the user's next turn.
-            sampling = replace(sampling, stop=(*sampling.stop, PLAIN_USER_TURN))
         model = self._model
-        request = Request(messages, sampling, self.alpha, self.experts, chat=self.options)
+        steering = Steering(self.alpha, self.experts, self.policy, self.combine)
+        request = Request(messages, self.sampling, chat=self.options, **steering.as_options())
         speculator = model._speculator(self._speculative)
         steps = model._steps(model.job(request), speculator, self._memory)
         return self._answer(messages, steps)
@@ -552,9 +581,8 @@ def as_request(
         InvalidRequest: A whole request and further settings were both given.
     """
     if not isinstance(prompt, Request):
-        return Request(
-            prompt, sampling or SamplingParams(), steering.alpha, steering.experts, explain
-        )
+        sampling = sampling or SamplingParams()
+        return Request(prompt, sampling, explain=explain, **steering.as_options())
     if sampling is not None or steering != Steering() or explain:
         raise InvalidRequest(
             "a whole Request and settings beside it were given, so it is unclear which apply.\n"

@@ -7,10 +7,11 @@ the experts it names is checked where a recipe resolves them (`Recipe.strengths`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, TypedDict
 
 from proxytune.errors import InvalidRequest
+from proxytune.policy import Policy, PolicySettings
 from proxytune.settings import Option, check, is_number, option, options_of
 
 Experts = str | tuple[str, ...] | Mapping[str, float]
@@ -214,21 +215,29 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Steering:
-    """Which experts steer and how strongly, as a caller asks for it. `Recipe.strengths` resolves it.
+    """Which experts steer, how strongly and by which rule, as a caller asks for it.
+
+    `Recipe.strengths` and `Recipe.policy_for` resolve it.
 
     Args:
         alpha: Strength of every expert; None takes each expert's own from the recipe.
         experts: A name, names, or names with strengths; None takes the recipe's default.
+        policy: How strongly to steer at each token: a policy's name, or an object as the `steering` of a
+            recipe. It replaces the recipe's `steering` as a whole; None takes that.
+        combine: How several experts steer: one of `policy.COMBINATIONS`; None takes the recipe's.
 
     Raises:
-        InvalidRequest: A strength is not a finite number or is given twice, or `experts` is empty or
-            names an expert twice.
+        InvalidRequest: A strength is not a finite number or is given twice, `experts` is empty or names an
+            expert twice, or a policy cannot be used.
     """
 
     alpha: float | None = None
     experts: Experts | None = None
+    policy: PolicySettings | None = None
+    combine: str | None = None
 
     def __post_init__(self) -> None:
+        self.policy_over(Policy())  # checks it
         if self.alpha is not None:
             check_alpha(self.alpha)
         if isinstance(self.experts, Mapping | tuple):
@@ -262,7 +271,21 @@ class Steering:
                 experts = tuple(experts)
         if alpha is None and not isinstance(experts, Mapping):
             alpha = default.alpha
-        return Steering(alpha, experts)
+        policy = default.policy if self.policy is None else self.policy
+        combine = default.combine if self.combine is None else self.combine
+        return Steering(alpha, experts, policy, combine)
+
+    def policy_over(self, own: Policy) -> Policy:
+        """Return the policy that is asked for, with what is left open taken from `own`.
+
+        Raises:
+            InvalidRequest: What is asked for does not go together with what is left open.
+        """
+        return own.changed(self.policy, self.combine)
+
+    def as_options(self) -> dict[str, Any]:
+        """Return it as the keywords that `Request`, and the methods that take a prompt, have for it."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +308,12 @@ class ChatOptions:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        for name in ("add_generation_prompt", "continue_final_message"):
+            value = getattr(self, name)
+            _require(
+                isinstance(value, bool) or (value is None and name == "add_generation_prompt"),
+                f"{name} is {value!r}, and must be true or false",
+            )
         _require(
             not (self.add_generation_prompt and self.continue_final_message),
             "add_generation_prompt begins a turn and continue_final_message continues one, so only one of "
@@ -319,10 +348,12 @@ class Request:
         explain: Record in each step what base, expert, anti-expert and steered model gave.
         explain_top: Number of likeliest tokens of each model to record, 0 to 1,000.
         chat: How a conversation is rendered.
+        policy: How strongly to steer at each token, as in `Steering`; None takes the recipe's.
+        combine: How several experts steer, as in `Steering`; None takes the recipe's.
 
     Raises:
         InvalidRequest: The prompt is empty or of no known kind, options of a conversation are given for
-            another prompt, or a strength is not a finite number or is given twice.
+            another prompt, a strength is not a finite number or is given twice, or a policy cannot be used.
     """
 
     prompt: Prompt
@@ -332,9 +363,11 @@ class Request:
     explain: bool = False
     explain_top: int = 5
     chat: ChatOptions = field(default_factory=ChatOptions)
+    policy: PolicySettings | None = None
+    combine: str | None = None
 
     def __post_init__(self) -> None:
-        Steering(self.alpha, self.experts)  # checks them
+        _ = self.steering  # checks it
         _require(
             _is_count(self.explain_top) and 0 <= self.explain_top <= MAX_EXPLAIN_TOP,
             f"explain_top is {self.explain_top!r}, and must be a whole number from 0 to {MAX_EXPLAIN_TOP}",
@@ -347,9 +380,8 @@ class Request:
             len(self.prompt) > 0,
             "the prompt is empty, so there is nothing to continue.\nhint: give at least one token of text",
         )
-        is_chat = not isinstance(self.prompt, str) and isinstance(self.prompt[0], Mapping)
         _require(
-            is_chat or self.chat == ChatOptions(),
+            self.is_chat or self.chat == ChatOptions(),
             "the prompt is not a conversation, and options of a conversation are given.\n"
             "hint: give messages, or leave the options out",
         )
@@ -375,8 +407,13 @@ class Request:
 
     @property
     def steering(self) -> Steering:
-        """Which experts steer, and how strongly."""
-        return Steering(self.alpha, self.experts)
+        """Which experts steer, how strongly and by which rule."""
+        return Steering(self.alpha, self.experts, self.policy, self.combine)
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the prompt is a conversation."""
+        return not isinstance(self.prompt, str) and isinstance(self.prompt[0], Mapping)
 
     @property
     def is_token_ids(self) -> bool:

@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxytune.data.batch import BatchProgress, BatchReport, run_batch
-from proxytune.data.lines import BatchOptions, InputFile, line_seed, parse_line
+from proxytune.data.lines import SAMPLING_OPTIONS, BatchOptions, InputFile, line_seed, parse_line
 from proxytune.data.resumable import ResumableOutput, number_list
 from proxytune.errors import InputFileError, InvalidRequest, OutputFileError, UserError
 from proxytune.model import ProxyTuned
-from proxytune.request import SamplingParams, Steering
+from proxytune.request import ChatOptions, SamplingParams, Steering
 from proxytune.testing import toy_recipe
 from tests.support.toys import toy_load
 
@@ -90,6 +90,28 @@ def test_answers_are_those_of_the_library_in_the_order_of_the_input(tmp_path: Pa
         assert answer["output"]["text"] == model.generate(line["prompt"], greedy).text
 
 
+def test_a_line_says_how_its_conversation_is_rendered():
+    line = {
+        "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "so"}],
+        "options": {"continue_final_message": True, "chat_template_kwargs": {"thinking": False}},
+    }
+    options = BatchOptions(SAMPLING)
+    request = parse_line(json.dumps(line).encode(), 1, recipe=RECIPE, options=options).request
+    assert request.chat == ChatOptions(None, True, {"thinking": False})
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"continue_final_message": 1}, "continue_final_message is 1"),
+        ({"chat_template_kwargs": []}, "must be an object"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "only one of them"),
+    ]
+    for own, words in refused:
+        with pytest.raises(UserError, match=words):
+            raw = json.dumps(line | {"options": own}).encode()
+            parse_line(raw, 1, recipe=RECIPE, options=options)
+    with pytest.raises(UserError, match="the prompt is not a conversation"):
+        raw = json.dumps({"prompt": "hi", "options": {"continue_final_message": True}}).encode()
+        parse_line(raw, 1, recipe=RECIPE, options=options)
+
+
 def test_a_prompt_may_be_text_messages_or_token_ids(tmp_path: Path):
     texts = [
         one(line, tmp_path)["output"]["text"]
@@ -120,6 +142,23 @@ def test_options_of_a_line_hold_for_it_alone(tmp_path: Path):
     assert both["alpha"] == {"first": 0.25, "second": 2}
     assert len(both["logprobs"]) == 12 and len(both["logprobs"][0]["top"]) == 2
     assert "logprobs" not in plain
+
+
+def test_a_null_is_absence_everywhere_in_a_line(tmp_path: Path):
+    """Nulls of `messages`, `options` and of single options were refused, or hid what the run had set."""
+    options = dict.fromkeys(("alpha", "expert", *SAMPLING_OPTIONS))
+    lines = [
+        {"prompt": "ab"},
+        {"prompt": "ab", "messages": None, "options": None},
+        {"prompt": "ab", "options": options},
+        {"messages": [{"role": "user", "content": "ab", "tool_calls": None}], "prompt": None},
+    ]
+    seeded = [line | {"options": {**(line.get("options") or {}), "seed": 3}} for line in lines]
+    run(write_lines(tmp_path / "in.jsonl", seeded), tmp_path / "out.jsonl")
+    plain, *others = (line["output"] for line in read_lines(tmp_path / "out.jsonl"))
+    assert others == [plain] * 3
+    given = one(lines[2], tmp_path, sampling=replace(SAMPLING, stop=("b",), max_new_tokens=5))
+    assert given["options"] == options and given["output"]["num_new_tokens"] <= 5
 
 
 def test_a_top_k_larger_than_any_vocabulary_keeps_all_tokens(tmp_path: Path):

@@ -20,8 +20,8 @@ from proxytune.explain.summary import (
     summarise,
     token_types,
 )
-from proxytune.logits.policy import Policy
 from proxytune.model import ProxyTuned
+from proxytune.policy import Policy
 from proxytune.request import Request, SamplingParams
 from proxytune.testing import TOKENS, toy_model, toy_table
 from proxytune.trace import Step, Trace, View

@@ -10,14 +10,15 @@ from dataclasses import replace
 import pytest
 
 from proxytune.errors import InvalidRequest, UnsafeModel
-from proxytune.logits.policy import Policy
 from proxytune.measure.likelihood import likelihoods
 from proxytune.measure.score import passage_of
 from proxytune.model import ProxyTuned
+from proxytune.policy import Policy
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.testing import toy_model
 from tests.support.foreign_code import model_with_code
+from tests.support.served import served
 from tests.support.tiny import tiny_model
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval; `make test-lm-eval` installs it")
@@ -145,6 +146,39 @@ def test_with_expert_for_base_and_anti_expert_alpha_1_is_the_expert(recipe, task
             # Logits combined and not combined differ by rounding in float32.
             assert float(logprob) == pytest.approx(float(wanted), abs=1e-3)
             assert str(greedy) == str(is_greedy)
+
+
+def test_over_http_every_number_is_that_of_the_recipe_itself(recipe, tasks):
+    """The harness scores texts with echo and logprobs, as token ids with one new token."""
+    for package in ("tenacity", "aiohttp", "tiktoken"):
+        pytest.importorskip(package, reason="needs `pip install 'lm-eval[api]'`")
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    # The harness cuts texts for a server into windows that are two tokens shorter.
+    max_length = ProxyTunedLM(str(recipe.directory)).max_length
+    ours = run(ProxyTunedLM(str(recipe.directory), max_length=max_length - 2), tasks)
+    with served(ProxyTuned.load(recipe)) as server:
+        client = LocalCompletionsAPI(
+            base_url=f"{server.url}/v1/completions",
+            model="toy",
+            tokenizer=str(recipe.directory.parent / "base"),
+            tokenizer_backend="huggingface",
+            max_length=max_length,
+            batch_size=3,
+        )
+        theirs = run(client, tasks)
+    for task, values in ours["results"].items():
+        for name, value in values.items():
+            if isinstance(value, float):
+                # The digits that the harness prints.
+                assert f"{theirs['results'][task][name]:.4f}" == f"{value:.4f}", (task, name)
+    samples = (ours["samples"]["local_choice"], theirs["samples"]["local_choice"])
+    for one, other in zip(*samples, strict=True):
+        pairs = [(float(logprob), str(greedy)) for ((logprob, greedy),) in one["resps"]]
+        found = [(float(logprob), str(greedy)) for ((logprob, greedy),) in other["resps"]]
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in pairs]
+        # A prompt that is read in other pieces has logits that differ by rounding in float32.
+        assert [p for p, _ in found] == pytest.approx([p for p, _ in pairs], abs=1e-4)
 
 
 def test_likelihoods_in_a_batch_are_the_formula_applied_token_by_token():

@@ -26,7 +26,7 @@ from proxytune.errors import (
 )
 from proxytune.loading import doctor
 from proxytune.loading.doctor import examine
-from proxytune.logits.policy import Policy
+from proxytune.policy import Policy
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from tests.support.tiny import NUM_TOKENS, tiny_adapter, tiny_gguf, tiny_model, tiny_tokenizer

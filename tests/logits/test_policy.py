@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from proxytune.errors import InvalidRequest, VocabularyMismatch
-from proxytune.logits.policy import COMBINATIONS, IMPLAUSIBLE, POLICIES, Policy
 from proxytune.logits.rules import (
     apply_policy,
     entropy,
@@ -29,6 +28,7 @@ from proxytune.logits.rules import (
     union,
 )
 from proxytune.logits.steer import Contribution, combine, steer
+from proxytune.policy import COMBINATIONS, IMPLAUSIBLE, POLICIES, Policy
 
 # Every combination, every policy, every further setting at least once.
 EVERY = [

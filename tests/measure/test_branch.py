@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from proxytune.errors import InvalidRequest, PromptTooLong
-from proxytune.logits.policy import Policy
 from proxytune.measure.branch import branch
 from proxytune.model import ProxyTuned
+from proxytune.policy import Policy
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams

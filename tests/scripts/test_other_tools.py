@@ -1,7 +1,6 @@
 """The snippets of docs/guides/fit.md run: transformers in this process's Python, clients against a server.
 
-LangChain and LiteLLM are not among this project's dependencies. `make test-fit` installs them into an
-environment of their own and names its Python in CLIENTS_PYTHON; without it their tests are skipped.
+LangChain, LiteLLM and Anthropic's client run in a Python of their own (`tests/support/clients.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import pytest
 
 from proxytune.checkpoints.references import resolve_package
 from proxytune.model import ProxyTuned
+from tests.support.clients import clients_python
 from tests.support.served import served
 
 ROOT = Path(__file__).parents[2]
@@ -67,8 +67,10 @@ def test_a_pipeline_writes_what_the_library_writes(tmp_path):
     from proxytune import SamplingParams
 
     said = run(with_recipe(snippet("A pipeline")), tmp_path)
-    text = ProxyTuned.load(SMOL).generate("Good morrow,", SamplingParams(max_new_tokens=16)).text
-    assert said.strip() == f"Good morrow,{text}".strip()
+    library, sampling = ProxyTuned.load(SMOL), SamplingParams(max_new_tokens=16)
+    text = library.generate("Good morrow,", sampling).text
+    answer = library.generate([{"role": "user", "content": "Who wrote Hamlet?"}], sampling).text
+    assert said.strip() == f"Good morrow,{text}\n{answer}".strip()
 
 
 def at(address: str, heading: str) -> str:
@@ -81,20 +83,17 @@ def test_openais_client_gets_an_answer(address, tmp_path):
     assert run(at(address, "OpenAI's client"), tmp_path).strip()
 
 
-@pytest.fixture
-def clients_python() -> str:
-    python = os.environ.get("CLIENTS_PYTHON")
-    if not python:
-        pytest.skip(
-            "CLIENTS_PYTHON names no Python with langchain-openai and litellm: make test-fit"
-        )
-    return str(Path(python).absolute())
-
-
-def test_langchain_gets_an_answer_and_a_stream(address, tmp_path, clients_python):
-    said = run(at(address, "LangChain"), tmp_path, clients_python)
+def test_langchain_gets_an_answer_and_a_stream(address, tmp_path):
+    said = run(at(address, "LangChain"), tmp_path, clients_python())
     assert said.count("|") > 3
 
 
-def test_litellm_gets_an_answer(address, tmp_path, clients_python):
-    assert run(at(address, "LiteLLM"), tmp_path, clients_python).strip()
+def test_litellm_gets_an_answer(address, tmp_path):
+    assert run(at(address, "LiteLLM"), tmp_path, clients_python()).strip()
+
+
+def test_anthropics_client_gets_an_answer(address, tmp_path):
+    guide = (ROOT / "docs" / "guides" / "serve.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(from anthropic.*?)```", guide, re.DOTALL)
+    code = code.replace("http://127.0.0.1:8000", address.removesuffix("/v1"))
+    assert run(code, tmp_path, clients_python()).strip()

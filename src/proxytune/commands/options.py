@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from proxytune.commands.flags import Flag, number_of
 from proxytune.commands.progress import waiting
 from proxytune.errors import InvalidRequest, UserError
 from proxytune.grants import Grants
+from proxytune.policy import settings_in
 from proxytune.request import Steering
 from proxytune.settings import Option, option
 
@@ -29,7 +29,10 @@ def argument(metavar: str, help: str) -> Any:
     return typer.Argument(metavar=metavar, help=help, show_default=False)
 
 
-RECIPE_HELP = "A recipe: its directory, package:NAME/PATH, or its id on the Hugging Face Hub"
+RECIPE_HELP = (
+    "A recipe: its directory, its id on the Hugging Face Hub, or package:NAME/PATH; the one that comes with "
+    "proxytune is package:proxytune/smol"
+)
 RecipeArgument = Annotated[str, argument("RECIPE", RECIPE_HELP)]
 OptionalRecipe = Annotated[
     str | None, argument("RECIPE", f"{RECIPE_HELP}; not needed for saved traces")
@@ -108,21 +111,10 @@ class PolicyOptions:
             InvalidRequest: A policy is unknown, or cannot be used.
             RecipeError: It is not for this recipe.
         """
-        from proxytune.logits.policy import Policy
-
         if self.policy is None and self.combine is None:
             return recipe
-        settings: object = recipe.policy.to_dict()
-        if self.policy is not None:
-            settings = {"policy": self.policy}
-            if self.policy.lstrip().startswith("{"):
-                try:
-                    settings = json.loads(self.policy)
-                except json.JSONDecodeError as error:
-                    raise InvalidRequest(f"--policy is not JSON: {error}") from error
-        assert isinstance(settings, dict)
-        own = recipe.policy.combine if self.combine is None else self.combine
-        return replace(recipe, policy=Policy.from_dict(settings, combine=own))
+        settings = None if self.policy is None else settings_in(self.policy, "--policy")
+        return replace(recipe, policy=recipe.policy.changed(settings, self.combine))
 
 
 @dataclass(frozen=True, kw_only=True)

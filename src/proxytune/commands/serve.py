@@ -107,7 +107,7 @@ def serve(
 
     Clients of that API work unchanged; each request may set its own strength and experts, and the playground
     is at the server's address. Requests are batched while they run. With --engine vllm, vLLM's server runs
-    instead, on one GPU or many, and requests are steered by vllm_xargs.
+    instead, on one GPU or many, and takes the same fields for steering.
     """
     keys = listen.keys()
     name = settings.name or _name(recipe)

@@ -196,4 +196,7 @@ def _settings(recipe: Recipe, options: BatchOptions, input_sha256: str) -> dict[
         "dtype": options.dtype,
         **asdict(options.sampling),
     }
+    # Left out where nothing is asked, as in the files of runs from before these could be.
+    own = {"policy": options.steering.policy, "combine": options.steering.combine}
+    settings |= {key: value for key, value in own.items() if value is not None}
     return dict(json.loads(json.dumps(settings)))

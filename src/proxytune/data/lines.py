@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from proxytune.errors import InputFileError, UserError, did_you_mean
-from proxytune.request import SPECULATIVE, Experts, Request, SamplingParams, Steering
+from proxytune.request import SPECULATIVE, ChatOptions, Experts, Request, SamplingParams, Steering
 from proxytune.settings import check, option, options_of
 
 if TYPE_CHECKING:  # Importing it loads torch, which a malformed file should not wait for.
@@ -20,7 +20,13 @@ if TYPE_CHECKING:  # Importing it loads torch, which a malformed file should not
     from proxytune.recipe.recipe import Recipe
 
 SAMPLING_OPTIONS = options_of(SamplingParams)
-LINE_OPTIONS = ("alpha", "expert", *SAMPLING_OPTIONS)
+_CHAT_OPTIONS = {
+    "add_generation_prompt": "add_generation_prompt",
+    "continue_final_message": "continue_final_message",
+    "chat_template_kwargs": "template_kwargs",
+}
+"""Fields of `ChatOptions` by their names in a line, which are those of the server's requests."""
+LINE_OPTIONS = ("alpha", "expert", "policy", "combine", *_CHAT_OPTIONS, *SAMPLING_OPTIONS)
 """What `options` of a line may hold."""
 
 
@@ -101,29 +107,38 @@ def parse_line(raw: bytes, number: int, *, recipe: Recipe, options: BatchOptions
         raise InputFileError(f"JSON that cannot be kept ({error})") from error
     if not isinstance(content, dict):
         raise InputFileError(f'it is a JSON {_kind(content)}, and must be an object with "prompt"')
-    if "prompt" in content and "messages" in content:
+    given = _without_nulls(content)
+    if "prompt" in given and "messages" in given:
         raise InputFileError(
             'it has both "prompt" and "messages", and only one of them can be the prompt'
         )
-    if "prompt" not in content and "messages" not in content:
-        given = ", ".join(map(repr, content)) or "none"
-        raise InputFileError(f'it has neither "prompt" nor "messages" (its fields: {given})')
-    if "output" in content:
+    if "prompt" not in given and "messages" not in given:
+        names = ", ".join(map(repr, given)) or "none"
+        raise InputFileError(f'it has neither "prompt" nor "messages" (its fields: {names})')
+    if "output" in given:
         raise InputFileError(
             'it has a field "output", which is where the answer goes.\nhint: rename the field'
         )
-    prompt = content["messages" if "messages" in content else "prompt"]
+    prompt = given["messages" if "messages" in given else "prompt"]
     is_list = isinstance(prompt, list)
-    if "messages" in content and not (is_list and all(isinstance(m, dict) for m in prompt)):
+    if "messages" in given and not (is_list and all(isinstance(m, dict) for m in prompt)):
         raise InputFileError('"messages" must be a list of {"role": text, "content": text}')
     if is_list:
-        prompt = tuple(prompt)
-    own = content.get("options", {})
+        prompt = tuple(_without_nulls(item) for item in prompt)
+    own = given.get("options", {})
     if not isinstance(own, dict):
         raise InputFileError(f'"options" is a JSON {_kind(own)}, and must be an object')
-    request = _request(prompt, own, number, options)
+    request = _request(prompt, _without_nulls(own), number, options)
     recipe.strengths(request.steering)
+    recipe.policy_for(request.steering)
     return Line(number, content, request)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a JSON object without the fields that are null, as if they were left out; others as they are."""
+    if not isinstance(value, dict):
+        return value
+    return {name: each for name, each in value.items() if each is not None}
 
 
 def _request(prompt: Any, own: Mapping[str, Any], number: int, options: BatchOptions) -> Request:
@@ -138,9 +153,10 @@ def _request(prompt: Any, own: Mapping[str, Any], number: int, options: BatchOpt
     if changes.get("seed") is None and not sampling.is_greedy:
         sampling = replace(sampling, seed=line_seed(options.sampling.seed, number))
     expert = own.get("expert")
-    steering = Steering(own.get("alpha"), None if expert is None else _experts(expert))
-    steering = steering.over(options.steering)
-    return Request(prompt, sampling, steering.alpha, steering.experts)
+    experts = None if expert is None else _experts(expert)
+    steering = Steering(own.get("alpha"), experts, own.get("policy"), own.get("combine"))
+    chat = ChatOptions(**{field: own[name] for name, field in _CHAT_OPTIONS.items() if name in own})
+    return Request(prompt, sampling, **steering.over(options.steering).as_options(), chat=chat)
 
 
 def _numbered(number: int, raw: bytes) -> bytes:

@@ -47,6 +47,8 @@ class Event(NamedTuple):
     finish_reason: FinishReason | None
     tail: str
     """Text that was held back and belongs to no step; only when the row ended without a token."""
+    stopped_by: str | None = None
+    """The stop string that ended the row."""
 
 
 class DraftCount(NamedTuple):
@@ -193,7 +195,7 @@ class Batch:
             drafter.observe(row, token_id, at, guesses)
             reason, text = row.push(token_id)
             step = recorder.step(at, row, token_id, logprob, reason, text)
-            events.append(Event(row.index, step, reason, ""))
+            events.append(Event(row.index, step, reason, "", row.text.stopped_by))
             if reason is not None:
                 ended.add(place)
         return events

@@ -10,7 +10,7 @@ import torch
 
 from proxytune.backends.base import Backend
 from proxytune.errors import InvalidRequest, PromptTooLong
-from proxytune.logits.policy import Policy
+from proxytune.policy import Policy, needs_all_logits
 from proxytune.request import SamplingParams
 from proxytune.text.prompts import Tokenizer
 from proxytune.text.vocab import Alignment, Vocabulary, align
@@ -50,7 +50,7 @@ class Ensemble:
         vocabulary: The base's vocabulary.
         eos_token_ids: Token ids that end a text, in the base's vocabulary.
         tokenizer: The base's tokenizer, which turns new tokens into text.
-        policy: How strongly and by which pairs to steer at each token.
+        policy: How strongly and by which pairs to steer at each token, where a job does not say it.
     """
 
     members: tuple[Member, ...]
@@ -91,6 +91,7 @@ class Job:
         records_views: Whether to record what each member gave every token.
         num_top: How many of each one's likeliest tokens to record.
         strengths: Strength of each expert that steers, by name, for the record; `alphas` is what is run.
+        policy: How strongly and by which of its pairs it is steered at each token; None for the ensemble's.
         cancelled: Called once per step; True ends the row.
     """
 
@@ -101,6 +102,7 @@ class Job:
     num_top: int = 5
     cancelled: Callable[[], bool] | None = None
     strengths: Mapping[str, float] = field(default_factory=dict)
+    policy: Policy | None = None
 
 
 def check_job(ensemble: Ensemble, job: Job) -> None:
@@ -108,7 +110,8 @@ def check_job(ensemble: Ensemble, job: Job) -> None:
 
     Raises:
         PromptTooLong: Prompt and new tokens exceed a member's context.
-        InvalidRequest: A token id is outside the vocabulary, or the base cannot honour an option.
+        InvalidRequest: A token id is outside the vocabulary, or the base cannot honour an option or the
+            policy.
     """
     vocabulary, sampling = ensemble.vocabulary, job.sampling
     for name, token_ids in (
@@ -126,6 +129,8 @@ def check_job(ensemble: Ensemble, job: Job) -> None:
             "repetition_penalty depends on the zero point of logits, and a base behind an API shows only "
             "logprobs.\nhint: use presence_penalty or frequency_penalty"
         )
+    if is_partial and policy_of(ensemble, job).reads_base:
+        raise InvalidRequest(needs_all_logits(policy_of(ensemble, job)))
     for index in members_of(ensemble, job):
         member, prompt = ensemble.members[index], job.prompts[index]
         for token_id in prompt:
@@ -146,6 +151,11 @@ def check_job(ensemble: Ensemble, job: Job) -> None:
                 f"requested, and {member.name} has a context of {limit}.\n"
                 f"hint: shorten the prompt or ask for at most {limit - len(prompt)} new tokens"
             )
+
+
+def policy_of(ensemble: Ensemble, job: Job) -> Policy:
+    """Return the policy by which a job is steered."""
+    return ensemble.policy if job.policy is None else job.policy
 
 
 def pairs_of(job: Job) -> tuple[int, ...]:

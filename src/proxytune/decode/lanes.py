@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from proxytune.backends.base import Backend, num_shared_tokens
-from proxytune.decode.ensemble import Ensemble, Job, members_of, pairs_of
+from proxytune.decode.ensemble import Ensemble, Job, members_of, pairs_of, policy_of
 from proxytune.decode.speculative import PromptLookup, Rate, Source
 from proxytune.logits.sample import BatchSampler
 from proxytune.logits.steer import Contribution
+from proxytune.policy import Policy
 from proxytune.text.detokenize import TextStream
 from proxytune.text.vocab import Alignment
 from proxytune.trace import FinishReason
@@ -60,6 +61,8 @@ class Row:
     ending_ids: frozenset[int]
     pairs: tuple[int, ...]
     """The pairs that have lanes."""
+    policy: Policy
+    """How strongly and by which of them it is steered at each token."""
     new_ids: list[int] = field(default_factory=list)
     has_pending: bool = True
     """Whether the last new token waits to be read; a row that ended without a token has none."""
@@ -80,7 +83,7 @@ class Row:
         )
         eos_token_ids = () if sampling.ignore_eos else ensemble.eos_token_ids
         ending_ids = frozenset((*sampling.stop_token_ids, *eos_token_ids))
-        return cls(index, job, text, ending_ids, pairs_of(job))
+        return cls(index, job, text, ending_ids, pairs_of(job), policy_of(ensemble, job))
 
     @property
     def experts(self) -> tuple[int, ...]:

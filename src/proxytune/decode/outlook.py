@@ -12,7 +12,7 @@ from proxytune.backends.base import Bounds
 from proxytune.decode.lanes import Block, LaneGroup, Lanes, Row
 from proxytune.errors import BackendError
 from proxytune.logits.certificate import Proof
-from proxytune.logits.rules import Steered, apply_policy
+from proxytune.logits.rules import Steered, apply_policies
 from proxytune.logits.steer import Contribution
 from proxytune.trace import Usage
 
@@ -84,11 +84,12 @@ class Steerer:
         self, base: Tensor, contributions: Sequence[Contribution], places: Sequence[int]
     ) -> Steered:
         lanes = self._lanes
-        policy = lanes.ensemble.policy
+        rows = [lanes.rows[place] for place in places]
+        policies = [row.policy for row in rows]
         positions = None
-        if policy.has_positions:
-            counts = [len(lanes.rows[place].new_ids) for place in places]
+        if any(policy.has_positions for policy in policies):
+            counts = [len(row.new_ids) for row in rows]
             positions = torch.tensor(counts, device=lanes.device)
-        return apply_policy(
-            policy, base, contributions, positions=positions, padding_ids=lanes.padding_ids
+        return apply_policies(
+            policies, base, contributions, positions=positions, padding_ids=lanes.padding_ids
         )

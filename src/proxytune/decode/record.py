@@ -39,7 +39,7 @@ class Recorder:
         views, kl, weights, conflict, proof = None, None, None, None, None
         if row.job.records_views:
             views, kl = self._views(at, row, token_id)
-            if not self._lanes.ensemble.policy.is_plain:
+            if not row.policy.is_plain:
                 found = self._outlook.weights[:, at].tolist()
                 weights = self._lanes.weights_by_name(row, found)
             # The outlook has other rows' contributions, too; a row with one expert has no conflict.

@@ -93,14 +93,14 @@ def tuned_recipe(recipe: Recipe, options: EvalOptions) -> Recipe:
 def nudged(model: ProxyTuned, expert: str, threshold: float) -> ProxyTuned:
     """Return the base nudged by an expert, whatever the recipe's policy; the anti-expert does not run.
 
-    `threshold` is the base's top probability below which the expert nudges it; see `logits/policy.py`.
+    `threshold` is the base's top probability below which the expert nudges it; see `policy.py`.
 
     Raises:
         InvalidRequest: The threshold is out of range.
     """
     from proxytune.decode.ensemble import Pair
-    from proxytune.logits.policy import Policy
     from proxytune.model import ProxyTuned
+    from proxytune.policy import Policy
 
     found = next(pair for pair in model.ensemble.pairs if pair.name == expert)
     ensemble = replace(

@@ -13,7 +13,7 @@ by bit.
 No policy here saves forwards of the small models: they read every token, so that their KV caches have no
 holes. A gate changes what is generated, not what it costs.
 
-Pure functions of tensors; `logits/policy.py` names them as a recipe writes them, and checks their settings.
+Pure functions of tensors; `policy.py` names them as a recipe writes them, and checks their settings.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from proxytune.logits.policy import DEFAULT_MAX_ALPHA, DEFAULT_THRESHOLD, Policy
 from proxytune.logits.steer import Contribution, check_shapes, combine
+from proxytune.policy import DEFAULT_MAX_ALPHA, DEFAULT_THRESHOLD, Policy
 
 NUM_ALPHAS = 20
 """How many strengths above 0 `kl_match` tries: steps of 0.1 up to 2. Its minimum is flat."""
@@ -95,6 +95,53 @@ def apply_policy(
         logits = base_logits.float() + offset
     if is_left is not None and policy.implausible != "leave":
         logits = logits.masked_fill(~is_left, -torch.inf)
+    return Steered(logits, weights)
+
+
+def apply_policies(
+    policies: Sequence[Policy],
+    base_logits: Tensor,
+    contributions: Sequence[Contribution],
+    *,
+    positions: Tensor | None = None,
+    padding_ids: Tensor | None = None,
+) -> Steered:
+    """Steer each row of the base's logits as its own policy says.
+
+    Rows that share a policy are steered at once. What a row gets does not depend on the policies of others.
+
+    Args:
+        policies: One for each row.
+        base_logits: As in `apply_policy`, like the other arguments.
+        contributions: One per expert.
+        positions: `[rows]`; needed if a policy has positions.
+        padding_ids: Ids that no token has.
+
+    Raises:
+        VocabularyMismatch: A contribution has another shape than the base.
+    """
+    rows_of: dict[Policy, list[int]] = {}
+    for row, policy in enumerate(policies):
+        rows_of.setdefault(policy, []).append(row)
+    if len(rows_of) == 1:
+        return apply_policy(
+            policies[0], base_logits, contributions, positions=positions, padding_ids=padding_ids
+        )
+    check_shapes(base_logits, contributions)
+    device, num_rows = base_logits.device, len(policies)
+    logits = torch.empty(base_logits.shape, dtype=torch.float32, device=device)
+    weights = torch.ones(len(contributions), num_rows, device=device)
+    for policy, rows in rows_of.items():
+        own = torch.tensor(rows, device=device)
+        found = apply_policy(
+            policy,
+            base_logits[own],
+            [part.at(own) for part in contributions],
+            positions=None if positions is None else positions[own],
+            padding_ids=padding_ids,
+        )
+        logits[own] = found.logits
+        weights[:, own] = found.weights
     return Steered(logits, weights)
 
 
@@ -417,10 +464,16 @@ def scheduled(schedule: Sequence[tuple[int, float]], positions: Tensor) -> Tenso
         `[rows]` float32.
     """
     place = positions.to(torch.float32)
-    found = torch.full_like(place, schedule[0][1])
-    for (start, low), (stop, high) in pairwise(schedule):
-        share = ((place - start) / (stop - start)).clamp(0, 1)
-        found = torch.where(place > start, low + (high - low) * share, found)
+    if len(schedule) == 1:
+        return torch.full_like(place, schedule[0][1])
+    # One lookup, however many points there are: a request may bring its own.
+    spans = [
+        (start, stop - start, low, high - low) for (start, low), (stop, high) in pairwise(schedule)
+    ]
+    starts, lengths, lows, rises = torch.tensor(spans, dtype=place.dtype, device=place.device).T
+    span = torch.searchsorted(starts.contiguous(), place).sub_(1).clamp_(min=0)
+    share = ((place - starts[span]) / lengths[span]).clamp(0, 1)
+    found: Tensor = lows[span] + rises[span] * share
     return found
 
 

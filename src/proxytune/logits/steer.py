@@ -29,6 +29,13 @@ class Contribution(NamedTuple):
     anti_expert_logits: Tensor  # [batch, vocab]
     alpha: float | Tensor  # a number, or [batch] for a strength per row
 
+    def at(self, rows: Tensor) -> Contribution:
+        """Return the part of some rows, which are indices `[num rows]`."""
+        alpha = self.alpha
+        if isinstance(alpha, Tensor) and alpha.dim():
+            alpha = alpha.to(rows.device)[rows]
+        return Contribution(self.expert_logits[rows], self.anti_expert_logits[rows], alpha)
+
 
 def steer(
     base_logits: Tensor,

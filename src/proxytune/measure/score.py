@@ -497,7 +497,12 @@ def passage_logits(
 
 
 def batch_logits(
-    ensemble: Ensemble, passages: Sequence[Passage], needed: Sequence[int], *, chunk_tokens: int
+    ensemble: Ensemble,
+    passages: Sequence[Passage],
+    needed: Sequence[int],
+    *,
+    chunk_tokens: int,
+    states: list[Any] | None = None,
 ) -> Iterator[tuple[int, dict[int, Tensor]]]:
     """Yield, chunk by chunk, the index of the chunk's first predicted token and each member's logits.
 
@@ -508,6 +513,7 @@ def batch_logits(
         passages: The texts; only one if the base is behind an API.
         needed: Indices of the members to run.
         chunk_tokens: Positions per chunk.
+        states: Filled with the state of each backend of `by_backend`, for callers that go on from there.
 
     Yields:
         The index, and logits `[passages, chunk, base vocab]` by member, not normalised.
@@ -516,7 +522,7 @@ def batch_logits(
         UnsupportedModel: The base is behind an API that does not score a given text.
     """
     groups = by_backend(ensemble, needed)
-    states: list[Any] = []
+    states = [] if states is None else states
     pieces: dict[int, Tensor] = {}
 
     def enter(indices: Sequence[int], state: Any, logits: Tensor) -> None:

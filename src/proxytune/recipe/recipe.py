@@ -25,7 +25,7 @@ from proxytune.errors import (
     did_you_mean,
 )
 from proxytune.files import building, write_whole, writing
-from proxytune.logits.policy import COMBINATIONS, Policy
+from proxytune.policy import Policy, needs_all_logits
 from proxytune.recipe.card import model_card
 from proxytune.recipe.checks import (
     as_json,
@@ -143,12 +143,7 @@ class Recipe:
                     "an API shows only some logits.\nhint: name small models for both sides"
                 )
         if self.policy.reads_base:
-            raise RecipeError(
-                f"the base is behind an API, which shows only some logits, and the policy "
-                f"({self.policy.describe()}) needs all of them.\n"
-                "hint: leave steering out, or use clip, a schedule, or the combinations "
-                f"{', '.join(c for c in COMBINATIONS if not Policy(c).reads_base)}"
-            )
+            raise RecipeError(needs_all_logits(self.policy))
 
     @classmethod
     def read(cls, reference: str | os.PathLike[str]) -> Recipe:
@@ -395,7 +390,7 @@ class Recipe:
             UnknownExpert: The recipe has no expert of that name.
             InvalidRequest: No expert is named.
         """
-        known = [expert.name for expert in self.experts]
+        known = {expert.name: None for expert in self.experts}
         if names is None:
             return tuple(known) if self.default_expert is None else (self.default_expert,)
         wanted = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
@@ -406,8 +401,8 @@ class Recipe:
         for name in wanted:
             if name not in known:
                 raise UnknownExpert(
-                    f"the recipe has no expert {name!r}; it has {_listed(known)}"
-                    f"{did_you_mean(name, known)}"
+                    f"the recipe has no expert {name!r}; it has {_listed(list(known))}"
+                    f"{did_you_mean(name, list(known))}"
                 )
         return wanted
 
@@ -439,6 +434,18 @@ class Recipe:
         own = {expert.name: expert.alpha for expert in self.experts}
         alpha = steering.alpha
         return {name: own[name] if alpha is None else float(alpha) for name in names}
+
+    def policy_for(self, steering: Steering) -> Policy:
+        """Return the policy by which a request is steered: any that the recipe itself could have.
+
+        Raises:
+            InvalidRequest: What is asked for does not go together with the recipe's own settings, or needs
+                more than its base shows.
+        """
+        policy = steering.policy_over(self.policy)
+        if policy.reads_base and self.base.api is not None:
+            raise InvalidRequest(needs_all_logits(policy))
+        return policy
 
     def mixed(
         self, own: Mapping[str, float | None], alpha: float | None, *, name: str = "alpha"

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from proxytune.measure.prompt import PromptToken
+from proxytune.server.echo import Echo
 from proxytune.trace import Step, View
 
 Json = dict[str, Any]
@@ -16,12 +18,15 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The bytes of each token, by id."""
+    """The bytes of each token, by id; `shows_ids` writes a token's number in place of its text."""
 
     bytes_by_id: Mapping[int, bytes]
+    shows_ids: bool = False
 
     def text(self, token_id: int) -> str:
         """Return the text of a token on its own; an incomplete character becomes U+FFFD."""
+        if self.shows_ids:
+            return f"token_id:{token_id}"
         return self.bytes_by_id.get(token_id, b"").decode("utf-8", "replace")
 
     def with_logprob(self, token_id: int, logprob: float) -> Json:
@@ -44,9 +49,7 @@ def chat_logprobs(steps: Sequence[Step], tokens: Tokens) -> Json:
     }
 
 
-def completion_logprobs(
-    steps: Sequence[Step], tokens: Tokens, *, offset: int, has_top: bool
-) -> Json:
+def completion_logprobs(steps: Sequence[Step], tokens: Tokens, *, offset: int) -> Json:
     """Return `choices[].logprobs` of a completion; `offset` characters of the text come before the steps."""
     offsets = []
     for step in steps:
@@ -55,9 +58,51 @@ def completion_logprobs(
     return {
         "tokens": [tokens.text(step.token_id) for step in steps],
         "token_logprobs": [step.logprob for step in steps],
-        "top_logprobs": [_by_text(step, tokens) for step in steps] if has_top else None,
+        "top_logprobs": [_best(step, step.top, tokens) for step in steps],
         "text_offset": offsets,
     }
+
+
+def echoed_logprobs(
+    echo: Echo, scored: Sequence[PromptToken], tokens: Tokens, *, num_top: int
+) -> Json:
+    """Return `choices[].logprobs` for the tokens of a prompt; nothing comes before the first one."""
+    top = [None, *(_best(each, each.top[:num_top], tokens) for each in scored)]
+    return {
+        "tokens": [tokens.text(token_id) for token_id in echo.token_ids],
+        "token_logprobs": [None, *(_finite(each.logprob) for each in scored)],
+        "top_logprobs": top,
+        "text_offset": list(echo.offsets),
+    }
+
+
+def joined_logprobs(first: Json, second: Json | None) -> Json:
+    """Return `choices[].logprobs` of a prompt and of the text after it."""
+    if second is None:
+        return first
+    return {key: [*value, *second[key]] for key, value in first.items()}
+
+
+def prompt_logprobs(
+    scored: Sequence[PromptToken], tokens: Tokens, *, num_top: int
+) -> list[Json | None]:
+    """Return `prompt_logprobs` as vLLM writes it: for each token, itself and the likeliest ones, by id."""
+    found: list[Json | None] = [None]
+    for each in scored:
+        entries = [(each.token_id, _finite(each.logprob), each.rank)]
+        best = _possible(each.top[:num_top])
+        entries += [(*pair, rank) for rank, pair in enumerate(best, start=1)]
+        found.append(
+            {
+                str(token_id): {
+                    "logprob": logprob,
+                    "rank": rank,
+                    "decoded_token": tokens.text(token_id),
+                }
+                for token_id, logprob, rank in entries
+            }
+        )
+    return found
 
 
 def explained(step: Step, tokens: Tokens) -> Json:
@@ -92,12 +137,43 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _by_text(step: Step, tokens: Tokens) -> dict[str, float]:
-    """Return the most likely tokens, best first; where incomplete characters share a text, the best one."""
+ANTHROPIC_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+"""The Anthropic API's types of errors, by status; others are `invalid_request_error` or `api_error`."""
+
+
+def anthropic_error(message: str, status: int, request_id: str) -> Json:
+    """Return the body of an error as the Anthropic API has it."""
+    other = "api_error" if status >= 500 else "invalid_request_error"
+    error = {"type": ANTHROPIC_KINDS.get(status, other), "message": message}
+    return {"type": "error", "error": error, "request_id": request_id}
+
+
+def _best(
+    chosen: Step | PromptToken, top: Sequence[tuple[int, float]], tokens: Tokens
+) -> dict[str, float]:
+    """Return the most likely tokens, best first, and the chosen one, which may be none of them.
+
+    Where incomplete characters share a text, the best one stands for them.
+    """
     found: dict[str, float] = {}
-    for token_id, logprob in _possible(step.top):
+    for token_id, logprob in [*_possible(top), (chosen.token_id, _finite(chosen.logprob))]:
         found.setdefault(tokens.text(token_id), logprob)
     return found
+
+
+def _finite(logprob: float) -> float:
+    # A policy can make a token impossible. JSON has no -inf, and the API writes it so.
+    return max(logprob, -9999.0)
 
 
 def _possible(top: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -9,11 +9,10 @@ What a request passes before it gets here is in `guards.py`.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.security import HTTPBearer
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -28,6 +28,7 @@ from starlette.types import Receive, Scope, Send
 
 from proxytune.errors import (
     BackendError,
+    InvalidRequest,
     PromptTooLong,
     QueueFull,
     ShuttingDown,
@@ -35,26 +36,32 @@ from proxytune.errors import (
     UnknownExpert,
     UserError,
 )
+from proxytune.measure.score import smallest_context
 from proxytune.model import ProxyTuned
 from proxytune.pages.policy import assemble, page_policy
 from proxytune.server.answer import Json
 from proxytune.server.body import BODIES_HELD, InFlight
+from proxytune.server.doors import ChatDoor, CompletionDoor, Door, Writer
 from proxytune.server.guards import (
     Arrival,
     BodyGuard,
     KeyGuard,
+    Refusal,
     RequestLog,
-    error_response,
 )
-from proxytune.server.schema import (
-    ChatRequest,
-    CompletionRequest,
-    Generation,
-    InvalidField,
-    not_an_object,
+from proxytune.server.messages import (
+    CountTokensRequest,
+    MessagesDoor,
+    MessagesRequest,
+    count_tokens,
 )
-from proxytune.server.service import Answer, Service, TimeIsUp, UnknownModel
+from proxytune.server.responses import ResponsesDoor, ResponsesRequest, UnknownResponse
+from proxytune.server.schema import ChatRequest, CompletionRequest, InvalidField, not_an_object
+from proxytune.server.service import Answer, Service, TimeIsUp
 from proxytune.server.settings import ServerSettings
+from proxytune.server.steering import UnknownModel
+from proxytune.server.stored import KeptAnswers
+from proxytune.server.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 
 logger = logging.getLogger("proxytune.server")
 
@@ -74,6 +81,17 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"description": "The server is shutting down, or too many large requests are arriving"},
     504: {"description": "The text was not finished within the time limit of a request"},
 }
+
+BODIES = (
+    CompletionRequest,
+    ChatRequest,
+    ResponsesRequest,
+    MessagesRequest,
+    CountTokensRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+)
+"""What the routes read, for the documentation."""
 
 Result = TypeVar("Result")
 
@@ -100,6 +118,8 @@ def make_app(model: ProxyTuned, settings: ServerSettings) -> FastAPI:
     app.state.service = service
     _add_error_handlers(app)
     _add_generation_routes(app, service)
+    _add_token_routes(app, service)
+    _document_bodies(app)
     _add_model_routes(app, service)
     _add_status_routes(app, service)
     _add_playground(app)
@@ -112,8 +132,15 @@ def make_app(model: ProxyTuned, settings: ServerSettings) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=[
+                "Authorization",
+                "Content-Type",
+                "x-api-key",
+                "anthropic-version",
+                "x-request-id",
+            ],
+            expose_headers=["x-request-id", "x-proxytune-max-tokens"],
         )
     app.add_middleware(
         RequestLog,
@@ -128,48 +155,155 @@ def make_app(model: ProxyTuned, settings: ServerSettings) -> FastAPI:
 
 
 def _add_generation_routes(app: FastAPI, service: Service) -> None:
-    async def respond(request: Request, kind: type[Generation]) -> Response:
+    kept = KeptAnswers()
+    app.state.kept = kept
+
+    async def respond(request: Request, door: Door) -> Response:
         arrival: Arrival = request.state.arrival
-        # A page of another site may send other types without asking first.
-        if not re.match(
-            r"application/([\w.+-]+\+)?json\s*(;|$)",
-            request.headers.get("content-type", ""),
-            re.IGNORECASE,
-        ):
-            raise not_an_object()
-        assert arrival.body is not None
-        deadline = arrival.at + service.settings.request_timeout_s
-        reading = service.read(kind, arrival.body.take(), client=arrival.client, deadline=deadline)
+        body, deadline = _json_body(request), arrival.at + service.settings.request_timeout_s
+        reading = service.render(
+            lambda desk: door.read(body, desk, arrival.client),
+            client=arrival.client,
+            num_bytes=len(body),
+            deadline=deadline,
+        )
         found = await _unless_gone(request.receive, reading)
         if found is None:
             return Response(status_code=CLIENT_GONE)
-        wanted, jobs = found
+        writer, wanted, orders = found
+        assert arrival.body is not None
         arrival.body.close()
         answer = service.begin(
-            wanted, jobs, client=arrival.client, host=arrival.host, deadline=deadline
+            wanted, orders, client=arrival.client, host=arrival.host, deadline=deadline
         )
         if wanted.stream:
-            return _EventStream(service, answer)
-        whole = await _whole(service, answer, request.receive)
-        return Response(status_code=CLIENT_GONE) if whole is None else JSONResponse(whole)
+            return _EventStream(service, answer, writer, arrival.request_id)
+        whole = await _whole(service, answer, writer, request.receive)
+        if whole is None:
+            return Response(status_code=CLIENT_GONE)
+        # Elsewhere, because thousands of logprobs would hold up all other requests.
+        return await asyncio.to_thread(JSONResponse, whole, headers=answer.headers)
 
-    def body_of(kind: type[Generation]) -> dict[str, Any]:
-        schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
-        content = {"application/json": {"schema": schema}}
-        return {"requestBody": {"required": True, "content": content}}
+    def add(path: str, door: Door, name: str, description: str) -> None:
+        async def answer(request: Request) -> Response:
+            return await respond(request, door)
 
-    options: dict[str, Any] = {"responses": ERRORS, "dependencies": [BEARER]}
+        _add_post(app, path, answer, door.kind, name, description)
 
-    @app.post("/v1/completions", openapi_extra=body_of(CompletionRequest), **options)
-    async def completions(request: Request) -> Response:
-        """Continue a prompt."""
-        return await respond(request, CompletionRequest)
+    add("/v1/completions", CompletionDoor(service), "completions", "Continue a prompt.")
+    add("/v1/chat/completions", ChatDoor(service), "chat_completions", "Answer a conversation.")
+    responses = ResponsesDoor(service, kept)
+    add("/v1/responses", responses, "responses", "Answer a conversation, as a response.")
+    add("/v1/messages", MessagesDoor(service), "messages", "Answer a conversation, as a message.")
 
-    @app.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest), **options)
-    async def chat_completions(request: Request) -> Response:
-        """Answer a conversation."""
-        return await respond(request, ChatRequest)
+    options: dict[str, Any] = {
+        "responses": {code: ERRORS[code] for code in (400, 401, 404)},
+        "dependencies": [BEARER],
+    }
 
+    async def response_by_id(request: Request, response_id: str) -> Response:
+        """Return a response that is kept."""
+        for name, value in request.query_params.items():
+            if (name, value) not in (("stream", "false"), ("include_obfuscation", "false")):
+                raise InvalidField(f"{name[:100]!r} cannot be honoured here", name[:100])
+        found = kept.get(request.state.arrival.client, response_id)
+        if found is None:
+            raise UnknownResponse(response_id)
+        return Response(found.answer, media_type="application/json")
+
+    async def delete_response(request: Request, response_id: str) -> Json:
+        """Forget a response."""
+        if not kept.remove(request.state.arrival.client, response_id):
+            raise UnknownResponse(response_id)
+        return {"id": response_id, "object": "response", "deleted": True}
+
+    async def cancel_response(request: Request, response_id: str) -> Json:
+        """Refuse to cancel a response: each is whole before it is kept."""
+        if kept.get(request.state.arrival.client, response_id) is None:
+            raise UnknownResponse(response_id)
+        raise InvalidRequest(
+            "Cannot cancel a synchronous response.\nhint: close its connection while it is written"
+        )
+
+    for path, is_shown in (
+        ("/v1/responses/{response_id}", True),
+        ("/responses/{response_id}", False),
+    ):
+        app.get(path, include_in_schema=is_shown, **options)(response_by_id)
+        app.delete(path, include_in_schema=is_shown, **options)(delete_response)
+        app.post(f"{path}/cancel", include_in_schema=is_shown, **options)(cancel_response)
+
+
+def _add_token_routes(app: FastAPI, service: Service) -> None:
+    def add(path: str, work: ReadWork, kind: type[BaseModel], name: str, description: str) -> None:
+        async def answer(request: Request) -> Response:
+            arrival: Arrival = request.state.arrival
+            body = _json_body(request)
+            reading = service.render(
+                lambda desk: work(service, body, desk),
+                client=arrival.client,
+                num_bytes=len(body),
+                deadline=arrival.at + service.settings.request_timeout_s,
+            )
+            found = await _unless_gone(request.receive, reading)
+            if found is None:
+                return Response(status_code=CLIENT_GONE)
+            return Response(found, media_type="application/json")
+
+        _add_post(app, path, answer, kind, name, description)
+
+    counted = "Count the tokens that the base reads of a conversation."
+    add("/v1/messages/count_tokens", count_tokens, CountTokensRequest, "count_tokens", counted)
+    shown = "Return the base's tokens of a text or of a conversation."
+    add("/v1/tokenize", tokenize, TokenizeRequest, "tokenize", shown)
+    joined = "Return the text of the base's tokens."
+    add("/v1/detokenize", detokenize, DetokenizeRequest, "detokenize", joined)
+
+
+ReadWork = Callable[[Service, bytearray, ProxyTuned], bytes]
+
+
+def _add_post(
+    app: FastAPI,
+    path: str,
+    answer: Callable[[Request], Coroutine[Any, Any, Response]],
+    kind: type[BaseModel],
+    name: str,
+    description: str,
+) -> None:
+    """Add a route for a kind of body, with and without `/v1`."""
+    schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
+    body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    app.post(
+        path,
+        name=name,
+        description=description,
+        openapi_extra={"requestBody": body},
+        responses=ERRORS,
+        dependencies=[BEARER],
+    )(answer)
+    app.post(path.removeprefix("/v1"), name=name, include_in_schema=False)(answer)
+
+
+def _json_body(request: Request) -> bytearray:
+    """Take a request's body.
+
+    Raises:
+        InvalidRequest: It was not declared as JSON.
+    """
+    # A page of another site may send other types without asking first.
+    if not re.match(
+        r"application/([\w.+-]+\+)?json\s*(;|$)",
+        request.headers.get("content-type", ""),
+        re.IGNORECASE,
+    ):
+        raise not_an_object()
+    arrival: Arrival = request.state.arrival
+    assert arrival.body is not None
+    return arrival.body.take()
+
+
+def _document_bodies(app: FastAPI) -> None:
     fastapi_document = app.openapi
 
     def document() -> dict[str, Any]:
@@ -178,7 +312,7 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
         whole = fastapi_document()
         if is_new:
             _, schemas = models_json_schema(
-                [(CompletionRequest, "validation"), (ChatRequest, "validation")],
+                [(kind, "validation") for kind in BODIES],
                 ref_template="#/components/schemas/{model}",
             )
             whole.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
@@ -190,16 +324,26 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
 def _add_model_routes(app: FastAPI, service: Service) -> None:
     started = int(time.time())
 
-    def model_entry(name: str) -> Json:
-        return {"id": name, "object": "model", "created": started, "owned_by": "proxytune"}
+    max_context = smallest_context(service.model.ensemble.members)
 
+    def model_entry(name: str) -> Json:
+        own: Json = {"id": name, "object": "model", "created": started, "owned_by": "proxytune"}
+        # As vLLM has it for adapters and the model that they are for.
+        parent = None if name == service.settings.name else service.settings.name
+        root = name if parent is None else service.model_names[name]
+        return own | {"root": root, "parent": parent, "max_model_len": max_context}
+
+    @app.get("/models", include_in_schema=False)
     @app.get("/v1/models", responses={401: ERRORS[401]}, dependencies=[BEARER])
     async def models() -> Json:
         """List the recipe, and each of its experts as `recipe:expert`."""
         return {"object": "list", "data": [model_entry(name) for name in service.model_names]}
 
+    @app.get("/models/{name:path}", include_in_schema=False)
     @app.get(
-        "/v1/models/{name}", responses={401: ERRORS[401], 404: ERRORS[404]}, dependencies=[BEARER]
+        "/v1/models/{name:path}",
+        responses={401: ERRORS[401], 404: ERRORS[404]},
+        dependencies=[BEARER],
     )
     async def model_by_name(name: str) -> Json:
         """Describe one model."""
@@ -249,11 +393,12 @@ def _add_playground(app: FastAPI) -> None:
 # Answers ----------------------------------------------------------------------------------------------------
 
 
-async def _whole(service: Service, answer: Answer, receive: Receive) -> Json | None:
+async def _whole(service: Service, answer: Answer, writer: Writer, receive: Receive) -> Json | None:
     """Return the JSON of an answer once all its texts have ended; None if the client goes away."""
 
     async def gather() -> Json:
-        return service.whole(answer, [part async for part in service.parts(answer)])
+        parts = [part async for part in service.parts(answer)]
+        return await asyncio.to_thread(writer.whole, answer, parts)
 
     try:
         return await _unless_gone(receive, gather())
@@ -285,14 +430,17 @@ class _EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, service: Service, answer: Answer) -> None:
+    def __init__(self, service: Service, answer: Answer, writer: Writer, request_id: str) -> None:
         self.status_code = 200
         self.background = None
         self.body = b""
-        self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        self.init_headers(headers | answer.headers)
         del self.headers["content-length"]
         self._service = service
         self._answer = answer
+        self._writer = writer
+        self._request_id = request_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -307,66 +455,61 @@ class _EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _lines(self) -> AsyncIterator[bytes]:
-        service, answer = self._service, self._answer
-        for chunk in service.first_chunks(answer):
-            yield _event(chunk)
+        answer, writer = self._answer, self._writer
+        for line in writer.begin(answer):
+            yield line
         try:
-            async for part in service.parts(answer):
-                found = service.chunk(answer, part)
-                if found is not None:
-                    yield _event(found)
+            async for part in self._service.parts(answer):
+                lines = writer.add(answer, part)
+                if part.offset is None and part.owner.ticket.scores is not None:
+                    lines = await asyncio.to_thread(list, lines)
+                for line in lines:
+                    yield line
         except Exception as error:
-            refused = _refusal(error)
-            yield _event(json.loads(bytes(refused.body)))
-            yield b"data: [DONE]\n\n"
+            for line in writer.fail(answer, _refusal(error), self._request_id):
+                yield line
             return
-        options = answer.wanted.stream_options
-        if options is not None and options.include_usage:
-            yield _event(service.usage_chunk(answer))
-        yield b"data: [DONE]\n\n"
-
-
-def _event(content: Json) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False, allow_nan=False).encode() + b"\n\n"
+        for line in writer.end(answer):
+            yield line
 
 
 # Errors -----------------------------------------------------------------------------------------------------
 
 
-def _refusal(error: Exception) -> JSONResponse:
+def _refusal(error: Exception) -> Refusal:
     """Return the response for an error, without revealing anything about the machine."""
     if isinstance(error, QueueFull):
         headers = {"Retry-After": str(error.retry_after_s)}
-        return error_response(
-            429, str(error), kind="rate_limit_error", code="queue_full", headers=headers
-        )
+        return Refusal(429, str(error), kind="rate_limit_error", code="queue_full", headers=headers)
     if isinstance(error, Unavailable):
         code = "shutting_down" if isinstance(error, ShuttingDown) else None
         headers = {"Retry-After": "5"}
-        return error_response(503, str(error), kind="server_error", code=code, headers=headers)
+        return Refusal(503, str(error), kind="server_error", code=code, headers=headers)
     if isinstance(error, TimeIsUp):
         message = (
             "the text was not finished within this server's time limit for a request.\n"
             "hint: send a shorter prompt or ask for fewer tokens; a stream shows the text so far"
         )
-        return error_response(504, message, kind="server_error", code="timeout")
+        return Refusal(504, message, kind="server_error", code="timeout")
     if isinstance(error, UnknownModel):
-        return error_response(404, str(error), param="model", code="model_not_found")
+        return Refusal(404, str(error), param="model", code="model_not_found")
+    if isinstance(error, UnknownResponse):
+        return Refusal(404, str(error), param=error.field, code="response_not_found")
     if isinstance(error, PromptTooLong):
-        return error_response(400, str(error), code="context_length_exceeded")
+        return Refusal(400, str(error), code="context_length_exceeded")
     if isinstance(error, UnknownExpert):
-        return error_response(400, str(error), param="proxytune", code="unknown_expert")
+        return Refusal(400, str(error), param="proxytune", code="unknown_expert")
     if isinstance(error, InvalidField):
-        return error_response(400, str(error), param=error.field)
+        return Refusal(400, str(error), param=error.field)
     if isinstance(error, UserError):
-        return error_response(400, str(error))
+        return Refusal(400, str(error))
     # Messages of backends may name files and servers, so they go to the log only.
     if isinstance(error, BackendError):
         logger.error("a model failed: %s", error)
     else:
         logger.error("a request failed", exc_info=error)
     message = "the models failed on this request; the server's log says why"
-    return error_response(500, message, kind="server_error")
+    return Refusal(500, message, kind="server_error")
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -374,7 +517,7 @@ def _add_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         kind = "invalid_request_error" if error.status_code < 500 else "server_error"
         headers = dict(error.headers or {})
-        return error_response(error.status_code, str(error.detail), kind=kind, headers=headers)
+        return Refusal(error.status_code, str(error.detail), kind=kind, headers=headers)
 
     async def refused(request: Request, error: Exception) -> Response:
         return _refusal(error)

@@ -14,15 +14,16 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 from proxytune.decode.batch import Batch, DraftCount, Event
 from proxytune.decode.lanes import Kept
 from proxytune.decode.speculative import Drafting, Speculator
 from proxytune.errors import BackendError, QueueFull, ShuttingDown, UserError
+from proxytune.measure.prompt import PromptToken, score_prompt
 from proxytune.model import ProxyTuned
-from proxytune.server.turns import LONG, SHORT, Ticket, WaitingRoom
+from proxytune.server.turns import LONG, SHORT, PromptScores, Ticket, WaitingRoom
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,16 @@ class _Running:
     batch: Batch
     tickets: dict[int, Ticket]
     is_alone: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Scoring:
+    """A prompt that is being scored, and the tickets that wait for it."""
+
+    scores: PromptScores
+    tickets: list[Ticket]
+    reading: Generator[list[PromptToken], None, Kept | None]
+    is_alone: bool
 
 
 class Engine:
@@ -74,9 +85,10 @@ class Engine:
         self._kept: deque[tuple[tuple[str, str], Kept]] = deque()  # (owner, caches), oldest first
         self._condition = threading.Condition()
         self._waiting = WaitingRoom(max_waiting)
-        self._work = 0  # number of tokens generated so far
+        self._work = 0  # number of tokens generated and scored so far
         self._suspects: deque[Ticket] = deque()  # their batch failed, so each runs alone
         self._arriving: list[Ticket] = []  # their prompts are being read
+        self._scoring: list[_Scoring] = []
         self._running: list[_Running] = []
         self._is_closing = False
         self._is_giving_up = False
@@ -108,7 +120,8 @@ class Engine:
     @property
     def num_running(self) -> int:
         """Number of running rows."""
-        return len(self._arriving) + sum(len(each.tickets) for each in list(self._running))
+        busy: list[_Running | _Scoring] = [*self._running, *self._scoring]
+        return len(self._arriving) + sum(len(each.tickets) for each in busy)
 
     def submit(self, tickets: Sequence[Ticket]) -> None:
         """Queue the tickets of one request, all of them or none.
@@ -157,13 +170,17 @@ class Engine:
     # The engine's thread --------------------------------------------------------------------------------
 
     def _all_tickets(self) -> list[Ticket]:
-        running = [t for running in self._running for t in running.tickets.values()]
-        return [*running, *self._arriving, *self._suspects, *self._waiting]
+        return [*self._busy_tickets(), *self._arriving, *self._suspects, *self._waiting]
+
+    def _busy_tickets(self) -> list[Ticket]:
+        """Return the tickets that run, and those whose prompts are being scored."""
+        running = [ticket for each in self._running for ticket in each.tickets.values()]
+        return running + [ticket for each in self._scoring for ticket in each.tickets]
 
     def _loop(self) -> None:
         while True:
             with self._condition:
-                while not (self._running or self.num_waiting):
+                while not (self._running or self._scoring or self.num_waiting):
                     if self._is_closing:
                         return
                     self._condition.wait()
@@ -174,7 +191,7 @@ class Engine:
                 logger.exception("the engine failed")
                 with self._condition:
                     tickets = self._all_tickets()
-                    self._arriving, self._running = [], []
+                    self._arriving, self._scoring, self._running = [], [], []
                     self._waiting.clear()
                     self._suspects.clear()
                 for ticket in tickets:
@@ -203,6 +220,8 @@ class Engine:
             ticket.notify(Event(0, None, "cancelled", ""))
         if self._arriving:
             self._admit(self._arriving, is_alone)
+        for scoring in list(self._scoring):
+            self._score(scoring)
         for running in list(self._running):
             if self._step(running) and not running.tickets:
                 self._running.remove(running)
@@ -219,7 +238,7 @@ class Engine:
 
     def _take_arrivals(self) -> tuple[list[Ticket], bool]:
         """Return the tickets that may join now, and whether they must run alone."""
-        running = [ticket for each in self._running for ticket in each.tickets.values()]
+        running = self._busy_tickets()
         free = self.max_rows - len(running)
         if free > 0 and self._suspects:
             return [self._suspects.popleft()], True
@@ -245,6 +264,8 @@ class Engine:
         together = []
         for ticket in arrivals:
             ticket.started = ticket.started or now
+            if self._waits_for_scores(ticket, is_alone):
+                continue
             # A ticket that must run alone may have failed because of reused caches.
             kept = None if is_alone else self._take_kept(ticket)
             if kept is None:
@@ -253,6 +274,56 @@ class Engine:
                 self._begin([ticket], is_alone, kept)
         if together:
             self._begin(together, is_alone, None)
+
+    def _waits_for_scores(self, ticket: Ticket, is_alone: bool) -> bool:
+        """Let a ticket whose prompt is to be scored wait for that, and end one that wants no text.
+
+        Returns whether it does not generate now.
+        """
+        scores = ticket.scores
+        if scores is not None and not scores.is_done:
+            same = next((each for each in self._scoring if each.scores is scores), None)
+            if same is None:
+                scores.tokens.clear()  # of an attempt that failed
+                reading = score_prompt(self.model.ensemble, ticket.job, num_top=scores.num_top)
+                same = _Scoring(scores, [], reading, is_alone)
+                self._scoring.append(same)
+            same.tickets.append(ticket)
+        elif ticket.generates:
+            return False
+        else:
+            self._work += 1  # Otherwise such tickets could go ahead of larger ones without end.
+            ticket.notify(Event(0, None, "length", ""))
+        self._arriving = [each for each in self._arriving if each is not ticket]
+        return True
+
+    def _score(self, scoring: _Scoring) -> None:
+        """Score the next tokens of a prompt; after the last one, start the tickets that wait for it."""
+        for ticket in [each for each in scoring.tickets if each.is_unwanted()]:
+            scoring.tickets.remove(ticket)
+            ticket.notify(Event(0, None, "cancelled", ""))
+        kept: Kept | None = None
+        try:
+            if scoring.tickets:
+                scored = next(scoring.reading)
+                scoring.scores.tokens += scored
+                self._work += len(scored)
+                return
+        except StopIteration as end:
+            kept = end.value
+        except Exception as error:
+            self._scoring.remove(scoring)
+            self._fail(scoring.tickets, error)
+            return
+        self._scoring.remove(scoring)
+        scoring.scores.is_done = bool(scoring.tickets)
+        self._arriving = [ticket for ticket in scoring.tickets if ticket.generates]
+        for ticket in scoring.tickets:
+            if not ticket.generates:
+                ticket.notify(Event(0, None, "length", ""))
+        for tickets, read in ((self._arriving[:1], kept), (self._arriving[1:], None)):
+            if tickets:
+                self._begin(tickets, scoring.is_alone, read)
 
     def _take_kept(self, ticket: Ticket) -> Kept | None:
         """Return the kept caches that share most with a ticket's prompt, if they share enough.
@@ -292,7 +363,8 @@ class Engine:
             self._arriving = [each for each in self._arriving if each not in arrivals]
             self._fail(arrivals, error, had_kept=kept is not None)
             return
-        arrivals[0].num_reused = batch.num_reused
+        # A prompt that was scored has been read for this very text.
+        arrivals[0].num_reused = 0 if arrivals[0].scores else batch.num_reused
         joining = _Running(batch, dict(enumerate(arrivals)), is_alone)
         self._running.append(joining)
         self._arriving = [each for each in self._arriving if each not in arrivals]

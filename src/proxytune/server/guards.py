@@ -13,6 +13,7 @@ import ipaddress
 import logging
 import re
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from proxytune.errors import Unavailable
-from proxytune.server.answer import error_body
+from proxytune.server.answer import Json, anthropic_error, error_body
 from proxytune.server.body import Held, InFlight
 from proxytune.server.settings import ServerSettings
 
@@ -37,6 +38,10 @@ OPEN_PATHS = frozenset({"/", "/health", "/version", "/metrics", "/openapi.json"}
 """What can be read without a key; everything else needs one where there are some."""
 MAX_MESSAGE = 2000
 """Maximum number of characters of an error's message, which may quote the request."""
+REQUEST_ID = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+"""What a client may call its request; it is written to the log, and back to the client."""
+ANTHROPIC_PATH = re.compile(r"(/v1)?/messages(/|$)")
+"""Paths of the Anthropic API, whose errors have another form and whose request id has another header."""
 
 
 @dataclass(slots=True)
@@ -48,12 +53,14 @@ class Arrival:
         host: The address it came from.
         key: Index of its key; None where no keys are asked for.
         body: Its body.
+        request_id: What the client calls it, or a name made here.
     """
 
     at: float
     host: str
     key: int | None = None
     body: Held | None = None
+    request_id: str = ""
 
     @property
     def client(self) -> str:
@@ -72,22 +79,40 @@ class Arrival:
         return self.host
 
 
-def error_response(
-    status: int,
-    message: str,
-    *,
-    kind: str = "invalid_request_error",
-    param: str | None = None,
-    code: str | None = None,
-    headers: dict[str, str] | None = None,
-) -> JSONResponse:
-    """Return the response for an error."""
-    if len(message) > MAX_MESSAGE:
-        message = f"{message[:MAX_MESSAGE]}…"
-    return JSONResponse(error_body(message, kind=kind, param=param, code=code), status, headers)
+class Refusal(JSONResponse):
+    """The response for an error, in the form of the API to which the path of its request belongs."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        if len(message) > MAX_MESSAGE:
+            message = f"{message[:MAX_MESSAGE]}…"
+        self.message = message
+        self.code = code
+        self.content = error_body(message, kind=kind, param=param, code=code)
+        super().__init__(self.content, status, headers)
+
+    def anthropic(self, request_id: str) -> Json:
+        """Return its content as the Anthropic API has it."""
+        return anthropic_error(self.message, self.status_code, request_id)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        if ANTHROPIC_PATH.match(scope.get("path", "")):
+            arrival: Arrival | None = scope.get("state", {}).get("arrival")
+            self.body = self.render(self.anthropic(arrival.request_id if arrival else ""))
+            self.headers["content-length"] = str(len(self.body))
+        await super().__call__(scope, receive, send)
 
 
-async def _close(response: JSONResponse, scope: Scope, receive: Receive, send: Send) -> None:
+async def _close(response: Refusal, scope: Scope, receive: Receive, send: Send) -> None:
     """Send a response that ends its connection."""
     response.headers["Connection"] = "close"
     await response(scope, receive, send)
@@ -125,18 +150,22 @@ class KeyGuard:
         if scope["type"] != "http" or not self._digests or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        given = key.strip() if scheme.lower() == "bearer" else ""
-        own = hashlib.sha256(given.encode()).digest()
-        # Compare all keys, each in constant time, so that the time taken reveals nothing.
-        matches = [hmac.compare_digest(own, digest) for digest in self._digests]
-        if any(matches):
-            scope["state"]["arrival"].key = matches.index(True)
-            await self._app(scope, receive, send)
-            return
+        headers = Headers(scope=scope)
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        given = [bearer.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
+        for key in [key for key in given if key] or [""]:
+            own = hashlib.sha256(key.encode()).digest()
+            # Compare all keys, each in constant time, so that the time taken reveals nothing.
+            matches = [hmac.compare_digest(own, digest) for digest in self._digests]
+            if any(matches):
+                scope["state"]["arrival"].key = matches.index(True)
+                await self._app(scope, receive, send)
+                return
         await _drain(scope, receive, DRAIN_FACTOR * self._max_bytes)
-        message = "this server asks for a key; send it as `Authorization: Bearer KEY`"
-        response = error_response(401, message, headers={"WWW-Authenticate": "Bearer"})
+        message = (
+            "this server asks for a key; send it as `Authorization: Bearer KEY` or `x-api-key: KEY`"
+        )
+        response = Refusal(401, message, headers={"WWW-Authenticate": "Bearer"})
         await _close(response, scope, receive, send)
 
 
@@ -171,9 +200,9 @@ class BodyGuard:
         finally:
             body.close()
 
-    async def _read(self, body: Held, scope: Scope, receive: Receive) -> JSONResponse | None:
+    async def _read(self, body: Held, scope: Scope, receive: Receive) -> Refusal | None:
         """Read a body; return what it is refused with."""
-        refusal: JSONResponse | None = None
+        refusal: Refusal | None = None
 
         async def read() -> None:
             nonlocal refusal
@@ -188,13 +217,13 @@ class BodyGuard:
                     why = (
                         f"the body is larger than this server's limit of {self._max_bytes:,} bytes"
                     )
-                    refusal = error_response(413, why)
+                    refusal = Refusal(413, why)
                     break
                 try:
                     body.add(piece)
                 except Unavailable as error:
                     headers = {"Retry-After": "1"}
-                    refusal = error_response(503, str(error), kind="server_error", headers=headers)
+                    refusal = Refusal(503, str(error), kind="server_error", headers=headers)
             if refusal is not None and is_more:
                 body.close()
                 await _drain(scope, receive, DRAIN_FACTOR * self._max_bytes)
@@ -202,7 +231,7 @@ class BodyGuard:
         try:
             await asyncio.wait_for(read(), self._timeout_s)
         except asyncio.TimeoutError:
-            return refusal or error_response(408, "the body did not arrive in time")
+            return refusal or Refusal(408, "the body did not arrive in time")
         return refusal
 
 
@@ -211,7 +240,7 @@ class _Gone(Exception):
 
 
 class RequestLog:
-    """Counts and logs requests, adds security headers, and refuses requests to an unknown host name.
+    """Names, counts and logs requests, adds headers, and refuses requests to an unknown host name.
 
     starlette's `TrustedHostMiddleware` answers 400 in plain text and redirects to names with `www.`. Here the
     answer is 421 with an error object, as in every other refusal.
@@ -222,7 +251,7 @@ class RequestLog:
         app: ASGIApp,
         settings: ServerSettings,
         on_answer: Callable[[str, int], None],
-        refusal: Callable[[Exception], JSONResponse],
+        refusal: Callable[[Exception], Refusal],
     ) -> None:
         self._app = app
         self._hosts = settings.hosts
@@ -236,17 +265,21 @@ class RequestLog:
             return
         started = time.perf_counter()
         status = 0
+        request_id = _request_id(scope)
+        name = b"request-id" if ANTHROPIC_PATH.match(scope["path"]) else b"x-request-id"
 
         async def record_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 own = [(b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY")]
+                own += [(each, request_id.encode()) for each in {name, b"x-request-id"}]
                 message["headers"] = [*message["headers"], *own]
             await send(message)
 
         address: Any = scope.get("client") or ("",)
-        state = scope.get("state", {}) | {"arrival": Arrival(time.monotonic(), address[0])}
+        arrival = Arrival(time.monotonic(), address[0], request_id=request_id)
+        state = scope.get("state", {}) | {"arrival": arrival}
         # HEAD is GET without the content, which uvicorn leaves out.
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         inner = {**scope, "state": state, "method": method}
@@ -254,7 +287,7 @@ class RequestLog:
             host = re.sub(r":\d*$", "", Headers(scope=scope).get("host", "")).strip("[]").lower()
             if self._hosts is not None and host not in self._hosts:
                 # A page of another site may resolve its own host name to this machine (DNS rebinding).
-                response = error_response(421, "this server does not serve that host name")
+                response = Refusal(421, "this server does not serve that host name")
                 await _close(response, inner, receive, record_status)
             else:
                 await self._app(inner, receive, record_status)
@@ -268,4 +301,11 @@ class RequestLog:
             path = getattr(inner.get("route"), "path", "other")
             self._on_answer(path, status)
             latency_ms = (time.perf_counter() - started) * 1000
-            logger.info("%s %s %d %.0f ms", scope["method"][:20], path, status, latency_ms)
+            method = scope["method"][:20]
+            logger.info("%s %s %d %.0f ms %s", method, path, status, latency_ms, request_id)
+
+
+def _request_id(scope: Scope) -> str:
+    """Return what a client calls its request, if that is safe to repeat, or a new name."""
+    given: bytes = next((value for key, value in scope["headers"] if key == b"x-request-id"), b"")
+    return given.decode() if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

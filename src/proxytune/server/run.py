@@ -21,6 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from proxytune.server.answer import error_body
 from proxytune.server.engine import Engine
+from proxytune.server.guards import Refusal
 from proxytune.server.settings import ServerSettings
 
 HEAD_TIMEOUT_S = 20.0
@@ -84,7 +85,7 @@ class PatientProtocol(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer a request that is not valid HTTP."""
-        body = _error_bytes(msg)
+        body = json.dumps(error_body(msg, kind="invalid_request_error")).encode()
         headers = [
             ("content-type", "application/json"),
             ("content-length", str(len(body))),
@@ -109,10 +110,6 @@ class PatientProtocol(H11Protocol):
         self._reader_timer = self.loop.call_later(self.send_timeout_s, self._check_reader)
 
 
-def _error_bytes(message: str, kind: str = "invalid_request_error") -> bytes:
-    return json.dumps(error_body(message, kind=kind)).encode()
-
-
 async def _answer_too_many(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer 503 because there are too many connections.
 
@@ -122,10 +119,8 @@ async def _answer_too_many(scope: Scope, receive: Receive, send: Send) -> None:
     with contextlib.suppress(asyncio.TimeoutError):
         await asyncio.wait_for(_drain(receive), REFUSED_BODY_S)
     message = "too many connections are open.\nhint: try again later, or open fewer connections"
-    headers = [(b"content-type", b"application/json"), (b"retry-after", b"5")]
-    headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": 503, "headers": headers})
-    await send({"type": "http.response.body", "body": _error_bytes(message, "server_error")})
+    headers = {"Retry-After": "5", "Connection": "close"}
+    await Refusal(503, message, kind="server_error", headers=headers)(scope, receive, send)
 
 
 async def _drain(receive: Receive) -> None:

@@ -3,7 +3,8 @@
 Words: a *client* is whoever holds a key, or where no keys are asked for, an address. A *user* is a name that
 a client gives its own requests; it can be invented, so it counts only within a client. A ticket's *size* is
 the number of tokens of its prompt and of its new text at most. *Work* is the number of tokens that the
-engine has generated so far: it serves as a clock, so that the rules are the same for slow and fast models.
+engine has generated or scored so far: it serves as a clock, so that the rules are the same for slow and fast
+models.
 
 **Turns.** When a row is free, the client with the fewest running rows is next; of several, the one whose
 last turn is longest ago. Within the client it is the user with the fewest running rows, and among those
@@ -35,6 +36,7 @@ from dataclasses import dataclass, field
 
 from proxytune.decode.batch import DraftCount, Event
 from proxytune.decode.ensemble import Job
+from proxytune.measure.prompt import PromptToken
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,19 @@ SHORT = 64
 """Maximum size of a ticket that may run in the short row."""
 LONG = 256
 """Minimum size of the tickets beside which it may."""
+
+
+@dataclass(slots=True, eq=False)
+class PromptScores:
+    """What the steered base gives the tokens of a prompt, from the second on.
+
+    Args:
+        num_top: Number of likeliest tokens to list at each position.
+    """
+
+    num_top: int
+    tokens: list[PromptToken] = field(default_factory=list)
+    is_done: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -55,6 +70,9 @@ class Ticket:
         client: The client: a key, or an address.
         deadline: Time on the monotonic clock at which the job ends as if cancelled, with `is_late` set.
         user: A name that the client gives its own requests.
+        scores: The scores of its prompt, which the engine fills in before the first event; None if nobody
+            wants them. Several answers to one prompt share them.
+        generates: Whether a text is wanted; otherwise the job ends when its prompt is scored.
     """
 
     job: Job
@@ -62,6 +80,8 @@ class Ticket:
     client: str = ""
     deadline: float | None = None
     user: str = ""
+    scores: PromptScores | None = None
+    generates: bool = True
     submitted: float = field(default_factory=time.monotonic)
     started: float | None = None
     first_token: float | None = None

@@ -87,6 +87,11 @@ class TextStream:
     @property
     def stopped(self) -> bool:
         """Whether a stop string has ended the text."""
+        return self._stops.matched is not None
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that has ended the text."""
         return self._stops.matched
 
     @property
@@ -209,7 +214,7 @@ class _StopMatcher:
         self._stop = tuple(stop)
         self._max_held = max((len(s) for s in stop), default=1) - 1
         self._held = ""
-        self.matched = False
+        self.matched: str | None = None
 
     def push(self, new: str, may_stop: bool) -> str:
         """Take more text and return what is certain. Stop strings that end in it count if `may_stop`."""
@@ -222,9 +227,10 @@ class _StopMatcher:
                 if start >= 0:
                     matches.append((start + len(stop), start))
             if matches:
-                self.matched = True
+                end, start = min(matches)
+                self.matched = text[start:end]
                 self._held = ""
-                return text[: min(matches)[1]]
+                return text[:start]
         num_held = min(self._max_held, len(text))
         while num_held and not any(
             stop.startswith(text[-num_held:]) and len(stop) > num_held for stop in self._stop

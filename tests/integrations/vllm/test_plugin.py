@@ -30,8 +30,8 @@ from proxytune.integrations.vllm.config import RecipeConfig, find_ensemble
 from proxytune.integrations.vllm.draft import draft_model, speculative_config
 from proxytune.integrations.vllm.server import vllm_server_command
 from proxytune.integrations.vllm.weights import share_equal_parameters
-from proxytune.logits.policy import Policy
 from proxytune.model import ProxyTuned
+from proxytune.policy import Policy
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ApiSettings, ExpertSpec, LlamaCppSettings, ModelSpec
 from proxytune.request import Request, SamplingParams
@@ -66,6 +66,16 @@ ASKED: tuple[tuple[dict[str, Any] | None, dict[str, Any]], ...] = (
     (
         {"expert": "tinyshakespeare=0.3,legal=0.6"},
         {"experts": {"tinyshakespeare": 0.3, "legal": 0.6}},
+    ),
+    # A row's own policy, beside rows of others.
+    ({"policy": "gate_sure"}, {"policy": "gate_sure"}),
+    (
+        {"policy": '{"clip": 1.5}', "expert": "legal", "alpha": 1.2},
+        {"policy": {"clip": 1.5}, "experts": "legal", "alpha": 1.2},
+    ),
+    (
+        {"combine": "union", "expert": ["legal", "medical"]},
+        {"combine": "union", "experts": ("legal", "medical")},
     ),
 )
 
@@ -171,7 +181,7 @@ def cases_of(
         asked.append(
             {"prompt": text, "max_tokens": length, "logprobs": 2, "extra_args": extra, **more}
         )
-        same.append(Request(text, sampling, own.get("alpha"), own.get("experts")))
+        same.append(Request(text, sampling, **own))
     return asked, same
 
 
@@ -230,7 +240,11 @@ def test_a_text_ends_where_the_base_says(engine, expected):
 
 
 def test_a_wrong_request_is_refused_and_the_engine_goes_on(engine):
-    for extra, field in (({"alpha": "x"}, "alpha"), ({"expert": "nonsense"}, "nonsense")):
+    for extra, field in (
+        ({"alpha": "x"}, "alpha"),
+        ({"expert": "nonsense"}, "nonsense"),
+        ({"policy": "x"}, "policy"),
+    ):
         (answer,) = engine.ask([{"prompt": "a", "max_tokens": 2, "extra_args": extra}])
         assert answer["kind"] in ("VLLMValidationError", "ValueError") and field in answer["error"]
     (answer,) = engine.ask([{"prompt": "a", "max_tokens": 2, "extra_args": {"alpha": 1}}])
@@ -424,7 +438,7 @@ def test_the_second_model_runner_is_told_whose_row_is_whose(tiny, monkeypatch):
 
     monkeypatch.setattr(model_states, "resolve_model_state_cls", lambda config, model: State)
     config = checked(tiny).model_config.hf_config
-    model = SimpleNamespace(_models=[None], _menu=config.menu, _rows=config.row_strengths)
+    model = SimpleNamespace(_models=[None], _menu=config.menu, _rows=config.rows)
     state = _follow_rows(None, model)()
     for slot, extra in ((3, {"alpha": 0}), (5, None), (0, {"expert": "two"})):
         params = SimpleNamespace(extra_args=extra)
@@ -435,14 +449,15 @@ def test_the_second_model_runner_is_told_whose_row_is_whose(tiny, monkeypatch):
     )
     state.preprocess_state(batch, None, None, None)
     assert calls == [3, 5, 0, batch]
-    default, zero, two = config.menu.default, (0.0,) * 5, (0.0, 0.0, 0.5, 0.0, 0.0)
+    default = config.menu.default
+    zero, two = (default._replace(strengths=own) for own in ((0.0,) * 5, (0.0, 0.0, 0.5, 0.0, 0.0)))
     assert model._rows.take(5) == [default, default, zero, two, two]
     state.add_request(3, SimpleNamespace(sampling_params=SimpleNamespace(extra_args=None)))
     batch = SimpleNamespace(
         idx_mapping_np=np.array([3, 5]), expanded_idx_mapping=torch.tensor([3, 5])
     )
     state.preprocess_state(batch, None, None, None)
-    assert model._rows.take(2) is None
+    assert model._rows.take(2) == [default] * 2
 
 
 # Speculation --------------------------------------------------------------------------------------
@@ -512,7 +527,8 @@ def test_the_openai_client_steers_each_request(server, expected):
     from openai import BadRequestError, OpenAI
 
     client = OpenAI(base_url=server, api_key="none", max_retries=0)
-    assert [model.id for model in client.models.list()] == ["smol"]
+    names = ["smol", *(f"smol:{expert}" for expert in SERVED)]
+    assert sorted(model.id for model in client.models.list()) == sorted(names)
     for (extra, _), trace in zip(ASKED, expected["http"], strict=True):
         body = None if extra is None else {"vllm_xargs": extra}
         answer = client.completions.create(
@@ -542,6 +558,112 @@ def test_the_openai_client_steers_each_request(server, expected):
             model="smol", prompt="a", max_tokens=2, echo=True, logprobs=1,
             extra_body={"vllm_xargs": {"alpha": 0}},
         )  # fmt: skip
+
+
+def as_field(own: dict[str, Any]) -> dict[str, Any]:
+    """Return the field `proxytune` for what is asked of the library."""
+    experts = own.get("experts")
+    field = {key: value for key, value in own.items() if key != "experts"}
+    if isinstance(experts, tuple):
+        experts = {name: next(e.alpha for e in SMOL.experts if e.name == name) for name in experts}
+    if experts is not None:
+        field["expert" if isinstance(experts, str) else "experts"] = experts
+    return field
+
+
+def test_the_request_language_of_the_local_server_steers_in_vllm(server, expected):
+    """In the field `proxytune`, in the name of the model, and on every route that generates."""
+    import httpx
+
+    def post(path: str, body: dict[str, Any]) -> httpx.Response:
+        return httpx.post(server.removesuffix("/v1") + path, json=body, timeout=120)
+
+    prompt: dict[str, Any] = {"prompt": "The Mayor shall", "max_tokens": 12, "temperature": 0}
+    for (_, own), trace in zip(ASKED, expected["http"], strict=True):
+        answer = post("/v1/completions", {"model": "smol", **prompt, "proxytune": as_field(own)})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["choices"][0]["text"] == trace.text
+    answer = post("/v1/completions", {"model": "smol:legal", **prompt})
+    assert answer.json()["choices"][0]["text"] == expected["http"][ASKED.index(LEGAL)].text
+    question = [{"role": "user", "content": "Who goes there?"}]
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/completions": prompt,
+        "/v1/chat/completions": {"messages": question, "max_tokens": 12, "temperature": 0},
+        "/v1/responses": {"input": "Who goes there?", "max_output_tokens": 12, "temperature": 0},
+        "/v1/messages": {"messages": question, "max_tokens": 12, "temperature": 0},
+    }
+    steered = {"expert": "legal", "alpha": 1.5, "policy": {"clip": 2}, "combine": "union"}
+    texts = {}
+    for path, body in bodies.items():
+        said = post(path, {"model": "smol", **body, "proxytune": steered})
+        named = post(
+            path, {"model": "smol:legal", **body, "proxytune": {**steered, "expert": None}}
+        )
+        extra = {**steered, "policy": '{"clip": 2}'}
+        own = post(path, {"model": "smol", **body, "vllm_xargs": extra})
+        for answer in (said, named, own):
+            assert answer.status_code == 200, answer.text
+        texts[path] = [_text_in(answer.json()) for answer in (said, named, own)]
+        assert len(set(texts[path])) == 1
+        plain = post(path, {"model": "smol", **body, "proxytune": {"alpha": 0}})
+        assert _text_in(plain.json()) != texts[path][0]
+        wrong = post(path, {"model": "smol", **body, "proxytune": {"policy": "nonsense"}})
+        assert wrong.status_code == 400 and "policy is 'nonsense'" in wrong.text
+        explained = post(path, {"model": "smol", **body, "proxytune": {"explain": True}})
+        assert explained.status_code == 400 and "proxytune.explain" in explained.text
+        assert post(path, {"model": "smol:nobody", **body}).status_code == 404
+    chats = {texts[path][0] for path in bodies if path != "/v1/completions"}
+    assert len(chats) == 1
+    about = httpx.get(server.removesuffix("/v1") + "/v1/proxytune").json()
+    assert {each["name"] for each in about["experts"]} == set(SERVED)
+    assert about["limits"]["max_context"] == 256
+
+
+def _text_in(answer: dict[str, Any]) -> str:
+    """Return the text of an answer of any route."""
+    if "choices" in answer:
+        choice = answer["choices"][0]
+        found: str = choice["text"] if "text" in choice else choice["message"]["content"]
+    elif "output" in answer:
+        found = answer["output"][-1]["content"][0]["text"]
+    else:
+        found = answer["content"][0]["text"]
+    return found
+
+
+def test_texts_and_chats_of_a_recipe_with_formats_of_its_own_are_the_librarys(tiny, tmp_path):
+    """A template around every text, and messages that are joined, which need an end of their own."""
+    import httpx
+
+    recipe = Recipe.read(tiny)
+    formats = {"prompt": "Q: {{ prompt }}\nA:", "chat": "plain"}
+    own = {part: formats for part in ("base", "expert", "anti_expert")}
+    changed(recipe, **own).write(tmp_path / "formats")
+    library = ProxyTuned.load(tmp_path / "formats")
+    sampling = SamplingParams(max_new_tokens=12)
+    policy = {"clip": 1.5}
+    text = library.generate("the rain", sampling, alpha=1.5, policy=policy).text
+    plain = library.generate("the rain", sampling).text
+    chat = "".join(step.text for step in library.chat(sampling).say("the rain"))
+    assert text != plain
+    port = free_port()
+    command = vllm_server_command(
+        str(tmp_path / "formats"), port=port, name="formats", dtype="float32",
+        options=["--enforce-eager"],
+    )  # fmt: skip
+    with running(command[1:], port, tmp_path / "log", environment=ENVIRONMENT, limit_s=400) as url:
+
+        def ask(path: str, **body: Any) -> str:
+            body = {"model": "formats", "max_tokens": 12, "temperature": 0} | body
+            answer = httpx.post(url.removesuffix("/v1") + path, json=body, timeout=120)
+            assert answer.status_code == 200, answer.text
+            return _text_in(answer.json())
+
+        steered = {"alpha": 1.5, "policy": policy}
+        assert ask("/v1/completions", prompt="the rain", proxytune=steered) == text
+        assert ask("/v1/completions", prompt=["the rain"]) == plain
+        messages = [{"role": "user", "content": "the rain"}]
+        assert ask("/v1/chat/completions", messages=messages) == chat
 
 
 # Refusals -----------------------------------------------------------------------------------------
@@ -583,10 +705,6 @@ def changed(
     ("change", "said"),
     [
         ({"expert": {"prompt": "chat"}}, "one.expert reads texts as 'chat'.*\n.*proxytune serve"),
-        (
-            {part: {"prompt": "{{ messages }}"} for part in ("base", "expert", "anti_expert")},
-            "a prompt template of its own.*\n.*--chat-template",
-        ),
         ({"base": {"model": "http://localhost/v1", "api": ApiSettings()}}, "behind an API"),
         ({"base": {"quantization": {"load_in_4bit": True}}}, "base is to be quantised"),
         ({"base": {"device": "cuda:0"}}, "base sets device"),
@@ -630,6 +748,25 @@ def test_settings_of_vllm_that_several_models_cannot_honour_are_refused(tiny, op
         checked(tiny, **options)
 
 
+def test_a_template_around_texts_is_refused_where_vllm_would_leave_it_out(tiny, tmp_path):
+    recipe = Recipe.read(tiny)
+
+    def written(text: str) -> Path:
+        parts = {part: {"prompt": text} for part in ("base", "expert", "anti_expert")}
+        changed(recipe, **parts).write(tmp_path / "recipe", overwrite=True)
+        return tmp_path / "recipe"
+
+    place = written("Q: {{ prompt }}")
+    with pytest.raises(Exception, match=r"template around every text(?s:.*)proxytune serve"):
+        checked(place)
+    promised = {"proxytune": {"renders_texts": True}}
+    checked(place, additional_config=promised)
+    command = vllm_server_command(place)
+    assert json.loads(command[command.index("--additional-config") + 1]) == promised
+    assert "--additional-config" not in vllm_server_command(tiny)
+    checked(written("chat"))  # as before: messages are rendered
+
+
 def test_the_config_is_the_bases_within_the_limits_of_all(tiny):
     config = checked(tiny, additional_config={"proxytune": {"experts": ["one", "contrast"]}})
     recipe_config: RecipeConfig = config.model_config.hf_config
@@ -640,9 +777,9 @@ def test_the_config_is_the_bases_within_the_limits_of_all(tiny):
     ]
     assert config.model_config.get_vocab_size() == NUM_TOKENS + 6
     assert config.load_config.load_format == "proxytune"
-    assert recipe_config.menu.strengths({"expert": "contrast"}) == (0.0, 0.5)
+    assert recipe_config.menu.asked({"expert": "contrast"}).strengths == (0.0, 0.5)
     with pytest.raises(Exception, match="no expert 'two'"):
-        recipe_config.menu.strengths({"expert": "two"})
+        recipe_config.menu.asked({"expert": "two"})
     assert checked(tiny).model_config.max_model_len == 192
 
 

@@ -19,11 +19,12 @@ from proxytune.decode.ensemble import Pair
 from proxytune.errors import UnsupportedModel
 from proxytune.grants import NOTHING, Grants
 from proxytune.integrations.auto import ProxyTunedConfig, ProxyTunedTokenizer, check_one_prompt
-from proxytune.integrations.vllm.request import Menu, RowStrengths, set_menu
+from proxytune.integrations.vllm.request import Menu, Rows, set_menu
 from proxytune.loading.members import find_members
 from proxytune.recipe.files import RecipeFiles
 from proxytune.recipe.recipe import ARCHITECTURE, Recipe
 from proxytune.recipe.spec import ModelSpec
+from proxytune.text.prompts import PromptFormat
 from proxytune.text.vocab import Alignment, align
 
 _log = logging.getLogger(__name__)
@@ -32,6 +33,9 @@ LOAD_FORMAT = "proxytune"
 """The name in vLLM of the loader in `weights.py`."""
 
 _OWN_FORMATS = ("auto", "hf", "safetensors", LOAD_FORMAT)
+_SETTINGS = ("experts", "allow_pickle", "renders_texts")
+"""Settings in vLLM's `additional_config` under `proxytune`: which experts are served; whether pickled weights
+may be read; whether texts come to vLLM as the recipe's text format makes them."""
 _DRAFTS = ("draft_model", "ngram", "ngram_gpu", "suffix")
 """Drafting methods that need only the model's tokens."""
 
@@ -88,11 +92,10 @@ def find_ensemble(recipe: Recipe, grants: Grants = NOTHING) -> ServedEnsemble:
     found, pairs = find_members(RecipeFiles(recipe, grants))
     base = found[0].checkpoint
     members: list[ServedMember] = []
-    for part, spec, checkpoint, adapter, _ in found:
+    for part, _, checkpoint, adapter, own in found:
         if adapter is not None:
             adapter.check_fits(checkpoint)
-        if members and spec.prompt == "chat":
-            _check_templates(part, base, checkpoint)
+        _check_texts(part, found[0].format, own)
         name = f"small_{len(members) - 1}" if members else "base"
         alignment = align(base.vocabulary, checkpoint.vocabulary)
         members.append(ServedMember(name, part, checkpoint, adapter, alignment))
@@ -109,12 +112,6 @@ def _check_recipe(recipe: Recipe) -> None:
         raise UnsupportedModel(
             "the recipe's steering has a schedule, and vLLM does not tell a model where its prompt ended.\n"
             "hint: leave schedule out, or use `proxytune serve` without --engine vllm"
-        )
-    if recipe.base.prompt not in ("plain", "chat"):
-        raise UnsupportedModel(
-            "the recipe has a prompt template of its own, and vLLM renders chats with the "
-            "base's, or with one given to its server.\n"
-            'hint: write "prompt": "chat", and give the template to vLLM with --chat-template'
         )
     _check_dtypes(recipe.models)
 
@@ -161,13 +158,35 @@ def _check_dtypes(specs: dict[str, ModelSpec]) -> None:
         )
 
 
-def _check_templates(title: str, base: Checkpoint, small: Checkpoint) -> None:
-    if base.tokenizer.chat_template != small.tokenizer.chat_template:
+def _check_texts(title: str, base: PromptFormat, own: PromptFormat) -> None:
+    """Refuse a model that reads texts in another way than the base.
+
+    Where models read messages differently, the recipe's tokenizer says so when a chat is rendered.
+    """
+    if own.text == "chat" and own.template != base.template:
         raise UnsupportedModel(
-            f"{title} has another chat template than the base, so their prompts differ, and vLLM has one "
-            "stream of tokens for all models.\n"
+            f"{title} reads texts through another chat template than the base, so their prompts differ, and "
+            "vLLM has one stream of tokens for all models.\n"
             "hint: use `proxytune serve` without --engine vllm, which renders a prompt for each model"
         )
+
+
+def _check_texts_are_rendered(recipe: Recipe, is_promised: bool) -> None:
+    """Refuse a recipe with a template for texts, where vLLM would send them without it."""
+    if is_promised or recipe.base.prompt == "plain":
+        return
+    if recipe.base.prompt == "chat":
+        # Before recipes could say it apart, this was said of messages, which vLLM renders.
+        _log.warning(
+            "vLLM sends texts as they are, and the recipe reads them through its chat template; messages are "
+            "rendered. `proxytune serve --engine vllm` renders both"
+        )
+        return
+    raise UnsupportedModel(
+        "the recipe has a template around every text, and vLLM sends texts as they are.\n"
+        "hint: start it with `proxytune serve --engine vllm`; or render the texts yourself, and give vLLM "
+        '--additional-config \'{"proxytune": {"renders_texts": true}}\''
+    )
 
 
 class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
@@ -194,7 +213,7 @@ class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
     @property
     def menu(self) -> Menu:
         """What requests choose from."""
-        return Menu(self.served_recipe, self.__dict__.get("_is_fixed", ""))
+        return Menu(self.served_recipe, self.__dict__.get("_is_fixed", ""), self.grants)
 
     @property
     def ensemble(self) -> ServedEnsemble:
@@ -216,11 +235,11 @@ class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
         return self.ensemble
 
     @property
-    def row_strengths(self) -> RowStrengths:
+    def rows(self) -> Rows:
         """What the model and the logits processor of one worker share."""
         if "_rows" not in self.__dict__:
-            self.__dict__["_rows"] = RowStrengths(self.menu.default)
-        rows: RowStrengths = self.__dict__["_rows"]
+            self.__dict__["_rows"] = Rows(self.menu.default)
+        rows: Rows = self.__dict__["_rows"]
         return rows
 
     @property
@@ -276,11 +295,11 @@ def check_engine(vllm_config: Any) -> None:
     model = vllm_config.model_config
     config: RecipeConfig = model.hf_config
     settings = (vllm_config.additional_config or {}).get("proxytune") or {}
-    unknown = sorted(set(settings) - {"experts", "allow_pickle"})
+    unknown = sorted(set(settings) - set(_SETTINGS))
     if unknown:
         raise UnsupportedModel(
-            f"additional_config has proxytune.{unknown[0]}, and only proxytune.experts and "
-            "proxytune.allow_pickle are known.\n"
+            f"additional_config has proxytune.{unknown[0]}, and only "
+            f"{', '.join(f'proxytune.{key}' for key in _SETTINGS)} are known.\n"
             'hint: --additional-config \'{"proxytune": {"experts": ["legal"]}}\''
         )
     speculative = vllm_config.speculative_config
@@ -316,6 +335,7 @@ def check_engine(vllm_config: Any) -> None:
         else "with speculative decoding vLLM does not say which row of a batch is whose.\n"
         "hint: leave it out, or start vLLM without speculative_config",
     )
+    _check_texts_are_rendered(config.served_recipe, settings.get("renders_texts") is True)
     wanted = {spec.dtype for spec in config.served_recipe.models.values()} - {None, "auto"}
     running = str(model.dtype).removeprefix("torch.")
     if wanted and wanted != {running}:

@@ -21,11 +21,13 @@ from vllm.model_executor.models.interfaces import SupportsPP
 from vllm.model_executor.models.utils import AutoWeightsLoader
 from vllm.sequence import IntermediateTensors
 
+from proxytune.decode.ensemble import Pair
 from proxytune.integrations.vllm.config import RecipeConfig, ServedMember
-from proxytune.integrations.vllm.request import Strengths
+from proxytune.integrations.vllm.request import RowSteering
 from proxytune.integrations.vllm.weights import share_equal_parameters
 from proxytune.logits.rules import apply_policy
 from proxytune.logits.steer import Contribution, offset
+from proxytune.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,51 @@ class _RowLogits:
         return self.values[rows]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A pair, the rows for which its logits are needed, and how strongly it steers each."""
+
+    pair: Pair
+    places: list[int]
+    strengths: list[float]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows that share a policy, and the pairs that steer some of them."""
+
+    policy: Policy
+    places: list[int]
+    parts: list[_Part]
+
+
+def _grouped(rows: Sequence[RowSteering], pairs: Sequence[Pair]) -> list[_Group]:
+    """Return the rows by policy, with the pairs and rows whose logits are needed."""
+    places_of: dict[Policy, list[int]] = {}
+    for place, row in enumerate(rows):
+        places_of.setdefault(row.policy, []).append(place)
+    groups = []
+    for policy, places in places_of.items():
+        parts = []
+        for index, pair in enumerate(pairs):
+            active = [place for place in places if rows[place].strengths[index] != 0]
+            if active:
+                # Other policies than the published method look at all experts of a row at once.
+                needed = active if policy.is_plain else places
+                strengths = [rows[place].strengths[index] for place in needed]
+                parts.append(_Part(pair, needed, strengths))
+        groups.append(_Group(policy, places, parts))
+    return groups
+
+
+def _add_rows(logits: Tensor, places: list[int], change: Tensor) -> None:
+    """Add a change to some rows of logits, in place."""
+    if len(places) == logits.shape[0]:
+        logits += change
+    else:
+        logits.index_add_(0, torch.tensor(places, device=logits.device), change)
+
+
 class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
     """A base steered by experts.
 
@@ -74,9 +121,8 @@ class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
         config: RecipeConfig = vllm_config.model_config.hf_config
         self.config = config
         self._vllm_config = vllm_config
-        self._rows = config.row_strengths
+        self._rows = config.rows
         self._menu = config.menu
-        self._policy = self._menu.recipe.policy
         self._members = config.ensemble.members
         self._pairs = config.ensemble.pairs
         for member in self._members:
@@ -131,21 +177,14 @@ class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
         """Return each row's steered logits, `[rows, vocab]`, float32, -inf at ids that no token has.
 
         Args:
-            hidden_states: `[rows, sum of hidden sizes]`, for the rows that `RowStrengths` expects.
+            hidden_states: `[rows, sum of hidden sizes]`, for the rows that `Rows` expects.
         """
-        num_rows = hidden_states.shape[0]
-        rows = self._rows.take(num_rows) or [self._rows.default] * num_rows
-        parts = [
-            (pair, index, [place for place, row in enumerate(rows) if row[index] != 0])
-            for index, pair in enumerate(self._pairs)
-        ]
-        parts = [part for part in parts if part[2]]
-        if not self._policy.is_plain:  # a policy looks at all experts of a row at once
-            parts = [(pair, index, list(range(num_rows))) for pair, index, _ in parts]
-        wanted: dict[int, set[int]] = {0: set(range(num_rows))}
-        for pair, _, places in parts:
-            for member in (pair.expert, pair.anti_expert):
-                wanted.setdefault(member, set()).update(places)
+        rows = self._rows.take(hidden_states.shape[0])
+        groups = _grouped(rows, self._pairs)
+        wanted: dict[int, set[int]] = {0: set(range(len(rows)))}
+        for part in (part for group in groups for part in group.parts):
+            for member in (part.pair.expert, part.pair.anti_expert):
+                wanted.setdefault(member, set()).update(part.places)
         states = torch.split(hidden_states, self._widths, dim=-1)
         # The same order on all ranks: each computes a part of every member's logits.
         logits = {
@@ -157,26 +196,27 @@ class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
         base = logits[0].values
         if base is None:
             return None
+        steered = base.to(torch.float32, copy=True)
         padding_ids: Any = self._padding_ids
-        contributions = [
-            Contribution(
-                logits[pair.expert].of(places),
-                logits[pair.anti_expert].of(places),
-                _alpha([rows[place][index] for place in places]),
-            )
-            for pair, index, places in parts
-        ]
-        if self._policy.is_plain:
-            steered = base.to(torch.float32, copy=True)
-            for (_, _, places), part in zip(parts, contributions, strict=True):
-                change = offset(part)
-                if len(places) == num_rows:
-                    steered += change
-                else:
-                    steered.index_add_(0, torch.tensor(places, device=steered.device), change)
-        else:
-            found = apply_policy(self._policy, base, contributions, padding_ids=padding_ids)
-            steered = found.logits.clone() if found.logits is base else found.logits
+        for group in groups:
+            contributions = [
+                Contribution(
+                    logits[part.pair.expert].of(part.places),
+                    logits[part.pair.anti_expert].of(part.places),
+                    _alpha(part.strengths),
+                )
+                for part in group.parts
+            ]
+            if group.policy.is_plain:
+                for part, contribution in zip(group.parts, contributions, strict=True):
+                    _add_rows(steered, part.places, offset(contribution))
+                continue
+            own = base if len(group.places) == len(rows) else logits[0].of(group.places)
+            found = apply_policy(group.policy, own, contributions, padding_ids=padding_ids)
+            if own is base:
+                steered.copy_(found.logits)
+            else:
+                steered[torch.tensor(group.places, device=steered.device)] = found.logits
         if len(padding_ids):
             steered.index_fill_(-1, padding_ids, -torch.inf)
         return steered
@@ -258,12 +298,12 @@ def _follow_rows(vllm_config: Any, steered: SteeredModel) -> type:
     class SteeredState(state):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self._slots: dict[int, Strengths | None] = {}
+            self._slots: dict[int, RowSteering | None] = {}
 
         def add_request(self, req_index: int, new_req_data: Any) -> None:
             super().add_request(req_index, new_req_data)
             params = new_req_data.sampling_params
-            asked = None if params is None else steered._menu.strengths(params.extra_args)
+            asked = None if params is None else steered._menu.asked(params.extra_args)
             self._slots[req_index] = asked
 
         def preprocess_state(self, input_batch: Any, *args: Any, **kwargs: Any) -> None:

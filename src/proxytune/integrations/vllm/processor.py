@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from proxytune.integrations.vllm.request import Menu, RowStrengths, Strengths, check_request
+from proxytune.integrations.vllm.request import Menu, Rows, RowSteering, check_request
 
 
 def _interfaces() -> tuple[type, ...]:
@@ -27,7 +27,7 @@ def _interfaces() -> tuple[type, ...]:
 
 
 class RequestSteering(*_interfaces()):  # type: ignore[misc]
-    """Checks requests, and passes each row's strengths to the model. Without a recipe it does nothing.
+    """Checks requests, and passes each row's steering to the model. Without a recipe it does nothing.
 
     Args:
         vllm_config: vLLM's config.
@@ -37,9 +37,9 @@ class RequestSteering(*_interfaces()):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, state: Any, is_pin_memory: bool | None = None) -> None:
         config = vllm_config.model_config.hf_config
-        self._rows: RowStrengths | None = getattr(config, "row_strengths", None)
+        self._rows: Rows | None = getattr(config, "rows", None)
         self._menu: Menu | None = getattr(config, "menu", None) if self._rows else None
-        self._batch: dict[int, Strengths | None] = {}
+        self._batch: dict[int, RowSteering | None] = {}
         self._num_rows = 0
 
     @classmethod
@@ -64,7 +64,7 @@ class RequestSteering(*_interfaces()):  # type: ignore[misc]
             for index in batch_update.removed:
                 self._batch.pop(index, None)
             for index, params, *_ in batch_update.added:
-                self._batch[index] = self._menu.strengths(params.extra_args)
+                self._batch[index] = self._menu.asked(params.extra_args)
             for source, target, direction in batch_update.moved:
                 moved, replaced = self._batch.pop(source, None), self._batch.pop(target, None)
                 self._batch[target] = moved

@@ -18,6 +18,8 @@ from proxytune.grants import NOTHING, Grants
 from proxytune.recipe.recipe import Recipe
 
 MODULE = "vllm.entrypoints.openai.api_server"
+MIDDLEWARE = "proxytune.server.vllm.RequestLanguage"
+"""Makes vLLM's server understand the requests of the local one; vLLM imports it by this name."""
 
 
 def vllm_server_command(
@@ -39,7 +41,8 @@ def vllm_server_command(
         recipe: A directory, `package:NAME/PATH`, a Hub id, or a recipe already read.
         host: Address to listen on.
         port: Port to listen on.
-        name: The model's name for clients; None for the name of the recipe's directory.
+        name: The model's name for clients, beside `NAME:EXPERT` for each expert; None for the name of the
+            recipe's directory.
         experts: Serve only these; None serves all.
         dtype: Dtype of all models; None leaves it to vLLM.
         max_model_len: Maximum number of tokens of a row; None for the shortest context of the models.
@@ -67,13 +70,18 @@ def vllm_server_command(
     served = recipe.only(experts)
     find_ensemble(served, grants)
     command = [sys.executable, "-m", MODULE, "--model", str(recipe.directory)]
-    command += ["--served-model-name", name or recipe.directory.name]
+    name = name or recipe.directory.name
+    # Where requests cannot choose, an expert's name would promise what is not done.
+    names = [] if num_drafted else [f"{name}:{expert.name}" for expert in served.experts]
+    command += ["--served-model-name", name, *names, "--middleware", MIDDLEWARE]
     command += ["--host", host, "--port", str(port)]
     own: dict[str, object] = {}
     if experts is not None:
         own["experts"] = [expert.name for expert in served.experts]
     if grants.allow_pickle:
         own["allow_pickle"] = True
+    if served.base.prompt != "plain":
+        own["renders_texts"] = True  # by the middleware
     if own:
         command += ["--additional-config", json.dumps({"proxytune": own})]
     if grants.trust_remote_code:

@@ -1,4 +1,4 @@
-"""What a recipe may specify about how strongly, and by which experts, its base is steered at each token.
+"""How strongly, and by which experts, a base is steered at each token, as recipes and requests say it.
 
 Names, settings and their checks; `logits/rules.py` has what they do to logits. Nothing here needs torch:
 recipes are also read, checked and written on machines without it.
@@ -6,6 +6,7 @@ recipes are also read, checked and written on machines without it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -35,7 +36,15 @@ PICKING = ("kl_match", "nudge")
 DEFAULT_MAX_ALPHA = 2.0
 DEFAULT_THRESHOLD = 0.4
 
-Position = Annotated[int, Option(at_least=0)]
+MAX_POINTS = 1000
+"""Maximum number of points of a schedule."""
+MAX_JSON = 2**16
+"""Maximum number of characters of a policy as JSON text, which nothing bounds before it is parsed."""
+
+PolicySettings = str | Mapping[str, Any]
+"""What a caller says of a policy: its name, or an object of settings, as the `steering` of a recipe."""
+
+Position = Annotated[int, Option(at_least=0, at_most=2**31 - 1)]
 Weight = Annotated[float, Option(at_least=-100, at_most=100)]
 
 
@@ -110,10 +119,13 @@ class Policy:
         except (TypeError, ValueError):
             points = ((-1, 0.0),)
         positions = [position for position, _ in points]
-        if not declared.holds(points) or any(a >= b for a, b in pairwise(positions)):
+        is_usable = len(points) <= MAX_POINTS and declared.holds(points)
+        if not is_usable or any(a >= b for a, b in pairwise(positions)):
+            shown = repr(schedule)
             raise InvalidRequest(
-                f"schedule is {schedule!r}, and must be pairs of a position, whole numbers from 0 that rise, "
-                "and a weight from -100 to 100.\n"
+                f"schedule is {shown if len(shown) <= 200 else shown[:197] + '...'}, and must be at most "
+                f"{MAX_POINTS:,} pairs of a position, whole numbers from 0 that rise, and a weight from -100 "
+                "to 100.\n"
                 'hint: "schedule": [[0, 1], [200, 0]] fades out over 200 tokens'
             )
         object.__setattr__(self, "schedule", tuple((p, float(weight)) for p, weight in points))
@@ -130,7 +142,7 @@ class Policy:
             if key not in known:
                 raise InvalidRequest(
                     f"{key!r} is not a setting of steering; the settings are {', '.join(known)}"
-                    f"{did_you_mean(key, known)}"
+                    f"{did_you_mean(str(key), known)}"
                 )
         given = {key: value for key, value in settings.items() if value is not None}
         name = given.pop("policy", "constant")
@@ -138,6 +150,29 @@ class Policy:
         if isinstance(schedule, list) and all(isinstance(point, list) for point in schedule):
             schedule = tuple(map(tuple, schedule))
         return cls(combine, name, schedule=schedule, **given)
+
+    def changed(self, settings: PolicySettings | None, combine: str | None) -> Policy:
+        """Return the policy with other settings, another combination, or both.
+
+        Args:
+            settings: In place of all of this policy's own; None keeps them.
+            combine: In place of this policy's own; None keeps it.
+
+        Raises:
+            InvalidRequest: A key is unknown, or a value cannot be used.
+        """
+        if settings is None and combine is None:
+            return self
+        if settings is None:
+            settings = self.to_dict()
+        elif isinstance(settings, str):
+            settings = {"policy": settings}
+        elif not isinstance(settings, Mapping):
+            raise InvalidRequest(
+                f"policy is {settings!r}, and must be a name or an object of settings.\n"
+                'hint: "gate_sure", or {"policy": "gate_sure", "threshold": 0.9}'
+            )
+        return Policy.from_dict(settings, combine=self.combine if combine is None else combine)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a recipe's `steering` without values at their defaults; `combine` is not part of it."""
@@ -173,3 +208,34 @@ class Policy:
     def has_positions(self) -> bool:
         """Whether it depends on how many new tokens came before."""
         return bool(self.schedule)
+
+
+def settings_in(text: str, name: str = "policy") -> PolicySettings:
+    """Return the settings in a text that is a policy's name, or JSON with the settings.
+
+    Args:
+        text: What a command line, or another place without objects, can hold.
+        name: What the caller calls it in errors.
+
+    Raises:
+        InvalidRequest: It begins as a JSON object and is none, or is too long.
+    """
+    if not text.lstrip().startswith("{"):
+        return text
+    if len(text) > MAX_JSON:
+        raise InvalidRequest(f"{name} has {len(text):,} characters, and may have {MAX_JSON:,}")
+    try:
+        settings: dict[str, Any] = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{name} is not JSON: {error}") from error
+    return settings
+
+
+def needs_all_logits(policy: Policy) -> str:
+    """Say that a policy is not for a base behind an API, and which ones are."""
+    return (
+        f"the base is behind an API, which shows only some logits, and the policy ({policy.describe()}) "
+        "needs all of them.\n"
+        "hint: leave it out, or use clip, a schedule, or the combinations "
+        f"{', '.join(c for c in COMBINATIONS if not Policy(c).reads_base)}"
+    )
