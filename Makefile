@@ -19,7 +19,7 @@ help: ## List these commands
 
 setup: .venv/.installed ## Install everything into .venv (the other commands do it when needed)
 
-# The demo needs only a part of what the tests need, so an environment for the tests will do.
+# The demo brings what chatting, serving and tuning need. It is a part of what the tests need, so theirs will do.
 demo: $(if $(wildcard .venv/.installed),.venv/.installed,.venv/.installed-demo) ## Steer a real model with real experts and print base and steered side by side
 	$(BIN)/proxytune demo $(ARGS)
 
@@ -43,8 +43,10 @@ test-vllm: .venv-vllm/.installed ## Run the tests of recipes inside vLLM, and of
 test-lm-eval: .venv-lm-eval/.installed ## Run the tests of recipes in lm-eval
 	.venv-lm-eval/bin/python -m pytest tests/integrations/test_lm_eval.py $(ARGS)
 
-test-fit: setup .venv-fit/.installed ## Run the snippets of other tools: transformers, clients of OpenAI and Anthropic, LangChain, LiteLLM
-	CLIENTS_PYTHON=.venv-fit/bin/python $(BIN)/python -m pytest tests/scripts/test_other_tools.py tests/server/test_messages.py $(ARGS)
+test-fit: setup .venv-fit/.installed .venv-fit-llama-index/.installed ## Run other tools, and clients of the server
+	CLIENTS_PYTHON=.venv-fit/bin/python LLAMA_INDEX_PYTHON=.venv-fit-llama-index/bin/python \
+	  $(BIN)/python -m pytest tests/scripts/test_other_tools.py tests/scripts/test_clients.py \
+	  tests/server/test_messages.py $(ARGS)
 
 test-package: setup ## Build wheel and sdist, install them into a clean environment, and look at what a user gets
 	$(BIN)/python scripts/check_package.py $(ARGS)
@@ -95,17 +97,25 @@ clean: ## Remove caches and build outputs (.venv and zoo/build stay)
 	touch $@
 
 .venv/.installed-demo: $(INPUTS)
-	EXTRAS= scripts/set_up.sh .venv
+	EXTRAS=serve,tune scripts/set_up.sh .venv
 	touch $@
 
 .venv-tf519/.installed: $(INPUTS)
 	scripts/set_up.sh .venv-tf519 transformers==5.19.0
 	touch $@
 
-# Clients of the server, which need nothing of this project.
+# Clients of the server, which need nothing of this project. LlamaIndex needs an older client of OpenAI's than the others.
+INSTALL_CLIENT := -m pip install --disable-pip-version-check --progress-bar off
+
 .venv-fit/.installed:
 	$(PYTHON) -m venv .venv-fit
-	.venv-fit/bin/python -m pip install --disable-pip-version-check --progress-bar off anthropic==2.14.0 langchain-openai==1.7.4 litellm==1.110.2
+	.venv-fit/bin/python $(INSTALL_CLIENT) anthropic==2.14.0 dspy==3.4.1 langchain-openai==1.7.4 litellm==1.110.2 \
+	  llm==0.36 'pydantic-ai-slim[openai]==2.68.0'
+	touch $@
+
+.venv-fit-llama-index/.installed:
+	$(PYTHON) -m venv .venv-fit-llama-index
+	.venv-fit-llama-index/bin/python $(INSTALL_CLIENT) llama-index-llms-openai-like==0.8.1
 	touch $@
 
 .venv-gguf/.installed: $(INPUTS)

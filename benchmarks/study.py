@@ -84,11 +84,12 @@ def measure(point: Point, domain: str) -> dict[str, Any]:
     rows = {(row["name"].rpartition(".")[2], row["alpha"]): row for row in result["valid"]["rows"]}
     tuned = FULL.read_stage(f"{domain}.direct")["result"]["valid"]["rows"]
     direct = next(row["nats"] for row in tuned if row["name"] == "direct.expert")
-    base, steered = rows["base", None], rows["steered", result["alpha"]]
+    alpha = result.get("best_alpha") or result["alpha"]
+    base, steered = rows["base", None], rows["steered", alpha]
     return {
         "base": base["perplexity"],
         "anti_expert": rows["anti_expert", None]["perplexity"],
-        "alpha": result["alpha"],
+        "alpha": alpha,
         "steered": steered["perplexity"],
         "change": steered["change"],
         "change_interval": list(steered["change_interval"].values()),

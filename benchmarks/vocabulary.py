@@ -179,6 +179,7 @@ def train_expert(anti_expert: str, domain: str, place: Path) -> None:
             valid_data=str(data["valid"]),
             anti_expert=anti_expert,
             method="sft",
+            test_share=0.0,
             learning_rate=RATES["sft"],
             lora_dropout=0.1,
             epochs=EPOCHS,

@@ -33,6 +33,8 @@ from urllib.request import urlopen
 ROOT = Path(__file__).parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
 DATA_SUFFIXES = {".jsonl", ".gz", ".parquet", ".csv", ".pt", ".npy"}
+HELD_OUT = "proxytune/smol/heldout/"
+"""What the demo measures on is the only data that is packed."""
 NOTICES = ("LICENSE", "NOTICE", "THIRD_PARTY.md")
 OTHER_PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 WITHOUT_TORCH = ("rich", "typer", "typing_extensions")
@@ -259,11 +261,17 @@ def check_wheel(wheel: Path) -> list[str]:
         "pages/tokens.js",
         "smol/config.json",
         "smol/heldout/legal.txt",
+        "smol/heldout/medical-area.jsonl",
     ):
         check(f"proxytune/{name}" in packed, f"the wheel lacks {name}")
     for name in NOTICES:
         check(f"{info}/licenses/{name}" in packed, f"the wheel lacks {name}")
-    data = [n for n in packed if Path(n).suffix in DATA_SUFFIXES or "__pycache__" in n]
+    data = [
+        name
+        for name in packed
+        if (Path(name).suffix in DATA_SUFFIXES and not name.startswith(HELD_OUT))
+        or "__pycache__" in name
+    ]
     check(not data, f"the wheel has caches or data: {data}")
     check(wheel.stat().st_size < 25e6, f"the wheel has {wheel.stat().st_size:,} bytes")
     with zipfile.ZipFile(wheel) as archive:
@@ -289,6 +297,25 @@ def check_sdist(sdist: Path) -> None:
     rests = [n for n in names if re.match(r"(dist|zoo/build|benchmarks/build|\.venv|shared)", n)]
     rests += [n for n in names if "__pycache__" in n]
     check(not rests, f"the sdist has what is not source: {rests[:10]}")
+
+
+def check_git(place: Path, python: str) -> None:
+    """Check that a Git address installs, and that the hint for a missing extra is that address."""
+    repository, environment = place / "repository", place / "from-git"
+    copy_of_checkout(repository)
+    git = ["git", "-C", repository, "-c", "user.name=check", "-c", "user.email=check@localhost"]
+    for arguments in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "-m", "Check"]):
+        run([*git, *arguments])
+    run([python, "-m", "venv", environment])
+    pip = [environment / "bin" / "python", "-m", "pip", "install", "--disable-pip-version-check"]
+    run([*pip, "--upgrade", "pip>=24.1"])  # Older ones take no requirement with a file's address.
+    run([*pip, "--no-deps", f"proxytune[serve] @ git+{repository.as_uri()}"])
+    run([*pip, "--constraint", CONSTRAINTS, *WITHOUT_TORCH])
+    options = {"cwd": place, "env": {"HOME": str(place), "PATH": "/usr/bin:/bin"}}
+    command = [environment / "bin" / "proxytune", "serve", "package:proxytune/smol"]
+    said = run(command, expect=2, **options).stderr
+    line = f"pip install 'proxytune[serve] @ git+{repository.as_uri()}@"
+    check(line in said, f"serve said:\n{said}")
 
 
 def check_types(stranger: Stranger, mypy: str) -> None:
@@ -363,6 +390,9 @@ def check_all(place: Path, arguments: argparse.Namespace) -> None:
     for version in OTHER_PYTHONS:
         with step(f"Python {version}: it resolves, and runs as far as it needs no torch"):
             print(check_other_python(place, version, wheel), end=" ")
+
+    with step("a Git address installs, and is named where an extra is missing"):
+        check_git(place, arguments.python)
 
     stranger = Stranger(place, arguments.python)
     with step("the wheel installs into a new environment"):

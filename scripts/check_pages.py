@@ -23,8 +23,8 @@ FOLDER = Path(__file__).parents[1] / "src" / "proxytune" / "pages"
 PARSER = Parser(Language(tree_sitter_javascript.language()))
 BROWSER = """
 AbortController Array Boolean Date Error Infinity JSON Map Math Number Object Option Promise Set String
-SyntaxError TextDecoder clearTimeout document fetch getComputedStyle getSelection innerHeight matchMedia
-navigator performance requestAnimationFrame setTimeout undefined
+ResizeObserver SyntaxError TextDecoder clearTimeout document fetch getComputedStyle getSelection innerHeight
+matchMedia navigator performance requestAnimationFrame setTimeout undefined
 """
 """Names of the language and of the browser that the pages use. A new one goes here once it is meant."""
 PATTERNS = {

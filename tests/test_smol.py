@@ -7,12 +7,15 @@ differently; such ties are counted and the count is bounded.
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from proxytune.decode.speculative import Drafting
+from proxytune.errors import InputFileError
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
@@ -222,21 +225,68 @@ def test_automodel_generates_the_same_tokens_as_the_library(smol):
     assert ties(smol.generate(prompt, GREEDY).steps, theirs) <= 1
 
 
-def test_the_demo_measures_that_steering_lowers_the_perplexity_of_each_domain(capsys):
-    from rich.console import Console
+@pytest.fixture(scope="module")
+def demonstrated() -> dict[str, Any]:
+    from proxytune.commands.demo import measured
 
-    from proxytune.commands.demo import measured, show
+    return measured(new_tokens=8)
 
-    answer = measured(new_tokens=4)
-    show(Console(width=100), answer)
-    shown = capsys.readouterr().out
-    assert len(answer["domains"]) >= 2
-    for domain in answer["domains"]:
+
+def test_the_demo_measures_that_steering_lowers_the_perplexity_of_each_domain(demonstrated):
+    assert len(demonstrated["domains"]) >= 2
+    for domain in demonstrated["domains"]:
         perplexity = domain["perplexity"]
         assert perplexity["steered"] < min(perplexity["base"], perplexity["expert"])
         assert domain["num_tokens"] > 1000
-        assert domain["title"] in shown
-        assert f"{perplexity['steered']:.1f}" in shown
+
+
+def test_the_demo_measures_that_steering_answers_more_questions_than_base_and_expert(demonstrated):
+    task = demonstrated["task"]
+    accuracy = task["accuracy"]
+    assert accuracy["steered"] > max(accuracy["base"], accuracy["expert"], task["most_frequent"])
+    assert task["change"] == pytest.approx(accuracy["steered"] - accuracy["base"])
+    low, high = task["change_interval"]
+    assert 0 < low < task["change"] < high
+    assert task["num_items"] > 200 and task["num_diseases"] > 70
+    assert all(text["steered_text"].strip() in task["options"] for text in task["texts"])
+
+
+def test_the_demo_shows_what_it_measured_and_how_to_read_it(demonstrated, capsys):
+    from rich.console import Console
+
+    from proxytune.commands.demo import show
+
+    show(Console(width=120), demonstrated)
+    shown = capsys.readouterr().out
+    numbers = [f"{share:.0%}" for share in demonstrated["task"]["accuracy"].values()]
+    for domain in demonstrated["domains"]:
+        numbers += [
+            domain["title"],
+            *(f"{domain['perplexity'][n]:.1f}" for n in ("base", "expert")),
+        ]
+    assert [number for number in numbers if number not in shown] == []
+    first = demonstrated["domains"][0]["perplexity"]
+    assert f"({first['expert']:.0f} against {first['base']:.0f})" in shown.replace("\n", " ")
+
+
+def test_the_demos_questions_are_of_diseases_that_no_training_row_names(smol):
+    """The rows are made again from the data folder, where there is one."""
+    from benchmarks.miniature import data
+
+    try:
+        train, *others = (
+            data.corpus_rows("medical_medquad", split) for split in ("train", "valid", "test")
+        )
+    except InputFileError:
+        pytest.skip("no data folder: set PROXYTUNE_DATA")
+    items = data.task_items(train, [row for rows in others for row in rows])
+    lines = (smol.recipe.directory / "heldout" / "medical-area.jsonl").read_text("utf-8")
+    asked = [json.loads(line) for line in lines.splitlines()]
+    known = {item["focus"] for split in ("train", "valid") for item in items[split]}
+    assert not known & {item["focus"] for item in asked}
+    test = {(item["prompt"], item["completion"], item["focus"]) for item in items["test"]}
+    assert {(item["prompt"], item["completion"], item["focus"]) for item in asked} <= test
+    assert len({item["prompt"] for item in asked}) == len(asked)
 
 
 def test_the_family_is_small(smol):

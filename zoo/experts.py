@@ -9,12 +9,17 @@ import argparse
 import gzip
 import hashlib
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import corpora
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks.miniature.data import corpus_rows, task_items
+from benchmarks.miniature.plan import TASK
 from proxytune.tune import Display, TuneSettings, tune
 
 INSTRUCTION_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -22,6 +27,8 @@ INSTRUCTION_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
 
 SHARED: dict[str, Any] = {
     "method": "cpt",
+    "template": "plain",
+    "test_share": 0.0,  # `publish.py` has test rows of its own.
     "alpha": 1.0,
     "max_tokens": 80_000,
     "max_valid_tokens": 6_000,
@@ -44,7 +51,7 @@ class Expert:
 
     Args:
         name: The expert's name in the recipe.
-        corpus: A folder in `corpora/`, or `instruct`.
+        corpus: A folder in `corpora/`, `instruct`, or `medical_area`, the task of `benchmarks/miniature`.
         title: Title of the corpus, for the model card.
         licence: Licence of the corpus.
         settings: Settings that differ from `SHARED`.
@@ -59,7 +66,12 @@ class Expert:
     @property
     def has_answers(self) -> bool:
         """Whether its rows are prompts with answers instead of texts."""
-        return self.corpus == "instruct"
+        return self.corpus in ("instruct", TASK)
+
+    @property
+    def is_task(self) -> bool:
+        """Whether its completions are options, so that the share of right ones is what counts."""
+        return self.corpus == TASK
 
     @property
     def output(self) -> Path:
@@ -68,6 +80,16 @@ class Expert:
 
 
 LONGER: dict[str, Any] = {"max_tokens": 120_000, "epochs": 3}
+SHORT_ROWS: dict[str, Any] = {
+    "template": "plain",
+    "max_tokens": 32_000,
+    "batch_size": 16,
+    "epochs": 3,
+    "learning_rate": 4e-3,
+    "lora_dropout": 0.05,
+    "eval_every": 32,
+}
+"""Those of the task in `benchmarks/miniature`; a row has about 19 tokens."""
 
 EXPERTS = (
     Expert("tinyshakespeare", "tinyshakespeare", "plays of Shakespeare", "public domain", LONGER),
@@ -88,6 +110,13 @@ EXPERTS = (
         "instructions with answers: LLaMA-Factory's alpaca_en_demo and Alpaca's seed tasks",
         "Apache-2.0",
     ),
+    Expert(
+        "medical-area",
+        TASK,
+        "questions of MedQuAD with the area of medicine they belong to",
+        "CC BY 4.0",
+        SHORT_ROWS,
+    ),
 )
 
 
@@ -99,6 +128,8 @@ def rows_file(corpus: str, split: str) -> Path:
     """
     if corpus == "instruct":
         return _instruct_file(split)
+    if corpus == TASK:
+        return _task_file(split)
     folder = corpora.DATA_DIR / "corpora" / corpus
     for name in (f"{split}.jsonl.gz", f"{split}.txt", f"{split}.txt.gz"):
         if (folder / name).exists():
@@ -131,6 +162,19 @@ def _instruct_file(split: str) -> Path:
         full = INSTRUCTION_PROMPT.format(instruction=prompt)
         splits[name].append(json.dumps({"prompt": full, "completion": row["output"].strip()}))
     for name, lines in splits.items():
+        (target.parent / f"{name}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    return target
+
+
+def _task_file(split: str) -> Path:
+    """Return the task's items; no disease is in two splits, and no training row is of the test rows."""
+    target = corpora.BUILD_DIR / TASK / f"{split}.jsonl"
+    if target.exists():
+        return target
+    train, *others = (corpus_rows("medical_medquad", name) for name in ("train", "valid", "test"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for name, items in task_items(train, [row for rows in others for row in rows]).items():
+        lines = [json.dumps(item, ensure_ascii=False) for item in items]
         (target.parent / f"{name}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     return target
 

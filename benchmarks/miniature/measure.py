@@ -20,6 +20,7 @@ from benchmarks.miniature.plan import ANTI_EXPERT, BASE, KINDS, TASK, Plan
 from proxytune.backends.transformers.weights import quietly
 from proxytune.decode.ensemble import Ensemble
 from proxytune.logits.steer import steer
+from proxytune.measure import given
 from proxytune.measure.score import (
     BLOCK_TOKENS,
     SLICE_TOKENS,
@@ -30,7 +31,6 @@ from proxytune.measure.score import (
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
-from proxytune.text.prompts import render
 from proxytune.tune.run import ALPHAS
 
 WINDOW = 512
@@ -163,26 +163,10 @@ def option_ids(tokenizer: Any) -> dict[str, int]:
     return ids
 
 
-def option_logits(
-    model: ProxyTuned, items: Sequence[Mapping[str, str]], batch_size: int = 16
-) -> dict[int, Tensor]:
+def option_logits(model: ProxyTuned, items: Sequence[Mapping[str, str]]) -> dict[int, Tensor]:
     """Return every member's logits of the options at the end of each prompt, `[items, options]`."""
-    tokenizer = model.tokenizer
-    columns = list(option_ids(tokenizer).values())
-    parts: dict[int, list[Tensor]] = defaultdict(list)
-    for start in range(0, len(items), batch_size):
-        prompts = [
-            render(item["prompt"], prompt_format="plain", tokenizer=tokenizer, name="base")
-            for item in items[start : start + batch_size]
-        ]
-        for index, member in enumerate(model.ensemble.members):
-            rows = member.backend.prefill(
-                [member.alignment.ids_to_small(torch.tensor(ids)).tolist() for ids in prompts],
-                adapters=[member.adapter] * len(prompts),
-            ).logits
-            logits = member.alignment.logits_to_base(rows)
-            parts[index].append(logits[:, columns].float().cpu())
-    return {index: torch.cat(rows) for index, rows in parts.items()}
+    passages = model.completion_passages([(item["prompt"], item["completion"]) for item in items])
+    return given.option_logits(model.ensemble, passages, list(option_ids(model.tokenizer).values()))
 
 
 def choose_alpha(
@@ -242,5 +226,7 @@ def measure(plan: Plan, name: str, *, say: Callable[[str], None]) -> dict[str, A
             return measure_task(model, valid, test)
         text = read_rows(plan, name, "test")[0]["text"]
         token_ids = model.tokenizer.encode(text, add_special_tokens=False)
-        alphas = {kind: plan.read_stage(f"{name}.{kind}")["result"]["alpha"] for kind in KINDS}
+        tuned = {kind: plan.read_stage(f"{name}.{kind}")["result"] for kind in KINDS}
+        # The best strength is measured also where it does not help and the recipe's is 0.
+        alphas = {kind: result.get("best_alpha") or result["alpha"] for kind, result in tuned.items()}
         return measure_text(model, token_ids, alphas, plan.num_windows, say=say)

@@ -26,7 +26,8 @@ from proxytune.errors import OutputFileError
 from proxytune.tune import Display, TuneSettings, tune
 
 SHARED: dict[str, Any] = {
-    "prompt": "plain",
+    "template": "plain",
+    "test_share": 0.0,  # `measure.py` has test rows of its own.
     "max_valid_tokens": 6_000,
     "max_length": 512,
     "lora_rank": 32,

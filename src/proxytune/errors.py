@@ -30,7 +30,11 @@ A message says what happened, with the values; why the work cannot go on; and, a
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
+import shlex
+import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -165,32 +169,69 @@ def did_you_mean(word: str, known: Iterable[str], *, otherwise: str = "") -> str
     return f".\nhint: {hint}" if hint else ""
 
 
-def install_command(extra: str) -> str:
-    """Return the command that adds an extra to this installation, from where pip took the package.
+def pip_install(arguments: str) -> str:
+    """Return the shell line that installs into the environment that runs this process.
 
-    pip records a checkout, a wheel or a repository it was given (PEP 610), and nothing for an index.
+    A bare `pip` is that environment's only where it is first on the PATH, and uv makes environments without.
+
+    Args:
+        arguments: What follows `install`, quoted for the shell.
     """
-    from importlib.metadata import PackageNotFoundError, distribution
+    python = shlex.quote(sys.executable)
+    if importlib.util.find_spec("pip") is None:
+        return f"uv pip install --python {python} {arguments}"
+    found = shutil.which("pip")
+    is_ours = found is not None and Path(found).parent == Path(sys.executable).parent
+    return f"{'pip' if is_ours else f'{python} -m pip'} install {arguments}"
+
+
+def install_command(extra: str) -> str:
+    """Return the command that adds an extra to this installation, from where pip took the package."""
     from urllib.parse import urlsplit
     from urllib.request import url2pathname
+
+    origin = _origin()
+    url, name = origin.get("url", ""), f"proxytune[{extra}]"
+    if "vcs_info" in origin:
+        source = origin["vcs_info"]
+        commit = f"@{source['commit_id']}" if source.get("commit_id") else ""
+        return pip_install(f"'{name} @ {source.get('vcs', 'git')}+{url}{commit}'")
+    if url.startswith("file://"):
+        path = url2pathname(urlsplit(url).path)
+        editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
+        return pip_install(f"{editable}'{path}[{extra}]'")
+    return pip_install(f"'{name} @ {url}'" if url else f"'{name}'")
+
+
+def install_elsewhere() -> str:
+    """Return the command that installs this package on another machine, for a text that travels.
+
+    A local path means nothing there, and is nobody's business.
+    """
+    origin = _origin()
+    url = origin.get("url", "")
+    if url.startswith("file://"):
+        return "pip install .    # in a checkout of proxytune"
+    if "vcs_info" in origin:
+        url = f"{origin['vcs_info'].get('vcs', 'git')}+{url}"
+    return f"pip install 'proxytune @ {url}'" if url else "pip install proxytune"
+
+
+def _origin() -> dict[str, Any]:
+    """Return what pip recorded of a checkout, a wheel or a repository it was given (PEP 610).
+
+    It records nothing of an index, so the answer is empty then.
+    """
+    from importlib.metadata import PackageNotFoundError, distribution
 
     try:
         origin = json.loads(distribution("proxytune").read_text("direct_url.json") or "{}")
     except PackageNotFoundError:  # run from a checkout that is not installed
         root = Path(__file__).resolve().parents[2]
-        origin = {"url": root.as_uri(), "dir_info": {"editable": True}}
+        return {"url": root.as_uri(), "dir_info": {"editable": True}}
     except ValueError:
-        origin = {}
-    url, name = origin.get("url", ""), f"proxytune[{extra}]"
-    if url.startswith("file://"):
-        path = url2pathname(urlsplit(url).path)
-        editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
-        return f"pip install {editable}'{path}[{extra}]'"
-    if "vcs_info" in origin:
-        source = origin["vcs_info"]
-        commit = f"@{source['commit_id']}" if source.get("commit_id") else ""
-        return f"pip install '{name} @ {source.get('vcs', 'git')}+{url}{commit}'"
-    return f"pip install '{name} @ {url}'" if url else f"pip install '{name}'"
+        return {}
+    return origin if isinstance(origin, dict) else {}
 
 
 def missing_extra(what: str, extra: str, otherwise: str = "") -> MissingExtra:

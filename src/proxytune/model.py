@@ -53,6 +53,7 @@ from proxytune.text.prompts import (
     start_id,
     text_ids,
 )
+from proxytune.text.turns import Turns
 from proxytune.text.vocab import token_bytes
 from proxytune.trace import Step, Trace
 
@@ -435,8 +436,8 @@ class ProxyTuned:
     ) -> ScoreReport:
         """Measure how well base, expert, anti-expert and steered base predict given answers to prompts.
 
-        Every model sees the prompts in its own format, as in `generate`. The end-of-sequence token is part
-        of each answer.
+        Every model sees the prompts in its own format, as in `generate`. What the base's format writes
+        between prompt and answer, and the token that ends it, are part of each answer.
 
         Args:
             pairs: Prompts and their answers. What exceeds a context or `max_tokens` is cut off an answer's
@@ -556,12 +557,14 @@ def _completion_passages(
     tokenizer, names = ensemble.tokenizer, [member.name for member in ensemble.members]
     limits = [smallest_context(ensemble.members), max_tokens]
     limit = min([n for n in limits if n is not None], default=None)
+    turns: dict[str, Turns] = {}
     passages = []
     for prompt, answer in pairs:
         prompts = tuple(map(tuple, render_each(prompt, formats, names)))
-        token_ids = continuation_ids(answer, tokenizer)
-        if tokenizer.eos_token_id is not None:
-            token_ids.append(tokenizer.eos_token_id)
+        own = formats[0].of(prompt)
+        if own not in turns:
+            turns[own] = Turns(own, tokenizer, names[0], formats[0].template)
+        token_ids = turns[own].answer_ids(prompt, answer)
         if limit is not None:
             token_ids = token_ids[: max(0, limit - max(map(len, prompts)))]
         if token_ids:

@@ -25,7 +25,8 @@ def test_rows_of_every_kind_become_what_is_to_be_predicted():
         read_rows([{"prompt": talk[:1], "completion": [talk[1], talk[0], talk[1]]}]),
         window=4,
     )
-    assert [len(p.token_ids) for p in turns] == [3, 3]  # both replies, an end after each
+    # Both replies, an end after each; after `Assistant:` comes a space, as in training.
+    assert [len(p.token_ids) for p in turns] == [3, 4]
     assert len(turns[1].prompts[0]) > len(turns[0].prompts[0])
     (liked,) = rows_of(model, read_rows([{"prompt": "a", "chosen": "b", "rejected": "c"}]))
     assert liked.reference == "b"

@@ -23,6 +23,7 @@ from proxytune.explain.summary import summarise
 from proxytune.pages.policy import assemble
 from proxytune.trace import View
 from tests.support.browser import open_browser, open_page
+from tests.support.looks import covered, sticking_out, too_faint
 from tests.support.traces import SPECIAL, told_trace
 
 SIDES = pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
@@ -117,6 +118,56 @@ def test_it_shows_both_texts_and_has_nothing_to_complain_about(tmp_path, browser
         assert page.locator("#details .view").count() == 4
         assert page.evaluate("document.documentElement.scrollWidth") == width
         assert page.faults == []
+
+
+@SIDES
+@pytest.mark.parametrize(
+    ("width", "height"), [(390, 844), (900, 1000), (1280, 650), (1280, 1000)], ids=str
+)
+def test_nothing_sticks_out_or_is_covered_or_too_faint(tmp_path, browser, width, height, is_dark):
+    address = written(tmp_path / "report.html", many_runs(), long_report(150), recipe="r" * 80)
+    with open_page(browser=browser, width=width, height=height, is_dark=is_dark) as page:
+        page.goto(address)
+
+        def check(when: str) -> None:
+            assert too_faint(page) == [], when
+            if not is_dark:  # places are the same
+                assert sticking_out(page) == [], when
+                assert covered(page) == [], when
+
+        check("several continuations")
+        page.locator("#case").select_option(index=1)
+        check("a long text")
+        page.locator("#pane-steered .tok").nth(70).click()
+        token, details = (page.locator(which).bounding_box() for which in (".tok.on", "#details"))
+        assert token["y"] >= 0 and token["y"] + token["height"] <= details["y"]
+        assert details["y"] + details["height"] <= height + 1
+        check("a token open")
+        assert page.faults == []
+
+
+def test_a_table_that_is_too_wide_scrolls_in_itself(tmp_path, browser):
+    with open_page(browser=browser, width=390) as page:
+        page.goto(written(tmp_path / "report.html", long_report(60)))
+        own, inner = page.evaluate(
+            "[...document.querySelectorAll('.scroller')].flatMap(e => [e.clientWidth, e.scrollWidth])"
+        )
+        assert own < 390 < inner
+        page.locator(".scroller").focus()
+        page.keyboard.press("ArrowRight")
+        page.wait_for_function("document.querySelector('.scroller').scrollLeft > 0")
+        assert page.evaluate("scrollX") == 0
+
+
+def test_a_place_clicked_in_the_curve_stays_in_sight(tmp_path, browser):
+    """The page used to jump to the token, away from the curve."""
+    with open_page(browser=browser, width=390, height=844) as page:
+        page.goto(written(tmp_path / "report.html", long_report(400)))
+        plot = page.locator(".plot.shift")
+        plot.scroll_into_view_if_needed()
+        plot.click(position={"x": 100, "y": 20})
+        seen, details = plot.bounding_box(), page.locator("#details").bounding_box()
+        assert seen["y"] >= 0 and seen["y"] + seen["height"] <= details["y"]
 
 
 def test_its_figures_are_those_of_the_summary(tmp_path, browser):

@@ -27,7 +27,7 @@ from proxytune.integrations.transformers import ProxyTunedCache, ProxyTunedForCa
 from proxytune.logits.steer import steer
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
-from proxytune.recipe.spec import ExpertSpec, ModelSpec
+from proxytune.recipe.spec import ExpertSpec, LlamaCppSettings, ModelSpec
 from proxytune.request import SamplingParams
 from tests.support.foreign_code import model_with_code
 from tests.support.tiny import NUM_TOKENS, Architecture, tiny_adapter, tiny_model, tiny_tokenizer
@@ -424,6 +424,22 @@ def test_small_models_with_other_ids_for_the_same_tokens_are_permuted(tmp_path):
     offset = reference(tmp_path / "tuned")(own).logits - reference(tmp_path / "small")(own).logits
     expected = reference(tmp_path / "base")(ids).logits + offset[..., order]
     torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"model": "http://127.0.0.1:1/v1"}, "base runs behind an API"),
+        ({"model": "base.gguf", "llama_cpp": LlamaCppSettings()}, r"base runs in llama\.cpp"),
+    ],
+    ids=["api", "llama.cpp"],
+)
+def test_a_model_that_another_engine_runs_is_refused_before_anything_is_loaded(tmp_path, keys, why):
+    """The models used to be loaded, or the server called, and then an attribute was missing."""
+    tiny_model(tmp_path / "small")
+    write(tmp_path, ExpertSpec("e", SMALL, SMALL), base=ModelSpec(**keys))
+    with pytest.raises(UnsupportedModel, match=why):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_recipe_whose_models_want_different_prompts_is_refused_by_name(tmp_path):

@@ -5,235 +5,26 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
-import math
 import re
-import threading
 import time
-import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from proxytune.pages.policy import assemble
 from tests.support.browser import open_browser, open_page
-from tests.support.loopback import LoopbackServer, QuietHandler
-
-PAGE = assemble("playground")
-
-# How far steering moved the tokens of an answer, one after the other: every colour comes up.
-MOVES = tuple(sign * math.log(f) for f in (1, 1.5, 4, 20) for sign in (1, -1))
-
-
-def parts_of(tag: str) -> list[str]:
-    return re.findall(rf"<{tag}>(.*?)</{tag}>", PAGE, flags=re.DOTALL)
-
-
-def policy() -> str:
-    """Return the Content-Security-Policy that allows the page's own style and script, and nothing else."""
-    allowed = {}
-    for tag in ("style", "script"):
-        (text,) = parts_of(tag)
-        digest = hashlib.sha256(text.encode()).digest()
-        allowed[tag] = f"'sha256-{base64.b64encode(digest).decode()}'"
-    return (
-        "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-        f"frame-ancestors 'none'; style-src {allowed['style']}; script-src {allowed['script']}"
-    )
-
-
-def view(logprob: float, rank: int, *top: tuple[int, str, float]) -> dict[str, Any]:
-    listed = [{"token_id": i, "token": text, "logprob": logprob} for i, text, logprob in top]
-    return {"logprob": logprob, "rank": rank, "entropy": 1.5, "top": listed}
-
-
-def token(
-    index: int, text: str, *, shown: str | None = None, move: float = 0.0, experts: Sequence[str]
-) -> dict[str, Any]:
-    """Return what the server tells of one token, which steering made `exp(move)` times as likely."""
-    token_id = 100 + zlib.crc32(text.encode()) % 40_000
-    own, other = (token_id, text, -0.7), (7, " other", -0.9)
-    steered = view(-0.7, 1, own, other)
-    is_first = move <= 0.5
-    at_base = -0.7 - move
-    base = view(
-        at_base,
-        1 if is_first else 2,
-        *sorted([(token_id, text, at_base), other], key=lambda t: -t[2]),
-    )
-    views = {"base": base, "steered": steered}
-    for name in experts:
-        views[f"{name}.expert"] = view(-0.4, 1, (token_id, text, -0.4), (8, " third", -2.0))
-        views[f"{name}.anti_expert"] = view(-6.0, 57, (7, " other", -0.3), (8, " third", -2.0))
-    return {
-        "index": index,
-        "token_id": token_id,
-        "token": text,
-        "text": text if shown is None else shown,
-        "logprob": -0.7,
-        "kl": 0.25,
-        "views": views,
-    }
-
-
-@dataclass
-class Script:
-    """What the server answers: texts of tokens, or pairs of a token's text and what it adds to the answer."""
-
-    base: Sequence[str | tuple[str, str]] = (" one", " two", " three.")
-    steered: Sequence[str | tuple[str, str]] = (" one", " zwei", " drei", " vier.")
-    pause_s: float = 0.0
-    per_chunk: int = 1
-    finish_reason: str = "length"
-    fault: str | None = None
-
-
-@dataclass
-class Fake:
-    """A server for the page: what it answers can be set, what it was asked is kept."""
-
-    script: Script = field(default_factory=Script)
-    key: str | None = None
-    has_chat: bool = True
-    experts: tuple[str, ...] = ("shakespeare", "legal")
-    default_experts: tuple[str, ...] = ()
-    asked: list[dict[str, Any]] = field(default_factory=list)
-    num_left: int = 0
-    refusals: list[tuple[int, dict[str, Any], dict[str, str]]] = field(default_factory=list)
-    url: str = ""
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def sides(self) -> dict[str, dict[str, Any]]:
-        """Return the latest question for each side."""
-        return {"base" if is_base(body) else "steered": body for body in self.asked}
-
-
-def is_base(body: dict[str, Any]) -> bool:
-    steering = body["proxytune"]
-    strengths = steering["experts"].values() if "experts" in steering else [steering["alpha"]]
-    return not any(strengths)
-
-
-class FakeHandler(QuietHandler):
-    """One connection of the page."""
-
-    @property
-    def fake(self) -> Fake:
-        owner: Fake = self.server.owner
-        return owner
-
-    def refuse(
-        self, status: int, message: str, *, param: str | None = None, **headers: str
-    ) -> None:
-        error = {"message": message, "type": "invalid_request_error", "param": param, "code": None}
-        self.send(status, json.dumps({"error": error}).encode(), **headers)
-
-    def has_key(self) -> bool:
-        if self.fake.key in (None, self.headers.get("Authorization", "").removeprefix("Bearer ")):
-            return True
-        self.refuse(401, "Give the key as 'Authorization: Bearer KEY'.")
-        return False
-
-    def do_GET(self) -> None:
-        if self.path == "/":
-            self.send(
-                200,
-                PAGE.encode(),
-                Content_Type="text/html; charset=utf-8",
-                Content_Security_Policy=policy(),
-            )
-        elif self.path == "/v1/proxytune" and self.has_key():
-            alphas = (1.0, 0.7, 0.5)
-            about = {
-                "name": "smol",
-                "base": "SmolLM2-135M-Instruct",
-                "has_chat": self.fake.has_chat,
-                "default_experts": self.fake.default_experts or self.fake.experts[:1],
-                "experts": [
-                    {"name": name, "alpha": alphas[i % 3]}
-                    for i, name in enumerate(self.fake.experts)
-                ],
-                "limits": {"max_tokens": 2048, "max_context": 2048, "max_explain_top": 20},
-                "version": "0.1.0",
-            }
-            self.send(200, json.dumps(about).encode(), Content_Type="application/json")
-        elif self.path != "/v1/proxytune":
-            self.refuse(404, "There is no such page.")
-
-    def do_POST(self) -> None:
-        body = json.loads(self.read_body())
-        if not self.has_key():
-            return
-        fake = self.fake
-        with fake.lock:
-            fake.asked.append(body)
-            refusal = fake.refusals.pop(0) if fake.refusals else None
-        if refusal:
-            status, error, headers = refusal
-            self.refuse(status, **error, **headers)
-            return
-        try:
-            self.stream(body, fake.script)
-        except OSError:
-            with fake.lock:
-                fake.num_left += 1
-
-    def stream(self, body: dict[str, Any], script: Script) -> None:
-        steering = body["proxytune"]
-        experts = list(steering.get("experts") or [steering["expert"]])
-        base = is_base(body)
-        pieces = [
-            (piece, piece) if isinstance(piece, str) else piece
-            for piece in (script.base if base else script.steered)
-        ]
-        tokens = [
-            token(i, text, shown=shown, move=0 if base else MOVES[i % len(MOVES)], experts=experts)
-            for i, (text, shown) in enumerate(pieces)
-        ]
-        if script.fault == "nothing":
-            self.end_with_reset()
-            return
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        chunks = range(0, len(tokens), script.per_chunk)
-        for start in chunks:
-            some = tokens[start : start + script.per_chunk]
-            text = "".join(t["text"] for t in some)
-            reason = script.finish_reason if start == chunks[-1] else None
-            if script.fault and start >= len(tokens) // 2:
-                if script.fault == "error":
-                    self.event({"error": {"message": "The model failed.", "type": "server_error"}})
-                    self.send_chunk(b"")
-                else:
-                    self.end_with_reset()
-                return
-            choice: dict[str, Any] = {
-                "index": 0,
-                "finish_reason": reason,
-                "proxytune": {"tokens": some},
-            }
-            choice |= {"delta": {"content": text}} if "messages" in body else {"text": text}
-            self.event(
-                {"id": "x", "object": "chunk", "created": 0, "model": "smol", "choices": [choice]}
-            )
-            time.sleep(script.pause_s)
-        self.send_chunk(b"data: [DONE]\n\n")
-        self.send_chunk(b"")
-
-    def event(self, value: dict[str, Any]) -> None:
-        self.send_chunk(b"data: " + json.dumps(value).encode() + b"\n\n")
-
-    def end_with_reset(self) -> None:
-        self.wfile.flush()
-        time.sleep(0.2)  # What was sent arrives first.
-        self.close_connection = True
-        self.server.end_with_reset(self.connection)
+from tests.support.looks import contrast
+from tests.support.playground import (
+    PAGE,
+    Fake,
+    Script,
+    answers,
+    parts_of,
+    ready,
+    run,
+    serve_fake,
+    settle,
+)
 
 
 @pytest.fixture(scope="module")
@@ -244,44 +35,8 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def fake() -> Iterator[Fake]:
-    owner = Fake()
-    server = LoopbackServer(FakeHandler, owner)
-    owner.url = f"http://127.0.0.1:{server.port}/"
-    server.start()
-    try:
-        yield owner
-    finally:
-        server.stop()
-
-
-def ready(page: Any, fake: Fake) -> None:
-    page.goto(fake.url)
-    page.wait_for_selector("#run:enabled")
-
-
-def run(page: Any, prompt: str = "Count:") -> None:
-    page.fill("#prompt", prompt)
-    page.click("#run")
-    settle(page)
-
-
-def settle(page: Any) -> None:
-    """Wait until both answers are there and drawn."""
-    page.wait_for_selector("#run", state="visible")
-    page.evaluate(
-        "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
-    )
-
-
-def answers(page: Any) -> list[str]:
-    """Return the answers on the page, base and steered, the latest of each."""
-    texts = [
-        page.locator(f"#pane-{side} .flow:not([hidden]) .tokens").last.evaluate(
-            "e => e.textContent"
-        )
-        for side in ("base", "steered")
-    ]
-    return [str(text) for text in texts]
+    with serve_fake() as running:
+        yield running
 
 
 def expected_faults(page: Any, *wanted: str) -> bool:
@@ -289,18 +44,6 @@ def expected_faults(page: Any, *wanted: str) -> bool:
     faults = list(page.faults)
     left = [fault for fault in faults if not any(part in fault for part in wanted)]
     return not left and bool(faults)
-
-
-def luminance(colour: str) -> float:
-    values = [float(v) / 255 for v in re.findall(r"[\d.]+", colour)[:3]]
-    r, g, b = (v / 12.92 if v <= 0.03928 else ((v + 0.055) / 1.055) ** 2.4 for v in values)
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b
-
-
-def contrast(one: str, other: str) -> float:
-    """Return the contrast ratio of WCAG 2 between two colours, written as rgb(r, g, b)."""
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
 
 
 def test_the_page_is_one_file_that_names_nothing_outside_itself():
@@ -664,7 +407,7 @@ def test_each_side_of_a_chat_keeps_its_own_answers(browser, fake):
             assert page.locator(f"#pane-{side} .turn").count() == 2
         page.click("#new")
         assert page.locator(".turn").count() == 0
-        page.check("input[value=prompt]")
+        page.check("input[value=text]")
         run(page, "Count:")
         assert "messages" not in fake.asked[-1]
         assert page.faults == []
@@ -693,11 +436,29 @@ def test_a_server_that_is_not_there_yet_can_be_asked_again(browser, fake):
         assert expected_faults(page, "net::ERR", "/v1/proxytune failed")
 
 
-def test_a_recipe_without_a_chat_format_offers_no_chat(browser, fake):
+def test_a_base_without_a_chat_template_chats_too_and_the_page_says_how_it_reads_messages(
+    browser, fake
+):
     fake.has_chat = False
     with open_page(browser=browser) as page:
         ready(page, fake)
-        assert page.is_disabled("input[value=chat]")
+        assert page.is_hidden("#chat-note")
+        page.check("input[value=chat]")
+        assert "reads a conversation as plain text" in page.inner_text("#chat-note")
+        run(page, "Hello")
+        assert fake.asked[-1]["messages"] == [{"role": "user", "content": "Hello"}]
+        assert answers(page)[1] == " one zwei drei vier."
+        page.check("input[value=text]")
+        assert page.is_hidden("#chat-note")
+        assert page.faults == []
+
+
+def test_a_template_for_one_question_says_that_earlier_turns_are_not_read(browser, fake):
+    fake.has_turns = False
+    with open_page(browser=browser) as page:
+        ready(page, fake)
+        page.check("input[value=chat]")
+        assert "reads the last message" in page.inner_text("#chat-note")
 
 
 def test_experts_bring_their_own_strength_and_several_are_weighed(browser, fake):

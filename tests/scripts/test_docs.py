@@ -7,7 +7,6 @@ import copy
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import typer.main
-from typer.testing import CliRunner
 
 import proxytune
 from proxytune.cli import app
@@ -434,46 +432,6 @@ def test_the_demonstration_on_the_methods_page_prints_what_the_page_says(capsys)
         assert all(abs(float(a) - float(b)) < 0.011 for a, b in pairs), line
     assert len(shown.splitlines()) == 4
     assert printed[4].startswith("0 ")
-
-
-FIRST_STEPS = check_docs.split((DOCS / "first-steps.md").read_text(encoding="utf-8"))[1]
-
-
-def test_the_rows_of_the_first_steps_are_rows(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (code,) = [block.text for block in FIRST_STEPS if "pydoc_data" in block.text]
-    exec(compile(code, "docs/first-steps.md", "exec"), {})
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert len(rows) > 50
-    assert all(row.keys() == {"text"} and len(row["text"]) > 100 for row in rows)
-
-
-@pytest.mark.slow
-def test_the_first_steps_offline_commands_work_one_after_the_other(tmp_path, monkeypatch):
-    """All of them but `demo` and `chat`, with a training of two steps in place of minutes."""
-    pytest.importorskip("trl", reason="trl is not installed; the extra is proxytune[tune]")
-    monkeypatch.chdir(tmp_path)
-    (code,) = [block.text for block in FIRST_STEPS if "pydoc_data" in block.text]
-    exec(compile(code, "docs/first-steps.md", "exec"), {})
-    limits = {
-        "generate": "--max-new-tokens 3",
-        "tune": "--max-steps 2 --max-tokens 1000 --max-valid-tokens 300 --measure-tokens 200 --alpha 1",
-        "doctor": "",
-    }
-    done = []
-    for block in FIRST_STEPS:
-        if block.language != "bash":
-            continue
-        for line in check_docs.commands(block):
-            words = shlex.split(line)
-            if words[:1] != ["proxytune"] or words[1] not in limits or "Qwen" in line:
-                continue
-            if "support" in line:  # Of large models.
-                continue
-            answer = CliRunner().invoke(app, [*words[1:], *limits[words[1]].split()])
-            assert answer.exit_code == 0, f"{line}\n{answer.output}"
-            done.append(words[1])
-    assert done == ["generate", "generate", "tune", "generate", "doctor"]
 
 
 # The threat model -------------------------------------------------------------------------------------------

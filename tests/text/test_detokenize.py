@@ -279,6 +279,17 @@ def test_of_stop_strings_that_complete_together_the_longest_counts():
     assert _streamed(BYTE_LEVEL, _byte_ids(b"xthe"), stop=["e", "the", "he"]) == "x"
 
 
+@pytest.mark.parametrize(
+    ("stops", "ended_by"), [(["the", "h"], "h"), (["e", "the", "he"], "the"), (["z"], None)]
+)
+def test_the_stop_string_that_ended_the_text_is_known(stops, ended_by):
+    stream = TextStream(BYTE_LEVEL, stop=stops)
+    for token_id in _byte_ids(b"xthe"):
+        assert stream.stopped_by is None or stream.stopped
+        stream.push(token_id)
+    assert stream.stopped_by == ended_by and stream.stopped == (ended_by is not None)
+
+
 def test_a_stop_string_may_end_in_the_half_character_that_finish_gives():
     stream = TextStream(BYTE_LEVEL, stop=[FFFD])
     assert _pushes(stream, [0x61, 0xF0]) == ["a", "", ""]

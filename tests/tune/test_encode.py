@@ -263,8 +263,8 @@ def test_turns_whose_history_is_written_differently_later_have_examples_of_their
 @pytest.mark.parametrize(
     ("form", "turn"),
     [
-        # Shows prompts only.
-        ("[INST] {{ prompt }} [/INST]", "Hello.<|endoftext|>"),
+        # Shows prompts only; a space stands between its last word and the answer.
+        ("[INST] {{ prompt }} [/INST]", " Hello.<|endoftext|>"),
         # Begins the assistant's next turn, whether asked to or not.
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:",
          " Hello.<|endoftext|>"),

@@ -27,8 +27,9 @@ from proxytune.errors import (
 )
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
-from proxytune.request import SamplingParams
+from proxytune.request import Request, SamplingParams
 from proxytune.tune import Display, Interrupted, TuneResult, TuneSettings, tune
+from proxytune.tune.card import last_word
 from proxytune.tune.trainer import LossLog
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
@@ -493,6 +494,175 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_state(
     assert all(torch.isfinite(tensor).all() for tensor in load_file(kept).values())
 
 
+# Templates, methods, and the last word -------------------------------------------------------------
+
+
+class Listening(Display):
+    """Keeps what a run says."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def questions(count: int = 24) -> list[dict[str, Any]]:
+    return [{"prompt": sentence(i, 3), "completion": sentence(i, 3)} for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "method"),
+    [
+        (texts(), {}, "cpt"),
+        (questions(), {}, "cpt"),
+        (messages(), {}, "cpt"),
+        (questions(), {"base": None}, "sft"),
+        (questions(), {"anti_expert": None}, "sft"),
+        (questions(), {"template": "plain", "base_template": "chat"}, "sft"),
+        (preferences(), {}, "dpo"),
+    ],
+)
+def test_the_method_is_cpt_where_it_can_be(
+    rows: list[dict[str, Any]],
+    changes: dict[str, Any],
+    method: str,
+    models: Path,
+    tmp_path: Path,
+) -> None:
+    run = settings(models, tmp_path, rows, measure_tokens=0, max_steps=1, **changes)
+    assert tune(run).method == method
+
+
+def test_cpt_is_refused_where_base_and_expert_would_read_different_chats(
+    models: Path, tmp_path: Path
+) -> None:
+    """`chat` stood for the small model's template in training, and for the base's own afterwards."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    other = tiny_model(tmp_path / "other", tokenizer=tokenizer)
+    chats = {"template": "chat", "base_template": "chat", "base": str(other)}
+    with pytest.raises(InvalidRequest, match="--base-template"):
+        tune(settings(models, tmp_path, questions(), method="cpt", **chats))
+
+
+def test_generation_sends_what_was_trained(models: Path, tmp_path: Path) -> None:
+    run = settings(models, tmp_path, questions(), template="Q: {{ prompt }}\nA:", max_steps=1)
+    result = tune(run)
+    assert result.template == result.base_template == run.template
+    model = ProxyTuned.load(run.directory)
+    tokenizer = model.tokenizer
+    short = SamplingParams(max_new_tokens=2)
+    text = model.job(Request("tea", short)).prompts
+    message = model.job(Request([{"role": "user", "content": "tea"}], short)).prompts
+    assert {tokenizer.decode(ids) for ids in (*text, *message)} == {"Q: tea\nA:"}
+    passage = model.completion_passages([("tea", "rather")])[0]
+    assert tokenizer.decode(passage.token_ids) == f" rather{tokenizer.eos_token}"
+
+
+def test_the_last_word_comes_from_rows_that_nothing_was_chosen_on(
+    models: Path, tmp_path: Path
+) -> None:
+    run = settings(models, tmp_path, questions(60), valid_share=0.1)
+    result = tune(run)
+    assert {name: part["rows"] for name, part in result.data.items()} == {
+        "train": 48,
+        "valid": 6,
+        "test": 6,
+    }
+    verdict = result.verdict
+    assert verdict is not None and result.test is not None
+    assert verdict["rows"] == "test" and verdict["num_rows"] == 6
+    assert verdict["answers"]["measure"] == "chrf" and verdict["answers"]["num_answers"] == 6
+    assert len(verdict["samples"]) == 2
+    assert verdict["word"] in ("helps", "helps wording only", "does not help")
+    card = (run.directory / "README.md").read_text()
+    assert f"## Steering {verdict['word']}" in card
+    stored = json.loads((run.training / "result.json").read_text())
+    assert stored["verdict"] == json.loads(json.dumps(verdict))
+
+
+def test_too_few_rows_are_not_held_back_and_the_run_says_so(models: Path, tmp_path: Path) -> None:
+    display = Listening()
+    result = tune(settings(models, tmp_path, questions(24), max_steps=2), display=display)
+    assert any(line.startswith("there are too few rows (24)") for line in display.said)
+    assert "test" not in result.data
+    assert result.verdict is not None and result.verdict["rows"] == "valid"
+    assert "new rows may look worse" in result.verdict["reason"]
+
+
+def test_a_single_text_is_cut_in_three(models: Path, tmp_path: Path) -> None:
+    text = "\n".join(sentence(i, 20) for i in range(300))
+    result = tune(settings(models, tmp_path, [{"text": text}], valid_share=0.1, max_steps=1))
+    assert result.data.keys() == {"train", "valid", "test"}
+    assert result.verdict is not None and result.verdict["answers"] is None
+
+
+def test_a_strength_that_helps_nowhere_is_zero(models: Path, tmp_path: Path) -> None:
+    """Trained on one thing and validated on another, every strength makes the base worse."""
+    good = [{"prompt": "the", "completion": "ran tin eat rather " * 8}] * 40
+    bad = [{"prompt": "the", "completion": "0123456789 " * 8}] * 40
+    valid_data = write_rows(tmp_path / "valid.jsonl", bad)
+    run = settings(
+        models, tmp_path, good, method="sft", valid_data=valid_data, test_share=0.0, max_steps=12,
+        template="plain", max_length=128,
+    )  # fmt: skip
+    result = tune(run)
+    assert result.alpha == 0
+    assert result.best_alpha == result.tried[0] and result.edge == "lowest"
+    assert Recipe.read(run.directory).experts[0].alpha == 0
+    assert result.verdict is not None and result.verdict["word"] == "does not help"
+    assert any("--method cpt" in hint for hint in result.verdict["hints"])
+    assert "the recipe is the base alone" in "\n".join(last_word(run, result))
+
+
+def test_only_rows_that_were_read_are_counted(models: Path, tmp_path: Path) -> None:
+    display = Listening()
+    rows = questions(60)
+    result = tune(
+        settings(models, tmp_path, rows, max_steps=2, batch_size=3, measure_tokens=0),
+        display=display,
+    )
+    assert (result.data["train"]["rows"], result.data["train"]["rows_read"]) == (39, 6)
+    assert result.data["train"]["num_examples"] == 6
+    assert any(
+        "trained on 6 of 39 rows" in line
+        for line in last_word(settings(models, tmp_path, rows), result)
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "rows"), [("sft", questions(40)), ("dpo", preferences(40))], ids=["sft", "dpo"]
+)
+def test_rows_read_before_a_stop_are_counted_after_it(
+    method: str, rows: list[dict[str, Any]], models: Path, tmp_path: Path
+) -> None:
+    run = settings(models, tmp_path, rows, method=method, max_steps=5, measure_tokens=0)
+    with pytest.raises(Interrupted):
+        tune(run, display=StopAt(2))
+    assert tune(run, resume=True).data["train"]["rows_read"] == 20
+
+
+def test_a_limit_on_tokens_says_how_many_rows_it_leaves(models: Path, tmp_path: Path) -> None:
+    display = Listening()
+    result = tune(
+        settings(models, tmp_path, completions(), max_tokens=200, measure_tokens=0), display=display
+    )
+    read = result.data["train"]["rows_read"]
+    assert 0 < read < 18
+    assert any(
+        f"18 rows of rows.jsonl (completion), of which {read} are read" in t for t in display.said
+    )
+
+
+def test_pairs_are_judged_by_which_answer_is_likelier(models: Path, tmp_path: Path) -> None:
+    result = tune(settings(models, tmp_path, preferences(60), max_steps=20))
+    assert result.verdict is not None and result.alpha == 1.0
+    answers = result.verdict["answers"]
+    assert answers["measure"] == "preferred"
+    assert answers["steered"] >= answers["base"]
+
+
 # What is refused -----------------------------------------------------------------------------------
 
 
@@ -539,7 +709,7 @@ def test_what_cannot_be_trained_on_is_refused_before_training(
         {"valid_share": 1.0},
         {"lora_rank": 0},
         {"dtype": "float64"},
-        {"method": "cpt", "prompt": "plain", "base_prompt": "chat"},
+        {"method": "cpt", "template": "plain", "base_template": "chat"},
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(
@@ -604,6 +774,24 @@ def test_the_command_trains_and_prints_one_json_object(models: Path, tmp_path: P
     assert answer.exit_code == 0, answer.stderr
     assert json.loads(answer.stdout)["num_steps"] == 2
     assert "train: " in answer.stderr
+
+
+def test_the_command_takes_a_line_break_as_it_is_typed(models: Path, tmp_path: Path) -> None:
+    from proxytune.cli import app
+
+    rows = write_rows(tmp_path / "rows.jsonl", questions())
+    answer = CliRunner().invoke(
+        app,
+        [
+            "tune", "--anti-expert", str(models / "small"), "--base", str(models / "base"),
+            "--data", rows, "--output", str(tmp_path / "out"), "--max-steps", "1",
+            "--max-length", "64", "--lora-rank", "2", "--template", r"Q: {{ prompt }}\nA:",
+        ],
+    )  # fmt: skip
+    assert answer.exit_code == 0, answer.stderr
+    assert Recipe.read(tmp_path / "out").base.prompt == "Q: {{ prompt }}\nA:"
+    assert "\nsteering " in answer.stderr and "  prompt: " in answer.stderr
+    assert "base: " in answer.stderr and "steered: " in answer.stderr
 
 
 def test_the_command_names_the_bad_line(models: Path, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from proxytune.errors import (
     UnsupportedModel,
     VocabularyMismatch,
     missing_extra,
+    pip_install,
 )
 
 if TYPE_CHECKING:
@@ -280,7 +281,7 @@ class _Model:
             if "unknown model architecture" in reason:
                 raise UnsupportedModel(
                     f"the installed llama.cpp does not know {name}{reason}\n"
-                    "hint: pip install --upgrade llama-cpp-python"
+                    f"hint: {pip_install('--upgrade llama-cpp-python')}"
                 )
             raise CorruptModel(
                 f"llama.cpp cannot load {name}{reason}\nhint: copy or download {path} again"

@@ -54,6 +54,7 @@ from proxytune.errors import (
     ProxytuneError,
     UnsafeModel,
     UnsupportedModel,
+    pip_install,
 )
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class Checkpoint:
                 return CorruptModel(f"the config.json of {self.name} cannot be used: {why}")
             return UnsupportedModel(
                 f"{self.name} is a model of type {shown(kind)}, which the installed transformers does not "
-                "know.\nhint: pip install --upgrade transformers"
+                f"know.\nhint: {pip_install('--upgrade transformers')}"
             )
 
         with faults_as(error):

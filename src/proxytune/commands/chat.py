@@ -64,7 +64,7 @@ def chat(
     ],
     models: ModelOptions,
 ) -> None:
-    """Chat with a steered model.
+    """Chat with a steered model: type a message, and Ctrl-D to leave.
 
     Strength and expert can be changed during the conversation: /help shows how.
     """

@@ -99,6 +99,8 @@ def generate(
 ) -> None:
     """Generate text from a prompt, or from a file of prompts.
 
+    The models continue the prompt as a text; `proxytune chat` answers messages.
+
     A file holds one JSON object per line, with prompt (text, messages or token ids) or messages, and
     optionally options for this line alone; the output file holds the same objects with output added. After an
     interruption, the same command continues the run, and the file becomes the same as without one; it also

@@ -59,7 +59,7 @@ def grade(
     ],
     options: GradeOptions,
 ) -> None:
-    """Score a file of predictions.
+    """Score a file of a benchmark's predictions.
 
     Prints a JSON object: "metric" is the value, "name" its name, "metrics" all metrics that were published
     for this benchmark. Rows that neither a judge nor a run of code has decided are counted and left out.

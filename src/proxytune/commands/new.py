@@ -124,10 +124,9 @@ def new(
     options: RecipeOptions,
     policy: PolicyOptions,
 ) -> None:
-    """Write a recipe.
+    """Write a recipe: a directory that names the base, an expert and its anti-expert.
 
-    A recipe is a directory that names the base and an expert with its anti-expert; it contains no model
-    weights.
+    It contains no model weights.
 
     A model is a local directory, a .gguf file, package:NAME/PATH, or an id on the Hugging Face Hub; an
     existing path counts as local. The base may also be the address of an OpenAI-compatible API, such as
@@ -150,7 +149,7 @@ def new(
         recipe = replace(recipe, vocabulary="map")
     recipe.write(directory, overwrite=options.add or options.force)
     say(f"wrote {directory / 'config.json'}")
-    say(f"next: proxytune doctor {directory}")
+    say(f"next: proxytune doctor {directory}, then proxytune chat {directory}")
 
 
 def _refuse_contradictions(

@@ -29,7 +29,10 @@ def argument(metavar: str, help: str) -> Any:
     return typer.Argument(metavar=metavar, help=help, show_default=False)
 
 
-RECIPE_HELP = "A recipe: its directory, package:NAME/PATH, or its id on the Hugging Face Hub"
+RECIPE_HELP = (
+    "A recipe: its directory, its id on the Hugging Face Hub, or package:NAME/PATH; the one that comes with "
+    "proxytune is package:proxytune/smol"
+)
 RecipeArgument = Annotated[str, argument("RECIPE", RECIPE_HELP)]
 OptionalRecipe = Annotated[
     str | None, argument("RECIPE", f"{RECIPE_HELP}; not needed for saved traces")

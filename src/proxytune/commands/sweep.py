@@ -148,7 +148,7 @@ def sweep(
     policy: PolicyOptions,
     models: Annotated[ModelOptions, Pick(leave_out=("cuda_graphs", "max_calls", "max_cost"))],
 ) -> None:
-    """Try strengths against a metric: pick the best on one part of the data, and measure it on another.
+    """Find the best strength of steering for your data: pick it on one part, and measure it on another.
 
     For perplexity, each model reads the data once, for all strengths. Generated texts are greedy, and a
     beginning that several strengths share is generated once.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import typer
 
@@ -39,6 +39,9 @@ def tune(settings: TuneSettings, options: RunOptions) -> None:
 
     Ctrl-C saves the state, and --resume continues.
     """
+    # In a shell's quotes a line break is written as two characters.
+    typed = {name: getattr(settings, name) for name in ("template", "base_template")}
+    settings = replace(settings, **{k: v and v.replace("\\n", "\n") for k, v in typed.items()})
     try:
         from proxytune.tune.run import tune as run
     except ImportError as error:
@@ -54,15 +57,10 @@ def tune(settings: TuneSettings, options: RunOptions) -> None:
     if options.as_json:
         print_text(json_line(result.to_dict()))
         return
-    say(f"wrote {settings.directory}: expert {result.expert!r}, alpha {result.alpha:g}")
-    for title, report in (("validation", result.valid), ("test", result.test)):
-        if report is not None:
-            base_row, *others = report["rows"]
-            best = next(r for r in others if (r["name"], r["alpha"]) == ("steered", result.alpha))
-            say(
-                f"{title} perplexity: base {base_row['perplexity']:.2f}, steered at alpha "
-                f"{result.alpha:g} {best['perplexity']:.2f} ({best['change']:+.1%})"
-            )
+    from proxytune.tune.card import last_word
+
+    for line in last_word(settings, result):
+        say(line)
     say(f'next: proxytune generate {settings.output} "..."')
 
 

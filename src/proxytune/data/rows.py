@@ -84,6 +84,25 @@ class Rows:
             digest.update(b"\n" + line.encode())
         return digest.hexdigest()
 
+    @property
+    def is_conversation(self) -> bool:
+        """Whether prompts are lists of messages."""
+        return self.kind == "messages" or isinstance(self.rows[0].get("prompt"), list)
+
+    @property
+    def hold_what_stands_between(self) -> bool:
+        """Whether most rows hold what leads from the prompt to the answer, such as `Answer:` or a space.
+
+        A prompt then ends with white space or a colon, or the answer begins with white space.
+        """
+        pairs = [pair for row in self.rows for pair in answers_of(row)]
+        held = sum(
+            isinstance(prompt, str)
+            and (prompt.endswith(":") or prompt[-1:].isspace() or answer[:1].isspace())
+            for prompt, answer in pairs
+        )
+        return 2 * held > len(pairs)
+
     def where(self, index: int) -> str:
         """Return the name of a row in errors."""
         return f"{self.unit} {self.lines[index]} of {self.source}"

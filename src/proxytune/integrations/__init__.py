@@ -7,6 +7,8 @@ runs right after. A module that is already there gets its registration at once.
 
 Each registration needs no more of transformers than its Auto module has loaded by then, so it never meets a
 half-imported module: the config and the tokenizer live in `auto.py`, the model in `transformers.py`.
+
+In the same way, `Trainer` and PEFT learn to refuse recipes when their modules are imported (`frozen.py`).
 """
 
 from __future__ import annotations
@@ -39,15 +41,36 @@ def _register_model() -> None:
         register()
 
 
+def _guard_trainer() -> None:
+    from proxytune.integrations.frozen import guard_trainer
+
+    guard_trainer()
+
+
+def _guard_peft_model() -> None:
+    from proxytune.integrations.frozen import guard_peft_model
+
+    guard_peft_model()
+
+
+def _guard_peft_tuners() -> None:
+    from proxytune.integrations.frozen import guard_peft_tuners
+
+    guard_peft_tuners()
+
+
 _REGISTRATIONS: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.tokenization_auto": _register_tokenizer,
     "transformers.models.auto.modeling_auto": _register_model,
+    "transformers.trainer": _guard_trainer,
+    "peft.peft_model": _guard_peft_model,
+    "peft.tuners.tuners_utils": _guard_peft_tuners,
 }
 
 
 class _AfterImport(MetaPathFinder):
-    """Lets the other finders find transformers' Auto modules, and has a registration run after each."""
+    """Lets the other finders find the modules in `_REGISTRATIONS`, and has a registration run after each."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -78,7 +101,7 @@ def _run_after(loader: Loader, register: Callable[[], None]) -> None:
 
 
 def register_with_transformers() -> None:
-    """Make transformers' Auto classes read recipes, now or as soon as they are imported."""
+    """Make the Auto classes read recipes and trainers refuse them, now or once they are imported."""
     if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
     for name, register in _REGISTRATIONS.items():

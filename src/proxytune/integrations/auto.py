@@ -10,7 +10,9 @@ Nothing here loads torch models; `integrations/__init__.py` says why that matter
 from __future__ import annotations
 
 import functools
+import json
 import os
+import warnings
 from collections.abc import Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -29,6 +31,14 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "s
 
 GRANT_OPTIONS = ("trust_remote_code", "allow_pickle", "key_env")
 """Options of `from_pretrained` by which its caller grants what a recipe asks for."""
+
+_OTHER_FILES = ("use_fast", "tokenizer_type", "gguf_file", "tokenizer_file")
+"""Options about files of a tokenizer that are not read here."""
+
+_MODEL_OPTIONS = (
+    "attn_implementation", "device_map", "dtype", "low_cpu_mem_usage", "torch_dtype", "use_safetensors",
+)  # fmt: skip
+"""Options of a model's `from_pretrained`, which a pipeline gives to the tokenizer's as well."""
 
 _trusted: ContextVar[bool] = ContextVar("trust_remote_code", default=False)
 """Whether the caller of the Auto class that is running trusts code that comes with models."""
@@ -133,6 +143,8 @@ class ProxyTunedTokenizer:
             reference: The recipe: a directory or a Hub id.
             **options: Those of transformers that concern the Hub, `SETTINGS`, and `GRANT_OPTIONS`.
 
+        Warns if the recipe has a template for texts, which a tokenizer does not apply.
+
         Raises:
             UnsafeModel: The recipe asks for a right that the caller does not grant.
             RecipeError: The recipe is missing or malformed.
@@ -146,11 +158,16 @@ class ProxyTunedTokenizer:
         hub = {key: options.pop(key) for key in HUB_OPTIONS if key in options}
         settings = {key: options.pop(key) for key in cls.SETTINGS if key in options}
         grants = grants_of(options)
-        ignored = ("use_fast", "tokenizer_type", "gguf_file", "tokenizer_file")
-        refuse_options(options, ignored=ignored)
+        refuse_options(options, ignored=(*_OTHER_FILES, *_MODEL_OPTIONS))
         recipe = read_recipe(reference, hub)
         files = RecipeFiles(recipe, grants)
         files.check_grants()
+        if recipe.base.prompt != "plain":
+            warnings.warn(
+                "the recipe reads texts through a template, which is not applied here: texts are sent as "
+                "they are.\nhint: give a text as the user's message in a chat, which the template renders",
+                stacklevel=2,
+            )
         tokenizer = files.checkpoint(recipe.base).tokenizer
         if settings.get("chat_template") is None:
             formats = find_formats(files)
@@ -160,7 +177,34 @@ class ProxyTunedTokenizer:
                 tokenizer.chat_template = wanted
         for key, value in settings.items():
             setattr(tokenizer, key, value)
+        _end_nothing(tokenizer)
         return tokenizer
+
+
+def _end_nothing(tokenizer: Any) -> None:
+    """Keep a tokenizer from putting tokens after a text, which a model is to continue.
+
+    The library leaves them out too (`prompt_ids` in `text/prompts.py`).
+    """
+    from proxytune.text.prompts import prompt_ids
+
+    if prompt_ids("a", tokenizer) == tokenizer.encode("a"):
+        return
+    rules = getattr(tokenizer, "backend_tokenizer", None)
+    if rules is not None:
+        content = json.loads(rules.to_str())
+        _cut_after_text(content["post_processor"])
+        rules.post_processor = type(rules).from_str(json.dumps(content)).post_processor
+
+
+def _cut_after_text(rule: dict[str, Any]) -> None:
+    """Take the tokens after a text out of a rule of the tokenizers library for what stands around a text."""
+    for inner in rule.get("processors", ()):
+        _cut_after_text(inner)
+    pieces = rule.get("single", [])
+    texts = [place for place, piece in enumerate(pieces) if "Sequence" in piece]
+    if texts:
+        del pieces[texts[-1] + 1 :]
 
 
 def grants_of(options: dict[str, Any]) -> Grants:

@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from proxytune.errors import UnsupportedModel
+from proxytune.errors import InvalidRequest, UnsupportedModel
 
 if TYPE_CHECKING:
     from proxytune.backends.transformers.backend import TransformersBackend
     from proxytune.decode.ensemble import Member
+
+CACHE_OPTION = (
+    "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+)
+"""The name of the cache argument in this version of transformers: `cache` from 5.24 on."""
 
 
 @dataclass(slots=True)
@@ -115,6 +121,11 @@ class ProxyTunedCache(Cache):
         return all(each.backend.capabilities.can_rewind for each in self.backends)
 
     @property
+    def is_linear(self) -> list[bool]:
+        """One layer that is not linear: otherwise `generate` would run the kept tokens again."""
+        return [False]
+
+    @property
     def is_initialized(self) -> bool:
         """Whether anything is kept."""
         return self.num_slots > 0
@@ -156,10 +167,19 @@ class ProxyTunedCache(Cache):
         raise UnsupportedModel(message)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens of every row; `tokens_to_remove` is negative, as in transformers."""
+        """Take back the last tokens of every row; `tokens_to_remove` is negative, as in transformers.
+
+        Raises:
+            InvalidRequest: It is positive, or more tokens than are kept.
+        """
+        if not -self.num_slots <= tokens_to_remove <= 0:
+            raise InvalidRequest(
+                f"crop was given {tokens_to_remove}, but the cache keeps {self.num_slots} tokens.\n"
+                f"hint: give a number from {-self.num_slots} to 0; -2 removes the last two tokens"
+            )
         for each in self.backends:
             each.cache.crop(tokens_to_remove)
-        self.num_slots -= abs(tokens_to_remove)
+        self.num_slots += tokens_to_remove
 
     def activate_past_recording(self) -> None:
         """Let the members keep what `crop` needs."""
@@ -188,3 +208,26 @@ class ProxyTunedCache(Cache):
         """Repeat each row of the batch."""
         if self.num_rows:
             self.reorder_cache(torch.arange(self.num_rows).repeat_interleave(repeats))
+
+
+def own_cache(given: Any) -> ProxyTunedCache:
+    """Return the given cache, or a new one for None or an empty `DynamicCache`, which grows as well.
+
+    Raises:
+        InvalidRequest: It is a cache of another kind, or holds one model's tokens.
+    """
+    if isinstance(given, ProxyTunedCache):
+        return given
+    kind = type(given).__name__
+    if isinstance(given, Cache) and given.get_seq_length():
+        raise InvalidRequest(
+            f"{CACHE_OPTION} is a {kind} that holds one model's tokens, and several models run here.\n"
+            "hint: pass a cache that an earlier forward of this model returned"
+        )
+    grows = type(given) is DynamicCache and not given.offloading
+    if given is not None and not grows:
+        raise InvalidRequest(
+            f"{CACHE_OPTION} is a {kind}, but each model of a recipe has a cache of its own that grows.\n"
+            f"hint: leave {CACHE_OPTION} out"
+        )
+    return ProxyTunedCache([])

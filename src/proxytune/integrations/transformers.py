@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from proxytune.errors import InvalidRequest, RecipeError, UnsupportedModel
 from proxytune.files import writing
@@ -37,12 +38,19 @@ from proxytune.integrations.auto import (
     read_recipe,
     refuse_options,
 )
-from proxytune.integrations.ensemble_cache import CachedMembers, ProxyTunedCache
+from proxytune.integrations.ensemble_cache import (
+    CACHE_OPTION,
+    CachedMembers,
+    ProxyTunedCache,
+    own_cache,
+)
+from proxytune.integrations.frozen import FrozenModels
+from proxytune.integrations.generation import SteeredGenerationMixin
 from proxytune.measure.score import smallest_context
 from proxytune.request import Experts, Steering
 
 if TYPE_CHECKING:
-    from proxytune.decode.ensemble import Ensemble
+    from proxytune.decode.ensemble import Ensemble, Member
     from proxytune.model import ProxyTuned
     from proxytune.recipe.recipe import Recipe
 
@@ -57,10 +65,7 @@ _NO_EFFECT = (
 A recipe has no weights of its own.
 """
 
-_CACHE_OPTION = (
-    "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-)
-"""The name of the cache argument in this version of transformers: `cache` from 5.24 on."""
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 _PUSH_OPTIONS = (
     "commit_message",
@@ -73,7 +78,7 @@ _PUSH_OPTIONS = (
 _LOSS_OPTIONS = ("num_items_in_batch", "shift_labels", "ignore_index")
 
 
-class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+class ProxyTunedForCausalLM(FrozenModels, SteeredGenerationMixin, PreTrainedModel):  # type: ignore[no-untyped-call]
     """A base steered by experts, as a causal language model of transformers.
 
     Logits are float32, and -inf at padding ids of the base's vocabulary. The members are frozen. Pass `alpha`
@@ -119,9 +124,12 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
 
     def _set_attributes(self) -> None:
         """Set what transformers and evaluation harnesses look up on a model and its config."""
-        base = self.members[0]
+        base: Any = self.members[0]
         self.config.vocab_size = self._ensemble.vocabulary.width
         self.config.max_position_embeddings = smallest_context(self._ensemble.members)
+        base_config = base.config.get_text_config()
+        for key in _SPECIAL_TOKENS:  # Pipelines compare them with an assistant's.
+            setattr(self.config, key, getattr(base_config, key, None))
         devices: list[dict[str, Any]] = [getattr(m, "hf_device_map", {}) for m in self.members]
         is_spread = any(len(set(places.values())) > 1 for places in devices)
         if is_spread or any(getattr(member, "is_quantized", False) for member in self.members):
@@ -143,8 +151,8 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
             *model_args: Must be empty.
             config: The recipe as a config, if it was read before; it may have been changed since.
             **kwargs: `dtype`, `device_map` (a device, or `auto`) and `attn_implementation`, each for all
-                models; `trust_remote_code`, `allow_pickle` and `key_env` as in `ProxyTuned.load`; and
-                transformers' options for the Hub. Other options are refused by name.
+                models; `generation_config`; `trust_remote_code`, `allow_pickle` and `key_env` as in
+                `ProxyTuned.load`; and transformers' options for the Hub. Other options are refused by name.
 
         Raises:
             UnsafeModel: The recipe asks for a right that the caller does not grant.
@@ -160,9 +168,12 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
             )
         if isinstance(config, ProxyTunedConfig):
             recipe = config.recipe(recipe.directory)
+        generation_config = kwargs.pop("generation_config", None)
+        if generation_config is None and (recipe.directory / GENERATION_CONFIG_NAME).is_file():
+            generation_config = GenerationConfig.from_pretrained(recipe.directory)
         model = cls._from_recipe(recipe, config, kwargs)
-        if (recipe.directory / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(recipe.directory)
+        if generation_config is not None:
+            model.generation_config = generation_config
         return model
 
     @classmethod
@@ -174,6 +185,15 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
     def _from_recipe(
         cls, recipe: Recipe, config: ProxyTunedConfig | None, options: dict[str, Any]
     ) -> ProxyTunedForCausalLM:
+        for key in (
+            "output_attentions",
+            "output_hidden_states",
+        ):  # AutoConfig puts them into the config
+            if getattr(config, key, False):
+                raise UnsupportedModel(
+                    f"{key} is true, but the output of several models has no place for it.\n"
+                    f"hint: leave {key} out"
+                )
         attention = options.pop("attn_implementation", None)
         if config is not None and attention is None:
             attention = config._attn_implementation_internal  # where AutoConfig puts the option
@@ -266,7 +286,7 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
             loss = self.loss_function(
                 logits=steered, labels=labels, vocab_size=steered.shape[-1], **loss_options
             )
-        fields: dict[str, Any] = {"loss": loss, "logits": steered, _CACHE_OPTION: kept}
+        fields: dict[str, Any] = {"loss": loss, "logits": steered, CACHE_OPTION: kept}
         output = CausalLMOutputWithPast(**fields)
         return output.to_tuple() if return_dict is False else output
 
@@ -295,35 +315,20 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
                     "tokens.\nhint: choose experts and an alpha other than 0 before the first token"
                 )
             return given
-        if given is not None and given.get_seq_length():
-            raise InvalidRequest(
-                f"{_CACHE_OPTION} is a {type(given).__name__} that holds one model's tokens, and several "
-                "models run here.\nhint: pass a cache that an earlier forward of this model returned"
-            )
+        cache = own_cache(given)
         for each in backends:
             each.cache = each.backend.new_cache()
-        cache = given if isinstance(given, ProxyTunedCache) else ProxyTunedCache([])
         cache.backends = backends
         return cache
 
-    def _prepare_cache_for_generation(  # type: ignore[override]
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        """Give `generate` an empty cache of all members."""
-        if generation_config.cache_implementation is not None:
-            raise InvalidRequest(
-                f"cache_implementation is {generation_config.cache_implementation!r}, but each model of a "
-                "recipe has a cache that grows.\nhint: leave cache_implementation out"
-            )
-        given = model_kwargs.get(_CACHE_OPTION)
-        if given is not None:
-            given._is_user_defined = True
-        elif generation_config.use_cache is not False:
-            model_kwargs[_CACHE_OPTION] = ProxyTunedCache([])
+    def _members_that_run(self, alpha: float | None, experts: Experts | None) -> list[Member]:
+        """Return the members that run with this steering."""
+        pairs = [index for index, _ in self._steering_pairs(Steering(alpha, experts))]
+        return [
+            member
+            for each in _members_by_backend(self._ensemble, pairs)
+            for member in each.members.values()
+        ]
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the base's embedding."""
@@ -334,15 +339,6 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         """Return the base's output head."""
         base: Any = self.members[0]
         return cast(nn.Module, base.get_output_embeddings())
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: the vocabulary belongs to the members, which share it.
-
-        Raises:
-            UnsupportedModel: Always.
-        """
-        message = "a recipe's vocabulary is that of its models, so it cannot be resized"
-        raise UnsupportedModel(message)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -379,6 +375,11 @@ class ProxyTunedForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[n
         if is_new and card.is_file() and card.parent.resolve() != target.resolve():
             with writing(target):
                 shutil.copyfile(card, target / "README.md")
+        saved = target / GENERATION_CONFIG_NAME
+        defaults = _generation_defaults(self._ensemble, self.members[0])
+        if self.generation_config != defaults or saved.exists():
+            with writing(target):
+                self.generation_config.save_pretrained(target)
         if push_to_hub:
             self.push_to_hub(repo_id or target.name, **hub)
 
@@ -439,6 +440,13 @@ def _load(
     """Load a recipe whose models all read one stream of tokens, without a policy that needs its start."""
     from proxytune.model import ProxyTuned
 
+    for part, spec in recipe.models.items():
+        if spec.api is not None or spec.llama_cpp is not None:
+            place = "behind an API" if spec.api is not None else "in llama.cpp"
+            raise UnsupportedModel(
+                f"{part} runs {place}, and transformers' generate needs every model in transformers.\n"
+                "hint: use proxytune.ProxyTuned, `proxytune generate` or `proxytune serve`"
+            )
     if recipe.policy.has_positions:
         raise UnsupportedModel(
             "the recipe's steering has a schedule, but transformers' generate does not show a model where "
@@ -547,6 +555,8 @@ def _checked_ids(input_ids: Tensor | None, options: Mapping[str, Any]) -> Tensor
         raise InvalidRequest(
             "input_ids must be given, as [batch, num_tokens] with at least one token"
         )
+    if input_ids.is_floating_point():
+        raise InvalidRequest(f"input_ids has dtype {input_ids.dtype}, but token ids are integers")
     return input_ids
 
 

@@ -1,18 +1,19 @@
-"""Given answers: what the models give each of their tokens, and which of a few the steered base prefers."""
+"""Given answers: what the models give each of their tokens, and which of a few they prefer."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from proxytune.decode.batch import Batch
 from proxytune.decode.collect import Collector, run
 from proxytune.decode.ensemble import Ensemble, Job, policy_of
 from proxytune.errors import BackendError, InvalidRequest
-from proxytune.measure.score import Passage, explain_passage
+from proxytune.measure.score import Passage, batch_logits, explain_passage, needed_members
 from proxytune.request import SamplingParams
 from proxytune.text.detokenize import TextStream
 from proxytune.text.prompts import Tokenizer, continuation_ids
@@ -81,6 +82,44 @@ def choose(ensemble: Ensemble, job: Job, options: Sequence[str], *, shows_all: b
     best = max(range(len(options)), key=probs.__getitem__)
     certified = None if shows_all else is_certified
     return Choice(options[best], best, tuple(probs), job.strengths, certified, batch.usage(0))
+
+
+def option_logits(
+    ensemble: Ensemble,
+    passages: Sequence[Passage],
+    token_ids: Sequence[int],
+    *,
+    batch_size: int = 16,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[int, Tensor]:
+    """Return each model's logits of a few tokens at the end of each prompt, for many prompts.
+
+    `choose` answers one prompt as the policy says; this is for comparing the models by themselves.
+
+    Args:
+        ensemble: The models. The base must show all its logits.
+        passages: The prompts. What follows them is not read.
+        token_ids: The first token of each option.
+        batch_size: Maximum number of prompts per forward pass.
+        on_progress: Called with the prompts done and the total.
+
+    Returns:
+        `[passages, options]` float32 by index of the base and the pairs' members, not normalised.
+
+    Raises:
+        BackendError: A model failed.
+    """
+    needed = needed_members(ensemble.pairs)
+    columns = list(token_ids)
+    parts: dict[int, list[Tensor]] = {member: [] for member in needed}
+    for first in range(0, len(passages), batch_size):
+        rows = passages[first : first + batch_size]
+        _, logits = next(batch_logits(ensemble, rows, needed, chunk_tokens=1))
+        for member in needed:
+            parts[member].append(logits[member][:, 0, columns].float().cpu())
+        if on_progress is not None:
+            on_progress(first + len(rows), len(passages))
+    return {member: torch.cat(part) for member, part in parts.items()}
 
 
 def trace_given(

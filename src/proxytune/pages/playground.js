@@ -1,12 +1,14 @@
-// The playground: what is asked of both models, and how their answers are shown. It follows tokens.js and requests.js in
-// one scope.
+// The playground: what is asked of both models, and how their answers are shown. It follows tokens.js, requests.js and
+// examples.js in one scope.
 
 const SIDES = ["base", "steered"];
 const NAMES = { base: "Base", steered: "Steered" };
 const TOP = 8; // alternatives listed for each model
 const STEPS = [Math.log(1.25), Math.log(2), Math.log(8)]; // where the colours change, in nats
 
-const state = { info: null, key: "", mode: "prompt", running: new Map(), afterKey: null };
+const isTouch = matchMedia("(pointer: coarse)").matches; // keys on the screen have no Shift Enter: there Enter is a new line
+
+const state = { info: null, key: "", mode: "text", running: new Map(), afterKey: null };
 
 // What steering did to a token ---------------------------------------------------------------------------
 
@@ -47,11 +49,11 @@ class Pane {
     this.element = $(`pane-${side}`);
     this.scroll = this.element.querySelector(".scroll");
     this.sum = this.element.querySelector(".sum");
-    this.flows = { prompt: make("div", "flow"), chat: make("div", "flow") };
+    this.flows = { text: make("div", "flow"), chat: make("div", "flow") };
     this.turns = []; // of the chat: {question, answer}
-    this.answers = { prompt: null, chat: null }; // the latest of each mode
-    this.scroll.append(this.flows.prompt, this.flows.chat);
-    this.clear("prompt");
+    this.answers = { text: null, chat: null }; // the latest of each mode
+    this.scroll.append(this.flows.text, this.flows.chat);
+    this.clear("text");
     this.clear("chat");
   }
   clear(mode) {
@@ -66,19 +68,19 @@ class Pane {
     this.summarise();
   }
   // Add an answer to the page, below what it answers.
-  begin(mode, question) {
+  begin(mode, question, maxTokens) {
     const flow = this.flows[mode];
-    if (mode === "prompt" || this.turns.length === 0) {
-      if (mode === "prompt") this.clear(mode);
+    if (mode === "text" || this.turns.length === 0) {
+      if (mode === "text") this.clear(mode);
       flow.replaceChildren();
     }
     // An earlier question cannot be asked again once the conversation has gone on.
     for (const button of flow.querySelectorAll(".problem button")) button.remove();
-    const answer = new Answer(this);
+    const answer = new Answer(this, mode, maxTokens);
     const turn = make("div", "turn");
     const text = make("div", "text");
     text.dir = "auto";
-    if (mode === "prompt") {
+    if (mode === "text") {
       const given = make("span", "given", question.length > 600 ? `…${question.slice(-600)}` : question);
       given.title = "Your prompt";
       text.append(given);
@@ -105,7 +107,7 @@ class Pane {
 }
 
 class Answer extends TokenText {
-  constructor(pane) {
+  constructor(pane, mode, maxTokens) {
     super(pane, `answer-${numAnswers++}`, `${NAMES[pane.side]} answer, token by token`);
     this.list.setAttribute("aria-busy", "true");
     this.tokens = [];
@@ -114,8 +116,9 @@ class Answer extends TokenText {
     this.unsaid = ""; // not yet given to the screen reader
     this.ended = null;
     this.startedAt = this.lastAt = 0;
-    this.numKnown = this.numChanged = this.numKl = this.sumKl = 0;
+    this.numKnown = this.numChanged = this.numKl = this.sumKl = this.numThoughts = 0;
     this.after = make("div");
+    Object.assign(this, { mode, maxTokens });
   }
   add(text, tokens) {
     const now = performance.now();
@@ -132,16 +135,39 @@ class Answer extends TokenText {
     }
     this.lastAt = now;
     const own = tokens.map((token) => token.text).join("");
-    const rest = text.startsWith(own) ? text.slice(own.length) : "";
-    this.loose += rest;
-    this.text += own + rest;
-    this.unsaid += own + rest;
+    // A reasoning model's tokens before its answer are shown, and are no part of what it answered.
+    if (own && !text) {
+      for (const token of tokens) token.isThought = true;
+      this.numThoughts += tokens.length;
+    }
+    if (text.startsWith(own)) this.loose += text.slice(own.length);
+    this.text += text;
+    this.unsaid += text;
     paintSoon(this);
   }
   end(reason) {
     this.ended = reason;
     this.list.setAttribute("aria-busy", "false");
+    if (["stop", "length"].includes(reason) && this.text.trim() === "") this.sayEmpty(reason);
     paintSoon(this);
+  }
+  // An answer without text looks as if nothing had happened: say what did, and what to try.
+  sayEmpty(reason) {
+    const isCut = reason === "length";
+    const isChat = this.mode === "chat";
+    const options = [
+      this.pane.side === "base" ? "" : "a strength nearer to 0",
+      isChat ? "other words" : "the beginning of a text",
+      isChat ? "" : "Chat if it is a question",
+      numberOf("temperature") > 0 ? "another seed" : "",
+    ].filter(Boolean);
+    const next = `Try ${options.join(", ").replace(/, ([^,]*)$/, " or $1")}.`;
+    const [what, hint] = this.numThoughts
+      ? [`The model ${isCut ? "was still reasoning at its last token" : "ended after its reasoning"}, without an answer.`, isCut ? "Allow more tokens." : next]
+      : [isCut || this.tokens.length > 1 ? "The answer is nothing but white space." : "The answer is empty: the first token ended it.", next];
+    const box = make("div", "notice");
+    box.append(make("strong", "", what), make("p", "", hint));
+    this.after.replaceChildren(box);
   }
   // Draw what came since the last frame.
   paint() {
@@ -162,7 +188,7 @@ class Answer extends TokenText {
   draw(token, index) {
     const nats = moved(token);
     const baseChoice = changed(token) ? firstChoice(token) ?? "another token" : null;
-    return this.drawToken(index, { name: token.token, text: token.text, nats, level: level(nats), baseChoice });
+    return this.drawToken(index, { name: token.token, text: token.text, nats, level: level(nats), baseChoice, ...(token.isThought ? { kind: "thought", more: ["reasoning"] } : {}) });
   }
   // A last token without text is the model's own end of the text.
   markEnd() {
@@ -185,6 +211,7 @@ class Answer extends TokenText {
     const count = this.tokens.length;
     if (count) {
       add(count === 1 ? "token" : "tokens", String(count));
+      if (this.numThoughts) add("of them reasoning", String(this.numThoughts));
       if (this.pane.side === "steered") {
         if (this.numKnown) add("first choices changed", `${Math.round((100 * this.numChanged) / this.numKnown)} %`);
         if (this.numKl) add("nats mean KL", decimal(this.sumKl / this.numKl)).title = "KL(steered ‖ base), averaged over the tokens";
@@ -194,7 +221,10 @@ class Answer extends TokenText {
       const span = (this.lastAt - this.startedAt) / 1000;
       if (count > 1 && span > 0.1) add("tokens/s", ((count - 1) / span).toFixed(1)).title = "From the first token to the last, while both answers run";
     }
-    if (this.ended) add(ENDINGS[this.ended] ?? this.ended);
+    // The server gives fewer tokens than asked for where its own limit, or the models' context, is smaller.
+    if (this.ended === "length" && count < this.maxTokens) add("reached the limit of the server or of its models");
+    else if (this.ended === "failed" && !count) add("not answered");
+    else if (this.ended) add(ENDINGS[this.ended] ?? this.ended);
     this.pane.sum.replaceChildren(...elements);
   }
 }
@@ -282,6 +312,15 @@ const setAlpha = (alpha) => {
   showAlpha();
 };
 
+// What is set, on one line: in a narrow window the settings are folded away below it.
+const showSettings = () => {
+  if (!state.info) return;
+  const settings = readSettings();
+  const { max_tokens: count, temperature, seed } = settings.sampling;
+  const drawn = temperature === 0 ? "greedy" : `temperature ${temperature} · seed ${seed}`;
+  $("settings-sum").textContent = `${settings.names.length ? strengthWords(settings) : "no expert"} · ${plural(count, "token")} · ${drawn}`;
+};
+
 const showAlpha = () => {
   const slider = $("alpha");
   const alpha = numberOf("alpha-number");
@@ -295,18 +334,18 @@ const showAlpha = () => {
   const own = ownAlpha();
   $("alpha-own").hidden = !known(own) || own === alpha;
   if (known(own)) $("alpha-own").textContent = `Back to the recipe's ${strength(own)}`;
+  showSettings();
 };
 
 const showSampling = () => {
-  const temperature = numberOf("temperature");
-  $("sampling-sum").textContent = `${$("max-tokens").value} tokens, ${temperature === 0 ? "greedy" : `temperature ${$("temperature").value}, seed ${$("seed").value}`}`;
-  $("top-p").disabled = temperature === 0;
+  $("top-p").disabled = numberOf("temperature") === 0;
+  showSettings();
 };
 
-const showExperts = () => {
+const showExperts = (only = null) => {
   const { info } = state;
   const isMix = $("mix").checked;
-  const before = chosen();
+  const before = only === null ? chosen() : [only];
   const wanted = before.length ? before : info.default_experts?.length ? info.default_experts : [info.experts[0]?.name];
   const isOn = (name) => (isMix ? wanted.includes(name) : wanted[0] === name);
   $("experts").replaceChildren(...info.experts.map((expert) => {
@@ -346,6 +385,39 @@ const onExpert = (event) => {
   showAlpha();
 };
 
+// Examples -----------------------------------------------------------------------------------------------
+
+const openExamples = (isOpen) => {
+  $("examples-open").setAttribute("aria-expanded", String(isOpen));
+  $("examples").hidden = !isOpen;
+};
+
+const tryExample = ({ prompt, expert }) => {
+  if (state.running.size) return;
+  if (expert !== null) {
+    $("mix").checked = false;
+    showExperts(expert);
+    setAlpha(Math.min(3, Math.max(-1, ownAlpha() ?? 1)));
+  }
+  $("prompt").value = prompt;
+  run();
+};
+
+const showExamples = () => {
+  if (!state.info) return;
+  $("examples").replaceChildren(...examplesFor(state.info, state.mode).map((example) => {
+    const button = make("button", "example");
+    button.type = "button";
+    const prompt = make("span", "", example.prompt.replace(/\s+/g, " "));
+    prompt.dir = "auto";
+    button.append(...(example.expert === null ? [] : [make("bdi", "", example.expert), " "]), prompt);
+    button.addEventListener("click", () => tryExample(example));
+    return button;
+  }));
+  $("examples-open").hidden = false;
+  openExamples(panes.base.answers[state.mode] === null);
+};
+
 // Running ------------------------------------------------------------------------------------------------
 
 const alarm = (text) => { if ($("alert").textContent !== text) $("alert").textContent = text; };
@@ -357,7 +429,10 @@ const showBusy = () => {
   $("run").hidden = isBusy;
   $("run").disabled = !state.info;
   $("new").hidden = state.mode !== "chat" || isBusy || panes.base.turns.length === 0;
-  if (hadFocus) (isBusy ? $("stop") : $("run")).focus();
+  // Its reader is where the answers are.
+  if (hadFocus) (isBusy ? $("stop") : $("run")).focus({ preventScroll: true });
+  document.body.classList.toggle("busy", isBusy);
+  for (const button of $("examples").children) button.disabled = isBusy;
   for (const side of SIDES) panes[side].element.classList.toggle("busy", state.running.has(side));
 };
 
@@ -370,8 +445,7 @@ const invalidField = () => {
 };
 
 const pointAt = (field) => {
-  const folded = field.closest("details");
-  if (folded) folded.open = true;
+  if ($("settings").contains(field)) $("settings").open = true;
   field.focus();
 };
 
@@ -381,7 +455,7 @@ const messagesFor = (pane, turn) => {
   for (const { question, answer } of pane.turns) {
     if (turn.answer === answer) break;
     // A question without an answer is left out: models expect the two to alternate.
-    if (answer.text) messages.push({ role: "user", content: question }, { role: "assistant", content: answer.text });
+    if (answer.text.trim()) messages.push({ role: "user", content: question }, { role: "assistant", content: answer.text });
   }
   return [...messages, { role: "user", content: turn.question }];
 };
@@ -389,7 +463,10 @@ const messagesFor = (pane, turn) => {
 const showProblem = (answer, problem, again) => {
   const box = make("div", "problem");
   box.append(make("strong", "", problem.title));
-  const text = [problem.message !== problem.title ? problem.message : "", problem.next].filter(Boolean).join("\n");
+  const { mode, pane } = answer;
+  const isOld = problem.isTooLong && mode === "chat" && pane.turns.length > 1;
+  const next = isOld ? "The conversation counts too: a new chat begins without it." : problem.next;
+  const text = [problem.message !== problem.title ? problem.message : "", next].filter(Boolean).join("\n");
   if (text) box.append(make("p", "", text));
   const button = make("button", "", "Try again");
   button.type = "button";
@@ -399,7 +476,7 @@ const showProblem = (answer, problem, again) => {
   });
   box.append(button);
   answer.after.replaceChildren(box);
-  const { scroll } = answer.pane;
+  const { scroll } = pane;
   scroll.scrollTop = scroll.scrollHeight;
   alarm([problem.title, text].join(" "));
   const field = $(fields[problem.param] ?? "");
@@ -413,7 +490,7 @@ const showProblem = (answer, problem, again) => {
 // Ask for one side's answer, from the start or again.
 const startSide = async (side, question, settings, mode) => {
   const pane = panes[side];
-  const answer = pane.begin(mode, question);
+  const answer = pane.begin(mode, question, settings.sampling.max_tokens);
   const turn = { question, answer };
   if (mode === "chat") pane.turns.push(turn);
   const controller = new AbortController();
@@ -480,6 +557,7 @@ const run = () => {
   const { mode } = state;
   if (mode === "chat") $("prompt").value = "";
   $("alert").textContent = "";
+  openExamples(false);
   tell("Both answers are being written.");
   for (const side of SIDES) startSide(side, question, settings, mode);
   // Where the answers are below the fold, on a phone, go to them.
@@ -491,19 +569,30 @@ const stop = () => {
   for (const controller of [...state.running.values()]) controller.abort();
 };
 
+// How the base reads a conversation, where that is not what people expect of a chat.
+const showChatNote = () => {
+  const { has_chat: hasChat = true, has_turns: hasTurns = true } = state.info ?? {};
+  $("chat-note").textContent = !hasChat
+    ? "This recipe's base has no chat template, so it reads a conversation as plain text: “User: …”, “Assistant: …”."
+    : "This recipe's template holds a single question: the base reads the last message, without what was said before.";
+  $("chat-note").hidden = state.mode !== "chat" || (hasChat && hasTurns);
+};
+
 const setMode = (mode) => {
   stop();
   state.mode = mode;
   closeDetails();
   const isChat = mode === "chat";
   $("prompt").placeholder = isChat ? "Write a message. Both models answer, each in a conversation of its own." : "Write the beginning of a text. Both answers continue it.";
-  $("prompt-label").textContent = isChat ? "Message" : "Prompt";
-  $("hint").replaceChildren(...(isChat
+  $("prompt-label").textContent = isChat ? "Message" : "Beginning of a text";
+  showChatNote();
+  $("hint").replaceChildren(...(isChat && !isTouch
     ? [make("kbd", "", "Enter"), " sends, ", make("kbd", "", "Shift Enter"), " is a new line"]
     : [make("kbd", "", "Ctrl Enter"), " runs"]));
   $("run").textContent = isChat ? "Send" : "Run";
   $("system-field").hidden = !isChat;
   for (const side of SIDES) panes[side].show(mode);
+  showExamples();
   showBusy();
 };
 
@@ -547,7 +636,12 @@ const load = async () => {
     return;
   }
   const isFirst = !state.info;
-  state.info = await response.json();
+  try {
+    state.info = await response.json();
+  } catch {
+    showTrouble("The server's answer cannot be read.", "Is there something between this page and the server that changes its answers?");
+    return;
+  }
   const { info } = state;
   $("recipe").textContent = info.name;
   $("base").textContent = `on ${info.base}`;
@@ -559,9 +653,7 @@ const load = async () => {
     $("max-tokens").max = String(limit);
     if (numberOf("max-tokens") > limit) $("max-tokens").value = String(limit);
   }
-  const chat = document.querySelector("input[value=chat]");
-  chat.disabled = !info.has_chat;
-  chat.parentNode.title = info.has_chat ? "" : "This recipe's models have no chat template.";
+  showChatNote();
   // A recipe that sums several experts by default begins as it is: alpha 1, its own strengths as weights.
   const isSum = isFirst && info.default_experts?.length > 1;
   if (isSum) $("mix").checked = true;
@@ -573,6 +665,7 @@ const load = async () => {
   const own = ownAlpha();
   if (isFirst && known(own)) setAlpha(Math.min(3, Math.max(-1, own)));
   showSampling();
+  showExamples();
   showBusy();
   tell(`Ready: ${info.name}.`);
 };
@@ -604,7 +697,7 @@ $("ask").addEventListener("submit", (event) => {
 });
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.isComposing) return;
-  if (event.ctrlKey || event.metaKey || (state.mode === "chat" && !event.shiftKey && !event.altKey)) {
+  if (event.ctrlKey || event.metaKey || (state.mode === "chat" && !isTouch && !event.shiftKey && !event.altKey)) {
     event.preventDefault();
     run();
   }
@@ -620,6 +713,7 @@ $("new").addEventListener("click", () => {
     panes[side].clear("chat");
     panes[side].show("chat");
   }
+  openExamples(true);
   showBusy();
   $("prompt").focus();
 });
@@ -631,7 +725,9 @@ $("alpha-own").addEventListener("click", () => {
   $("alpha-number").focus();
 });
 $("experts").addEventListener("change", onExpert);
-$("mix").addEventListener("change", showExperts);
+$("mix").addEventListener("change", () => showExperts());
+$("settings").addEventListener("input", showSettings);
+$("examples-open").addEventListener("click", () => openExamples($("examples").hidden));
 $("sampling").addEventListener("input", showSampling);
 $("colours").addEventListener("change", () => {
   panes.steered.scroll.classList.toggle("plain", !$("colours").checked);
@@ -658,7 +754,11 @@ for (const side of SIDES) {
 }
 $("close").addEventListener("click", () => closeDetails(true));
 
-$("sampling").open = matchMedia("(min-width: 960px)").matches;
-setMode("prompt");
+// In a wide window the settings stand beside the answers; in a narrow one they fold away above them.
+const wide = matchMedia("(min-width: 960px)");
+const foldSettings = () => { $("settings").open = wide.matches; };
+wide.addEventListener("change", foldSettings);
+foldSettings();
+setMode("text");
 showSampling();
 load();

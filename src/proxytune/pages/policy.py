@@ -15,7 +15,7 @@ from importlib.resources import files
 STYLES = {"playground": ("look.css", "playground.css"), "report": ("look.css", "report.css")}
 """The files of a page's style, in order: later rules win."""
 SCRIPTS = {
-    "playground": ("tokens.js", "requests.js", "playground.js"),
+    "playground": ("tokens.js", "requests.js", "examples.js", "playground.js"),
     "report": ("tokens.js", "report.js"),
 }
 """The files of a page's script, in order. They share one scope, apart from the browser's global names."""

@@ -122,7 +122,9 @@ const plot = (className, width, height, children) => {
   box.addEventListener("click", (event) => {
     const rect = box.getBoundingClientRect();
     const index = Math.floor(((event.clientX - rect.left) / rect.width) * width);
-    if (index >= 0 && index < width) openDetails(state.steered, index);
+    if (index < 0 || index >= width) return;
+    openDetails(state.steered, index);
+    box.scrollIntoView({ block: "nearest", inline: "nearest" }); // its reader is here, however far off the token is
   });
   return box;
 };

@@ -5,9 +5,10 @@ const MAX_WAITS = 4; // how often a full server is asked again
 const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 
 class Problem extends Error {
-  constructor(title, message, next, { param = null, isKeyMissing = false } = {}) {
+  constructor(title, message, next, { param = null, isKeyMissing = false, isTooLong = false } = {}) {
     super(message || title);
-    Object.assign(this, { title, next, param, isKeyMissing });
+    // The server's own hint knows more than ours.
+    Object.assign(this, { title, next: this.message.includes("\nhint:") ? "" : next, param, isKeyMissing, isTooLong });
   }
 }
 
@@ -45,7 +46,7 @@ const problemOf = async (response) => {
   if (status === 413) return new Problem("That is too long for the server.", message, "Shorten the prompt.");
   if (status === 503) return new Problem("The server takes no questions now.", message, "It may be starting or shutting down. Try again in a little while.");
   if (status >= 500) return new Problem("The server failed.", message, "Its log says more. Try again, or ask for something else.");
-  return new Problem("The server refused the question.", message, "Change it and run again.", { param: error.param ?? null });
+  return new Problem("The server refused the question.", message, "Change it and run again.", { param: error.param ?? null, isTooLong: error.code === "context_length_exceeded" });
 };
 
 // Read on to the end without looking: a stream cut off after its last event would count as a failed request.

@@ -146,6 +146,15 @@ class TokenText {
 
 const selected = { answer: null };
 
+// In a narrow window the details lie over the page's lower end. `--dock` is their height there: the page is that
+// much longer, and whatever is scrolled into view stops above them.
+const fitDock = () => {
+  const panel = $("details");
+  const isOver = !panel.hidden && ["fixed", "sticky"].includes(getComputedStyle(panel).position);
+  document.documentElement.style.setProperty("--dock", `${isOver ? panel.offsetHeight : 0}px`);
+};
+new ResizeObserver(fitDock).observe($("details"));
+
 // A view's sign in the formula and its name; the only expert needs no name.
 const viewTitle = (name, isOnly = false) => {
   if (name === "base") return ["", "Base"];
@@ -201,6 +210,7 @@ const showDetails = (answer, index, { token, place, words, sum = words.join(" ·
   $("views").replaceChildren(...views.map(([name, view]) => drawView(name, view, token, { greatest, isOnly, chosenWord })));
   $("previous").disabled = index === 0;
   $("next").disabled = index >= answer.elements.length - 1;
+  fitDock();
   answer.activate(index);
   if (isNew) $("details").scrollTop = 0;
   tell(`${spoken(token.name)}: ${words.join(", ")}`);

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from proxytune.checkpoints.references import HUB_ID, is_gguf, is_there
+from proxytune.errors import install_elsewhere
 from proxytune.policy import Policy
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 
@@ -24,8 +25,9 @@ weights.
 Strength of steering (alpha): {strengths}.{policy}
 
 ```bash
-pip install proxytune
+{install}
 proxytune generate . "Once upon a time"
+proxytune chat .
 ```
 """
 
@@ -55,6 +57,7 @@ def model_card(
         rows.append(f"| {titles[part]} | {model} | {adapter} | {prompt} |")
     content = CARD.format(
         rows="\n".join(rows),
+        install=install_elsewhere(),
         strengths=", ".join(f"{expert.name} {expert.alpha:g}" for expert in experts),
         policy="" if policy.is_plain else f" Policy: {policy.describe()}.",
     )

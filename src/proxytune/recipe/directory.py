@@ -29,7 +29,7 @@ from proxytune.recipe.spec import ModelSpec
 
 LOADER_NAME = "modeling_proxytune.py"
 LOADER = '''\
-"""Leads transformers to the package `proxytune`, which reads this recipe: pip install proxytune."""
+"""Leads transformers to the package `proxytune`, which reads this recipe and has to be installed."""
 
 from proxytune.integrations.auto import ProxyTunedConfig
 from proxytune.integrations.transformers import ProxyTunedForCausalLM
@@ -37,6 +37,7 @@ from proxytune.integrations.transformers import ProxyTunedForCausalLM
 __all__ = ["ProxyTunedConfig", "ProxyTunedForCausalLM"]
 '''
 """A file beside config.json that transformers runs with `trust_remote_code=True`, and proxytune never."""
+_LOADER_START = '"""Leads transformers to the package `proxytune`, which reads this recipe'
 
 
 def find_recipe(reference: str) -> Path:
@@ -143,4 +144,4 @@ def may_write_loader(target: Path) -> bool:
         there = read_regular(target / LOADER_NAME, at_most=CONFIG_BYTES).decode()
     except (CorruptModel, UnicodeDecodeError):
         return not os.path.lexists(target / LOADER_NAME)
-    return there.split("\n")[0] == LOADER.split("\n")[0]
+    return there.startswith(_LOADER_START)

@@ -140,7 +140,7 @@ def make_app(model: ProxyTuned, settings: ServerSettings) -> FastAPI:
                 "anthropic-version",
                 "x-request-id",
             ],
-            expose_headers=["x-request-id"],
+            expose_headers=["x-request-id", "x-proxytune-max-tokens"],
         )
     app.add_middleware(
         RequestLog,

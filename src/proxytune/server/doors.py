@@ -9,6 +9,7 @@ errors are the same behind every door. This file has the doors of completions an
 from __future__ import annotations
 
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from proxytune.model import ProxyTuned
 from proxytune.server.answer import Json
 from proxytune.server.guards import Refusal
 from proxytune.server.habits import Habit
-from proxytune.server.schema import ChatRequest, CompletionRequest, Generation
+from proxytune.server.schema import Asked, ChatRequest, CompletionRequest, Generation, read_request
 from proxytune.server.service import Answer, AnswerPart, Order, Service
 from proxytune.trace import Step
 
@@ -33,12 +34,31 @@ def event(content: Json, name: str | None = None) -> bytes:
     return data if name is None else f"event: {name}\n".encode() + data
 
 
+def read_body(service: Service, kind: type[Asked], body: bytes | bytearray) -> Asked:
+    """Return the request that a body holds, and log it if prompts are to be logged.
+
+    Raises:
+        InvalidRequest: It holds none.
+    """
+    asked = read_request(kind, body)
+    if service.settings.log_prompts:
+        logger.info("request %s", _one_line(asked.model_dump_json(exclude_defaults=True)))
+    return asked
+
+
+def _one_line(text: str) -> str:
+    """Return JSON with characters that a terminal may obey, or does not show, as escapes."""
+    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+
+
 def common_fields(asked: Generation) -> dict[str, Any]:
     """Return those fields of a request that it gives and that every request has."""
     return {
         name: getattr(asked, name) for name in asked.model_fields_set & set(Generation.model_fields)
     }
 
+
+logger = logging.getLogger("proxytune.server")
 
 _WHERE = "/v1/completions and /v1/chat/completions"
 PLAIN_ONLY = {
@@ -194,7 +214,7 @@ class _OwnDoor(Door):
     def read(
         self, body: bytes | bytearray, desk: ProxyTuned, client: str
     ) -> tuple[Writer, Generation, list[Order]]:
-        wanted = self.service.take(self.kind, body)
+        wanted = read_body(self.service, self.kind, body)
         return _Chunks(self.service), wanted, self.service.orders(wanted, desk)
 
 

@@ -85,7 +85,7 @@ class Engine:
         self._kept: deque[tuple[tuple[str, str], Kept]] = deque()  # (owner, caches), oldest first
         self._condition = threading.Condition()
         self._waiting = WaitingRoom(max_waiting)
-        self._work = 0  # number of tokens generated so far
+        self._work = 0  # number of tokens generated and scored so far
         self._suspects: deque[Ticket] = deque()  # their batch failed, so each runs alone
         self._arriving: list[Ticket] = []  # their prompts are being read
         self._scoring: list[_Scoring] = []
@@ -292,6 +292,7 @@ class Engine:
         elif ticket.generates:
             return False
         else:
+            self._work += 1  # Otherwise such tickets could go ahead of larger ones without end.
             ticket.notify(Event(0, None, "length", ""))
         self._arriving = [each for each in self._arriving if each is not ticket]
         return True
@@ -304,7 +305,9 @@ class Engine:
         kept: Kept | None = None
         try:
             if scoring.tickets:
-                scoring.scores.tokens += next(scoring.reading)
+                scored = next(scoring.reading)
+                scoring.scores.tokens += scored
+                self._work += len(scored)
                 return
         except StopIteration as end:
             kept = end.value

@@ -17,6 +17,10 @@ REFUSED = "refused"
 """The type of an error whose reason follows the field's name and value: `NAME is VALUE, and REASON`."""
 
 
+UNUSED = "Accepted; changes nothing here"
+"""The description of a field that nothing depends on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Habit:
     """A field that is accepted with some values.
@@ -44,16 +48,21 @@ class Habit:
             raise refused(self.why)
         return value
 
+    @property
+    def type(self) -> Any:
+        """The type of a field that takes these values."""
+        schema: dict[str, Any] = {"type": self.kind}
+        if self.kind == "array":
+            schema["items"] = {}
+        if self.neutral is not None:
+            schema = schema | {"enum": [*self.neutral]} if self.neutral else {"type": "null"}
+        return Annotated[Any, AfterValidator(self.check), WithJsonSchema(schema)]
+
     def as_field(self) -> tuple[Any, Any]:
         """Return the type and the field of a request."""
-        schema: dict[str, Any] = {"type": self.kind}
-        if self.neutral is None:
-            note = "Accepted; changes nothing here"
-        else:
-            note = "Accepted with the values that change nothing here"
-            schema["enum"] = list(self.neutral)
-        checked = Annotated[Any, AfterValidator(self.check), WithJsonSchema(schema)]
-        return checked, Field(None, description=note)
+        has_others = self.neutral is not None
+        note = "Accepted with the values that change nothing" if has_others else UNUSED
+        return self.type, Field(None, description=note)
 
 
 def refused(why: str) -> PydanticCustomError:

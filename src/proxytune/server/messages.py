@@ -30,6 +30,7 @@ from proxytune.server.doors import (
     common_fields,
     event,
     json_bytes,
+    read_body,
 )
 from proxytune.server.guards import Refusal
 from proxytune.server.habits import HABITS, Habit, refused
@@ -244,7 +245,7 @@ class MessagesDoor(Door):
         self, body: bytes | bytearray, desk: ProxyTuned, client: str
     ) -> tuple[Writer, Generation, list[Order]]:
         """Return who writes a message, the chat that it answers, and its order."""
-        asked = self.service.take(MessagesRequest, body)
+        asked = read_body(self.service, MessagesRequest, body)
         values = common_fields(asked) | asked.chat()
         values["max_completion_tokens"] = asked.max_tokens
         values["stop"] = asked.stop_sequences
@@ -260,11 +261,13 @@ def count_tokens(service: Service, body: bytes | bytearray, desk: ProxyTuned) ->
     Raises:
         UserError: A field cannot be honoured.
     """
-    asked = service.take(CountTokensRequest, body)
+    asked = read_body(service, CountTokensRequest, body)
     if asked.model is not None:
         service.check_model(asked.model)
-    wanted = ChatRequest.model_construct(model=asked.model, **asked.chat())
-    return json_bytes({"input_tokens": len(service.prompt_ids(wanted, desk))})
+    wanted = ChatRequest.model_construct(**asked.chat())
+    messages: Any = [message.as_message() for message in wanted.messages]
+    token_ids = desk.formats[0].render(messages, "the base", wanted.chat_options)
+    return json_bytes({"input_tokens": len(token_ids)})
 
 
 class _MessageWriter(Writer):

@@ -34,6 +34,7 @@ from proxytune.server.doors import (
     common_fields,
     event,
     json_bytes,
+    read_body,
 )
 from proxytune.server.guards import Refusal
 from proxytune.server.habits import Habit, refused
@@ -273,7 +274,7 @@ class ResponsesDoor(Door):
         self, body: bytes | bytearray, desk: ProxyTuned, client: str
     ) -> tuple[Writer, Generation, list[Order]]:
         """Return who writes a response, the chat that it is, and its order."""
-        asked = self.service.take(ResponsesRequest, body)
+        asked = read_body(self.service, ResponsesRequest, body)
         conversation = [*self._before(asked, client), *asked.messages()]
         if not conversation:
             raise InvalidField("input: there is no message, so there is nothing to answer", "input")

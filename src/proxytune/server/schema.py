@@ -39,7 +39,7 @@ from proxytune.request import (
     Steering,
 )
 from proxytune.server.body import check_shape
-from proxytune.server.habits import HABITS, refused
+from proxytune.server.habits import HABITS, UNUSED, Habit, refused
 from proxytune.server.refusals import MAX_SHOWN, explain, field_name, not_honoured
 from proxytune.settings import options_of
 
@@ -119,6 +119,25 @@ def _option(name: str, **own: Any) -> Any:
     if declared.type in (int, float):
         given["strict"] = True
     return Field(default, **{key: value for key, value in given.items() if value is not None})
+
+
+# Fields that take only what changes nothing, as those of `HABITS` do.
+_PLAIN: Any = Habit("boolean", (False,), "the pieces of a stream are not padded here").type
+_NO_SUFFIX: Any = Habit(
+    "string", ("",), "there is no infilling here: texts go on at their end"
+).type
+_WITH_SPECIAL: Any = Habit(
+    "boolean",
+    (True,),
+    "texts get the special tokens of each model here; token ids are sent as they are",
+).type
+_WITHOUT_SPECIAL: Any = Habit(
+    "boolean", (False,), "chat templates write their special tokens themselves"
+).type
+_NO_CALLS: Any = Habit(
+    "array", ([],), "tools cannot be called here, so calls of them are not read"
+).type
+_NO_AUDIO: Any = Habit("object", ({},), "the models here read text alone").type
 
 
 class _Fields(BaseModel):
@@ -204,12 +223,6 @@ class SteeringOnly(_Fields):
     proxytune: SteeringFields | None = None
 
 
-def _check_obfuscation(value: Any) -> Any:
-    if value is not False:
-        raise refused("the pieces of a stream are not padded here")
-    return value
-
-
 class StreamOptions(_Fields):
     """What a stream holds beside the text."""
 
@@ -217,7 +230,7 @@ class StreamOptions(_Fields):
     continuous_usage_stats: StrictBool = Field(
         False, description="With include_usage: report the usage so far in every piece"
     )
-    include_obfuscation: Annotated[bool | None, BeforeValidator(_check_obfuscation)] = None
+    include_obfuscation: _PLAIN = None
 
 
 def _extension(name: str) -> tuple[Any, Any]:
@@ -277,7 +290,7 @@ class Generation(_Extensions):
     metadata: (
         Annotated[dict[Text, Text], BeforeValidator(_without_nulls), Field(max_length=MAX_METADATA)]
         | None
-    ) = Field(None, description="Accepted; changes nothing here")
+    ) = Field(None, description=UNUSED)
     proxytune: SteeringFields | None = None
     vllm_xargs: dict[str, Any] | None = Field(
         None,
@@ -409,26 +422,6 @@ class Generation(_Extensions):
         return SamplingParams(**values)
 
 
-def _check_suffix(suffix: str | None) -> str | None:
-    if suffix:
-        raise refused("there is no infilling here: texts go on at their end")
-    return suffix
-
-
-def _check_special(value: bool) -> bool:
-    if not value:
-        raise refused(
-            "texts get the special tokens of each model here; token ids are sent as they are"
-        )
-    return value
-
-
-def _check_no_special(value: bool) -> bool:
-    if value:
-        raise refused("chat templates write their special tokens themselves")
-    return value
-
-
 class CompletionRequest(Generation):
     """`POST /v1/completions`."""
 
@@ -447,10 +440,8 @@ class CompletionRequest(Generation):
         False, description="Begin the text with the prompt, and logprobs with those of its tokens"
     )
     best_of: int | None = Field(None, strict=True, ge=1, le=MAX_CHOICES)
-    suffix: Annotated[str | None, AfterValidator(_check_suffix)] = Field(
-        None, description="Cannot be honoured: there is no infilling"
-    )
-    add_special_tokens: Annotated[bool, AfterValidator(_check_special)] = True
+    suffix: _NO_SUFFIX = None
+    add_special_tokens: _WITH_SPECIAL = None
 
     default_num_new: ClassVar[int | None] = 16
 
@@ -492,18 +483,12 @@ def _check_role(role: Any) -> Any:
     return role
 
 
-def _check_calls(calls: Any) -> Any:
-    if calls not in ([], {}):
-        raise refused("tools cannot be called here, so calls of them are not read")
-    return calls
-
-
 class TextPart(_Fields):
     """A piece of a message."""
 
     type: Annotated[Literal["text"], BeforeValidator(_check_part)]
     text: Text
-    cache_control: dict[str, Any] | None = Field(None, description="Accepted; changes nothing here")
+    cache_control: dict[str, Any] | None = Field(None, description=UNUSED)
 
 
 class ChatMessage(_Fields):
@@ -512,32 +497,28 @@ class ChatMessage(_Fields):
     role: Annotated[
         Literal["system", "developer", "user", "assistant"], BeforeValidator(_check_role)
     ]
-    content: Text | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] = ""
+    content: Text | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)]
     name: Text | None = Field(None, description="Passed to chat templates")
     reasoning_content: Text | None = Field(
         None, description="What a reasoning model thought before this answer; for chat templates"
     )
     reasoning: Text | None = Field(None, description="The same as reasoning_content")
     refusal: Text | None = Field(None, description="Stands in for the content if there is none")
-    tool_calls: Annotated[Any, AfterValidator(_check_calls)] = Field(
-        None, description="Cannot be honoured unless empty"
-    )
-    function_call: Annotated[Any, AfterValidator(_check_calls)] = Field(
-        None, description="Cannot be honoured unless empty"
-    )
+    tool_calls: _NO_CALLS = None
+    function_call: _NO_CALLS = None
     # What clients send back of an answer, or add for other servers; it changes nothing.
-    annotations: list[Any] | None = Field(None, description="Accepted; changes nothing here")
-    audio: dict[str, Any] | None = Field(None, max_length=0)
-    cache_control: dict[str, Any] | None = Field(None, description="Accepted; changes nothing here")
-    provider_specific_fields: dict[str, Any] | None = Field(
-        None, description="Accepted; changes nothing here"
-    )
+    annotations: list[Any] | None = Field(None, description=UNUSED)
+    audio: _NO_AUDIO = None
+    cache_control: dict[str, Any] | None = Field(None, description=UNUSED)
+    provider_specific_fields: dict[str, Any] | None = Field(None, description=UNUSED)
 
-    @model_validator(mode="after")
-    def _check(self) -> ChatMessage:
-        if self.role != "assistant" and "content" not in self.model_fields_set:
-            raise ValueError("content is missing, and only an assistant's message may have none")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nulls(cls, found: Any) -> Any:
+        found = _without_nulls(found)
+        if isinstance(found, dict) and found.get("role") == "assistant":
+            found.setdefault("content", "")  # which an assistant that called a tool has not
+        return found
 
     def as_message(self) -> dict[str, str]:
         """Return it as templates take it."""
@@ -590,7 +571,7 @@ class ChatRequest(Generation):
     reasoning_format: Literal["auto", "deepseek", "none"] = Field(
         "auto", description="none is the same as setting separate_reasoning to false"
     )
-    add_special_tokens: Annotated[bool, AfterValidator(_check_no_special)] = False
+    add_special_tokens: _WITHOUT_SPECIAL = None
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
@@ -649,9 +630,16 @@ def read_request(kind: type[Asked], body: bytes | bytearray) -> Asked:
     if unknown is not None:
         raise InvalidField(not_honoured(unknown), field_name([unknown]))
     try:
-        return kind.model_validate(found)
+        wanted = kind.model_validate(found)
     except ValidationError as error:
         raise InvalidField(*explain(error)) from None
+    if re.search(rb"\\u[dD][89a-fA-F]", body):
+        # Also in what is passed on as it is, to a template or to the log.
+        try:
+            _check_text(json.dumps(found, ensure_ascii=False))
+        except ValueError as error:
+            raise InvalidRequest(f"the body {error}") from None
+    return wanted
 
 
 def not_an_object() -> InvalidRequest:

@@ -42,11 +42,9 @@ from proxytune.server.rendering import Rendering, desk_models, prompt_limits
 from proxytune.server.schema import (
     MAX_EXPLAIN_TOP,
     MAX_LOGPROBS,
-    Asked,
     ChatRequest,
     CompletionRequest,
     Generation,
-    read_request,
 )
 from proxytune.server.settings import ServerSettings
 from proxytune.server.steering import (
@@ -253,17 +251,6 @@ class Service:
         except asyncio.TimeoutError:
             raise TimeIsUp from None
 
-    def take(self, kind: type[Asked], body: bytes | bytearray) -> Asked:
-        """Return the request that a body holds, and log it if prompts are to be logged.
-
-        Raises:
-            InvalidRequest: It holds none.
-        """
-        wanted = read_request(kind, body)
-        if self.settings.log_prompts:
-            logger.info("request %s", _one_line(wanted.model_dump_json(exclude_defaults=True)))
-        return wanted
-
     def check_model(self, name: str) -> None:
         """Refuse a name that is not a model's.
 
@@ -331,15 +318,6 @@ class Service:
                     )
                 )
         return orders
-
-    def prompt_ids(self, wanted: ChatRequest, desk: ProxyTuned) -> list[int]:
-        """Return the token ids that the base reads of a chat.
-
-        Raises:
-            UserError: It cannot be rendered.
-        """
-        messages: Any = [message.as_message() for message in wanted.messages]
-        return desk.formats[0].render(messages, "the base", wanted.chat_options)
 
     @staticmethod
     def _check_length(num_tokens: int, longest: int | None) -> None:
@@ -638,11 +616,6 @@ def _echo(wanted: Generation, prompt: Any, job: Job, base: PromptFormat) -> Echo
     token_ids = tuple(job.prompts[0])
     offsets = token_offsets(text, token_ids, base.tokenizer) if text else ()
     return Echo(text, token_ids, offsets)
-
-
-def _one_line(text: str) -> str:
-    """Return JSON with characters that a terminal may obey, or does not show, as escapes."""
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 
 def _seeded(sampling: SamplingParams, number: int) -> SamplingParams:

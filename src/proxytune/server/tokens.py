@@ -14,7 +14,7 @@ from proxytune.measure.score import smallest_context
 from proxytune.model import ProxyTuned
 from proxytune.request import ChatOptions
 from proxytune.server.answer import Json
-from proxytune.server.doors import json_bytes
+from proxytune.server.doors import json_bytes, read_body
 from proxytune.server.habits import HABITS
 from proxytune.server.schema import (
     MAX_MESSAGES,
@@ -97,7 +97,7 @@ def tokenize(service: Service, body: bytes | bytearray, desk: ProxyTuned) -> byt
     Raises:
         UserError: A field cannot be honoured.
     """
-    asked = service.take(TokenizeRequest, body)
+    asked = read_body(service, TokenizeRequest, body)
     if asked.model is not None:
         service.check_model(asked.model)
     token_ids = _token_ids(asked, desk)
@@ -156,7 +156,7 @@ def detokenize(service: Service, body: bytes | bytearray, desk: ProxyTuned) -> b
     Raises:
         UserError: A field cannot be honoured.
     """
-    asked = service.take(DetokenizeRequest, body)
+    asked = read_body(service, DetokenizeRequest, body)
     if asked.model is not None:
         service.check_model(asked.model)
     width = service.model.ensemble.vocabulary.width

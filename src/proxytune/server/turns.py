@@ -3,7 +3,8 @@
 Words: a *client* is whoever holds a key, or where no keys are asked for, an address. A *user* is a name that
 a client gives its own requests; it can be invented, so it counts only within a client. A ticket's *size* is
 the number of tokens of its prompt and of its new text at most. *Work* is the number of tokens that the
-engine has generated so far: it serves as a clock, so that the rules are the same for slow and fast models.
+engine has generated or scored so far: it serves as a clock, so that the rules are the same for slow and fast
+models.
 
 **Turns.** When a row is free, the client with the fewest running rows is next; of several, the one whose
 last turn is longest ago. Within the client it is the user with the fewest running rows, and among those

@@ -1,4 +1,4 @@
-"""Leads transformers to the package `proxytune`, which reads this recipe: pip install proxytune."""
+"""Leads transformers to the package `proxytune`, which reads this recipe and has to be installed."""
 
 from proxytune.integrations.auto import ProxyTunedConfig
 from proxytune.integrations.transformers import ProxyTunedForCausalLM

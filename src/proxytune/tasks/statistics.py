@@ -22,6 +22,33 @@ def standard_error(values: Sequence[float]) -> float | None:
     return float(np.std(np.asarray(values, dtype=float), ddof=1) / math.sqrt(len(values)))
 
 
+def grouped_interval(
+    values: Sequence[float], groups: Sequence[str], *, seed: int = 0
+) -> tuple[float, float] | None:
+    """Return the 95 % bootstrap interval of the mean; items of one group are drawn together.
+
+    Several questions about one thing are not independent, so whole groups are resampled.
+
+    Args:
+        values: A number for each item.
+        groups: Each item's group, in the same order.
+        seed: Random seed. Equal seeds draw equal groups.
+
+    Returns:
+        Lower and upper end; None for fewer than two groups.
+
+    Source: Efron and Tibshirani 1993, section 8.6.
+    """
+    names, places = np.unique(np.asarray(groups), return_inverse=True)
+    if len(names) < 2:
+        return None
+    sums = np.bincount(places, weights=np.asarray(values, dtype=float))
+    sizes = np.bincount(places)
+    picks = np.random.default_rng(seed).integers(0, len(names), size=(NUM_RESAMPLES, len(names)))
+    low, high = np.percentile(sums[picks].sum(1) / sizes[picks].sum(1), [2.5, 97.5])
+    return float(low), float(high)
+
+
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
     """Return the probability that at least one of `k` samples, drawn without replacement, is right.
 

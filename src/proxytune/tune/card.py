@@ -10,18 +10,102 @@ from typing import Any
 from proxytune.files import save_figure
 from proxytune.recipe.recipe import Recipe
 from proxytune.tune.settings import TuneResult, TuneSettings
+from proxytune.tune.verdict import interval_words
 
 _METHODS = {
     "sft": "supervised fine-tuning",
     "dpo": "Direct Preference Optimization (arXiv:2305.18290)",
     "cpt": "Consistent Proxy Tuning (arXiv:2407.01155): trained through the frozen base and anti-expert",
 }
+_COUNTS = ("rows", "rows_read", "num_tokens", "num_trained", "num_truncated", "num_dropped")
 
 
-def model_card(recipe: Recipe, settings: TuneSettings, result: TuneResult, prompt: str) -> str:
+def model_card(recipe: Recipe, settings: TuneSettings, result: TuneResult) -> str:
     """Return the recipe's model card with data, settings and measurements."""
-    lines = [*_measured(result), *_training(settings, result, prompt)]
+    lines = [*_verdict(result), *_measured(result), *_training(settings, result)]
     return "\n".join([recipe.model_card().rstrip(), "", *lines]).rstrip() + "\n"
+
+
+def last_word(settings: TuneSettings, result: TuneResult) -> list[str]:
+    """Return the end of a run for a terminal: measurements, verdict, what to try next."""
+    counts, verdict = result.data["train"], result.verdict
+    lines = [
+        f"wrote {settings.directory}: expert {result.expert!r}, alpha {result.alpha:g}{_tried(result)}",
+        f"trained on {counts['rows_read']:,} of {counts['rows']:,} rows ({counts['num_trained']:,} tokens) "
+        f"in {result.num_steps:,} steps, by method {result.method}",
+    ]
+    if verdict is None:
+        return [*lines, "nothing was measured, so nothing shows whether steering helps"]
+    report = result.valid if verdict["rows"] == "valid" else result.test
+    assert report is not None
+    which = "of validation" if verdict["rows"] == "valid" else "that nothing was chosen on"
+    lines.append(
+        f"perplexity on {verdict['num_rows']:,} rows {which} ({report['num_tokens']:,} tokens), with 95 % "
+        "intervals:"
+    )
+    lines += [
+        _shown_score(row)
+        for row in report["rows"]
+        if row["alpha"] == verdict["alpha"] or row["name"].rpartition(".")[2] in ("base", "expert")
+    ]
+    for sample in verdict["samples"]:
+        lines += ["", f"  prompt: {_line(sample['prompt'])}"]
+        for side in ("base", "steered", "given"):
+            text = _line(sample[side]) or "(nothing: the answer ends at once)"
+            lines.append(f"    {side + ':':<9} {text}")
+    lines += ["", f"steering {verdict['word']}: {verdict['reason']}"]
+    return [*lines, *(f"try next: {hint}" for hint in verdict["hints"])]
+
+
+def _shown_score(row: Mapping[str, Any]) -> str:
+    side = row["name"].rpartition(".")[2]
+    name = "expert alone" if side == "expert" else side
+    name += "" if row["alpha"] is None else f" at alpha {row['alpha']:g}"
+    text = f"  {name:<22} {row['perplexity']:.2f}{interval_words(row['interval'], '.2f')}"
+    if side == "base":
+        return text
+    return f"{text}  {row['change']:+.1%}{interval_words(row['change_interval'], '+.1%')}"
+
+
+def _tried(result: TuneResult) -> str:
+    """Return how the strength was chosen, to follow it."""
+    if not result.tried:
+        return ""
+    low, high = min(result.tried), max(result.tried)
+    text = f", of {low:g} to {high:g} tried"
+    if result.alpha == 0:
+        return (
+            f": of {low:g} to {high:g} tried, none helps on the validation rows, so the recipe is the base "
+            f"alone (the best was {result.best_alpha:g})"
+        )
+    return text + ("" if result.edge is None else f", the {result.edge} of them")
+
+
+def _line(text: str, most: int = 160) -> str:
+    """Return a text on one line, cut."""
+    whole = " ".join(text.split())
+    return whole if len(whole) <= most else whole[: most - 3] + "..."
+
+
+def _verdict(result: TuneResult) -> list[str]:
+    verdict = result.verdict
+    if verdict is None:
+        return []
+    lines = [f"## Steering {verdict['word']}", "", f"{_sentence(verdict['reason'])}", ""]
+    lines += [f"Strength: alpha {result.alpha:g}{_tried(result)}.", ""]
+    if verdict["samples"]:
+        lines += ["| prompt | base | steered | given |", "| --- | --- | --- | --- |"]
+        sides = ("prompt", "base", "steered", "given")
+        for sample in verdict["samples"]:
+            cells = [_shown(_line(sample[side], 400)) for side in sides]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", f"Answers are greedy, the steered ones at alpha {verdict['alpha']:g}.", ""]
+    lines += [f"- {_sentence(hint)}" for hint in verdict["hints"]]
+    return [*lines, ""] if verdict["hints"] else lines
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + "."
 
 
 def _measured(result: TuneResult) -> list[str]:
@@ -51,46 +135,38 @@ def _measured(result: TuneResult) -> list[str]:
 
 
 def _score_line(row: Mapping[str, Any]) -> str:
-    def bounds(interval: Mapping[str, float] | None, form: str) -> str:
-        if interval is None:
-            return ""
-        return f" ({interval['low']:{form}} to {interval['high']:{form}})"
-
     alpha = "" if row["alpha"] is None else f"{row['alpha']:g}"
     change = ""
     if row["name"] != "base":
-        change = f"{row['change']:+.1%}{bounds(row['change_interval'], '+.1%')}"
+        change = f"{row['change']:+.1%}{interval_words(row['change_interval'], '+.1%')}"
     return (
         f"| {row['name']} | {alpha} | {row['nats']:.4f} | "
-        f"{row['perplexity']:.2f}{bounds(row['interval'], '.2f')} | {change} |"
+        f"{row['perplexity']:.2f}{interval_words(row['interval'], '.2f')} | {change} |"
     )
 
 
-def _training(settings: TuneSettings, result: TuneResult, prompt: str) -> list[str]:
-    lines = ["## Training", "", f"{_METHODS[settings.method]}.", ""]
+def _training(settings: TuneSettings, result: TuneResult) -> list[str]:
+    lines = ["## Training", "", f"{_METHODS[result.method]}.", ""]
     lines += [
-        "| data | rows | tokens read | trained on | cut | left out | sha256 |",
-        "| --- | " + "---: | " * 5 + "--- |",
+        "| data | rows | rows read | tokens read | trained on | cut | left out | sha256 |",
+        "| --- | " + "---: | " * 6 + "--- |",
     ]
     for name, part in result.data.items():
-        counts = [
-            f"{part[key]:,}" if key in part else ""
-            for key in ("rows", "num_tokens", "num_trained", "num_truncated", "num_dropped")
-        ]
+        counts = [f"{part[key]:,}" if key in part else "" for key in _COUNTS]
         lines.append(
             f"| {name}: `{part['source']}` ({part['kind']}) | {' | '.join(counts)} | "
             f"`{part['digest'][:16]}` |"
         )
     lines += ["", "| setting | value |", "| --- | --- |"]
-    shown: dict[str, Any] = {"method": settings.method}
+    shown: dict[str, Any] = {"method": result.method}
     for setting in fields(settings):
         value = getattr(settings, setting.name)
         own = setting.default if setting.default is not MISSING else None
         if value != own and setting.name not in ("output", "data", "method"):
             shown[setting.name] = value
     shown["learning_rate"] = result.learning_rate
-    shown["prompt"] = prompt if prompt in ("plain", "chat") else "a template of its own"
-    for name in ("epochs", "batch_size", "seed", *(() if settings.full else ("lora_rank",))):
+    shown["template"], shown["base_template"] = result.template, result.base_template
+    for name in ("batch_size", "seed", *(() if settings.full else ("lora_rank",))):
         shown[name] = getattr(settings, name)
     lines += [f"| {key} | {_shown(value)} |" for key, value in shown.items()]
     frozen = ""

@@ -7,16 +7,19 @@ never reach this file.
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 from proxytune.data.rows import Rows, answers_of
 from proxytune.errors import InputFileError, InvalidRequest, PromptFormatError
-from proxytune.request import ChatOptions, Message, Prompt
-from proxytune.text.prompts import Tokenizer, check_syntax, continuation_ids, render, render_text
+from proxytune.request import Prompt
+from proxytune.text.prompts import Tokenizer, check_syntax, continuation_ids, render
+from proxytune.text.turns import Turns
 
 IGNORED = -100
 """The label of a position that is not trained on."""
@@ -72,15 +75,27 @@ class Encoded:
     Args:
         examples: Examples in the order of the rows. A packed example may hold parts of several rows, and a
             conversation may need several examples.
+        sources: Indices of the rows that each example comes from.
+        truncated: Indices of the rows cut to the maximum length.
         num_rows: Number of rows given.
-        num_truncated: Number of rows cut to the maximum length.
         num_dropped: Number of rows left out because their prompt alone fills the maximum length.
     """
 
     examples: list[Example] | list[PreferenceExample]
+    sources: list[tuple[int, ...]]
+    truncated: frozenset[int]
     num_rows: int
-    num_truncated: int
     num_dropped: int
+
+    @cached_property
+    def rows_read(self) -> frozenset[int]:
+        """Indices of the rows that models read, at least in part."""
+        return frozenset(itertools.chain.from_iterable(self.sources))
+
+    @property
+    def num_truncated(self) -> int:
+        """Number of rows that models read, cut to the maximum length."""
+        return len(self.truncated & self.rows_read)
 
     @cached_property
     def num_tokens(self) -> int:
@@ -91,6 +106,12 @@ class Encoded:
     def num_trained(self) -> int:
         """Number of tokens with a loss; for preferences, of both answers."""
         return sum(example.num_trained for example in self.examples)
+
+    def only(self, kept: Collection[int]) -> Encoded:
+        """Return some of the examples, by index, in their order."""
+        indices = sorted(kept)
+        examples: Any = [self.examples[i] for i in indices]
+        return replace(self, examples=examples, sources=[self.sources[i] for i in indices])
 
 
 def limited(part: Encoded, max_tokens: int | None, seed: int) -> Encoded:
@@ -105,8 +126,7 @@ def limited(part: Encoded, max_tokens: int | None, seed: int) -> Encoded:
             break
         kept.add(index)
         size += sizes[index]
-    examples: Any = [example for i, example in enumerate(part.examples) if i in kept]
-    return replace(part, examples=examples)
+    return part.only(kept)
 
 
 # Encoding ------------------------------------------------------------------------------------------
@@ -158,12 +178,7 @@ def encode(
         return encoder.packed() if packed else encoder.examples(encoder.text)
     if rows.kind == "preference":
         return encoder.preferences()
-    return encoder.examples(encoder.conversation if is_conversation(rows) else encoder.completion)
-
-
-def is_conversation(rows: Rows) -> bool:
-    """Whether prompts are lists of messages."""
-    return rows.kind == "messages" or isinstance(rows.rows[0].get("prompt"), list)
+    return encoder.examples(encoder.conversation if rows.is_conversation else encoder.completion)
 
 
 class _Encoder:
@@ -174,6 +189,7 @@ class _Encoder:
         self._tokenizer = tokenizer
         self._format: dict[str, Any] = {"prompt_format": prompt_format, "tokenizer": tokenizer}
         self._format["name"] = name
+        self._turns = Turns(prompt_format, tokenizer, name)
         self._is_chat = rows.kind != "text" and check_syntax(prompt_format, name) == "chat"
         self._max_length = max_length
         eos_id = tokenizer.eos_token_id
@@ -182,7 +198,9 @@ class _Encoder:
     # Examples of all rows
 
     def packed(self) -> Encoded:
-        stream = [i for index in range(len(self._rows)) for i in self._document(index)]
+        documents = [self._document(index) for index in range(len(self._rows))]
+        stream = list(itertools.chain.from_iterable(documents))
+        ends = list(itertools.accumulate(map(len, documents)))
         step = self._max_length - 1
         starts = range(0, len(stream) - 1, step)
         windows = [stream[start : start + self._max_length] for start in starts]
@@ -191,27 +209,37 @@ class _Encoder:
                 f"{self._rows.source} has {len(stream)} token(s), and training needs at least two: one to "
                 "start from and one to predict.\nhint: give more text"
             )
-        return self._encoded([Example(w, [IGNORED, *w[1:]]) for w in windows], 0, 0)
+        last = [start + len(window) - 1 for start, window in zip(starts, windows, strict=True)]
+        sources = [
+            tuple(range(bisect_right(ends, start), bisect_right(ends, end) + 1))
+            for start, end in zip(starts, last, strict=True)
+        ]
+        return self._encoded([Example(w, [IGNORED, *w[1:]]) for w in windows], sources, set(), 0)
 
     def examples(self, of_row: Callable[[int], list[Example]]) -> Encoded:
         """Return the examples that a function makes of each row, cut to the maximum length."""
         kept: list[Example] = []
-        num_truncated = num_dropped = 0
+        sources: list[tuple[int, ...]] = []
+        truncated: set[int] = set()
+        num_dropped = 0
         for index in range(len(self._rows)):
             whole = self._of(index, of_row)
             most = self._max_length
             cut = [Example(e.token_ids[:most], e.labels[:most]) for e in whole]
             left = [e for e in cut if e.num_trained]
             kept += left
+            sources += [(index,)] * len(left)
             if not left:
                 num_dropped += 1
             elif any(len(e.token_ids) > most for e in whole):
-                num_truncated += 1
-        return self._encoded(kept, num_truncated, num_dropped)
+                truncated.add(index)
+        return self._encoded(kept, sources, truncated, num_dropped)
 
     def preferences(self) -> Encoded:
         kept: list[PreferenceExample] = []
-        num_truncated = num_dropped = 0
+        sources: list[tuple[int, ...]] = []
+        truncated: set[int] = set()
+        num_dropped = 0
         for index in range(len(self._rows)):
             whole = self._of(index, self._preference)
             room = self._max_length - len(whole.prompt_ids)
@@ -219,14 +247,17 @@ class _Encoder:
                 num_dropped += 1
                 continue
             answers = whole.chosen_ids, whole.rejected_ids
-            num_truncated += max(map(len, answers)) > room
+            if max(map(len, answers)) > room:
+                truncated.add(index)
             kept.append(PreferenceExample(whole.prompt_ids, *(ids[:room] for ids in answers)))
-        return self._encoded(kept, num_truncated, num_dropped)
+            sources.append((index,))
+        return self._encoded(kept, sources, truncated, num_dropped)
 
     def _encoded(
         self,
         examples: list[Example] | list[PreferenceExample],
-        num_truncated: int,
+        sources: list[tuple[int, ...]],
+        truncated: set[int],
         num_dropped: int,
     ) -> Encoded:
         if not examples:
@@ -234,7 +265,7 @@ class _Encoder:
                 f"no row of {self._rows.source} has anything to train on within {self._max_length} tokens, "
                 "because the prompts alone fill them.\nhint: raise --max-length"
             )
-        return Encoded(examples, len(self._rows), num_truncated, num_dropped)
+        return Encoded(examples, sources, frozenset(truncated), len(self._rows), num_dropped)
 
     # Examples of one row
 
@@ -245,7 +276,7 @@ class _Encoder:
     def completion(self, index: int) -> list[Example]:
         ((prompt, answer),) = answers_of(self._rows.rows[index])
         prompt_ids = self._prompt(prompt, index)
-        answer_ids = self._answer(answer, index) + self._end
+        answer_ids = self._answer(prompt, answer, index)
         return [Example(prompt_ids + answer_ids, [IGNORED] * len(prompt_ids) + answer_ids)]
 
     def conversation(self, index: int) -> list[Example]:
@@ -269,7 +300,7 @@ class _Encoder:
         answers = []
         for answer in (row["chosen"], row["rejected"]):
             if isinstance(answer, str):
-                answers.append(self._answer(answer, index) + self._end)
+                answers.append(self._answer(row["prompt"], answer, index))
                 continue
             history = row["prompt"] + answer[:-1]
             content = answer[-1]["content"]
@@ -315,45 +346,20 @@ class _Encoder:
             return self._tokenizer.eos_token_id
         return self._tokenizer.get_vocab().get(token)
 
-    def _answer(self, text: str, index: int) -> list[int]:
-        token_ids = continuation_ids(text, self._tokenizer)
-        if not token_ids:
-            raise InputFileError(
-                f"{self._rows.where(index)}: {self._format['name']} has no tokens for its answer, so there "
-                "is nothing to learn.\nhint: leave this row out"
-            )
-        return token_ids
+    def _answer(self, prompt: Prompt, answer: str, index: int) -> list[int]:
+        """Return the token ids of an answer, and the token that ends it."""
+        token_ids = self._turns.answer_ids(prompt, answer)
+        return token_ids or self._refuse_empty(index)
 
     def _turn(self, history: Sequence[Any], content: str, index: int) -> list[int]:
-        """Return the token ids of an assistant's turn and of what closes it."""
-        prompt = self._text(history)
-        turn: Message = {"role": "assistant", "content": content}
-        whole = self._text([*history, turn], add_generation_prompt=False)
-        text, is_ended = content, False
-        if whole.startswith(prompt):
-            text, is_ended = self._written(whole[len(prompt) :], content, prompt)
-        return self._answer(text, index) + ([] if is_ended else self._end)
+        """Return the token ids of an assistant's turn and of all that closes it."""
+        turn = self._turns.after(history, content)
+        text = turn.text + turn.end
+        token_ids = continuation_ids(text, self._tokenizer) or self._refuse_empty(index)
+        return token_ids + ([] if turn.is_ended else self._end)
 
-    def _written(self, rest: str, content: str, prompt: str) -> tuple[str, bool]:
-        """Return a turn's text as the format wrote it after the prompt, and whether that closes the turn."""
-        shown = content if content in rest else content.strip()  # Many templates trim it.
-        start = rest.find(shown)
-        if start < 0:  # The format strips reasoning from turns, or writes prompts only.
-            return (rest, True) if rest.strip() else (content, False)
-        before, after = rest[:start], rest[start + len(shown) :]
-        if not before.strip() and not self._has_generation_prompt:
-            # Some templates open the assistant's next turn even when not asked to.
-            while after and prompt.endswith(after[-1]):
-                after, prompt = after[:-1], prompt[:-1]
-        return (before + shown + after, True) if after.strip() else (before + shown, False)
-
-    @cached_property
-    def _has_generation_prompt(self) -> bool:
-        """Whether the format opens the assistant's turn only when asked to."""
-        probe: list[Message] = [{"role": "user", "content": "x"}]
-        return self._text(probe) != self._text(probe, add_generation_prompt=False)
-
-    def _text(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        return render_text(
-            list(messages), options=ChatOptions(add_generation_prompt), **self._format
+    def _refuse_empty(self, index: int) -> NoReturn:
+        raise InputFileError(
+            f"{self._rows.where(index)}: {self._format['name']} has no tokens for its answer, so there "
+            "is nothing to learn.\nhint: leave this row out"
         )

@@ -45,8 +45,17 @@ from proxytune.machine import versions
 from proxytune.measure.score import scoring_window
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
-from proxytune.tune.encode import encode, is_conversation, limited
-from proxytune.tune.settings import LOSS_LOG, Display, TuneResult, TuneSettings, expert_path
+from proxytune.tune.encode import Encoded, encode, limited
+from proxytune.tune.formats import Formats, formats_of
+from proxytune.tune.settings import (
+    LOSS_LOG,
+    Display,
+    Method,
+    TuneResult,
+    TuneSettings,
+    expert_path,
+)
+from proxytune.tune.verdict import hints_for, is_lower, judge
 
 if TYPE_CHECKING:
     from proxytune.checkpoints.checkpoint import Checkpoint
@@ -57,7 +66,10 @@ if TYPE_CHECKING:
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(1, 16))
 """Strengths tried on the validation rows."""
 MOST_VALID_ROWS = 500
-"""Maximum number of validation rows taken from the training rows: every evaluation reads all of them."""
+"""Maximum number of rows taken from the training rows for validation, and for the last word."""
+FEWEST_TEST_ROWS = 5
+FEWEST_TEST_TOKENS = 512
+"""Fewer rows, or tokens of text, would say little, and would be missed in training."""
 CHARACTERS_PER_TOKEN = 4
 """Roughly, for English; the amount of text that is measured need not be exact."""
 
@@ -107,7 +119,10 @@ class _Run:
         self._check_directory(resume=resume)
         small, base = self._check_models()
         train, valid, test = self._read_rows()
-        prompt = settings.prompt or ("chat" if is_conversation(train) else "plain")
+        formats = formats_of(settings, train, small, base)
+        method = self._method(train, formats)
+        if formats.reason is not None:
+            display.say(formats.reason)
         data: dict[str, dict[str, Any]] = {
             name: {"source": r.source, "kind": r.kind, "rows": len(r), "digest": r.digest}
             for name, r in (("train", train), ("valid", valid), ("test", test))
@@ -116,7 +131,11 @@ class _Run:
         max_length = self._max_length(small, base)
         encoded = {
             name: encode(
-                rows, small.tokenizer, prompt_format=prompt, max_length=max_length, name=small.name
+                rows,
+                small.tokenizer,
+                prompt_format=formats.small,
+                max_length=max_length,
+                name=small.name,
             )
             for name, rows in (("train", train), ("valid", valid))
             if rows is not None
@@ -127,20 +146,34 @@ class _Run:
         limits = {"train": settings.max_tokens, "valid": settings.max_valid_tokens}
         encoded = {k: limited(part, limits[k], settings.seed) for k, part in encoded.items()}
         for name, part in encoded.items():
-            for key in ("num_truncated", "num_dropped", "num_tokens", "num_trained"):
-                data[name][key] = getattr(part, key)
-            data[name]["num_examples"] = len(part.examples)
+            data[name] |= _counts(part)
             display.say(f"{name}: {_shown_counts(data[name], max_length)}")
+        if test is not None:
+            display.say(f"test: {len(test):,} rows of {test.source}, kept for the last word")
         # Here, since TRL takes seconds to import and everything above can refuse the run.
         from proxytune.tune.training import Training
 
-        outcome = Training(settings, small, base, encoded, max_length, display).run()
+        training = Training(
+            settings,
+            method,
+            small,
+            base,
+            encoded,
+            has_answers=train.kind != "text",
+            max_length=max_length,
+            display=display,
+        )
+        outcome = training.run()
+        data["train"] |= _counts(encoded["train"].only(outcome.pop("examples_read")))
         display.say("writing the recipe")
-        recipe = self._recipe(small, base, prompt)
+        recipe = self._recipe(small, formats)
         result = TuneResult(
             directory=settings.output,
             expert=settings.expert_name,
             alpha=recipe.experts[0].alpha,
+            method=method,
+            template=formats.small,
+            base_template=formats.base,
             data=data,
             environment={
                 "torch": torch.__version__,
@@ -149,10 +182,10 @@ class _Run:
             },
             **outcome,
         )
-        self._publish(recipe, result, prompt)
-        result = self._measured(recipe, result, valid, test)
+        self._publish(recipe, result)
+        result = self._measured(recipe, result, formats, valid, test)
         recipe = replace(recipe, experts=(replace(recipe.experts[0], alpha=result.alpha),))
-        self._publish(recipe, result, prompt)
+        self._publish(recipe, result)
         write_json(settings.training / "result.json", result.to_dict())
         for leftover in ("checkpoints", "offsets"):
             shutil.rmtree(settings.training / leftover, ignore_errors=True)
@@ -186,13 +219,13 @@ class _Run:
         settings = self._settings
         small = find_checkpoint(settings.small, root=Path.cwd())
         self._check_targets(small)
-        if settings.anti_expert is None or settings.base is None:
+        if not settings.is_pair or settings.anti_expert is None:
             return small, None
         whole = ModelSpec(model=settings.anti_expert)
         experts = (ExpertSpec(settings.expert_name, whole, whole),)
         recipe = Recipe(base=ModelSpec(model=settings.base), experts=experts)
         examine(recipe.with_settings(device=settings.device)).raise_first()
-        return small, find_checkpoint(settings.base, root=Path.cwd())
+        return small, find_checkpoint(settings.base or "", root=Path.cwd())
 
     def _check_targets(self, small: Checkpoint) -> None:
         known = {name.rpartition(".")[2] for name in small.linear_shapes}
@@ -214,22 +247,61 @@ class _Run:
             if len(train) > 1:
                 share = min(share, MOST_VALID_ROWS / len(train))
             train, valid = split_rows(train, share, settings.seed)
-        test = None if settings.test_data is None else read_rows(settings.test_data)
+        if settings.test_data is not None:
+            test: Rows | None = read_rows(settings.test_data)
+        else:
+            train, test = self._held_back(train, valid)
         for other in (valid, test):
             if other is not None and other.kind != train.kind:
                 raise InputFileError(
                     f"the rows of {other.source} have the format {other.kind}, and those of {train.source} "
                     f"have the format {train.kind}.\nhint: convert both to one format"
                 )
-        if (train.kind == "preference") != (settings.method == "dpo"):
-            is_dpo = settings.method == "dpo"
-            wanted = "preference pairs" if is_dpo else "text, completions or messages"
-            raise InputFileError(
-                f"method {settings.method} trains on {wanted}, and the rows of {train.source} have the "
-                f"format {train.kind}.\nhint: give another file, or "
-                f"--method {'sft' if is_dpo else 'dpo'}"
-            )
         return train, valid, test
+
+    def _held_back(self, train: Rows, valid: Rows | None) -> tuple[Rows, Rows | None]:
+        """Return the training rows without a part for the last word, and that part."""
+        settings = self._settings
+        num_rows = len(train) + (0 if valid is None or settings.valid_data else len(valid))
+        num_test = min(round(settings.test_share * num_rows), MOST_VALID_ROWS)
+        is_enough = num_test >= FEWEST_TEST_ROWS
+        share = num_test / len(train)
+        if train.kind == "text":
+            size = sum(len(row["text"]) for row in train.rows)
+            is_enough = settings.test_share * size >= CHARACTERS_PER_TOKEN * FEWEST_TEST_TOKENS
+            share = settings.test_share if len(train) == 1 else max(1, num_test) / len(train)
+        if settings.test_share == 0:
+            return train, None
+        if is_enough and share < 1:
+            with suppress(InputFileError):  # A single text without a place to cut it.
+                return split_rows(train, share, settings.seed)
+        self._display.say(
+            f"there are too few rows ({num_rows:,}) to hold some back for the last word, so it comes from "
+            "the validation rows, on which the strength is chosen; --test-data gives others"
+        )
+        return train, None
+
+    def _method(self, rows: Rows, formats: Formats) -> Method:
+        """Return the method asked for, or the one that is best for these rows and models."""
+        settings, asked = self._settings, self._settings.method
+        is_preference = rows.kind == "preference"
+        if asked is None:
+            can_train_through = settings.is_pair and formats.are_equal
+            method: Method = "cpt" if can_train_through else "sft"
+            return "dpo" if is_preference else method
+        if is_preference != (asked == "dpo"):
+            wanted = "preference pairs" if asked == "dpo" else "text, completions or messages"
+            raise InputFileError(
+                f"method {asked} trains on {wanted}, and the rows of {rows.source} have the "
+                f"format {rows.kind}.\nhint: give another file, or "
+                f"--method {'dpo' if is_preference else 'sft'}"
+            )
+        if asked == "cpt" and not formats.are_equal:
+            raise InvalidRequest(
+                "method cpt adds logits over one sequence of tokens, and base and expert have different "
+                "templates.\nhint: leave --base-template out, or use --method sft"
+            )
+        return asked
 
     def _claim(self, *, resume: bool, data: Mapping[str, Any]) -> bool:
         """Record the run in its directory, or compare it with the recorded one; return if it is done."""
@@ -273,34 +345,37 @@ class _Run:
 
     # After training ----------------------------------------------------------------------------
 
-    def _recipe(self, small: Checkpoint, base: Checkpoint | None, prompt: str) -> Recipe:
+    def _recipe(self, small: Checkpoint, formats: Formats) -> Recipe:
         settings = self._settings
         directory = settings.directory
         reference = local_reference(settings.small, directory)
         path = expert_path(settings)
-        if settings.full:
-            expert = ModelSpec(model=path, prompt=prompt)
-        else:
-            expert = ModelSpec(model=reference, adapter=path, prompt=prompt)
-        anti_expert = ModelSpec(model=reference, prompt=prompt)
-        if base is None:
+        anti_expert = ModelSpec(model=reference, prompt=formats.small, chat=formats.chat)
+        expert = replace(anti_expert, model=path)
+        if not settings.full:
+            expert = replace(anti_expert, adapter=path)
+        if not settings.is_pair:
             # The tuned model by itself: small + 1 * (tuned - small).
             same = ModelSpec(same_as="base")
             pair = ExpertSpec(settings.expert_name, expert, same, settings.alpha or 1.0)
             return Recipe(base=anti_expert, experts=(pair,), directory=directory)
-        base_prompt = settings.base_prompt or prompt
-        if settings.base_prompt is None and prompt == "chat":
-            template = small.tokenizer.chat_template
-            if isinstance(template, str) and base.tokenizer.chat_template != template:
-                base_prompt = template  # so that base and expert see the same text
-        large = ModelSpec(model=local_reference(settings.base or "", directory), prompt=base_prompt)
+        large = ModelSpec(
+            model=local_reference(settings.base or "", directory),
+            prompt=formats.base,
+            chat=formats.chat,
+        )
         pair = ExpertSpec(settings.expert_name, expert, anti_expert, settings.alpha or 1.0)
         return Recipe(base=large, experts=(pair,), directory=directory)
 
     def _measured(
-        self, recipe: Recipe, result: TuneResult, valid: Rows | None, test: Rows | None
+        self,
+        recipe: Recipe,
+        result: TuneResult,
+        formats: Formats,
+        valid: Rows | None,
+        test: Rows | None,
     ) -> TuneResult:
-        """Measure base, expert and steered base, and choose the strength if none was given."""
+        """Choose the strength if none was given, and say whether steering helps."""
         from proxytune.model import ProxyTuned
 
         settings = self._settings
@@ -308,23 +383,75 @@ class _Run:
             return result
         try:
             model = ProxyTuned.load(recipe, device=settings.device)
+            if valid is not None:
+                result = self._chosen(model, result, valid)
+            return self._judged(model, result, formats, valid, test)
         except UserError as error:
             self._display.say(f"not measured: {error}")
             return result
-        alpha = result.alpha
-        steers = recipe.experts[0].anti_expert.same_as is None
-        if valid is not None:
-            # If a strength is given, there is nothing to choose.
-            alphas = list(ALPHAS) if steers and settings.alpha is None else [alpha]
-            report = self._score(model, valid, alphas, "measuring on validation rows")
-            if settings.alpha is None and steers and settings.method != "dpo":
-                rows = [row for row in report.rows if row.name == "steered"]
-                alpha = float(min(rows, key=lambda row: row.nats).alpha or alpha)
-            result = replace(result, alpha=alpha, valid=report.to_dict())
+
+    def _chosen(self, model: ProxyTuned, result: TuneResult, valid: Rows) -> TuneResult:
+        """Measure on the validation rows, and choose the strength if none was given."""
+        settings, alpha = self._settings, result.alpha
+        # Of preference pairs only the chosen answer would be measured, and not that it is preferred.
+        chooses = settings.is_pair and settings.alpha is None and result.method != "dpo"
+        alphas = ALPHAS if chooses else (alpha,)
+        report = self._score(model, valid, alphas, "measuring on validation rows")
+        result = replace(result, valid=report.to_dict())
+        if not chooses:
+            return result
+        best = min((row for row in report.rows if row.name == "steered"), key=lambda row: row.nats)
+        assert best.alpha is not None
+        edges: dict[float, Any] = {ALPHAS[0]: "lowest", ALPHAS[-1]: "highest"}
+        return replace(
+            result,
+            alpha=best.alpha if is_lower(best) else 0.0,
+            tried=ALPHAS,
+            best_alpha=best.alpha,
+            edge=edges.get(best.alpha),
+        )
+
+    def _judged(
+        self,
+        model: ProxyTuned,
+        result: TuneResult,
+        formats: Formats,
+        valid: Rows | None,
+        test: Rows | None,
+    ) -> TuneResult:
+        """Say whether steering helps, on the test rows if there are any."""
+        settings = self._settings
+        alpha = result.alpha if result.best_alpha is None else result.best_alpha
         if test is not None:
             report = self._score(model, test, sorted({alpha, 1.0}), "measuring on test rows")
             result = replace(result, test=report.to_dict())
-        return result
+        rows, scores = (valid, result.valid) if test is None else (test, result.test)
+        assert rows is not None and scores is not None
+        verdict = judge(
+            model,
+            rows,
+            scores,
+            alpha,
+            is_test=test is not None,
+            num_tokens=settings.measure_tokens,
+            seed=settings.seed,
+            on_progress=partial(self._display.stage, "answering prompts"),
+        )
+        hints = hints_for(
+            verdict.word,
+            result,
+            could_be_cpt=settings.is_pair and formats.are_equal and result.method == "sft",
+            is_still_falling=self._is_still_falling(),
+        )
+        return replace(result, verdict={**verdict.to_dict(), "hints": hints})
+
+    def _is_still_falling(self) -> bool:
+        """Whether the last evaluation had the lowest loss."""
+        from proxytune.tune.trainer import read_losses
+
+        rows = read_losses(self._settings.training / LOSS_LOG)
+        losses = [row["valid_loss"] for row in rows if row.get("valid_loss") is not None]
+        return len(losses) > 1 and losses[-1] < min(losses[:-1])
 
     def _score(
         self, model: ProxyTuned, rows: Rows, alphas: Sequence[float], name: str
@@ -344,22 +471,35 @@ class _Run:
             size += len(answer) + len(str(prompt))
         return model.score_completions(pairs, alphas, on_progress=advance)
 
-    def _publish(self, recipe: Recipe, result: TuneResult, prompt: str) -> None:
+    def _publish(self, recipe: Recipe, result: TuneResult) -> None:
         from proxytune.tune.card import loss_plot, model_card
         from proxytune.tune.trainer import read_losses
 
         settings = self._settings
         losses = read_losses(settings.training / LOSS_LOG)
-        recipe.write(
-            settings.directory, overwrite=True, card=model_card(recipe, settings, result, prompt)
-        )
+        recipe.write(settings.directory, overwrite=True, card=model_card(recipe, settings, result))
         loss_plot(losses, settings.training / "loss.png", result.first_valid_loss)
 
 
+def _counts(part: Encoded) -> dict[str, int]:
+    """Return the counts of what is read of a part."""
+    return {
+        "rows_read": len(part.rows_read),
+        "num_examples": len(part.examples),
+        "num_tokens": part.num_tokens,
+        "num_trained": part.num_trained,
+        "num_truncated": part.num_truncated,
+        "num_dropped": part.num_dropped,
+    }
+
+
 def _shown_counts(part: Mapping[str, Any], max_length: int) -> str:
+    read = ""
+    if part["rows_read"] < part["rows"]:
+        read = f", of which {part['rows_read']:,} are read:"
     text = (
-        f"{part['rows']:,} rows of {part['source']} ({part['kind']}), {part['num_tokens']:,} tokens, "
-        f"{part['num_trained']:,} trained on"
+        f"{part['rows']:,} rows of {part['source']} ({part['kind']}){read or ','} "
+        f"{part['num_tokens']:,} tokens, {part['num_trained']:,} trained on"
     )
     if part["num_truncated"]:
         text += f"; {part['num_truncated']:,} rows cut to {max_length} tokens"

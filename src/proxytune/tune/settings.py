@@ -39,8 +39,6 @@ def expert_path(settings: TuneSettings) -> str:
 Method = Literal["sft", "dpo", "cpt"]
 Form = Literal["steered", "paper"]
 
-_PROMPT = "Prompt format of the {}: plain, chat, or a Jinja template"
-
 
 @dataclass(frozen=True, kw_only=True)
 class TuneSettings:
@@ -66,11 +64,13 @@ class TuneSettings:
         "The large model that the expert is to steer; without it, the recipe holds the small model alone",
         metavar="MODEL",
     )
-    method: Method = option(
-        "sft",
+    method: Method | None = option(
+        None,
         "sft trains the small model by itself, cpt through the frozen base and anti-expert, dpo on "
         "preference pairs",
         metavar="NAME",
+        none_means="dpo for preference pairs; cpt with --base and --anti-expert that read the same tokens; "
+        "otherwise sft",
     )
     name: str | None = option(
         None,
@@ -88,17 +88,30 @@ class TuneSettings:
         below=1,
     )
     test_data: str | None = option(
-        None, "Rows to measure once, at the strength chosen on the validation rows", metavar="FILE"
+        None,
+        "Rows for the last word: measured once, at the strength chosen on the validation rows",
+        metavar="FILE",
+        none_means="--test-share of the training rows",
+    )
+    test_share: float = option(
+        0.1,
+        "Share of the rows that is held out for the last word, at most 500 of them; 0 for none",
+        at_least=0,
+        below=1,
     )
     split: str = option("train", "Split to train on, if the data set has several", metavar="NAME")
-    prompt: str | None = option(
+    template: str | None = option(
         None,
-        _PROMPT.format("expert"),
+        "What stands around a question, for every model: plain, chat, or a Jinja template such as "
+        "'Question: {{ prompt }}\\nAnswer:'; `generate`, `chat` and `serve` then put it there, too",
         metavar="FORMAT",
-        none_means="chat for messages, otherwise plain",
+        none_means="chosen by the rows and the small model, and reported",
     )
-    base_prompt: str | None = option(
-        None, _PROMPT.format("base"), metavar="FORMAT", none_means="the expert's"
+    base_template: str | None = option(
+        None,
+        "The same for the base",
+        metavar="FORMAT",
+        none_means="--template",
     )
     full: bool = option(False, "Train all weights instead of a LoRA adapter")
     lora_rank: int = option(32, "Rank of the LoRA adapter", at_least=1, metavar="R")
@@ -119,7 +132,13 @@ class TuneSettings:
         none_means="2e-4 for wide models up to 2e-3 for narrow ones; a tenth of that with --full, and for "
         "dpo",
     )
-    epochs: float = option(3.0, "Passes over the rows", above=0, metavar="N")
+    epochs: float | None = option(
+        None,
+        "Passes over the rows",
+        above=0,
+        metavar="N",
+        none_means="3; for fewer than 800 answers as many as make 300 steps, at most 10",
+    )
     max_tokens: int | None = option(
         None,
         "Maximum number of tokens to train on, in rows drawn by the seed",
@@ -199,15 +218,15 @@ class TuneSettings:
                 "neither a small model nor a base is given, so there is nothing to tune.\n"
                 "hint: --anti-expert names the small model; --base alone tunes the base itself"
             )
-        if self.method == "cpt" and (self.anti_expert is None or self.base is None):
+        if self.method == "cpt" and not self.is_pair:
             raise InvalidRequest(
                 "method cpt trains the expert through base and anti-expert, and one of them is missing.\n"
                 "hint: give --anti-expert and --base"
             )
-        if self.method == "cpt" and self.base_prompt not in (None, self.prompt):
+        if self.method == "cpt" and self.base_template not in (None, self.template):
             raise InvalidRequest(
                 "method cpt adds logits over one sequence of tokens, and base and expert have different "
-                "prompt formats.\nhint: leave --base-prompt out"
+                "templates.\nhint: leave --base-template out, or use --method sft"
             )
 
     @property
@@ -219,6 +238,11 @@ class TuneSettings:
     def training(self) -> Path:
         """Where the run keeps its own files."""
         return self.directory / "training"
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether there are a base to steer and a small model to steer it with."""
+        return self.anti_expert is not None and self.base is not None
 
     @property
     def small(self) -> str:
@@ -234,6 +258,17 @@ class TuneSettings:
             c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in self.directory.name
         ).lstrip("._-")
         return name or "expert"
+
+
+def default_epochs(examples_per_step: int, num_examples: int, *, are_answers: bool) -> float:
+    """Return the default number of passes over the rows.
+
+    Few answers need more than 3 passes: 255 rows of a support desk brought the validation loss of the
+    steered base from 3.8 to 1.3 nats in 96 steps, and to 0.3 in 200. Training ends by itself when the loss no
+    longer falls.
+    """
+    per_epoch = -(-num_examples // examples_per_step)
+    return min(10.0, max(3.0, 300 / per_epoch)) if are_answers else 3.0
 
 
 def default_learning_rate(method: Method, *, full: bool, width: int) -> float:
@@ -254,7 +289,10 @@ class TuneResult:
     Args:
         directory: The recipe's directory.
         expert: The expert's name in the recipe.
-        alpha: The recipe's strength.
+        alpha: The recipe's strength; 0 if none of those tried helped on the validation rows.
+        method: How the expert was trained: sft, cpt or dpo.
+        template: How expert and anti-expert read prompts: plain, chat or a Jinja template.
+        base_template: How the base reads them.
         num_steps: Number of optimizer steps.
         num_parameters: Number of trainable parameters.
         train_s: Seconds of training, evaluations included, over all parts of a resumed run.
@@ -262,16 +300,25 @@ class TuneResult:
         peak_memory_bytes: Peak memory of the process until training ended; on CUDA, of its tensors.
         valid_loss: Lowest validation loss, nats per trained token; None without validation.
         first_valid_loss: Validation loss of the untuned model, or of the untuned ensemble for `cpt`.
-        data: Counts and digests of rows and tokens, by part.
+        data: Counts and digests of rows and tokens, by part. `rows` is what a part has, and the others count
+            what was read of it.
         learning_rate: Peak learning rate.
         valid: Scores of base, expert, anti-expert and steered base on validation rows; see `ScoreReport`.
-        test: The same on test rows, at the chosen strength.
+        test: The same on rows that nothing was chosen on, at the best strength.
+        tried: The strengths tried on the validation rows; empty if none was chosen.
+        best_alpha: The best of them, also where it does not help and `alpha` is 0.
+        edge: Whether the best is the lowest or the highest of them, so that a better one may lie beyond.
+        verdict: Whether steering helps, why, two prompts answered by base and steered base, and what to try
+            next; see `tune.verdict.Verdict`. None if nothing was measured.
         environment: Versions of libraries, and the number of threads.
     """
 
     directory: str
     expert: str
     alpha: float
+    method: Method
+    template: str
+    base_template: str
     num_steps: int
     num_parameters: int
     train_s: float
@@ -283,6 +330,10 @@ class TuneResult:
     learning_rate: float
     valid: dict[str, Any] | None = None
     test: dict[str, Any] | None = None
+    tried: tuple[float, ...] = ()
+    best_alpha: float | None = None
+    edge: Literal["lowest", "highest"] | None = None
+    verdict: dict[str, Any] | None = None
     environment: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOTrainer, SFTTrainer  # type: ignore[attr-defined]
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from proxytune.errors import BackendError, OutputFileError
 from proxytune.files import append, is_disk_error, write_whole
@@ -37,6 +38,8 @@ RESUME_HINT = "free some disk space, then continue with --resume"
 
 MARKER = "whole"
 """Name of the empty file that marks a complete checkpoint."""
+_READ = "examples_read.json"
+"""Name of the file in a checkpoint with the indices of the examples that were read before it."""
 
 
 class NonFiniteLoss(BackendError):
@@ -65,10 +68,21 @@ def last_checkpoint(directory: Path) -> Path | None:
 
 
 class _DurableCheckpoints:
-    """Keeps checkpoints whole or absent, and stops before a non-finite loss reaches the weights."""
+    """Keeps checkpoints whole or absent, and stops before a non-finite loss reaches the weights.
+
+    It also counts which examples were trained on, since a run may end within its first pass over them.
+    """
 
     args: Any
     state: TrainerState
+    examples_read: set[int]
+    """Indices of the examples that training steps have read."""
+
+    def __init__(self, *, continued_from: Path | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.examples_read = set()
+        if continued_from is not None:
+            self.examples_read |= set(json.loads((continued_from / _READ).read_text("utf-8")))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write no card: a checkpoint is not a release, and the recipe has its own card."""
@@ -81,6 +95,7 @@ class _DurableCheckpoints:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
             # A pickle that nothing reads.
             (folder / "training_args.bin").unlink(missing_ok=True)
+            write_whole(folder / _READ, json.dumps(sorted(self.examples_read)))
             (folder / MARKER).touch()
         except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
@@ -96,15 +111,18 @@ class _DurableCheckpoints:
                 f"hint: {RESUME_HINT}"
             ) from error
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(
+        self, model: Any, inputs: Mapping[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Run forward and backward passes of one batch, and return its loss.
 
         Raises:
             NonFiniteLoss: The loss is NaN or infinite.
         """
-        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         if not torch.isfinite(loss):
             raise NonFiniteLoss(f"the loss of step {self.state.global_step + 1} is {float(loss)}")
+        self.examples_read.update(inputs["row"].tolist())
         return loss
 
 
@@ -212,7 +230,17 @@ def example_dataset(examples: Sequence[Example]) -> Dataset:
 def preference_dataset(examples: Sequence[PreferenceExample]) -> Dataset:
     """Return preference pairs as the trainer expects them."""
     keys = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return Dataset.from_dict({key: [getattr(e, key) for e in examples] for key in keys})
+    columns = {key: [getattr(e, key) for e in examples] for key in keys}
+    return Dataset.from_dict({**columns, "row": list(range(len(examples)))})
+
+
+class PaddedPairs(DataCollatorForPreference):
+    """TRL's collator of preference pairs, which also passes on the examples' indices."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return TRL's tensors, and `[pairs]` row indices."""
+        rows = torch.tensor([example["row"] for example in examples])
+        return {**super().torch_call(examples), "row": rows}
 
 
 class Padded:

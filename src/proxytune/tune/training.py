@@ -42,7 +42,9 @@ from proxytune.tune.settings import (
     LOSS_LOG,
     Display,
     Interrupted,
+    Method,
     TuneSettings,
+    default_epochs,
     default_learning_rate,
     expert_path,
 )
@@ -54,17 +56,21 @@ class Training:
 
     Args:
         settings: The run's settings.
+        method: How to train; see `TuneSettings.method`.
         small: The model to tune.
         base: The large model; `cpt` trains through it. None if there is none.
         encoded: Examples by `train` and, with validation, `valid`.
+        has_answers: Whether they are answers to prompts, and not texts.
         max_length: Maximum number of tokens per example.
         display: Shows progress.
     """
 
     settings: TuneSettings
+    method: Method
     small: Checkpoint
     base: Checkpoint | None
     encoded: Mapping[str, Encoded]
+    has_answers: bool
     max_length: int
     display: Display
 
@@ -72,7 +78,8 @@ class Training:
         """Train, and leave the best state in the recipe's directory.
 
         Returns:
-            The fields of `TuneResult` that training decides.
+            The fields of `TuneResult` that training decides, and under `examples_read` the indices of the
+            training examples that were read.
 
         Raises:
             Interrupted: The user stopped it; the state is saved.
@@ -85,11 +92,11 @@ class Training:
         stored = "float32" if self._on_cpu or settings.full else self._dtype
         model = _load(settings.small, device=self._device, dtype=stored)
         width = model.config.get_text_config(decoder=True).hidden_size
-        rate = default_learning_rate(settings.method, full=settings.full, width=width)
+        rate = default_learning_rate(self.method, full=settings.full, width=width)
         rate = settings.learning_rate or rate
         started = time.perf_counter()
         ensemble = None
-        if settings.method == "cpt":
+        if self.method == "cpt":
             assert self.base is not None
             ensemble = self._ensemble(self.base, model)
         offsets_s = time.perf_counter() - started
@@ -108,6 +115,7 @@ class Training:
             "valid_loss": min(losses, default=None),
             "first_valid_loss": losses[0] if losses else None,
             "learning_rate": rate,
+            "examples_read": frozenset(trainer.examples_read),
         }
 
     @cached_property
@@ -201,7 +209,12 @@ class Training:
         settings = self.settings
         num_batches = math.ceil(len(self.encoded["train"].examples) / settings.batch_size)
         per_epoch = math.ceil(num_batches / settings.accumulate)
-        return settings.max_steps or max(1, math.ceil(per_epoch * settings.epochs))
+        epochs = settings.epochs or default_epochs(
+            settings.batch_size * settings.accumulate,
+            len(self.encoded["train"].examples),
+            are_answers=self.has_answers and self.method != "dpo",
+        )
+        return settings.max_steps or max(1, math.ceil(per_epoch * epochs))
 
     def _trainer(
         self, model: Any, ensemble: trainers.FrozenEnsemble | None, learning_rate: float
@@ -215,14 +228,17 @@ class Training:
             "model": model,
             "processing_class": self.small.tokenizer,
             "callbacks": self._callbacks(),
+            "continued_from": self._checkpoint,
         }
+        pad_id = self.small.tokenizer.pad_token_id or 0
         trainer: Any
-        if settings.method == "dpo":
+        if self.method == "dpo":
             device = "cpu" if self._on_cpu else None
             trainer = trainers.PreferenceTrainer(
                 args=DPOConfig(beta=settings.beta, bf16=is_half, **arguments),
                 train_dataset=trainers.preference_dataset(train),  # type: ignore[arg-type]
                 eval_dataset=None if valid is None else trainers.preference_dataset(valid.examples),  # type: ignore[arg-type]
+                data_collator=trainers.PaddedPairs(pad_id, max_length=self.max_length),
                 ref_model=_load(settings.small, device=device, dtype="float32")
                 if settings.full
                 else None,
@@ -239,7 +255,7 @@ class Training:
                 ),
                 train_dataset=trainers.example_dataset(train),  # type: ignore[arg-type]
                 eval_dataset=None if valid is None else trainers.example_dataset(valid.examples),  # type: ignore[arg-type]
-                data_collator=trainers.Padded(self.small.tokenizer.pad_token_id or 0),
+                data_collator=trainers.Padded(pad_id),
                 ensemble=ensemble,
                 autocast=torch.bfloat16 if is_half else None,
                 **common,
