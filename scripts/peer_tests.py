@@ -23,7 +23,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -193,10 +192,11 @@ def summary(
     return {
         "peer": arguments.peer,
         "source": arguments.source.name.removesuffix(".tar.gz"),
-        "proxytune": version("proxytune"),
         "recipe": arguments.recipe,
         "date": time.strftime("%Y-%m-%d"),
-        "command": f"python scripts/peer_tests.py {arguments.peer} {arguments.source.name} --python PYTHON",
+        "commit": commit(),
+        "command": f"python scripts/peer_tests.py {arguments.peer} {arguments.source.name} --python PYTHON"
+        f" --max-tokens {arguments.max_tokens}",
         "collected": len(found),
         "passed": len(passed),
         "failed": sorted(failed),
@@ -205,6 +205,12 @@ def summary(
             for reason, number in left_out.most_common()
         },
     }
+
+
+def commit() -> str:
+    """Return the checkout's commit, marked if it was changed."""
+    git = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=12", "--dirty=-changed"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def table(found: dict[str, Any]) -> str:

@@ -121,7 +121,9 @@ def rename_models() -> None:
         return body
 
     def with_new_keys(headers: Any) -> Any:
-        return headers and {name: new_keys.get(value, value) for name, value in headers.items()}
+        if not headers:
+            return headers
+        return {name: new_keys.get(value, value) for name, value in dict(headers).items()}
 
     send = requests.Session.request
 
@@ -152,7 +154,14 @@ def rename_models() -> None:
 
 # llama.cpp ----------------------------------------------------------------------------------------------
 
-UNREAD_NAMES = ("davinci-002", "gpt-3.5-turbo", "gpt-3.5-turbo-instruct", "gpt-4.1", "test")
+UNREAD_NAMES = (
+    "codellama70b",
+    "davinci-002",
+    "gpt-3.5-turbo",
+    "gpt-3.5-turbo-instruct",
+    "gpt-4.1",
+    "test",
+)
 """Names in the tests' requests. llama.cpp's server reads none; ours refuses those that it does not have."""
 
 

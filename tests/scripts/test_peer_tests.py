@@ -15,7 +15,8 @@ tomllib = pytest.importorskip(
     "tomllib", reason="Python 3.10 reads no TOML, and the script needs it"
 )
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "scripts"
 TABLE = tomllib.loads((SCRIPTS / "peer_tests.toml").read_text("utf-8"))
 
 UTILS = """
@@ -162,3 +163,11 @@ def test_each_reason_is_a_sentence_and_no_test_has_two(peer):
     assert all(entry["why"] for entry in reasons.values())
     entries = [test for entry in reasons.values() for test in entry["tests"]]
     assert len(entries) == len(set(entries))
+
+
+@pytest.mark.parametrize("name", ["llama_cpp_tests", "vllm_tests"])
+def test_the_guides_table_is_that_of_the_run(name):
+    numbers = json.loads((ROOT / "docs" / "performance" / f"{name}.json").read_text("utf-8"))
+    page = (ROOT / "docs" / "guides" / "fit.md").read_text("utf-8")
+    assert load("peer_tests").table(numbers) in page
+    assert numbers["failed"] == []
