@@ -240,7 +240,9 @@ def test_extreme_values_of_every_field_are_honoured_or_refused(path, stranger, f
         for junk in EXTREMES[start::8]:
             answer = send(stranger, path, good | {field: junk})
             if answer.status_code != 200:
-                assert field in check_refused(path, answer) or "token" in answer.text, field
+                told = check_refused(path, answer)
+                # Half a character is refused before fields are looked at, and the toy reads few characters.
+                assert field in told or "surrogate" in told or "token" in told, field
 
 
 @pytest.mark.parametrize("path", GOOD)
