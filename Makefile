@@ -123,7 +123,7 @@ INSTALL_CLIENT := -m pip install --disable-pip-version-check --progress-bar off
 	touch $@
 
 .venv-lm-eval/.installed: $(INPUTS)
-	EXTRAS=dev,eval scripts/set_up.sh .venv-lm-eval
+	EXTRAS=dev,eval PACKAGES='tenacity aiohttp tiktoken' scripts/set_up.sh .venv-lm-eval
 	touch $@
 
 # vLLM pins what it needs, and not what constraints.txt does. torchvision and the like have no build beside the CPU

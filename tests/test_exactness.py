@@ -283,7 +283,8 @@ def test_each_model_gets_its_own_rendering_of_the_prompt(models):
 
 def test_text_messages_and_token_ids_of_one_prompt_give_the_same(models):
     paths = models["qwen2"]
-    model = load(spec(paths["base"]), (spec(paths["tuned"]), spec(paths["small"])))
+    base, tuned, small = (spec(paths[name], chat="plain") for name in ("base", "tuned", "small"))
+    model = load(base, (tuned, small))
     prompts = ["hello", [{"role": "user", "content": "hello"}], model.tokenizer.encode("hello")]
     answers = [model.generate(prompt, GREEDY).token_ids for prompt in prompts]
     assert answers[0] == answers[1] == answers[2]

@@ -25,7 +25,16 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "grants": (),
     "trace": (),
     "logits": ("certificate", "sample", "steer", "rules", "views"),
-    "text": ("meter", "library", "template", "prompts", "turns", "one_stream", "detokenize", "vocab"),
+    "text": (
+        "meter",
+        "library",
+        "template",
+        "prompts",
+        "turns",
+        "one_stream",
+        "detokenize",
+        "vocab",
+    ),
     "checkpoints": (
         "faults",
         "untrusted",

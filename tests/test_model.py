@@ -8,6 +8,7 @@ from proxytune.decode.speculative import Drafting
 from proxytune.errors import InvalidRequest, PromptTooLong, UnknownExpert
 from proxytune.request import Request, SamplingParams
 from proxytune.testing import toy_model
+from proxytune.text.prompts import PLAIN_USER_TURN
 
 SHORT = SamplingParams(max_new_tokens=12)
 
@@ -215,3 +216,11 @@ def test_settings_of_drafts_are_remembered_by_the_model(model):
     first = model.generate("hello", SHORT, speculative=True)
     again = model.generate("hello", SHORT, speculative=Drafting())
     assert first.token_ids == again.token_ids == model.generate("hello", SHORT).token_ids
+
+
+def test_a_chat_without_a_format_ends_before_the_users_next_turn():
+    """Whoever asks: the library, files of prompts and the server build their jobs in one place."""
+    model = toy_model()
+    messages = [{"role": "user", "content": "hi"}]
+    assert PLAIN_USER_TURN in model.job(Request(messages)).sampling.stop
+    assert model.job(Request("hi")).sampling.stop == ()

@@ -228,5 +228,7 @@ def measure(plan: Plan, name: str, *, say: Callable[[str], None]) -> dict[str, A
         token_ids = model.tokenizer.encode(text, add_special_tokens=False)
         tuned = {kind: plan.read_stage(f"{name}.{kind}")["result"] for kind in KINDS}
         # The best strength is measured also where it does not help and the recipe's is 0.
-        alphas = {kind: result.get("best_alpha") or result["alpha"] for kind, result in tuned.items()}
+        alphas = {
+            kind: result.get("best_alpha") or result["alpha"] for kind, result in tuned.items()
+        }
         return measure_text(model, token_ids, alphas, plan.num_windows, say=say)

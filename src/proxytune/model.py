@@ -139,9 +139,13 @@ class ProxyTuned:
             prompts = render_each(request.prompt, self.formats, names, request.chat)
             if self.recipe.base.api is not None:
                 prompts[0] = ChatPrompt.of(prompts[0], request.prompt, request.chat)
+        sampling = request.sampling
+        if request.is_chat and self.formats[0].joins_messages:
+            # A base without a chat format would go on to write the user's next turn.
+            sampling = replace(sampling, stop=(*sampling.stop, PLAIN_USER_TURN))
         alphas = tuple(strengths.get(pair.name) for pair in self.ensemble.pairs)
         views = request.explain, request.explain_top
-        job = Job(request.sampling, tuple(prompts), alphas, *views, cancelled, strengths, policy)
+        job = Job(sampling, tuple(prompts), alphas, *views, cancelled, strengths, policy)
         check_job(self.ensemble, job)
         return job
 
@@ -527,13 +531,9 @@ class Conversation:
             UserError: The request cannot be honoured; the turn is not remembered.
         """
         messages: list[Message] = [*self.messages, {"role": "user", "content": text}]
-        sampling = self.sampling
-        if self.joins_messages:
-            # A base without a chat format would go on to write the user's next turn.
-            sampling = replace(sampling, stop=(*sampling.stop, PLAIN_USER_TURN))
         model = self._model
         steering = Steering(self.alpha, self.experts, self.policy, self.combine)
-        request = Request(messages, sampling, chat=self.options, **steering.as_options())
+        request = Request(messages, self.sampling, chat=self.options, **steering.as_options())
         speculator = model._speculator(self._speculative)
         steps = model._steps(model.job(request), speculator, self._memory)
         return self._answer(messages, steps)

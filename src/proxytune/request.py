@@ -308,6 +308,12 @@ class ChatOptions:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        for name in ("add_generation_prompt", "continue_final_message"):
+            value = getattr(self, name)
+            _require(
+                isinstance(value, bool) or (value is None and name == "add_generation_prompt"),
+                f"{name} is {value!r}, and must be true or false",
+            )
         _require(
             not (self.add_generation_prompt and self.continue_final_message),
             "add_generation_prompt begins a turn and continue_final_message continues one, so only one of "
@@ -374,9 +380,8 @@ class Request:
             len(self.prompt) > 0,
             "the prompt is empty, so there is nothing to continue.\nhint: give at least one token of text",
         )
-        is_chat = not isinstance(self.prompt, str) and isinstance(self.prompt[0], Mapping)
         _require(
-            is_chat or self.chat == ChatOptions(),
+            self.is_chat or self.chat == ChatOptions(),
             "the prompt is not a conversation, and options of a conversation are given.\n"
             "hint: give messages, or leave the options out",
         )
@@ -404,6 +409,11 @@ class Request:
     def steering(self) -> Steering:
         """Which experts steer, how strongly and by which rule."""
         return Steering(self.alpha, self.experts, self.policy, self.combine)
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the prompt is a conversation."""
+        return not isinstance(self.prompt, str) and isinstance(self.prompt[0], Mapping)
 
     @property
     def is_token_ids(self) -> bool:

@@ -591,7 +591,7 @@ def test_strength_and_expert_change_while_talking(recipe: Path):
         recipe, "/alpha 0.25", "/expert second", "/expert second=2", "/expert none", "/expert first",
         "/alpha default", "/expert default", "/expert", "/alpha",
     )  # fmt: skip
-    assert result.stderr.splitlines()[1:] == [
+    assert result.stderr.splitlines()[2:] == [
         "steered by first at alpha 0.25, second at alpha 0.25",
         "steered by second at alpha 0.25",
         "steered by second at alpha 2",

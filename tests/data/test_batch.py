@@ -23,7 +23,7 @@ from proxytune.data.lines import SAMPLING_OPTIONS, BatchOptions, InputFile, line
 from proxytune.data.resumable import ResumableOutput, number_list
 from proxytune.errors import InputFileError, InvalidRequest, OutputFileError, UserError
 from proxytune.model import ProxyTuned
-from proxytune.request import SamplingParams, Steering
+from proxytune.request import ChatOptions, SamplingParams, Steering
 from proxytune.testing import toy_recipe
 from tests.support.toys import toy_load
 
@@ -88,6 +88,28 @@ def test_answers_are_those_of_the_library_in_the_order_of_the_input(tmp_path: Pa
     for line, answer in zip(lines, read_lines(tmp_path / "out.jsonl"), strict=True):
         assert answer["id"] == line["id"]
         assert answer["output"]["text"] == model.generate(line["prompt"], greedy).text
+
+
+def test_a_line_says_how_its_conversation_is_rendered():
+    line = {
+        "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "so"}],
+        "options": {"continue_final_message": True, "chat_template_kwargs": {"thinking": False}},
+    }
+    options = BatchOptions(SAMPLING)
+    request = parse_line(json.dumps(line).encode(), 1, recipe=RECIPE, options=options).request
+    assert request.chat == ChatOptions(None, True, {"thinking": False})
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"continue_final_message": 1}, "continue_final_message is 1"),
+        ({"chat_template_kwargs": []}, "must be an object"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "only one of them"),
+    ]
+    for own, words in refused:
+        with pytest.raises(UserError, match=words):
+            raw = json.dumps(line | {"options": own}).encode()
+            parse_line(raw, 1, recipe=RECIPE, options=options)
+    with pytest.raises(UserError, match="the prompt is not a conversation"):
+        raw = json.dumps({"prompt": "hi", "options": {"continue_final_message": True}}).encode()
+        parse_line(raw, 1, recipe=RECIPE, options=options)
 
 
 def test_a_prompt_may_be_text_messages_or_token_ids(tmp_path: Path):

@@ -104,7 +104,7 @@ def test_settings_are_one_click_away_in_a_narrow_window(browser, fake, width, he
         run(page)
         assert fake.asked[-1]["max_tokens"] == 40 and fake.asked[-1]["temperature"] == 0
         page.set_viewport_size({"width": 1280, "height": 900})
-        assert page.is_visible("#temperature")
+        page.wait_for_selector("#temperature", state="visible")
         assert page.faults == []
 
 

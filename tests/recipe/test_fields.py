@@ -1,4 +1,4 @@
-"""Steering in fields of text and numbers. `tests/integrations/vllm/test_request.py` has each field's values."""
+"""Steering in fields of text and numbers; `tests/integrations/vllm/test_request.py` has each value."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_a_notebook_says_what_it_said_when_it_was_committed(path, monkeypatch):
 
     Sampled text, in cells with the tag `varies`, is only run.
     """
-    pytest.importorskip("matplotlib", reason="the notebooks draw; pip install 'proxytune[tune]'")
+    pytest.importorskip("matplotlib", reason="the notebooks draw; the extra is proxytune[tune]")
     monkeypatch.setenv("MPLBACKEND", "Agg")
     variables: dict[str, Any] = {}
     num_compared = 0

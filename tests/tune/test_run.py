@@ -677,6 +677,7 @@ def test_pairs_are_judged_by_which_answer_is_likelier(models: Path, tmp_path: Pa
         (texts(), {"lora_targets": ("q_proj", "w_proj")}, AdapterMismatch, "'w_proj'"),
         (texts(), {"lora_targets": ("w_proj",), "base": None}, AdapterMismatch, "'w_proj'"),
         (texts(), {"max_length": 4096}, InvalidRequest, "context has 128"),
+        (texts(), {"base": "http://localhost:9/v1"}, InvalidRequest, "leave --base out"),
         (
             [{"prompt": "the", "completion": ""}, *completions(4)],
             {},

@@ -33,9 +33,10 @@ def tune(settings: TuneSettings, options: RunOptions) -> None:
     "chosen": ..., "rejected": ...}, all rows of a file in the same form. Text is packed; of the other forms,
     only what the model is to say is trained on.
 
-    With --base, the strength of steering is chosen on the validation rows, and base, expert and steered base
-    are measured. Without --anti-expert, the base itself is tuned, for comparison; without --base, the recipe
-    holds the tuned small model alone.
+    With --base, the expert is trained through the base, and the strength of steering is chosen on the
+    validation rows. At the end, base, expert and steered base are compared on rows that nothing was chosen
+    on, with a verdict. Without --anti-expert, the base itself is tuned, for comparison; without --base, the
+    recipe holds the tuned small model alone.
 
     Ctrl-C saves the state, and --resume continues.
     """

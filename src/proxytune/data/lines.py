@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from proxytune.errors import InputFileError, UserError, did_you_mean
-from proxytune.request import SPECULATIVE, Experts, Request, SamplingParams, Steering
+from proxytune.request import SPECULATIVE, ChatOptions, Experts, Request, SamplingParams, Steering
 from proxytune.settings import check, option, options_of
 
 if TYPE_CHECKING:  # Importing it loads torch, which a malformed file should not wait for.
@@ -20,7 +20,13 @@ if TYPE_CHECKING:  # Importing it loads torch, which a malformed file should not
     from proxytune.recipe.recipe import Recipe
 
 SAMPLING_OPTIONS = options_of(SamplingParams)
-LINE_OPTIONS = ("alpha", "expert", "policy", "combine", *SAMPLING_OPTIONS)
+_CHAT_OPTIONS = {
+    "add_generation_prompt": "add_generation_prompt",
+    "continue_final_message": "continue_final_message",
+    "chat_template_kwargs": "template_kwargs",
+}
+"""Fields of `ChatOptions` by their names in a line, which are those of the server's requests."""
+LINE_OPTIONS = ("alpha", "expert", "policy", "combine", *_CHAT_OPTIONS, *SAMPLING_OPTIONS)
 """What `options` of a line may hold."""
 
 
@@ -149,7 +155,8 @@ def _request(prompt: Any, own: Mapping[str, Any], number: int, options: BatchOpt
     expert = own.get("expert")
     experts = None if expert is None else _experts(expert)
     steering = Steering(own.get("alpha"), experts, own.get("policy"), own.get("combine"))
-    return Request(prompt, sampling, **steering.over(options.steering).as_options())
+    chat = ChatOptions(**{field: own[name] for name, field in _CHAT_OPTIONS.items() if name in own})
+    return Request(prompt, sampling, **steering.over(options.steering).as_options(), chat=chat)
 
 
 def _numbered(number: int, raw: bytes) -> bytes:

@@ -55,7 +55,7 @@ from proxytune.server.steering import (
     steering_of,
 )
 from proxytune.server.turns import PromptScores, Ticket
-from proxytune.text.prompts import PLAIN_USER_TURN, PromptFormat
+from proxytune.text.prompts import PromptFormat
 from proxytune.text.vocab import token_bytes
 from proxytune.trace import Step
 
@@ -296,7 +296,8 @@ class Service:
             # Without a limit, an answer may be as long as the models and the server allow.
             room, asked = self._room(job), wanted.num_new
             limit = room if asked is None else min(asked, room)
-            job = replace(job, sampling=self._sampling(wanted, max(1, limit)))
+            sampling = self._sampling(wanted, max(1, limit))
+            job = replace(job, sampling=replace(sampling, stop=job.sampling.stop))
             scores = None
             if wanted.num_scored is not None:
                 check_scored(desk.ensemble, job)
@@ -381,16 +382,12 @@ class Service:
     def _sampling(self, wanted: Generation, max_new_tokens: int) -> SamplingParams:
         """Return the library's settings for the API's fields; its defaults are the API's."""
         num_top: int | None
-        stops = wanted.stops
         if isinstance(wanted, ChatRequest):
             num_top = wanted.top_logprobs
-            if self.model.formats[0].joins_messages:
-                # Unless stopped, a base without a chat format goes on to write the user's next turn.
-                stops = (*stops, PLAIN_USER_TURN)
         else:
             assert isinstance(wanted, CompletionRequest)
             num_top = wanted.logprobs
-        return wanted.sampling(max_new_tokens, stops=stops, logprobs=num_top or None)
+        return wanted.sampling(max_new_tokens, stops=wanted.stops, logprobs=num_top or None)
 
     def _room(self, job: Job) -> int:
         """Return how many new tokens fit after a prompt."""

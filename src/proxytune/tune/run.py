@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from proxytune.checkpoints.references import local_reference
+from proxytune.checkpoints.references import is_url, local_reference
 from proxytune.data.rows import Rows, answers_of, read_rows, split_rows
 from proxytune.errors import (
     AdapterMismatch,
@@ -217,6 +217,12 @@ class _Run:
         from proxytune.loading.doctor import examine
 
         settings = self._settings
+        if is_url(settings.base or ""):
+            raise InvalidRequest(
+                f"the base is {settings.base}, and tuning runs the base here, which an API does not allow.\n"
+                "hint: leave --base out, and join expert and base with "
+                f"proxytune new RECIPE --base {settings.base} --anti-expert MODEL --adapter ADAPTER"
+            )
         small = find_checkpoint(settings.small, root=Path.cwd())
         self._check_targets(small)
         if not settings.is_pair or settings.anti_expert is None:
