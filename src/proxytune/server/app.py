@@ -377,9 +377,9 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
         """Return the server's version."""
         return {"version": version("proxytune")}
 
-    metrics_as_text = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+    text = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
-    @app.get("/metrics", response_class=Response, responses=metrics_as_text)
+    @app.get("/metrics", response_class=Response, responses={200: text})
     async def metrics() -> Response:
         """Return metrics for Prometheus."""
         return Response(service.metrics.text(), media_type=service.metrics.content_type)
