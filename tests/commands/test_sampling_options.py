@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -17,8 +17,10 @@ from proxytune.errors import InvalidRequest
 from proxytune.evaluate.plan import EvalOptions
 from proxytune.model import ProxyTuned
 from proxytune.request import FILTERS, Request, SamplingParams
+from proxytune.server.engine import Engine
 from proxytune.server.schema import API_OPTIONS, ChatRequest, CompletionRequest
 from proxytune.server.settings import ServerSettings
+from proxytune.server.turns import Ticket
 from proxytune.settings import Declared, options_of
 from proxytune.testing import toy_model, toy_recipe
 from proxytune.tune.settings import TuneSettings
@@ -27,8 +29,15 @@ from tests.support.toys import toy_load
 
 OPTIONS = options_of(SamplingParams)
 HTTP_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}
-TAKEN_BY_THE_API = {("top_k", -1), ("seed", -1)}
-"""What the API takes beyond the library's limits: -1 for "keep all", and any 64-bit seed."""
+TAKEN_BY_THE_API = {
+    ("top_k", -1),
+    ("seed", -1),
+    ("top_p", 0.0),
+    ("stop", ("",)),
+    ("max_new_tokens", 0),
+}
+"""What the API takes beyond the library's limits: -1 for "keep all", any 64-bit seed, and what clients send
+where they mean the likeliest token, no stop string, or no new text."""
 
 
 def inside(declared: Declared) -> Any:
@@ -143,11 +152,19 @@ def test_a_sampling_option_arrives_from_a_line_of_a_file(name, recipe, seen):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_sampling_option_arrives_over_http(name, server, seen):
+def test_a_sampling_option_arrives_over_http(name, server, monkeypatch):
     value = inside(OPTIONS[name])
+    found: list[SamplingParams] = []
+    submit = Engine.submit
+
+    def record(self: Engine, tickets: Sequence[Ticket]) -> None:
+        found.extend(ticket.job.sampling for ticket in tickets)
+        submit(self, tickets)
+
+    monkeypatch.setattr(Engine, "submit", record)
     answer = post(server, beside(name) | {name: value})
     assert answer.status_code == 200, answer.text
-    assert [getattr(sampling, name) for sampling in seen] == [value]
+    assert [getattr(sampling, name) for sampling in found] == [value]
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,8 @@ def writer(directory: Path) -> tuple[str, Path]:
         "    for step in steps() if on_event else ():\n"
         "        on_event(0, New(step=step, tail=''))\n"
         "    return [Trace(''.join(PIECES), 'stop', (), 1)]\n"
-        "chat = lambda *_, **__: New(messages=[], alpha=None, experts=None, say=steps)\n"
+        "talk = New(messages=[], alpha=None, experts=None, joins_messages=False, say=steps)\n"
+        "chat = lambda *_, **__: talk\n"
         "ModelOptions.load = lambda *_: New(generate_batch=generate_batch, chat=chat)\n"
     )
     return code, directory / "r"
