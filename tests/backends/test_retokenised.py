@@ -74,7 +74,7 @@ def mapped_model(*, max_context: int | None = None) -> ProxyTuned:
     ensemble = Ensemble(
         members, (Pair("first", 1, 2),), BASE.vocabulary, BASE.eos_token_ids, BASE.tokenizer
     )
-    formats = [PromptFormat("plain", s.tokenizer) for s in (BASE, SMALL, SMALL)]
+    formats = [PromptFormat("plain", "plain", None, s.tokenizer) for s in (BASE, SMALL, SMALL)]
     return ProxyTuned(ensemble, formats, toy_recipe({"first": 1.0}))
 
 
@@ -242,7 +242,7 @@ def test_with_one_tokenizer_on_both_sides_nothing_is_lost():
         ensemble = Ensemble(
             members, (Pair("first", 1, 2),), whole.vocabulary, whole.eos_token_ids, whole.tokenizer
         )
-        formats = [PromptFormat("plain", whole.tokenizer)] * 3
+        formats = [PromptFormat("plain", "plain", None, whole.tokenizer)] * 3
         model = ProxyTuned(ensemble, formats, toy_recipe({"first": 1.0}))
         return model.generate("the cat ", SamplingParams(max_new_tokens=60)).text
 
