@@ -281,7 +281,8 @@ def main() -> int:
     numbers = summary(arguments, reasons, found)
     print(table(numbers))
     if arguments.json and not arguments.only:
-        arguments.json.write_text(json.dumps(numbers, indent=2) + "\n", "utf-8")
+        text = json.dumps(numbers, indent=2, ensure_ascii=False)
+        arguments.json.write_text(f"{text}\n", "utf-8")
     unknown = [] if arguments.only else unknown_tests(reasons, found)
     for each in unknown:
         print(f"{arguments.table.name} names {each}, and there is no such test", file=sys.stderr)
