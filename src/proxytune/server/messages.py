@@ -40,18 +40,18 @@ from proxytune.server.schema import (
     MAX_STOPS,
     ChatMessage,
     ChatRequest,
+    Fields,
     Generation,
     Name,
     SteeringFields,
     Stop,
     Text,
-    _Fields,
-    _option,
+    option_field,
 )
 from proxytune.server.service import Answer, AnswerPart, Order, Service
 
 
-class CacheControl(_Fields):
+class CacheControl(Fields):
     """Where a prompt may be cached. Here it always is, so this changes nothing."""
 
     type: Literal["ephemeral"]
@@ -64,7 +64,7 @@ def _check_block(kind: Any) -> Any:
     return kind
 
 
-class Block(_Fields):
+class Block(Fields):
     """A piece of a message: text, or the thinking before it."""
 
     type: Annotated[Literal["text", "thinking"], BeforeValidator(_check_block)]
@@ -84,7 +84,7 @@ class Block(_Fields):
         return self
 
 
-class TextBlock(_Fields):
+class TextBlock(Fields):
     """A piece of the system message."""
 
     type: Literal["text"]
@@ -93,7 +93,7 @@ class TextBlock(_Fields):
     citations: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
-class InputMessage(_Fields):
+class InputMessage(Fields):
     """One turn."""
 
     role: Literal["user", "assistant", "system"]
@@ -122,7 +122,7 @@ class InputMessage(_Fields):
         return "".join(block.text or "" for block in self.content)
 
 
-class Metadata(_Fields):
+class Metadata(Fields):
     """Who asks."""
 
     user_id: Annotated[str, StringConstraints(max_length=256)] | None = Field(
@@ -136,7 +136,7 @@ def _check_thinking(kind: Any) -> Any:
     return kind
 
 
-class Thinking(_Fields):
+class Thinking(Fields):
     """Whether a model that reasons is to reason."""
 
     type: Annotated[Literal["disabled", "adaptive"], BeforeValidator(_check_thinking)] = Field(
@@ -146,7 +146,7 @@ class Thinking(_Fields):
     display: Literal["summarized"] | None = None
 
 
-class OutputConfig(_Fields):
+class OutputConfig(Fields):
     """How much a model that reasons is to reason."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = Field(
@@ -155,7 +155,7 @@ class OutputConfig(_Fields):
     format: None = None
 
 
-class ToolChoice(_Fields):
+class ToolChoice(Fields):
     """There are no tools, so each choice that allows none is the same."""
 
     type: Literal["none", "auto"]
@@ -178,7 +178,7 @@ _MESSAGE_HABITS = PLAIN_ONLY | {
     "inference_geo": Habit("string", (), "the models run where this server runs"),
 }
 """Those of messages."""
-_Conversation: Any = create_model("_Conversation", __base__=_Fields, **as_fields(_HABITS))
+_Conversation: Any = create_model("_Conversation", __base__=Fields, **as_fields(_HABITS))
 _Message: Any = create_model("_Message", __base__=Generation, **as_fields(_MESSAGE_HABITS))
 
 
@@ -222,7 +222,7 @@ class Conversation(_Conversation):
 class MessagesRequest(Conversation, _Message):
     """`POST /v1/messages`."""
 
-    max_tokens: int = _option("max_new_tokens", default=..., le=2**31)
+    max_tokens: int = option_field("max_new_tokens", default=..., le=2**31)
     stop_sequences: Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     metadata: Metadata | None = None  # type: ignore[assignment]
 

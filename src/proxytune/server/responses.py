@@ -45,12 +45,12 @@ from proxytune.server.schema import (
     MAX_PARTS,
     ChatMessage,
     ChatRequest,
+    Fields,
     Generation,
     InvalidField,
     StreamOptions,
     Text,
-    _Fields,
-    _option,
+    option_field,
 )
 from proxytune.server.service import Answer, AnswerPart, Order, Service
 from proxytune.server.stored import Kept, KeptAnswers
@@ -83,7 +83,7 @@ def _check_format(kind: Any) -> Any:
     return kind
 
 
-class InputPart(_Fields):
+class InputPart(Fields):
     """A piece of an input item."""
 
     type: Annotated[
@@ -96,14 +96,14 @@ class InputPart(_Fields):
     prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
-class SummaryPart(_Fields):
+class SummaryPart(Fields):
     """A piece of the summary of a reasoning item."""
 
     type: Literal["summary_text"]
     text: Text
 
 
-class InputItem(_Fields):
+class InputItem(Fields):
     """A message, or the reasoning before one."""
 
     type: Annotated[Literal["message", "reasoning"], BeforeValidator(_check_item)] = "message"
@@ -140,7 +140,7 @@ class InputItem(_Fields):
         return "".join(part.text for part in self.content or [])
 
 
-class ReasoningOptions(_Fields):
+class ReasoningOptions(Fields):
     """How much a model that reasons is to reason."""
 
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
@@ -151,13 +151,13 @@ class ReasoningOptions(_Fields):
     generate_summary: Literal["auto"] | None = None
 
 
-class TextFormat(_Fields):
+class TextFormat(Fields):
     """The only format that can be promised: text as the model writes it."""
 
     type: Annotated[Literal["text"], BeforeValidator(_check_format)]
 
 
-class TextOptions(_Fields):
+class TextOptions(Fields):
     """What form the text has."""
 
     format: TextFormat | None = None
@@ -192,7 +192,7 @@ class ResponsesRequest(_Habits):
         | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     )
     instructions: Text | None = Field(None, description="A system message before all others")
-    max_output_tokens: int | None = _option("max_new_tokens", default=None, le=2**31)
+    max_output_tokens: int | None = option_field("max_new_tokens", default=None, le=2**31)
     previous_response_id: Id | None = Field(
         None, description="Go on from this response of the same client, if it is still kept"
     )
@@ -218,7 +218,7 @@ class ResponsesRequest(_Habits):
         ]
         | None
     ) = Field(None, description="Of these, only logprobs add something here")
-    top_logprobs: int | None = _option("logprobs", le=MAX_LOGPROBS)
+    top_logprobs: int | None = option_field("logprobs", le=MAX_LOGPROBS)
     reasoning: ReasoningOptions | None = None
     text: TextOptions | None = None
     metadata: (

@@ -63,7 +63,7 @@ MAX_TEMPLATE_KWARGS = 32
 NO_LIMIT = -1
 """As a number of new tokens: as many as fit. As a seed: a new one each time. Both are llama.cpp's."""
 
-Asked = TypeVar("Asked", bound="_Fields")
+Asked = TypeVar("Asked", bound="Fields")
 
 
 class InvalidField(InvalidRequest):
@@ -107,7 +107,7 @@ API_OPTIONS = (
 """Those whose name, limits or form in the API are others: `Generation` and the requests declare them."""
 
 
-def _option(name: str, **own: Any) -> Any:
+def option_field(name: str, **own: Any) -> Any:
     """Return a field with an option's default, limits and help, but for what the API has of its own."""
     declared = SAMPLING[name]
     option = declared.option
@@ -140,7 +140,9 @@ _NO_CALLS: Any = Habit(
 _NO_AUDIO: Any = Habit("object", ({},), "the models here read text alone").type
 
 
-class _Fields(BaseModel):
+class Fields(BaseModel):
+    """A JSON object of a request: a field that is not known is refused, and null is absence."""
+
     # Names such as `model` are the API's, not pydantic's.
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
@@ -169,7 +171,7 @@ def _check_combination(combine: Any) -> Any:
 _POLICY_SCHEMA = {"anyOf": [{"type": "string", "enum": list(POLICIES)}, {"type": "object"}]}
 
 
-class SteeringFields(_Fields):
+class SteeringFields(Fields):
     """How this request is steered.
 
     `expert` names one expert, `experts` several with their own strengths, which are summed. Without either
@@ -217,13 +219,13 @@ class SteeringFields(_Fields):
         return Steering(self.alpha, experts, _without_nulls(self.policy), self.combine)
 
 
-class SteeringOnly(_Fields):
+class SteeringOnly(Fields):
     """The field of this project in a request whose other fields another server reads."""
 
     proxytune: SteeringFields | None = None
 
 
-class StreamOptions(_Fields):
+class StreamOptions(Fields):
     """What a stream holds beside the text."""
 
     include_usage: StrictBool = False
@@ -237,14 +239,14 @@ def _extension(name: str) -> tuple[Any, Any]:
     """Return the type and the field of an option that requests take under the library's own name."""
     declared = SAMPLING[name]
     kind: Any = {bool: StrictBool, int: int, float: float}[declared.type]
-    return (kind | None if declared.is_optional else kind), _option(name)
+    return (kind | None if declared.is_optional else kind), option_field(name)
 
 
 _EXTENSIONS: dict[str, Any] = {
     name: _extension(name) for name in SAMPLING if name not in API_OPTIONS
 }
 _EXTENSIONS |= {name: habit.as_field() for name, habit in HABITS.items()}
-_Extensions: Any = create_model("_Extensions", __base__=_Fields, **_EXTENSIONS)
+_Extensions: Any = create_model("_Extensions", __base__=Fields, **_EXTENSIONS)
 
 
 def _biases(found: Any) -> Any:
@@ -269,19 +271,19 @@ class Generation(_Extensions):
 
     model: Name | None = Field(None, description="Default: the recipe that is served")
     n: int = Field(1, strict=True, ge=1, le=MAX_CHOICES)
-    temperature: float | None = _option("temperature", default=None, ge=0)
-    top_p: float | None = _option(
+    temperature: float | None = option_field("temperature", default=None, ge=0)
+    top_p: float | None = option_field(
         "top_p", default=None, ge=0, gt=None, description="0 takes the most likely token alone"
     )
-    presence_penalty: float | None = _option("presence_penalty", default=None, ge=-2, le=2)
-    frequency_penalty: float | None = _option("frequency_penalty", default=None, ge=-2, le=2)
-    seed: int | None = _option(
+    presence_penalty: float | None = option_field("presence_penalty", default=None, ge=-2, le=2)
+    frequency_penalty: float | None = option_field("frequency_penalty", default=None, ge=-2, le=2)
+    seed: int | None = option_field(
         "seed", ge=-(2**63), le=None, lt=2**63, description="-1 takes a new one each time"
     )
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)] | None = (
-        _option("stop", default=None)
+        option_field("stop", default=None)
     )
-    logit_bias: Biases | None = _option("logit_bias", default=None)
+    logit_bias: Biases | None = option_field("logit_bias", default=None)
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
     user: Annotated[str, StringConstraints(max_length=200)] | None = Field(
@@ -298,23 +300,23 @@ class Generation(_Extensions):
     )
     # Extensions that other servers have under the same names.
     n_predict: NumNew | None = Field(None, description="The same as max_tokens")
-    top_k: int = _option(
+    top_k: int = option_field(
         "top_k",
         ge=-1,
         le=2**31,
         description="Sample from this many most likely tokens; 0 or -1 keeps all",
     )
-    repeat_penalty: float | None = _option(
+    repeat_penalty: float | None = option_field(
         "repetition_penalty", default=None, description="The same as repetition_penalty"
     )
     repeat_last_n: int = Field(
         NO_LIMIT, strict=True, ge=NO_LIMIT, description="-1: penalties count the whole text"
     )
-    min_tokens: int = _option("min_new_tokens", le=2**31)
-    stop_token_ids: list[TokenId] | None = _option(
+    min_tokens: int = option_field("min_new_tokens", le=2**31)
+    stop_token_ids: list[TokenId] | None = option_field(
         "stop_token_ids", default=None, max_length=MAX_STOPS, fail_fast=True
     )
-    first_logit_bias: Biases | None = _option("first_logit_bias", default=None)
+    first_logit_bias: Biases | None = option_field("first_logit_bias", default=None)
     return_token_ids: StrictBool = Field(
         False, description="List the token ids of the text, and of the prompt as the base reads it"
     )
@@ -434,8 +436,8 @@ class CompletionRequest(Generation):
             Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
         ]
     )
-    max_tokens: NumNew | None = _option("max_new_tokens", default=16, ge=NO_LIMIT, le=2**31)
-    logprobs: int | None = _option("logprobs", le=MAX_LOGPROBS)
+    max_tokens: NumNew | None = option_field("max_new_tokens", default=16, ge=NO_LIMIT, le=2**31)
+    logprobs: int | None = option_field("logprobs", le=MAX_LOGPROBS)
     echo: StrictBool = Field(
         False, description="Begin the text with the prompt, and logprobs with those of its tokens"
     )
@@ -483,7 +485,7 @@ def _check_role(role: Any) -> Any:
     return role
 
 
-class TextPart(_Fields):
+class TextPart(Fields):
     """A piece of a message."""
 
     type: Annotated[Literal["text"], BeforeValidator(_check_part)]
@@ -491,7 +493,7 @@ class TextPart(_Fields):
     cache_control: dict[str, Any] | None = Field(None, description=UNUSED)
 
 
-class ChatMessage(_Fields):
+class ChatMessage(Fields):
     """One turn."""
 
     role: Annotated[
@@ -541,12 +543,12 @@ class ChatRequest(Generation):
     """`POST /v1/chat/completions`."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
-    max_tokens: NumNew | None = _option("max_new_tokens", default=None, ge=NO_LIMIT, le=2**31)
-    max_completion_tokens: NumNew | None = _option(
+    max_tokens: NumNew | None = option_field("max_new_tokens", default=None, ge=NO_LIMIT, le=2**31)
+    max_completion_tokens: NumNew | None = option_field(
         "max_new_tokens", default=None, ge=NO_LIMIT, le=2**31
     )
     logprobs: StrictBool | None = None
-    top_logprobs: int | None = _option("logprobs", le=MAX_LOGPROBS)
+    top_logprobs: int | None = option_field("logprobs", le=MAX_LOGPROBS)
     echo: StrictBool = Field(
         False, description="Begin the answer with the last message if it is the assistant's"
     )

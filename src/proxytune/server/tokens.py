@@ -20,11 +20,11 @@ from proxytune.server.schema import (
     MAX_MESSAGES,
     MAX_TEMPLATE_KWARGS,
     ChatMessage,
+    Fields,
     InvalidField,
     Name,
     Text,
     TokenId,
-    _Fields,
 )
 from proxytune.server.service import Service
 from proxytune.text.prompts import prompt_ids, render_text, text_ids
@@ -33,7 +33,7 @@ MAX_TOKENS = 2**18
 """Maximum number of token ids in a request."""
 
 
-class TokenizeRequest(_Fields):
+class TokenizeRequest(Fields):
     """`POST /tokenize`: one of `prompt`, `messages` and `content`."""
 
     model: Name | None = None
@@ -84,7 +84,7 @@ _OWNERS = {
 }
 
 
-class DetokenizeRequest(_Fields):
+class DetokenizeRequest(Fields):
     """`POST /detokenize`."""
 
     model: Name | None = None
