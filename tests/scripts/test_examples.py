@@ -28,7 +28,7 @@ SAYS = {
         "--- the base alone\n",
         "--- legal 0.9\n",
         "0.45, legal 0.45",
-        "10 texts, 240 tokens",
+        "10 texts, 218 tokens",
     ),
     "openai_client": ("models: steered, steered:tinyshakespeare", "--- alpha 1.5\n", "--- a chat"),
     "black_box": ("--- the base behind an API\n", " of 24 tokens are proved"),
