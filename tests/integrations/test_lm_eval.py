@@ -242,21 +242,30 @@ def test_generation_settings_that_are_not_done_here_are_refused_by_name():
 
 def test_a_conversation_reaches_every_model_in_its_own_format(recipe):
     chat = Recipe(
-        base=recipe.base,
+        base=replace(recipe.base, chat="plain"),
         experts=(
             ExpertSpec(
                 "tiny",
                 ModelSpec(model="../expert", prompt="chat"),
-                ModelSpec(model="../anti-expert"),
+                ModelSpec(model="../anti-expert", chat="plain"),
             ),
         ),
         directory=recipe.directory,
     )
     lm = ProxyTunedLM(ProxyTuned.load(chat))
-    context = lm.apply_chat_template([{"role": "user", "content": "Hello"}])
-    base, expert, anti = (lm.tokenizer.decode(list(p)) for p in lm._passage(context, " A").prompts)
+    asked = [{"role": "user", "content": "Hello"}]
+
+    def read(context: str) -> list[str]:
+        return [str(lm.tokenizer.decode(list(p))) for p in lm._passage(context, " A").prompts]
+
+    base, expert, anti = read(lm.apply_chat_template(asked))
     assert base == anti == "Hello"
     assert expert == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    # A task may have begun the answer (gen_prefix).
+    begun = [*asked, {"role": "assistant", "content": "It is"}]
+    base, expert, anti = read(lm.apply_chat_template(begun, add_generation_prompt=False))
+    assert base == anti == "User: Hello\n\nAssistant: It is"
+    assert expert == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nIt is"
 
 
 def test_a_prompt_longer_than_the_context_loses_its_beginning(recipe):
