@@ -11,11 +11,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, WithJsonSchema
-from pydantic_core import PydanticCustomError
-
-REFUSED = "refused"
-"""The type of an error whose reason follows the field's name and value: `NAME is VALUE, and REASON`."""
-
 
 UNUSED = "Accepted; changes nothing here"
 """The description of a field that nothing depends on."""
@@ -39,13 +34,13 @@ class Habit:
         """Return a value that changes nothing.
 
         Raises:
-            PydanticCustomError: It is another one.
+            NotHonoured: It is another one.
         """
         if self.neutral is None:
             if not _is_of(self.kind, value):
-                raise refused(f"must be {_WORDS[self.kind]}")
+                raise NotHonoured(f"must be {_WORDS[self.kind]}")
         elif not any(_same(value, each) for each in self.neutral):
-            raise refused(self.why)
+            raise NotHonoured(self.why)
         return value
 
     @property
@@ -65,9 +60,8 @@ class Habit:
         return self.type, Field(None, description=note)
 
 
-def refused(why: str) -> PydanticCustomError:
-    """Return the error for a value that cannot be honoured; `why` follows `NAME is VALUE, and`."""
-    return PydanticCustomError(REFUSED, "{why}", {"why": why})
+class NotHonoured(ValueError):
+    """A value that cannot be honoured; the reason follows `NAME is VALUE, and`."""
 
 
 def _same(value: Any, other: Any) -> bool:

@@ -33,7 +33,7 @@ from proxytune.server.doors import (
     read_body,
 )
 from proxytune.server.guards import Refusal
-from proxytune.server.habits import HABITS, Habit, refused
+from proxytune.server.habits import HABITS, Habit, NotHonoured
 from proxytune.server.schema import (
     MAX_MESSAGES,
     MAX_PARTS,
@@ -60,7 +60,7 @@ class CacheControl(Fields):
 
 def _check_block(kind: Any) -> Any:
     if isinstance(kind, str) and kind not in ("text", "thinking"):
-        raise refused("the models here read text alone: blocks are text, or thinking before it")
+        raise NotHonoured("the models here read text alone: blocks are text, or thinking before it")
     return kind
 
 
@@ -132,7 +132,7 @@ class Metadata(Fields):
 
 def _check_thinking(kind: Any) -> Any:
     if kind in ("enabled", "between_tools"):
-        raise refused("thinking has no budget here; it can be adaptive or disabled")
+        raise NotHonoured("thinking has no budget here; it can be adaptive or disabled")
     return kind
 
 

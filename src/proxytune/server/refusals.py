@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from proxytune.server.habits import REFUSED
+from proxytune.server.habits import NotHonoured
 
 MAX_SHOWN = 100
 """Maximum number of characters of a field's name, or of a value, in an error."""
@@ -98,8 +98,7 @@ def _sentence(error: Mapping[str, Any], name: str, several: str | None) -> str:
     shown = _shown(error.get("input"))
     if kind == "missing":
         return f"{name} is missing, and a request needs it"
-    if kind == REFUSED:
-        why = str(context["why"])
+    if isinstance(why := context.get("error"), NotHonoured):
         return f"{name}: {why}" if shown is None else f"{name} is {shown}, and {why}"
     if kind == "value_error":
         return str(context["error"]) if name == "the body" else f"{name}: {context['error']}"

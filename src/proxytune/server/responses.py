@@ -37,7 +37,7 @@ from proxytune.server.doors import (
     read_body,
 )
 from proxytune.server.guards import Refusal
-from proxytune.server.habits import Habit, refused
+from proxytune.server.habits import Habit, NotHonoured
 from proxytune.server.schema import (
     MAX_LOGPROBS,
     MAX_MESSAGES,
@@ -65,19 +65,21 @@ Status = Literal["in_progress", "completed", "incomplete"]
 
 def _check_part(kind: Any) -> Any:
     if isinstance(kind, str) and kind not in ("input_text", "output_text", "reasoning_text"):
-        raise refused("the models here read text alone: input_text, output_text and reasoning_text")
+        raise NotHonoured(
+            "the models here read text alone: input_text, output_text and reasoning_text"
+        )
     return kind
 
 
 def _check_item(kind: Any) -> Any:
     if isinstance(kind, str) and kind not in ("message", "reasoning"):
-        raise refused("items here are messages and reasoning: tools cannot be called")
+        raise NotHonoured("items here are messages and reasoning: tools cannot be called")
     return kind
 
 
 def _check_format(kind: Any) -> Any:
     if isinstance(kind, str) and kind != "text":
-        raise refused(
+        raise NotHonoured(
             "an answer cannot be held to a schema here: it is the text that the model writes"
         )
     return kind

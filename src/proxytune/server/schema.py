@@ -39,7 +39,7 @@ from proxytune.request import (
     Steering,
 )
 from proxytune.server.body import check_shape
-from proxytune.server.habits import HABITS, UNUSED, Habit, refused
+from proxytune.server.habits import HABITS, UNUSED, Habit, NotHonoured
 from proxytune.server.refusals import MAX_SHOWN, explain, field_name, not_honoured
 from proxytune.settings import options_of
 
@@ -257,7 +257,7 @@ def _biases(found: Any) -> Any:
         if bad:
             more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
             names = ", ".join(map(json.dumps, bad[:3]))
-            raise refused(f"its keys must be token ids, unlike {names}{more}")
+            raise NotHonoured(f"its keys must be token ids, unlike {names}{more}")
     return found
 
 
@@ -472,13 +472,13 @@ class CompletionRequest(Generation):
 
 def _check_part(kind: Any) -> Any:
     if isinstance(kind, str) and kind != "text":
-        raise refused('the models here read text alone, so its parts are of the type "text"')
+        raise NotHonoured('the models here read text alone, so its parts are of the type "text"')
     return kind
 
 
 def _check_role(role: Any) -> Any:
     if role in ("tool", "function"):
-        raise refused(
+        raise NotHonoured(
             "tools cannot be called here, so their results are not read; roles are system, developer, user "
             "and assistant"
         )
