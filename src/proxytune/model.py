@@ -129,16 +129,7 @@ class ProxyTuned:
         steering = request.steering
         strengths = self.recipe.strengths(steering)
         policy = steering.policy_over(self.ensemble.policy)
-        prompts: list[Sequence[int]]
-        if request.is_token_ids:
-            token_ids = [i for i in request.prompt if isinstance(i, int)]
-            self.ensemble.vocabulary.check_token_ids(token_ids)
-            prompts = [m.own_ids(token_ids, is_start=True) for m in self.ensemble.members]
-        else:
-            names = [member.name for member in self.ensemble.members]
-            prompts = render_each(request.prompt, self.formats, names, request.chat)
-            if self.recipe.base.api is not None:
-                prompts[0] = ChatPrompt.of(prompts[0], request.prompt, request.chat)
+        prompts = _prompts(self, request)
         sampling = request.sampling
         if request.is_chat and self.formats[0].joins_messages:
             # A base without a chat format would go on to write the user's next turn.
@@ -260,19 +251,7 @@ class ProxyTuned:
             UnsupportedModel: The base is behind an API, which shows too few logits.
             UserError: The request cannot be honoured; see `job`.
         """
-        if isinstance(continuation, str):
-            given = continuation_ids(continuation, self.tokenizer)
-        else:
-            given = list(continuation)
-            self.ensemble.vocabulary.check_token_ids(given)
-        if not given:
-            raise InvalidRequest("the continuation has no tokens, so there is nothing to explain")
-        if self.recipe.base.api is not None:
-            raise UnsupportedModel(
-                "explaining a given text needs all of the base's logits, and an API shows few of them.\n"
-                "hint: let it generate the text: leave the continuation out, or in Python call "
-                "generate(..., explain=True)"
-            )
+        given = _given_ids(self, continuation)
         steering = Steering(alpha, experts, policy, combine)
         if sampling is not None and steering.policy_over(self.ensemble.policy).has_positions:
             raise InvalidRequest(
@@ -546,6 +525,38 @@ class Conversation:
                 yield step
         finally:
             self.messages = [*messages, {"role": "assistant", "content": answer.strip()}]
+
+
+def _prompts(model: ProxyTuned, request: Request) -> list[Sequence[int]]:
+    """Return the token ids that each member reads of a request's prompt."""
+    members = model.ensemble.members
+    if request.is_token_ids:
+        token_ids = [i for i in request.prompt if isinstance(i, int)]
+        model.ensemble.vocabulary.check_token_ids(token_ids)
+        return [member.own_ids(token_ids, is_start=True) for member in members]
+    names = [member.name for member in members]
+    prompts = render_each(request.prompt, model.formats, names, request.chat)
+    if model.recipe.base.api is not None:
+        prompts[0] = ChatPrompt.of(prompts[0], request.prompt, request.chat)
+    return prompts
+
+
+def _given_ids(model: ProxyTuned, continuation: str | Sequence[int]) -> list[int]:
+    """Return the token ids of a continuation that is to be explained; see `ProxyTuned.explain`."""
+    if isinstance(continuation, str):
+        given = continuation_ids(continuation, model.tokenizer)
+    else:
+        given = list(continuation)
+        model.ensemble.vocabulary.check_token_ids(given)
+    if not given:
+        raise InvalidRequest("the continuation has no tokens, so there is nothing to explain")
+    if model.recipe.base.api is not None:
+        raise UnsupportedModel(
+            "explaining a given text needs all of the base's logits, and an API shows few of them.\n"
+            "hint: let it generate the text: leave the continuation out, or in Python call "
+            "generate(..., explain=True)"
+        )
+    return given
 
 
 def _completion_passages(

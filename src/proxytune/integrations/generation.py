@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
@@ -179,8 +179,9 @@ class SteeredGenerationMixin(GenerationMixin):
                     "max_new_tokens"
                 )
 
-    def _members_that_run(self, alpha: Any, experts: Any) -> Sequence[Any]:
-        raise NotImplementedError
+    if TYPE_CHECKING:  # of the model class
+
+        def _members_that_run(self, alpha: Any, experts: Any) -> Sequence[Any]: ...
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
         """Return the logits processors; the one for classifier-free guidance steers as the call does."""
