@@ -32,7 +32,7 @@ from proxytune.measure.score import (
     smallest_context,
     windows,
 )
-from proxytune.policy import PolicySettings
+from proxytune.policy import Policy, PolicySettings
 from proxytune.recipe.recipe import Recipe
 from proxytune.request import (
     ChatOptions,
@@ -126,16 +126,12 @@ class ProxyTuned:
                 the recipe.
             PromptTooLong: Prompt and new tokens exceed a model's context.
         """
-        steering = request.steering
-        strengths = self.recipe.strengths(steering)
-        policy = steering.policy_over(self.ensemble.policy)
+        strengths = self.recipe.strengths(request.steering)
+        policy = request.steering.policy_over(self.ensemble.policy)
         prompts = _prompts(self, request)
-        sampling = request.sampling
-        if request.is_chat and self.formats[0].joins_messages:
-            # A base without a chat format would go on to write the user's next turn.
-            sampling = replace(sampling, stop=(*sampling.stop, PLAIN_USER_TURN))
         alphas = tuple(strengths.get(pair.name) for pair in self.ensemble.pairs)
         views = request.explain, request.explain_top
+        sampling = _sampling(self, request)
         job = Job(sampling, tuple(prompts), alphas, *views, cancelled, strengths, policy)
         check_job(self.ensemble, job)
         return job
@@ -253,11 +249,8 @@ class ProxyTuned:
         """
         given = _given_ids(self, continuation)
         steering = Steering(alpha, experts, policy, combine)
-        if sampling is not None and steering.policy_over(self.ensemble.policy).has_positions:
-            raise InvalidRequest(
-                "the strength follows a schedule of positions, which would start again after the "
-                "given tokens.\nhint: explain the continuation alone, or leave the schedule out"
-            )
+        if sampling is not None:
+            _check_continuable(steering.policy_over(self.ensemble.policy))
         num_new = 0 if sampling is None else sampling.max_new_tokens
         limits = SamplingParams(max_new_tokens=len(given) + num_new)
         asked = Request(prompt, limits, explain=True, explain_top=top, **steering.as_options())
@@ -347,9 +340,8 @@ class ProxyTuned:
         speculative: bool | Drafting = False,
     ) -> Conversation:
         """Begin a conversation that remembers its turns. The models read only what is new."""
-        sampling = sampling or SamplingParams()
         steering = Steering(alpha, experts, policy, combine)
-        return Conversation(self, sampling, system, steering, speculative)
+        return Conversation(self, sampling or SamplingParams(), system, steering, speculative)
 
     def score(
         self,
@@ -539,6 +531,24 @@ def _prompts(model: ProxyTuned, request: Request) -> list[Sequence[int]]:
     if model.recipe.base.api is not None:
         prompts[0] = ChatPrompt.of(prompts[0], request.prompt, request.chat)
     return prompts
+
+
+def _sampling(model: ProxyTuned, request: Request) -> SamplingParams:
+    """Return how a request's tokens are chosen, and where its text ends."""
+    sampling = request.sampling
+    if request.is_chat and model.formats[0].joins_messages:
+        # A base without a chat format would go on to write the user's next turn.
+        sampling = replace(sampling, stop=(*sampling.stop, PLAIN_USER_TURN))
+    return sampling
+
+
+def _check_continuable(policy: Policy) -> None:
+    """Refuse to go on after given tokens with a strength that depends on the position."""
+    if policy.has_positions:
+        raise InvalidRequest(
+            "the strength follows a schedule of positions, which would start again after the "
+            "given tokens.\nhint: explain the continuation alone, or leave the schedule out"
+        )
 
 
 def _given_ids(model: ProxyTuned, continuation: str | Sequence[int]) -> list[int]:
