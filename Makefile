@@ -60,7 +60,7 @@ check: setup ## Check format, lint, types, pages and docs
 	$(BIN)/mypy
 	$(BIN)/python scripts/check_pages.py
 	$(BIN)/python scripts/check_docs.py
-	$(MKDOCS) build --quiet --strict
+	$(MKDOCS) build --strict
 
 docs: setup ## Build the site into build/docs; open build/docs/index.html
 	$(MKDOCS) build --strict $(ARGS)
