@@ -41,6 +41,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "headers",
         "config_limits",
         "tokenizer_limits",
+        "gguf_parts",
+        "pre_tokenizers",
         "conversion",
         "hub",
         "placement",

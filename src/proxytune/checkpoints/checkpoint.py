@@ -28,11 +28,11 @@ from proxytune.checkpoints.config_limits import (
 )
 from proxytune.checkpoints.conversion import convert_small_files, convert_weights
 from proxytune.checkpoints.faults import fault_text, faults_as, is_fault, is_panic, shown
+from proxytune.checkpoints.gguf_parts import GgufModel, check_types, read_gguf_model
 from proxytune.checkpoints.headers import (
     GgufHeader,
     StoredTensor,
     find_weight_files,
-    read_gguf_header,
     read_safetensors_header,
     weight_files_are_there,
 )
@@ -86,25 +86,33 @@ class Checkpoint:
         name: The reference as the recipe has it.
         kind: Where the weights come from.
         directory: The files in the Hugging Face layout; for a GGUF file its converted config and tokenizer.
-        gguf_path: The GGUF file.
+        gguf: The GGUF file, or all files of a split model.
         tensors: Names, shapes and dtypes of the stored weights; empty for pickled ones.
         hub_id: Where missing weights can be downloaded from.
         revision: The commit or branch on the Hub.
         trust_remote_code: Whether code that comes with the model may run.
         allow_pickle: Whether pickled weights may be read.
-        gguf_header: The GGUF file's header.
     """
 
     name: str
     kind: Literal["directory", "gguf"]
     directory: Path
-    gguf_path: Path | None = None
+    gguf: GgufModel | None = field(default=None, repr=False)
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict, repr=False)
     hub_id: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
-    gguf_header: GgufHeader | None = field(default=None, repr=False)
+
+    @property
+    def gguf_path(self) -> Path | None:
+        """The GGUF file, the first one of a split model."""
+        return None if self.gguf is None else self.gguf.path
+
+    @property
+    def gguf_header(self) -> GgufHeader | None:
+        """The GGUF file's header, with the tensors of all files of a split model."""
+        return None if self.gguf is None else self.gguf.header
 
     @cached_property
     def config(self) -> Any:
@@ -308,9 +316,11 @@ class Checkpoint:
         """Check that transformers can build the model, in memory that its stored tensors account for.
 
         Raises:
-            UnsupportedModel: It cannot be built.
+            UnsupportedModel: It cannot be built, or a GGUF file's tensor cannot be unpacked.
             CorruptModel: Its config needs far more memory than its tensors.
         """
+        if self.gguf_header is not None:
+            check_types(self.gguf_header, self.name)
         _ = self._empty_model
 
     @property
@@ -351,8 +361,8 @@ class Checkpoint:
             CorruptModel: The GGUF file cannot be converted.
             OutputFileError: The cache directory cannot be written.
         """
-        if self.gguf_path is not None:
-            return convert_weights(self.gguf_path, small_files=self.directory)
+        if self.gguf is not None:
+            return convert_weights(self.gguf, small_files=self.directory)
         if self.hub_id is None or weight_files_are_there(self.directory):
             return self.directory
         patterns = ("model*.safetensors", *SMALL_FILES)
@@ -611,10 +621,10 @@ def _check_usable(checkpoint: Checkpoint) -> None:
 
 
 def _gguf_checkpoint(name: str, path: Path) -> Checkpoint:
-    header = read_gguf_header(path)
-    if not header.tensors:
+    model = read_gguf_model(path)
+    tensors = model.header.tensors
+    if not tensors:
         raise ModelNotFound(
             f"{name} holds a vocabulary and no weights.\nhint: name a GGUF file of a whole model"
         )
-    directory = convert_small_files(path, header)
-    return Checkpoint(name, "gguf", directory, path, header.tensors, gguf_header=header)
+    return Checkpoint(name, "gguf", convert_small_files(model), model, tensors)

@@ -529,10 +529,11 @@ class _Examination:
         """Return the memory that llama.cpp needs for a file."""
         from proxytune.backends.llama_cpp import library
 
-        assert spec.llama_cpp is not None and checkpoint.gguf_path is not None
+        assert spec.llama_cpp is not None and checkpoint.gguf is not None
         if is_first:
             self._tried(part, library)
-        weight_bytes = checkpoint.gguf_path.stat().st_size if is_first else 0
+        files = checkpoint.gguf.parts if is_first else ()
+        weight_bytes = sum(file.stat().st_size for file in files)
         if adapter is not None:
             weight_bytes += self._once(spec, adapter, adapter.path.stat().st_size)
         element = _CACHE_BYTES[spec.llama_cpp.cache_dtype_of(checkpoint.stored_dtype)]
