@@ -36,7 +36,8 @@ test-transformers-5.19: .venv-tf519/.installed ## Run quick tests with the oldes
 	.venv-tf519/bin/python -m pytest -m "not slow and not network and not gpu" $(OLD_TRANSFORMERS_TESTS) $(ARGS)
 
 test-gguf: .venv-gguf/.installed ## Run the tests of llama.cpp, in process and behind its server (compiles it first)
-	.venv-gguf/bin/python -m pytest tests/backends/test_llama_cpp.py tests/backends/api/test_llama_cpp_server.py $(ARGS)
+	.venv-gguf/bin/python -m pytest tests/backends/test_llama_cpp.py tests/backends/test_gguf_kinds.py \
+	  tests/backends/api/test_llama_cpp_server.py $(ARGS)
 
 test-vllm: .venv-vllm/.installed ## Run the tests of recipes inside vLLM, and of a base behind it
 	.venv-vllm/bin/python -m pytest tests/integrations/vllm tests/backends/api/test_vllm_server.py $(ARGS)

@@ -45,6 +45,7 @@ from proxytune.checkpoints.hub import (
     hub_tensors,
 )
 from proxytune.checkpoints.placement import max_context
+from proxytune.checkpoints.pre_tokenizers import cuts_by_default
 from proxytune.checkpoints.references import local_path, unpinned_path
 from proxytune.checkpoints.tokenizer_limits import check_pattern_times, check_tokenizer_files
 from proxytune.checkpoints.untrusted import LIST_BYTES, check_links, read_json_file
@@ -113,6 +114,18 @@ class Checkpoint:
     def gguf_header(self) -> GgufHeader | None:
         """The GGUF file's header, with the tensors of all files of a split model."""
         return None if self.gguf is None else self.gguf.header
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about the files, though they can be used."""
+        header = self.gguf_header
+        if header is None or not header.tokens or not cuts_by_default(header.metadata):
+            return ()
+        return (
+            f"{self.name} names no pre-tokenizer of its own, so its text is cut by llama.cpp's default rule, "
+            "which may give other tokens than the model was trained with. Convert it again with a current "
+            "llama.cpp.",
+        )
 
     @cached_property
     def config(self) -> Any:

@@ -30,6 +30,9 @@ _READABLE = frozenset(
 )  # fmt: skip
 """Types of tensors that transformers 5.19 reads. Others are unpacked to float32 first."""
 
+_SCALED_ELSEWHERE = frozenset({"NVFP4"})
+"""Types whose values lack a factor that is a tensor of its own, which only llama.cpp applies."""
+
 _CHUNK_ELEMENTS = 1 << 24
 """Maximum number of values that are unpacked at once."""
 
@@ -133,6 +136,8 @@ def check_types(header: GgufHeader, name: str) -> None:
         number = GGMLQuantizationType[kind]
         block = np.zeros((1, GGML_QUANT_SIZES[number][1]), np.uint8)
         try:
+            if kind in _SCALED_ELSEWHERE:
+                raise NotImplementedError
             dequantize(block, number)
         except (NotImplementedError, ValueError) as error:
             raise UnsupportedModel(

@@ -13,6 +13,7 @@ spaces outside ASCII, which llama.cpp replaces before it matches.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,6 +168,12 @@ CUTTING_RULES: dict[str, CuttingRule] = {
 
 BYTE_LEVEL = "gpt2"
 """What GGUF calls byte-level BPE with any rule (`tokenizer.ggml.model`)."""
+
+
+def cuts_by_default(metadata: Mapping[str, Any]) -> bool:
+    """Whether a GGUF file with byte-level BPE leaves the rule to llama.cpp's default."""
+    name = metadata.get("tokenizer.ggml.pre") or "default"
+    return metadata.get("tokenizer.ggml.model") == BYTE_LEVEL and name == "default"
 
 
 def cutting_rule(name: str | None, file: str) -> CuttingRule:

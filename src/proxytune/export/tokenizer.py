@@ -1,8 +1,9 @@
 """A byte-level BPE tokenizer as the fields of a GGUF header.
 
 How text is cut into words before tokens are merged is a rule in `tokenizer.json`; in GGUF it is the name of a
-rule (`checkpoints/pre_tokenizers.py`). The name is found by comparing rules, and a rule without a name is refused. Every
-row of the embedding has a token in GGUF; rows without a token are called `[PAD7]`, by their id.
+rule (`checkpoints/pre_tokenizers.py`). The name is found by comparing rules, and a rule without a name is
+refused. Every row of the embedding has a token in GGUF. Rows without a token are called `[PAD7]`, by their
+id.
 """
 
 from __future__ import annotations

@@ -301,6 +301,7 @@ class _Examination:
         if adapter is not None:
             values["num_adapter_parameters"] = adapter.num_parameters
         if checkpoint is not None:
+            self.notes += (f"{part}: {note}" for note in checkpoint.notes if is_first)
             values |= {
                 "kind": checkpoint.kind,
                 "architecture": checkpoint.architecture,
