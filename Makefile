@@ -11,7 +11,7 @@ INPUTS := pyproject.toml constraints.txt scripts/set_up.sh
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-transformers-5.19 test-gguf test-vllm test-lm-eval test-fit test-package check docs format bench \
+.PHONY: help setup demo test test-transformers-5.19 test-gguf test-quantized test-vllm test-lm-eval test-fit test-package check docs format bench \
 	bench-load bench-gguf bench-api bench-vllm miniature zoo clean
 
 help: ## List these commands
@@ -38,6 +38,10 @@ test-transformers-5.19: .venv-tf519/.installed ## Run quick tests with the oldes
 test-gguf: .venv-gguf/.installed ## Run the tests of llama.cpp, in process and behind its server (compiles it first)
 	.venv-gguf/bin/python -m pytest tests/backends/test_llama_cpp.py tests/backends/test_gguf_kinds.py \
 	  tests/backends/api/test_llama_cpp_server.py $(ARGS)
+
+test-quantized: .venv-gguf/.installed ## Run the tests of models in 8 and 4 bits, by torchao and bitsandbytes
+	.venv-gguf/bin/python -m pytest tests/backends/transformers/test_quantized.py \
+	  tests/backends/transformers/test_stored_quantization.py $(ARGS)
 
 test-vllm: .venv-vllm/.installed ## Run the tests of recipes inside vLLM, and of a base behind it
 	.venv-vllm/bin/python -m pytest tests/integrations/vllm tests/backends/api/test_vllm_server.py $(ARGS)
@@ -123,7 +127,7 @@ INSTALL_CLIENT := -m pip install --disable-pip-version-check --progress-bar off
 	touch $@
 
 .venv-gguf/.installed: $(INPUTS)
-	EXTRAS=dev,gguf PACKAGES='llama-cpp-python[server]' scripts/set_up.sh .venv-gguf
+	EXTRAS=dev,gguf,quantize PACKAGES='llama-cpp-python[server]' scripts/set_up.sh .venv-gguf
 	touch $@
 
 .venv-lm-eval/.installed: $(INPUTS)

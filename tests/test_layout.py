@@ -73,6 +73,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "transformers.lora",
         "transformers.cuda_graphs",
         "transformers.state",
+        "transformers.quantized",
         "transformers.weights",
         "transformers.backend",
     ),

@@ -30,6 +30,7 @@ from proxytune.checkpoints.conversion import convert_small_files, convert_weight
 from proxytune.checkpoints.faults import fault_text, faults_as, is_fault, is_panic, shown
 from proxytune.checkpoints.gguf_parts import GgufModel, check_types, read_gguf_model
 from proxytune.checkpoints.headers import (
+    SAFETENSORS_DTYPES,
     GgufHeader,
     StoredTensor,
     find_weight_files,
@@ -243,6 +244,12 @@ class Checkpoint:
         if stored and not self._is_packed and not self._is_quantized:
             return sum(tensor.num_elements for tensor in stored.values())
         return sum(parameter.numel() for parameter in self._empty_model.parameters())
+
+    @property
+    def stored_bytes(self) -> int:
+        """Memory of the stored weights as they are, for a directory with safetensors."""
+        bits = {name: bits for bits, name in SAFETENSORS_DTYPES.values()}
+        return sum(t.num_elements * bits.get(t.dtype, 8) for t in self.tensors.values()) // 8
 
     @cached_property
     def stored_dtype(self) -> str:

@@ -9,8 +9,6 @@ KV cache by length. Temporary memory of a forward comes on top.
 
 from __future__ import annotations
 
-import importlib.util
-import math
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
@@ -28,7 +26,6 @@ from proxytune.errors import (
     NotEnoughMemory,
     UserError,
     VocabularyMismatch,
-    missing_extra,
 )
 from proxytune.grants import Grants
 from proxytune.loading.formats import base_format, pair_formats
@@ -466,12 +463,15 @@ class _Examination:
             return values | self._examine_llama_cpp(part, spec, checkpoint, adapter, is_first)
         if is_first:
             self._tried(part, checkpoint.check_buildable)
-        device = self._tried(part, lambda: _device(spec, is_first), is_noted=is_first)
+        device = self._tried(part, lambda: running_device(spec.device), is_noted=is_first)
         if device is None:
             return values
         dtype = running_dtype(spec.dtype, stored_dtype=checkpoint.stored_dtype, device=device)
         element = _DTYPE_BYTES[dtype]
-        weight_bytes = _weight_bytes(checkpoint, element, spec.quantization) if is_first else 0
+        weight_bytes = 0
+        if is_first:
+            found = self._tried(part, lambda: _weight_bytes(checkpoint, spec, dtype, device))
+            weight_bytes = element * num if found is None else found
         if adapter is not None:
             # PEFT keeps the factors in float32 for training only; the loader takes the model's dtype.
             weight_bytes += self._once(spec, adapter, element * adapter.num_parameters)
@@ -570,45 +570,18 @@ class _Examination:
         return tuple(devices)
 
 
-def _weight_bytes(
-    checkpoint: Checkpoint, element: int, quantization: Mapping[str, Any] | None
-) -> int:
-    """Return the memory of a model's weights, estimated if they are quantised."""
-    num = checkpoint.num_parameters
-    bits = _quantized_bits(quantization or {})
-    if bits is None:
-        return element * num
-    # Embeddings and the output head stay as they are; scales take about half a bit per weight.
-    dense = sum(
-        tensor.num_elements
-        for name, tensor in checkpoint.tensors.items()
-        if len(tensor.shape) < 2
-        or "embed" in name
-        or name.endswith(("wte.weight", "lm_head.weight"))
+def _weight_bytes(checkpoint: Checkpoint, spec: ModelSpec, dtype: str, device: str) -> int:
+    """Return the memory of a model's weights, and check that what quantises them runs here."""
+    from proxytune.backends.transformers.quantized import (
+        check_stored_quantization,
+        try_quantization,
     )
-    return element * dense + math.ceil((num - dense) * (bits + 0.5) / 8)
 
-
-def _quantized_bits(quantization: Mapping[str, Any]) -> int | None:
-    said = f"{quantization.get('quant_type', '')} {quantization.get('quant_method', '')}".lower()
-    if quantization.get("load_in_4bit") or "int4" in said:
-        return 4
-    if quantization.get("load_in_8bit") or "int8" in said or "float8" in said:
-        return 8
-    return None
-
-
-def _device(spec: ModelSpec, is_first: bool) -> str:
-    """Return the device that a model runs on; the first part to use it also needs a quantiser's package."""
-    quantization = (is_first and spec.quantization) or {}
-    method = quantization.get("quant_method")
-    if method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
-        method = "bitsandbytes"
-    if method in ("bitsandbytes", "torchao") and importlib.util.find_spec(method) is None:
-        raise missing_extra(
-            f"the quantisation {method} is asked for, and that package is not installed", "quantize"
-        )
-    return running_device(spec.device)
+    if spec.quantization is not None:
+        return try_quantization(checkpoint, spec.quantization, dtype=dtype, device=device)
+    if check_stored_quantization(checkpoint, device=device):
+        return _DTYPE_BYTES[dtype] * checkpoint.num_parameters
+    return checkpoint.stored_bytes
 
 
 def bytes_text(number: int | None) -> str:
