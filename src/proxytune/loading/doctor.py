@@ -472,6 +472,7 @@ class _Examination:
         if is_first:
             found = self._tried(part, lambda: _weight_bytes(checkpoint, spec, dtype, device))
             weight_bytes = element * num if found is None else found
+            self._note_quantization(part, spec, checkpoint, weight_bytes)
         if adapter is not None:
             # PEFT keeps the factors in float32 for training only; the loader takes the model's dtype.
             weight_bytes += self._once(spec, adapter, element * adapter.num_parameters)
@@ -482,6 +483,24 @@ class _Examination:
             "weight_bytes": weight_bytes,
             "cache_bytes": 1000 * element * checkpoint.cache_elements_per_token,
         }
+
+    def _note_quantization(
+        self, part: str, spec: ModelSpec, checkpoint: Checkpoint, num_bytes: int
+    ) -> None:
+        from proxytune.backends.transformers.quantized import joins_rows, stored_quantization
+
+        if spec.quantization is not None and joins_rows(spec.quantization):
+            self.notes.append(
+                f"{part}: bitsandbytes looks for outliers in all rows of a batch together, so a text depends "
+                'on its batch and on drafts. "llm_int8_threshold": 0.0 in its quantization keeps rows apart.'
+            )
+        method = stored_quantization(checkpoint)
+        if method is not None and num_bytes > checkpoint.stored_bytes:
+            stored = bytes_text(checkpoint.stored_bytes)
+            self.notes.append(
+                f"{part}: the weights of {checkpoint.name} are stored in {stored} ({method}), and are unpacked "
+                "here, as nothing on this machine multiplies them as they are."
+            )
 
     def _once(self, spec: ModelSpec, adapter: AdapterFiles, num_bytes: int) -> int:
         """Return the memory of an adapter; 0 if it was counted before."""
@@ -572,16 +591,17 @@ class _Examination:
 
 def _weight_bytes(checkpoint: Checkpoint, spec: ModelSpec, dtype: str, device: str) -> int:
     """Return the memory of a model's weights, and check that what quantises them runs here."""
-    from proxytune.backends.transformers.quantized import (
-        check_stored_quantization,
-        try_quantization,
-    )
+    from proxytune.backends.transformers import quantized
+    from proxytune.backends.transformers.weights import quietly
 
-    if spec.quantization is not None:
-        return try_quantization(checkpoint, spec.quantization, dtype=dtype, device=device)
-    if check_stored_quantization(checkpoint, device=device):
-        return _DTYPE_BYTES[dtype] * checkpoint.num_parameters
-    return checkpoint.stored_bytes
+    with quietly():
+        if spec.quantization is not None:
+            return quantized.try_quantization(
+                checkpoint, spec.quantization, dtype=dtype, device=device
+            )
+        if not quantized.check_stored_quantization(checkpoint, device=device):
+            return checkpoint.stored_bytes
+    return _DTYPE_BYTES[dtype] * checkpoint.num_parameters
 
 
 def bytes_text(number: int | None) -> str:

@@ -259,6 +259,15 @@ def _num_bytes(weight: Any) -> int:
     return num_bytes + (int(scales.nbytes) if isinstance(scales, Tensor) else 0)
 
 
+def joins_rows(quantization: Mapping[str, Any]) -> bool:
+    """Whether a row's result depends on its batch: bitsandbytes seeks outliers in all rows together.
+
+    Source: Dettmers et al. 2022, arXiv:2208.07339, section 3.
+    """
+    threshold = quantization.get("llm_int8_threshold", 6.0)
+    return bool(quantization.get("load_in_8bit")) and threshold != 0
+
+
 def is_quantised(model: nn.Module) -> bool:
     """Whether any weight of a model is in a quantiser's form."""
     return any(type(parameter) is not nn.Parameter for parameter in model.parameters())
