@@ -26,6 +26,7 @@ from proxytune.checkpoints.config_limits import (
     token_ids,
     values_of,
 )
+from proxytune.checkpoints.context import max_context
 from proxytune.checkpoints.conversion import convert_small_files, convert_weights
 from proxytune.checkpoints.faults import fault_text, faults_as, is_fault, is_panic, shown
 from proxytune.checkpoints.headers import (
@@ -44,7 +45,6 @@ from proxytune.checkpoints.hub import (
     hub_directory,
     hub_tensors,
 )
-from proxytune.checkpoints.placement import max_context
 from proxytune.checkpoints.references import local_path, unpinned_path
 from proxytune.checkpoints.tokenizer_limits import check_pattern_times, check_tokenizer_files
 from proxytune.checkpoints.untrusted import LIST_BYTES, check_links, read_json_file

@@ -27,6 +27,7 @@ from proxytune.backends.base import Backend, Capabilities, Prefilled
 from proxytune.backends.transformers.attention import eager_attention, share_keys
 from proxytune.backends.transformers.cuda_graphs import CudaRecorder, GraphRunner, Recorder
 from proxytune.backends.transformers.kv_cache import RoomyCache
+from proxytune.backends.transformers.lengthwise import LengthwiseReader, Tokens
 from proxytune.backends.transformers.linear import pack_linear_layers, speed_up_linear_layers
 from proxytune.backends.transformers.lora import (
     PLAIN,
@@ -34,10 +35,11 @@ from proxytune.backends.transformers.lora import (
     RowAdapters,
     run_rows_through_adapters,
 )
+from proxytune.backends.transformers.rotary import run_rows_through_lengths
 from proxytune.backends.transformers.state import TransformersState
 from proxytune.backends.transformers.weights import add_adapters, load_model, quietly
+from proxytune.checkpoints.context import max_context
 from proxytune.checkpoints.faults import faults_as
-from proxytune.checkpoints.placement import max_context
 from proxytune.errors import BackendError, ProxytuneError, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -112,7 +114,20 @@ class TransformersBackend(Backend[TransformersState]):
         self._has_slots = not layers or any(isinstance(layer, CacheLayerMixin) for layer in layers)
         self._allows_gaps = "position_ids" in self._options and _allows_gaps(self.model, layers)
         self._max_context = max_context(config)
+        self._by_length = self._lengthwise_reader()
         self._graphs = None if recorder is None else self._graph_runner(recorder)
+
+    def _lengthwise_reader(self) -> LengthwiseReader | None:
+        """Return what gives each row the angles of its own length; None if angles do not depend on it."""
+        rule = run_rows_through_lengths(self.model, self.name)
+        if rule is None:
+            return None
+        if not self._is_pure_attention or "position_ids" not in self._options:
+            raise UnsupportedModel(
+                f"{self.name} is a {type(self.model).__name__} whose rotary angles depend on a sequence's "
+                "length, which needs a KV cache entry per token in every layer"
+            )
+        return LengthwiseReader(rule, self._run, _piece_size)
 
     def _graph_runner(self, recorder: Recorder) -> GraphRunner:
         """Return what runs this model's short forwards as graphs."""
@@ -122,6 +137,11 @@ class TransformersBackend(Backend[TransformersState]):
                 f"{self.name} is a {type(self.model).__name__} with {attention} attention, and CUDA graphs "
                 f"need plain attention in every layer ({' or '.join(GRAPH_ATTENTION)})\n"
                 "hint: leave cuda_graphs out"
+            )
+        if self._by_length is not None:
+            raise UnsupportedModel(
+                f"the rotary angles of {self.name} depend on a row's length, and a CUDA graph has the same "
+                "angles for all rows\nhint: leave cuda_graphs out"
             )
 
         def forward(
@@ -202,6 +222,7 @@ class TransformersBackend(Backend[TransformersState]):
         position_ids: Tensor | None = None,
         adapters: Sequence[str | None] | None = None,
         num_logits: int = 0,
+        prompt_lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """Run tokens through the model, append them to the cache and return logits.
 
@@ -212,6 +233,8 @@ class TransformersBackend(Backend[TransformersState]):
             position_ids: `[batch, num_tokens]`; None for consecutive ones from the first slot on.
             adapters: The adapter of each row, None for the plain weights.
             num_logits: Number of last tokens to return logits for; 0 for all.
+            prompt_lengths: The length of each row's whole prompt, if `token_ids` is a piece of prompts. None
+                if tokens without any before them are whole prompts.
 
         Returns:
             `[batch, num_logits or num_tokens, vocab]` in the model's dtype.
@@ -220,34 +243,42 @@ class TransformersBackend(Backend[TransformersState]):
             InvalidRequest: An adapter has an unknown name.
             BackendError: The model failed. The cache may hold half of a forward: drop it.
         """
-        if attention_mask is not None and not self._has_slots:
+        tokens = Tokens(token_ids, cache, attention_mask, position_ids, adapters, num_logits)
+        if self._by_length is None:
+            return self._run(tokens)
+        return self._by_length.run(tokens, prompt_lengths)
+
+    def _run(self, tokens: Tokens) -> Tensor:
+        """Run one forward; see `run`."""
+        num_rows, num_new = tokens.token_ids.shape
+        mask, device = tokens.attention_mask, tokens.token_ids.device
+        if mask is not None and not self._has_slots:
             # A pure state-space model has no slots; its state has left padding out already.
-            is_of_new = attention_mask.shape[1] == token_ids.shape[1]
-            attention_mask = attention_mask if is_of_new else None
+            mask = mask if mask.shape[1] == num_new else None
         options = {
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "logits_to_keep": num_logits,
+            "attention_mask": mask,
+            "position_ids": tokens.position_ids,
+            "logits_to_keep": tokens.num_logits,
         }
         if self._may_pack:
             # Not when it is loaded, because a model that has not run yet may still be trained.
             self._may_pack = False
             pack_linear_layers(self.model)
-        names = self._rows(adapters, token_ids.shape[0])
-        rows = RowAdapters(names, token_ids.device) if self._has_lora else None
+        names = self._rows(tokens.adapters, num_rows)
+        rows = RowAdapters(names, device) if self._has_lora else None
         try:
-            with eager_attention(token_ids.device):
-                logits = self._forward(token_ids, cache, options, rows)
+            with eager_attention(device):
+                logits = self._forward(tokens.token_ids, tokens.cache, options, rows)
         except torch.OutOfMemoryError as error:
             raise BackendError(
-                f"{self.name} ran out of memory on {token_ids.shape[0]} rows of {token_ids.shape[1]} tokens\n"
+                f"{self.name} ran out of memory on {num_rows} rows of {num_new} tokens\n"
                 "hint: use a smaller batch, a shorter prompt, or a smaller dtype"
             ) from error
         except ProxytuneError:
             raise
         except Exception as error:
             raise BackendError(f"{self.name} failed: {type(error).__name__}: {error}") from error
-        return logits[:, -num_logits:]
+        return logits[:, -tokens.num_logits :]
 
     def _forward(
         self, token_ids: Tensor, cache: Any, options: Mapping[str, Any], rows: RowAdapters | None
@@ -294,7 +325,7 @@ class TransformersBackend(Backend[TransformersState]):
         padded, positions = padded.to(device), positions.to(device)
         chunk = width
         if self._is_pure_attention:
-            chunk = max(PREFILL_TOKENS // len(prompts), MIN_CHUNK)
+            chunk = _piece_size(len(prompts))
         for start in range(0, width, chunk):
             logits = self.run(
                 padded[:, start : start + chunk],
@@ -303,6 +334,7 @@ class TransformersBackend(Backend[TransformersState]):
                 position_ids=positions[:, start : start + chunk],
                 adapters=rows,
                 num_logits=1,
+                prompt_lengths=lengths,
             )
         return Prefilled(state, logits[:, -1])
 
@@ -386,6 +418,11 @@ class TransformersBackend(Backend[TransformersState]):
         """Return PEFT's name for each row's adapter."""
         names = checks.adapters_of(self.name, adapters, num_rows, self._peft_names)
         return [PLAIN if name is None else self._peft_names[name] for name in names]
+
+
+def _piece_size(num_rows: int) -> int:
+    """Return how many tokens per row of long prompts run at once."""
+    return max(PREFILL_TOKENS // num_rows, MIN_CHUNK)
 
 
 def cache_option(model: nn.Module) -> str | None:
