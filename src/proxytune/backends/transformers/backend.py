@@ -203,6 +203,7 @@ class TransformersBackend(Backend[TransformersState]):
             can_merge=self._is_pure_attention,
             adapters=tuple(self._peft_names),
             reuses_logits=self._graphs is not None,
+            reuses_prompts=self._by_length is None or self._by_length.reuses_prompts,
         )
 
     def new_cache(self) -> Any:
