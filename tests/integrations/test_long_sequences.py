@@ -1,4 +1,4 @@
-"""Models whose rotary angles depend on a sequence's length, in the library and in transformers' `generate`."""
+"""Models whose rotary angles depend on a sequence's length, in the library and in transformers' generate."""
 
 from __future__ import annotations
 
