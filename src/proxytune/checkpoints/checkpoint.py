@@ -18,6 +18,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from proxytune.checkpoints.causal import check_causal
 from proxytune.checkpoints.config_limits import (
     check_config,
     check_empty_model,
@@ -594,6 +595,7 @@ def _check_usable(checkpoint: Checkpoint) -> None:
             f"{checkpoint.name} is a model of type {config.model_type!r}, which transformers does not run as "
             "a causal language model.\nhint: name a model that predicts the next token"
         )
+    check_causal(config, checkpoint.name)
     for pattern in (_HEAD, _EMBEDDING):
         heads = [name for name in checkpoint.tensors if pattern.fullmatch(name)]
         if not heads:

@@ -36,8 +36,18 @@ from proxytune.backends.transformers.lora import (
     run_rows_through_adapters,
 )
 from proxytune.backends.transformers.rotary import run_rows_through_lengths
+from proxytune.backends.transformers.rows import (
+    OwnCache,
+    ReadAgain,
+    RowsReader,
+    SeparateState,
+    keeps_state_in_modules,
+    own_cache_class,
+    pads_positions,
+)
 from proxytune.backends.transformers.state import TransformersState
 from proxytune.backends.transformers.weights import add_adapters, load_model, quietly
+from proxytune.checkpoints.causal import check_causal
 from proxytune.checkpoints.context import max_context
 from proxytune.checkpoints.faults import faults_as
 from proxytune.errors import BackendError, ProxytuneError, UnsupportedModel
@@ -95,6 +105,7 @@ class TransformersBackend(Backend[TransformersState]):
         self._may_pack = owns_model
         if owns_model:
             share_keys(self.model)
+        check_causal(self.model.config, name)
         config = self.model.config.get_text_config(decoder=True)
         head = self.model.get_output_embeddings()
         self.vocab_size = int(getattr(head, "out_features", None) or config.vocab_size)
@@ -103,31 +114,33 @@ class TransformersBackend(Backend[TransformersState]):
         )
         self._options = frozenset(inspect.signature(self.model.forward).parameters)
         self._cache_option = cache_option(self.model)
-        if self._cache_option is None:
-            raise UnsupportedModel(
-                f"{name} is a {type(self.model).__name__}, which takes no KV cache, so it cannot decode "
-                "one token at a time"
-            )
-        layers = _cache_layers(config, name)
-        self._is_pure_attention = _is_pure_attention(layers)
+        has_cache = self._cache_option is not None and not keeps_state_in_modules(self.model)
+        has_own = has_cache and own_cache_class(self.model) is not None
+        layers = _cache_layers(config, name) if has_cache and not has_own else []
+        # Whether the model goes on with several tokens at once, and can take tokens back.
+        self._is_pure_attention = _is_pure_attention(layers) and not has_own
+        self._reader: LengthwiseReader | RowsReader | None = None
+        if not has_cache or has_own or pads_positions(self.model, layers, self._options):
+            make = self._model_cache if layers else OwnCache if has_own else ReadAgain
+            self._reader = RowsReader(self._run, make)
         # Whether a layer caches token by token, so that an attention mask covers earlier tokens, too.
         self._has_slots = not layers or any(isinstance(layer, CacheLayerMixin) for layer in layers)
         self._allows_gaps = "position_ids" in self._options and _allows_gaps(self.model, layers)
         self._max_context = max_context(config)
-        self._by_length = self._lengthwise_reader()
+        self._read_by_length()
         self._graphs = None if recorder is None else self._graph_runner(recorder)
 
-    def _lengthwise_reader(self) -> LengthwiseReader | None:
-        """Return what gives each row the angles of its own length; None if angles do not depend on it."""
+    def _read_by_length(self) -> None:
+        """Give each row the angles of its own length, if angles depend on that."""
         rule = run_rows_through_lengths(self.model, self.name)
         if rule is None:
-            return None
-        if not self._is_pure_attention or "position_ids" not in self._options:
+            return
+        if not self._is_pure_attention or self._reader is not None:
             raise UnsupportedModel(
                 f"{self.name} is a {type(self.model).__name__} whose rotary angles depend on a sequence's "
-                "length, which needs a KV cache entry per token in every layer"
+                "length, which is supported with position ids and a KV cache entry per token in every layer"
             )
-        return LengthwiseReader(rule, self._run, _piece_size)
+        self._reader = LengthwiseReader(rule, self._run, _piece_size)
 
     def _graph_runner(self, recorder: Recorder) -> GraphRunner:
         """Return what runs this model's short forwards as graphs."""
@@ -138,7 +151,7 @@ class TransformersBackend(Backend[TransformersState]):
                 f"need plain attention in every layer ({' or '.join(GRAPH_ATTENTION)})\n"
                 "hint: leave cuda_graphs out"
             )
-        if self._by_length is not None:
+        if self._reader is not None:
             raise UnsupportedModel(
                 f"the rotary angles of {self.name} depend on a row's length, and a CUDA graph has the same "
                 "angles for all rows\nhint: leave cuda_graphs out"
@@ -200,14 +213,22 @@ class TransformersBackend(Backend[TransformersState]):
         return Capabilities(
             max_context=self._max_context,
             can_rewind=self._is_pure_attention,
-            can_merge=self._is_pure_attention,
+            can_merge=self._can_merge,
             adapters=tuple(self._peft_names),
             reuses_logits=self._graphs is not None,
-            reuses_prompts=self._by_length is None or self._by_length.reuses_prompts,
+            reuses_prompts=self._reader is None or self._reader.reuses_prompts,
         )
+
+    @property
+    def _can_merge(self) -> bool:
+        return self._is_pure_attention or isinstance(self._reader, RowsReader)
 
     def new_cache(self) -> Any:
         """Return an empty KV cache of this model."""
+        return self._reader.new_cache() if self._reader is not None else self._model_cache()
+
+    def _model_cache(self) -> Any:
+        """Return an empty cache that the model takes."""
         if self._is_pure_attention:
             # Every layer keeps all keys, so that any number of tokens can be taken back. The attention mask
             # takes care of sliding windows.
@@ -245,9 +266,9 @@ class TransformersBackend(Backend[TransformersState]):
             BackendError: The model failed. The cache may hold half of a forward: drop it.
         """
         tokens = Tokens(token_ids, cache, attention_mask, position_ids, adapters, num_logits)
-        if self._by_length is None:
+        if self._reader is None:
             return self._run(tokens)
-        return self._by_length.run(tokens, prompt_lengths)
+        return self._reader.run(tokens, prompt_lengths)
 
     def _run(self, tokens: Tokens) -> Tensor:
         """Run one forward; see `run`."""
@@ -286,13 +307,16 @@ class TransformersBackend(Backend[TransformersState]):
     ) -> Tensor:
         """Call the model with the options that it knows."""
         given: dict[Any, Any] = {**options, "use_cache": cache is not None}
-        given[self._cache_option] = cache
+        given[self._cache_option] = cache.made if isinstance(cache, OwnCache) else cache
         known: dict[str, Any] = {key: given[key] for key in given if key in self._options}
         token = ROW_ADAPTERS.set(rows)
         try:
-            logits: Tensor = self.model(input_ids=token_ids, **known).logits
+            output: Any = self.model(input_ids=token_ids, **known)
         finally:
             ROW_ADAPTERS.reset(token)
+        if isinstance(cache, OwnCache):
+            cache.made = getattr(output, str(self._cache_option))
+        logits: Tensor = output.logits
         return logits
 
     def check_length(self, num_tokens: int) -> None:
@@ -320,7 +344,8 @@ class TransformersBackend(Backend[TransformersState]):
         self.check_token_ids(padded)
         device = self.device
         rows = tuple(adapters) if adapters is not None else (None,) * len(prompts)
-        state = TransformersState(self.new_cache(), lengths, rows, device)
+        kind = SeparateState if isinstance(self._reader, RowsReader) else TransformersState
+        state = kind(self.new_cache(), lengths, rows, device)
         mask = state.attention_mask(0)
         positions = (torch.arange(-width, 0) + torch.tensor(lengths)[:, None]).clamp(min=0)
         padded, positions = padded.to(device), positions.to(device)
@@ -376,7 +401,7 @@ class TransformersBackend(Backend[TransformersState]):
     @torch.inference_mode()
     def copy(self, state: TransformersState, rows: Sequence[int]) -> TransformersState:
         """Return a separate state of the given rows; see `Backend.copy`."""
-        if not self._is_pure_attention:
+        if not self._can_merge:
             return super().copy(state, rows)
         return state.copy(list(rows))
 
@@ -385,7 +410,7 @@ class TransformersBackend(Backend[TransformersState]):
         self, state: TransformersState, other: TransformersState, rows: Sequence[int]
     ) -> TransformersState:
         """Return a state of the rows of two; see `Backend.merge`."""
-        if not self._is_pure_attention:
+        if not self._can_merge:
             return super().merge(state, other, rows)
         state.merge(other, list(rows))
         self._compact_if_due(state)

@@ -64,12 +64,16 @@ class LengthwiseReader:
     ) -> None:
         self._rule, self._forward, self._piece_size = rule, forward, piece_size
 
+    def new_cache(self) -> RoomyCache:
+        """Return an empty cache."""
+        return RoomyCache()
+
     @property
     def reuses_prompts(self) -> bool:
         """Whether a prompt may go on from an earlier one of another length."""
         return not self._rule.is_stepped
 
-    def run(self, tokens: Tokens, prompt_lengths: Sequence[int] | None) -> Tensor:
+    def run(self, tokens: Tokens, prompt_lengths: Sequence[int] | None = None) -> Tensor:
         """Return logits `[batch, num_logits or num_tokens, vocab]`.
 
         Args:
