@@ -69,6 +69,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "api.backend",
         "transformers.attention",
         "transformers.rotary",
+        "transformers.temperature",
         "transformers.kv_cache",
         "transformers.lengthwise",
         "transformers.linear",

@@ -587,7 +587,10 @@ def _check_usable(checkpoint: Checkpoint) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = checkpoint.config
-    num_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    text = config.get_text_config(decoder=True)
+    # A model that runs its layers several times may count each time in `num_hidden_layers` (HRM-Text).
+    own = ("num_layers_per_stack", "num_hidden_layers")
+    num_layers = next((n for n in (getattr(text, key, None) for key in own) if n is not None), None)
     check_num_layers(num_layers, checkpoint.tensors, checkpoint.name)
     has_own_code = bool(getattr(config, "auto_map", None)) and checkpoint.trust_remote_code
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not has_own_code:

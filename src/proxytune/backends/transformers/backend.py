@@ -46,6 +46,7 @@ from proxytune.backends.transformers.rows import (
     pads_positions,
 )
 from proxytune.backends.transformers.state import TransformersState
+from proxytune.backends.transformers.temperature import POSITIONS, scale_queries_by_position
 from proxytune.backends.transformers.weights import add_adapters, load_model, quietly
 from proxytune.checkpoints.causal import check_causal
 from proxytune.checkpoints.context import max_context
@@ -103,6 +104,7 @@ class TransformersBackend(Backend[TransformersState]):
         speed_up_linear_layers(self.model)
         self._has_lora = run_rows_through_adapters(self.model, replace=owns_model)
         self._may_pack = owns_model
+        scale_queries_by_position(self.model)
         if owns_model:
             share_keys(self.model)
         check_causal(self.model.config, name)
@@ -309,11 +311,12 @@ class TransformersBackend(Backend[TransformersState]):
         given: dict[Any, Any] = {**options, "use_cache": cache is not None}
         given[self._cache_option] = cache.made if isinstance(cache, OwnCache) else cache
         known: dict[str, Any] = {key: given[key] for key in given if key in self._options}
-        token = ROW_ADAPTERS.set(rows)
+        adapters, positions = ROW_ADAPTERS.set(rows), POSITIONS.set(options["position_ids"])
         try:
             output: Any = self.model(input_ids=token_ids, **known)
         finally:
-            ROW_ADAPTERS.reset(token)
+            ROW_ADAPTERS.reset(adapters)
+            POSITIONS.reset(positions)
         if isinstance(cache, OwnCache):
             cache.made = getattr(output, str(self._cache_option))
         logits: Tensor = output.logits

@@ -253,4 +253,6 @@ def pads_positions(model: nn.Module, layers: Sequence[Any], options: Collection[
     if not any(isinstance(layer, CacheLayerMixin) for layer in layers):
         return False  # a state-space model has no positions
     # Positions are slots, then, unless attention counts distances alone (ALiBi).
-    return not any("alibi" in name for kind in set(map(type, model.modules())) for name in dir(kind))
+    return not any(
+        "alibi" in name for kind in set(map(type, model.modules())) for name in dir(kind)
+    )
