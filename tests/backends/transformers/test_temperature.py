@@ -1,4 +1,4 @@
-"""Llama 4's attention temperature, which grows with positions; test_backend.py runs the model among others."""
+"""Llama 4's attention temperature, which grows with positions; test_backend.py runs the whole model."""
 
 from __future__ import annotations
 

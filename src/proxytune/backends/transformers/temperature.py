@@ -1,7 +1,7 @@
 """Attention temperatures that grow with a token's position: Llama 4's, counted per row.
 
 In its layers without rotary embeddings, Llama 4 scales queries by a function of their position (Nakanishi
-2025, arXiv:2501.19399). transformers counts that position in slots of the cache, padding and gaps included, so
+2025, arXiv:2501.19399). transformers counts that position in slots of the cache, with padding and gaps, so
 a row's logits would depend on its neighbours.
 """
 
