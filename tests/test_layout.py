@@ -53,6 +53,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "backends": (
         "base",
         "checks",
+        "exact",
         "llama_cpp",
         "retokenised",
         "toy",

@@ -61,7 +61,9 @@ def make(kind: str, dtype: str) -> ExactBackend:
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config)
         if kind == "adapters":
-            lora = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+            lora = peft.LoraConfig(
+                r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False
+            )
             model = peft.get_peft_model(model, lora, "one")
             model.add_adapter("other", lora)
     model = model.to(getattr(torch, dtype))

@@ -222,8 +222,8 @@ class Backend(ABC, Generic[State]):
             state: A row for each prompt; it must not be used any more.
             prompts: Token ids, as in `prefill`.
             num_held: How many tokens each row holds.
-            num_shared: How many of them, from the first on, are its prompt's: at least 1, and not the prompt's
-                last token.
+            num_shared: How many of them, from the first on, are its prompt's: at least 1, and never the last
+                token of the prompt.
 
         Returns:
             The rows after their prompts; None if that would exceed the context.

@@ -96,8 +96,8 @@ class ExactBackend(Backend[ExactState]):
         longest = max(len(row.token_ids) for row in state)
         checks.check_length(self.name, longest + num_new, self.inner.capabilities.max_context)
         logits = [
-            torch.cat([self._append(row, ids[:, i : i + 1]) for i in range(num_new)], dim=1)
-            for row, ids in zip(state, token_ids.split(1), strict=True)
+            torch.cat([self._append(row, ids[None, i : i + 1]) for i in range(num_new)], dim=1)
+            for row, ids in zip(state, token_ids, strict=True)
         ]
         return torch.cat(logits)
 
@@ -164,7 +164,7 @@ class ExactBackend(Backend[ExactState]):
         first = list(prompt[: max(1, min(piece, len(prompt) - 1))])
         state, logits = self.inner.prefill([first], adapters=[adapter])
         row = _Row(state, adapter, torch.tensor(first, device=self.device), len(first))
-        return row, self._read_on(row, prompt) if len(prompt) > len(first) else logits
+        return row, logits if len(first) == len(prompt) else self._read_on(row, prompt)
 
     def _read_on(self, row: _Row, prompt: Sequence[int]) -> Tensor:
         """Let a row that holds whole pieces of a prompt read the rest, and return `[1, vocab]` after it."""
