@@ -183,7 +183,8 @@ class ProxyTuned:
     ) -> list[Trace]:
         """Generate many answers, up to `batch_size` at a time, in the order of the requests.
 
-        Every request is checked before the first runs. A result does not depend on its neighbours.
+        Every request is checked before the first runs. A result depends on its neighbours by rounding alone,
+        and not even so with `exact`; see docs/concepts/exactness.md.
 
         Args:
             requests: What to generate.
