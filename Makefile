@@ -12,7 +12,7 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-transformers-5.19 test-newest test-gguf test-vllm test-lm-eval test-fit test-package check docs format bench \
-	bench-load bench-gguf bench-api bench-vllm miniature zoo clean
+	bench-exact bench-load bench-gguf bench-api bench-vllm miniature zoo clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z][^ ]*:.*## / {printf "  make %-24s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -77,6 +77,9 @@ format: setup ## Format the code, mend what the linter can, write docs/reference
 
 bench: setup ## Measure speed: base alone, plain, speculative, and the published procedure
 	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+bench-exact: setup ## Count greedy texts that depend on their company in each dtype, and measure what exact costs
+	$(BIN)/python benchmarks/exact.py $(ARGS)
 
 bench-load: setup ## Measure the HTTP server: throughput by clients, waiting times, a hammer with clients that go away
 	$(BIN)/python benchmarks/load.py $(ARGS)

@@ -55,6 +55,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "backends": (
         "base",
         "checks",
+        "exact",
         "llama_cpp",
         "retokenised",
         "toy",

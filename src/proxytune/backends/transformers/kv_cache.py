@@ -22,7 +22,10 @@ MIN_ROOM = 32
 
 def _with_room(num_slots: int) -> int:
     # An eighth: each key is copied about eight times in all, and at most 12.5 % of the memory is unused.
-    return num_slots + max(MIN_ROOM, num_slots // 8)
+    capacity = num_slots + max(MIN_ROOM, num_slots // 8)
+    # Multiples of 32 put each head's first key on 64 bytes, whatever its size: kernels that find it elsewhere
+    # add in another order, so that a row's logits would depend on how often its buffers had grown.
+    return -(-capacity // 32) * 32
 
 
 class RoomyLayer(DynamicLayer):
