@@ -498,8 +498,8 @@ class _Examination:
         if method is not None and num_bytes > checkpoint.stored_bytes:
             stored = bytes_text(checkpoint.stored_bytes)
             self.notes.append(
-                f"{part}: the weights of {checkpoint.name} are stored in {stored} ({method}), and are unpacked "
-                "here, as nothing on this machine multiplies them as they are."
+                f"{part}: the weights of {checkpoint.name} are stored in {stored} ({method}), and are "
+                "unpacked here, as nothing on this machine multiplies them as they are."
             )
 
     def _once(self, spec: ModelSpec, adapter: AdapterFiles, num_bytes: int) -> int:
