@@ -11,7 +11,7 @@ INPUTS := pyproject.toml constraints.txt scripts/set_up.sh
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-transformers-5.19 test-gguf test-vllm test-lm-eval test-fit test-package check docs format bench \
+.PHONY: help setup demo test test-architectures test-transformers-5.19 test-gguf test-vllm test-lm-eval test-fit test-package check docs format bench \
 	bench-load bench-gguf bench-api bench-vllm miniature zoo clean
 
 help: ## List these commands
@@ -26,8 +26,11 @@ demo: $(if $(wildcard .venv/.installed),.venv/.installed,.venv/.installed-demo) 
 test: setup ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
+test-architectures: setup ## Check every architecture that transformers builds, and that docs/reference/models.md says what was found
+	ARCHITECTURES=all $(BIN)/python -m pytest tests/architectures $(ARGS)
+
 # What touches transformers; the other tests would say the same again.
-OLD_TRANSFORMERS_TESTS := $(addprefix tests/,backends/transformers checkpoints/test_checkpoint.py commands/test_explain.py \
+OLD_TRANSFORMERS_TESTS := $(addprefix tests/,architectures backends/transformers checkpoints/test_checkpoint.py commands/test_explain.py \
 	data/test_batch.py decode/test_batch.py decode/test_join.py evaluate/test_speed.py integrations/test_transformers.py \
 	integrations/test_generate.py integrations/test_frozen.py loading measure/test_score.py recipe test_exactness.py test_model.py \
 	test_smol.py text/test_prompts.py text/test_one_stream.py text/test_vocab.py tune/test_run.py)
