@@ -41,7 +41,7 @@ test-transformers-5.19: .venv-tf519/.installed ## Run quick tests with the oldes
 # What the upper limits in pyproject.toml protect users from. Once a month, and before a limit is moved.
 test-newest: ## Run those tests with the newest transformers, PEFT and TRL, even beyond the limits of pyproject.toml
 	NEWEST='accelerate huggingface_hub peft safetensors tokenizers transformers trl' scripts/set_up.sh .venv-newest
-	.venv-newest/bin/python -m pytest -m "not slow and not network and not gpu" $(TRANSFORMERS_TESTS) $(ARGS)
+	ARCHITECTURES=all .venv-newest/bin/python -m pytest -m "not slow and not network and not gpu" $(TRANSFORMERS_TESTS) $(ARGS)
 
 test-gguf: .venv-gguf/.installed ## Run the tests of llama.cpp, in process and behind its server (compiles it first)
 	.venv-gguf/bin/python -m pytest tests/backends/test_llama_cpp.py tests/backends/api/test_llama_cpp_server.py $(ARGS)

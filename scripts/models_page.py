@@ -117,7 +117,7 @@ REFUSED = Group(
 NOT_TRIED = Group(
     "Not tried",
     "transformers makes no text with a tiny model of this kind",
-    "A recipe may name them, but nothing is promised.",
+    "What transformers does not run in small was not tried, so nothing is promised.",
     _reasons,
 )
 
@@ -141,7 +141,7 @@ def models_page() -> str:
     }
     groups = {group: found for group, found in groups.items() if found}
     summary = _table(
-        ("group", "architectures", "what to expect"),
+        ("group", "model types", "what to expect"),
         (
             (f"[{group.title}](#{_anchor(group.title)})", str(num_types(found)), group.expect)
             for group, found in groups.items()

@@ -88,45 +88,38 @@ def save(network: Any, directory: Path) -> Path:
     return directory
 
 
-def traits(architecture: str, config: Any) -> list[str]:
-    """Return what is special about a model, as far as its config shows it."""
-    text = config.get_text_config(decoder=True)
-    values = text.to_dict()
-    kinds = {str(kind) for name in KINDS for kind in values.get(name) or ()}
+def traits(architecture: str, network: Any) -> list[str]:
+    """Return what is special about a model, as far as its config and its weights show it."""
+    text = network.config.get_text_config(decoder=True)
+    kinds = {str(kind) for name in KINDS for kind in getattr(text, name, None) or ()}
+    weights = [name for name, _ in network.named_parameters()]
 
     def has(*words: str) -> bool:
         return any(word in kind for kind in kinds for word in words)
 
-    def is_set(*names: str) -> bool:
-        return any(values.get(name) for name in names)
+    def is_set(names: str) -> bool:
+        return any(getattr(text, name, None) for name in names.split())
 
-    windows = (
-        "sliding_window",
-        "sliding_window_size",
-        "window_size",
-        "attention_chunk_size",
-        "local_attention",
-        "attention_window_size",
-    )
+    def is_named(*words: str) -> bool:
+        return any(word in name for name in weights for word in words)
+
     is_recurrent = has("linear", "mamba", "conv", "recurrent", "hybrid") or is_set(
-        "state_size", "chunkwise_kernel"
+        "state_size chunkwise_kernel mamba_d_state rescale_every"
+    )
+    is_beside = is_named("q_proj", "qkv", "self_attn")
+    windows = (
+        "sliding_window sliding_window_size window_size attention_chunk_size local_attention "
+        "attention_window_size"
     )
     found = {
-        "sliding window": has("sliding", "chunked") or (not kinds and is_set(*windows)),
+        "with `is_decoder` set": is_set("is_decoder") and is_named("encoder.layer."),
+        "sliding window": has("sliding", "chunked") or (not kinds and is_set(windows)),
         "sparse attention": has("indexed", "compressed"),
         "latent attention": is_set("kv_lora_rank"),
-        "state space or linear attention": is_recurrent,
-        "attention in some layers": is_recurrent and has("full", "attention", "sliding", "hybrid"),
-        "experts": is_set(
-            "num_experts",
-            "n_routed_experts",
-            "num_local_experts",
-            "moe_num_experts",
-            "num_experts_per_tok",
-        ),
-        "soft caps": is_set(
-            "attn_logit_softcapping", "final_logit_softcapping", "logits_soft_cap", "attention_cap"
-        ),
+        "recurrent or convolutional layers beside attention": is_recurrent and is_beside,
+        "recurrent layers alone": is_recurrent and not is_beside,
+        "experts": is_named("experts"),
+        "soft caps": is_set("attn_logit_softcapping final_logit_softcapping logits_soft_cap"),
         "ALiBi": architecture in ALIBI,
     }
     return [name for name, holds in found.items() if holds]

@@ -79,7 +79,7 @@ def examine(architecture: str) -> Found:
         except Exception as error:  # whatever the architecture's code raises
             return Found(architecture, "not built", why=_first_line(error))
         base = networks["base"]
-        found = Found(architecture, "runs", type(base).__name__, traits(architecture, base.config))
+        found = Found(architecture, "runs", type(base).__name__, traits(architecture, base))
         recipe = recipe_of(*(save(networks[role], Path(folder) / role) for role in roles))
         problems = doctor.examine(recipe).problems
         found.doctor = _first_line(problems[0].error).replace(f"{folder}/", "") if problems else ""
@@ -96,7 +96,7 @@ def examine(architecture: str) -> Found:
         if check.rows_at_once == 1:
             found.traits.append("rows run one by one")
         if not check.faults and not check.is_consistent:
-            found.traits.append("in transformers itself, other logits with a cache than without")
+            found.traits.append("transformers' own logits differ with and without a cache")
     found.faults, found.num_ties = check.faults, check.num_ties
     found.num_drafted, found.num_accepted = check.num_drafted, check.num_accepted
     return found
