@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 
 from proxytune.backends.transformers.backend import TransformersBackend
-from proxytune.backends.transformers.lora import PLAIN, ROW_ADAPTERS, RowAdapters, RowLora
+from proxytune.backends.transformers.lora import PLAIN, ROW_ADAPTERS, RowAdapters, RowModule, _Affine
 from proxytune.checkpoints.adapter import find_adapter
 from proxytune.checkpoints.checkpoint import find_checkpoint
 from proxytune.errors import UnsupportedModel
@@ -142,25 +142,14 @@ def test_bfloat16_models_run_their_adapters_in_bfloat16(small):
     torch.testing.assert_close(logits.float(), exact, atol=0.5, rtol=0.1)
 
 
-class _Layer:
-    """What `RowLora` reads of PEFT's layer."""
-
-    def __init__(self, base: nn.Linear, rank: int) -> None:
-        generator = torch.Generator().manual_seed(rank)
-        self.base_layer = base
-        self.lora_A = {"a": nn.Linear(base.in_features, rank, bias=False)}
-        self.lora_B = {"a": nn.Linear(rank, base.out_features, bias=False)}
-        for part in (self.lora_A["a"], self.lora_B["a"]):
-            part.weight.data = torch.randn(part.weight.shape, generator=generator)
-        self.scaling = {"a": 2.0}
+def row_layer(base: nn.Linear, down: list[list[float]], up: list[list[float]]) -> RowModule:
+    return RowModule(base, {"a": [_Affine(torch.tensor(down), torch.tensor(up))]})
 
 
 def test_the_adapters_product_by_hand():
     base = nn.Linear(2, 1, bias=False)
     base.weight.data = torch.tensor([[1.0, 10.0]])
-    layer = RowLora(_Layer(base, 1))
-    for part, value in zip(layer._adapters["a"], ([[1.0, 1.0]], [[6.0]]), strict=True):
-        part.data = torch.tensor(value)  # the 6 is 3 times the scale of 2
+    layer = row_layer(base, [[1.0, 1.0]], [[6.0]])
     token = ROW_ADAPTERS.set(RowAdapters([PLAIN, "a"]))
     try:
         answer = layer(torch.tensor([[[1.0, 2.0]], [[1.0, 2.0]]]))
@@ -170,20 +159,24 @@ def test_the_adapters_product_by_hand():
     assert answer.flatten().tolist() == [21.0, 39.0]
 
 
-def test_a_layer_that_sees_other_rows_than_the_batchs_is_refused():
-    """The experts of a mixture get the tokens of all rows in one list, which does not say whose they are."""
-    layer = RowLora(_Layer(nn.Linear(4, 4), 2))
+@pytest.mark.parametrize("num_tokens", [6, 2])
+def test_a_layer_that_sees_other_rows_than_the_batchs_is_refused(num_tokens):
+    """The experts of a mixture get the tokens of all rows in one list, which does not say whose they are.
+
+    When an expert got as many tokens as the batch has rows, the adapter used to be added to the wrong ones.
+    """
+    layer = row_layer(nn.Linear(4, 1), [[1.0] * 4], [[1.0]])
     token = ROW_ADAPTERS.set(RowAdapters([PLAIN, "a"]))
     try:
-        with pytest.raises(UnsupportedModel, match="6 rows while the batch has 2"):
-            layer(torch.ones(6, 4))
+        with pytest.raises(UnsupportedModel, match=f"{num_tokens} rows while the batch has 2"):
+            layer(torch.ones(num_tokens, 4))
     finally:
         ROW_ADAPTERS.reset(token)
 
 
 def test_a_layer_answers_for_its_base_layer():
     base = nn.Linear(4, 3)
-    layer = RowLora(_Layer(base, 2))
+    layer = row_layer(base, [[1.0] * 4], [[1.0]] * 3)
     assert layer.weight is base.weight and layer.out_features == 3
     with pytest.raises(AttributeError, match="nonsense"):
         _ = layer.nonsense
