@@ -101,7 +101,9 @@ class AdapterFiles:
         Rows of one forward can each have their own adapter in every layer that gets the rows of the batch
         as the rows of its input.
         """
-        for module, change in ({} if self.is_gguf else self.changes(small)).items():
+        if self.is_gguf or not self.tensors:
+            return None
+        for module, change in self.changes(small).items():
             if change.stacked:
                 name = next(iter(change.stacked))
                 return f"it changes {module}.{name}, which is one parameter for all rows of a batch"
@@ -111,6 +113,8 @@ class AdapterFiles:
 
     def num_embeddings(self, small: Checkpoint) -> int | None:
         """Return how many tokens its embedding or head has; None if it has the small model's."""
+        if self.is_gguf or not self.tensors:
+            return None
         layout = small.layout
         for module in (layout.embedding, layout.head):
             change = None if module is None else self.changes(small).get(module)

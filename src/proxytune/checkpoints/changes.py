@@ -190,6 +190,10 @@ _PARTS = {
 }
 
 
+_ORIGINAL, _SAVED = ".original_module", ".modules_to_save"
+"""Where PEFT keeps what a module of `modules_to_save` was and is."""
+
+
 class _Place(NamedTuple):
     """What a tensor is for: a part of a module, at a depth if wrappers around it are nested."""
 
@@ -208,8 +212,7 @@ def _place_of(key: str) -> _Place | None:
             return _Place(module, part, depth, is_parameter=False)
     module, _, part = path.rpartition(".")
     module, depth = _unwrapped(module)
-    for wrapper in (".token_adapter", ".modules_to_save"):
-        module = module.removesuffix(wrapper)
+    module = module.removesuffix(".token_adapter").removesuffix(_SAVED)
     if not module or "lora_" in path or "token_adapter" in path.replace(".token_adapter.base", ""):
         return None
     return _Place(module, part, depth, is_parameter=True)
@@ -272,6 +275,8 @@ class _Reader:
         parts: dict[str, dict[tuple[int, str], str]] = {}
         parameters: dict[str, dict[str, str]] = {}
         for key in self._shapes:
+            if f"{_ORIGINAL}." in key or _SAVED in key and key.replace(_SAVED, "") in self._shapes:
+                continue  # what PEFT saves twice if embeddings were resized
             place = _place_of(key)
             if place is None:
                 raise UnsupportedModel(

@@ -12,7 +12,7 @@ Liu et al. 2024, arXiv:2402.09353 (DoRA).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pickle import PickleError
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.changes import Change, Layout, Product
 from proxytune.checkpoints.checkpoint import Checkpoint
+from proxytune.checkpoints.headers import StoredTensor
 from proxytune.errors import CorruptModel, ModelNotFound, UnsupportedModel
 
 
@@ -169,6 +170,8 @@ def read_adapter(files: AdapterFiles, small: Checkpoint) -> dict[str, ModuleWeig
         UserError: It does not fit the model; see `AdapterFiles.check_fits`.
     """
     tensors = adapter_tensors(files)
+    files = _with_shapes(files, tensors)
+    files.check_fits(small)
     layout = small.layout
     return {
         module: _loaded(module, change, tensors, layout)
@@ -234,6 +237,25 @@ def adapter_tensors(files: AdapterFiles) -> dict[str, Tensor]:
             f"the weights of adapter {files.name} cannot be read: {error}"
         ) from error
     raise ModelNotFound(f"adapter {files.name} has no adapter_model.safetensors in {files.path}")
+
+
+def with_shapes(files: AdapterFiles) -> AdapterFiles:
+    """Return an adapter whose tensors are known: pickled ones have to be read for that.
+
+    Raises:
+        UserError: They cannot be read; see `adapter_tensors`.
+    """
+    return files if files.tensors or files.is_gguf else _with_shapes(files, adapter_tensors(files))
+
+
+def _with_shapes(files: AdapterFiles, tensors: Mapping[str, Tensor]) -> AdapterFiles:
+    if files.tensors:
+        return files
+    known = {
+        name: StoredTensor(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        for name, tensor in tensors.items()
+    }
+    return replace(files, tensors=known)
 
 
 def merge_into(model: Any, files: AdapterFiles, small: Checkpoint) -> None:
