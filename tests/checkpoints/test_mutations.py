@@ -11,10 +11,10 @@ from random import Random
 
 import pytest
 
-from proxytune.checkpoints.merge import read_adapter
 from proxytune.checkpoints.adapter import find_adapter
 from proxytune.checkpoints.checkpoint import find_checkpoint
 from proxytune.checkpoints.headers import read_gguf_header, read_safetensors_header
+from proxytune.checkpoints.merge import read_adapter
 from proxytune.recipe.recipe import Recipe
 from tests.support.mutations import mutate_gguf, mutate_json, mutate_safetensors, read_mutants
 from tests.support.tiny import tiny_adapter, tiny_gguf, tiny_model

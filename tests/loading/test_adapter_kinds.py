@@ -7,7 +7,6 @@ any are in one batch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -17,9 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import nn
 
-from proxytune.errors import UnsupportedModel
 from proxytune.loading.doctor import examine
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
@@ -150,7 +147,9 @@ KINDS = {
         "mixtral",
         is_merged=True,
     ),
-    "router": Kind({"target_modules": ["q_proj"], "modules_to_save": ["gate"]}, "mixtral", is_merged=True),
+    "router": Kind(
+        {"target_modules": ["q_proj"], "modules_to_save": ["gate"]}, "mixtral", is_merged=True
+    ),
     "flattened layers": Kind({"target_modules": ["q_proj", "fc1"]}, "opt", is_merged=True),
 }
 
@@ -281,15 +280,33 @@ def test_an_adapter_gives_the_logits_and_tokens_that_peft_gives(root, name):
     assert examine(recipe).problems == ()
     model = ProxyTuned.load(recipe)
     ensemble = model.ensemble
-    peft, other, plain = made(root, name)[1], made(root, beside)[1], plain_model(small(root, kind.model))
-    expert, anti_expert = (ensemble.members[i] for i in (ensemble.pairs[0].expert, ensemble.pairs[0].anti_expert))
+    peft, other, plain = (
+        made(root, name)[1],
+        made(root, beside)[1],
+        plain_model(small(root, kind.model)),
+    )
+    expert, anti_expert = (
+        ensemble.members[i] for i in (ensemble.pairs[0].expert, ensemble.pairs[0].anti_expert)
+    )
     assert (expert.backend is not anti_expert.backend) == kind.is_merged
-    rows = [None, expert.adapter, ensemble.members[ensemble.pairs[1].expert].adapter, expert.adapter]
+    rows = [
+        None,
+        expert.adapter,
+        ensemble.members[ensemble.pairs[1].expert].adapter,
+        expert.adapter,
+    ]
     if not kind.is_merged:
         assert expert.adapter is not None
-        state, logits = expert.backend.prefill([TOKENS, TOKENS, TOKENS[2:], TOKENS[1:]], adapters=rows)
+        state, logits = expert.backend.prefill(
+            [TOKENS, TOKENS, TOKENS[2:], TOKENS[1:]], adapters=rows
+        )
         after = expert.backend.decode(state, torch.tensor([1, 2, 3, 4]))
-        wanted = [(plain, TOKENS, 1), (peft, TOKENS, 2), (other, TOKENS[2:], 3), (peft, TOKENS[1:], 4)]
+        wanted = [
+            (plain, TOKENS, 1),
+            (peft, TOKENS, 2),
+            (other, TOKENS[2:], 3),
+            (peft, TOKENS[1:], 4),
+        ]
         for row, (reference, read, token_id) in enumerate(wanted):
             with torch.inference_mode():
                 expected = reference(torch.tensor([[*read, token_id]])).logits[0, -2:, :NUM_TOKENS]
@@ -311,5 +328,7 @@ def test_an_adapter_gives_the_logits_and_tokens_that_peft_gives(root, name):
         assert list(trace.token_ids) == greedy(reference, token_ids)
     with torch.inference_mode():
         read = torch.tensor([TOKENS])
-        change = (peft(read).logits[..., :NUM_TOKENS] - plain(read).logits[..., :NUM_TOKENS]).abs().max()
+        change = (
+            (peft(read).logits[..., :NUM_TOKENS] - plain(read).logits[..., :NUM_TOKENS]).abs().max()
+        )
     assert change > 0.1

@@ -5,7 +5,7 @@ What an adapter changes is read in `changes.py`, and what that makes of the weig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from proxytune.checkpoints.headers import (
 )
 from proxytune.checkpoints.hub import hub_adapter
 from proxytune.checkpoints.references import unpinned_path
-from proxytune.checkpoints.untrusted import check_links, read_json_file
+from proxytune.checkpoints.untrusted import LIST_BYTES, check_links, read_json_file
 from proxytune.errors import (
     AdapterMismatch,
     CorruptModel,
@@ -58,6 +58,33 @@ class AdapterFiles:
     def num_parameters(self) -> int:
         """Number of weights that it adds."""
         return sum(tensor.num_elements for tensor in self.tensors.values())
+
+    def num_kept(self, small: Checkpoint) -> int:
+        """Number of weights that it adds to memory: not those that were frozen when it was trained."""
+        if self.is_gguf or not self.tensors:
+            return self.num_parameters
+        changes = self.changes(small).values()
+        copied = [change.parameters["weight"] for change in changes if change.is_weight_copied]
+        return self.num_parameters - sum(self.tensors[key].num_elements for key in set(copied))
+
+    def own_tokens(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Return the ids of the ordinary and of the added tokens of its own tokenizer, if that can be read.
+
+        They show whether it was trained with the small model's tokens, whose tokenizer is used.
+        """
+        path = self.path / "tokenizer.json"
+        try:
+            read = read_json_file(path, at_most=LIST_BYTES) if path.is_file() else {}
+        except CorruptModel:
+            read = {}
+        model, added = read.get("model"), read.get("added_tokens")
+        ordinary = model.get("vocab") if isinstance(model, dict) else None
+        pairs = [
+            (token.get("content"), token.get("id"))
+            for token in (added if isinstance(added, list) else [])
+            if isinstance(token, dict)
+        ]
+        return _ids(ordinary.items() if isinstance(ordinary, dict) else ()), _ids(pairs)
 
     @property
     def trained_on(self) -> str | None:
@@ -123,9 +150,12 @@ class AdapterFiles:
             sizes = [self.tensors[key].shape[0] for key in change.parameters.values()]
             if change.product is not None:
                 is_first = module in layout.inputs_first
-                down, up = (self.tensors[key].shape for key in (change.product.down, change.product.up))
+                down, up = (
+                    self.tensors[key].shape for key in (change.product.down, change.product.up)
+                )
                 sizes.append(down[1] if is_first else up[0])
             wanted = layout.parameters[module]["weight"][0]
+            sizes += [i + 1 for i in change.token_ids if i >= wanted]
             found = next((size for size in sizes if size != wanted), None)
             if found is not None:
                 return found
@@ -211,7 +241,10 @@ def _misfits(
 
 def _is_resized(module: str, given: int, own: int, layout: Layout, small: Checkpoint) -> bool:
     """Return whether a size is that of a vocabulary that has all tokens of the small model."""
-    if module not in (layout.embedding, layout.head) or own != layout.parameters[module]["weight"][0]:
+    if (
+        module not in (layout.embedding, layout.head)
+        or own != layout.parameters[module]["weight"][0]
+    ):
         return False
     return given > max(small.vocabulary.token_to_id.values(), default=-1)
 
@@ -258,8 +291,17 @@ def _is_list_of_names(value: Any) -> bool:
 def _is_tokens(value: Any) -> bool:
     lists = value.values() if isinstance(value, dict) else [value]
     return value is None or all(
-        isinstance(ids, list) and all(_is_whole(i, at_most=_MAX_TOKEN_ID) for i in ids) for ids in lists
+        isinstance(ids, list) and all(_is_whole(i, at_most=_MAX_TOKEN_ID) for i in ids)
+        for ids in lists
     )
+
+
+def _ids(pairs: Iterable[tuple[Any, Any]]) -> dict[str, int]:
+    return {
+        token: token_id
+        for token, token_id in pairs
+        if isinstance(token, str) and _is_whole(token_id, at_most=_MAX_TOKEN_ID)
+    }
 
 
 def _by_pattern(is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -287,7 +329,10 @@ _CONFIG_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_dora": (_is_flag, "true or false"),
     "modules_to_save": (_is_list_of_names, "a list of names"),
     "target_parameters": (_is_list_of_names, "a list of names"),
-    "trainable_token_indices": (_is_tokens, "a list of token ids, or an object with one for each layer"),
+    "trainable_token_indices": (
+        _is_tokens,
+        "a list of token ids, or an object with one for each layer",
+    ),
 }
 """The keys of an adapter's config that decide what it does: what each may hold, and that in words."""
 

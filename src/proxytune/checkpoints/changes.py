@@ -275,7 +275,7 @@ class _Reader:
         parts: dict[str, dict[tuple[int, str], str]] = {}
         parameters: dict[str, dict[str, str]] = {}
         for key in self._shapes:
-            if f"{_ORIGINAL}." in key or _SAVED in key and key.replace(_SAVED, "") in self._shapes:
+            if f"{_ORIGINAL}." in key or (_SAVED in key and key.replace(_SAVED, "") in self._shapes):
                 continue  # what PEFT saves twice if embeddings were resized
             place = _place_of(key)
             if place is None:
@@ -292,7 +292,11 @@ class _Reader:
             if where in found:
                 raise CorruptModel(f"the adapter {self._name} has {key} twice: as {found[where]}")
             found[where] = key
-        self._check_complete(set(parts))
+        self._check_complete(set(parts), set(parameters))
+        if self._config.get("trainable_token_indices") and not any(
+            (0, "token_rows") in found for found in parts.values()
+        ):
+            raise self._lacking("the tokens of trainable_token_indices")
         changes = {
             module: self._change(module, parts.get(module, {}), parameters.get(module, {}))
             for module in dict.fromkeys((*parts, *parameters))
@@ -300,17 +304,22 @@ class _Reader:
         self._tie(changes)
         return changes
 
-    def _check_complete(self, present: set[str]) -> None:
+    def _check_complete(self, with_factors: set[str], replaced: set[str]) -> None:
         """Refuse an adapter whose config names modules for which there are no tensors."""
         modules = self._layout.parameters
-        named = [*self._patterns.targets(self._config, modules)]
-        named += list(self._targeted)
-        lacking = next((module for module in named if module not in present), None)
-        if lacking is not None:
-            raise AdapterMismatch(
-                f"the adapter {self._name} does not fit: its config names the layer {lacking}, and it lacks "
-                "weights for that layer.\nhint: an adapter fits only the model it was trained on"
-            )
+        for module in (*self._patterns.targets(self._config, modules), *self._targeted):
+            if module not in with_factors:
+                raise self._lacking(f"the layer {module}")
+        if self._config.get("modules_to_save"):
+            for module, own in modules.items():
+                if own and module not in replaced and self._is_saved(module):
+                    raise self._lacking(f"the layer {module}")
+
+    def _lacking(self, what: str) -> AdapterMismatch:
+        return AdapterMismatch(
+            f"the adapter {self._name} does not fit: its config names {what}, and it lacks weights for that."
+            "\nhint: an adapter fits only the model it was trained on"
+        )
 
     def _targeted_parameters(self) -> Iterator[tuple[str, str]]:
         """Yield module and parameter of each of `target_parameters`, in the order in which PEFT wraps them."""
@@ -430,7 +439,14 @@ class _Reader:
         if first.token_rows is not None and rows is None and "weight" not in own.parameters:
             ids, rows = first.token_ids, first.token_rows
         tied = Change(
-            own.product, own.magnitude, own.product_bias, parameters, is_copied, ids, rows, own.stacked
+            own.product,
+            own.magnitude,
+            own.product_bias,
+            parameters,
+            is_copied,
+            ids,
+            rows,
+            own.stacked,
         )
         if tied != Change():
             changes[head] = tied

@@ -220,7 +220,7 @@ class Checkpoint:
     def num_parameters(self) -> int:
         """Number of weights, from the headers; counted in an empty model if they are packed."""
         stored = {n: t for n, t in self.tensors.items() if not _NOT_PARAMETERS.search(n)}
-        if stored and not self._is_packed and not self._is_quantized:
+        if stored and not self._is_packed and not self.is_quantized:
             return sum(tensor.num_elements for tensor in stored.values())
         return sum(parameter.numel() for parameter in self._empty_model.parameters())
 
@@ -301,7 +301,7 @@ class Checkpoint:
                 model,
                 self.tensors,
                 self.name,
-                is_packed=self._is_packed or self._is_quantized,
+                is_packed=self._is_packed or self.is_quantized,
             )
         return model
 
@@ -320,7 +320,8 @@ class Checkpoint:
         return self.kind == "directory" and not self.stored_dtype.startswith(("float", "bf"))
 
     @property
-    def _is_quantized(self) -> bool:
+    def is_quantized(self) -> bool:
+        """Whether its weights are stored for a quantised model."""
         return getattr(self.config, "quantization_config", None) is not None
 
     @cached_property

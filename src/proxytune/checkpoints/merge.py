@@ -139,7 +139,8 @@ class ModuleWeights:
 
     def norm(self, weight: Tensor) -> Tensor:
         """Return the norm over a weight's inputs for each output."""
-        return weight.norm(dim=0 if self.is_inputs_first else 1)
+        norm: Tensor = torch.linalg.vector_norm(weight, dim=0 if self.is_inputs_first else 1)
+        return norm
 
     def gain(self, weight: Tensor) -> Tensor | None:
         """Return by what DoRA multiplies each output, `[outputs]` float32; None without DoRA.
@@ -205,7 +206,9 @@ def _loaded(
         is_weight_copied=change.is_weight_copied,
         product=product(change.product),
         magnitude=read(change.magnitude),
-        product_bias=None if bias is None or change.product is None else bias * change.product.scale,
+        product_bias=None
+        if bias is None or change.product is None
+        else bias * change.product.scale,
         token_ids=None if rows is None else ids,
         token_rows=rows,
         stacked={name: found for name, found in stacked.items() if found is not None},
@@ -294,3 +297,81 @@ def why_not_quantised(files: AdapterFiles, small: Checkpoint, why: str) -> str:
         "merged into a copy of them, because they are quantised.\n"
         "hint: leave the quantization of the small model out"
     )
+
+
+# Merging into files ----------------------------------------------------------------------------------
+
+
+def check_storable(files: AdapterFiles, small: Checkpoint, keeper: str) -> None:
+    """Check that an adapter can be merged into a model that is stored parameter by parameter.
+
+    Args:
+        files: The adapter.
+        small: Its model.
+        keeper: What holds the merged weights, for errors.
+
+    Raises:
+        UnsupportedModel: It cannot; the message says why.
+        UserError: It does not fit; see `AdapterFiles.check_fits`.
+    """
+    files.check_fits(small)
+    changes, layout = files.changes(small) if files.tensors else {}, small.layout
+    for module, change in changes.items():
+        if change.stacked:
+            raise UnsupportedModel(
+                f"the adapter {files.name} changes the experts of {module} together, and {keeper} holds each "
+                "by itself.\n"
+                "hint: merge it into its model with PEFT's merge_and_unload, and name that model"
+            )
+    if layout.is_tied:
+        both = (
+            changes.get(name or "", Change()).without_copy
+            for name in (layout.embedding, layout.head)
+        )
+        kinds = [(c.product is None, c.token_rows, "weight" in c.parameters) for c in both]
+        if kinds[0] != kinds[1]:
+            raise _untied(files, small, keeper)
+
+
+def _untied(files: AdapterFiles, small: Checkpoint, keeper: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"the adapter {files.name} changes the output head and the embedding of {small.name} in different "
+        f"ways, and {keeper} holds one weight for both.\n"
+        "hint: merge it into a copy of its model with tie_word_embeddings false, and name that copy"
+    )
+
+
+class Merger:
+    """Merges an adapter into a model's stored weights, one after the other; see `check_storable`."""
+
+    def __init__(self, files: AdapterFiles, small: Checkpoint, keeper: str) -> None:
+        files = with_shapes(files)
+        check_storable(files, small, keeper)
+        changes, layout = read_adapter(files, small), small.layout
+        self._parts = {
+            f"{module}.{name}": (own, name) for module, own in changes.items() for name in own.names
+        }
+        self._error = _untied(files, small, keeper)
+        self._embedding, self._head = f"{layout.embedding}.weight", f"{layout.head}.weight"
+        self._is_tied = layout.is_tied
+        self.names = frozenset(self._parts) - ({self._head} if layout.is_tied else set())
+        """The stored parameters that change."""
+
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """Return a stored parameter with the adapter: float32, or as it was if it does not change.
+
+        Raises:
+            UnsupportedModel: It is embedding and head, which would become two.
+        """
+        found = self._merged(name, weight)
+        if self._is_tied and name == self._embedding:
+            head = self._merged(self._head, weight)
+            if not torch.allclose(found.float(), head.float(), rtol=0, atol=1e-6):
+                raise self._error
+        return found
+
+    def _merged(self, name: str, weight: Tensor) -> Tensor:
+        if name not in self._parts:
+            return weight
+        own, parameter = self._parts[name]
+        return own.merged(parameter, weight)

@@ -11,7 +11,13 @@ import transformers
 from torch import nn
 
 from proxytune.backends.transformers.backend import TransformersBackend
-from proxytune.backends.transformers.lora import PLAIN, ROW_ADAPTERS, RowAdapters, RowModule, _Affine
+from proxytune.backends.transformers.lora import (
+    PLAIN,
+    ROW_ADAPTERS,
+    RowAdapters,
+    RowModule,
+    _Affine,
+)
 from proxytune.checkpoints.adapter import find_adapter
 from proxytune.checkpoints.checkpoint import find_checkpoint
 from proxytune.errors import UnsupportedModel

@@ -166,11 +166,18 @@ class TransformersBackend(Backend[TransformersState]):
             if merged is not None:
                 merge_into(model, merged, checkpoint)
             put_rows_on(
-                model, {name: read_adapter(own, checkpoint) for name, own in (adapters or {}).items()}
+                model,
+                {name: read_adapter(own, checkpoint) for name, own in (adapters or {}).items()},
             )
         model.requires_grad_(False)
         recorder = CudaRecorder(_graph_device(model, checkpoint.name)) if spec.cuda_graphs else None
-        return cls(model, name=checkpoint.name, adapters=tuple(adapters or ()), recorder=recorder, owns_model=True)
+        return cls(
+            model,
+            name=checkpoint.name,
+            adapters=tuple(adapters or ()),
+            recorder=recorder,
+            owns_model=True,
+        )
 
     @property
     def device(self) -> torch.device:

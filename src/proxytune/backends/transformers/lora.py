@@ -15,6 +15,7 @@ rows (`give_rows_to_peft`). What adapters make of weights is in `checkpoints/mer
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -263,10 +264,16 @@ def _changes(name: str, base: Any, own: ModuleWeights, dtype: torch.dtype) -> li
             up = _with_rows(up, num_outputs)
             gain = None if gain is None else _with_rows(gain, num_outputs, 1.0)
     shift = None
-    if "bias" in replaced or own.product_bias is not None or (gain is not None and bias is not None):
+    if (
+        "bias" in replaced
+        or own.product_bias is not None
+        or (gain is not None and bias is not None)
+    ):
         own_bias = 0.0 if bias is None else bias.detach().to("cpu", torch.float32)
         shift = own.merged("bias", bias) - own_bias * (1.0 if gain is None else gain)
-    parts = [None if part is None else part.to(like).contiguous() for part in (down, up, gain, shift)]
+    parts = [
+        None if part is None else part.to(like).contiguous() for part in (down, up, gain, shift)
+    ]
     if any(part is not None for part in parts):
         steps.append(_Affine(*parts[:2], is_lookup=is_lookup, gain=parts[2], shift=parts[3]))
     if own.token_ids is not None and own.token_rows is not None and len(own.token_ids):
@@ -300,15 +307,15 @@ def _own_module(name: str, base: Any, own: ModuleWeights) -> nn.Module:
     shared = {id(parameter): parameter for parameter in base.parameters()}
     module: Any = copy.deepcopy(base, shared)
     if hasattr(module, "_hf_hook"):
-        from accelerate.hooks import remove_hook_from_module
-
-        remove_hook_from_module(module)
+        hooks: Any = importlib.import_module("accelerate.hooks")
+        hooks.remove_hook_from_module(module)
     for parameter in own.names:
         given = getattr(base, parameter, None)
         like = next(p for p in (given, *base.parameters()) if p is not None)
         value = own.merged(parameter, given).to(like).contiguous()
         setattr(module, parameter, nn.Parameter(value, requires_grad=False))
-    return module
+    own_module: nn.Module = module
+    return own_module
 
 
 def _embedding_scale(base: nn.Module) -> float | None:
