@@ -7,8 +7,10 @@ any are in one batch.
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
+from proxytune.backends.transformers.backend import TransformersBackend
+from proxytune.checkpoints.adapter import find_adapter
+from proxytune.checkpoints.checkpoint import find_checkpoint
+from proxytune.errors import AdapterMismatch, UnsupportedModel
+from proxytune.integrations.vllm.weights import merge
 from proxytune.loading.doctor import examine
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
+from proxytune.recipe.spec import ModelSpec
 from proxytune.request import Request, SamplingParams
 from tests.support.tiny import NUM_TOKENS, tiny_config, tiny_model, tiny_tokenizer
 
@@ -198,7 +207,7 @@ def small(root: Path, name: str) -> Path:
         torch.manual_seed(1)
         model = transformers.AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
-            for key, parameter in model.named_parameters():
+            for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(directory)
@@ -332,3 +341,203 @@ def test_an_adapter_gives_the_logits_and_tokens_that_peft_gives(root, name):
             (peft(read).logits[..., :NUM_TOKENS] - plain(read).logits[..., :NUM_TOKENS]).abs().max()
         )
     assert change > 0.1
+
+
+PISSA = {"target_modules": BOTH, "init_lora_weights": "pissa"}
+
+
+def test_a_converted_pissa_adapter_is_plain_lora(root):
+    """PiSSA changes the weights under the adapter; converted by PEFT, it adds the same to the unchanged ones."""
+    from peft import LoraConfig, get_peft_model
+
+    directory = small(root, "llama")
+    options = {"r": 2, "lora_alpha": 2, "task_type": "CAUSAL_LM", **PISSA}
+    adapted = get_peft_model(plain_model(directory), LoraConfig(**options))
+    # As PEFT's documentation has it.
+    adapted.peft_config["default"].init_lora_weights = True
+    adapted.save_pretrained(root / "pissa_before")
+    with torch.no_grad():
+        for _, parameter in adapted.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2)
+    with torch.inference_mode():
+        expected = adapted.eval()(torch.tensor([TOKENS])).logits[0, -1]
+    adapted.save_pretrained(
+        root / "pissa", path_initial_model_for_weight_conversion=str(root / "pissa_before")
+    )
+    found = find_adapter(str(root / "pissa"), root=root)
+    checkpoint = find_checkpoint(str(directory), root=root)
+    spec = ModelSpec(model=str(directory), device="cpu")
+    backend = TransformersBackend.load(checkpoint, spec, {"a": found})
+    logits = backend.prefill([TOKENS], adapters=["a"]).logits[0]
+    torch.testing.assert_close(logits, expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why", "hint"),
+    [
+        ({"peft_type": "IA3"}, "of type 'IA3'", "merge_and_unload"),
+        ({"peft_type": "ADALORA"}, "of type 'ADALORA'", "merge_and_unload"),
+        ({"peft_type": "LOHA"}, "of type 'LOHA'", "merge_and_unload"),
+        ({"peft_type": "VERA"}, "of type 'VERA'", "merge_and_unload"),
+        ({"peft_type": "OFT"}, "of type 'OFT'", "merge_and_unload"),
+        ({"peft_type": "PREFIX_TUNING"}, "tokens before the text", "train the expert as LoRA"),
+        ({"peft_type": "PROMPT_TUNING"}, "tokens before the text", "train the expert as LoRA"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "'pissa_niter_4', which changes the weights",
+            "path_init",
+        ),
+        ({"init_lora_weights": "olora"}, "'olora', which changes the weights", "path_init"),
+        ({"init_lora_weights": "loftq"}, "'loftq', which changes the weights", "path_init"),
+        ({"alora_invocation_tokens": [1, 2]}, r"activated LoRA \(aLoRA\)", "as plain LoRA"),
+        ({"layer_replication": [[0, 1], [0, 2]]}, "repeating layers", "merge_and_unload"),
+        ({"arrow_config": {"top_k": 2}}, "chooses among other adapters", "as plain LoRA"),
+        ({"use_qalora": True}, "pools its inputs", "merge_and_unload"),
+        ({"use_bdlora": {"nblocks": 2}}, "diagonal blocks", "merge_and_unload"),
+    ],
+    ids=lambda value: str(next(iter(value.items()))) if isinstance(value, dict) else "",
+)
+def test_another_method_is_refused_for_what_it_does(root, tmp_path, changes, why, hint):
+    directory = shutil.copytree(made(root, "attention")[0], tmp_path / "adapter")
+    config = json.loads((directory / "adapter_config.json").read_text())
+    (directory / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    model = str(small(root, "llama"))
+    recipe = Recipe.from_dict(
+        {
+            "model_type": "proxytune",
+            "base": {"model": model},
+            "experts": [
+                {"name": "e", "anti_expert": {"model": model}, "expert": {"adapter": "adapter"}}
+            ],
+        },
+        directory=tmp_path,
+    )
+    with pytest.raises(UnsupportedModel, match=rf"(?s){why}.*hint: .*{hint}"):
+        ProxyTuned.load(recipe)
+
+
+def test_doctor_says_what_becomes_of_an_adapter_and_counts_its_memory(root):
+    diagnosis = examine(recipe_of(root, "experts", "experts"))
+    by_part = {report.part: report for report in diagnosis.models}
+    report = by_part["e0.expert"]
+    assert report.weight_bytes == 4 * report.num_parameters
+    assert by_part["e1.expert"].weight_bytes == 0  # the same copy
+    assert sum(
+        "is merged into a copy of" in note
+        and "gate_up_proj, which is one parameter for all" in note
+        for note in diagnosis.notes
+    )
+
+    diagnosis = examine(recipe_of(root, "more tokens", "attention"))
+    by_part = {report.part: report for report in diagnosis.models}
+    # What PEFT saved of the frozen embeddings is not kept.
+    assert by_part["e0.expert"].weight_bytes == by_part["e1.expert"].weight_bytes
+    (note,) = (note for note in diagnosis.notes if note.startswith("e0.expert: the adapter"))
+    assert (
+        f"for {NUM_TOKENS + 3} tokens and" in note and "what it learned about added tokens" in note
+    )
+
+
+def test_an_adapter_with_another_tokenizers_embeddings_is_refused(root, tmp_path):
+    """Rows beyond the small model's are dropped only if the others are those of its own tokens."""
+    directory = shutil.copytree(made(root, "more tokens")[0], tmp_path / "adapter")
+    recipe = recipe_of(root, "attention")
+    one = {
+        "name": "e",
+        "anti_expert": {"model": str(small(root, "llama"))},
+        "expert": {"adapter": str(directory)},
+    }
+    recipe = Recipe.from_dict({**recipe.to_dict(), "experts": [one]}, directory=tmp_path)
+    tiny_tokenizer(extra_tokens=["<pad>", "<a>", "<b>"]).save_pretrained(directory)
+    (note,) = (note for note in examine(recipe).notes if "learned about" in note)
+    assert note.endswith("is dropped ('<pad>', '<a>', '<b>').")
+    tiny_tokenizer(shuffle_seed=1, extra_tokens=["<pad>", "<a>", "<b>"]).save_pretrained(directory)
+    with pytest.raises(AdapterMismatch, match="was trained with another tokenizer"):
+        examine(recipe).raise_first()
+    fewer = shutil.copytree(made(root, "attention")[0], tmp_path / "fewer")
+    one["expert"] = {"adapter": str(fewer)}
+    weights = load_file(fewer / "adapter_model.safetensors")
+    weights["base_model.model.lm_head.weight"] = torch.zeros(NUM_TOKENS - 1, 16)
+    save_file(weights, fewer / "adapter_model.safetensors")
+    recipe = Recipe.from_dict({**recipe.to_dict(), "experts": [one]}, directory=tmp_path)
+    with pytest.raises(AdapterMismatch, match=f"lm_head has {NUM_TOKENS} rows instead of"):
+        examine(recipe).raise_first()
+
+
+def test_a_pickled_adapter_is_merged_or_switched_like_any_other(root, tmp_path):
+    for name in ("experts", "dora"):
+        directory = shutil.copytree(made(root, name)[0], tmp_path / name)
+        torch.save(
+            load_file(directory / "adapter_model.safetensors"), directory / "adapter_model.bin"
+        )
+        (directory / "adapter_model.safetensors").unlink()
+        model = str(small(root, KINDS[name].model))
+        expert = {"adapter": str(directory), "allow_pickle": True}
+        pair = {
+            "name": "e",
+            "anti_expert": {"model": model, "allow_pickle": True},
+            "expert": expert,
+        }
+        recipe = Recipe.from_dict(
+            {"model_type": "proxytune", "base": {"model": model}, "experts": [pair]},
+            directory=tmp_path,
+        )
+        loaded = ProxyTuned.load(recipe, allow_pickle=True)
+        member = loaded.ensemble.members[loaded.ensemble.pairs[0].expert]
+        assert (member.adapter is None) == KINDS[name].is_merged
+        logits = member.backend.prefill([TOKENS], adapters=[member.adapter]).logits[0]
+        with torch.inference_mode():
+            expected = made(root, name)[1](torch.tensor([TOKENS])).logits[0, -1]
+        torch.testing.assert_close(logits, expected, **CLOSE)
+
+
+MERGED = [name for name in KINDS if name != "experts"]
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_merging_into_files_gives_what_peft_gives_or_is_refused_for_tied_weights(root, name):
+    """vLLM gets a model's weights like this."""
+    kind = KINDS[name]
+    directory = small(root, kind.model)
+    found = find_adapter(str(made(root, name)[0]), root=root)
+    checkpoint = find_checkpoint(str(directory), root=root)
+    weights = load_file(directory / "model.safetensors")
+    model = plain_model(directory)
+    try:
+        merged = dict(merge(weights.items(), found, checkpoint))
+    except UnsupportedModel as error:
+        assert "keeps one weight" in str(error) or "holds one weight for both" in str(error)
+        assert name in UNTIED
+        return
+    except AdapterMismatch as error:
+        assert "is not in the files of its model by itself" in str(error)
+        assert name in ("lora_bias", "router")
+        return
+    assert name not in UNTIED
+    model.load_state_dict(merged, strict=False)
+    model.tie_weights()
+    with torch.inference_mode():
+        logits = model(torch.tensor([TOKENS])).logits[0, :, :NUM_TOKENS]
+        expected = made(root, name)[1](torch.tensor([TOKENS])).logits[0, :, :NUM_TOKENS]
+    torch.testing.assert_close(logits, expected, **CLOSE)
+
+
+UNTIED = ("tied head", "tied embedding", "scaled embedding", "saved tied embedding")
+"""Kinds that make two weights of one."""
+
+
+def test_experts_are_not_merged_into_files(root):
+    found = find_adapter(str(made(root, "experts")[0]), root=root)
+    checkpoint = find_checkpoint(str(small(root, "mixtral")), root=root)
+    with pytest.raises(UnsupportedModel, match="changes the experts of .* together, and vLLM"):
+        dict(merge({}.items(), found, checkpoint))
+
+
+def test_an_adapter_that_needs_a_copy_of_quantised_weights_is_refused(root):
+    recipe = recipe_of(root, "experts")
+    quantised = recipe.with_models(
+        lambda spec: replace(spec, quantization={"quant_method": "torchao", "quant_type": "x"})
+    )
+    error = next(p.error for p in examine(quantised).problems if p.where == "e0.expert")
+    assert "because they are quantised" in str(error)

@@ -134,6 +134,8 @@ class AdapterFiles:
             if change.stacked:
                 name = next(iter(change.stacked))
                 return f"it changes {module}.{name}, which is one parameter for all rows of a batch"
+            if not small.row_modules:
+                return f"it is unknown which layers of {small.architecture} get the rows of a batch one by one"
             if module not in small.row_modules:
                 return f"it changes {module}, which does not get the rows of a batch one by one"
         return None
@@ -248,6 +250,12 @@ def _is_resized(module: str, given: int, own: int, layout: Layout, small: Checkp
         return False
     return given > max(small.vocabulary.token_to_id.values(), default=-1)
 
+
+_PROMPTS = (
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE",
+    "ADAPTION_PROMPT",
+)  # fmt: skip
+"""PEFT's methods that train what is read before the text, which no weights can hold."""
 
 _MAX_RANK, _MAX_ALPHA = 1 << 20, 1e6
 _MAX_PATTERN = 10_000
@@ -380,6 +388,11 @@ def find_adapter(
         )
     config = read_json_file(directory / "adapter_config.json")
     kind = config.get("peft_type")
+    if kind in _PROMPTS:
+        raise UnsupportedModel(
+            f"the adapter {reference} is of type {kind!r:.40}, which learns tokens before the text, and only "
+            "LORA can be used.\nhint: train the expert as LoRA"
+        )
     if kind != "LORA":
         raise UnsupportedModel(
             f"the adapter {reference} is of type {kind!r:.40}, and only LORA can be used.\n"

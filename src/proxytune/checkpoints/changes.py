@@ -275,7 +275,9 @@ class _Reader:
         parts: dict[str, dict[tuple[int, str], str]] = {}
         parameters: dict[str, dict[str, str]] = {}
         for key in self._shapes:
-            if f"{_ORIGINAL}." in key or (_SAVED in key and key.replace(_SAVED, "") in self._shapes):
+            if f"{_ORIGINAL}." in key or (
+                _SAVED in key and key.replace(_SAVED, "") in self._shapes
+            ):
                 continue  # what PEFT saves twice if embeddings were resized
             place = _place_of(key)
             if place is None:

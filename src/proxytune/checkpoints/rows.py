@@ -8,11 +8,13 @@ some models flatten rows before a layer. So the model without values reads a bat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from proxytune.checkpoints.changes import Layout
 
@@ -51,11 +53,28 @@ def layout_of(model: nn.Module) -> Layout:
     )
 
 
+class _AnyValue(TorchFunctionMode):
+    """Lets tensors without values answer questions about them: that all tokens count, that none is padding."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in _ASKING and args[0].is_meta:
+            return True if func is Tensor.__bool__ else 1
+        return func(*args, **(kwargs or {}))
+
+
+_ASKING = (Tensor.__bool__, Tensor.item, Tensor.__int__, Tensor.__index__)
+
+
 def modules_of_rows(model: nn.Module) -> frozenset[str]:
-    """Return the names of modules with one tensor as input and one as output, whose first axis is the batch's.
+    """Return the names of the modules whose one input and one output have the batch as their first axis.
 
     Args:
         model: A causal language model on the `meta` device; it is left as it was.
+
+    Returns:
+        No names at all if the model cannot be run without values.
     """
     found: dict[str, bool] = {}
 
@@ -64,7 +83,7 @@ def modules_of_rows(model: nn.Module) -> frozenset[str]:
             try:
                 output = forward(*args, **kwargs)
             except Exception:
-                # Some kernels need values, such as which expert is chosen. What follows depends on shapes only.
+                # Some kernels need values, such as which expert is chosen. The rest depends on shapes alone.
                 if not (args and isinstance(args[0], Tensor) and args[0].is_floating_point()):
                     raise
                 output = torch.empty_like(args[0])
@@ -76,20 +95,21 @@ def modules_of_rows(model: nn.Module) -> frozenset[str]:
 
         return watched
 
-    watched = list(model.named_modules())
+    modules = list(model.named_modules())
+    token_ids = torch.zeros(_NUM_ROWS, _NUM_TOKENS, dtype=torch.long, device="meta")
     try:
-        for name, module in watched:
+        for name, module in modules:
             module.forward = watch(name, module.forward)
-        token_ids = torch.zeros(_NUM_ROWS, _NUM_TOKENS, dtype=torch.long, device="meta")
-        with torch.inference_mode():
-            model.eval()(input_ids=token_ids)
-    except Exception:
-        # The modules that come after the failure count as those that do not get rows.
-        pass
+        # Some hybrid models do not make their own cache.
+        for options in ({}, {"use_cache": False}):
+            found.clear()
+            with suppress(Exception), torch.inference_mode(), _AnyValue():
+                model.eval()(input_ids=token_ids, **options)
+                return frozenset(name for name, is_one in found.items() if is_one)
     finally:
-        for _, module in watched:
+        for _, module in modules:
             module.__dict__.pop("forward", None)
-    return frozenset(name for name, is_one in found.items() if is_one)
+    return frozenset()
 
 
 def _has_rows(value: Any) -> bool:
