@@ -135,9 +135,9 @@ class AdapterFiles:
                 name = next(iter(change.stacked))
                 return f"it changes {module}.{name}, which is one parameter for all rows of a batch"
             if not small.row_modules:
-                return f"it is unknown which layers of {small.architecture} get the rows of a batch one by one"
+                return f"it is unknown which layers of {small.architecture} get a batch's rows one by one"
             if module not in small.row_modules:
-                return f"it changes {module}, which does not get the rows of a batch one by one"
+                return f"it changes {module}, which does not get a batch's rows one by one"
         return None
 
     def num_embeddings(self, small: Checkpoint) -> int | None:

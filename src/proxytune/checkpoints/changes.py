@@ -134,7 +134,7 @@ _MERGE = "merge it into its model with PEFT's merge_and_unload, and name that mo
 _AS_PLAIN = "train the expert as plain LoRA"
 _CONVERT = (
     "convert it to plain LoRA with PEFT: model.save_pretrained(DIRECTORY, "
-    "path_initial_model_for_weight_conversion=ADAPTER_BEFORE_TRAINING), or merge it in the program that trained it"
+    "path_initial_model_for_weight_conversion=ADAPTER_BEFORE_TRAINING), or merge it where it was trained"
 )
 
 _REFUSED: dict[str, tuple[str, str]] = {
@@ -324,7 +324,7 @@ class _Reader:
         )
 
     def _targeted_parameters(self) -> Iterator[tuple[str, str]]:
-        """Yield module and parameter of each of `target_parameters`, in the order in which PEFT wraps them."""
+        """Yield module and parameter of each of `target_parameters`, in PEFT's order of wrapping."""
         targets = set(self._config.get("target_parameters") or ())
         for module, names in self._layout.parameters.items() if targets else ():
             for name in names:
@@ -413,8 +413,8 @@ class _Reader:
         if not rank * stack == self._shapes[down][0] == self._shapes[up][1]:
             times = f" for each of {stack} experts" if stack > 1 else ""
             raise CorruptModel(
-                f"the adapter {self._name}: its config gives {module} the rank {rank}{times}, and its factors "
-                f"have {self._shapes[down][0]} and {self._shapes[up][1]}.\n"
+                f"the adapter {self._name}: its config gives {module} the rank {rank}{times}, and its "
+                f"factors have {self._shapes[down][0]} and {self._shapes[up][1]}.\n"
                 "hint: save the adapter again with PEFT's save_pretrained"
             )
         alpha = self._patterns.value(

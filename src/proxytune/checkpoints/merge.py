@@ -324,11 +324,9 @@ def check_storable(files: AdapterFiles, small: Checkpoint, keeper: str) -> None:
                 "hint: merge it into its model with PEFT's merge_and_unload, and name that model"
             )
     if layout.is_tied:
-        both = (
-            changes.get(name or "", Change()).without_copy
-            for name in (layout.embedding, layout.head)
-        )
-        kinds = [(c.product is None, c.token_rows, "weight" in c.parameters) for c in both]
+        names = (layout.embedding or "", layout.head or "")
+        both = [changes.get(name, Change()) for name in names]
+        kinds = [(c.product is None, c.token_ids, "weight" in c.parameters) for c in both]
         if kinds[0] != kinds[1]:
             raise _untied(files, small, keeper)
 

@@ -54,7 +54,7 @@ def layout_of(model: nn.Module) -> Layout:
 
 
 class _AnyValue(TorchFunctionMode):
-    """Lets tensors without values answer questions about them: that all tokens count, that none is padding."""
+    """Lets tensors without values answer questions about these, such as whether all tokens count: they do."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None

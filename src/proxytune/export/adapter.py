@@ -122,8 +122,8 @@ def lora_factors(adapter: AdapterFiles, model: Checkpoint) -> dict[str, Factors]
         if rest == Change() or (rest.is_plain and module != layout.embedding):
             continue
         raise UnsupportedModel(
-            f"the adapter {adapter.name} is more than LoRA's two factors per linear layer: it changes {module} "
-            f"by {_kind(rest)}.\n"
+            f"the adapter {adapter.name} is more than LoRA's two factors per linear layer: it changes "
+            f"{module} by {_kind(rest)}.\n"
             "hint: export its model with the adapter merged into it: "
             "`proxytune export-gguf MODEL OUTPUT --adapter ADAPTER --merge`"
         )
@@ -156,8 +156,8 @@ def _check_copy(module: str, copied: Tensor, adapter: AdapterFiles, model: Check
     num_rows = min(len(own), len(copied))
     if not torch.equal(own[:num_rows].to(copied.dtype), copied[:num_rows]):
         raise UnsupportedModel(
-            f"the adapter {adapter.name} brings a {name} of its own, which differs from that of {model.name}, "
-            "and a GGUF adapter cannot hold it.\n"
+            f"the adapter {adapter.name} brings a {name} of its own, which differs from that of "
+            f"{model.name}, and a GGUF adapter cannot hold it.\n"
             "hint: export its model with the adapter merged into it: "
             "`proxytune export-gguf MODEL OUTPUT --adapter ADAPTER --merge`"
         )

@@ -346,8 +346,8 @@ class _Examination:
         if spec.quantization is not None or checkpoint.is_quantized:
             raise UnsupportedModel(why_not_quantised(adapter, checkpoint, why))
         self.notes.append(
-            f"{part}: the adapter {adapter.name} is merged into a copy of {checkpoint.name} of its own, because "
-            f"{why}."
+            f"{part}: the adapter {adapter.name} is merged into a copy of {checkpoint.name} of its own, "
+            f"because {why}."
         )
 
     def _examine_tokens(

@@ -117,7 +117,7 @@ class _Change(nn.Module):
     """What an adapter does to the rows of a module's output."""
 
     def apply_to(self, output: Tensor, input: Tensor) -> None:
-        """Change `output`, `[rows, ..., outputs]`, in place; `input` is what the module got for these rows."""
+        """Change `output`, `[rows, ..., outputs]`, in place; `input` is what the module got for it."""
         raise NotImplementedError
 
 
@@ -344,7 +344,7 @@ def _like(base: nn.Module, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def _weight(base: Any, is_inputs_first: bool) -> Tensor:
-    """Return the weight of a linear layer or embedding, float32; of a quantised layer, what it multiplies by."""
+    """Return a linear layer's or embedding's weight, float32; of a quantised one, what it multiplies by."""
     weight = base.weight
     if not weight.is_meta and type(weight.data) is Tensor and weight.is_floating_point():
         plain: Tensor = weight.detach().to("cpu", torch.float32)
@@ -369,7 +369,7 @@ def _with_rows(value: Tensor, num_rows: int, filling: float = 0.0) -> Tensor:
 
 
 def give_rows_to_peft(model: nn.Module) -> bool:
-    """Make PEFT's layers in a model take their rows' adapters from `ROW_ADAPTERS`; return whether it has any."""
+    """Make PEFT's layers take their rows' adapters from `ROW_ADAPTERS`; return whether a model has any."""
     if not any("lora_" in name for name, _ in model.named_parameters()):
         return False
     from peft.tuners.lora import LoraLayer

@@ -25,7 +25,7 @@ Named = tuple[str, Tensor]
 def merge(
     weights: Iterable[Named], adapter: AdapterFiles, checkpoint: Checkpoint
 ) -> Iterator[Named]:
-    """Yield a model's weights with an adapter merged into them, in float32; the layer that takes one rounds it.
+    """Yield a model's weights with an adapter merged into them, in float32; layers round what they take.
 
     Raises:
         UnsupportedModel: It changes embedding and head, which are one weight, in different ways.
