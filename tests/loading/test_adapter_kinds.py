@@ -21,8 +21,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from proxytune.backends.transformers.backend import TransformersBackend
+from proxytune.backends.transformers.lora import put_rows_on
 from proxytune.checkpoints.adapter import find_adapter
 from proxytune.checkpoints.checkpoint import find_checkpoint
+from proxytune.checkpoints.merge import read_adapter
 from proxytune.errors import AdapterMismatch, UnsupportedModel
 from proxytune.integrations.vllm.weights import merge
 from proxytune.loading.doctor import examine
@@ -389,7 +391,11 @@ def test_a_converted_pissa_adapter_is_plain_lora(root):
             "path_init",
         ),
         ({"init_lora_weights": "olora"}, "'olora', which changes the weights", "path_init"),
-        ({"init_lora_weights": "loftq"}, "'loftq', which changes the weights", "path_init"),
+        (
+            {"init_lora_weights": "loftq"},
+            "'loftq', which changes the weights",
+            "whose weights LoftQ changed",
+        ),
         ({"alora_invocation_tokens": [1, 2]}, r"activated LoRA \(aLoRA\)", "as plain LoRA"),
         ({"layer_replication": [[0, 1], [0, 2]]}, "repeating layers", "merge_and_unload"),
         ({"arrow_config": {"top_k": 2}}, "chooses among other adapters", "as plain LoRA"),
@@ -541,3 +547,35 @@ def test_an_adapter_that_needs_a_copy_of_quantised_weights_is_refused(root):
     )
     error = next(p.error for p in examine(quantised).problems if p.where == "e0.expert")
     assert "because they are quantised" in str(error)
+
+
+@pytest.mark.parametrize("name", ["head", "saved head", "tokens"])
+def test_a_model_that_is_handed_over_runs_the_rows_through_pefts_modules(root, name):
+    adapted = made(root, name)[1]
+    backend = TransformersBackend(adapted, name="handed over", adapters=["default"])
+    logits = backend.prefill([TOKENS] * 3, adapters=["default", None, "default"]).logits
+    with torch.inference_mode():
+        plain = plain_model(small(root, KINDS[name].model))(torch.tensor([TOKENS])).logits[0, -1]
+        expected = adapted(torch.tensor([TOKENS])).logits[0, -1]
+    torch.testing.assert_close(logits[0], expected, **CLOSE)
+    torch.testing.assert_close(logits[1], plain, **CLOSE)
+    torch.testing.assert_close(logits[2], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["head", "saved norms", "dora", "tokens of the tied head"])
+def test_adapters_run_on_weights_that_are_kept_elsewhere_until_they_are_needed(root, name):
+    """As with `device: "auto"`, if a model is larger than its devices."""
+    from accelerate import cpu_offload
+
+    directory = small(root, KINDS[name].model)
+    model = plain_model(directory)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    found = find_adapter(str(made(root, name)[0]), root=root)
+    checkpoint = find_checkpoint(str(directory), root=root)
+    put_rows_on(model, {"a": read_adapter(found, checkpoint)})
+    backend = TransformersBackend(model, name="offloaded", adapters=["a"])
+    logits = backend.prefill([TOKENS] * 2, adapters=["a", None]).logits
+    for row, reference in enumerate((made(root, name)[1], plain_model(directory))):
+        with torch.inference_mode():
+            expected = reference(torch.tensor([TOKENS])).logits[0, -1]
+        torch.testing.assert_close(logits[row], expected, **CLOSE)

@@ -136,6 +136,9 @@ _CONVERT = (
     "convert it to plain LoRA with PEFT: model.save_pretrained(DIRECTORY, "
     "path_initial_model_for_weight_conversion=ADAPTER_BEFORE_TRAINING), or merge it where it was trained"
 )
+_MERGE_THERE = (
+    "merge it into the model as it was trained, whose weights LoftQ changed, and name that model"
+)
 
 _REFUSED: dict[str, tuple[str, str]] = {
     "alora_invocation_tokens": (
@@ -172,7 +175,8 @@ def check_method(name: str, config: Mapping[str, Any]) -> None:
     if start not in _PLAIN_STARTS:
         raise UnsupportedModel(
             f"the adapter {name} was started with init_lora_weights {start!r:.40}, which changes the weights "
-            f"under the adapter, and those changed weights are not in its files.\nhint: {_CONVERT}"
+            f"under the adapter, and those changed weights are not in its files.\n"
+            f"hint: {_MERGE_THERE if start == 'loftq' else _CONVERT}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from proxytune.backends.transformers.lora import (
     RowAdapters,
     RowModule,
     _Affine,
+    _changes,
 )
 from proxytune.checkpoints.adapter import find_adapter
 from proxytune.checkpoints.checkpoint import find_checkpoint
+from proxytune.checkpoints.merge import LoadedProduct, ModuleWeights
 from proxytune.errors import UnsupportedModel
 from proxytune.recipe.spec import ModelSpec
 from tests.support.tiny import tiny_model
@@ -186,3 +189,42 @@ def test_a_layer_answers_for_its_base_layer():
     assert layer.weight is base.weight and layer.out_features == 3
     with pytest.raises(AttributeError, match="nonsense"):
         _ = layer.nonsense
+
+
+class Quantised(nn.Linear):
+    """A layer whose weight is stored in eighths, as whole numbers."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__(weight.shape[1], weight.shape[0])
+        self.weight = nn.Parameter((8 * weight).to(torch.int8), requires_grad=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input @ (self.weight.float() / 8).t() + self.bias
+
+
+def test_dora_on_a_quantised_layer_takes_the_norm_of_what_the_layer_multiplies_by():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-16, 16, (6, 4), generator=generator) / 8
+    quantised, plain = Quantised(weight), nn.Linear(4, 6)
+    plain.load_state_dict({"weight": weight, "bias": quantised.bias.detach()})
+    draw = partial(torch.randn, generator=generator)
+    own = ModuleWeights(product=LoadedProduct(draw(2, 4), draw(6, 2), 0.5), magnitude=draw(6).abs())
+    input = draw(2, 3, 4)
+    token = ROW_ADAPTERS.set(RowAdapters([PLAIN, "a"]))
+    try:
+        outputs = [
+            RowModule(base, {"a": _changes("layer", base, own, torch.float32)})(input)
+            for base in (quantised, plain)
+        ]
+    finally:
+        ROW_ADAPTERS.reset(token)
+    torch.testing.assert_close(outputs[0], outputs[1], **CLOSE)
+    merged = nn.functional.linear(input[1], own.merged("weight", weight), plain.bias)
+    torch.testing.assert_close(outputs[1][1], merged, **CLOSE)
+    torch.testing.assert_close(outputs[1][0], plain(input[0]), **CLOSE)
+
+
+def test_a_quantised_layer_that_an_adapter_replaces_is_refused():
+    own = ModuleWeights(parameters={"weight": torch.zeros(6, 4)})
+    with pytest.raises(UnsupportedModel, match="replaces weights of layer, which is quantised"):
+        _changes("layer", Quantised(torch.zeros(6, 4)), own, torch.float32)

@@ -241,7 +241,7 @@ def put_rows_on(model: Any, adapters: Mapping[str, Mapping[str, ModuleWeights]])
 def _changes(name: str, base: Any, own: ModuleWeights, dtype: torch.dtype) -> list[_Change]:
     """Return what an adapter does to the output of a module."""
     replaced = set(own.parameters)
-    if own.is_weight_copied and _is_same(name, base.weight, own.parameters["weight"]):
+    if own.is_weight_copied and _is_same(_value(name, base, "weight"), own.parameters["weight"]):
         replaced.remove("weight")
     scale = _embedding_scale(base)
     if replaced - {"bias"} or own.stacked or not own.is_linear or scale is None:
@@ -283,36 +283,42 @@ def _changes(name: str, base: Any, own: ModuleWeights, dtype: torch.dtype) -> li
     return steps
 
 
-def _is_same(name: str, own: Tensor, copied: Tensor) -> bool:
+def _is_same(own: Tensor, copied: Tensor) -> bool:
     """Return whether a weight is the one that an adapter has a copy of, but for added rows."""
-    _check_plain(name, own)
     num_rows = min(len(own), len(copied))
     return torch.equal(own[:num_rows].cpu(), copied[:num_rows].to(own.dtype))
 
 
-def _check_plain(name: str, weight: Tensor) -> None:
-    """Refuse weights whose values cannot be read."""
-    if weight.is_meta or type(weight.data) is not Tensor or not weight.is_floating_point():
-        what = "not in memory" if weight.is_meta else "quantised"
+def _value(name: str, base: Any, parameter: str) -> Tensor:
+    """Return a module's parameter, also if it is kept elsewhere until it is needed.
+
+    Raises:
+        UnsupportedModel: It is quantised.
+    """
+    value: Tensor = getattr(base, parameter)
+    if value.is_meta:
+        value = base._hf_hook.weights_map[parameter]
+    if type(value.data) is not Tensor or not value.is_floating_point():
         raise UnsupportedModel(
-            f"an adapter replaces weights of {name}, which are {what}, so they cannot be compared\n"
-            "hint: merge the adapter into a copy of its model and give that as the expert's model"
+            f"an adapter replaces weights of {name}, which is quantised\n"
+            "hint: leave the quantization of the small model out"
         )
+    return value
 
 
 def _own_module(name: str, base: Any, own: ModuleWeights) -> nn.Module:
     """Return a copy of a module with an adapter's weights, which shares all others."""
-    for weight in base.parameters(recurse=False):
-        _check_plain(name, weight)
     shared = {id(parameter): parameter for parameter in base.parameters()}
+    hook: Any = getattr(base, "_hf_hook", None)
+    if hook is not None:
+        shared[id(hook)] = hook  # with all weights that are kept elsewhere
     module: Any = copy.deepcopy(base, shared)
-    if hasattr(module, "_hf_hook"):
-        hooks: Any = importlib.import_module("accelerate.hooks")
-        hooks.remove_hook_from_module(module)
+    if hook is not None:
+        importlib.import_module("accelerate.hooks").remove_hook_from_module(module)
+    given = {key: _value(name, base, key) for key, _ in base.named_parameters(recurse=False)}
     for parameter in own.names:
-        given = getattr(base, parameter, None)
-        like = next(p for p in (given, *base.parameters()) if p is not None)
-        value = own.merged(parameter, given).to(like).contiguous()
+        like = _like(base, next(iter(given.values())).dtype)
+        value = own.merged(parameter, given.get(parameter)).to(like).contiguous()
         setattr(module, parameter, nn.Parameter(value, requires_grad=False))
     own_module: nn.Module = module
     return own_module
@@ -345,10 +351,8 @@ def _like(base: nn.Module, dtype: torch.dtype) -> Tensor:
 @torch.no_grad()
 def _weight(base: Any, is_inputs_first: bool) -> Tensor:
     """Return a linear layer's or embedding's weight, float32; of a quantised one, what it multiplies by."""
-    weight = base.weight
-    if not weight.is_meta and type(weight.data) is Tensor and weight.is_floating_point():
-        plain: Tensor = weight.detach().to("cpu", torch.float32)
-        return plain
+    if type(base.weight.data) is Tensor and base.weight.is_floating_point():
+        return _value("", base, "weight").detach().to("cpu", torch.float32)
     like = _like(base, torch.float32)
     found: Tensor = base(torch.eye(base.in_features, dtype=like.dtype, device=like.device))
     if base.bias is not None:
