@@ -428,7 +428,9 @@ def test_doctor_says_what_becomes_of_an_adapter_and_counts_its_memory(root):
     by_part = {report.part: report for report in diagnosis.models}
     report = by_part["e0.expert"]
     assert report.weight_bytes == 4 * report.num_parameters
-    assert by_part["e1.expert"].weight_bytes == 0  # the same copy
+    assert report.shares is None
+    assert by_part["e1.expert"].weight_bytes == 0
+    assert by_part["e1.expert"].shares == "e0.expert"
     assert sum(
         "is merged into a copy of" in note
         and "gate_up_proj, which is one parameter for all" in note

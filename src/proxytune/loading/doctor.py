@@ -234,8 +234,8 @@ class _Examination:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     reports: list[ModelReport] = field(default_factory=list)
-    counted: set[tuple[ModelSpec, str]] = field(default_factory=set)
-    """Adapters whose memory is counted, by the weights they are on and their path."""
+    counted: dict[tuple[ModelSpec, str], str] = field(default_factory=dict)
+    """Adapters whose memory is counted, by the weights they are on and their path: the part that has them."""
 
     def run(self) -> Diagnosis:
         for one in self.asked:
@@ -312,6 +312,9 @@ class _Examination:
             }
             values |= self._examine_tokens(part, spec, checkpoint, is_first)
             values |= self._examine_size(part, spec, checkpoint, adapter, is_first)
+            if adapter is not None and adapter.why_merged(checkpoint) is not None:
+                first = self.counted.get((spec.weights, str(adapter.path)))
+                values["shares"] = None if first == part else first
         self.reports.append(ModelReport(part=part, **values))
 
     def _find_adapter(
@@ -496,7 +499,7 @@ class _Examination:
             # PEFT keeps the factors in float32 for training only; the loader takes the model's dtype.
             is_merged = adapter.why_merged(checkpoint) is not None
             added = num if is_merged else adapter.num_kept(checkpoint)
-            weight_bytes += self._once(spec, adapter, element * added)
+            weight_bytes += self._once(part, spec, adapter, element * added)
         return {
             **values,
             "device": device,
@@ -505,12 +508,10 @@ class _Examination:
             "cache_bytes": 1000 * element * checkpoint.cache_elements_per_token,
         }
 
-    def _once(self, spec: ModelSpec, adapter: AdapterFiles, num_bytes: int) -> int:
-        """Return the memory of an adapter; 0 if it was counted before."""
+    def _once(self, part: str, spec: ModelSpec, adapter: AdapterFiles, num_bytes: int) -> int:
+        """Return the memory of an adapter; 0 if it was counted for another part."""
         key = (spec.weights, str(adapter.path))
-        is_counted = key in self.counted
-        self.counted.add(key)
-        return 0 if is_counted else num_bytes
+        return num_bytes if self.counted.setdefault(key, part) == part else 0
 
     def _examine_key(self, part: str, spec: ModelSpec) -> bool:
         """Note which key goes to which host, and return whether the server may be asked."""
@@ -557,7 +558,7 @@ class _Examination:
             self._tried(part, library)
         weight_bytes = checkpoint.gguf_path.stat().st_size if is_first else 0
         if adapter is not None:
-            weight_bytes += self._once(spec, adapter, adapter.path.stat().st_size)
+            weight_bytes += self._once(part, spec, adapter, adapter.path.stat().st_size)
         element = _CACHE_BYTES[spec.llama_cpp.cache_dtype_of(checkpoint.stored_dtype)]
         return {
             # Only llama.cpp knows which GPU it was built for.
