@@ -12,7 +12,6 @@ from proxytune.backends.retokenised import RetokenisedBackend
 from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
 from proxytune.decode.ensemble import Ensemble, Member
-from proxytune.errors import VocabularyMismatch
 from proxytune.grants import NOTHING, Grants
 from proxytune.loading.doctor import examine
 from proxytune.loading.members import MemberFiles, find_members
@@ -50,23 +49,23 @@ def load_ensemble(
         weights: _load_backend(weights, checkpoint, adapters[weights], budget, grants)
         for weights, checkpoint in checkpoints.items()
     }
-    # One for each model: lanes whose members share it are translated at once (`decode/lanes.py`).
     alignments = {}
-    for weights, checkpoint in checkpoints.items():
-        try:
-            alignments[weights] = align(base.vocabulary, checkpoint.vocabulary)
-        except VocabularyMismatch:
-            if recipe.vocabulary != "map":
-                raise
+    for member in found:
+        weights = member.spec.weights
+        if member.alignment is not None:
+            alignments[weights] = member.alignment
+        elif weights not in alignments:
             alignments[weights] = align(base.vocabulary, base.vocabulary)
-            backends[weights] = RetokenisedBackend(backends[weights], checkpoint, base)
+            backends[weights] = RetokenisedBackend(backends[weights], member.checkpoint, base)
     tokenizers = _shared_tokenizers(checkpoints)
     members, formats = [], []
-    for (part, spec, _, _, own), adapter in zip(found, names, strict=True):
+    for (part, spec, _, _, prompt_format, _), adapter in zip(found, names, strict=True):
         weights = spec.weights
         name = part if weights.model == part else f"{part} ({weights.model})"
-        members.append(Member(name, backends[weights], alignments[weights], adapter))
-        formats.append(replace(own, tokenizer=tokenizers[weights]))
+        alignment = alignments[weights]
+        own = checkpoints[weights] if alignment.kind == "added" else None
+        members.append(Member(name, backends[weights], alignment, adapter, own))
+        formats.append(replace(prompt_format, tokenizer=tokenizers[weights]))
     ensemble = Ensemble(
         tuple(members),
         pairs,
@@ -105,7 +104,7 @@ def _named_adapters(
     """Return the name of each member's adapter, and by weights the adapters that go onto them."""
     names: list[str | None] = []
     adapters: dict[ModelSpec, dict[str, AdapterFiles]] = {}
-    for part, spec, _, files, _ in found:
+    for part, spec, _, files, _, _ in found:
         known = adapters.setdefault(spec.weights, {})
         name = None
         if files is not None:
