@@ -1,4 +1,4 @@
-"""Models whose added tokens differ: no offset at what only the base has, nothing of what only a small one has.
+"""Models whose added tokens differ: no offset at what only the base has; what only a small one has is dropped.
 
 The reference runs whole forwards of transformers' own models, without cache or batch.
 """
@@ -17,10 +17,17 @@ from proxytune.integrations.transformers import ProxyTunedForCausalLM
 from proxytune.loading.doctor import examine
 from proxytune.measure.score import passage_of, score_passages
 from proxytune.model import ProxyTuned
+from proxytune.recipe.files import RecipeFiles
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams
-from tests.support.tiny import NUM_TOKENS, tiny_model, tiny_tokenizer
+from tests.support.tiny import (
+    NUM_TOKENS,
+    SPECIAL_TOKENS,
+    tiny_gguf,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 PROMPTS = ("the", "in the end there was", "Zoë 🙂")
 GREEDY = SamplingParams(max_new_tokens=10, ignore_eos=True)
@@ -77,7 +84,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Recipe]:
     return {name: write(root / str(i), case) for i, (name, case) in enumerate(CASES.items())}
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=["one side's", "other ids"])
 def recipe(request: pytest.FixtureRequest, recipes: dict[str, Recipe]) -> Recipe:
     return recipes[request.param]
 
@@ -117,7 +124,9 @@ def greedy(model: ProxyTuned, **options: Any) -> list[list[int]]:
     return [list(trace.token_ids) for trace in model.generate_batch(requests, **options)]
 
 
-def test_the_text_is_that_of_the_formula_with_drafts_and_without(recipe: Recipe) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_the_text_is_that_of_the_formula_with_drafts_and_without(recipes, name: str) -> None:
+    recipe = recipes[name]
     expected = [reference(recipe, prompt) for prompt in PROMPTS]
     model = ProxyTuned.load(recipe)
     assert greedy(model) == greedy(model, batch_size=2) == expected
@@ -216,3 +225,19 @@ def test_what_each_model_said_of_a_token_that_one_lacks_is_recorded(recipes) -> 
     assert trace.steps[0].token_id == token_id
     assert views["e.anti_expert"].logprob is None
     assert views["e.expert"].logprob is not None
+
+
+def test_a_gguf_files_control_tokens_are_added_tokens(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tiny_gguf(tmp_path / "base.gguf", seed=1)
+    tiny_model(tmp_path / "small", seed=2, tokenizer=tokenizer_of(("<pad>",)))
+    small = ModelSpec(model="small")
+    recipe = Recipe(
+        ModelSpec(model="base.gguf"), (ExpertSpec("e", small, small),), directory=tmp_path
+    )
+    vocabulary = RecipeFiles(recipe).checkpoint(recipe.base).vocabulary
+    named = {token for token, i in vocabulary.token_to_id.items() if i in vocabulary.added_ids}
+    assert named == set(SPECIAL_TOKENS)
+    diagnosis = examine(recipe)
+    assert diagnosis.is_healthy
+    assert diagnosis.models[1].vocabulary == "added"

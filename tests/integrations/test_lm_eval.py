@@ -331,7 +331,7 @@ def test_models_of_other_formats_do_not_read_what_the_continuation_took_over(rec
 def test_an_empty_continuation_is_refused(recipe):
     lm = ProxyTunedLM(str(recipe.directory))
     for context in ("a", ""):
-        with pytest.raises(InvalidRequest, match="continuation of .* is empty"):
+        with pytest.raises(InvalidRequest, match=r"continuation of .* is empty"):
             lm.loglikelihood(instances([(context, "")]), disable_tqdm=True)
 
 

@@ -257,7 +257,7 @@ def test_padding_ids_still_have_no_counterpart_beside_added_tokens():
     ids=["only in the base", "only in the small model", "beside an added one"],
 )
 def test_an_ordinary_token_that_only_one_has_is_refused(base, small):
-    with pytest.raises(VocabularyMismatch, match="'[ef]' "):
+    with pytest.raises(VocabularyMismatch, match=r"'[ef]' "):
         align(base, small)
 
 

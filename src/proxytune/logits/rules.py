@@ -76,10 +76,11 @@ def apply_policy(
     check_shapes(base_logits, contributions)
     base = _logprobs(base_logits, padding_ids)
     experts, anti_experts = (
-        torch.stack(
-            [_logprobs(part[side], padding_ids, part.is_unshared) for part in contributions]
+        torch.stack([_logprobs(logits, padding_ids, mask) for logits, mask in side])
+        for side in (
+            [(part.expert_logits, part.is_unshared) for part in contributions],
+            [(part.anti_expert_logits, part.is_unshared) for part in contributions],
         )
-        for side in (0, 1)
     )
     alphas = torch.stack([_alphas(part, rows, device) for part in contributions])
     bases = _bases(base, contributions)
