@@ -1,4 +1,4 @@
-"""Models whose added tokens differ: no offset at what only the base has; what only a small one has is dropped.
+"""Models whose added tokens differ: no offset where only the base has a token, and none of the others chosen.
 
 The reference runs whole forwards of transformers' own models, without cache or batch.
 """

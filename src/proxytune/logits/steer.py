@@ -110,12 +110,13 @@ def offset(part: Contribution) -> Tensor:
     Exactly 0 in rows whose alpha is 0, whatever the small models say, and at tokens that are not shared.
     """
     # Subtract in float32: bfloat16 keeps 8 significant bits, and alpha scales the rounding.
-    if part.is_unshared is None:
-        difference = part.expert_logits.float() - part.anti_expert_logits.float()
-    else:
-        is_unshared = part.is_unshared.to(part.expert_logits.device)
-        expert, anti_expert = (over_shared(logits, is_unshared) for logits in part[:2])
-        difference = (expert - anti_expert).masked_fill_(is_unshared, 0.0)
+    expert, anti_expert = part.expert_logits.float(), part.anti_expert_logits.float()
+    if part.is_unshared is not None:
+        # Added tokens that one of the two lacks get no offset.
+        missing = part.is_unshared.to(expert.device)
+        expert = over_shared(expert, missing).masked_fill(missing, 0.0)
+        anti_expert = over_shared(anti_expert, missing).masked_fill(missing, 0.0)
+    difference = expert - anti_expert
     if not isinstance(part.alpha, Tensor):
         return difference.mul_(part.alpha)
     alpha = part.alpha.to(difference)

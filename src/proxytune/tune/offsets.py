@@ -309,8 +309,8 @@ def _hidden(
     if len(missing):
         raise VocabularyMismatch(
             f"an example has the token id {int(missing[0])}, which is not a token of {base_name}, so the "
-            "base cannot read it.\nhint: tokenise the data with the small model's own tokenizer; for a token that "
-            "was added to the small model alone, use --method sft or a prompt format without it"
+            "base cannot read it.\nhint: tokenise the data with the small model's own tokenizer; for a token "
+            "that only the small model has, use --method sft or a prompt format without it"
         )
     in_base = in_base.clamp(min=0)  # Padding on the right, which no token sees.
     parts = []
