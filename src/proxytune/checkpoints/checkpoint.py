@@ -31,6 +31,7 @@ from proxytune.checkpoints.context import max_context
 from proxytune.checkpoints.conversion import convert_small_files, convert_weights
 from proxytune.checkpoints.faults import fault_text, faults_as, is_fault, is_panic, shown
 from proxytune.checkpoints.headers import (
+    GGUF_ADDED,
     GgufHeader,
     StoredTensor,
     find_weight_files,
@@ -214,7 +215,14 @@ class Checkpoint:
                         f"{known[token]} in the tokenizer that transformers makes of it.\n"
                         "hint: use the model's original safetensors, or convert the file again"
                     )
-            return Vocabulary(self.name, own, self.width)
+            kinds = enumerate(self.gguf_header.token_kinds)
+            return Vocabulary.of_tokens(
+                own,
+                self.tokenizer,
+                name=self.name,
+                width=self.width,
+                added_ids=[token_id for token_id, kind in kinds if kind in GGUF_ADDED],
+            )
         return Vocabulary.from_tokenizer(self.tokenizer, name=self.name, width=self.width)
 
     @cached_property

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from proxytune.backends.base import Backend
+from proxytune.backends.base import Backend, Spelling
 from proxytune.errors import InvalidRequest, PromptTooLong
 from proxytune.policy import Policy, needs_all_logits
 from proxytune.request import SamplingParams
@@ -18,12 +19,21 @@ from proxytune.text.vocab import Alignment, Vocabulary, align
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One model of an ensemble: a backend, perhaps an adapter on it, and how its vocabulary is aligned."""
+    """One model of an ensemble: a backend, perhaps an adapter on it, and how its vocabulary is aligned.
+
+    Args:
+        name: Its name in messages.
+        backend: What runs it.
+        alignment: How its tokens correspond to the base's.
+        adapter: The adapter's name in the backend.
+        own: How it spells text, if its added tokens differ from the base's.
+    """
 
     name: str
     backend: Backend[Any]
     alignment: Alignment
     adapter: str | None = None
+    own: Spelling | None = None
 
     def own_ids(self, token_ids: Sequence[int], *, is_start: bool = False) -> list[int]:
         """Return a text of the base's tokens in those of the member's prompts; see `Backend.own_ids`."""
@@ -33,11 +43,20 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """An expert and its anti-expert, as indices into the ensemble's members."""
+    """An expert and its anti-expert, as indices into the ensemble's members.
+
+    Args:
+        name: The expert's name.
+        expert: Its index.
+        anti_expert: Its anti-expert's.
+        is_unshared: `[vocab]` bool on the CPU: the base's tokens that one of the two lacks, and padding ids;
+            None if they have all tokens. Such tokens get no offset.
+    """
 
     name: str
     expert: int
     anti_expert: int
+    is_unshared: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +83,15 @@ class Ensemble:
 def alone(ensemble: Ensemble, index: int) -> Ensemble:
     """Return one member by itself, with nothing that steers it, in its own vocabulary if that is another."""
     member = ensemble.members[index]
-    translation = member.backend.translation
-    if translation is None:
+    own, backend = member.own, member.backend
+    if (translation := backend.translation) is not None:
+        own, backend = translation.own, translation.inner
+    if own is None:
         return replace(ensemble, members=(member,), pairs=())
-    own = translation.own
     alignment = align(own.vocabulary, own.vocabulary)
     return replace(
         ensemble,
-        members=(replace(member, backend=translation.inner, alignment=alignment),),
+        members=(replace(member, backend=backend, alignment=alignment, own=None),),
         pairs=(),
         vocabulary=own.vocabulary,
         eos_token_ids=tuple(own.eos_token_ids),

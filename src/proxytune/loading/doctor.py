@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -42,7 +42,7 @@ from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ModelSpec
 from proxytune.text.meter import MAX_SECONDS
 from proxytune.text.prompts import PromptFormat
-from proxytune.text.vocab import align
+from proxytune.text.vocab import NUM_EXAMPLES, Alignment, Vocabulary, align
 
 Read = TypeVar("Read")
 
@@ -91,8 +91,8 @@ class ModelReport:
         chat_format: How it reads messages, in the same three ways.
         text_tokens: A short text as this model sees it, in tokens.
         chat_tokens: A short message as this model sees it, in tokens.
-        vocabulary: How it compares with the base's: `same`, `padded`, `permuted`, `mapped` or `differs`;
-            `base` for the base.
+        vocabulary: How it compares with the base's: `same`, `padded`, `permuted`, `added`, `mapped` or
+            `differs`; `base` for the base.
         num_tokens: Number of tokens in the vocabulary.
         num_padding: Number of rows of the output head without a token.
         weight_bytes: Memory of weights and adapter; 0 if the weights are shared.
@@ -368,7 +368,9 @@ class _Examination:
         elif self.reports[0].num_tokens is not None:
             base = self.files.checkpoint(self.recipe.base)
             try:
-                values["vocabulary"] = align(base.vocabulary, vocabulary).kind
+                alignment = align(base.vocabulary, vocabulary)
+                values["vocabulary"] = alignment.kind
+                self.notes += added_notes(part, base.vocabulary, vocabulary, alignment)
             except VocabularyMismatch as error:
                 is_mapped = self.recipe.vocabulary == "map"
                 values["vocabulary"] = "mapped" if is_mapped else "differs"
@@ -462,8 +464,7 @@ class _Examination:
                 continue
             # A side that is not mapped is left alone: its vocabulary may be the damaged one.
             found = [self.files.checkpoint(spec) for spec in sides] if all(mapped) else []
-            tokens = [checkpoint.vocabulary.token_to_id for checkpoint in found]
-            if not tokens or tokens[0] != tokens[1]:
+            if not found or not _map_alike(self.files.checkpoint(self.recipe.base), *found):
                 self._fail(
                     parts[0],
                     VocabularyMismatch(
@@ -616,6 +617,50 @@ def _resized(part: str, adapter: AdapterFiles, checkpoint: Checkpoint, number: i
     return f"{note}; what it learned about added tokens is dropped" + (
         f" ({', '.join(map(repr, names))})." if names else "."
     )
+
+
+def added_notes(
+    part: str, base: Vocabulary, small: Vocabulary, alignment: Alignment
+) -> Iterator[str]:
+    """Yield which added tokens only one of two models has, and what becomes of them, in words."""
+    in_base, in_small = (
+        {token_id: token for token, token_id in vocabulary.token_to_id.items()}
+        for vocabulary in (base, small)
+    )
+    if missing := [
+        f"{in_base[i]!r} as {in_small[own]!r}" for i, own in alignment.stand_ins.items()
+    ]:
+        yield (
+            f"{part}: {small.name} lacks {_counted(len(missing))} of the base. No offset is added to "
+            f"{'it' if len(missing) == 1 else 'them'}, and {small.name} reads {_first(missing)}."
+        )
+    if dropped := [repr(in_small[own]) for own in alignment.dropped]:
+        yield (
+            f"{part}: {small.name} has {_counted(len(dropped))} that the base lacks and that "
+            f"{'is' if len(dropped) == 1 else 'are'} never chosen: {_first(dropped)}."
+        )
+
+
+def _counted(num: int) -> str:
+    return f"{num:,} special or added token{'' if num == 1 else 's'}"
+
+
+def _first(names: Sequence[str]) -> str:
+    """Return some names, and how many more there are."""
+    more = len(names) - NUM_EXAMPLES
+    return ", ".join(names[:NUM_EXAMPLES]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _map_alike(base: Checkpoint, one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether the base's tokens are mapped to the same ones of two models."""
+    if one.vocabulary.token_to_id == other.vocabulary.token_to_id:
+        return True
+    try:
+        align(one.vocabulary, other.vocabulary)
+    except VocabularyMismatch:
+        return False
+    maps = [token_map(base, small).small_ids >= 0 for small in (one, other)]
+    return bool((maps[0] == maps[1]).all())
 
 
 def _weight_bytes(

@@ -118,7 +118,8 @@ class ScoreReport:
         num_windows: Number of windows, or of answers.
         window: Maximum number of tokens per window.
         rows: Base, experts and anti-experts, then the steered base at each strength. Small models of another
-            tokenizer predict other tokens and have no row.
+            tokenizer predict other tokens and have no row, and neither have those that lack a token of the
+            text.
         mapped: What those models share with the base.
     """
 
@@ -272,7 +273,9 @@ def score_passages(
         rows.append(ScoreRow(name, alpha, nats, perplexity, interval, change, change_interval))
 
     for (name, member), column in zip(sides.items(), losses, strict=False):
-        if ensemble.members[member].backend.translation is None:
+        model = ensemble.members[member]
+        lacks_a_token = model.own is not None and bool(np.isposinf(column).any())
+        if model.backend.translation is None and not lacks_a_token:
             add(name, None, column)
     for (label, _), column in zip(strengths, losses[len(sides) :], strict=True):
         add("steered", label, column)
@@ -456,7 +459,7 @@ def contributions(
 ) -> list[Contribution]:
     """Return what each pair contributes; a pair whose strength is None contributes nothing."""
     return [
-        Contribution(logits[pair.expert], logits[pair.anti_expert], alpha)
+        Contribution(logits[pair.expert], logits[pair.anti_expert], alpha, pair.is_unshared)
         for pair, alpha in zip(ensemble.pairs, alphas, strict=True)
         if alpha is not None
     ]

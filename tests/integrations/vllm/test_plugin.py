@@ -37,7 +37,7 @@ from proxytune.recipe.spec import ApiSettings, ExpertSpec, LlamaCppSettings, Mod
 from proxytune.request import Request, SamplingParams
 from tests.support.foreign_code import model_with_code
 from tests.support.real_servers import free_port, running
-from tests.support.tiny import NUM_TOKENS, tiny_adapter, tiny_model, tiny_tokenizer
+from tests.support.tiny import MERGES, NUM_TOKENS, tiny_adapter, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -256,15 +256,17 @@ def test_a_wrong_request_is_refused_and_the_engine_goes_on(engine):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    """A padded base; small models of other architectures whose tokens have other ids; adapters."""
+    """A padded base; small models of other architectures, ids and added tokens; adapters."""
     place = tmp_path_factory.mktemp("tiny")
-    shuffled = tiny_tokenizer(shuffle_seed=5)
-    tiny_model(place / "base", width=NUM_TOKENS + 6, hidden_size=128, seed=1, max_context=256)
-    tiny_model(place / "llama", hidden_size=128, seed=2, max_context=256)
+    own = {"tokenizer": tiny_tokenizer(extra_tokens=["<image>"])}
+    other = {"tokenizer": tiny_tokenizer(shuffle_seed=5, extra_tokens=["<pad>"])}
+    wide = {"hidden_size": 128, "max_context": 256}
+    tiny_model(place / "base", width=NUM_TOKENS + 6, seed=1, **wide, **own)
+    tiny_model(place / "llama", seed=2, **wide, **own)
+    tiny_model(place / "qwen", "qwen2", seed=3, **wide, **other)
     tiny_model(
-        place / "qwen", "qwen2", hidden_size=128, seed=3, tokenizer=shuffled, max_context=256
+        place / "gpt", "gpt2", width=NUM_TOKENS + 2, hidden_size=64, seed=4, max_context=192, **own
     )
-    tiny_model(place / "gpt", "gpt2", width=NUM_TOKENS + 2, hidden_size=64, seed=4, max_context=192)
     for seed, (small, name) in enumerate((("llama", "one"), ("llama", "two"), ("gpt", "three"))):
         tiny_adapter(place / small, place / name, seed=seed)
     llama, gpt = ModelSpec(model="llama"), ModelSpec(model="gpt")
@@ -312,7 +314,7 @@ def check_tiny(tiny: Path, expected: list[Any], **options: Any) -> None:
     finally:
         engine.close()
     assert compare(answers, expected) <= 2
-    padding = range(NUM_TOKENS, NUM_TOKENS + 6)
+    padding = range(NUM_TOKENS + 1, NUM_TOKENS + 6)
     assert not any(token in padding for answer in answers for token in answer["token_ids"])
 
 
@@ -726,9 +728,9 @@ def test_a_file_for_llama_cpp_and_another_vocabulary_are_refused(tiny, tmp_path)
     gguf = replace(SMOL.base, llama_cpp=LlamaCppSettings())
     with pytest.raises(UnsupportedModel, match=r"base is to be run by llama\.cpp"):
         find_ensemble(replace(recipe, base=gguf))
-    tiny_model(tmp_path / "other", tokenizer=tiny_tokenizer(extra_tokens=["<new>"]))
+    tiny_model(tmp_path / "other", tokenizer=tiny_tokenizer(merges=[*MERGES, ("h", "u")]))
     other = ModelSpec(model=str(tmp_path / "other"))
-    with pytest.raises(VocabularyMismatch, match="<new>"):
+    with pytest.raises(VocabularyMismatch, match="'hu'"):
         find_ensemble(
             replace(recipe, experts=(ExpertSpec("x", other, other),), default_expert=None)
         )

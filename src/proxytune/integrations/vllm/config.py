@@ -28,7 +28,7 @@ from proxytune.recipe.files import RecipeFiles
 from proxytune.recipe.recipe import ARCHITECTURE, Recipe
 from proxytune.recipe.spec import ModelSpec
 from proxytune.text.prompts import PromptFormat
-from proxytune.text.vocab import Alignment, align
+from proxytune.text.vocab import Alignment
 
 _log = logging.getLogger(__name__)
 
@@ -122,15 +122,14 @@ def find_ensemble(recipe: Recipe, grants: Grants = NOTHING) -> ServedEnsemble:
     # vLLM runs all models in one dtype, so a recipe's dtype must not make two members of one.
     recipe = recipe.with_models(lambda spec: replace(spec, dtype=None))
     found, pairs = find_members(RecipeFiles(recipe, grants))
-    base = found[0].checkpoint
     members: list[ServedMember] = []
-    for part, _, checkpoint, adapter, own in found:
+    for part, _, checkpoint, adapter, own, alignment in found:
         if adapter is not None:
             check_storable(adapter, checkpoint, "vLLM")
         _check_texts(part, found[0].format, own)
         _check_angles(part, checkpoint)
         name = f"small_{len(members) - 1}" if members else "base"
-        alignment = align(base.vocabulary, checkpoint.vocabulary)
+        assert alignment is not None  # recipes that map vocabularies are refused above
         members.append(ServedMember(name, part, checkpoint, adapter, alignment))
     return ServedEnsemble(tuple(members), pairs)
 

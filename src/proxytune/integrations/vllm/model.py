@@ -131,6 +131,7 @@ class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
         padding_ids = config.ensemble.base.vocabulary.padding_ids
         self.register_buffer("_padding_ids", padding_ids, persistent=False)
         self._widths: list[int] = []
+        self._masks: dict[str, Tensor] = {}
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Return the base's embeddings."""
@@ -164,7 +165,7 @@ class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
                     {k.removeprefix(start): t for k, t in own.items() if k.startswith(start)}
                 )
             ids = input_ids
-            if ids is not None and member.alignment.kind == "permuted":
+            if ids is not None and member.alignment.small_ids is not None:
                 # vLLM pads batches with tokens that may have no counterpart. Their logits are not used.
                 ids = member.alignment.ids_to_small(ids.long()).clamp_(min=0).to(ids.dtype)
             outputs.append(model(ids, positions, own, None))
@@ -204,6 +205,7 @@ class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
                     logits[part.pair.expert].of(part.places),
                     logits[part.pair.anti_expert].of(part.places),
                     _alpha(part.strengths),
+                    self._unshared(part.pair),
                 )
                 for part in group.parts
             ]
@@ -220,6 +222,15 @@ class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
         if len(padding_ids):
             steered.index_fill_(-1, padding_ids, -torch.inf)
         return steered
+
+    def _unshared(self, pair: Pair) -> Tensor | None:
+        """Return the tokens that a pair does not share; see `Contribution`."""
+        if pair.is_unshared is None:
+            return None
+        padding_ids: Any = self._padding_ids  # it is where the logits are
+        if pair.name not in self._masks:
+            self._masks[pair.name] = pair.is_unshared.to(padding_ids.device)
+        return self._masks[pair.name]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the members' weights, each under its member's name; return the names that were filled."""
