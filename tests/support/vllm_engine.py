@@ -65,7 +65,8 @@ class Engine:
         """Return vLLM's answers to requests sent at once, or `error` and `kind`.
 
         Each answer has `token_ids`, `text`, `logprobs` by position and `finish_reason` of its first sample,
-        the same of all in `samples`, and `prompt_logprobs` and `num_cached_tokens`.
+        the same of all in `samples`, `prompt_logprobs` and `num_cached_tokens`; and `vllm`, its version, and
+        `is_second_runner`.
 
         Args:
             requests: Fields of `SamplingParams`, of which `structured_outputs` is an object, and `prompt`.
@@ -145,6 +146,7 @@ def _shown(places: Any) -> list[dict[str, float] | None]:
 
 def answer(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from vllm import SamplingParams
+    from vllm import __version__ as version
     from vllm.sampling_params import StructuredOutputsParams
 
     prompts = [request.pop("prompt") for request in requests]
@@ -159,6 +161,10 @@ def answer(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
         outputs = llm.generate(prompts, params, use_tqdm=False)
     except Exception as error:
         return [{"error": str(error), "kind": type(error).__name__} for _ in requests]
+    engine = {
+        "vllm": version,
+        "is_second_runner": llm.llm_engine.vllm_config.use_v2_model_runner,
+    }
     answers = []
     for output in outputs:
         samples = [
@@ -175,7 +181,7 @@ def answer(llm: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "prompt_logprobs": _shown(output.prompt_logprobs),
             "num_cached_tokens": output.num_cached_tokens,
         }
-        answers.append(samples[0] | own)
+        answers.append(samples[0] | own | engine)
     return answers
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+UNPACKED = Path(__file__).parents[2] / "build" / "vllm-0.33.0"
+"""Where `make test-vllm` unpacks the newest version."""
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -27,6 +31,11 @@ class VllmSource:
         """Return the version of this environment, if any."""
         spec = importlib.util.find_spec("vllm")
         return None if spec is None or spec.origin is None else cls(Path(spec.origin).parent)
+
+    @classmethod
+    def newest(cls) -> VllmSource | None:
+        """Return the newest version, if it is unpacked."""
+        return cls(UNPACKED / "vllm") if (UNPACKED / ".unpacked").is_file() else None
 
     @property
     def version(self) -> str:
@@ -141,3 +150,23 @@ def _member(tree: ast.Module, found: ast.AST | None, name: str) -> ast.AST | Non
             if inherited is not None:
                 return inherited
     return None
+
+
+def runnable_newest(place: Path) -> Path:
+    """Return a folder with the newest version's Python files and the installed one's compiled kernels.
+
+    Before all others on `sys.path`, it is a CPU build of the newest version, as far as the kernels that are
+    called have kept their interfaces.
+    """
+    installed, newest = VllmSource.installed(), VllmSource.newest()
+    assert installed is not None and newest is not None
+    shutil.copytree(UNPACKED, place)
+    for kernels in installed.root.glob("*.so"):
+        (place / "vllm" / kernels.name).symlink_to(kernels)
+    (metadata,) = place.glob("vllm-*.dist-info/METADATA")
+    text = metadata.read_text("utf-8")
+    # vLLM takes its platform from the version.
+    metadata.write_text(
+        text.replace(f"Version: {newest.version}", f"Version: {newest.version}+cpu")
+    )
+    return place

@@ -2,8 +2,8 @@
 
 The newest version has no CPU build, so its files are read: `make test-vllm` unpacks its wheel. To support
 another version, change `NEWEST` here and in the Makefile, mend what fails, and move the upper bound of the
-extra `vllm` in pyproject.toml. Beside what the plugin calls and overrides, the table has what vLLM must do for
-it to be called at all.
+extra `vllm` in pyproject.toml. Beside what the plugin calls and overrides, the table has what vLLM must do
+for it to be called at all.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.vllm_source import VllmSource, code, parameters, strings
+from tests.support.vllm_source import UNPACKED, VllmSource, code, parameters, strings
 
 ROOT = Path(__file__).parents[3]
 OLDEST, NEWEST = "0.32", "0.33"
-UNPACKED = ROOT / "build" / "vllm-0.33.0"
-"""Where `make test-vllm` unpacks the newest version."""
 
 
 @dataclass(frozen=True)
@@ -399,14 +397,11 @@ def faults(source: VllmSource, reliance: Reliance) -> Iterator[str]:
 EVERY = [one for group in RELIANCES.values() for one in group]
 
 
-def newest() -> VllmSource | None:
-    """Return the newest version, if it is unpacked."""
-    return VllmSource(UNPACKED / "vllm") if (UNPACKED / ".unpacked").is_file() else None
-
-
 @pytest.fixture(scope="module")
 def sources() -> list[VllmSource]:
-    found = [source for source in (VllmSource.installed(), newest()) if source is not None]
+    found = [
+        source for source in (VllmSource.installed(), VllmSource.newest()) if source is not None
+    ]
     if not found:
         pytest.skip("no version of vLLM is installed or unpacked; `make test-vllm` does both")
     return found

@@ -468,6 +468,12 @@ def test_the_request_language_of_the_local_server_steers_in_vllm(server, expecte
         explained = post(path, {"model": "smol", **body, "proxytune": {"explain": True}})
         assert explained.status_code == 400 and "proxytune.explain" in explained.text
         assert post(path, {"model": "smol:nobody", **body}).status_code == 404
+    schema = {"type": "object", "properties": {"found": {"type": "boolean"}}, "required": ["found"]}
+    said = post("/v1/chat/completions", {
+        "model": "smol", "messages": question, "max_tokens": 40, "temperature": 0, "proxytune": steered,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
+    })  # fmt: skip
+    assert isinstance(json.loads(_text_in(said.json()))["found"], bool)
     chats = {texts[path][0] for path in bodies if path != "/v1/completions"}
     assert len(chats) == 1
     about = httpx.get(server.removesuffix("/v1") + "/v1/proxytune").json()
