@@ -22,7 +22,14 @@ from proxytune.integrations.vllm.draft import speculative_config
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from tests.support.tiny_recipe import tiny_recipe, tiny_requests
-from tests.support.vllm_engine import ENVIRONMENT, ROUNDING, SECOND_RUNNER, Engine, compare
+from tests.support.vllm_engine import (
+    ENVIRONMENT,
+    IN_PROCESS,
+    ROUNDING,
+    SECOND_RUNNER,
+    Engine,
+    compare,
+)
 from tests.support.vllm_source import VllmSource, runnable_newest
 
 pytestmark = pytest.mark.slow
@@ -51,24 +58,29 @@ def library(tiny) -> ProxyTuned:
     return ProxyTuned.load(tiny)
 
 
+@pytest.fixture(scope="module")
+def newest(tmp_path_factory) -> Path:
+    """A folder with a vLLM 0.33 that runs."""
+    if VllmSource.newest() is None:
+        pytest.skip("vLLM 0.33 is not unpacked; `make test-vllm` does it")
+    return runnable_newest(tmp_path_factory.mktemp("newest") / "vllm-0.33")
+
+
 @pytest.fixture(
     scope="module",
     params=["0.32, first runner", "0.32, second, drafting", "0.33, first", "0.33, second"],
 )
-def engine(request, tiny, tmp_path_factory) -> Iterator[Engine]:
+def engine(request, tiny) -> Iterator[Engine]:
     """Few rows, so that requests wait and change their places in the batch."""
     options: dict[str, Any] = {"max_model_len": 192, "max_num_seqs": 6}
     # A random model would go on writing spaces.
     options["structured_outputs_config"] = {"backend": "xgrammar", "disable_any_whitespace": True}
     if "drafting" in request.param:
         options["speculative_config"] = speculative_config(Recipe.read(tiny), num_tokens=3)
-    environment = dict(SECOND_RUNNER) if "second" in request.param else {}
+    environment = IN_PROCESS | (SECOND_RUNNER if "second" in request.param else {})
     if "0.33" in request.param:
-        if VllmSource.newest() is None:
-            pytest.skip("vLLM 0.33 is not unpacked; `make test-vllm` does it")
-        paths = [str(runnable_newest(tmp_path_factory.mktemp("newest") / "vllm-0.33"))]
-        paths += [path for path in [os.environ.get("PYTHONPATH")] if path]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        paths = [str(request.getfixturevalue("newest")), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     with Engine(tiny, environment=environment, **options) as started:
         (said,) = started.ask([{"prompt": "a", "max_tokens": 1}])
         assert said["vllm"].startswith(request.param[:4])
