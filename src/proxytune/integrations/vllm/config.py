@@ -363,6 +363,11 @@ def check_engine(vllm_config: Any) -> None:
             "prompt embeddings belong to one model, and a recipe has several.\n"
             "hint: leave enable_prompt_embeds out"
         )
+    if vllm_config.parallel_config.prefill_context_parallel_size > 1:
+        raise UnsupportedModel(
+            "prefill_context_parallel_size is above 1: vLLM then shows a model the rows of one rank, and "
+            "takes the logits of all.\nhint: leave it out, or use tensor_parallel_size"
+        )
     load_format = str(vllm_config.load_config.load_format)
     if load_format in _OWN_FORMATS:
         vllm_config.load_config.load_format = LOAD_FORMAT
@@ -375,9 +380,10 @@ def check_engine(vllm_config: Any) -> None:
         settings.get("experts"),
         allow_pickle=settings.get("allow_pickle", False),
         is_fixed=""
-        if speculative is None
-        else "with speculative decoding vLLM does not say which row of a batch is whose.\n"
-        "hint: leave it out, or start vLLM without speculative_config",
+        if speculative is None or vllm_config.use_v2_model_runner
+        else "with speculative decoding vLLM's first model runner does not say which row of a batch is "
+        "whose.\nhint: leave it out, or start vLLM without speculative_config, or with its second model "
+        "runner (VLLM_USE_V2_MODEL_RUNNER=1, which needs Triton and cannot draft with suffix)",
     )
     _check_texts_are_rendered(config.served_recipe, settings.get("renders_texts") is True)
     wanted = {spec.dtype for spec in config.served_recipe.models.values()} - {None, "auto"}
@@ -386,11 +392,6 @@ def check_engine(vllm_config: Any) -> None:
         raise UnsupportedModel(
             f"the recipe asks for {wanted.pop()}, and vLLM would run in {running}.\n"
             "hint: give vLLM the recipe's dtype with --dtype, or leave dtype out of the recipe"
-        )
-    if getattr(vllm_config, "use_v2_model_runner", False):
-        _log.warning(
-            "vLLM uses its second model runner, with which recipes have not been tried; "
-            "VLLM_USE_V2_MODEL_RUNNER=0 chooses the first"
         )
     limit = config.ensemble.max_context
     if limit is not None and model.max_model_len > limit:

@@ -50,7 +50,7 @@ def vllm_server_command(
         dtype: Dtype of all models; None leaves it to vLLM.
         max_model_len: Maximum number of tokens of a row; None for the shortest context of the models.
         num_drafted: Number of tokens that the default expert drafts at a time; 0 turns speculative decoding
-            off. With drafts, requests cannot choose strength or experts.
+            off. With drafts, requests can choose strength and experts on vLLM's second model runner alone.
         grants: What the caller allows.
         options: Further options of vLLM's server, passed on unchanged.
 
@@ -75,7 +75,8 @@ def vllm_server_command(
     command = [sys.executable, "-m", MODULE, "--model", str(recipe.directory)]
     name = name or recipe.directory.name
     # Where requests cannot choose, an expert's name would promise what is not done.
-    names = [] if num_drafted else [f"{name}:{expert.name}" for expert in served.experts]
+    can_choose = not num_drafted or _is_second_runner()
+    names = [f"{name}:{expert.name}" for expert in served.experts] if can_choose else []
     command += ["--served-model-name", name, *names, "--middleware", MIDDLEWARE]
     command += ["--host", host, "--port", str(port)]
     own: dict[str, object] = {}
@@ -97,6 +98,15 @@ def vllm_server_command(
         drafting = speculative_config(served, num_tokens=num_drafted, grants=grants)
         command += ["--speculative-config", json.dumps(drafting)]
     return [*command, *options]
+
+
+def _is_second_runner() -> bool:
+    """Whether vLLM will run its second model runner, which tells rows apart while an expert drafts."""
+    from vllm.envs import VLLM_USE_V2_MODEL_RUNNER
+    from vllm.triton_utils import HAS_TRITON
+
+    chosen: bool | None = VLLM_USE_V2_MODEL_RUNNER
+    return bool(HAS_TRITON) if chosen is None else chosen
 
 
 def become_vllm_server(
