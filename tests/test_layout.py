@@ -157,6 +157,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "vllm.server",
         "vllm.weights",
         "vllm.model",
+        "vllm.worker",
+        "vllm.engine",
     ),
     "evaluate": (
         "harness",
@@ -202,6 +204,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "progress",
         "app",
         "options",
+        "engines",
         "bench",
         "chat",
         "demo",

@@ -198,5 +198,6 @@ def _settings(recipe: Recipe, options: BatchOptions, input_sha256: str) -> dict[
     }
     # Left out where nothing is asked, as in the files of runs from before these could be.
     own = {"policy": options.steering.policy, "combine": options.steering.combine}
+    own["engine"] = None if options.engine == "local" else options.engine
     settings |= {key: value for key, value in own.items() if value is not None}
     return dict(json.loads(json.dumps(settings)))

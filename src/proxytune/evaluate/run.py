@@ -192,7 +192,7 @@ class _Answering:
             alpha=speaker.alpha,
             experts=speaker.experts,
             limit=options.limit,
-            batch_size=options.batch_size,
+            batch_size=options.num_together,
             seed=options.seed,
             cache=self.output / "generated" / task / f"{name}.{digest}",
             rule=options.rule,
@@ -214,7 +214,7 @@ class _Answering:
         settings = _settings(work, predictor, recipe, options)
         with ResumableOutput(path, settings) as file:
             lines = [_line(number, *sample) for number, sample in enumerate(samples, 1)]
-            num_done = file.resume(iter(lines), len(lines), options.batch_size)
+            num_done = file.resume(iter(lines), len(lines), options.num_together)
             self.num_resumed += num_done
             self._report(EvalProgress(work.task.name, name, num_done, len(lines)))
             if num_done < len(lines):
@@ -222,7 +222,7 @@ class _Answering:
                 requests = speaker.requests(work.task, samples)
                 speaker.check(requests[num_done:])
             while num_done < len(lines):
-                block = slice(num_done, num_done + options.batch_size)
+                block = slice(num_done, num_done + options.num_together)
                 started = time.perf_counter()
                 outputs = speaker.answer([item for item, _, _ in samples[block]], requests[block])
                 seconds = (time.perf_counter() - started) / len(outputs)
@@ -258,6 +258,8 @@ def _settings(
         "banned": work.task.banned,
         "banned_first": work.task.banned_first,
     }
+    if options.engine != "local":
+        settings["engine"] = options.engine
     return dict(json.loads(json.dumps(settings)))
 
 

@@ -50,6 +50,7 @@ class ServedMember:
         checkpoint: Its files.
         adapter: A LoRA adapter to merge into its weights.
         alignment: How its tokens correspond to the base's.
+        format: How it reads prompts.
     """
 
     name: str
@@ -57,6 +58,7 @@ class ServedMember:
     checkpoint: Checkpoint
     adapter: AdapterFiles | None
     alignment: Alignment
+    format: PromptFormat
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def find_ensemble(recipe: Recipe, grants: Grants = NOTHING) -> ServedEnsemble:
         _check_texts(part, found[0].format, own)
         name = f"small_{len(members) - 1}" if members else "base"
         alignment = align(base.vocabulary, checkpoint.vocabulary)
-        members.append(ServedMember(name, part, checkpoint, adapter, alignment))
+        members.append(ServedMember(name, part, checkpoint, adapter, alignment, own))
     return ServedEnsemble(tuple(members), pairs)
 
 
