@@ -12,6 +12,8 @@ from proxytune.decode.batch import Batch, DraftCount, Event
 from proxytune.decode.ensemble import Answer, Ensemble, Job
 from proxytune.decode.lanes import Row
 from proxytune.decode.speculative import Speculator
+from proxytune.errors import InvalidRequest
+from proxytune.request import NO_DRAFTS
 from proxytune.trace import Step, Trace, Usage
 
 
@@ -57,7 +59,8 @@ def run(
 ) -> Iterator[Event]:
     """Generate the collectors' jobs in one batch, and yield each event once its collector has it."""
     if ensemble.engine is not None:
-        assert speculator is None, "drafts are the engine's own"
+        if speculator is not None:
+            raise InvalidRequest(NO_DRAFTS)
         yield from _run_in_engine(ensemble, collectors)
         return
     batch = Batch(ensemble, [collector.job for collector in collectors], speculator=speculator)

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -33,12 +33,14 @@ from proxytune.decode.ensemble import Answer, Ensemble, Job, Member, Pair, membe
 from proxytune.errors import (
     BackendError,
     InvalidRequest,
+    RecipeError,
     UnsupportedModel,
     UserError,
     missing_extra,
 )
 from proxytune.grants import NOTHING, Grants
 from proxytune.integrations.vllm.config import ServedEnsemble, ServedMember, find_ensemble
+from proxytune.integrations.vllm.request import Menu, set_menu
 from proxytune.model import ProxyTuned
 from proxytune.policy import Policy
 from proxytune.recipe.fields import write_steering
@@ -172,6 +174,7 @@ class VllmEngine:
         options: Sequence[str],
     ) -> None:
         self._served = served
+        self._menu = Menu(recipe, grants=grants)
         self._place, directory = _place_of(recipe)
         # What it prints belongs to stderr; it reads this when it is imported.
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
@@ -336,6 +339,7 @@ class VllmEngine:
         from vllm.inputs import tokens_input
 
         llm = self._started()
+        set_menu(self._menu)  # Another recipe may have been started in this process since.
         running: dict[str, int] = {}
         waiting = iter(enumerate(requests))
         try:
@@ -413,11 +417,12 @@ def _check_sampling(sampling: SamplingParams) -> None:
 
 def _place_of(recipe: Recipe) -> tuple[tempfile.TemporaryDirectory[str] | None, Path]:
     """Return the directory of a recipe; one that no directory holds is written into a temporary one."""
-    there = Recipe.read(recipe.directory)
-    is_there = there.base == recipe.base and set(recipe.experts) <= set(there.experts)
-    # How to steer, requests say themselves. With a schedule vLLM would not start.
-    if is_there and not there.policy.has_positions:
-        return None, recipe.directory
+    with suppress(RecipeError):  # There is none yet.
+        there = Recipe.read(recipe.directory)
+        is_there = there.base == recipe.base and all(e in there.experts for e in recipe.experts)
+        # How to steer, requests say themselves. With a schedule vLLM would not start.
+        if is_there and not there.policy.has_positions:
+            return None, recipe.directory
     place = tempfile.TemporaryDirectory(prefix="proxytune-")
     return place, recipe.write(Path(place.name) / "recipe").directory
 
@@ -440,8 +445,7 @@ def _engine_args(
     own += ["--worker-extension-cls", WORKER, "--disable-log-stats"]
     own += ["--trust-remote-code"] if grants.trust_remote_code else []
     parser = EngineArgs.add_cli_args(Parser(prog="vLLM", add_help=False))
-    usual = EngineArgs.from_cli_args(parser.parse_args(own))
-    args = EngineArgs.from_cli_args(parser.parse_args([*own, *options]))
+    usual, given = parser.parse_args(own), parser.parse_args([*own, *options])
     for key, hint in (
         ("model", "the recipe is the model"),
         ("dtype", "--dtype is an option of this command and stands before --"),
@@ -450,9 +454,10 @@ def _engine_args(
         ("speculative_config", f"leave it out, or {_LOCAL} with --speculative"),
         ("data_parallel_size", "start the command once for each part of the input"),
     ):
-        if getattr(args, key) != getattr(usual, key):
+        if getattr(given, key) != getattr(usual, key):
             flag = "--" + key.replace("_", "-")
             raise InvalidRequest(f"{flag} cannot be among vLLM's options here.\nhint: {hint}")
+    args = EngineArgs.from_cli_args(given)
     further = dict(args.additional_config or {})
     if "proxytune" in further:
         raise InvalidRequest(
