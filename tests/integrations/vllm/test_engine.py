@@ -6,7 +6,6 @@ vLLM's own, and the same in every run.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -77,10 +76,10 @@ def library(recipe: Recipe) -> ProxyTuned:
 @pytest.fixture(scope="module")
 def served(recipe: Recipe) -> Iterator[ProxyTuned]:
     """The recipe in vLLM; it is started by the first test that needs it, and gone after the last."""
-    models = [load_in_vllm(recipe, dtype="float32", options=OPTIONS)]
-    yield models[0]
-    models.clear()
-    gc.collect()
+    model = load_in_vllm(recipe, dtype="float32", options=OPTIONS)
+    yield model
+    engine: Any = model.ensemble.engine
+    engine.close()
 
 
 def is_started(model: ProxyTuned) -> bool:

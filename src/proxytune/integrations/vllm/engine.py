@@ -180,6 +180,7 @@ class VllmEngine:
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
         self._args = _engine_args(recipe, directory, dtype, grants, options)
         self._llm: Any = None
+        self._end: Callable[[], object] = lambda: None
         self._told: tuple[Mapping[str, Any] | None, int | None] = None, None
         self._numbers = count()
 
@@ -188,6 +189,11 @@ class VllmEngine:
         """Maximum number of tokens of a row, if vLLM's options set it."""
         given = self._args.max_model_len
         return given if given is not None and given > 0 else None
+
+    def close(self) -> None:
+        """End vLLM's processes, which otherwise end with this object; the next job would start it again."""
+        self._end()
+        self._llm, self._told = None, (None, None)
 
     # What is asked ---------------------------------------------------------------------------------------
 
@@ -369,7 +375,7 @@ class VllmEngine:
             with _stdout_on_stderr(), _translated():
                 self._llm = LLMEngine.from_engine_args(self._args, UsageContext.LLM_CLASS)
             # Its processes hold the devices' memory, which the next models may need.
-            weakref.finalize(self, self._llm.engine_core.shutdown)
+            self._end = weakref.finalize(self, self._llm.engine_core.shutdown)
         return self._llm
 
 
