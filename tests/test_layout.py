@@ -150,6 +150,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "frozen",
         "generation",
         "transformers",
+        "vllm.parent",
         "vllm.request",
         "vllm.config",
         "vllm.draft",

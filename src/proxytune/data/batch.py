@@ -125,6 +125,8 @@ def run_batch(
             model = load(experts)
             source.check_requests(model)
             num_resumed = output.resume(source.lines(), source.num_lines, options.batch_size)
+            if model.ensemble.engine is not None:
+                model.ensemble.engine.start()
             started = time.perf_counter()
             num_new_tokens = _generate(model, source, output, num_resumed, options, on_progress)
             latency_s = time.perf_counter() - started

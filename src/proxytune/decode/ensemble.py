@@ -85,6 +85,14 @@ class Engine(Protocol):
     ensemble without pairs is its only, or its first, member by itself.
     """
 
+    def start(self) -> None:
+        """Load the models, if they are not loaded; a job would do it as well.
+
+        Raises:
+            UserError: The engine refuses how it is to run.
+            BackendError: It failed.
+        """
+
     def check(self, ensemble: Ensemble, job: Job) -> None:
         """Refuse a job that the engine cannot run.
 
@@ -117,6 +125,9 @@ class Engine(Protocol):
             alphas: Strength of each of the ensemble's pairs.
             on_text: Called with the index of each text that is done.
         """
+
+    def close(self) -> None:
+        """Give back the engine's memory; a later job starts it again."""
 
 
 def alone(ensemble: Ensemble, index: int) -> Ensemble:

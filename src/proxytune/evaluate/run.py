@@ -174,6 +174,8 @@ class _Answering:
         for task in foreign:
             for predictor in predictors:
                 self.runs[task, predictor.name] = self._run_foreign(task, predictor, recipe, model)
+        if model.cache_info().currsize and (engine := model().ensemble.engine) is not None:
+            engine.close()  # The next models, or a classifier, may need its memory.
 
     def _run_foreign(
         self, task: str, predictor: Predictor, recipe: Recipe, model: Callable[[], ProxyTuned]
@@ -221,6 +223,8 @@ class _Answering:
                 speaker = Speaker(predictor, model(), options)
                 requests = speaker.requests(work.task, samples)
                 speaker.check(requests[num_done:])
+                if (engine := speaker.model.ensemble.engine) is not None:
+                    engine.start()
             while num_done < len(lines):
                 block = slice(num_done, num_done + options.num_together)
                 started = time.perf_counter()

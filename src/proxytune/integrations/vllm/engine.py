@@ -40,6 +40,7 @@ from proxytune.errors import (
 )
 from proxytune.grants import NOTHING, Grants
 from proxytune.integrations.vllm.config import ServedEnsemble, ServedMember, find_ensemble
+from proxytune.integrations.vllm.parent import ending_with_this
 from proxytune.integrations.vllm.request import Menu, set_menu
 from proxytune.model import ProxyTuned
 from proxytune.policy import Policy
@@ -189,6 +190,10 @@ class VllmEngine:
         """Maximum number of tokens of a row, if vLLM's options set it."""
         given = self._args.max_model_len
         return given if given is not None and given > 0 else None
+
+    def start(self) -> None:
+        """Start vLLM, if it is not running."""
+        self._started()
 
     def close(self) -> None:
         """End vLLM's processes, which otherwise end with this object; the next job would start it again."""
@@ -372,7 +377,7 @@ class VllmEngine:
             from vllm.usage.usage_lib import UsageContext
             from vllm.v1.engine.llm_engine import LLMEngine
 
-            with _stdout_on_stderr(), _translated():
+            with ending_with_this(), _stdout_on_stderr(), _translated():
                 self._llm = LLMEngine.from_engine_args(self._args, UsageContext.LLM_CLASS)
             # Its processes hold the devices' memory, which the next models may need.
             self._end = weakref.finalize(self, self._llm.engine_core.shutdown)
