@@ -38,6 +38,8 @@ class Capabilities:
         can_merge: Whether `merge` and `copy` work.
         reuses_logits: Whether the next call on the same state overwrites the memory of the logits; callers
             that keep them must clone them.
+        reuses_prompts: Whether a prompt may go on from an earlier one that begins alike, which is rewound and
+            extended (dynamic NTK turns a prompt's keys by angles for its length).
     """
 
     max_context: int | None
@@ -45,6 +47,7 @@ class Capabilities:
     can_merge: bool = False
     adapters: tuple[str, ...] = ()
     reuses_logits: bool = False
+    reuses_prompts: bool = True
 
 
 class Prefilled(NamedTuple, Generic[State]):

@@ -60,6 +60,8 @@ def _reuse(group: LaneGroup, kept: Kept, job: Job) -> tuple[Tensor, int] | None:
     # A server keeps what it has read by itself; tokens that are not the prompt's cannot be compared with it.
     if not backend.capabilities.can_rewind or backend.partial or backend.translation:
         return None
+    if not backend.capabilities.reuses_prompts:
+        return None
     prompts = [list(job.prompts[lane.member]) for lane in group.lanes]
     read = [kept.token_ids[lane.member] for lane in group.lanes]
     shared = [
