@@ -44,6 +44,8 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
 )
 OPTIONS = ("--enforce-eager", "--max-num-seqs", "6")
+BANNED = [[token_id, -10000] for token_id in range(100)]
+"""As a benchmark bans tokens; vLLM's server would change it to -100."""
 TEXT = "The mayor shall hear what the council says, and say what the law is. " * 12
 
 
@@ -189,7 +191,7 @@ def lines() -> list[dict[str, Any]]:
         {"expert": {"one": 0.3, "two": 0.6}},
         {"policy": "gate_sure", "alpha": 1.2},
         {"combine": "union", "expert": ["one", "two"]},
-        {"stop": ["e"], "min_new_tokens": 3},
+        {"stop": ["e"], "min_new_tokens": 3, "logit_bias": BANNED},
         {"logprobs": 2, "repetition_penalty": 1.3},
     )
     found = []
