@@ -1,7 +1,7 @@
 """A recipe of tiny models that differ in all that vLLM might confuse, and requests for it.
 
-The base is padded, and the small models have other architectures, widths, token ids and added tokens. Three experts are
-adapters, and one is the base itself.
+The base is padded, and the small models have other architectures, widths, token ids and added tokens. Three
+experts are adapters, and one is the base itself.
 """
 
 from __future__ import annotations

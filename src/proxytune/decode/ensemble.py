@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -70,6 +70,7 @@ class Ensemble:
         eos_token_ids: Token ids that end a text, in the base's vocabulary.
         tokenizer: The base's tokenizer, which turns new tokens into text.
         policy: How strongly and by which pairs to steer at each token, where a job does not say it.
+        engine: What runs all members together, where their logits do not come here; None if they do.
     """
 
     members: tuple[Member, ...]
@@ -78,6 +79,74 @@ class Ensemble:
     eos_token_ids: tuple[int, ...]
     tokenizer: Tokenizer
     policy: Policy = field(default_factory=Policy)
+    engine: Engine | None = None
+
+
+class Answer(NamedTuple):
+    """What an engine generated for one job.
+
+    Args:
+        row: Index of the job.
+        token_ids: The new tokens, in the base's vocabulary, with the one that ended the text.
+        tops: For each token, its steered logprob and the likeliest tokens with theirs, best first; empty if
+            the job asks for no logprobs.
+    """
+
+    row: int
+    token_ids: tuple[int, ...]
+    tops: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = ()
+
+
+class Engine(Protocol):
+    """What generates and scores with a whole ensemble and shows no logits, as another program does.
+
+    Every method takes the ensemble, whose pairs and members may be some of those that the engine runs. An
+    ensemble without pairs is its only, or its first, member by itself.
+    """
+
+    def start(self) -> None:
+        """Load the models, if they are not loaded; a job would do it as well.
+
+        Raises:
+            UserError: The engine refuses how it is to run.
+            BackendError: It failed.
+        """
+
+    def check(self, ensemble: Ensemble, job: Job) -> None:
+        """Refuse a job that the engine cannot run.
+
+        Raises:
+            UserError: It asks for what the engine cannot do; the message names it.
+        """
+
+    def answers(self, ensemble: Ensemble, jobs: Sequence[Job]) -> Iterator[Answer]:
+        """Yield the answers to jobs as they end.
+
+        Raises:
+            BackendError: The engine failed.
+        """
+
+    def first_logprobs(self, ensemble: Ensemble, job: Job, token_ids: Sequence[int]) -> list[float]:
+        """Return the steered logprobs of some tokens as a job's first one, nats."""
+
+    def losses(
+        self,
+        ensemble: Ensemble,
+        texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+        alphas: Sequence[float],
+        on_text: Callable[[int], None],
+    ) -> list[list[float]]:
+        """Return the loss of each given token, nats.
+
+        Args:
+            ensemble: The models and the policy.
+            texts: Prompts and what follows them, at least one token each, in the base's vocabulary.
+            alphas: Strength of each of the ensemble's pairs.
+            on_text: Called with the index of each text that is done.
+        """
+
+    def close(self) -> None:
+        """Give back the engine's memory; a later job starts it again."""
 
 
 def alone(ensemble: Ensemble, index: int) -> Ensemble:
@@ -143,6 +212,8 @@ def check_job(ensemble: Ensemble, job: Job) -> None:
             raise InvalidRequest(
                 f"{name} holds {max(token_ids)}, but {vocabulary.name} has only {vocabulary.width} token ids"
             )
+    if ensemble.engine is not None:
+        ensemble.engine.check(ensemble, job)
     is_partial = ensemble.members[0].backend.partial is not None
     if is_partial and job.sampling.repetition_penalty != 1.0:
         raise InvalidRequest(

@@ -53,6 +53,7 @@ class ServedMember:
         checkpoint: Its files.
         adapter: A LoRA adapter to merge into its weights.
         alignment: How its tokens correspond to the base's.
+        format: How it reads prompts.
     """
 
     name: str
@@ -60,6 +61,7 @@ class ServedMember:
     checkpoint: Checkpoint
     adapter: AdapterFiles | None
     alignment: Alignment
+    format: PromptFormat
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def find_ensemble(recipe: Recipe, grants: Grants = NOTHING) -> ServedEnsemble:
         _check_angles(part, checkpoint)
         name = f"small_{len(members) - 1}" if members else "base"
         assert alignment is not None  # recipes that map vocabularies are refused above
-        members.append(ServedMember(name, part, checkpoint, adapter, alignment))
+        members.append(ServedMember(name, part, checkpoint, adapter, alignment, own))
     return ServedEnsemble(tuple(members), pairs)
 
 
