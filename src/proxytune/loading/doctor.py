@@ -22,10 +22,13 @@ from typing import Any, TypeVar
 from proxytune.backends.retokenised import token_map
 from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
+from proxytune.checkpoints.merge import why_not_quantised
 from proxytune.checkpoints.placement import running_device, running_dtype
 from proxytune.errors import (
+    AdapterMismatch,
     BackendError,
     NotEnoughMemory,
+    UnsupportedModel,
     UserError,
     VocabularyMismatch,
     missing_extra,
@@ -231,8 +234,8 @@ class _Examination:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     reports: list[ModelReport] = field(default_factory=list)
-    counted: set[tuple[ModelSpec, str]] = field(default_factory=set)
-    """Adapters whose memory is counted, by the weights they are on and their path."""
+    counted: dict[tuple[ModelSpec, str], str] = field(default_factory=dict)
+    """Adapters whose memory is counted, by the weights they are on and their path: the part that has them."""
 
     def run(self) -> Diagnosis:
         for one in self.asked:
@@ -309,6 +312,9 @@ class _Examination:
             }
             values |= self._examine_tokens(part, spec, checkpoint, is_first)
             values |= self._examine_size(part, spec, checkpoint, adapter, is_first)
+            if adapter is not None and adapter.why_merged(checkpoint) is not None:
+                first = self.counted.get((spec.weights, str(adapter.path)))
+                values["shares"] = None if first == part else first
         self.reports.append(ModelReport(part=part, **values))
 
     def _find_adapter(
@@ -327,7 +333,25 @@ class _Examination:
                 f"{part}: the adapter {adapter.name} says it was trained on {adapter.trained_on}, and is "
                 f"put on {checkpoint.name}; their layers have the same sizes."
             )
+        self._note_adapter(part, spec, adapter, checkpoint)
         return adapter
+
+    def _note_adapter(
+        self, part: str, spec: ModelSpec, adapter: AdapterFiles, checkpoint: Checkpoint
+    ) -> None:
+        """Note what of an adapter is dropped, and why it needs a copy of its model."""
+        number = adapter.num_embeddings(checkpoint)
+        if number is not None:
+            self.notes.append(_resized(part, adapter, checkpoint, number))
+        why = adapter.why_merged(checkpoint)
+        if why is None:
+            return
+        if spec.quantization is not None or checkpoint.is_quantized:
+            raise UnsupportedModel(why_not_quantised(adapter, checkpoint, why))
+        self.notes.append(
+            f"{part}: the adapter {adapter.name} is merged into a copy of {checkpoint.name} of its own, "
+            f"because {why}."
+        )
 
     def _examine_tokens(
         self, part: str, spec: ModelSpec, checkpoint: Checkpoint, is_first: bool
@@ -473,7 +497,9 @@ class _Examination:
         weight_bytes = _weight_bytes(checkpoint, element, spec.quantization) if is_first else 0
         if adapter is not None:
             # PEFT keeps the factors in float32 for training only; the loader takes the model's dtype.
-            weight_bytes += self._once(spec, adapter, element * adapter.num_parameters)
+            is_merged = adapter.why_merged(checkpoint) is not None
+            added = num if is_merged else adapter.num_kept(checkpoint)
+            weight_bytes += self._once(part, spec, adapter, element * added)
         return {
             **values,
             "device": device,
@@ -482,12 +508,10 @@ class _Examination:
             "cache_bytes": 1000 * element * checkpoint.cache_elements_per_token,
         }
 
-    def _once(self, spec: ModelSpec, adapter: AdapterFiles, num_bytes: int) -> int:
-        """Return the memory of an adapter; 0 if it was counted before."""
+    def _once(self, part: str, spec: ModelSpec, adapter: AdapterFiles, num_bytes: int) -> int:
+        """Return the memory of an adapter; 0 if it was counted for another part."""
         key = (spec.weights, str(adapter.path))
-        is_counted = key in self.counted
-        self.counted.add(key)
-        return 0 if is_counted else num_bytes
+        return num_bytes if self.counted.setdefault(key, part) == part else 0
 
     def _examine_key(self, part: str, spec: ModelSpec) -> bool:
         """Note which key goes to which host, and return whether the server may be asked."""
@@ -534,7 +558,7 @@ class _Examination:
             self._tried(part, library)
         weight_bytes = checkpoint.gguf_path.stat().st_size if is_first else 0
         if adapter is not None:
-            weight_bytes += self._once(spec, adapter, adapter.path.stat().st_size)
+            weight_bytes += self._once(part, spec, adapter, adapter.path.stat().st_size)
         element = _CACHE_BYTES[spec.llama_cpp.cache_dtype_of(checkpoint.stored_dtype)]
         return {
             # Only llama.cpp knows which GPU it was built for.
@@ -566,6 +590,32 @@ class _Examination:
                     ),
                 )
         return tuple(devices)
+
+
+def _resized(part: str, adapter: AdapterFiles, checkpoint: Checkpoint, number: int) -> str:
+    """Return the note on an adapter with other tokens than its model.
+
+    Raises:
+        AdapterMismatch: Ordinary tokens differ.
+    """
+    width, known = checkpoint.width, checkpoint.vocabulary.token_to_id
+    ordinary, added = adapter.own_tokens()
+    ordinary = {token: i for token, i in ordinary.items() if token not in added and i < width}
+    other = next((token for token, i in ordinary.items() if known.get(token) != i), None)
+    if other is not None:
+        raise AdapterMismatch(
+            f"the adapter {adapter.name} was trained with another tokenizer than that of {checkpoint.name}: "
+            f"{other!r} is its token {ordinary[other]}.\n"
+            "hint: name the small model that the adapter was trained on"
+        )
+    note = f"{part}: the adapter {adapter.name} has embeddings for {number:,} tokens and {checkpoint.name}"
+    note += f" for {width:,}, whose tokenizer is used"
+    if number < width:
+        return f"{note}; those that it lacks belong to no token."
+    names = [token for token, i in added.items() if i >= width][:5]
+    return f"{note}; what it learned about added tokens is dropped" + (
+        f" ({', '.join(map(repr, names))})." if names else "."
+    )
 
 
 def _weight_bytes(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from proxytune.backends.api.client import Budget
 from proxytune.backends.base import Backend
+from proxytune.backends.exact import ExactBackend
 from proxytune.backends.retokenised import RetokenisedBackend
 from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
+from proxytune.checkpoints.merge import with_shapes
 from proxytune.decode.ensemble import Ensemble, Member
-from proxytune.errors import VocabularyMismatch
+from proxytune.errors import UnsupportedModel, VocabularyMismatch
 from proxytune.grants import NOTHING, Grants
 from proxytune.loading.doctor import examine
 from proxytune.loading.members import MemberFiles, find_members
@@ -25,7 +28,11 @@ from proxytune.text.vocab import align
 
 
 def load_ensemble(
-    recipe: Recipe, budget: Budget | None = None, grants: Grants = NOTHING
+    recipe: Recipe,
+    budget: Budget | None = None,
+    grants: Grants = NOTHING,
+    *,
+    is_exact: bool = False,
 ) -> tuple[Ensemble, tuple[PromptFormat, ...]]:
     """Check a recipe whole, then load its models, and say how each member wants its prompts.
 
@@ -33,23 +40,29 @@ def load_ensemble(
         recipe: What to load.
         budget: What calls to a base behind an API may cost; None for no limit.
         grants: What the caller allows.
+        is_exact: Run every row in forwards of its own; see `ExactBackend`.
 
     Raises:
         UnsafeModel: The recipe asks for a right that the caller does not grant.
+        UnsupportedModel: A model cannot be run exactly.
         UserError: A model is missing, unsafe, corrupt or does not match; see `errors.py`.
         ApiError: The API of the base cannot be reached.
     """
+    if is_exact:
+        _check_exact(recipe)
     files = RecipeFiles(recipe, grants)
     files.check_grants()  # before anything is imported for the recipe's models
     examine(recipe, files=files).raise_first()
     found, pairs = find_members(files)
     base = found[0].checkpoint
     checkpoints = {member.spec.weights: member.checkpoint for member in found}
-    names, adapters = _named_adapters(found)
+    places, adapters = _places(found)
     backends = {
-        weights: _load_backend(weights, checkpoint, adapters[weights], budget, grants)
-        for weights, checkpoint in checkpoints.items()
+        copy: _load_backend(copy, checkpoints[copy.weights], own, budget, grants)
+        for copy, own in adapters.items()
     }
+    if is_exact:
+        backends = {copy: ExactBackend(backend) for copy, backend in backends.items()}
     # One for each model: lanes whose members share it are translated at once (`decode/lanes.py`).
     alignments = {}
     for weights, checkpoint in checkpoints.items():
@@ -59,13 +72,15 @@ def load_ensemble(
             if recipe.vocabulary != "map":
                 raise
             alignments[weights] = align(base.vocabulary, base.vocabulary)
-            backends[weights] = RetokenisedBackend(backends[weights], checkpoint, base)
+            for copy, backend in backends.items():
+                if copy.weights == weights:
+                    backends[copy] = RetokenisedBackend(backend, checkpoint, base)
     tokenizers = _shared_tokenizers(checkpoints)
     members, formats = [], []
-    for (part, spec, _, _, own), adapter in zip(found, names, strict=True):
+    for (part, spec, _, _, own), (copy, adapter) in zip(found, places, strict=True):
         weights = spec.weights
         name = part if weights.model == part else f"{part} ({weights.model})"
-        members.append(Member(name, backends[weights], alignments[weights], adapter))
+        members.append(Member(name, backends[copy], alignments[weights], adapter))
         formats.append(replace(own, tokenizer=tokenizers[weights]))
     ensemble = Ensemble(
         tuple(members),
@@ -79,13 +94,51 @@ def load_ensemble(
     return ensemble, tuple(formats)
 
 
+def _check_exact(recipe: Recipe) -> None:
+    """Refuse models whose logits depend on more than the forwards of a row."""
+    for part, spec in recipe.models.items():
+        why = None
+        if spec.api is not None:
+            why = "runs behind an API, whose server chooses which requests it computes together"
+        elif spec.cuda_graphs:
+            why = (
+                "is to run as CUDA graphs, whose rounded shapes differ from those of a forward that is not "
+                "recorded yet"
+            )
+        if why is not None:
+            raise UnsupportedModel(
+                f"exact was asked for, and {part} {why}, so its logits can depend on more than the text.\n"
+                f"hint: leave exact out{'' if spec.api is not None else ', or cuda_graphs'}"
+            )
+
+
+class _Copy(NamedTuple):
+    """One copy of weights in memory.
+
+    Args:
+        weights: Which model, in which dtype and place.
+        merged: The directory of the adapter that is merged into them.
+    """
+
+    weights: ModelSpec
+    merged: Path | None = None
+
+
+class _Adapters(NamedTuple):
+    """The adapters on one copy of weights: what rows may choose from by name, and what is merged into it."""
+
+    by_name: dict[str, AdapterFiles]
+    merged: AdapterFiles | None = None
+
+
 def _load_backend(
-    spec: ModelSpec,
+    copy: _Copy,
     checkpoint: Checkpoint,
-    adapters: Mapping[str, AdapterFiles],
+    adapters: _Adapters,
     budget: Budget | None,
     grants: Grants,
 ) -> Backend[Any]:
+    spec = copy.weights
     if spec.api is not None:
         from proxytune.backends.api.backend import ApiBackend
 
@@ -93,29 +146,33 @@ def _load_backend(
     if spec.llama_cpp is not None:
         from proxytune.backends.llama_cpp import LlamaCppBackend
 
-        return LlamaCppBackend.load(checkpoint, spec, adapters)
+        return LlamaCppBackend.load(checkpoint, spec, adapters.by_name)
     from proxytune.backends.transformers.backend import TransformersBackend
 
-    return TransformersBackend.load(checkpoint, spec, adapters)
+    return TransformersBackend.load(checkpoint, spec, adapters.by_name, adapters.merged)
 
 
-def _named_adapters(
+def _places(
     found: Sequence[MemberFiles],
-) -> tuple[list[str | None], dict[ModelSpec, dict[str, AdapterFiles]]]:
-    """Return the name of each member's adapter, and by weights the adapters that go onto them."""
-    names: list[str | None] = []
-    adapters: dict[ModelSpec, dict[str, AdapterFiles]] = {}
-    for part, spec, _, files, _ in found:
-        known = adapters.setdefault(spec.weights, {})
-        name = None
-        if files is not None:
+) -> tuple[list[tuple[_Copy, str | None]], dict[_Copy, _Adapters]]:
+    """Return each member's copy of weights and its adapter's name there, and the adapters of each copy."""
+    places: list[tuple[_Copy, str | None]] = []
+    adapters: dict[_Copy, _Adapters] = {}
+    for part, spec, checkpoint, files, _ in found:
+        copy, name = _Copy(spec.weights), None
+        files = None if files is None else with_shapes(files)
+        if files is not None and files.why_merged(checkpoint) is not None:
+            copy = _Copy(spec.weights, files.path)
+            adapters.setdefault(copy, _Adapters({}, files))
+        known = adapters.setdefault(copy, _Adapters({})).by_name
+        if files is not None and copy.merged is None:
             name = next((name for name, other in known.items() if other.path == files.path), None)
             if name is None:
                 # The number keeps experts "a.b" and "a_b" apart: adapters' names hold no dots.
                 name = f"{part.replace('.', '_')}_{len(known)}"
                 known[name] = files
-        names.append(name)
-    return names, adapters
+        places.append((copy, name))
+    return places, adapters
 
 
 def _shared_tokenizers(checkpoints: Mapping[ModelSpec, Checkpoint]) -> dict[ModelSpec, Tokenizer]:

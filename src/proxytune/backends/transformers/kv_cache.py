@@ -22,7 +22,11 @@ MIN_ROOM = 32
 
 def _with_room(num_slots: int) -> int:
     # An eighth: each key is copied about eight times in all, and at most 12.5 % of the memory is unused.
-    return num_slots + max(MIN_ROOM, num_slots // 8)
+    # Multiples of 32 put each head's first key on 64 bytes, whatever its size: kernels that find it elsewhere
+    # add in another order, so that a row's logits would depend on how often its buffers had grown.
+    if num_slots < 8 * MIN_ROOM:
+        return -(-(num_slots + MIN_ROOM) // 32) * 32
+    return (num_slots + num_slots // 8) // 32 * 32
 
 
 class RoomyLayer(DynamicLayer):

@@ -17,6 +17,7 @@ from typing import Any
 from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
 from proxytune.checkpoints.context import rope_kind, rope_scalings
+from proxytune.checkpoints.merge import check_storable
 from proxytune.decode.ensemble import Pair
 from proxytune.errors import UnsupportedModel
 from proxytune.grants import NOTHING, Grants
@@ -125,7 +126,7 @@ def find_ensemble(recipe: Recipe, grants: Grants = NOTHING) -> ServedEnsemble:
     members: list[ServedMember] = []
     for part, _, checkpoint, adapter, own in found:
         if adapter is not None:
-            adapter.check_fits(checkpoint)
+            check_storable(adapter, checkpoint, "vLLM")
         _check_texts(part, found[0].format, own)
         _check_angles(part, checkpoint)
         name = f"small_{len(members) - 1}" if members else "base"

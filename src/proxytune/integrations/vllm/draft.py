@@ -83,11 +83,9 @@ def _write(ensemble: ServedEnsemble, member: ServedMember, weights: Path, target
 
     model: Any = AutoModelForCausalLM.from_pretrained(weights, dtype="auto", local_files_only=True)
     if member.adapter is not None:
-        from proxytune.backends.transformers.weights import add_adapters
+        from proxytune.checkpoints.merge import merge_into
 
-        adapters = {"draft": member.adapter}
-        adapted, _ = add_adapters(model, member.checkpoint.name, adapters)
-        model = adapted.merge_and_unload()
+        merge_into(model, member.adapter, member.checkpoint)
     alignment = member.alignment
     if alignment.kind != "same":
         if alignment.small_ids is not None:
