@@ -27,7 +27,7 @@ from proxytune.checkpoints.config_limits import (
     token_ids,
     values_of,
 )
-from proxytune.checkpoints.context import max_context
+from proxytune.checkpoints.context import check_gguf_angles, max_context
 from proxytune.checkpoints.conversion import convert_small_files, convert_weights
 from proxytune.checkpoints.faults import fault_text, faults_as, is_fault, is_panic, shown
 from proxytune.checkpoints.headers import (
@@ -321,6 +321,8 @@ class Checkpoint:
             UnsupportedModel: It cannot be built.
             CorruptModel: Its config needs far more memory than its tensors.
         """
+        if self.gguf_header is not None:
+            check_gguf_angles(self.gguf_header.metadata, self.gguf_header.tensors, self.name)
         _ = self._empty_model
 
     @property
