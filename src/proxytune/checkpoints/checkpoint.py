@@ -18,6 +18,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from proxytune.checkpoints.causal import check_causal
 from proxytune.checkpoints.config_limits import (
     check_config,
     check_empty_model,
@@ -26,6 +27,7 @@ from proxytune.checkpoints.config_limits import (
     token_ids,
     values_of,
 )
+from proxytune.checkpoints.context import max_context
 from proxytune.checkpoints.conversion import convert_small_files, convert_weights
 from proxytune.checkpoints.faults import fault_text, faults_as, is_fault, is_panic, shown
 from proxytune.checkpoints.headers import (
@@ -45,7 +47,6 @@ from proxytune.checkpoints.hub import (
     hub_directory,
     hub_tensors,
 )
-from proxytune.checkpoints.placement import max_context
 from proxytune.checkpoints.references import local_path, unpinned_path
 from proxytune.checkpoints.tokenizer_limits import check_pattern_times, check_tokenizer_files
 from proxytune.checkpoints.untrusted import LIST_BYTES, check_links, read_json_file
@@ -594,7 +595,10 @@ def _check_usable(checkpoint: Checkpoint) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = checkpoint.config
-    num_layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    text = config.get_text_config(decoder=True)
+    # A model that runs its layers several times may count each time in `num_hidden_layers` (HRM-Text).
+    own = ("num_layers_per_stack", "num_hidden_layers")
+    num_layers = next((n for n in (getattr(text, key, None) for key in own) if n is not None), None)
     check_num_layers(num_layers, checkpoint.tensors, checkpoint.name)
     has_own_code = bool(getattr(config, "auto_map", None)) and checkpoint.trust_remote_code
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not has_own_code:
@@ -602,6 +606,7 @@ def _check_usable(checkpoint: Checkpoint) -> None:
             f"{checkpoint.name} is a model of type {config.model_type!r}, which transformers does not run as "
             "a causal language model.\nhint: name a model that predicts the next token"
         )
+    check_causal(config, checkpoint.name)
     for pattern in (_HEAD, _EMBEDDING):
         heads = [name for name in checkpoint.tensors if pattern.fullmatch(name)]
         if not heads:

@@ -89,7 +89,13 @@ def evaluate(
     """
     from proxytune.evaluate.run import evaluate as run
 
-    options = replace(options, judge=judge.settings(), dtype=models.dtype, device=models.device)
+    options = replace(
+        options,
+        judge=judge.settings(),
+        dtype=models.dtype,
+        device=models.device,
+        exact=models.exact,
+    )
     found = models.read(recipe)
 
     def load(wanted: Recipe, experts: tuple[str, ...] | None) -> ProxyTuned:

@@ -113,6 +113,7 @@ def generate(
             sampling=sampling,
             steering=steering.of(found),
             dtype=models.dtype,
+            exact=models.exact,
             batch_size=options.batch_size or _LINES["batch_size"].default,
             skip_bad_lines=options.skip_bad_lines,
             speculative=options.speculative,

@@ -197,6 +197,7 @@ def _settings(recipe: Recipe, options: BatchOptions, input_sha256: str) -> dict[
         **asdict(options.sampling),
     }
     # Left out where nothing is asked, as in the files of runs from before these could be.
-    own = {"policy": options.steering.policy, "combine": options.steering.combine}
+    own: dict[str, Any] = {"policy": options.steering.policy, "combine": options.steering.combine}
+    own |= {"exact": options.exact or None}
     settings |= {key: value for key, value in own.items() if value is not None}
     return dict(json.loads(json.dumps(settings)))

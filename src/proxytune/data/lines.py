@@ -38,6 +38,7 @@ class BatchOptions:
         sampling: For lines without options of their own.
         steering: For lines that do not say how they are steered.
         dtype: The models' dtype, where it is not the recipe's. A run is continued only in the same one.
+        exact: Whether they are loaded with `exact`. A run is continued only alike.
         batch_size: Results do not depend on it, apart from ties within rounding, so that a run may be
             continued with another one.
         skip_bad_lines: Otherwise a line that cannot be used makes the whole file refused.
@@ -50,6 +51,7 @@ class BatchOptions:
     sampling: SamplingParams
     steering: Steering = field(default_factory=Steering)
     dtype: str | None = None
+    exact: bool = False
     batch_size: int = option(8, "Number of lines that are generated together", at_least=1)
     skip_bad_lines: bool = option(False, "Leave out lines that cannot be used, and report them")
     speculative: bool = option(False, SPECULATIVE)

@@ -46,6 +46,7 @@ class EvalOptions:
         judge: Whom to ask about open answers; None leaves them unscored.
         dtype: The models' dtype, where it is not the recipe's.
         device: The models' device, where it is not the recipe's.
+        exact: Whether the models are loaded with `exact`.
 
     Raises:
         InvalidRequest: A value cannot be used, or two exclude each other.
@@ -116,6 +117,7 @@ class EvalOptions:
     )
     dtype: str | None = None
     device: str | None = None
+    exact: bool = False
     speculative: bool = option(False, SPECULATIVE)
 
     def __post_init__(self) -> None:

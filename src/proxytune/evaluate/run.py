@@ -183,6 +183,7 @@ class _Answering:
         speaker = Speaker(predictor, model(), options)
         where = str(recipe.directory.resolve())
         content = [recipe.to_dict(), where, asdict(predictor), options.dtype, options.seed]
+        content += ["exact"] if options.exact else []
         settings = json.dumps(content, sort_keys=True, default=str)
         digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
         name = file_name(predictor.name)
@@ -258,6 +259,7 @@ def _settings(
         "banned": work.task.banned,
         "banned_first": work.task.banned_first,
     }
+    settings |= {"exact": True} if options.exact else {}
     return dict(json.loads(json.dumps(settings)))
 
 

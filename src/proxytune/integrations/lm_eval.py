@@ -59,6 +59,7 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         seed: Random seed of sampled answers.
         device: Device of all models; None or `cuda:0` for the recipe's.
         dtype: Dtype of all models; None for the recipe's.
+        exact: As in `ProxyTuned.load`.
         speculative: Use speculative decoding when generating.
         trust_remote_code: Grant what the recipe asks for: run Python code that comes with its models.
         allow_pickle: Grant what the recipe asks for: read pickled weights, which can run any code.
@@ -79,6 +80,7 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         seed: int = 0,
         device: str | None = None,
         dtype: str | None = None,
+        exact: bool = False,
         speculative: bool = False,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
@@ -100,6 +102,7 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
                 recipe,
                 device=device,
                 dtype=dtype,
+                exact=exact,
                 trust_remote_code=trust_remote_code,
                 allow_pickle=allow_pickle,
             )

@@ -428,6 +428,11 @@ def _load_with_options(recipe: Recipe, options: dict[str, Any]) -> ProxyTuned:
             "use_safetensors is False, but a recipe says for each model whether pickled weights may be "
             "read.\nhint: leave it out, and give allow_pickle=True to grant what the recipe asks for"
         )
+    if options.get("exact"):
+        raise UnsupportedModel(
+            "exact was given, but transformers' generate pads the rows of a batch and runs them together.\n"
+            "hint: use proxytune.ProxyTuned.load(..., exact=True) or `proxytune generate --exact`"
+        )
     grants = grants_of(options)
     refuse_options(options, ignored=_NO_EFFECT)
     dtype = None if dtype in (None, "auto") else str(dtype).removeprefix("torch.")

@@ -8,10 +8,12 @@ from typing import Any
 
 from proxytune.backends.api.client import Budget
 from proxytune.backends.base import Backend
+from proxytune.backends.exact import ExactBackend
 from proxytune.backends.retokenised import RetokenisedBackend
 from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
 from proxytune.decode.ensemble import Ensemble, Member
+from proxytune.errors import UnsupportedModel
 from proxytune.grants import NOTHING, Grants
 from proxytune.loading.doctor import examine
 from proxytune.loading.members import MemberFiles, find_members
@@ -24,7 +26,11 @@ from proxytune.text.vocab import align
 
 
 def load_ensemble(
-    recipe: Recipe, budget: Budget | None = None, grants: Grants = NOTHING
+    recipe: Recipe,
+    budget: Budget | None = None,
+    grants: Grants = NOTHING,
+    *,
+    is_exact: bool = False,
 ) -> tuple[Ensemble, tuple[PromptFormat, ...]]:
     """Check a recipe whole, then load its models, and say how each member wants its prompts.
 
@@ -32,12 +38,16 @@ def load_ensemble(
         recipe: What to load.
         budget: What calls to a base behind an API may cost; None for no limit.
         grants: What the caller allows.
+        is_exact: Run every row in forwards of its own; see `ExactBackend`.
 
     Raises:
         UnsafeModel: The recipe asks for a right that the caller does not grant.
+        UnsupportedModel: A model cannot be run exactly.
         UserError: A model is missing, unsafe, corrupt or does not match; see `errors.py`.
         ApiError: The API of the base cannot be reached.
     """
+    if is_exact:
+        _check_exact(recipe)
     files = RecipeFiles(recipe, grants)
     files.check_grants()  # before anything is imported for the recipe's models
     examine(recipe, files=files).raise_first()
@@ -49,6 +59,8 @@ def load_ensemble(
         weights: _load_backend(weights, checkpoint, adapters[weights], budget, grants)
         for weights, checkpoint in checkpoints.items()
     }
+    if is_exact:
+        backends = {weights: ExactBackend(backend) for weights, backend in backends.items()}
     alignments = {}
     for member in found:
         weights = member.spec.weights
@@ -76,6 +88,24 @@ def load_ensemble(
     )
     return_free_memory()  # of what was only read to check
     return ensemble, tuple(formats)
+
+
+def _check_exact(recipe: Recipe) -> None:
+    """Refuse models whose logits depend on more than the forwards of a row."""
+    for part, spec in recipe.models.items():
+        why = None
+        if spec.api is not None:
+            why = "runs behind an API, whose server chooses which requests it computes together"
+        elif spec.cuda_graphs:
+            why = (
+                "is to run as CUDA graphs, whose rounded shapes differ from those of a forward that is not "
+                "recorded yet"
+            )
+        if why is not None:
+            raise UnsupportedModel(
+                f"exact was asked for, and {part} {why}, so its logits can depend on more than the text.\n"
+                f"hint: leave exact out{'' if spec.api is not None else ', or cuda_graphs'}"
+            )
 
 
 def _load_backend(

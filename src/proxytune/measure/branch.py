@@ -204,6 +204,8 @@ class _Tree:
 
     def _best(self, logits: dict[int, Tensor], point: int, rows: Sequence[int]) -> list[int]:
         ensemble = self._ensemble
+        if len(rows) > 1 and ensemble.members[0].backend.capabilities.is_exact:
+            return [self._best(logits, point, [row])[0] for row in rows]  # as a batch chooses then
         device = logits[0].device
         chosen = {member: part[list(rows)].to(device) for member, part in logits.items()}
         positions = torch.tensor(

@@ -22,7 +22,11 @@ MIN_ROOM = 32
 
 def _with_room(num_slots: int) -> int:
     # An eighth: each key is copied about eight times in all, and at most 12.5 % of the memory is unused.
-    return num_slots + max(MIN_ROOM, num_slots // 8)
+    # Multiples of 32 put each head's first key on 64 bytes, whatever its size: kernels that find it elsewhere
+    # add in another order, so that a row's logits would depend on how often its buffers had grown.
+    if num_slots < 8 * MIN_ROOM:
+        return -(-(num_slots + MIN_ROOM) // 32) * 32
+    return (num_slots + num_slots // 8) // 32 * 32
 
 
 class RoomyLayer(DynamicLayer):
@@ -119,7 +123,7 @@ class RoomyLayer(DynamicLayer):
     def copy(self, rows: Tensor, first_slot: int) -> RoomyLayer:
         """Return a separate layer of the given rows and the slots from `first_slot` on, without room."""
         assert self.keys is not None and self.values is not None
-        copied = RoomyLayer()
+        copied = type(self)()
         copied.lazy_initialization(self.keys, self.values)
         copied.keys, copied.values = (
             tensor[:, :, first_slot:].index_select(0, rows.to(tensor.device))
@@ -218,6 +222,14 @@ class RoomyCache(DynamicCache):
         """Add another cache's rows; see `RoomyLayer.merge`."""
         for layer, theirs in zip(self.filled(), other.filled(), strict=True):
             layer.merge(theirs, rows)
+
+    def overwrite(self, rows: Tensor, other: RoomyCache) -> None:
+        """Take another cache's keys and values, as many slots, for the given rows."""
+        for layer, theirs in zip(self.filled(), other.filled(), strict=True):
+            assert layer.keys is not None and layer.values is not None
+            assert theirs.keys is not None and theirs.values is not None
+            layer.keys[rows.to(layer.keys.device)] = theirs.keys
+            layer.values[rows.to(layer.values.device)] = theirs.values
 
     def keep_slots(self, slots: Tensor) -> None:
         """Keep the given slots of each row, `[batch, num_kept]`, in that order."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
+from proxytune.checkpoints.context import rope_kind, rope_scalings
 from proxytune.decode.ensemble import Pair
 from proxytune.errors import UnsupportedModel
 from proxytune.grants import NOTHING, Grants
@@ -74,8 +76,37 @@ class ServedEnsemble:
     @property
     def max_context(self) -> int | None:
         """Maximum number of tokens for every model; None if no model has a limit."""
-        limits = [member.checkpoint.max_context for member in self.members]
+        limits = [_served_context(member.checkpoint) for member in self.members]
         return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _served_context(checkpoint: Checkpoint) -> int | None:
+    """Return how many tokens a model holds in vLLM; None if there is no limit.
+
+    With longrope it is the length up to which texts have the original angles: if longer ones are allowed,
+    vLLM reads short ones with the angles for long ones, too.
+    """
+    limits = [
+        checkpoint.max_context,
+        *(
+            each.get("original_max_position_embeddings")
+            for each in rope_scalings(checkpoint.config.get_text_config(decoder=True))
+            if rope_kind(each) == "longrope"
+        ),
+    ]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _unscaled(context: int, text: Any) -> float:
+    """Return the length that vLLM makes `context` of: it multiplies the length in a config by a factor."""
+    factor = 1.0
+    if "gemma3" not in text.model_type:
+        for each in rope_scalings(text):
+            # vLLM's list; it takes the length for these kinds as it is, and the last factor of the others.
+            if rope_kind(each) not in ("su", "longrope", "llama3", "yarn"):
+                factor = float(each.get("factor") or factor)
+    length = context / factor
+    return length if int(length * factor) == context else math.nextafter(length, math.inf)
 
 
 def find_ensemble(recipe: Recipe, grants: Grants = NOTHING) -> ServedEnsemble:
@@ -95,6 +126,7 @@ def find_ensemble(recipe: Recipe, grants: Grants = NOTHING) -> ServedEnsemble:
         if adapter is not None:
             adapter.check_fits(checkpoint)
         _check_texts(part, found[0].format, own)
+        _check_angles(part, checkpoint)
         name = f"small_{len(members) - 1}" if members else "base"
         assert alignment is not None  # recipes that map vocabularies are refused above
         members.append(ServedMember(name, part, checkpoint, adapter, alignment))
@@ -168,6 +200,17 @@ def _check_texts(title: str, base: PromptFormat, own: PromptFormat) -> None:
             "vLLM has one stream of tokens for all models.\n"
             "hint: use `proxytune serve` without --engine vllm, which renders a prompt for each model"
         )
+
+
+def _check_angles(part: str, checkpoint: Checkpoint) -> None:
+    """Refuse a model whose rotary angles vLLM computes in another way than transformers."""
+    for scaling in rope_scalings(checkpoint.config.get_text_config(decoder=True)):
+        if "dynamic" in rope_kind(scaling):
+            raise UnsupportedModel(
+                f"the rotary angles of {part} ({checkpoint.name}) depend on a text's length (dynamic NTK), "
+                "and vLLM reads every text with the angles for the longest one.\n"
+                "hint: use `proxytune serve` without --engine vllm"
+            )
 
 
 def _check_texts_are_rendered(recipe: Recipe, is_promised: bool) -> None:
@@ -247,8 +290,9 @@ class RecipeConfig(ProxyTunedConfig):  # type: ignore[no-untyped-call]
         if "_text_config" not in self.__dict__:
             ensemble = self._shapes
             text = copy.deepcopy(ensemble.base.config.get_text_config(decoder=True))
-            if ensemble.max_context not in (None, ensemble.base.max_context):
-                text.max_position_embeddings = ensemble.max_context
+            if ensemble.max_context is not None:
+                # Not as its positions, from which frequencies may be computed.
+                text.model_max_length = _unscaled(ensemble.max_context, text)
             text.eos_token_id = list(ensemble.base.eos_token_ids) or None
             dtype = next((s.dtype for s in self.served_recipe.models.values() if s.dtype), None)
             if dtype not in (None, "auto"):
