@@ -29,7 +29,14 @@ from proxytune.loading.doctor import examine
 from proxytune.policy import Policy
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
-from tests.support.tiny import NUM_TOKENS, tiny_adapter, tiny_gguf, tiny_model, tiny_tokenizer
+from tests.support.tiny import (
+    MERGES,
+    NUM_TOKENS,
+    tiny_adapter,
+    tiny_gguf,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +46,7 @@ def models(tmp_path_factory):
     tiny_model(root / "small")
     tiny_model(root / "tuned", seed=1)
     tiny_model(root / "gpt2", "gpt2", tokenizer=tiny_tokenizer(shuffle_seed=3, chat_template=None))
-    tiny_model(root / "other", tokenizer=tiny_tokenizer(extra_tokens=["abracadabra"]))
+    tiny_model(root / "other", tokenizer=tiny_tokenizer(merges=[*MERGES, ("h", "u")]))
     tiny_adapter(root / "small", root / "adapter")
     tiny_gguf(root / "tiny.gguf")
     return root

@@ -27,11 +27,12 @@ from proxytune.checkpoints.config_limits import (
     token_ids,
     values_of,
 )
-from proxytune.checkpoints.context import max_context
+from proxytune.checkpoints.context import check_gguf_angles, max_context
 from proxytune.checkpoints.conversion import convert_small_files, convert_weights
 from proxytune.checkpoints.faults import fault_text, faults_as, is_fault, is_panic, shown
 from proxytune.checkpoints.gguf_parts import GgufModel, check_types, read_gguf_model
 from proxytune.checkpoints.headers import (
+    GGUF_ADDED,
     SAFETENSORS_DTYPES,
     GgufHeader,
     StoredTensor,
@@ -61,6 +62,7 @@ from proxytune.errors import (
 )
 
 if TYPE_CHECKING:
+    from proxytune.checkpoints.changes import Layout
     from proxytune.text.vocab import Vocabulary
 
 _NOT_PARAMETERS = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
@@ -235,14 +237,21 @@ class Checkpoint:
                         f"{known[token]} in the tokenizer that transformers makes of it.\n"
                         "hint: use the model's original safetensors, or convert the file again"
                     )
-            return Vocabulary(self.name, own, self.width)
+            kinds = enumerate(self.gguf_header.token_kinds)
+            return Vocabulary.of_tokens(
+                own,
+                self.tokenizer,
+                name=self.name,
+                width=self.width,
+                added_ids=[token_id for token_id, kind in kinds if kind in GGUF_ADDED],
+            )
         return Vocabulary.from_tokenizer(self.tokenizer, name=self.name, width=self.width)
 
     @cached_property
     def num_parameters(self) -> int:
         """Number of weights, from the headers; counted in an empty model if they are packed."""
         stored = {n: t for n, t in self.tensors.items() if not _NOT_PARAMETERS.search(n)}
-        if stored and not self._is_packed and not self._is_quantized:
+        if stored and not self._is_packed and not self.is_quantized:
             return sum(tensor.num_elements for tensor in stored.values())
         return sum(parameter.numel() for parameter in self._empty_model.parameters())
 
@@ -329,7 +338,7 @@ class Checkpoint:
                 model,
                 self.tensors,
                 self.name,
-                is_packed=self._is_packed or self._is_quantized,
+                is_packed=self._is_packed or self.is_quantized,
             )
         return model
 
@@ -341,6 +350,7 @@ class Checkpoint:
             CorruptModel: Its config needs far more memory than its tensors.
         """
         if self.gguf_header is not None:
+            check_gguf_angles(self.gguf_header.metadata, self.gguf_header.tensors, self.name)
             check_types(self.gguf_header, self.name)
         _ = self._empty_model
 
@@ -350,29 +360,33 @@ class Checkpoint:
         return self.kind == "directory" and not self.stored_dtype.startswith(("float", "bf"))
 
     @property
-    def _is_quantized(self) -> bool:
+    def is_quantized(self) -> bool:
+        """Whether its weights are stored for a quantised model."""
         return getattr(self.config, "quantization_config", None) is not None
 
     @cached_property
+    def layout(self) -> Layout:
+        """Names and shapes of its modules, for adapters."""
+        from proxytune.checkpoints.rows import layout_of
+
+        return layout_of(self._empty_model)
+
+    @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """`(inputs, outputs)` of every linear layer and embedding, by module name."""
-        import torch
-        from transformers.pytorch_utils import Conv1D
-
+        layout = self.layout
         shapes: dict[str, tuple[int, int]] = {}
-        for name, module in self._empty_model.named_modules():
-            if isinstance(module, torch.nn.Linear):
-                shapes[name] = (module.in_features, module.out_features)
-            elif isinstance(module, Conv1D):
-                shapes[name] = (module.weight.shape[0], module.weight.shape[1])
-            elif isinstance(module, torch.nn.Embedding):
-                shapes[name] = (module.num_embeddings, module.embedding_dim)
+        for name in layout.linear:
+            first, last = layout.parameters[name]["weight"]
+            shapes[name] = (first, last) if name in layout.inputs_first else (last, first)
         return shapes
 
     @cached_property
-    def module_names(self) -> frozenset[str]:
-        """Names of all modules of the model."""
-        return frozenset(name for name, _ in self._empty_model.named_modules())
+    def row_modules(self) -> frozenset[str]:
+        """Names of the modules that get the rows of a batch one by one; see `modules_of_rows`."""
+        from proxytune.checkpoints.rows import modules_of_rows
+
+        return modules_of_rows(self._empty_model)
 
     def weights_path(self) -> Path:
         """Return a directory in the Hugging Face layout with the weights, fetched or converted if needed.

@@ -43,6 +43,8 @@ _GGUF_SCALARS = {
 _TOKENS, _TOKEN_KINDS = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 _MERGES = "tokenizer.ggml.merges"
 _UNUSED = 5
+GGUF_ADDED = frozenset({2, 3, 4, _UNUSED})
+"""llama.cpp's types of tokens that are not ordinary: unknown, control, user-defined and unused."""
 _GGUF_PADDING = re.compile(r"\[PAD-?\d+\]")
 """Converters' names for ids that no token has."""
 
@@ -160,7 +162,7 @@ class GgufHeader:
         tensors: Tensors by GGUF's names, with shapes in torch's order.
         digest: SHA-256 of the header's bytes, which decide config and tokenizer.
         tokens: The vocabulary, by token id; empty in an adapter.
-        token_kinds: llama.cpp's type of each token: 3 is control, 5 unused.
+        token_kinds: llama.cpp's type of each token: 1 is ordinary, 6 a byte; the others are in `GGUF_ADDED`.
         places: Where each tensor's data are in the file: first byte and number of bytes.
         values_end: The byte after the metadata, which begin at byte 24.
     """
