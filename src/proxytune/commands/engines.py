@@ -20,7 +20,7 @@ VllmOptions = Annotated[
     list[str] | None,
     argument("OPTIONS", "With --engine vllm, after --: further options of vLLM's engine"),
 ]
-VLLM_FLAGS = frozenset({"--engine", "--dtype", "--trust-remote-code", "--allow-pickle"})
+VLLM_FLAGS = frozenset({"--engine", "--dtype", "--exact", "--trust-remote-code", "--allow-pickle"})
 """What --engine vllm honours of the options of models; the rest has names of vLLM's own."""
 
 
@@ -62,4 +62,5 @@ class EngineOptions(ModelOptions):
             dtype=self.dtype,
             grants=self.grants(),
             options=self.vllm_options,
+            is_exact=self.exact,
         )

@@ -9,8 +9,6 @@ KV cache by length. Temporary memory of a forward comes on top.
 
 from __future__ import annotations
 
-import importlib.util
-import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
@@ -31,7 +29,6 @@ from proxytune.errors import (
     UnsupportedModel,
     UserError,
     VocabularyMismatch,
-    missing_extra,
 )
 from proxytune.grants import Grants
 from proxytune.loading.formats import base_format, pair_formats
@@ -304,6 +301,7 @@ class _Examination:
         if adapter is not None:
             values["num_adapter_parameters"] = adapter.num_parameters
         if checkpoint is not None:
+            self.notes += (f"{part}: {note}" for note in checkpoint.notes if is_first)
             values |= {
                 "kind": checkpoint.kind,
                 "architecture": checkpoint.architecture,
@@ -490,12 +488,16 @@ class _Examination:
             return values | self._examine_llama_cpp(part, spec, checkpoint, adapter, is_first)
         if is_first:
             self._tried(part, checkpoint.check_buildable)
-        device = self._tried(part, lambda: _device(spec, is_first), is_noted=is_first)
+        device = self._tried(part, lambda: running_device(spec.device), is_noted=is_first)
         if device is None:
             return values
         dtype = running_dtype(spec.dtype, stored_dtype=checkpoint.stored_dtype, device=device)
         element = _DTYPE_BYTES[dtype]
-        weight_bytes = _weight_bytes(checkpoint, element, spec.quantization) if is_first else 0
+        weight_bytes = 0
+        if is_first:
+            found = self._tried(part, lambda: _weight_bytes(checkpoint, spec, dtype, device))
+            weight_bytes = element * num if found is None else found
+            self._note_quantization(part, spec, checkpoint, weight_bytes)
         if adapter is not None:
             # PEFT keeps the factors in float32 for training only; the loader takes the model's dtype.
             is_merged = adapter.why_merged(checkpoint) is not None
@@ -508,6 +510,24 @@ class _Examination:
             "weight_bytes": weight_bytes,
             "cache_bytes": 1000 * element * checkpoint.cache_elements_per_token,
         }
+
+    def _note_quantization(
+        self, part: str, spec: ModelSpec, checkpoint: Checkpoint, num_bytes: int
+    ) -> None:
+        from proxytune.backends.transformers.quantized import joins_rows, stored_quantization
+
+        if spec.quantization is not None and joins_rows(spec.quantization):
+            self.notes.append(
+                f"{part}: bitsandbytes looks for outliers in all rows of a batch together, so a text depends "
+                'on its batch and on drafts. "llm_int8_threshold": 0.0 in its quantization keeps rows apart.'
+            )
+        method = stored_quantization(checkpoint)
+        if method is not None and num_bytes > checkpoint.stored_bytes:
+            stored = bytes_text(checkpoint.stored_bytes)
+            self.notes.append(
+                f"{part}: the weights of {checkpoint.name} are stored in {stored} ({method}), and are "
+                "unpacked here, as nothing on this machine multiplies them as they are."
+            )
 
     def _once(self, part: str, spec: ModelSpec, adapter: AdapterFiles, num_bytes: int) -> int:
         """Return the memory of an adapter; 0 if it was counted for another part."""
@@ -554,10 +574,11 @@ class _Examination:
         """Return the memory that llama.cpp needs for a file."""
         from proxytune.backends.llama_cpp import library
 
-        assert spec.llama_cpp is not None and checkpoint.gguf_path is not None
+        assert spec.llama_cpp is not None and checkpoint.gguf is not None
         if is_first:
             self._tried(part, library)
-        weight_bytes = checkpoint.gguf_path.stat().st_size if is_first else 0
+        files = checkpoint.gguf.parts if is_first else ()
+        weight_bytes = sum(file.stat().st_size for file in files)
         if adapter is not None:
             weight_bytes += self._once(part, spec, adapter, adapter.path.stat().st_size)
         element = _CACHE_BYTES[spec.llama_cpp.cache_dtype_of(checkpoint.stored_dtype)]
@@ -663,45 +684,19 @@ def _map_alike(base: Checkpoint, one: Checkpoint, other: Checkpoint) -> bool:
     return bool((maps[0] == maps[1]).all())
 
 
-def _weight_bytes(
-    checkpoint: Checkpoint, element: int, quantization: Mapping[str, Any] | None
-) -> int:
-    """Return the memory of a model's weights, estimated if they are quantised."""
-    num = checkpoint.num_parameters
-    bits = _quantized_bits(quantization or {})
-    if bits is None:
-        return element * num
-    # Embeddings and the output head stay as they are; scales take about half a bit per weight.
-    dense = sum(
-        tensor.num_elements
-        for name, tensor in checkpoint.tensors.items()
-        if len(tensor.shape) < 2
-        or "embed" in name
-        or name.endswith(("wte.weight", "lm_head.weight"))
-    )
-    return element * dense + math.ceil((num - dense) * (bits + 0.5) / 8)
+def _weight_bytes(checkpoint: Checkpoint, spec: ModelSpec, dtype: str, device: str) -> int:
+    """Return the memory of a model's weights, and check that what quantises them runs here."""
+    from proxytune.backends.transformers import quantized
+    from proxytune.backends.transformers.weights import quietly
 
-
-def _quantized_bits(quantization: Mapping[str, Any]) -> int | None:
-    said = f"{quantization.get('quant_type', '')} {quantization.get('quant_method', '')}".lower()
-    if quantization.get("load_in_4bit") or "int4" in said:
-        return 4
-    if quantization.get("load_in_8bit") or "int8" in said or "float8" in said:
-        return 8
-    return None
-
-
-def _device(spec: ModelSpec, is_first: bool) -> str:
-    """Return the device that a model runs on; the first part to use it also needs a quantiser's package."""
-    quantization = (is_first and spec.quantization) or {}
-    method = quantization.get("quant_method")
-    if method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
-        method = "bitsandbytes"
-    if method in ("bitsandbytes", "torchao") and importlib.util.find_spec(method) is None:
-        raise missing_extra(
-            f"the quantisation {method} is asked for, and that package is not installed", "quantize"
-        )
-    return running_device(spec.device)
+    with quietly():
+        if spec.quantization is not None:
+            return quantized.try_quantization(
+                checkpoint, spec.quantization, dtype=dtype, device=device
+            )
+        if not quantized.check_stored_quantization(checkpoint, device=device):
+            return checkpoint.stored_bytes
+    return _DTYPE_BYTES[dtype] * checkpoint.num_parameters
 
 
 def bytes_text(number: int | None) -> str:

@@ -164,6 +164,14 @@ def test_options_of_vllm_are_checked_by_name(recipe, options, named):
         load_in_vllm(recipe, options=options)
 
 
+def test_exactness_is_refused_where_vllm_has_no_kernels_for_it(recipe):
+    with pytest.raises(
+        UnsupportedModel, match="batch-invariant kernels for GPUs only, not for cpu"
+    ):
+        load_in_vllm(recipe, is_exact=True)
+    assert "VLLM_BATCH_INVARIANT" not in os.environ
+
+
 def test_options_of_vllm_reach_it(recipe):
     model = load_in_vllm(
         recipe,

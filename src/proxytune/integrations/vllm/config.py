@@ -35,6 +35,9 @@ _log = logging.getLogger(__name__)
 LOAD_FORMAT = "proxytune"
 """The name in vLLM of the loader in `weights.py`."""
 
+BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
+"""The variable that makes vLLM use kernels whose results do not depend on the batch."""
+
 _OWN_FORMATS = ("auto", "hf", "safetensors", LOAD_FORMAT)
 _SETTINGS = ("experts", "allow_pickle", "renders_texts")
 """Settings in vLLM's `additional_config` under `proxytune`: which experts are served; whether pickled weights
@@ -421,3 +424,19 @@ def register_config() -> None:
     register(RecipeConfig, tokenizer_class=ProxyTunedTokenizer, exist_ok=True)
     MODELS_CONFIG_MAP[ARCHITECTURE] = RecipeChecks
     ModelRegistry.register_model(ARCHITECTURE, "proxytune.integrations.vllm.model:SteeredModel")
+
+
+def check_batch_invariance() -> None:
+    """Refuse exactness where vLLM would fail in the middle of loading.
+
+    Raises:
+        UnsupportedModel: vLLM has no batch-invariant kernels for this device.
+    """
+    from vllm.platforms import current_platform
+
+    if not (current_platform.is_cuda_alike() or current_platform.is_xpu()):
+        raise UnsupportedModel(
+            "exact was asked for, and vLLM has batch-invariant kernels for GPUs only, not for "
+            f"{current_platform.device_type}.\n"
+            "hint: leave --exact out, or leave --engine vllm out, since the engine here has it everywhere"
+        )

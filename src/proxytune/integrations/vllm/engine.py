@@ -39,7 +39,13 @@ from proxytune.errors import (
     missing_extra,
 )
 from proxytune.grants import NOTHING, Grants
-from proxytune.integrations.vllm.config import ServedEnsemble, ServedMember, find_ensemble
+from proxytune.integrations.vllm.config import (
+    BATCH_INVARIANT,
+    ServedEnsemble,
+    ServedMember,
+    check_batch_invariance,
+    find_ensemble,
+)
 from proxytune.integrations.vllm.parent import ending_with_this
 from proxytune.integrations.vllm.request import Menu, set_menu
 from proxytune.model import ProxyTuned
@@ -62,6 +68,7 @@ def load_in_vllm(
     dtype: str | None = None,
     grants: Grants = NOTHING,
     options: Sequence[str] = (),
+    is_exact: bool = False,
 ) -> ProxyTuned:
     """Check a recipe and vLLM's options, and return the recipe's models as vLLM will run them.
 
@@ -74,10 +81,11 @@ def load_in_vllm(
         dtype: Dtype of all models; None leaves it to vLLM.
         grants: What the caller allows.
         options: Further options of vLLM's engine, as its command line takes them.
+        is_exact: Whether vLLM is to use its batch-invariant kernels, from now on in this process.
 
     Raises:
         UnsafeModel: The recipe asks for a right that the caller does not grant.
-        UnsupportedModel: vLLM cannot run the recipe; the message says why.
+        UnsupportedModel: vLLM cannot run the recipe, or has no such kernels here; the message says why.
         MissingExtra: vLLM is not installed.
         InvalidRequest: vLLM has no such option, or the option is not for here.
         UserError: A model is missing, unsafe, corrupt or does not match; see `errors.py`.
@@ -86,6 +94,9 @@ def load_in_vllm(
     served = find_ensemble(recipe, grants)
     if importlib.util.find_spec("vllm") is None:
         raise missing_extra("vLLM is not installed", "vllm")
+    if is_exact:
+        check_batch_invariance()
+        os.environ[BATCH_INVARIANT] = "1"  # vLLM's processes inherit it
     engine = VllmEngine(recipe, served, dtype=dtype, grants=grants, options=options)
     limits = [n for n in (served.max_context, engine.max_model_len) if n is not None]
     shared = _shared_tokenizers(served.members)
