@@ -254,6 +254,17 @@ def test_a_wrong_request_is_refused_and_the_engine_goes_on(engine):
 # Other shapes: widths, ids, architectures, adapters, the base as its own expert ----------------------
 
 
+MORE: dict[str, dict[str, Any]] = {
+    "two": {
+        "use_dora": True,
+        "modules_to_save": ["norm", "lm_head"],
+        "trainable_token_indices": [97, 101],
+    },
+    "three": {"bias": "lora_only"},
+}
+"""What adapters of the tiny recipe are beyond LoRA on linear layers, in PEFT's words."""
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
     """A padded base; small models of other architectures whose tokens have other ids; adapters."""
@@ -266,7 +277,7 @@ def tiny(tmp_path_factory) -> Path:
     )
     tiny_model(place / "gpt", "gpt2", width=NUM_TOKENS + 2, hidden_size=64, seed=4, max_context=192)
     for seed, (small, name) in enumerate((("llama", "one"), ("llama", "two"), ("gpt", "three"))):
-        tiny_adapter(place / small, place / name, seed=seed)
+        tiny_adapter(place / small, place / name, seed=seed, more=MORE.get(name, {}))
     llama, gpt = ModelSpec(model="llama"), ModelSpec(model="gpt")
     experts = (
         ExpertSpec("mixed", gpt, ModelSpec(model="qwen"), 0.3),
