@@ -193,7 +193,7 @@ def _loaded(
 
     bias, rows = read(change.product_bias), read(change.token_rows)
     if bias is not None:
-        outputs = layout.parameters[module]["weight"][0]
+        outputs = layout.parameters[module]["weight"][1 if module in layout.inputs_first else 0]
         bias = with_rows_of(torch.zeros(outputs), bias)
     ids = torch.tensor(change.token_ids, dtype=torch.long)
     if rows is not None:
