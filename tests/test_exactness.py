@@ -1,7 +1,8 @@
 """The identities of exactness, end to end: recipes of tiny random models, loaded as a user loads them.
 
 Float32 on the CPU. Two paths may part where the two best candidates lie within 1e-3 logits of each other;
-`same` counts such ties, and every test says how many it allows.
+`same` counts such ties, and every test says how many it allows. With `exact`, in any dtype, every bit is the
+same.
 """
 
 from __future__ import annotations
@@ -13,13 +14,22 @@ import pytest
 import torch
 
 from proxytune.checkpoints.checkpoint import find_checkpoint
-from proxytune.errors import InvalidRequest, PromptTooLong, VocabularyMismatch
+from proxytune.decode.batch import Batch
+from proxytune.decode.speculative import Drafting
+from proxytune.errors import InvalidRequest, PromptTooLong, UnsupportedModel, VocabularyMismatch
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams
 from proxytune.trace import Trace
-from tests.support.tiny import NUM_TOKENS, tiny_adapter, tiny_gguf, tiny_model, tiny_tokenizer
+from tests.support.tiny import (
+    MERGES,
+    NUM_TOKENS,
+    tiny_adapter,
+    tiny_gguf,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 ARCHITECTURES = ("llama", "qwen2", "gpt2")
 PROMPTS = ("the", "in the end there was", "Zoë 🙂", "a", "an otter ran into the rain again")
@@ -237,9 +247,9 @@ def test_the_same_tokens_under_other_ids_steer_the_same(tmp_path):
 
 def test_models_with_other_tokens_are_refused_with_both_names_and_examples(tmp_path):
     base = tiny_model(tmp_path / "base")
-    other = tiny_tokenizer(extra_tokens=["hullo", "wurld"])
+    other = tiny_tokenizer(merges=[*MERGES, ("h", "u"), ("hu", "l")])
     small = tiny_model(tmp_path / "small", tokenizer=other)
-    with pytest.raises(VocabularyMismatch, match=r"(?s)small.*base.*2 only in.*hullo"):
+    with pytest.raises(VocabularyMismatch, match=r"(?s)small.*base.*2 only in.*'hul?'"):
         load(spec(base), (spec(small), spec(small)))
 
 
@@ -311,3 +321,117 @@ def test_bfloat16_models_are_combined_in_float32(models):
     # A step of bfloat16 at logits of this size is above 0.001; float32 keeps the small offset.
     exact = model.generate("the", GREEDY, alpha=0.0)
     assert trace.steps[0].logprob != exact.steps[0].logprob
+
+
+# Every dtype ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def steered_recipe(tmp_path_factory) -> Recipe:
+    """A base steered by an adapter and by a full model, with contexts of several pieces of a prompt."""
+    root = tmp_path_factory.mktemp("exact")
+    for name, seed in (("base", 1), ("small", 2), ("tuned", 3)):
+        tiny_model(root / name, "qwen2", seed=seed, max_context=512)
+    small = spec(root / "small")
+    adapter = spec(adapter=tiny_adapter(root / "small", root / "adapter", seed=4))
+    experts = (
+        ExpertSpec("lora", adapter, small, 0.8),
+        ExpertSpec("full", spec(root / "tuned"), small, 0.6),
+    )
+    return Recipe(spec(root / "base"), experts)
+
+
+@pytest.fixture(scope="module", params=("float32", "bfloat16", "float16"))
+def exact(request, steered_recipe) -> ProxyTuned:
+    return ProxyTuned.load(steered_recipe, dtype=request.param, exact=True)
+
+
+def mixed_requests() -> list[Request]:
+    """Greedy and sampled rows of several lengths, strengths, experts and policies."""
+    long = "in the end there was an otter that ran into the rain again and again " * 2
+    sampled = replace(SAMPLED, logprobs=2, min_p=0.01)
+    return [
+        Request("the", GREEDY, experts="lora"),
+        Request(long, sampled, experts="full"),
+        Request("Zoë 🙂", replace(GREEDY, max_new_tokens=7), alpha=0.0),
+        Request("a", replace(sampled, seed=9, presence_penalty=0.5), experts="full"),
+        Request("an otter", GREEDY, experts=("lora", "full"), combine="inverse_entropy"),
+        Request(long[:60], replace(sampled, top_k=20), experts="lora", policy="gate_sure"),
+    ]
+
+
+def bits(trace: Trace) -> list[object]:
+    """Return a text's tokens with their logprobs and alternatives, which show every bit of the logits."""
+    return [(step.token_id, step.logprob, step.top) for step in trace.steps]
+
+
+@pytest.fixture(scope="module")
+def one_by_one(exact) -> list[list[object]]:
+    return [bits(exact.generate(request)) for request in mixed_requests()]
+
+
+@pytest.mark.parametrize("batch_size", [2, 6])
+def test_with_exact_a_batch_gives_the_bits_of_each_text_alone(exact, one_by_one, batch_size):
+    traces = exact.generate_batch(mixed_requests(), batch_size=batch_size)
+    assert [bits(trace) for trace in traces] == one_by_one
+
+
+@pytest.mark.parametrize("source", ["expert", "base", "lookup", "auto"])
+def test_with_exact_drafts_give_the_bits_of_plain_decoding(exact, one_by_one, source):
+    drafts = Drafting(source=source, max_tokens=3)
+    traces = exact.generate_batch(mixed_requests(), speculative=drafts)
+    assert [bits(trace) for trace in traces] == one_by_one
+
+
+def test_with_exact_rows_that_join_get_the_bits_of_each_alone(exact, one_by_one):
+    jobs = [exact.job(request) for request in mixed_requests()]
+    steps: list[list[object]] = [[] for _ in jobs]
+
+    def run(batch: Batch) -> None:
+        for event in batch.step():
+            step = event.step
+            assert step is not None
+            steps[event.row].append((step.token_id, step.logprob, step.top))
+
+    batch = Batch(exact.ensemble, jobs[:2])
+    run(batch)
+    for number in range(2, len(jobs)):
+        other = Batch(exact.ensemble, [jobs[number]])
+        (event,) = other.step()
+        assert event.step is not None
+        first = event.step
+        steps[number].append((first.token_id, first.logprob, first.top))
+        assert batch.join(other) == number
+        run(batch)
+    while not batch.is_done:
+        run(batch)
+    assert steps == one_by_one
+
+
+def test_with_exact_a_conversation_gives_the_bits_of_its_prompts_read_afresh(exact):
+    """The second turn goes on from caches where it can, and reads again what was chosen before."""
+    talk = exact.chat(GREEDY, experts="lora")
+    for _ in talk.say("in the end " * 12):
+        pass
+    second = [(step.token_id, step.logprob, step.top) for step in talk.say("the rain")]
+    fresh = exact.generate(Request(talk.messages[:-1], GREEDY, experts="lora"))
+    assert bits(fresh) == second
+
+
+def test_with_exact_the_bits_of_a_given_text_are_those_it_was_chosen_with(exact):
+    request = mixed_requests()[0]
+    trace = exact.generate(request)
+    given = exact.explain(request.prompt, trace.token_ids, experts="lora", top=2)
+    assert [step.logprob for step in given.steps] == [step.logprob for step in trace.steps]
+
+
+def test_exact_is_refused_by_name_where_it_cannot_hold(models):
+    paths = models["llama"]
+    pair = spec(paths["tuned"]), spec(paths["small"])
+    with pytest.raises(UnsupportedModel, match=r"exact.*base.*CUDA graphs"):
+        ProxyTuned.load(
+            Recipe(spec(paths["base"]), (ExpertSpec("e0", *pair),)), cuda_graphs=True, exact=True
+        )
+    behind_api = Recipe(ModelSpec(model="http://127.0.0.1:9/v1"), (ExpertSpec("e0", *pair),))
+    with pytest.raises(UnsupportedModel, match=r"exact.*base.*behind an API"):
+        ProxyTuned.load(behind_api, exact=True)

@@ -93,6 +93,7 @@ class ProxyTuned:
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
         key_env: str | None = None,
+        exact: bool = False,
     ) -> ProxyTuned:
         """Check a whole recipe, then load its models, each once, with the adapters of all experts on it.
 
@@ -106,6 +107,7 @@ class ProxyTuned:
             trust_remote_code: Grant what the recipe asks for: run Python code that comes with its models.
             allow_pickle: Grant what the recipe asks for: read pickled weights, which can run any code.
             key_env: The variable whose key goes to the base's API; None for the one bound to that host.
+            exact: Give each row the same logits, bit by bit, whatever runs beside it; slower in batches.
 
         Raises:
             RecipeError: The recipe is missing or malformed.
@@ -115,7 +117,7 @@ class ProxyTuned:
         recipe = (recipe if isinstance(recipe, Recipe) else Recipe.read(recipe)).only(experts)
         recipe = recipe.with_settings(device=device, dtype=dtype, cuda_graphs=cuda_graphs or None)
         grants = Grants(trust_remote_code, allow_pickle, key_env)
-        return cls(*load_ensemble(recipe, budget, grants), recipe)
+        return cls(*load_ensemble(recipe, budget, grants, is_exact=exact), recipe)
 
     def job(self, request: Request, cancelled: Callable[[], bool] | None = None) -> Job:
         """Render a request for every model.
@@ -128,11 +130,10 @@ class ProxyTuned:
         """
         strengths = self.recipe.strengths(request.steering)
         policy = request.steering.policy_over(self.ensemble.policy)
-        prompts = _prompts(self, request)
         alphas = tuple(strengths.get(pair.name) for pair in self.ensemble.pairs)
         views = request.explain, request.explain_top
-        sampling = _sampling(self, request)
-        job = Job(sampling, tuple(prompts), alphas, *views, cancelled, strengths, policy)
+        prompts, sampling = tuple(_prompts(self, request)), _sampling(self, request)
+        job = Job(sampling, prompts, alphas, *views, cancelled, strengths, policy)
         check_job(self.ensemble, job)
         return job
 
@@ -182,7 +183,8 @@ class ProxyTuned:
     ) -> list[Trace]:
         """Generate many answers, up to `batch_size` at a time, in the order of the requests.
 
-        Every request is checked before the first runs. A result does not depend on its neighbours.
+        Every request is checked before the first runs. A result depends on its neighbours by rounding alone,
+        and not even so with `exact`; see docs/concepts/exactness.md.
 
         Args:
             requests: What to generate.
@@ -448,8 +450,7 @@ class ProxyTuned:
 
         It uses the base's vocabulary, or its own if that is another.
         """
-        ensemble = alone(self.ensemble, member)
-        return ProxyTuned(ensemble, (self.formats[member],), self.recipe)
+        return ProxyTuned(alone(self.ensemble, member), (self.formats[member],), self.recipe)
 
     def _speculator(self, speculative: bool | Drafting) -> Speculator | None:
         """Return the speculator that keeps measured costs for these settings; None for plain decoding."""

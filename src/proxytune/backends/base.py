@@ -38,6 +38,9 @@ class Capabilities:
         can_merge: Whether `merge` and `copy` work.
         reuses_logits: Whether the next call on the same state overwrites the memory of the logits; callers
             that keep them must clone them.
+        reuses_prompts: Whether a prompt may go on from an earlier one that begins alike, which is rewound and
+            extended (dynamic NTK turns a prompt's keys by angles for its length).
+        is_exact: Whether a row's logits are the same bit by bit whatever rows and drafts are beside it.
     """
 
     max_context: int | None
@@ -45,6 +48,8 @@ class Capabilities:
     can_merge: bool = False
     adapters: tuple[str, ...] = ()
     reuses_logits: bool = False
+    reuses_prompts: bool = True
+    is_exact: bool = False
 
 
 class Prefilled(NamedTuple, Generic[State]):
@@ -52,6 +57,18 @@ class Prefilled(NamedTuple, Generic[State]):
 
     state: State
     logits: Tensor  # [batch, vocab], of the token after each prompt
+
+
+class Resumed(NamedTuple, Generic[State]):
+    """What `resume` returns."""
+
+    state: State
+    logits: Tensor  # [batch, vocab], of the token after each prompt
+    num_kept: list[int]  # how many tokens of each prompt were not read again
+
+
+RESUME_TOKENS = 64
+"""How many tokens are read at once after a kept beginning: each of them gives a whole row of logits."""
 
 
 class Spelling(Protocol):
@@ -191,6 +208,51 @@ class Backend(ABC, Generic[State]):
             UnsupportedModel: The backend cannot merge (`capabilities.can_merge`).
         """
         raise UnsupportedModel(f"{self.name} cannot merge the rows of two batches")
+
+    def resume(
+        self,
+        state: State,
+        prompts: Sequence[Sequence[int]],
+        *,
+        num_held: Sequence[int],
+        num_shared: Sequence[int],
+    ) -> Resumed[State] | None:
+        """Read prompts of which a state's rows hold the first tokens; the rows forget all others.
+
+        Rows that have less to read than others read their last token again, and forget it.
+
+        Args:
+            state: A row for each prompt; it must not be used any more.
+            prompts: Token ids, as in `prefill`.
+            num_held: How many tokens each row holds.
+            num_shared: How many of them, from the first on, are its prompt's: at least 1, and never the last
+                token of the prompt.
+
+        Returns:
+            The rows after their prompts; None if that would exceed the context.
+
+        Raises:
+            UnsupportedModel: The backend cannot rewind.
+            BackendError: The model failed.
+        """
+        rests = [list(prompt[n:]) for prompt, n in zip(prompts, num_shared, strict=True)]
+        longest = max(map(len, rests))
+        limit = self.capabilities.max_context
+        if limit is not None and max(num_shared) + longest > limit:
+            return None
+        self.rewind(state, [held - n for held, n in zip(num_held, num_shared, strict=True)])
+        padded = torch.tensor([rest + [rest[-1]] * (longest - len(rest)) for rest in rests])
+        ends: dict[int, Tensor] = {}
+        for start in range(0, longest, RESUME_TOKENS):
+            logits = self.extend(state, padded[:, start : start + RESUME_TOKENS])
+            for row, rest in enumerate(rests):
+                if start < len(rest) <= start + RESUME_TOKENS:
+                    ends[row] = logits[row, len(rest) - 1 - start].clone()
+        surplus = [longest - len(rest) for rest in rests]
+        if any(surplus):
+            self.rewind(state, surplus)
+        logits = torch.stack([ends[row] for row in range(len(rests))])
+        return Resumed(state, logits, list(num_shared))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from proxytune.errors import UnsupportedModel
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -62,9 +60,3 @@ def running_dtype(dtype: str | None, *, stored_dtype: str, device: str) -> str:
     if stored_dtype == "float64":
         return "float32"
     return stored_dtype if stored_dtype in DTYPES else "bfloat16"
-
-
-def max_context(config: Any) -> int | None:
-    """Return the maximum number of tokens of a model with this text config; None if there is no limit."""
-    positions = getattr(config, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 0 else None

@@ -155,6 +155,11 @@ class ModelOptions(GrantOptions):
         False,
         "Launch all kernels of a token at once on a CUDA device; for small models, uses more memory",
     )
+    exact: bool = option(
+        False,
+        "Run each text in forwards of its own, so that no other text, draft or cache changes a bit of it in "
+        "any dtype; slower in batches and with drafts",
+    )
     llama_cpp: bool = option(
         False,
         "Run every .gguf file directly with llama.cpp, whatever the recipe says; transformers would "
@@ -237,6 +242,7 @@ class ModelOptions(GrantOptions):
                 trust_remote_code=self.trust_remote_code,
                 allow_pickle=self.allow_pickle,
                 key_env=self.key_env,
+                exact=self.exact,
             )
 
 

@@ -28,7 +28,15 @@ VLLM_DRAFT = 4
 """Tokens that the expert drafts at a time in vLLM with --speculative."""
 VLLM_OPTIONS = frozenset(
     {"recipe", "engine", "host", "port", "name", "api_key_file", "no_key", "cors_origins"}
-    | {"max_rows", "speculative", "dtype", "trust_remote_code", "allow_pickle", "vllm_options"}
+    | {
+        "max_rows",
+        "speculative",
+        "dtype",
+        "exact",
+        "trust_remote_code",
+        "allow_pickle",
+        "vllm_options",
+    }
 )
 """What --engine vllm honours; the rest has names of vLLM's own."""
 
@@ -137,7 +145,7 @@ def serve(
             grants=models.grants(),
             options=[*own, *(vllm_options or ())],
         )
-        become_vllm_server(command_line, keys)
+        become_vllm_server(command_line, keys, is_exact=models.exact)
     if vllm_options:
         raise InvalidRequest(
             f"{vllm_options[0]!r} follows the recipe, and the server here has no options of that kind.\n"

@@ -116,6 +116,7 @@ class Batch:
         self.left: dict[int, Kept] = {}
         """What the models have read of rows that have ended, by their numbers."""
         self._keeps = keeps and self.can_join
+        self._is_exact = groups[0].backend.capabilities.is_exact
         self._num_begun = len(jobs)
         self._last_ended: Row | None = None
 
@@ -176,6 +177,10 @@ class Batch:
 
         `drafted` is every row's drafted token, None after the draft's end. Rows that end go into `ended`.
         """
+        if self._is_exact and len(alive) > 1:
+            # A policy's sums over the vocabulary are rounded otherwise for several rows than for one.
+            each = [self._choose(block, position, [row], drafted, ended) for row in alive]
+            return [event for events in each for event in events]
         lanes, drafter = self._lanes, self._drafter
         rows = lanes.rows
         outlook = self._steerer.outlook(block, position, alive)

@@ -13,8 +13,6 @@ from proxytune.decode.ensemble import Ensemble, Job
 from proxytune.decode.lanes import Block, Kept, LaneGroup, Lanes
 from proxytune.decode.speculative import FREE_TOKENS, FREE_TOKENS_ON_CPU, REST, Costs
 
-REUSE_TOKENS = 64
-"""How many tokens are read at once after a reused prefix: each of them gives a whole row of logits."""
 SYNC_EVERY = 16
 """On an accelerator one block in this many is timed, since reading the clock waits for the device."""
 
@@ -50,8 +48,8 @@ def prefill(
 def _reuse(group: LaneGroup, kept: Kept, job: Job) -> tuple[Tensor, int] | None:
     """Go on from an earlier state as far as the prompts begin alike.
 
-    Rows that have less to read than others read their last token again, and forget it. Returns logits
-    `[members, vocab]`, and how many tokens the first member does not read again; None if nothing is reused.
+    Returns logits `[members, vocab]`, and how many tokens the first member does not read again; None if
+    nothing is reused.
     """
     backend = group.backend
     earlier = next((g for g in kept.groups if g.backend is backend), None)
@@ -60,30 +58,22 @@ def _reuse(group: LaneGroup, kept: Kept, job: Job) -> tuple[Tensor, int] | None:
     # A server keeps what it has read by itself; tokens that are not the prompt's cannot be compared with it.
     if not backend.capabilities.can_rewind or backend.partial or backend.translation:
         return None
+    if not backend.capabilities.reuses_prompts:
+        return None
     prompts = [list(job.prompts[lane.member]) for lane in group.lanes]
     read = [kept.token_ids[lane.member] for lane in group.lanes]
     shared = [
         min(num_shared_tokens(prompt, tokens), len(prompt) - 1)
         for prompt, tokens in zip(prompts, read, strict=True)
     ]
-    rests = [prompt[n:] for prompt, n in zip(prompts, shared, strict=True)]
-    longest = max(map(len, rests))
-    limit = backend.capabilities.max_context
-    if not all(shared) or (limit is not None and max(shared) + longest > limit):
+    if not all(shared):
         return None
-    state = group.state = earlier.state
-    backend.rewind(state, [len(tokens) - n for tokens, n in zip(read, shared, strict=True)])
-    padded = torch.tensor([rest + [rest[-1]] * (longest - len(rest)) for rest in rests])
-    ends: dict[int, Tensor] = {}
-    for start in range(0, longest, REUSE_TOKENS):
-        logits = backend.extend(state, padded[:, start : start + REUSE_TOKENS])
-        for row, rest in enumerate(rests):
-            if start < len(rest) <= start + REUSE_TOKENS:
-                ends[row] = logits[row, len(rest) - 1 - start].clone()
-    surplus = [longest - len(rest) for rest in rests]
-    if any(surplus):
-        backend.rewind(state, surplus)
-    return torch.stack([ends[row] for row in range(len(rests))]), shared[0]
+    held = list(map(len, read))
+    resumed = backend.resume(earlier.state, prompts, num_held=held, num_shared=shared)
+    if resumed is None:
+        return None
+    group.state, logits, num_kept = resumed
+    return logits, num_kept[0]
 
 
 class Reader:

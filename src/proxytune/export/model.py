@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
+from proxytune.checkpoints.context import max_context
 from proxytune.checkpoints.merge import Merger
 from proxytune.errors import CorruptModel, UnsupportedModel
 from proxytune.export.adapter import check_readable
@@ -202,7 +203,7 @@ def _add_model_fields(writer: GGUFWriter, model: Checkpoint, dtype: str) -> None
     if dtype.startswith("Q"):
         writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(max_context(config) or config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)

@@ -428,6 +428,11 @@ def _load_with_options(recipe: Recipe, options: dict[str, Any]) -> ProxyTuned:
             "use_safetensors is False, but a recipe says for each model whether pickled weights may be "
             "read.\nhint: leave it out, and give allow_pickle=True to grant what the recipe asks for"
         )
+    if options.get("exact"):
+        raise UnsupportedModel(
+            "exact was given, but transformers' generate pads the rows of a batch and runs them together.\n"
+            "hint: use proxytune.ProxyTuned.load(..., exact=True) or `proxytune generate --exact`"
+        )
     grants = grants_of(options)
     refuse_options(options, ignored=_NO_EFFECT)
     dtype = None if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
@@ -500,9 +505,10 @@ def _steer(
     def flat(member: int) -> Tensor:
         return logits[member].to(base.device).reshape(-1, width)
 
+    steering = [(ensemble.pairs[i], alpha) for i, alpha in pairs]
     contributions = [
-        Contribution(flat(ensemble.pairs[i].expert), flat(ensemble.pairs[i].anti_expert), alpha)
-        for i, alpha in pairs
+        Contribution(flat(pair.expert), flat(pair.anti_expert), alpha, pair.is_unshared)
+        for pair, alpha in steering
     ]
     found = apply_policy(ensemble.policy, flat(0), contributions, padding_ids=padding_ids)
     steered = found.logits.reshape(base.shape)

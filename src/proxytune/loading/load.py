@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 from proxytune.backends.api.client import Budget
 from proxytune.backends.base import Backend
+from proxytune.backends.exact import ExactBackend
 from proxytune.backends.retokenised import RetokenisedBackend
 from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
 from proxytune.checkpoints.merge import with_shapes
 from proxytune.decode.ensemble import Ensemble, Member
-from proxytune.errors import VocabularyMismatch
+from proxytune.errors import UnsupportedModel
 from proxytune.grants import NOTHING, Grants
 from proxytune.loading.doctor import examine
 from proxytune.loading.members import MemberFiles, find_members
@@ -27,7 +28,11 @@ from proxytune.text.vocab import align
 
 
 def load_ensemble(
-    recipe: Recipe, budget: Budget | None = None, grants: Grants = NOTHING
+    recipe: Recipe,
+    budget: Budget | None = None,
+    grants: Grants = NOTHING,
+    *,
+    is_exact: bool = False,
 ) -> tuple[Ensemble, tuple[PromptFormat, ...]]:
     """Check a recipe whole, then load its models, and say how each member wants its prompts.
 
@@ -35,12 +40,16 @@ def load_ensemble(
         recipe: What to load.
         budget: What calls to a base behind an API may cost; None for no limit.
         grants: What the caller allows.
+        is_exact: Run every row in forwards of its own; see `ExactBackend`.
 
     Raises:
         UnsafeModel: The recipe asks for a right that the caller does not grant.
+        UnsupportedModel: A model cannot be run exactly.
         UserError: A model is missing, unsafe, corrupt or does not match; see `errors.py`.
         ApiError: The API of the base cannot be reached.
     """
+    if is_exact:
+        _check_exact(recipe)
     files = RecipeFiles(recipe, grants)
     files.check_grants()  # before anything is imported for the recipe's models
     examine(recipe, files=files).raise_first()
@@ -52,25 +61,27 @@ def load_ensemble(
         copy: _load_backend(copy, checkpoints[copy.weights], own, budget, grants)
         for copy, own in adapters.items()
     }
-    # One for each model: lanes whose members share it are translated at once (`decode/lanes.py`).
+    if is_exact:
+        backends = {copy: ExactBackend(backend) for copy, backend in backends.items()}
     alignments = {}
-    for weights, checkpoint in checkpoints.items():
-        try:
-            alignments[weights] = align(base.vocabulary, checkpoint.vocabulary)
-        except VocabularyMismatch:
-            if recipe.vocabulary != "map":
-                raise
+    for member in found:
+        weights = member.spec.weights
+        if member.alignment is not None:
+            alignments[weights] = member.alignment
+        elif weights not in alignments:
             alignments[weights] = align(base.vocabulary, base.vocabulary)
             for copy, backend in backends.items():
                 if copy.weights == weights:
-                    backends[copy] = RetokenisedBackend(backend, checkpoint, base)
+                    backends[copy] = RetokenisedBackend(backend, member.checkpoint, base)
     tokenizers = _shared_tokenizers(checkpoints)
     members, formats = [], []
-    for (part, spec, _, _, own), (copy, adapter) in zip(found, places, strict=True):
+    for (part, spec, _, _, prompt_format, _), (copy, adapter) in zip(found, places, strict=True):
         weights = spec.weights
         name = part if weights.model == part else f"{part} ({weights.model})"
-        members.append(Member(name, backends[copy], alignments[weights], adapter))
-        formats.append(replace(own, tokenizer=tokenizers[weights]))
+        alignment = alignments[weights]
+        own = checkpoints[weights] if alignment.kind == "added" else None
+        members.append(Member(name, backends[copy], alignment, adapter, own))
+        formats.append(replace(prompt_format, tokenizer=tokenizers[weights]))
     ensemble = Ensemble(
         tuple(members),
         pairs,
@@ -81,6 +92,24 @@ def load_ensemble(
     )
     return_free_memory()  # of what was only read to check
     return ensemble, tuple(formats)
+
+
+def _check_exact(recipe: Recipe) -> None:
+    """Refuse models whose logits depend on more than the forwards of a row."""
+    for part, spec in recipe.models.items():
+        why = None
+        if spec.api is not None:
+            why = "runs behind an API, whose server chooses which requests it computes together"
+        elif spec.cuda_graphs:
+            why = (
+                "is to run as CUDA graphs, whose rounded shapes differ from those of a forward that is not "
+                "recorded yet"
+            )
+        if why is not None:
+            raise UnsupportedModel(
+                f"exact was asked for, and {part} {why}, so its logits can depend on more than the text.\n"
+                f"hint: leave exact out{'' if spec.api is not None else ', or cuda_graphs'}"
+            )
 
 
 class _Copy(NamedTuple):
@@ -129,7 +158,7 @@ def _places(
     """Return each member's copy of weights and its adapter's name there, and the adapters of each copy."""
     places: list[tuple[_Copy, str | None]] = []
     adapters: dict[_Copy, _Adapters] = {}
-    for part, spec, checkpoint, files, _ in found:
+    for part, spec, checkpoint, files, _, _ in found:
         copy, name = _Copy(spec.weights), None
         files = None if files is None else with_shapes(files)
         if files is not None and files.why_merged(checkpoint) is not None:

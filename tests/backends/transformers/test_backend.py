@@ -52,6 +52,17 @@ OTHERS: dict[str, dict[str, Any]] = {
     },
     "bloom": {"n_layer": 2, "n_head": 4},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 5},
+    "llama4_text": {  # attends in chunks of eight tokens, and to all with a temperature that grows
+        "attention_chunk_size": 8,
+        "no_rope_layers": [1, 0],
+        "attn_scale": 0.5,
+        "floor_scale": 4,
+        "num_local_experts": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "intermediate_size_mlp": 48,
+    },
     "lfm2": {
         "layer_types": ["conv", "full_attention"],
         "num_key_value_heads": 2,

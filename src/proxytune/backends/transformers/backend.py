@@ -27,6 +27,7 @@ from proxytune.backends.base import Backend, Capabilities, Prefilled
 from proxytune.backends.transformers.attention import eager_attention, share_keys
 from proxytune.backends.transformers.cuda_graphs import CudaRecorder, GraphRunner, Recorder
 from proxytune.backends.transformers.kv_cache import RoomyCache
+from proxytune.backends.transformers.lengthwise import LengthwiseReader, Tokens
 from proxytune.backends.transformers.linear import pack_linear_layers, speed_up_linear_layers
 from proxytune.backends.transformers.lora import (
     PLAIN,
@@ -36,11 +37,23 @@ from proxytune.backends.transformers.lora import (
     give_rows_to_peft,
     put_rows_on,
 )
+from proxytune.backends.transformers.rotary import run_rows_through_lengths
+from proxytune.backends.transformers.rows import (
+    OwnCache,
+    ReadAgain,
+    RowsReader,
+    SeparateState,
+    keeps_state_in_modules,
+    own_cache_class,
+    pads_positions,
+)
 from proxytune.backends.transformers.state import TransformersState
+from proxytune.backends.transformers.temperature import POSITIONS, scale_queries_by_position
 from proxytune.backends.transformers.weights import load_model, quietly
+from proxytune.checkpoints.causal import check_causal
+from proxytune.checkpoints.context import max_context
 from proxytune.checkpoints.faults import faults_as
 from proxytune.checkpoints.merge import merge_into, read_adapter
-from proxytune.checkpoints.placement import max_context
 from proxytune.errors import BackendError, ProxytuneError, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -94,8 +107,10 @@ class TransformersBackend(Backend[TransformersState]):
         has_rows = any(isinstance(module, RowModule) for module in self.model.modules())
         self._has_lora = give_rows_to_peft(self.model) or has_rows
         self._may_pack = owns_model
+        scale_queries_by_position(self.model)
         if owns_model:
             share_keys(self.model)
+        check_causal(self.model.config, name)
         config = self.model.config.get_text_config(decoder=True)
         head = self.model.get_output_embeddings()
         self.vocab_size = int(getattr(head, "out_features", None) or config.vocab_size)
@@ -104,18 +119,33 @@ class TransformersBackend(Backend[TransformersState]):
         )
         self._options = frozenset(inspect.signature(self.model.forward).parameters)
         self._cache_option = cache_option(self.model)
-        if self._cache_option is None:
-            raise UnsupportedModel(
-                f"{name} is a {type(self.model).__name__}, which takes no KV cache, so it cannot decode "
-                "one token at a time"
-            )
-        layers = _cache_layers(config, name)
-        self._is_pure_attention = _is_pure_attention(layers)
+        has_cache = self._cache_option is not None and not keeps_state_in_modules(self.model)
+        has_own = has_cache and own_cache_class(self.model) is not None
+        layers = _cache_layers(config, name) if has_cache and not has_own else []
+        # Whether the model goes on with several tokens at once, and can take tokens back.
+        self._is_pure_attention = _is_pure_attention(layers) and not has_own
+        self._reader: LengthwiseReader | RowsReader | None = None
+        if not has_cache or has_own or pads_positions(self.model, layers, self._options):
+            make = self._model_cache if layers else OwnCache if has_own else ReadAgain
+            self._reader = RowsReader(self._run, make)
         # Whether a layer caches token by token, so that an attention mask covers earlier tokens, too.
         self._has_slots = not layers or any(isinstance(layer, CacheLayerMixin) for layer in layers)
         self._allows_gaps = "position_ids" in self._options and _allows_gaps(self.model, layers)
         self._max_context = max_context(config)
+        self._read_by_length()
         self._graphs = None if recorder is None else self._graph_runner(recorder)
+
+    def _read_by_length(self) -> None:
+        """Give each row the angles of its own length, if angles depend on that."""
+        rule = run_rows_through_lengths(self.model, self.name)
+        if rule is None:
+            return
+        if not self._is_pure_attention or self._reader is not None:
+            raise UnsupportedModel(
+                f"{self.name} is a {type(self.model).__name__} whose rotary angles depend on a sequence's "
+                "length, which is supported with position ids and a KV cache entry per token in every layer"
+            )
+        self._reader = LengthwiseReader(rule, self._run, _piece_size)
 
     def _graph_runner(self, recorder: Recorder) -> GraphRunner:
         """Return what runs this model's short forwards as graphs."""
@@ -125,6 +155,11 @@ class TransformersBackend(Backend[TransformersState]):
                 f"{self.name} is a {type(self.model).__name__} with {attention} attention, and CUDA graphs "
                 f"need plain attention in every layer ({' or '.join(GRAPH_ATTENTION)})\n"
                 "hint: leave cuda_graphs out"
+            )
+        if self._reader is not None:
+            raise UnsupportedModel(
+                f"the rotary angles of {self.name} depend on a row's length, and a CUDA graph has the same "
+                "angles for all rows\nhint: leave cuda_graphs out"
             )
 
         def forward(
@@ -195,13 +230,22 @@ class TransformersBackend(Backend[TransformersState]):
         return Capabilities(
             max_context=self._max_context,
             can_rewind=self._is_pure_attention,
-            can_merge=self._is_pure_attention,
+            can_merge=self._can_merge,
             adapters=tuple(self._peft_names),
             reuses_logits=self._graphs is not None,
+            reuses_prompts=self._reader is None or self._reader.reuses_prompts,
         )
+
+    @property
+    def _can_merge(self) -> bool:
+        return self._is_pure_attention or isinstance(self._reader, RowsReader)
 
     def new_cache(self) -> Any:
         """Return an empty KV cache of this model."""
+        return self._reader.new_cache() if self._reader is not None else self._model_cache()
+
+    def _model_cache(self) -> Any:
+        """Return an empty cache that the model takes."""
         if self._is_pure_attention:
             # Every layer keeps all keys, so that any number of tokens can be taken back. The attention mask
             # takes care of sliding windows.
@@ -217,6 +261,7 @@ class TransformersBackend(Backend[TransformersState]):
         position_ids: Tensor | None = None,
         adapters: Sequence[str | None] | None = None,
         num_logits: int = 0,
+        prompt_lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """Run tokens through the model, append them to the cache and return logits.
 
@@ -227,6 +272,8 @@ class TransformersBackend(Backend[TransformersState]):
             position_ids: `[batch, num_tokens]`; None for consecutive ones from the first slot on.
             adapters: The adapter of each row, None for the plain weights.
             num_logits: Number of last tokens to return logits for; 0 for all.
+            prompt_lengths: The length of each row's whole prompt, if `token_ids` is a piece of prompts. None
+                if tokens without any before them are whole prompts.
 
         Returns:
             `[batch, num_logits or num_tokens, vocab]` in the model's dtype.
@@ -235,47 +282,59 @@ class TransformersBackend(Backend[TransformersState]):
             InvalidRequest: An adapter has an unknown name.
             BackendError: The model failed. The cache may hold half of a forward: drop it.
         """
-        if attention_mask is not None and not self._has_slots:
+        tokens = Tokens(token_ids, cache, attention_mask, position_ids, adapters, num_logits)
+        if self._reader is None:
+            return self._run(tokens)
+        return self._reader.run(tokens, prompt_lengths)
+
+    def _run(self, tokens: Tokens) -> Tensor:
+        """Run one forward; see `run`."""
+        num_rows, num_new = tokens.token_ids.shape
+        mask, device = tokens.attention_mask, tokens.token_ids.device
+        if mask is not None and not self._has_slots:
             # A pure state-space model has no slots; its state has left padding out already.
-            is_of_new = attention_mask.shape[1] == token_ids.shape[1]
-            attention_mask = attention_mask if is_of_new else None
+            mask = mask if mask.shape[1] == num_new else None
         options = {
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "logits_to_keep": num_logits,
+            "attention_mask": mask,
+            "position_ids": tokens.position_ids,
+            "logits_to_keep": tokens.num_logits,
         }
         if self._may_pack:
             # Not when it is loaded, because a model that has not run yet may still be trained.
             self._may_pack = False
             pack_linear_layers(self.model)
-        names = self._rows(adapters, token_ids.shape[0])
-        rows = RowAdapters(names, token_ids.device) if self._has_lora else None
+        names = self._rows(tokens.adapters, num_rows)
+        rows = RowAdapters(names, device) if self._has_lora else None
         try:
-            with eager_attention(token_ids.device):
-                logits = self._forward(token_ids, cache, options, rows)
+            with eager_attention(device):
+                logits = self._forward(tokens.token_ids, tokens.cache, options, rows)
         except torch.OutOfMemoryError as error:
             raise BackendError(
-                f"{self.name} ran out of memory on {token_ids.shape[0]} rows of {token_ids.shape[1]} tokens\n"
+                f"{self.name} ran out of memory on {num_rows} rows of {num_new} tokens\n"
                 "hint: use a smaller batch, a shorter prompt, or a smaller dtype"
             ) from error
         except ProxytuneError:
             raise
         except Exception as error:
             raise BackendError(f"{self.name} failed: {type(error).__name__}: {error}") from error
-        return logits[:, -num_logits:]
+        return logits[:, -tokens.num_logits :]
 
     def _forward(
         self, token_ids: Tensor, cache: Any, options: Mapping[str, Any], rows: RowAdapters | None
     ) -> Tensor:
         """Call the model with the options that it knows."""
         given: dict[Any, Any] = {**options, "use_cache": cache is not None}
-        given[self._cache_option] = cache
+        given[self._cache_option] = cache.made if isinstance(cache, OwnCache) else cache
         known: dict[str, Any] = {key: given[key] for key in given if key in self._options}
-        token = ROW_ADAPTERS.set(rows)
+        adapters, positions = ROW_ADAPTERS.set(rows), POSITIONS.set(options["position_ids"])
         try:
-            logits: Tensor = self.model(input_ids=token_ids, **known).logits
+            output: Any = self.model(input_ids=token_ids, **known)
         finally:
-            ROW_ADAPTERS.reset(token)
+            ROW_ADAPTERS.reset(adapters)
+            POSITIONS.reset(positions)
+        if isinstance(cache, OwnCache):
+            cache.made = getattr(output, str(self._cache_option))
+        logits: Tensor = output.logits
         return logits
 
     def check_length(self, num_tokens: int) -> None:
@@ -303,13 +362,14 @@ class TransformersBackend(Backend[TransformersState]):
         self.check_token_ids(padded)
         device = self.device
         rows = tuple(adapters) if adapters is not None else (None,) * len(prompts)
-        state = TransformersState(self.new_cache(), lengths, rows, device)
+        kind = SeparateState if isinstance(self._reader, RowsReader) else TransformersState
+        state = kind(self.new_cache(), lengths, rows, device)
         mask = state.attention_mask(0)
         positions = (torch.arange(-width, 0) + torch.tensor(lengths)[:, None]).clamp(min=0)
         padded, positions = padded.to(device), positions.to(device)
         chunk = width
         if self._is_pure_attention:
-            chunk = max(PREFILL_TOKENS // len(prompts), MIN_CHUNK)
+            chunk = _piece_size(len(prompts))
         for start in range(0, width, chunk):
             logits = self.run(
                 padded[:, start : start + chunk],
@@ -318,6 +378,7 @@ class TransformersBackend(Backend[TransformersState]):
                 position_ids=positions[:, start : start + chunk],
                 adapters=rows,
                 num_logits=1,
+                prompt_lengths=lengths,
             )
         return Prefilled(state, logits[:, -1])
 
@@ -358,7 +419,7 @@ class TransformersBackend(Backend[TransformersState]):
     @torch.inference_mode()
     def copy(self, state: TransformersState, rows: Sequence[int]) -> TransformersState:
         """Return a separate state of the given rows; see `Backend.copy`."""
-        if not self._is_pure_attention:
+        if not self._can_merge:
             return super().copy(state, rows)
         return state.copy(list(rows))
 
@@ -367,7 +428,7 @@ class TransformersBackend(Backend[TransformersState]):
         self, state: TransformersState, other: TransformersState, rows: Sequence[int]
     ) -> TransformersState:
         """Return a state of the rows of two; see `Backend.merge`."""
-        if not self._is_pure_attention:
+        if not self._can_merge:
             return super().merge(state, other, rows)
         state.merge(other, list(rows))
         self._compact_if_due(state)
@@ -401,6 +462,11 @@ class TransformersBackend(Backend[TransformersState]):
         """Return PEFT's name for each row's adapter."""
         names = checks.adapters_of(self.name, adapters, num_rows, self._peft_names)
         return [PLAIN if name is None else self._peft_names[name] for name in names]
+
+
+def _piece_size(num_rows: int) -> int:
+    """Return how many tokens per row of long prompts run at once."""
+    return max(PREFILL_TOKENS // num_rows, MIN_CHUNK)
 
 
 def cache_option(model: nn.Module) -> str | None:

@@ -62,6 +62,10 @@ class RoomyLayer(DynamicLayer):
     def _move_to_new_buffers(self, num_old: int, keys: Tensor, values: Tensor) -> None:
         """Make room for the slots in use and for those of `keys` and `values`, and copy the former."""
         capacity = _with_room(num_old + keys.shape[2])
+        if any(new.shape[3] * new.element_size() % 16 for new in (keys, values)):
+            # 16 slots put each head's first key on 16 bytes. Kernels that find it elsewhere
+            # add in another order, so that logits would depend on how often a buffer had grown.
+            capacity = -(-capacity // 16) * 16
         room = [new.new_empty((*new.shape[:2], capacity, new.shape[3])) for new in (keys, values)]
         if num_old:
             assert self.keys is not None and self.values is not None
@@ -119,7 +123,7 @@ class RoomyLayer(DynamicLayer):
     def copy(self, rows: Tensor, first_slot: int) -> RoomyLayer:
         """Return a separate layer of the given rows and the slots from `first_slot` on, without room."""
         assert self.keys is not None and self.values is not None
-        copied = RoomyLayer()
+        copied = type(self)()
         copied.lazy_initialization(self.keys, self.values)
         copied.keys, copied.values = (
             tensor[:, :, first_slot:].index_select(0, rows.to(tensor.device))
@@ -218,6 +222,14 @@ class RoomyCache(DynamicCache):
         """Add another cache's rows; see `RoomyLayer.merge`."""
         for layer, theirs in zip(self.filled(), other.filled(), strict=True):
             layer.merge(theirs, rows)
+
+    def overwrite(self, rows: Tensor, other: RoomyCache) -> None:
+        """Take another cache's keys and values, as many slots, for the given rows."""
+        for layer, theirs in zip(self.filled(), other.filled(), strict=True):
+            assert layer.keys is not None and layer.values is not None
+            assert theirs.keys is not None and theirs.values is not None
+            layer.keys[rows.to(layer.keys.device)] = theirs.keys
+            layer.values[rows.to(layer.values.device)] = theirs.values
 
     def keep_slots(self, slots: Tensor) -> None:
         """Keep the given slots of each row, `[batch, num_kept]`, in that order."""

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from proxytune.errors import InvalidRequest, missing_extra
 from proxytune.grants import NOTHING, Grants
+from proxytune.integrations.vllm.config import BATCH_INVARIANT, check_batch_invariance
 from proxytune.recipe.recipe import Recipe
 
 MODULE = "vllm.entrypoints.openai.api_server"
@@ -47,7 +48,7 @@ def vllm_server_command(
         dtype: Dtype of all models; None leaves it to vLLM.
         max_model_len: Maximum number of tokens of a row; None for the shortest context of the models.
         num_drafted: Number of tokens that the default expert drafts at a time; 0 turns speculative decoding
-            off. With drafts, requests cannot choose strength or experts.
+            off. With drafts, requests can choose strength and experts on vLLM's second model runner alone.
         grants: What the caller allows.
         options: Further options of vLLM's server, passed on unchanged.
 
@@ -72,7 +73,8 @@ def vllm_server_command(
     command = [sys.executable, "-m", MODULE, "--model", str(recipe.directory)]
     name = name or recipe.directory.name
     # Where requests cannot choose, an expert's name would promise what is not done.
-    names = [] if num_drafted else [f"{name}:{expert.name}" for expert in served.experts]
+    can_choose = not num_drafted or _is_second_runner()
+    names = [f"{name}:{expert.name}" for expert in served.experts] if can_choose else []
     command += ["--served-model-name", name, *names, "--middleware", MIDDLEWARE]
     command += ["--host", host, "--port", str(port)]
     own: dict[str, object] = {}
@@ -96,15 +98,28 @@ def vllm_server_command(
     return [*command, *options]
 
 
-def become_vllm_server(command: list[str], keys: Sequence[str]) -> NoReturn:
+def _is_second_runner() -> bool:
+    """Whether vLLM will run its second model runner, which tells rows apart while an expert drafts."""
+    from vllm.envs import VLLM_USE_V2_MODEL_RUNNER
+    from vllm.triton_utils import HAS_TRITON
+
+    chosen: bool | None = VLLM_USE_V2_MODEL_RUNNER
+    return bool(HAS_TRITON) if chosen is None else chosen
+
+
+def become_vllm_server(
+    command: list[str], keys: Sequence[str], *, is_exact: bool = False
+) -> NoReturn:
     """Replace this process by vLLM's server.
 
     Args:
         command: What `vllm_server_command` returns.
         keys: The key that clients need, if there is one.
+        is_exact: Whether vLLM is to use its batch-invariant kernels.
 
     Raises:
         InvalidRequest: Several keys were given, of which vLLM takes one.
+        UnsupportedModel: vLLM has no such kernels here.
     """
     if len(keys) > 1:
         raise InvalidRequest(
@@ -112,6 +127,9 @@ def become_vllm_server(command: list[str], keys: Sequence[str]) -> NoReturn:
         )
     # A key on the command line would show in the list of processes.
     environment = dict(os.environ) | ({"VLLM_API_KEY": keys[0]} if keys else {})
+    if is_exact:
+        check_batch_invariance()
+        environment[BATCH_INVARIANT] = "1"
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(command[0], command, environment)
