@@ -16,7 +16,6 @@ from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams
 from tests.support.tiny import NUM_TOKENS, tiny_adapter, tiny_model, tiny_tokenizer
 
-
 MORE: dict[str, dict[str, Any]] = {
     "two": {
         "use_dora": True,
