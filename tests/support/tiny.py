@@ -188,8 +188,8 @@ def tiny_adapter(
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if parameter.requires_grad:
-                noise = 0.5 * torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(noise if "lora_" in name else parameter + noise)
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(0.5 * noise if "lora_" in name else parameter + 0.1 * noise)
     adapted.save_pretrained(directory)
     return directory
 
