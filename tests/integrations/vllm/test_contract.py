@@ -310,6 +310,9 @@ RELIANCES: dict[str, list[Reliance]] = {
             )
         ),
         Reliance("vllm.envs:VLLM_API_KEY"),
+        Reliance("vllm.envs:VLLM_BATCH_INVARIANT"),
+        Reliance("vllm.platforms:current_platform"),
+        *members("vllm.platforms.interface:Platform", "is_cuda_alike", "is_xpu", "device_type"),
     ],
     "server/vllm.py changes requests on their way": [
         Reliance(
