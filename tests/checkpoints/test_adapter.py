@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from proxytune.checkpoints.adapter import PatternClock, find_adapter, lora_layers
+from proxytune.checkpoints.adapter import find_adapter
+from proxytune.checkpoints.changes import Layout, PatternClock, read_changes
 from proxytune.checkpoints.checkpoint import find_checkpoint
 from proxytune.errors import AdapterMismatch, CorruptModel, UnsupportedModel
 from proxytune.loading.doctor import examine
@@ -62,6 +63,10 @@ def changed(models, tmp_path):
         ("use_rslora", ["yes", 1, [True]]),
         ("fan_in_fan_out", ["no", 0]),
         ("lora_bias", ["no", 2]),
+        ("use_dora", ["no", 2]),
+        ("modules_to_save", ["lm_head", [1], {"a": 1}]),
+        ("target_parameters", ["gate", [None]]),
+        ("trainable_token_indices", [3, [-1], ["a"], [2.0], [10**9], {"embed_tokens": 3}]),
     ],
 )
 def test_a_value_of_a_wrong_type_or_size_is_refused_by_name(changed, key, values):
@@ -159,7 +164,7 @@ def test_a_rank_that_is_not_that_of_the_factors_is_refused(changed, small):
 
 def test_layers_that_the_config_names_and_the_file_lacks_are_a_mismatch(changed, small):
     for targets in (["q_proj", "k_proj"], r".*\.(q|k)_proj", ["lm_head"]):
-        with pytest.raises(AdapterMismatch, match="it lacks weights for that layer"):
+        with pytest.raises(AdapterMismatch, match="it lacks weights for that"):
             changed(target_modules=targets).check_fits(small)
 
 
@@ -220,7 +225,7 @@ def test_the_layers_of_a_config_are_those_that_peft_takes(config):
     for module in MODULES:
         shapes = {f"other.lora_{side}.weight": (8, 8) for side in "AB"}
         try:
-            lora_layers("a", config, shapes, [module])
+            read_changes("a", config, shapes, Layout({module: {}}))
         except AdapterMismatch:
             lacking.add(module)
     assert lacking == expected
@@ -244,7 +249,9 @@ def test_ranks_and_alphas_of_patterns_are_those_that_peft_takes():
         shapes[f"base_model.model.{module}.lora_B.weight"] = (16, rank)
     alphas = {pattern: 10.5 * value for pattern, value in patterns.items()}
     config = {"r": 6, "lora_alpha": 63, "rank_pattern": patterns, "alpha_pattern": alphas}
-    layers = lora_layers("a", config, shapes)
+    layers = {
+        module: change.product for module, change in read_changes("a", config, shapes).items()
+    }
     assert set(layers) == set(MODULES)
     for module, layer in layers.items():
         assert layer.rank == patterns.get(get_pattern_key(list(patterns), module), 6)
@@ -254,20 +261,35 @@ def test_ranks_and_alphas_of_patterns_are_those_that_peft_takes():
 
 def test_rank_stabilised_lora_divides_by_the_root_of_the_rank():
     shapes = {"q.lora_A.weight": (4, 16), "q.lora_B.weight": (16, 4)}
-    layers = lora_layers("a", {"r": 4, "lora_alpha": 6, "use_rslora": True}, shapes)
-    assert layers["q"].scale == 3
+    changes = read_changes("a", {"r": 4, "lora_alpha": 6, "use_rslora": True}, shapes)
+    assert changes["q"].product.scale == 3
 
 
 @pytest.mark.parametrize(
     ("shapes", "error", "why"),
     [
         ({"q.lora_A.weight": (2, 4)}, CorruptModel, "only one of the two factors of q"),
-        ({"q.lora_A.weight": (2,), "q.lora_B.weight": (4, 2)}, CorruptModel, r"the shape \[2\]"),
+        (
+            {"q.lora_A.weight": (2,), "q.lora_B.weight": (4, 2)},
+            UnsupportedModel,
+            r"the shape \[2\]",
+        ),
         ({"q.lora_A.weight": (2, 4), "q.lora_B.weight": (4, 3)}, CorruptModel, "have 2 and 3"),
-        ({"q.lora_embedding_A": (2, 4)}, UnsupportedModel, "no LoRA factors of linear layers"),
-        ({"q.weight": (2, 4)}, UnsupportedModel, "no LoRA factors of linear layers"),
+        ({"q.lora_embedding_A": (2, 4)}, CorruptModel, "only one of the two factors of q"),
+        ({"q.lora_magnitude_vector": (4,)}, CorruptModel, "no factors of q"),
+        ({"q.lora_diag": (2,)}, UnsupportedModel, "more than LoRA: it holds q.lora_diag"),
+        (
+            {"q.lora_A.weight": (2, 4), "q.lora_B.weight": (4, 2), "q.lora_magnitude_vector": (4,)},
+            CorruptModel,
+            "use_dora None, and its weights of q say otherwise",
+        ),
+        (
+            {"e.token_adapter.trainable_tokens_delta": (2, 4)},
+            CorruptModel,
+            "names 0 tokens of e, and it has weights for 2",
+        ),
     ],
 )
 def test_factors_that_form_no_layer_are_refused(shapes, error, why):
     with pytest.raises(error, match=why):
-        lora_layers("a", {"r": 2}, shapes)
+        read_changes("a", {"r": 2}, shapes)

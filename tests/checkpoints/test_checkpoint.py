@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -713,3 +714,17 @@ def test_cuda_is_taken_where_there_is_some(monkeypatch):
     assert running_device("cuda:1") == "cuda:1"
     with pytest.raises(UnsupportedModel, match="2 CUDA devices"):
         running_device("cuda:2")
+
+
+def test_layers_that_run_several_times_are_stored_once(tmp_path):
+    """HRM-Text counts each time in `num_hidden_layers`, and used to be called corrupt."""
+    if "hrm_text" not in transformers.CONFIG_MAPPING:
+        pytest.skip("this transformers does not know HRM-Text")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8}
+    config = transformers.AutoConfig.for_model(
+        "hrm_text", vocab_size=NUM_TOKENS, num_hidden_layers=2, num_key_value_heads=4, **sizes
+    )
+    assert config.num_hidden_layers > 2
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    assert find_checkpoint("model", root=tmp_path).width == NUM_TOKENS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 import transformers
 
 from proxytune.checkpoints.checkpoint import find_checkpoint
-from proxytune.checkpoints.context import max_context
+from proxytune.checkpoints.context import check_gguf_angles, max_context
+from proxytune.errors import UnsupportedModel
 from tests.checkpoints.test_checkpoint import edit_json
-from tests.support.tiny import tiny_model
+from tests.support.tiny import tiny_gguf, tiny_model
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 FACTORS = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
@@ -114,3 +116,34 @@ def test_a_checkpoint_with_yarn_added_to_its_config_holds_more(tmp_path):
     old = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
     edit_json(directory / "config.json", rope_scaling=old, rope_parameters=None, rope_theta=1e4)
     assert find_checkpoint("model", root=tmp_path).max_context == 512
+
+
+@pytest.mark.parametrize(
+    ("metadata", "tensors"),
+    [({"llama.rope.scaling.type": "linear"}, ()), ({}, ("rope_freqs.weight",))],
+)
+def test_scaled_angles_of_a_gguf_file_are_refused_where_transformers_leaves_them_out(
+    metadata, tensors
+):
+    """They used to be computed without the scaling, unnoticed."""
+    with pytest.raises(UnsupportedModel, match="run it in llama"):
+        check_gguf_angles({"general.architecture": "llama", **metadata}, tensors, "model.gguf")
+
+
+def test_other_gguf_files_are_read():
+    check_gguf_angles({"general.architecture": "llama"}, ("output.weight",), "model.gguf")
+    none = {"general.architecture": "llama", "llama.rope.scaling.type": "none"}
+    check_gguf_angles(none, (), "model.gguf")
+    own = {"general.architecture": "gpt-oss", "gpt-oss.rope.scaling.type": "yarn"}
+    check_gguf_angles(own, (), "model.gguf")  # which transformers does read
+
+
+def test_a_gguf_file_is_refused_before_its_weights_are_read(tmp_path):
+    """In llama.cpp it runs; only what transformers would build is checked."""
+    found = find_checkpoint(str(tiny_gguf(tmp_path / "model.gguf")), root=tmp_path)
+    found.check_buildable()
+    assert found.gguf_header is not None
+    scaled = {**found.gguf_header.metadata, "llama.rope.scaling.type": "yarn"}
+    other = replace(found, gguf_header=replace(found.gguf_header, metadata=scaled))
+    with pytest.raises(UnsupportedModel, match="yarn"):
+        other.check_buildable()

@@ -11,10 +11,10 @@ from random import Random
 
 import pytest
 
-from proxytune.backends.transformers.weights import add_adapters
 from proxytune.checkpoints.adapter import find_adapter
 from proxytune.checkpoints.checkpoint import find_checkpoint
 from proxytune.checkpoints.headers import read_gguf_header, read_safetensors_header
+from proxytune.checkpoints.merge import read_adapter
 from proxytune.recipe.recipe import Recipe
 from tests.support.mutations import mutate_gguf, mutate_json, mutate_safetensors, read_mutants
 from tests.support.tiny import tiny_adapter, tiny_gguf, tiny_model
@@ -99,7 +99,6 @@ def test_a_changed_adapter_config_gives_an_adapter_or_a_users_error(models, tmp_
     }
     small = find_checkpoint("small", root=models)
     assert small.linear_shapes
-    model = small._empty_model
 
     def read(mutant):
         text, is_loaded = mutant
@@ -108,7 +107,7 @@ def test_a_changed_adapter_config_gives_an_adapter_or_a_users_error(models, tmp_
         adapter = find_adapter("adapter", root=tmp_path)
         adapter.check_fits(small)
         if is_loaded:
-            add_adapters(model, "small", {"mutant": adapter})
+            read_adapter(adapter, small)
 
     def make(random: Random):
         return mutate_json(config, random), random.random() < 0.1

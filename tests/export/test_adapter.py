@@ -103,12 +103,13 @@ def test_an_adapter_of_another_model_or_of_another_kind_is_refused(tmp_path):
         exported_adapter(small, adapter, tmp_path / "out.gguf", "Q8_0")
     for name, settings in (
         ("use_dora", {"use_dora": True}),
-        ("bias", {"bias": "lora_only"}),
+        ("lora_bias", {"lora_bias": True, "target_modules": ["q_proj"]}),
         ("modules_to_save", {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}),
-        ("lora_embedding_A", {"target_modules": ["embed_tokens"]}),
+        ("factors of an embedding", {"target_modules": ["embed_tokens"]}),
+        ("trainable_token_indices", {"trainable_token_indices": [3]}),
     ):
-        other = lora(small, tmp_path / name, **settings)
-        with pytest.raises(UnsupportedModel, match=rf"(?s){name}.*merge_and_unload"):
+        other = lora(small, tmp_path / name.replace(" ", "_"), **settings)
+        with pytest.raises(UnsupportedModel, match=rf"(?s){name}.*--merge"):
             exported_adapter(small, other, tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
 
@@ -121,6 +122,29 @@ def test_an_adapter_on_a_head_is_written_if_the_head_is_not_tied(tmp_path):
     tied = llama(tmp_path / "tied", tie_word_embeddings=True)
     with pytest.raises(UnsupportedModel, match="its embedding, too"):
         exported_adapter(tied, adapter, tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"modules_to_save": ["norm", "lm_head"], "target_modules": ["q_proj"]},
+        {"trainable_token_indices": [3, 5], "target_modules": ["q_proj"]},
+    ],
+    ids=["dora", "embedding", "saved", "tokens"],
+)
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_what_is_no_gguf_adapter_is_merged_into_its_model(tmp_path, settings, is_tied):
+    small = llama(tmp_path / "small", tie_word_embeddings=is_tied)
+    directory = lora(small, tmp_path / "adapter", **settings)
+    adapter = find_adapter(str(directory), root=tmp_path)
+    if is_tied and "lm_head" in str(settings):
+        with pytest.raises(UnsupportedModel, match="a GGUF file holds one weight for both"):
+            export(small, tmp_path / "merged.gguf", dtype="F32", adapter=adapter)
+        return
+    merged = export(small, tmp_path / "merged.gguf", dtype="F32", adapter=adapter)
+    torch.testing.assert_close(logits(merged.path), logits(small, directory), rtol=0, atol=1e-4)
 
 
 def test_an_adapter_on_a_gguf_model_is_written(tmp_path):

@@ -120,6 +120,7 @@ def test_linear_scaling_of_rope_is_a_field(tmp_path):
     fields, tensors = contents(tmp_path / "small.gguf")
     assert fields["llama.rope.scaling.type"] == "linear"
     assert fields["llama.rope.scaling.factor"] == 4.0
+    assert fields["llama.context_length"] == 4 * 128
     assert "rope_freqs.weight" not in tensors
 
 

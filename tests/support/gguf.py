@@ -91,7 +91,8 @@ def lora(model: Path, directory: Path, **settings: Any) -> Path:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            if parameter.requires_grad:
+                kept = 0 if "lora_" in name else parameter
+                parameter.copy_(kept + 0.1 * torch.randn(parameter.shape, generator=generator))
     adapted.save_pretrained(directory, save_embedding_layers=False)
     return directory

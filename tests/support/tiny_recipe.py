@@ -1,7 +1,7 @@
 """A recipe of tiny models that differ in all that vLLM might confuse, and requests for it.
 
-The base is padded, and the small models have other architectures, widths and token ids. Three experts are
-adapters, and one is the base itself.
+The base is padded, and the small models have other architectures, widths, token ids and added tokens. Three
+experts are adapters, and one is the base itself.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from tests.support.tiny import NUM_TOKENS, tiny_adapter, tiny_model, tiny_tokeni
 
 def tiny_recipe(place: Path) -> Path:
     """Write the recipe and its models into a directory, and return it."""
-    shuffled = tiny_tokenizer(shuffle_seed=5)
-    tiny_model(place / "base", width=NUM_TOKENS + 6, hidden_size=128, seed=1, max_context=256)
-    tiny_model(place / "llama", hidden_size=128, seed=2, max_context=256)
+    own = {"tokenizer": tiny_tokenizer(extra_tokens=["<image>"])}
+    other = {"tokenizer": tiny_tokenizer(shuffle_seed=5, extra_tokens=["<pad>"])}
+    wide = {"hidden_size": 128, "max_context": 256}
+    tiny_model(place / "base", width=NUM_TOKENS + 6, seed=1, **wide, **own)
+    tiny_model(place / "llama", seed=2, **wide, **own)
+    tiny_model(place / "qwen", "qwen2", seed=3, **wide, **other)
     tiny_model(
-        place / "qwen", "qwen2", hidden_size=128, seed=3, tokenizer=shuffled, max_context=256
+        place / "gpt", "gpt2", width=NUM_TOKENS + 2, hidden_size=64, seed=4, max_context=192, **own
     )
-    tiny_model(place / "gpt", "gpt2", width=NUM_TOKENS + 2, hidden_size=64, seed=4, max_context=192)
     for seed, (small, name) in enumerate((("llama", "one"), ("llama", "two"), ("gpt", "three"))):
         tiny_adapter(place / small, place / name, seed=seed)
     llama, gpt = ModelSpec(model="llama"), ModelSpec(model="gpt")

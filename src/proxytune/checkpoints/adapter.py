@@ -1,20 +1,16 @@
 """The files of a LoRA adapter: found, and checked against the model they belong to.
 
-Which layers an adapter changes, with which rank and strength, is worked out here from its tensors and its
-config. PEFT is given the answer and never sees a pattern from an adapter's config, because such a pattern can
-take forever to match.
+What an adapter changes is read in `changes.py`, and what that makes of the weights is in `merge.py`.
 """
 
 from __future__ import annotations
 
-import math
-import re
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from proxytune.checkpoints.changes import Change, Layout, PatternClock, read_changes
 from proxytune.checkpoints.checkpoint import OR_GRANT, Checkpoint
 from proxytune.checkpoints.headers import (
     StoredTensor,
@@ -23,7 +19,7 @@ from proxytune.checkpoints.headers import (
 )
 from proxytune.checkpoints.hub import hub_adapter
 from proxytune.checkpoints.references import unpinned_path
-from proxytune.checkpoints.untrusted import check_links, read_json_file
+from proxytune.checkpoints.untrusted import LIST_BYTES, check_links, read_json_file
 from proxytune.errors import (
     AdapterMismatch,
     CorruptModel,
@@ -31,20 +27,6 @@ from proxytune.errors import (
     UnsafeModel,
     UnsupportedModel,
 )
-
-_LORA_PART = re.compile(
-    r"(?P<module>.+?)\.(?P<part>lora_(embedding_)?[AB]|lora_magnitude_vector)(?P<rest>(\.\w+){0,2})"
-)
-
-
-PATTERN_SECONDS, _USUAL_SECONDS = 1.0, 0.01
-
-
-@dataclass
-class PatternClock:
-    """The processor time left for the patterns of a recipe's adapters, beyond what is usual for each."""
-
-    left: float = PATTERN_SECONDS
 
 
 @dataclass(frozen=True)
@@ -68,11 +50,41 @@ class AdapterFiles:
     is_gguf: bool = False
     allow_pickle: bool = False
     clock: PatternClock = field(default_factory=PatternClock, repr=False, compare=False)
+    _changes: dict[Checkpoint, dict[str, Change]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def num_parameters(self) -> int:
         """Number of weights that it adds."""
         return sum(tensor.num_elements for tensor in self.tensors.values())
+
+    def num_kept(self, small: Checkpoint) -> int:
+        """Number of weights that it adds to memory: not those that were frozen when it was trained."""
+        if self.is_gguf or not self.tensors:
+            return self.num_parameters
+        changes = self.changes(small).values()
+        copied = [change.parameters["weight"] for change in changes if change.is_weight_copied]
+        return self.num_parameters - sum(self.tensors[key].num_elements for key in set(copied))
+
+    def own_tokens(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Return the ids of the ordinary and of the added tokens of its own tokenizer, if that can be read.
+
+        They show whether it was trained with the small model's tokens, whose tokenizer is used.
+        """
+        path = self.path / "tokenizer.json"
+        try:
+            read = read_json_file(path, at_most=LIST_BYTES) if path.is_file() else {}
+        except CorruptModel:
+            read = {}
+        model, added = read.get("model"), read.get("added_tokens")
+        ordinary = model.get("vocab") if isinstance(model, dict) else None
+        pairs = [
+            (token.get("content"), token.get("id"))
+            for token in (added if isinstance(added, list) else [])
+            if isinstance(token, dict)
+        ]
+        return _ids(ordinary.items() if isinstance(ordinary, dict) else ()), _ids(pairs)
 
     @property
     def trained_on(self) -> str | None:
@@ -80,16 +92,27 @@ class AdapterFiles:
         model = self.config.get("base_model_name_or_path")
         return model if isinstance(model, str) and model else None
 
+    def changes(self, small: Checkpoint) -> dict[str, Change]:
+        """Return what it changes in the small model, by module name; see `read_changes`."""
+        if small not in self._changes:
+            shapes = {key: tensor.shape for key, tensor in self.tensors.items()}
+            found = read_changes(self.name, self.config, shapes, small.layout, self.clock)
+            self._changes[small] = found
+        return self._changes[small]
+
     def check_fits(self, small: Checkpoint) -> None:
         """Check that every tensor of the adapter has its layer in the small model, with the same size.
+
+        Embedding and head may have another number of rows, if all tokens of the small model have theirs: a
+        tokenizer to which tokens were added. The small model's own tokens count, and rows beyond them are
+        dropped.
 
         Raises:
             AdapterMismatch: A layer is missing or has another size.
             CorruptModel: Config and tensors contradict each other, or a pattern takes too long to match.
+            UnsupportedModel: It is another method than LoRA.
         """
         problems = self._gguf_problems(small) if self.is_gguf else self._problems(small)
-        if not problems and self.tensors and not self.is_gguf:
-            self.layers(small.module_names)
         if problems:
             more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
             source = f" (it was trained on {self.trained_on})" if self.trained_on else ""
@@ -99,10 +122,46 @@ class AdapterFiles:
                 "hint: name the small model that the adapter was trained on"
             )
 
-    def layers(self, module_names: Iterable[str] = ()) -> dict[str, LoraLayer]:
-        """Return the layers that it changes; see `lora_layers`."""
-        shapes = {key: tensor.shape for key, tensor in self.tensors.items()}
-        return lora_layers(self.name, self.config, shapes, module_names, self.clock)
+    def why_merged(self, small: Checkpoint) -> str | None:
+        """Return why it needs a copy of the small model to be merged into; None if rows can share the model.
+
+        Rows of one forward can each have their own adapter in every layer that gets the rows of the batch
+        as the rows of its input.
+        """
+        if self.is_gguf or not self.tensors:
+            return None
+        for module, change in self.changes(small).items():
+            if change.stacked:
+                name = next(iter(change.stacked))
+                return f"it changes {module}.{name}, which is one parameter for all rows of a batch"
+            if not small.row_modules:
+                return f"it is unknown which layers of {small.architecture} get a batch's rows one by one"
+            if module not in small.row_modules:
+                return f"it changes {module}, which does not get a batch's rows one by one"
+        return None
+
+    def num_embeddings(self, small: Checkpoint) -> int | None:
+        """Return how many tokens its embedding or head has; None if it has the small model's."""
+        if self.is_gguf or not self.tensors:
+            return None
+        layout = small.layout
+        for module in (layout.embedding, layout.head):
+            change = None if module is None else self.changes(small).get(module)
+            if change is None or module is None:
+                continue
+            sizes = [self.tensors[key].shape[0] for key in change.parameters.values()]
+            if change.product is not None:
+                is_first = module in layout.inputs_first
+                down, up = (
+                    self.tensors[key].shape for key in (change.product.down, change.product.up)
+                )
+                sizes.append(down[1] if is_first else up[0])
+            wanted = layout.parameters[module]["weight"][0]
+            sizes += [i + 1 for i in change.token_ids if i >= wanted]
+            found = next((size for size in sizes if size != wanted), None)
+            if found is not None:
+                return found
+        return None
 
     def _gguf_problems(self, small: Checkpoint) -> list[str]:
         problems: list[str] = []
@@ -123,81 +182,84 @@ class AdapterFiles:
         return problems
 
     def _problems(self, small: Checkpoint) -> list[str]:
+        if not self.tensors:
+            return []
+        # Names first: a model of another family has none of them, and its patterns need not be matched.
         problems: list[str] = []
-        for name, tensor in self.tensors.items():
-            path = name.removeprefix("base_model.model.")
-            if match := _LORA_PART.fullmatch(path):
-                module, part = match["module"], match["part"]
-            else:
-                module, part = path.rpartition(".")[0].removesuffix(".modules_to_save"), "weight"
-            if module not in small.module_names:
+        for module, change in self.changes(small).items():
+            if module not in small.layout.parameters:
                 problems.append(f"{module} is not there")
-                continue
-            if module not in small.linear_shapes or len(tensor.shape) != 2:
-                continue
-            inputs, outputs = small.linear_shapes[module]
-            if part.endswith("_A"):
-                given, wanted, what = tensor.shape[1], inputs, "inputs"
-            elif part.endswith("_B"):
-                given, wanted, what = tensor.shape[0], outputs, "outputs"
-            elif part == "weight":
-                given, wanted, what = math.prod(tensor.shape), inputs * outputs, "weights"
             else:
-                continue
-            if given != wanted:
-                problems.append(f"{module} has {wanted} {what} instead of {given}")
+                problems += _misfits(module, change, self.tensors, small)
         return problems
 
 
-# Keys of adapter_config.json that make an adapter more than two factors for each of some layers. A key that
-# this list lacks either does nothing once the adapter is trained, or is read below.
-_BEYOND_FACTORS = (
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config",
-    "modules_to_save", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora",
-    "use_dora", "use_qalora",
+def _misfits(
+    module: str, change: Change, tensors: Mapping[str, StoredTensor], small: Checkpoint
+) -> list[str]:
+    """Return where the sizes of a module differ from those of an adapter's tensors."""
+    layout = small.layout
+    own = layout.parameters[module]
+    wanted: list[tuple[str, int, int, str]] = []  # tensor, axis, size, what it counts
+    for name, key in change.parameters.items():
+        shape, given = own.get(name), tensors[key].shape
+        if shape is None or len(shape) != len(given):
+            return [f"{module} has no parameter {name} of {len(given)} dimensions"]
+        wanted += [
+            (key, axis, size, "rows" if axis == 0 else "columns") for axis, size in enumerate(shape)
+        ]
+    if change.token_rows is not None:
+        if module not in (layout.embedding, layout.head):
+            return [f"{module} is neither embedding nor output head"]
+        wanted.append((change.token_rows, 1, own["weight"][1], "columns"))
+    if change.product is not None:
+        if module not in layout.linear:
+            return [f"{module} is not a linear layer"]
+        outputs, inputs = own["weight"]
+        if module in layout.inputs_first:
+            outputs, inputs = inputs, outputs
+        wanted += [
+            (change.product.down, 1, inputs, "inputs"),
+            (change.product.up, 0, outputs, "outputs"),
+        ]
+        for vector in (change.magnitude, change.product_bias):
+            if vector is not None:
+                wanted.append((vector, 0, outputs, "outputs"))
+    for name, product in change.stacked.items():
+        if len(own[name]) != 3:
+            return [f"{module}.{name} is not a stack of matrices"]
+        outputs, inputs = own[name][1:]
+        if module in layout.is_stack_transposed:
+            outputs, inputs = inputs, outputs
+        wanted += [(product.down, 1, inputs, "inputs"), (product.up, 0, outputs, "outputs")]
+    problems = []
+    for key, axis, size, what in wanted:
+        given = tensors[key].shape
+        number = given[axis] if axis < len(given) else 0
+        if number != size and not _is_resized(module, number, size, layout, small):
+            problems.append(f"{module} has {size} {what} instead of {number}")
+    return problems
+
+
+def _is_resized(module: str, given: int, own: int, layout: Layout, small: Checkpoint) -> bool:
+    """Return whether a size is that of a vocabulary that has all tokens of the small model."""
+    if (
+        module not in (layout.embedding, layout.head)
+        or own != layout.parameters[module]["weight"][0]
+    ):
+        return False
+    return given > max(small.vocabulary.token_to_id.values(), default=-1)
+
+
+_PROMPTS = (
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE",
+    "ADAPTION_PROMPT",
 )  # fmt: skip
-
-
-def beyond_factors(config: Mapping[str, Any]) -> list[str]:
-    """Return what an adapter's config sets beyond two factors per layer: keys, biases, initialisation."""
-    found = [key for key in _BEYOND_FACTORS if config.get(key)]
-    if config.get("bias", "none") != "none":
-        found.append(f"bias {config['bias']!r:.40}")
-    # Other initialisations change the weights under the adapter.
-    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal", "eva"):
-        found.append(f"init_lora_weights {config['init_lora_weights']!r:.40}")
-    return found
-
-
-# Layers ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class LoraLayer:
-    """What an adapter adds to one layer's weight: `scale * up @ down`.
-
-    Args:
-        down: Name of the tensor `[rank, inputs]`, PEFT's A.
-        up: Name of the tensor `[outputs, rank]`, PEFT's B.
-        rank: The size that both share.
-        alpha: The scale is `alpha / rank`, with rank-stabilised LoRA `alpha / sqrt(rank)`.
-        is_stabilised: Whether it is rank-stabilised.
-    """
-
-    down: str
-    up: str
-    rank: int
-    alpha: float
-    is_stabilised: bool
-
-    @property
-    def scale(self) -> float:
-        """The factor of the product."""
-        return self.alpha / (math.sqrt(self.rank) if self.is_stabilised else self.rank)
-
+"""PEFT's methods that train what is read before the text, which no weights can hold."""
 
 _MAX_RANK, _MAX_ALPHA = 1 << 20, 1e6
 _MAX_PATTERN = 10_000
+_MAX_TOKEN_ID = 1 << 22
 
 
 def _is_whole(value: Any, *, at_most: int = _MAX_RANK, at_least: int = 0) -> bool:
@@ -230,6 +292,26 @@ def _is_layers(value: Any) -> bool:
     return value is None or all(map(_is_whole, value if isinstance(value, list) else [value]))
 
 
+def _is_list_of_names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and _is_names(value))
+
+
+def _is_tokens(value: Any) -> bool:
+    lists = value.values() if isinstance(value, dict) else [value]
+    return value is None or all(
+        isinstance(ids, list) and all(_is_whole(i, at_most=_MAX_TOKEN_ID) for i in ids)
+        for ids in lists
+    )
+
+
+def _ids(pairs: Iterable[tuple[Any, Any]]) -> dict[str, int]:
+    return {
+        token: token_id
+        for token, token_id in pairs
+        if isinstance(token, str) and _is_whole(token_id, at_most=_MAX_TOKEN_ID)
+    }
+
+
 def _by_pattern(is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
     def check(value: Any) -> bool:
         return value is None or (
@@ -252,6 +334,13 @@ _CONFIG_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_rslora": (_is_flag, "true or false"),
     "fan_in_fan_out": (_is_flag, "true or false"),
     "lora_bias": (_is_flag, "true or false"),
+    "use_dora": (_is_flag, "true or false"),
+    "modules_to_save": (_is_list_of_names, "a list of names"),
+    "target_parameters": (_is_list_of_names, "a list of names"),
+    "trainable_token_indices": (
+        _is_tokens,
+        "a list of token ids, or an object with one for each layer",
+    ),
 }
 """The keys of an adapter's config that decide what it does: what each may hold, and that in words."""
 
@@ -263,172 +352,6 @@ def _check_config(config: Mapping[str, Any], path: Path) -> None:
                 f"{path}: {key} is {config[key]!r:.80}, and must be {words}.\n"
                 "hint: save the adapter again with PEFT's save_pretrained"
             )
-
-
-def lora_layers(
-    name: str,
-    config: Mapping[str, Any],
-    shapes: Mapping[str, tuple[int, ...]],
-    module_names: Iterable[str] = (),
-    clock: PatternClock | None = None,
-) -> dict[str, LoraLayer]:
-    """Return the layers that an adapter changes, by module name.
-
-    Args:
-        name: Of the adapter, for errors.
-        config: The content of `adapter_config.json`, as `find_adapter` checks it.
-        shapes: Shapes of its tensors, by PEFT's names.
-        module_names: Names of the model's modules; empty to leave out the check for missing layers.
-        clock: The time for its patterns, if other adapters share it.
-
-    Raises:
-        AdapterMismatch: The config names layers of the model for which there are no weights.
-        CorruptModel: Config and tensors contradict each other, or a pattern takes too long to match.
-    """
-    factors: dict[str, dict[str, str]] = {}
-    present: set[str] = set()
-    for key, shape in shapes.items():
-        match = _LORA_PART.fullmatch(key.removeprefix("base_model.model."))
-        if match is None:
-            continue
-        present.add(match["module"])
-        if match["part"] in ("lora_A", "lora_B") and match["rest"].endswith("weight"):
-            if len(shape) < 2:
-                raise CorruptModel(f"the adapter {name}: {key} has the shape {list(shape)}")
-            factors.setdefault(match["module"], {})[match["part"]] = key
-    if not factors:
-        raise UnsupportedModel(
-            f"the adapter {name} holds no LoRA factors of linear layers.\n"
-            "hint: merge it into its model with PEFT's merge_and_unload, and name that model"
-        )
-    matches = _Patterns(name, clock or PatternClock())
-    lacking = next((m for m in matches.targets(config, module_names) if m not in present), None)
-    if lacking is not None:
-        raise AdapterMismatch(
-            f"the adapter {name} does not fit: its config names the layer {lacking}, and it lacks weights "
-            "for that layer.\nhint: an adapter fits only the model it was trained on"
-        )
-    layers: dict[str, LoraLayer] = {}
-    for module, found in factors.items():
-        if len(found) != 2:
-            raise CorruptModel(f"the adapter {name} has only one of the two factors of {module}")
-        down, up = found["lora_A"], found["lora_B"]
-        rank = matches.value(config, "rank_pattern", module, config.get("r", 8))
-        if not rank == shapes[down][0] == shapes[up][1]:
-            raise CorruptModel(
-                f"the adapter {name}: its config gives {module} the rank {rank}, and its factors have "
-                f"{shapes[down][0]} and {shapes[up][1]}.\n"
-                "hint: save the adapter again with PEFT's save_pretrained"
-            )
-        alpha = matches.value(config, "alpha_pattern", module, config.get("lora_alpha", 8))
-        layers[module] = LoraLayer(down, up, rank, alpha, bool(config.get("use_rslora")))
-    return layers
-
-
-_FIRST_LAYER = re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")
-_PLAIN_NAME = re.compile(r"[\w.-]+")
-
-_LARGE_REPEAT = re.compile(r"\{\d*,?\d{4}")
-
-
-class _Patterns:
-    """Matches an adapter's patterns against names of modules, as PEFT would, in bounded time.
-
-    Args:
-        name: Of the adapter, for errors.
-        clock: The time that is left.
-    """
-
-    def __init__(self, name: str, clock: PatternClock) -> None:
-        self._name, self._clock = name, clock
-        self._free = _USUAL_SECONDS
-        self._compiled: dict[str, Any] = {}
-
-    def _match(self, pattern: str, module: str, *, is_whole: bool = True) -> Any:
-        import regex
-
-        start = time.thread_time()
-        try:
-            left = self._clock.left + self._free
-            if left <= 0:
-                raise TimeoutError
-            if pattern not in self._compiled:
-                # What `re` does not know, such as recursion, PEFT would refuse as well.
-                re.compile(pattern)
-                if _LARGE_REPEAT.search(pattern):
-                    raise ValueError("it repeats something more than 999 times")
-                self._compiled[pattern] = regex.compile(pattern)
-            compiled = self._compiled[pattern]
-            return (compiled.fullmatch if is_whole else compiled.match)(module, timeout=left)
-        except TimeoutError:
-            why = f"takes too long to match: more than {PATTERN_SECONDS:g} s with the others"
-        except (regex.error, re.error, RecursionError, OverflowError, ValueError) as error:
-            why = f"cannot be used: {error!s:.80}"
-        finally:
-            spent = time.thread_time() - start
-            free = min(spent, self._free)
-            self._free -= free
-            self._clock.left -= spent - free
-        raise CorruptModel(
-            f"the adapter {self._name}: the pattern {pattern[:80]!r} in its config {why}.\n"
-            "hint: list the names of the layers in place of the pattern"
-        )
-
-    def value(self, config: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
-        """Return what the first of the patterns that fits the end of a module's name gives it."""
-        for pattern, value in (config.get(key) or {}).items():
-            if _PLAIN_NAME.fullmatch(pattern):
-                fits = module == pattern or module.endswith(f".{pattern}")
-            else:
-                fits = self._match(rf"(.*\.)?({pattern})", module)
-            if fits:
-                return value
-        return default
-
-    def targets(self, config: Mapping[str, Any], module_names: Iterable[str]) -> Iterator[str]:
-        """Yield the modules that a config names."""
-        targets = config.get("target_modules")
-        if not targets or targets == "all-linear":  # PEFT would choose them by the model's kind
-            return
-        is_named = self._naming(targets)
-        is_excluded = self._naming(config.get("exclude_modules") or [])
-        is_pattern = isinstance(targets, str)
-        exact = set() if is_pattern else set(targets)
-        is_in_layer = self._layers(config)
-        for module in module_names:
-            if not module or not is_named(module) or is_excluded(module):
-                continue
-            if is_pattern or module in exact or is_in_layer(module):
-                yield module
-
-    def _naming(self, names: str | list[str]) -> Callable[[str], bool]:
-        """Return whether a module is named: by a pattern, or by the last parts of its name."""
-        if isinstance(names, str):
-            return lambda module: bool(self._match(names, module))
-        known = set(names)
-
-        def is_named(module: str) -> bool:
-            parts = module.split(".")
-            return any(".".join(parts[start:]) in known for start in range(len(parts)))
-
-        return is_named
-
-    def _layers(self, config: Mapping[str, Any]) -> Callable[[str], bool]:
-        """Return whether a module is in one of the layers that `layers_to_transform` numbers."""
-        wanted, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or []
-        if wanted is None or wanted == []:
-            return lambda module: True
-        numbers = set(wanted if isinstance(wanted, list) else [wanted])
-
-        def is_in_layer(module: str) -> bool:
-            match: Any = None if patterns else _FIRST_LAYER.match(module)
-            for pattern in [patterns] if isinstance(patterns, str) else patterns:
-                whole = rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
-                match = match or self._match(whole, module, is_whole=False)
-            index = match and match["idx"]
-            return index is not None and int(index) in numbers
-
-        return is_in_layer
 
 
 def find_adapter(
@@ -465,6 +388,11 @@ def find_adapter(
         )
     config = read_json_file(directory / "adapter_config.json")
     kind = config.get("peft_type")
+    if kind in _PROMPTS:
+        raise UnsupportedModel(
+            f"the adapter {reference} is of type {kind!r:.40}, which learns tokens before the text, and only "
+            "LORA can be used.\nhint: train the expert as LoRA"
+        )
     if kind != "LORA":
         raise UnsupportedModel(
             f"the adapter {reference} is of type {kind!r:.40}, and only LORA can be used.\n"
@@ -497,6 +425,11 @@ def _gguf_adapter(reference: str, path: Path) -> AdapterFiles:
             "hint: name the directory that holds adapter_config.json"
         )
     header = read_gguf_header(path)
+    if header.num_parts > 1:
+        raise UnsupportedModel(
+            f"the adapter {reference} is one of {header.num_parts} parts, and an adapter is one file.\n"
+            "hint: join them with `llama-gguf-split --merge FIRST_PART OUT.gguf`"
+        )
     kind, adapter_kind = map(header.metadata.get, ("general.type", "adapter.type"))
     if kind != "adapter":
         raise ModelNotFound(

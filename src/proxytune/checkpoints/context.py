@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
+
+from proxytune.errors import UnsupportedModel
 
 _STRETCHED = ("linear", "dynamic", "yarn", "longrope", "su")
 """Kinds of scaling whose `factor` is how much longer than before texts may be.
@@ -32,6 +34,24 @@ def rope_kind(scaling: Mapping[str, Any]) -> str:
 def depends_on_length(kind: Any) -> bool:
     """Return whether angles of this kind depend on how long a sequence is, beside its positions."""
     return kind in ("longrope", "su") or "dynamic" in str(kind)
+
+
+def check_gguf_angles(metadata: Mapping[str, Any], tensors: Collection[str], name: str) -> None:
+    """Check that transformers computes the rotary angles that a GGUF file asks for.
+
+    Raises:
+        UnsupportedModel: The file scales them, and transformers leaves that out.
+    """
+    architecture = metadata.get("general.architecture")
+    kind = metadata.get(f"{architecture}.rope.scaling.type") or "none"
+    if "rope_freqs.weight" in tensors:
+        kind = "llama3"
+    if kind != "none" and architecture != "gpt-oss":
+        raise UnsupportedModel(
+            f"{name} scales its rotary embeddings ({kind}), which transformers does not read from a GGUF "
+            "file, so it would compute other angles.\n"
+            "hint: run it in llama.cpp (llama_cpp in the recipe), or take the model's safetensors"
+        )
 
 
 def max_context(config: Any) -> int | None:

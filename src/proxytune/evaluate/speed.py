@@ -73,18 +73,19 @@ def load_plain_models(recipe: Recipe, expert: str, grants: Grants = NOTHING) -> 
         UnsafeModel: The recipe asks for a right that the caller does not grant.
         UserError: A model is missing or cannot be read; see `ProxyTuned.load`.
     """
-    from proxytune.backends.transformers.weights import add_adapters, load_model
+    from proxytune.backends.transformers.weights import load_model
+    from proxytune.checkpoints.merge import merge_into
     from proxytune.recipe.files import RecipeFiles
 
     files = RecipeFiles(recipe, grants)
     files.check_grants()
 
     def load(spec: ModelSpec) -> Any:
-        model = load_model(files.checkpoint(spec), spec)
+        checkpoint = files.checkpoint(spec)
+        model = load_model(checkpoint, spec)
         adapter = files.adapter(spec)
         if adapter is not None:
-            wrapped, _ = add_adapters(model, spec.model or "", {"merged": adapter})
-            model = wrapped.merge_and_unload()
+            merge_into(model, adapter, checkpoint)
         return model.eval()
 
     chosen = next(e for e in recipe.experts if e.name == expert)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from proxytune.checkpoints.adapter import AdapterFiles, beyond_factors
+from proxytune.checkpoints.adapter import AdapterFiles
+from proxytune.checkpoints.changes import Change
 from proxytune.checkpoints.checkpoint import Checkpoint
-from proxytune.errors import CorruptModel, UnsafeModel, UnsupportedModel
+from proxytune.checkpoints.merge import read_adapter
+from proxytune.errors import UnsafeModel, UnsupportedModel
 from proxytune.export.layout import check_model, gguf_name, rotated_rows
 from proxytune.export.write import (
     ExportedFile,
@@ -25,8 +26,6 @@ from proxytune.export.write import (
 if TYPE_CHECKING:
     from gguf import GGUFWriter
     from torch import Tensor
-
-_FACTOR = re.compile(r"\.lora_[AB](\.\w+)?\.weight$")
 
 ADAPTER_DTYPES = ("F32", "F16")
 """Dtypes that an adapter's weights can be stored in, by GGUF's names."""
@@ -115,39 +114,78 @@ def lora_factors(adapter: AdapterFiles, model: Checkpoint) -> dict[str, Factors]
         AdapterMismatch: It belongs to another model.
         CorruptModel: A factor is missing, or the factors of a layer do not match.
     """
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    config = adapter.config
-    beyond = beyond_factors(config) + [key for key in ("lora_bias",) if config.get(key)]
-    beyond += [name for name in adapter.tensors if not _FACTOR.search(name)]
-    if beyond:
+    check_readable(adapter)
+    adapter.check_fits(model)
+    layout = model.layout
+    for module, change in adapter.changes(model).items():
+        rest = change.without_copy
+        if rest == Change() or (rest.is_plain and module != layout.embedding):
+            continue
         raise UnsupportedModel(
-            f"the adapter {adapter.name} is more than LoRA's two factors per linear layer: "
-            f"{', '.join(beyond[:3])}.\n"
-            "hint: merge it into its model with PEFT's merge_and_unload, and export that model"
+            f"the adapter {adapter.name} is more than LoRA's two factors per linear layer: it changes "
+            f"{module} by {_kind(rest)}.\n"
+            "hint: export its model with the adapter merged into it: "
+            "`proxytune export-gguf MODEL OUTPUT --adapter ADAPTER --merge`"
         )
+    if layout.head in adapter.changes(model) and layout.is_tied:
+        raise UnsupportedModel(
+            f"the adapter {adapter.name} changes the output head of {model.name}, which is its embedding, "
+            "too, and a GGUF file holds only one of them.\nhint: tune an adapter without lm_head"
+        )
+    found: dict[str, Factors] = {}
+    for module, own in read_adapter(adapter, model).items():
+        if own.is_weight_copied:
+            _check_copy(module, own.parameters["weight"], adapter, model)
+        if own.product is not None:
+            # Of a head with added tokens, the model's rows.
+            up = own.product.up[: layout.parameters[module]["weight"][0]]
+            found[module] = Factors(own.product.down, up, own.product.scale)
+    return found
+
+
+def _check_copy(module: str, copied: Tensor, adapter: AdapterFiles, model: Checkpoint) -> None:
+    """Refuse an adapter that was trained on other embeddings than its model's."""
+    import torch
+    from safetensors import safe_open
+
+    if module == model.layout.head and model.layout.is_tied:
+        return  # it is the embedding's
+    name = f"{module}.weight"
+    with safe_open(model.weight_files()[name], framework="pt") as weights:
+        own: Tensor = weights.get_tensor(name)
+    num_rows = min(len(own), len(copied))
+    if not torch.equal(own[:num_rows].to(copied.dtype), copied[:num_rows]):
+        raise UnsupportedModel(
+            f"the adapter {adapter.name} brings a {name} of its own, which differs from that of "
+            f"{model.name}, and a GGUF adapter cannot hold it.\n"
+            "hint: export its model with the adapter merged into it: "
+            "`proxytune export-gguf MODEL OUTPUT --adapter ADAPTER --merge`"
+        )
+
+
+def check_readable(adapter: AdapterFiles) -> None:
+    """Refuse pickled weights.
+
+    Raises:
+        UnsafeModel: There are only pickled weights.
+    """
     if not adapter.tensors:
         raise UnsafeModel(
             f"the adapter {adapter.name} has only pickled weights, which are not exported.\n"
             "hint: save it as safetensors with PEFT's save_pretrained"
         )
-    adapter.check_fits(model)
-    layers = adapter.layers()
-    if "lm_head" in layers and model.config.tie_word_embeddings:
-        raise UnsupportedModel(
-            f"the adapter {adapter.name} changes the output head of {model.name}, which is its embedding, "
-            "too, and a GGUF file holds only one of them.\nhint: tune an adapter without lm_head"
-        )
-    path = adapter.path / "adapter_model.safetensors"
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CorruptModel(f"{path} cannot be read: {error}") from error
-    return {
-        module: Factors(
-            weights[layer.down].to(torch.float32), weights[layer.up].to(torch.float32), layer.scale
-        )
-        for module, layer in layers.items()
-    }
+
+
+def _kind(change: Change) -> str:
+    """Return what a change is besides two factors, in the words of PEFT's config."""
+    if change.stacked:
+        return "target_parameters"
+    if change.magnitude is not None:
+        return "use_dora"
+    if change.product_bias is not None:
+        return "lora_bias"
+    if change.token_rows is not None:
+        return "trainable_token_indices"
+    if change.parameters:
+        return "bias" if set(change.parameters) == {"bias"} else "modules_to_save"
+    return "factors of an embedding"

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
+from proxytune.checkpoints.context import max_context
+from proxytune.checkpoints.merge import Merger
 from proxytune.errors import CorruptModel, UnsupportedModel
-from proxytune.export.adapter import Factors, lora_factors
+from proxytune.export.adapter import check_readable
 from proxytune.export.layout import (
     CONVERTER,
     check_model,
@@ -83,7 +85,7 @@ def plan_model(
 
     check_dtype(dtype, DTYPES, "a model")
     check_model(model)
-    factors = {} if adapter is None else lora_factors(adapter, model)
+    merger = None if adapter is None else _merger(adapter, model)
     rotary_factors = _rotary_factors(model)
     tokenizer = tokenizer_fields(model, pre)
     wanted = GGMLQuantizationType[dtype]
@@ -101,8 +103,7 @@ def plan_model(
             kind = GGMLQuantizationType.Q8_0
         kind, is_fallback = _fitting_kind(kind, shape)
         num_unquantized += is_fallback
-        module = hf_name.removesuffix(".weight")
-        read = _reader(places[hf_name], hf_name, model, factors.get(module))
+        read = _reader(places[hf_name], hf_name, model, merger)
         tensors.append(PlannedTensor(name, shape, kind, read))
 
     def add_fields(writer: GGUFWriter) -> None:
@@ -125,8 +126,21 @@ def _fitting_kind(
     return kind, False
 
 
+def _merger(adapter: AdapterFiles, model: Checkpoint) -> Merger:
+    """Return what merges an adapter into a model's weights."""
+    check_readable(adapter)
+    merger = Merger(adapter, model, "a GGUF file")
+    beyond = sorted(merger.names - set(weight_shapes(model)))
+    if beyond:
+        raise UnsupportedModel(
+            f"the adapter {adapter.name} changes {beyond[0]}, which a Llama does not have, so it cannot be "
+            "merged.\nhint: tune an adapter without biases"
+        )
+    return merger
+
+
 def _reader(
-    file: Path, hf_name: str, model: Checkpoint, factors: Factors | None
+    file: Path, hf_name: str, model: Checkpoint, merger: Merger | None
 ) -> Callable[[], Tensor]:
     def read() -> Tensor:
         import torch
@@ -137,8 +151,8 @@ def _reader(
                 values: Tensor = weights.get_tensor(hf_name).to(torch.float32)
         except (SafetensorError, OSError) as error:
             raise CorruptModel(f"{file} cannot be read: {error}") from error
-        if factors is not None:
-            values = values + factors.scale * (factors.b @ factors.a)
+        if merger is not None:
+            values = merger.merged(hf_name, values)
         return rotated_rows(values, hf_name, model.config)
 
     return read
@@ -189,7 +203,7 @@ def _add_model_fields(writer: GGUFWriter, model: Checkpoint, dtype: str) -> None
     if dtype.startswith("Q"):
         writer.add_quantization_version(GGML_QUANT_VERSION)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(max_context(config) or config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from proxytune.backends.api.client import Budget
 from proxytune.backends.base import Backend
@@ -12,8 +13,9 @@ from proxytune.backends.exact import ExactBackend
 from proxytune.backends.retokenised import RetokenisedBackend
 from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
+from proxytune.checkpoints.merge import with_shapes
 from proxytune.decode.ensemble import Ensemble, Member
-from proxytune.errors import UnsupportedModel, VocabularyMismatch
+from proxytune.errors import UnsupportedModel
 from proxytune.grants import NOTHING, Grants
 from proxytune.loading.doctor import examine
 from proxytune.loading.members import MemberFiles, find_members
@@ -54,30 +56,32 @@ def load_ensemble(
     found, pairs = find_members(files)
     base = found[0].checkpoint
     checkpoints = {member.spec.weights: member.checkpoint for member in found}
-    names, adapters = _named_adapters(found)
+    places, adapters = _places(found)
     backends = {
-        weights: _load_backend(weights, checkpoint, adapters[weights], budget, grants)
-        for weights, checkpoint in checkpoints.items()
+        copy: _load_backend(copy, checkpoints[copy.weights], own, budget, grants)
+        for copy, own in adapters.items()
     }
     if is_exact:
-        backends = {weights: ExactBackend(backend) for weights, backend in backends.items()}
-    # One for each model: lanes whose members share it are translated at once (`decode/lanes.py`).
+        backends = {copy: ExactBackend(backend) for copy, backend in backends.items()}
     alignments = {}
-    for weights, checkpoint in checkpoints.items():
-        try:
-            alignments[weights] = align(base.vocabulary, checkpoint.vocabulary)
-        except VocabularyMismatch:
-            if recipe.vocabulary != "map":
-                raise
+    for member in found:
+        weights = member.spec.weights
+        if member.alignment is not None:
+            alignments[weights] = member.alignment
+        elif weights not in alignments:
             alignments[weights] = align(base.vocabulary, base.vocabulary)
-            backends[weights] = RetokenisedBackend(backends[weights], checkpoint, base)
+            for copy, backend in backends.items():
+                if copy.weights == weights:
+                    backends[copy] = RetokenisedBackend(backend, member.checkpoint, base)
     tokenizers = _shared_tokenizers(checkpoints)
     members, formats = [], []
-    for (part, spec, _, _, own), adapter in zip(found, names, strict=True):
+    for (part, spec, _, _, prompt_format, _), (copy, adapter) in zip(found, places, strict=True):
         weights = spec.weights
         name = part if weights.model == part else f"{part} ({weights.model})"
-        members.append(Member(name, backends[weights], alignments[weights], adapter))
-        formats.append(replace(own, tokenizer=tokenizers[weights]))
+        alignment = alignments[weights]
+        own = checkpoints[weights] if alignment.kind == "added" else None
+        members.append(Member(name, backends[copy], alignment, adapter, own))
+        formats.append(replace(prompt_format, tokenizer=tokenizers[weights]))
     ensemble = Ensemble(
         tuple(members),
         pairs,
@@ -108,13 +112,33 @@ def _check_exact(recipe: Recipe) -> None:
             )
 
 
+class _Copy(NamedTuple):
+    """One copy of weights in memory.
+
+    Args:
+        weights: Which model, in which dtype and place.
+        merged: The directory of the adapter that is merged into them.
+    """
+
+    weights: ModelSpec
+    merged: Path | None = None
+
+
+class _Adapters(NamedTuple):
+    """The adapters on one copy of weights: what rows may choose from by name, and what is merged into it."""
+
+    by_name: dict[str, AdapterFiles]
+    merged: AdapterFiles | None = None
+
+
 def _load_backend(
-    spec: ModelSpec,
+    copy: _Copy,
     checkpoint: Checkpoint,
-    adapters: Mapping[str, AdapterFiles],
+    adapters: _Adapters,
     budget: Budget | None,
     grants: Grants,
 ) -> Backend[Any]:
+    spec = copy.weights
     if spec.api is not None:
         from proxytune.backends.api.backend import ApiBackend
 
@@ -122,29 +146,33 @@ def _load_backend(
     if spec.llama_cpp is not None:
         from proxytune.backends.llama_cpp import LlamaCppBackend
 
-        return LlamaCppBackend.load(checkpoint, spec, adapters)
+        return LlamaCppBackend.load(checkpoint, spec, adapters.by_name)
     from proxytune.backends.transformers.backend import TransformersBackend
 
-    return TransformersBackend.load(checkpoint, spec, adapters)
+    return TransformersBackend.load(checkpoint, spec, adapters.by_name, adapters.merged)
 
 
-def _named_adapters(
+def _places(
     found: Sequence[MemberFiles],
-) -> tuple[list[str | None], dict[ModelSpec, dict[str, AdapterFiles]]]:
-    """Return the name of each member's adapter, and by weights the adapters that go onto them."""
-    names: list[str | None] = []
-    adapters: dict[ModelSpec, dict[str, AdapterFiles]] = {}
-    for part, spec, _, files, _ in found:
-        known = adapters.setdefault(spec.weights, {})
-        name = None
-        if files is not None:
+) -> tuple[list[tuple[_Copy, str | None]], dict[_Copy, _Adapters]]:
+    """Return each member's copy of weights and its adapter's name there, and the adapters of each copy."""
+    places: list[tuple[_Copy, str | None]] = []
+    adapters: dict[_Copy, _Adapters] = {}
+    for part, spec, checkpoint, files, _, _ in found:
+        copy, name = _Copy(spec.weights), None
+        files = None if files is None else with_shapes(files)
+        if files is not None and files.why_merged(checkpoint) is not None:
+            copy = _Copy(spec.weights, files.path)
+            adapters.setdefault(copy, _Adapters({}, files))
+        known = adapters.setdefault(copy, _Adapters({})).by_name
+        if files is not None and copy.merged is None:
             name = next((name for name, other in known.items() if other.path == files.path), None)
             if name is None:
                 # The number keeps experts "a.b" and "a_b" apart: adapters' names hold no dots.
                 name = f"{part.replace('.', '_')}_{len(known)}"
                 known[name] = files
-        names.append(name)
-    return names, adapters
+        places.append((copy, name))
+    return places, adapters
 
 
 def _shared_tokenizers(checkpoints: Mapping[ModelSpec, Checkpoint]) -> dict[ModelSpec, Tokenizer]:

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from proxytune.checkpoints.adapter import AdapterFiles, PatternClock, find_adapter
+from proxytune.checkpoints.adapter import AdapterFiles, find_adapter
+from proxytune.checkpoints.changes import PatternClock
 from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from proxytune.checkpoints.hub import PICKLED, cached_directory
 from proxytune.checkpoints.references import unpinned_path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,17 @@ import transformers
 from torch import nn
 
 from proxytune.backends.transformers.backend import TransformersBackend
-from proxytune.backends.transformers.lora import PLAIN, ROW_ADAPTERS, RowAdapters, RowLora
+from proxytune.backends.transformers.lora import (
+    PLAIN,
+    ROW_ADAPTERS,
+    RowAdapters,
+    RowModule,
+    _Affine,
+    _changes,
+)
 from proxytune.checkpoints.adapter import find_adapter
 from proxytune.checkpoints.checkpoint import find_checkpoint
+from proxytune.checkpoints.merge import LoadedProduct, ModuleWeights
 from proxytune.errors import UnsupportedModel
 from proxytune.recipe.spec import ModelSpec
 from tests.support.tiny import tiny_model
@@ -142,25 +151,14 @@ def test_bfloat16_models_run_their_adapters_in_bfloat16(small):
     torch.testing.assert_close(logits.float(), exact, atol=0.5, rtol=0.1)
 
 
-class _Layer:
-    """What `RowLora` reads of PEFT's layer."""
-
-    def __init__(self, base: nn.Linear, rank: int) -> None:
-        generator = torch.Generator().manual_seed(rank)
-        self.base_layer = base
-        self.lora_A = {"a": nn.Linear(base.in_features, rank, bias=False)}
-        self.lora_B = {"a": nn.Linear(rank, base.out_features, bias=False)}
-        for part in (self.lora_A["a"], self.lora_B["a"]):
-            part.weight.data = torch.randn(part.weight.shape, generator=generator)
-        self.scaling = {"a": 2.0}
+def row_layer(base: nn.Linear, down: list[list[float]], up: list[list[float]]) -> RowModule:
+    return RowModule(base, {"a": [_Affine(torch.tensor(down), torch.tensor(up))]})
 
 
 def test_the_adapters_product_by_hand():
     base = nn.Linear(2, 1, bias=False)
     base.weight.data = torch.tensor([[1.0, 10.0]])
-    layer = RowLora(_Layer(base, 1))
-    for part, value in zip(layer._adapters["a"], ([[1.0, 1.0]], [[6.0]]), strict=True):
-        part.data = torch.tensor(value)  # the 6 is 3 times the scale of 2
+    layer = row_layer(base, [[1.0, 1.0]], [[6.0]])
     token = ROW_ADAPTERS.set(RowAdapters([PLAIN, "a"]))
     try:
         answer = layer(torch.tensor([[[1.0, 2.0]], [[1.0, 2.0]]]))
@@ -170,20 +168,63 @@ def test_the_adapters_product_by_hand():
     assert answer.flatten().tolist() == [21.0, 39.0]
 
 
-def test_a_layer_that_sees_other_rows_than_the_batchs_is_refused():
-    """The experts of a mixture get the tokens of all rows in one list, which does not say whose they are."""
-    layer = RowLora(_Layer(nn.Linear(4, 4), 2))
+@pytest.mark.parametrize("num_tokens", [6, 2])
+def test_a_layer_that_sees_other_rows_than_the_batchs_is_refused(num_tokens):
+    """The experts of a mixture get the tokens of all rows in one list, which does not say whose they are.
+
+    When an expert got as many tokens as the batch has rows, the adapter used to be added to the wrong ones.
+    """
+    layer = row_layer(nn.Linear(4, 1), [[1.0] * 4], [[1.0]])
     token = ROW_ADAPTERS.set(RowAdapters([PLAIN, "a"]))
     try:
-        with pytest.raises(UnsupportedModel, match="6 rows while the batch has 2"):
-            layer(torch.ones(6, 4))
+        with pytest.raises(UnsupportedModel, match=f"{num_tokens} rows while the batch has 2"):
+            layer(torch.ones(num_tokens, 4))
     finally:
         ROW_ADAPTERS.reset(token)
 
 
 def test_a_layer_answers_for_its_base_layer():
     base = nn.Linear(4, 3)
-    layer = RowLora(_Layer(base, 2))
+    layer = row_layer(base, [[1.0] * 4], [[1.0]] * 3)
     assert layer.weight is base.weight and layer.out_features == 3
     with pytest.raises(AttributeError, match="nonsense"):
         _ = layer.nonsense
+
+
+class Quantised(nn.Linear):
+    """A layer whose weight is stored in eighths, as whole numbers."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__(weight.shape[1], weight.shape[0])
+        self.weight = nn.Parameter((8 * weight).to(torch.int8), requires_grad=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input @ (self.weight.float() / 8).t() + self.bias
+
+
+def test_dora_on_a_quantised_layer_takes_the_norm_of_what_the_layer_multiplies_by():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-16, 16, (6, 4), generator=generator) / 8
+    quantised, plain = Quantised(weight), nn.Linear(4, 6)
+    plain.load_state_dict({"weight": weight, "bias": quantised.bias.detach()})
+    draw = partial(torch.randn, generator=generator)
+    own = ModuleWeights(product=LoadedProduct(draw(2, 4), draw(6, 2), 0.5), magnitude=draw(6).abs())
+    input = draw(2, 3, 4)
+    token = ROW_ADAPTERS.set(RowAdapters([PLAIN, "a"]))
+    try:
+        outputs = [
+            RowModule(base, {"a": _changes("layer", base, own, torch.float32)})(input)
+            for base in (quantised, plain)
+        ]
+    finally:
+        ROW_ADAPTERS.reset(token)
+    torch.testing.assert_close(outputs[0], outputs[1], **CLOSE)
+    merged = nn.functional.linear(input[1], own.merged("weight", weight), plain.bias)
+    torch.testing.assert_close(outputs[1][1], merged, **CLOSE)
+    torch.testing.assert_close(outputs[1][0], plain(input[0]), **CLOSE)
+
+
+def test_a_quantised_layer_that_an_adapter_replaces_is_refused():
+    own = ModuleWeights(parameters={"weight": torch.zeros(6, 4)})
+    with pytest.raises(UnsupportedModel, match="replaces weights of layer, which is quantised"):
+        _changes("layer", Quantised(torch.zeros(6, 4)), own, torch.float32)

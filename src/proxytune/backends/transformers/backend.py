@@ -33,7 +33,9 @@ from proxytune.backends.transformers.lora import (
     PLAIN,
     ROW_ADAPTERS,
     RowAdapters,
-    run_rows_through_adapters,
+    RowModule,
+    give_rows_to_peft,
+    put_rows_on,
 )
 from proxytune.backends.transformers.rotary import run_rows_through_lengths
 from proxytune.backends.transformers.rows import (
@@ -47,10 +49,11 @@ from proxytune.backends.transformers.rows import (
 )
 from proxytune.backends.transformers.state import TransformersState
 from proxytune.backends.transformers.temperature import POSITIONS, scale_queries_by_position
-from proxytune.backends.transformers.weights import add_adapters, load_model, quietly
+from proxytune.backends.transformers.weights import load_model, quietly
 from proxytune.checkpoints.causal import check_causal
 from proxytune.checkpoints.context import max_context
 from proxytune.checkpoints.faults import faults_as
+from proxytune.checkpoints.merge import merge_into, read_adapter
 from proxytune.errors import BackendError, ProxytuneError, UnsupportedModel
 
 if TYPE_CHECKING:
@@ -80,8 +83,7 @@ class TransformersBackend(Backend[TransformersState]):
         adapters: Adapters that rows may be given, by their PEFT names, or a mapping from other names to
             those.
         recorder: Makes CUDA graphs of short forwards; None launches every kernel by itself.
-        owns_model: Whether nobody else uses the model. Then PEFT's layers are replaced by faster ones, which
-            PEFT can no longer train, switch or save, and at the first forward the weights of large layers
+        owns_model: Whether nobody else uses the model. Then at the first forward the weights of large layers
             are packed.
     """
 
@@ -102,7 +104,8 @@ class TransformersBackend(Backend[TransformersState]):
             adapters if isinstance(adapters, Mapping) else {name: name for name in adapters}
         )
         speed_up_linear_layers(self.model)
-        self._has_lora = run_rows_through_adapters(self.model, replace=owns_model)
+        has_rows = any(isinstance(module, RowModule) for module in self.model.modules())
+        self._has_lora = give_rows_to_peft(self.model) or has_rows
         self._may_pack = owns_model
         scale_queries_by_position(self.model)
         if owns_model:
@@ -175,6 +178,7 @@ class TransformersBackend(Backend[TransformersState]):
         checkpoint: Checkpoint,
         spec: ModelSpec,
         adapters: Mapping[str, AdapterFiles] | None = None,
+        merged: AdapterFiles | None = None,
     ) -> TransformersBackend:
         """Load a model's weights, and adapters onto the same copy of them.
 
@@ -182,22 +186,33 @@ class TransformersBackend(Backend[TransformersState]):
             checkpoint: The model's files.
             spec: What the recipe asks for: dtype, device, quantisation, attention implementation.
             adapters: LoRA adapters by the names that rows will use.
+            merged: An adapter that all rows have, merged into the weights.
 
         Raises:
             CorruptModel: The weights cannot be read or do not match the config.
-            UnsupportedModel: transformers does not know the model, or an adapter is more than LoRA factors.
+            UnsupportedModel: transformers does not know the model, or an adapter is of an unknown kind, or
+                rows cannot each have their own.
             AdapterMismatch: An adapter's weights do not fit the model.
             MissingExtra: A quantisation or attention library is not installed.
             NotEnoughMemory: The weights did not fit.
         """
         with quietly():
             model = load_model(checkpoint, spec)
-            names: dict[str, str] = {}
-            if adapters:
-                model, names = add_adapters(model, checkpoint.name, adapters)
+            if merged is not None:
+                merge_into(model, merged, checkpoint)
+            put_rows_on(
+                model,
+                {name: read_adapter(own, checkpoint) for name, own in (adapters or {}).items()},
+            )
         model.requires_grad_(False)
         recorder = CudaRecorder(_graph_device(model, checkpoint.name)) if spec.cuda_graphs else None
-        return cls(model, name=checkpoint.name, adapters=names, recorder=recorder, owns_model=True)
+        return cls(
+            model,
+            name=checkpoint.name,
+            adapters=tuple(adapters or ()),
+            recorder=recorder,
+            owns_model=True,
+        )
 
     @property
     def device(self) -> torch.device:

@@ -1,20 +1,30 @@
 """LoRA adapters as rows of one forward: each row of a batch has its own adapter, or none.
 
-PEFT's layers can do this too, but with a dozen small steps per layer and call, which take longer than the
-products for a small model's token. `RowLora` replaces PEFT's layer if it knows the layer underneath.
-Otherwise (quantised layers, layers that are moved between devices) PEFT's own forward is given the rows.
+A `RowModule` stands in for each module that an adapter changes. It runs the module for all rows, and then
+changes the output of the rows with adapters, in one of these ways:
+
+- most change the output of a linear layer or embedding a little (`_Affine`): LoRA, DoRA, biases;
+- trained tokens replace some rows of the embedding or some logits (`_Tokens`);
+- whatever replaces whole parameters is a module of its own (`_Own`).
+
+PEFT's layers can do most of this too, but with a dozen small steps per layer and call, which take longer than
+the products for a small model's token. They stay in a model that is handed over with them, and are told the
+rows (`give_rows_to_peft`). What adapters make of weights is in `checkpoints/merge.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import importlib
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from proxytune.backends.transformers.linear import FewRowsLinear, PackedLinear
+from proxytune.checkpoints.merge import ModuleWeights
 from proxytune.errors import UnsupportedModel
 
 PLAIN = "__base__"
@@ -51,111 +61,332 @@ ROW_ADAPTERS: ContextVar[RowAdapters | None] = ContextVar("row_adapters", defaul
 """The adapters of the rows of the current forward; None for no adapters at all."""
 
 
-class RowLora(nn.Module):
-    """A linear layer whose rows may each have an adapter.
+class RowModule(nn.Module):
+    """A module whose rows may each have an adapter.
 
     Args:
-        layer: PEFT's layer to replace; its base layer and weights become this module's.
+        base_layer: The module for rows without one. Models may ask this module for its attributes.
+        changes: What each adapter that changes it does, by PEFT's names.
     """
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, base_layer: nn.Module, changes: Mapping[str, Sequence[_Change]]) -> None:
         super().__init__()
-        self.base_layer = layer.base_layer
-        # Lists, so that `model.to` finds them; not by name, because names may contain dots.
-        self.lora_down = nn.ParameterList(
-            nn.Parameter(down.weight.detach(), requires_grad=False)
-            for down in layer.lora_A.values()
-        )
-        self.lora_up = nn.ParameterList(
-            nn.Parameter(up.weight.detach() * layer.scaling[name], requires_grad=False)
-            for name, up in layer.lora_B.items()
-        )
-        self._adapters = dict(
-            zip(layer.lora_A, zip(self.lora_down, self.lora_up, strict=True), strict=True)
-        )
+        self.base_layer = base_layer
+        # A list, so that `model.to` finds them; not by name, because names may contain dots.
+        self.changes = nn.ModuleList(change for steps in changes.values() for change in steps)
+        self._changes = {name: tuple(steps) for name, steps in changes.items()}
 
     def __getattr__(self, name: str) -> Any:
-        """Return the base layer's attribute: models ask a linear layer for its `weight` or `out_features`."""
+        """Return the module's attribute: models ask a linear layer for its `weight` or `out_features`."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base_layer"), name)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the base layer's output plus that of each row's adapter, `[batch, ..., out_features]`."""
+        """Return the module's output, changed by each row's adapter, `[batch, ..., outputs]`."""
         output: Tensor = self.base_layer(input)
         adapters = ROW_ADAPTERS.get()
         if adapters is None or not adapters.groups:
             return output
-        if input.shape[0] != len(adapters.names):
+        num_axes = 3 if input.is_floating_point() else 2
+        if input.shape[0] != len(adapters.names) or input.dim() < num_axes:
             raise UnsupportedModel(
                 f"a LoRA adapter changes a layer that sees {input.shape[0]} rows while the batch has "
                 f"{len(adapters.names)}, so it is unknown which row has which adapter\n"
                 "hint: merge the adapter into a copy of its model and give that as the expert's model"
             )
+        if input.device != output.device:  # layers may be spread over devices
+            input = input.to(output.device)
         for name, rows in adapters.groups:
-            if name not in self._adapters:
+            if name not in self._changes:
                 continue
-            down, up = self._adapters[name]
             if isinstance(rows, slice):
-                _add_product(output[rows], input[rows], down, up)
+                for change in self._changes[name]:
+                    change.apply_to(output[rows], input[rows])
             else:
-                rows = rows.to(input.device)  # layers may be spread over devices
-                part = torch.zeros_like(output[: len(rows)])
-                _add_product(part, input.index_select(0, rows), down, up)
-                output.index_add_(0, rows, part)
+                rows = rows.to(output.device)
+                part, own = output.index_select(0, rows), input.index_select(0, rows)
+                for change in self._changes[name]:
+                    change.apply_to(part, own)
+                output.index_copy_(0, rows, part)
         return output
 
 
-def _add_product(output: Tensor, input: Tensor, down: Tensor, up: Tensor) -> None:
-    """Add `input @ down.T @ up.T` to `output` in place."""
-    low = torch.mm(input.reshape(-1, input.shape[-1]).to(down.dtype), down.t())
-    flat = output.view(-1, output.shape[-1])
-    if output.dtype == up.dtype:
-        flat.addmm_(low, up.t())
-    else:
-        flat += torch.mm(low, up.t()).to(output.dtype)
+class _Change(nn.Module):
+    """What an adapter does to the rows of a module's output."""
+
+    def apply_to(self, output: Tensor, input: Tensor) -> None:
+        """Change `output`, `[rows, ..., outputs]`, in place; `input` is what the module got for it."""
+        raise NotImplementedError
 
 
-def run_rows_through_adapters(model: nn.Module, *, replace: bool) -> bool:
-    """Make each LoRA layer take its rows' adapters from `ROW_ADAPTERS`; return whether there are any.
+class _Affine(_Change):
+    """`output * gain + input @ down.T @ up.T + shift`; an embedding looks its input up in `down`.
 
     Args:
-        model: The model inside PEFT's wrapper.
-        replace: Whether PEFT's layers may be replaced; the model's owner may still need them.
+        down: `[rank, inputs]`, of an embedding `[tokens, rank]`; None together with `up` for no product.
+        up: `[outputs, rank]`, with the scale.
+        gain: `[outputs]`, of DoRA.
+        shift: `[outputs]`, of biases.
     """
+
+    def __init__(
+        self,
+        down: Tensor | None,
+        up: Tensor | None,
+        *,
+        is_lookup: bool = False,
+        gain: Tensor | None = None,
+        shift: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("down", down), ("up", up), ("gain", gain), ("shift", shift)):
+            fixed = None if value is None else nn.Parameter(value, requires_grad=False)
+            self.register_parameter(name, fixed)
+        self._is_lookup = is_lookup
+
+    def apply_to(self, output: Tensor, input: Tensor) -> None:
+        own = self._parameters  # looked up by name, each would cost a search
+        down, up, gain, shift = own["down"], own["up"], own["gain"], own["shift"]
+        if gain is not None:
+            output.mul_(gain)
+        if down is not None and up is not None:
+            if self._is_lookup:
+                low = functional.embedding(input, down).flatten(0, -2)
+            else:
+                low = torch.mm(input.reshape(-1, input.shape[-1]).to(down.dtype), down.t())
+            flat = output.view(-1, output.shape[-1])
+            if output.dtype == up.dtype:
+                flat.addmm_(low, up.t())
+            else:
+                flat += torch.mm(low, up.t()).to(output.dtype)
+        if shift is not None:
+            output.add_(shift)
+
+
+class _Tokens(_Change):
+    """Trained rows of an embedding, or of an output head.
+
+    Args:
+        token_ids: `[tokens]`.
+        rows: `[tokens, hidden]`.
+        num_tokens: Number of tokens of an embedding; None for a head.
+        bias: The head's, `[vocab]`.
+    """
+
+    def __init__(
+        self, token_ids: Tensor, rows: Tensor, *, num_tokens: int | None, bias: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(rows, requires_grad=False)
+        places = token_ids
+        if num_tokens is not None:
+            places = torch.full((num_tokens,), -1, device=rows.device)
+            places[token_ids] = torch.arange(len(token_ids), device=rows.device)
+        self.register_buffer("places", places, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias[token_ids], persistent=False)
+        self._is_lookup = num_tokens is not None
+
+    def apply_to(self, output: Tensor, input: Tensor) -> None:
+        places: Any = self.places
+        bias: Any = self.bias
+        if self._is_lookup:
+            found = places[input]
+            own = functional.embedding(found.clamp(min=0), self.rows).to(output.dtype)
+            output.copy_(torch.where((found >= 0)[..., None], own, output))
+            return
+        logits = functional.linear(input.to(self.rows.dtype), self.rows, bias)
+        output.index_copy_(-1, places, logits.to(output.dtype))
+
+
+class _Own(_Change):
+    """A module of the adapter's own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def apply_to(self, output: Tensor, input: Tensor) -> None:
+        output.copy_(self.module(input))
+
+
+# Adapters onto modules -------------------------------------------------------------------------------
+
+
+def put_rows_on(model: Any, adapters: Mapping[str, Mapping[str, ModuleWeights]]) -> None:
+    """Put a `RowModule` in the place of each module that an adapter changes.
+
+    Args:
+        model: A model of transformers, with its weights.
+        adapters: What each adapter makes of each module, by the names that rows will have.
+
+    Raises:
+        UnsupportedModel: Weights that have to be known are quantised, or not in memory.
+    """
+    names = dict.fromkeys(name for modules in adapters.values() for name in modules)
+    for name in names:
+        base = model.get_submodule(name)
+        changes = {
+            key: _changes(name, base, own[name], model.dtype)
+            for key, own in adapters.items()
+            if name in own
+        }
+        changes = {key: steps for key, steps in changes.items() if steps}
+        if changes:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, RowModule(base, changes))
+
+
+def _changes(name: str, base: Any, own: ModuleWeights, dtype: torch.dtype) -> list[_Change]:
+    """Return what an adapter does to the output of a module."""
+    replaced = set(own.parameters)
+    if own.is_weight_copied and _is_same(_value(name, base, "weight"), own.parameters["weight"]):
+        replaced.remove("weight")
+    scale = _embedding_scale(base)
+    if replaced - {"bias"} or own.stacked or not own.is_linear or scale is None:
+        return [_Own(_own_module(name, base, own))]
+    steps: list[_Change] = []
+    is_lookup = isinstance(base, nn.Embedding)
+    bias: Tensor | None = getattr(base, "bias", None)
+    like = _like(base, dtype)
+    down = up = gain = None
+    if own.product is not None:
+        down, up = own.product.down, own.product.up * (own.product.scale * scale)
+        if own.magnitude is not None:
+            gain = own.gain(_weight(base, own.is_inputs_first))
+            assert gain is not None
+            up = up * gain[:, None]
+        if is_lookup:
+            down = _with_rows(down.t(), base.num_embeddings)
+        else:
+            num_outputs = _num_outputs(base)
+            up = _with_rows(up, num_outputs)
+            gain = None if gain is None else _with_rows(gain, num_outputs, 1.0)
+    shift = None
+    if (
+        "bias" in replaced
+        or own.product_bias is not None
+        or (gain is not None and bias is not None)
+    ):
+        own_bias = 0.0 if bias is None else bias.detach().to("cpu", torch.float32)
+        shift = own.merged("bias", bias) - own_bias * (1.0 if gain is None else gain)
+    parts = [
+        None if part is None else part.to(like).contiguous() for part in (down, up, gain, shift)
+    ]
+    if any(part is not None for part in parts):
+        steps.append(_Affine(*parts[:2], is_lookup=is_lookup, gain=parts[2], shift=parts[3]))
+    if own.token_ids is not None and own.token_rows is not None and len(own.token_ids):
+        num_tokens = base.num_embeddings if is_lookup else None
+        ids, rows = own.token_ids.to(like.device), (own.token_rows * scale).to(like)
+        steps.append(_Tokens(ids, rows, num_tokens=num_tokens, bias=bias))
+    return steps
+
+
+def _is_same(own: Tensor, copied: Tensor) -> bool:
+    """Return whether a weight is the one that an adapter has a copy of, but for added rows."""
+    num_rows = min(len(own), len(copied))
+    return torch.equal(own[:num_rows].cpu(), copied[:num_rows].to(own.dtype))
+
+
+def _value(name: str, base: Any, parameter: str) -> Tensor:
+    """Return a module's parameter, also if it is kept elsewhere until it is needed.
+
+    Raises:
+        UnsupportedModel: It is quantised.
+    """
+    value: Tensor = getattr(base, parameter)
+    if value.is_meta:
+        value = base._hf_hook.weights_map[parameter]
+    if type(value.data) is not Tensor or not value.is_floating_point():
+        raise UnsupportedModel(
+            f"an adapter replaces weights of {name}, which is quantised\n"
+            "hint: leave the quantization of the small model out"
+        )
+    return value
+
+
+def _own_module(name: str, base: Any, own: ModuleWeights) -> nn.Module:
+    """Return a copy of a module with an adapter's weights, which shares all others."""
+    shared = {id(parameter): parameter for parameter in base.parameters()}
+    hook: Any = getattr(base, "_hf_hook", None)
+    if hook is not None:
+        shared[id(hook)] = hook  # with all weights that are kept elsewhere
+    module: Any = copy.deepcopy(base, shared)
+    if hook is not None:
+        importlib.import_module("accelerate.hooks").remove_hook_from_module(module)
+    given = {key: _value(name, base, key) for key, _ in base.named_parameters(recurse=False)}
+    for parameter in own.names:
+        like = _like(base, next(iter(given.values())).dtype)
+        value = own.merged(parameter, given.get(parameter)).to(like).contiguous()
+        setattr(module, parameter, nn.Parameter(value, requires_grad=False))
+    own_module: nn.Module = module
+    return own_module
+
+
+def _embedding_scale(base: nn.Module) -> float | None:
+    """Return by what a module multiplies what it looks up; None if that is unknown."""
+    if not isinstance(base, nn.Embedding) or type(base) is nn.Embedding:
+        return 1.0
+    scale: Any = getattr(base, "embed_scale", None)  # PEFT looks for it by this name, too
+    return None if scale is None else float(scale)
+
+
+def _num_outputs(base: Any) -> int:
+    return int(base.nf if hasattr(base, "nf") else base.out_features)  # `nf` of GPT-2's Conv1D
+
+
+def _like(base: nn.Module, dtype: torch.dtype) -> Tensor:
+    """Return an empty tensor of the dtype and on the device in which a module computes."""
+    weight: Any = getattr(base, "weight", None)
+    hook: Any = getattr(base, "_hf_hook", None)
+    device = None if weight is None else weight.device
+    if device is None or device.type == "meta":
+        device = getattr(hook, "execution_device", None)
+    if weight is not None and weight.is_floating_point():
+        dtype = weight.dtype
+    return torch.empty(0, dtype=dtype, device=device)
+
+
+@torch.no_grad()
+def _weight(base: Any, is_inputs_first: bool) -> Tensor:
+    """Return a linear layer's or embedding's weight, float32; of a quantised one, what it multiplies by."""
+    if type(base.weight.data) is Tensor and base.weight.is_floating_point():
+        return _value("", base, "weight").detach().to("cpu", torch.float32)
+    like = _like(base, torch.float32)
+    found: Tensor = base(torch.eye(base.in_features, dtype=like.dtype, device=like.device))
+    if base.bias is not None:
+        found = found - base.bias
+    found = found.to("cpu", torch.float32)
+    return found if is_inputs_first else found.t()
+
+
+def _with_rows(value: Tensor, num_rows: int, filling: float = 0.0) -> Tensor:
+    """Return the first rows of a tensor, or all of them and more filled with a number."""
+    missing = num_rows - len(value)
+    if missing <= 0:
+        return value[:num_rows]
+    return torch.cat((value, value.new_full((missing, *value.shape[1:]), filling)))
+
+
+# Models that are handed over with PEFT's layers ------------------------------------------------------
+
+
+def give_rows_to_peft(model: nn.Module) -> bool:
+    """Make PEFT's layers take their rows' adapters from `ROW_ADAPTERS`; return whether a model has any."""
     if not any("lora_" in name for name, _ in model.named_parameters()):
         return False
     from peft.tuners.lora import LoraLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
-    for name, layer in list(model.named_modules()):
-        if not isinstance(layer, LoraLayer):
+    for layer in model.modules():
+        if not isinstance(layer, (LoraLayer, AuxiliaryTrainingWrapper)):
             continue
-        if replace and _is_plain(layer):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, RowLora(layer))
-        elif not getattr(layer, "_proxytune_rows", False):
+        if not getattr(layer, "_proxytune_rows", False):
             module: Any = layer
             module.register_forward_pre_hook(_add_rows, with_kwargs=True)
             module._proxytune_rows = True
     return True
-
-
-def _is_plain(layer: Any) -> bool:
-    """Return whether a LoRA layer is two products beside a layer of ordinary weights that stay in place."""
-    from peft.tuners.lora.layer import Linear
-    from transformers.pytorch_utils import Conv1D
-
-    base = layer.base_layer
-    return (
-        type(layer) is Linear
-        and type(base) in (nn.Linear, FewRowsLinear, PackedLinear, Conv1D)
-        and base.weight.device.type != "meta"
-        and not hasattr(layer, "_hf_hook")
-        and not layer.merged
-        and not layer.lora_variant
-        and all(up.bias is None for up in layer.lora_B.values())
-    )
 
 
 def _add_rows(

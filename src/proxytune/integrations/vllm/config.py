@@ -17,6 +17,7 @@ from typing import Any
 from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
 from proxytune.checkpoints.context import rope_kind, rope_scalings
+from proxytune.checkpoints.merge import check_storable
 from proxytune.decode.ensemble import Pair
 from proxytune.errors import UnsupportedModel
 from proxytune.grants import NOTHING, Grants
@@ -27,12 +28,15 @@ from proxytune.recipe.files import RecipeFiles
 from proxytune.recipe.recipe import ARCHITECTURE, Recipe
 from proxytune.recipe.spec import ModelSpec
 from proxytune.text.prompts import PromptFormat
-from proxytune.text.vocab import Alignment, align
+from proxytune.text.vocab import Alignment
 
 _log = logging.getLogger(__name__)
 
 LOAD_FORMAT = "proxytune"
 """The name in vLLM of the loader in `weights.py`."""
+
+BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
+"""The variable that makes vLLM use kernels whose results do not depend on the batch."""
 
 _OWN_FORMATS = ("auto", "hf", "safetensors", LOAD_FORMAT)
 _SETTINGS = ("experts", "allow_pickle", "renders_texts")
@@ -52,6 +56,7 @@ class ServedMember:
         checkpoint: Its files.
         adapter: A LoRA adapter to merge into its weights.
         alignment: How its tokens correspond to the base's.
+        format: How it reads prompts.
     """
 
     name: str
@@ -59,6 +64,7 @@ class ServedMember:
     checkpoint: Checkpoint
     adapter: AdapterFiles | None
     alignment: Alignment
+    format: PromptFormat
 
 
 @dataclass(frozen=True)
@@ -121,16 +127,15 @@ def find_ensemble(recipe: Recipe, grants: Grants = NOTHING) -> ServedEnsemble:
     # vLLM runs all models in one dtype, so a recipe's dtype must not make two members of one.
     recipe = recipe.with_models(lambda spec: replace(spec, dtype=None))
     found, pairs = find_members(RecipeFiles(recipe, grants))
-    base = found[0].checkpoint
     members: list[ServedMember] = []
-    for part, _, checkpoint, adapter, own in found:
+    for part, _, checkpoint, adapter, own, alignment in found:
         if adapter is not None:
-            adapter.check_fits(checkpoint)
+            check_storable(adapter, checkpoint, "vLLM")
         _check_texts(part, found[0].format, own)
         _check_angles(part, checkpoint)
         name = f"small_{len(members) - 1}" if members else "base"
-        alignment = align(base.vocabulary, checkpoint.vocabulary)
-        members.append(ServedMember(name, part, checkpoint, adapter, alignment))
+        assert alignment is not None  # recipes that map vocabularies are refused above
+        members.append(ServedMember(name, part, checkpoint, adapter, alignment, own))
     return ServedEnsemble(tuple(members), pairs)
 
 
@@ -419,3 +424,19 @@ def register_config() -> None:
     register(RecipeConfig, tokenizer_class=ProxyTunedTokenizer, exist_ok=True)
     MODELS_CONFIG_MAP[ARCHITECTURE] = RecipeChecks
     ModelRegistry.register_model(ARCHITECTURE, "proxytune.integrations.vllm.model:SteeredModel")
+
+
+def check_batch_invariance() -> None:
+    """Refuse exactness where vLLM would fail in the middle of loading.
+
+    Raises:
+        UnsupportedModel: vLLM has no batch-invariant kernels for this device.
+    """
+    from vllm.platforms import current_platform
+
+    if not (current_platform.is_cuda_alike() or current_platform.is_xpu()):
+        raise UnsupportedModel(
+            "exact was asked for, and vLLM has batch-invariant kernels for GPUs only, not for "
+            f"{current_platform.device_type}.\n"
+            "hint: leave --exact out, or leave --engine vllm out, since the engine here has it everywhere"
+        )

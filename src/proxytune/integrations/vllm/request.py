@@ -138,6 +138,8 @@ class Rows:
 
     def __init__(self, default: RowSteering) -> None:
         self.default = default
+        self.alone: int | None = None
+        """The only member whose logits every row gets, unsteered; None for the steered base."""
         self._next: list[RowSteering] | None = None
 
     def expect(self, rows: Sequence[RowSteering | None] | None) -> None:

@@ -13,16 +13,14 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from proxytune.errors import InvalidRequest, UnsupportedModel, missing_extra
+from proxytune.errors import InvalidRequest, missing_extra
 from proxytune.grants import NOTHING, Grants
+from proxytune.integrations.vllm.config import BATCH_INVARIANT, check_batch_invariance
 from proxytune.recipe.recipe import Recipe
 
 MODULE = "vllm.entrypoints.openai.api_server"
 MIDDLEWARE = "proxytune.server.vllm.RequestLanguage"
 """Makes vLLM's server understand the requests of the local one; vLLM imports it by this name."""
-
-BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
-"""The variable that makes vLLM use kernels whose results do not depend on the batch."""
 
 
 def vllm_server_command(
@@ -130,20 +128,8 @@ def become_vllm_server(
     # A key on the command line would show in the list of processes.
     environment = dict(os.environ) | ({"VLLM_API_KEY": keys[0]} if keys else {})
     if is_exact:
-        _check_batch_invariance()
+        check_batch_invariance()
         environment[BATCH_INVARIANT] = "1"
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(command[0], command, environment)
-
-
-def _check_batch_invariance() -> None:
-    """Refuse exactness where vLLM has no batch-invariant kernels; it would fail in the middle of loading."""
-    from vllm.platforms import current_platform
-
-    if not (current_platform.is_cuda_alike() or current_platform.is_xpu()):
-        raise UnsupportedModel(
-            "exact was asked for, and vLLM has batch-invariant kernels for GPUs only, not for "
-            f"{current_platform.device_type}.\n"
-            "hint: leave exact out, or use `proxytune serve --exact` without --engine vllm"
-        )

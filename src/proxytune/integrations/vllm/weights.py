@@ -8,89 +8,41 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from proxytune.backends.transformers.weights import read_adapter
-from proxytune.checkpoints.adapter import AdapterFiles, lora_layers
-from proxytune.errors import AdapterMismatch, UnsupportedModel
+from proxytune.checkpoints.adapter import AdapterFiles
+from proxytune.checkpoints.checkpoint import Checkpoint
+from proxytune.checkpoints.merge import Merger
+from proxytune.errors import AdapterMismatch
 from proxytune.integrations.vllm.config import LOAD_FORMAT, RecipeConfig, ServedMember
 
 Named = tuple[str, Tensor]
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """What an adapter adds to one layer's weight: `scaling * up @ down`.
-
-    Args:
-        down: `[rank, inputs]`.
-        up: `[outputs, rank]`.
-        scaling: Factor of the product.
-        is_transposed: Whether the layer's weight is `[inputs, outputs]`, as in GPT-2.
-    """
-
-    down: Tensor
-    up: Tensor
-    scaling: float
-    is_transposed: bool
-
-    def merged(self, weight: Tensor) -> Tensor:
-        """Return the weight with this added, in float32; the layer that takes it rounds it once."""
-        change = self.scaling * (self.up.float() @ self.down.float())
-        change = change.t() if self.is_transposed else change
-        return weight.float() + change.to(weight.device)
-
-
-def low_rank_changes(adapter: AdapterFiles) -> dict[str, LowRank]:
-    """Return what an adapter adds to the weights of its model, by module name.
+def merge(
+    weights: Iterable[Named], adapter: AdapterFiles, checkpoint: Checkpoint
+) -> Iterator[Named]:
+    """Yield a model's weights with an adapter merged into them, in float32; layers round what they take.
 
     Raises:
-        UnsupportedModel: It contains more than products of two matrices.
-        UserError: Its files are missing, unsafe or corrupt.
+        UnsupportedModel: It changes embedding and head, which are one weight, in different ways.
+        AdapterMismatch: A parameter that the adapter changes is not in the model's files by itself.
+        UserError: The adapter's files are missing, unsafe or corrupt, or do not fit the model.
     """
-    weights = read_adapter(adapter)
-    config = adapter.config
-    if config.get("lora_bias"):
-        raise UnsupportedModel(
-            f"the adapter {adapter.name} has biases (lora_bias), which vLLM does not get from here.\n"
-            "hint: merge it into its model with PEFT's merge_and_unload, and name that model"
-        )
-    shapes = {key: tuple(weight.shape) for key, weight in weights.items()}
-    changes: dict[str, LowRank] = {}
-    for module, layer in lora_layers(adapter.name, config, shapes, clock=adapter.clock).items():
-        changes[module] = LowRank(
-            down=weights[layer.down],
-            up=weights[layer.up],
-            scaling=layer.scale,
-            is_transposed=bool(config.get("fan_in_fan_out")),
-        )
-    return changes
-
-
-def merge(weights: Iterable[Named], adapter: AdapterFiles) -> Iterator[Named]:
-    """Yield a model's weights with an adapter merged into them.
-
-    Raises:
-        AdapterMismatch: A layer that the adapter changes has no weight there.
-    """
-    changes = low_rank_changes(adapter)
-    waiting = set(changes)
+    merger = Merger(adapter, checkpoint, "vLLM")
+    waiting = set(merger.names)
     for name, weight in weights:
-        module = name.removesuffix(".weight")
         # Checkpoints of a model without its head may leave out the first part of the names.
-        place = next((m for m in changes if m == module or m.endswith(f".{module}")), None)
-        if place is not None and module != name:
-            waiting.discard(place)
-            weight = changes[place].merged(weight)
-        yield name, weight
+        place = next((p for p in merger.names if p == name or p.endswith(f".{name}")), name)
+        waiting.discard(place)
+        yield name, merger.merged(place, weight)
     if waiting:
         raise AdapterMismatch(
-            f"the adapter {adapter.name} changes {min(waiting)}, which has no weight of its own in the "
-            "files of its model.\n"
+            f"the adapter {adapter.name} changes {min(waiting)}, which is not in the files of its model by "
+            "itself.\n"
             "hint: merge the adapter into a copy of its model with PEFT, and name that copy"
         )
 
@@ -129,7 +81,7 @@ def register_loader() -> None:
             source = DefaultModelLoader.Source(path, None, fall_back_to_pt=pickle)
             weights: Iterable[Named] = self._get_weights_iterator(source)
             if member.adapter is not None:
-                weights = merge(weights, member.adapter)
+                weights = merge(weights, member.adapter, member.checkpoint)
             for name, weight in weights:
                 yield f"{member.name}.{name}", weight
 
