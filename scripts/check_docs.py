@@ -180,7 +180,11 @@ def command_faults(line: str) -> Iterator[str]:
 
 
 def option_faults(words: list[str]) -> Iterator[str]:
-    """Yield which subcommand or options of a `proxytune` command line do not exist."""
+    """Yield which subcommand or options of a `proxytune` command line do not exist.
+
+    What follows -- belongs to another program.
+    """
+    words = words[: words.index("--")] if "--" in words else words
     command: Any = COMMAND
     known_commands = getattr(COMMAND, "commands", {})
     if words and re.fullmatch(r"[a-z][a-z-]*", words[0]):

@@ -22,7 +22,14 @@ from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams
 from proxytune.trace import Trace
-from tests.support.tiny import NUM_TOKENS, tiny_adapter, tiny_gguf, tiny_model, tiny_tokenizer
+from tests.support.tiny import (
+    MERGES,
+    NUM_TOKENS,
+    tiny_adapter,
+    tiny_gguf,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 ARCHITECTURES = ("llama", "qwen2", "gpt2")
 PROMPTS = ("the", "in the end there was", "Zoë 🙂", "a", "an otter ran into the rain again")
@@ -240,9 +247,9 @@ def test_the_same_tokens_under_other_ids_steer_the_same(tmp_path):
 
 def test_models_with_other_tokens_are_refused_with_both_names_and_examples(tmp_path):
     base = tiny_model(tmp_path / "base")
-    other = tiny_tokenizer(extra_tokens=["hullo", "wurld"])
+    other = tiny_tokenizer(merges=[*MERGES, ("h", "u"), ("hu", "l")])
     small = tiny_model(tmp_path / "small", tokenizer=other)
-    with pytest.raises(VocabularyMismatch, match=r"(?s)small.*base.*2 only in.*hullo"):
+    with pytest.raises(VocabularyMismatch, match=r"(?s)small.*base.*2 only in.*'hul?'"):
         load(spec(base), (spec(small), spec(small)))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 from proxytune.errors import InvalidRequest
 from proxytune.policy import Policy, PolicySettings
@@ -78,6 +78,15 @@ SPECULATIVE = Option(
     "Draft tokens ahead where that is faster; the text stays the same",
     flag="--speculative/--no-speculative",
 )
+EngineName = Literal["local", "vllm"]
+"""What runs the models: this process, or vLLM."""
+BATCH_SIZES: Mapping[str, int] = {"local": 8, "vllm": 1024}
+"""Number of requests of a file that each engine gets together; vLLM decides how many of them run."""
+NO_DRAFTS = (
+    "--speculative is for models that run here: while an expert drafts, vLLM does not say which row of a "
+    "batch is whose, so rows could not have a strength of their own.\nhint: leave --speculative out"
+)
+DEFAULT_BATCH_SIZE = f"{BATCH_SIZES['local']}; {BATCH_SIZES['vllm']:,} with --engine vllm"
 Alpha = Annotated[float, Option(at_least=-MAX_ALPHA, at_most=MAX_ALPHA)]
 TokenId = Annotated[int, Option(at_least=0)]
 Bias = Annotated[float, Option(at_least=-MAX_PENALTY, at_most=MAX_PENALTY)]

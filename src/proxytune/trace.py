@@ -81,7 +81,8 @@ class Step:
         token_id: Token id in the base's vocabulary.
         text: What this step adds to the text. It may be empty (an incomplete character, or text held back
             because it could begin a stop string), and it may include text of earlier tokens.
-        logprob: Steered log-probability of the token, nats, before temperature, filters and penalties.
+        logprob: Steered log-probability of the token, nats, before temperature, filters and penalties; NaN if
+            vLLM generated it and was not asked for logprobs.
         top: The most likely tokens and their steered logprobs, best first, if requested.
         views: What `base`, `steered` and, per expert, `NAME.expert` and `NAME.anti_expert` predicted, if
             requested.

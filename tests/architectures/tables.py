@@ -168,7 +168,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         },
         "sliding_window": None,
     },
-    "qwen2: no window": {"use_sliding_window": False},
+    "qwen2: no window": {"layer_types": ["full_attention"] * 3, "use_sliding_window": False},
 }
 """Further options that change how an architecture computes, after its model type."""
 
@@ -203,5 +203,14 @@ REFUSED: dict[str, str] = {
 }
 """Architectures that are refused by loading and by `proxytune doctor`, and words of the error."""
 
-FAULTS: dict[str, tuple[tuple[str, ...], str]] = {}
+FAULTS: dict[str, tuple[tuple[str, ...], str]] = {
+    "inkling_text": (
+        ("batch = alone", "pieces = whole prompt"),
+        "if its config sets `log_scaling_n_floor`, transformers counts positions with padding",
+    ),
+    "prophetnet": (
+        ("continued = fresh", "drafted = plain", "joined = alone", "pieces = whole prompt"),
+        "with a cache, transformers lets it read only one token at a time, and it fails",
+    ),
+}
 """Architectures with identities that do not hold: which, and why."""

@@ -204,6 +204,30 @@ def test_what_was_chosen_is_never_kept_as_a_part_of_a_prompt(backend, expected):
     assert torch.equal(resumed.logits[0], expected[2][0])
 
 
+def test_heads_of_an_odd_size_get_the_same_bits_in_every_buffer():
+    """Where a head's first key lay followed from the size of the buffer, and kernels add otherwise there."""
+    config = transformers.LlamaConfig(
+        vocab_size=WIDTH,
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        initializer_range=0.3,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config)
+    backend = ExactBackend(TransformersBackend(model, name="six", owns_model=True))
+    (prompt,) = texts([40])
+    state, _ = backend.prefill([prompt])
+    for token_id in texts([5], seed=1)[0]:
+        copied = backend.copy(state, [0])  # its buffer is made anew, larger by one each time
+        token = torch.tensor([[token_id]])
+        assert torch.equal(backend.extend(copied, token), backend.extend(state, token))
+
+
 def test_it_refuses_what_the_model_inside_refuses():
     backend = make("windows", "float32")
     with pytest.raises(InvalidRequest, match="empty prompt"):

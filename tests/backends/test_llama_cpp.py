@@ -16,6 +16,7 @@ import torch
 
 pytest.importorskip("llama_cpp", reason="needs llama-cpp-python; `make test-gguf` installs it")
 
+from proxytune.backends.exact import ExactBackend
 from proxytune.backends.llama_cpp import FIRST_ROOM, LlamaCppBackend
 from proxytune.checkpoints.adapter import find_adapter
 from proxytune.checkpoints.checkpoint import find_checkpoint
@@ -204,6 +205,31 @@ def test_rows_with_and_without_an_adapter_keep_to_themselves(backend):
             wanted = logits_of(backend, [*row, *new[place, :count].tolist()], adapter)
             assert torch.allclose(found[place, count - 1], wanted, atol=1e-4)
     assert not torch.allclose(logits_of(backend, rows[0]), logits_of(backend, rows[0], "tuned"))
+
+
+def test_exact_gives_the_bits_of_each_row_alone(backend):
+    """Also when a context grows, rows repeat, and tokens are taken back from a larger context."""
+    exact = ExactBackend(backend)
+    generator = torch.Generator().manual_seed(0)
+    lengths, num_new = (1, 40, FIRST_ROOM - 3, 5), 6
+    rows = [torch.randint(3, 250, (n,), generator=generator).tolist() for n in lengths]
+    adapters = ["tuned", None, "tuned", None]
+    new = torch.randint(3, 250, (len(rows), num_new), generator=generator)
+    alone = []
+    for row, adapter, more in zip(rows, adapters, new, strict=True):
+        state, logits = exact.prefill([row], adapters=[adapter])
+        steps = [exact.extend(state, token[None, None])[:, 0] for token in more]
+        alone.append(torch.cat([logits, *steps]))
+    state, logits = exact.prefill(rows, adapters=adapters)
+    wrong = torch.full((len(rows), 8), 9)
+    found = exact.extend(state, torch.cat((new[:, :2], wrong), dim=1))
+    exact.rewind(state, [8] * len(rows))
+    places = [2, 0, 2, 1, 3]
+    rest = exact.extend(exact.select(state, places), new[places, 2:])
+    for row, own in enumerate(alone):
+        assert torch.equal(torch.cat((logits[row, None], found[row, :2])), own[:3])
+    for place, row in enumerate(places):
+        assert torch.equal(rest[place], alone[row][3:])
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -437,6 +437,17 @@ def test_sides_of_different_tokenizers_are_refused(models):
         ProxyTuned.load(mapped_recipe(models, experts=(sides,)))
 
 
+def test_sides_that_differ_in_an_added_token_share_a_tokenizer(models, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models / "small")
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    padded = tiny_model(tmp_path / "padded", tokenizer=tokenizer)
+    sides = ModelSpec(model=str(padded)), ModelSpec(model=str(models / "small"))
+    recipe = mapped_recipe(models, experts=(ExpertSpec("padded", *sides),))
+    assert examine(recipe).is_healthy
+
+
 def test_a_damaged_side_is_reported_as_a_problem(models, tmp_path):
     damaged = shutil.copytree(models / "small", tmp_path / "damaged")
     (damaged / "tokenizer.json").write_text("{")

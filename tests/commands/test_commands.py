@@ -364,8 +364,10 @@ def test_only_the_chosen_experts_are_loaded(recipe: Path, monkeypatch: pytest.Mo
         return toy_load(recipe, experts=experts)
 
     monkeypatch.setattr(ProxyTuned, "load", staticmethod(load))
-    run("generate", recipe, "ab", "--expert", "second", "--device", "cpu", "--dtype", "bfloat16")
+    models = ["--device", "cpu", "--dtype", "bfloat16", "--exact"]
+    run("generate", recipe, "ab", "--expert", "second", *models)
     options = {"device": "cpu", "dtype": "bfloat16", "cuda_graphs": False, "budget": None}
+    options |= {"exact": True}
     options |= {"trust_remote_code": False, "allow_pickle": False, "key_env": None}
     assert loaded == [(("second",), options)]
 

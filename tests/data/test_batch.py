@@ -410,6 +410,7 @@ def test_a_finished_file_is_left_alone_and_no_model_is_loaded(
         ({"alpha": 0.5}, "alpha was null and is now 0.5"),
         ({"experts": ("first",)}, 'expert was null and is now ["first"]'),
         ({"dtype": "bfloat16"}, "dtype"),
+        ({"exact": True}, "exact"),
         ({"recipe": toy_recipe({"first": 1.0, "second": 0.6})}, "the recipe has changed"),
     ],
 )

@@ -328,11 +328,11 @@ def test_a_larger_limit_goes_on_where_a_smaller_one_ended(recipe, data, tmp_path
 
 
 def test_other_settings_in_the_same_folder_are_refused(recipe, data, tmp_path):
-    evaluate(recipe, tmp_path, options(data, limit=2), load=load)
-    with pytest.raises(OutputFileError, match="started with other settings"):
-        evaluate(
-            recipe, tmp_path, replace(options(data, limit=2), max_new_tokens=7), load=must_not_load
-        )
+    begun = options(data, limit=2)
+    evaluate(recipe, tmp_path, begun, load=load)
+    for other in (replace(begun, max_new_tokens=7), replace(begun, exact=True)):
+        with pytest.raises(OutputFileError, match="started with other settings"):
+            evaluate(recipe, tmp_path, other, load=must_not_load)
 
 
 @pytest.mark.slow

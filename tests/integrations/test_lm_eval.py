@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from proxytune.errors import InvalidRequest, UnsafeModel
 from proxytune.measure.likelihood import likelihoods
@@ -19,7 +20,7 @@ from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.testing import toy_model
 from tests.support.foreign_code import model_with_code
 from tests.support.served import served
-from tests.support.tiny import tiny_model
+from tests.support.tiny import tiny_model, tiny_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval; `make test-lm-eval` installs it")
 
@@ -167,6 +168,11 @@ def test_over_http_every_number_is_that_of_the_recipe_itself(recipe, tasks):
             batch_size=3,
         )
         theirs = run(client, tasks)
+        pairs = [pair for pair in SPANNING if pair[0].strip()]
+        scored = client.loglikelihood(instances(pairs), disable_tqdm=True)
+        wanted = ProxyTunedLM(str(recipe.directory)).loglikelihood(instances(pairs), True)
+        assert [g for _, g in scored] == [g for _, g in wanted]
+        assert [p for p, _ in scored] == pytest.approx([p for p, _ in wanted], abs=1e-4)
     for task, values in ours["results"].items():
         for name, value in values.items():
             if isinstance(value, float):
@@ -224,6 +230,109 @@ def test_likelihoods_follow_the_policy_of_the_recipe():
 
 def instance(kind, *arguments):
     return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
+
+
+def instances(pairs):
+    return [instance("loglikelihood", *pair) for pair in pairs]
+
+
+SPANNING = [
+    ("t", "he end"), ("in t", "here"), ("a i", "nn"), ("the e", "rr"), ("in ", "the end"),
+    ("x  ", " a"), ("a\n", "b"), ("the end", " "), ("Zo", "ë"), ("🙂", " the"), ("in the", " a"),
+    ("", "the"), ("<|im_start|>a", "b"),
+]  # fmt: skip
+"""Merges across the boundary, white space on both sides of it, characters of several bytes, a start token."""
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["without start", "with start"])
+def with_harness(request, tmp_path_factory):
+    """A recipe at alpha 0 and the harness's own model of its base, whose texts may begin with a token."""
+    from lm_eval.models.huggingface import HFLM
+
+    folder = tmp_path_factory.mktemp("span")
+    tokenizer = tiny_tokenizer()
+    if request.param:
+        start = "<|im_start|>"
+        tokenizer.bos_token = start
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{start} $A", special_tokens=[(start, tokenizer.convert_tokens_to_ids(start))]
+        )
+    for seed, name in enumerate(("base", "expert", "anti-expert")):
+        tiny_model(folder / name, seed=seed, tokenizer=tokenizer)
+    sides = ModelSpec(model="expert"), ModelSpec(model="anti-expert")
+    recipe = Recipe(ModelSpec(model="base"), (ExpertSpec("e", *sides),), directory=folder)
+    theirs = HFLM(pretrained=str(folder / "base"), dtype="float32", batch_size=1, device="cpu")
+    return ProxyTunedLM(ProxyTuned.load(recipe), alpha=0.0), theirs
+
+
+def agree(ours, theirs, pairs_of):
+    """Check that two models give contexts and continuations, as each writes them, the same scores."""
+    found, wanted = (
+        lm.loglikelihood(instances(pairs_of(lm)), disable_tqdm=True) for lm in (ours, theirs)
+    )
+    assert [bool(greedy) for _, greedy in found] == [bool(greedy) for _, greedy in wanted]
+    assert [p for p, _ in found] == pytest.approx([float(p) for p, _ in wanted], abs=1e-4)
+
+
+def test_contexts_and_continuations_are_cut_as_by_the_harness_own_model(with_harness):
+    """A start token that the context begins with used to be put there twice."""
+    agree(*with_harness, lambda lm: SPANNING)
+    ours, theirs = with_harness
+    text = instance("loglikelihood_rolling", "<|im_start|>the end")
+    (found,), (wanted,) = (lm.loglikelihood_rolling([text], True) for lm in (ours, theirs))
+    assert found == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("begun", ["", "t", "It is "])
+def test_conversations_are_cut_as_by_the_harness_own_model(with_harness, begun):
+    """The end of the prompt and the beginning of the answer used to be cut apart."""
+    messages = [{"role": "user", "content": "Is it the"}]
+    messages += [{"role": "assistant", "content": begun}] if begun else []
+
+    def pairs(lm):
+        context = lm.apply_chat_template(messages, add_generation_prompt=not begun)
+        return [(context, answer) for answer in ("the end", " the", "here", "\nA")]
+
+    agree(*with_harness, pairs)
+
+
+def test_a_token_that_spans_all_of_the_continuation_is_scored(recipe):
+    """It used to be certain: no token was left to score. The harness's own model fails there."""
+    lm = ProxyTunedLM(str(recipe.directory), alpha=0.0)
+    base = lm.model.ensemble.members[0].backend
+    ids = lm.tokenizer.get_vocab()
+    wanted = [
+        ([ids["a"]], "Ġthe"),  # "a t" and "he"
+        ([lm.prefix_token_id], "the"),  # "t" and "he"
+        ([lm.prefix_token_id], "Ġthe"),  # " " and "the"
+    ]
+    found = lm.loglikelihood(instances([("a t", "he"), ("t", "he"), (" ", "the")]), True)
+    for (logprob, _), (before, token) in zip(found, wanted, strict=True):
+        logprobs = base.prefill([before]).logits[0].log_softmax(-1)
+        assert logprob == pytest.approx(float(logprobs[ids[token]]), abs=1e-5)
+
+
+def test_models_of_other_formats_do_not_read_what_the_continuation_took_over(recipe):
+    sides = (
+        ModelSpec(model="../expert", chat="{{ prompt }} answer: "),
+        ModelSpec(model="../anti-expert"),
+    )
+    mixed = Recipe(recipe.base, (ExpertSpec("e", *sides),), directory=recipe.directory)
+    lm = ProxyTunedLM(ProxyTuned.load(mixed))
+    begun = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "a t"}]
+    context = lm.apply_chat_template(begun, add_generation_prompt=False)
+    passage = lm._passage(context, "he")
+    read = [str(lm.tokenizer.decode(list(p))) for p in passage.prompts]
+    assert str(lm.tokenizer.decode(list(passage.token_ids))) == " the"
+    assert read[0].endswith("<|im_start|>assistant\na")
+    assert read[1:] == ["the answer: a", "the answer: a"]
+
+
+def test_an_empty_continuation_is_refused(recipe):
+    lm = ProxyTunedLM(str(recipe.directory))
+    for context in ("a", ""):
+        with pytest.raises(InvalidRequest, match=r"continuation of .* is empty"):
+            lm.loglikelihood(instances([(context, "")]), disable_tqdm=True)
 
 
 def test_an_empty_context_begins_with_the_start_token():

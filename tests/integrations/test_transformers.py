@@ -334,6 +334,7 @@ def test_the_attention_implementation_reaches_every_model(recipe):
         {"device_map": {"model.embed_tokens": "cpu"}},
         {"device_map": "balanced"},
         {"use_safetensors": False},
+        {"exact": True},
     ],
     ids=str,
 )

@@ -476,3 +476,48 @@ def test_a_policy_says_what_it_needs():
     assert Policy(plausibility=0.1).reads_base
     assert Policy(schedule=((0, 1.0),)).has_positions
     assert IMPLAUSIBLE == ("exclude", "leave")
+
+
+# Tokens that a pair does not share --------------------------------------------------------------------------
+
+
+def unshared(rows: int = 6, vocab: int = 5) -> tuple[Tensor, list[Contribution]]:
+    """Return `two_experts` with a last token that the first pair lacks, and the second on one side."""
+    base, (first, second) = two_experts(rows, vocab)
+    mask = torch.arange(vocab) == vocab - 1
+    lost = torch.full((rows, 1), -torch.inf)
+    first = Contribution(
+        torch.cat([first.expert_logits[:, :-1], lost], 1),
+        torch.cat([first.anti_expert_logits[:, :-1], lost], 1),
+        first.alpha,
+        mask,
+    )
+    anti_expert = torch.cat([second.anti_expert_logits[:, :-1], lost], 1)
+    return base, [first, second._replace(anti_expert_logits=anti_expert, is_unshared=mask)]
+
+
+@pytest.mark.parametrize("policy", KEEPING, ids=Policy.describe)
+def test_every_policy_leaves_tokens_that_are_not_shared_as_they_are(policy):
+    base, contributions = unshared()
+    found = apply_policy(policy, base, contributions, positions=torch.full((6,), 4))
+    assert torch.equal(found.logits[:, -1], base[:, -1])
+    assert found.logits.isfinite().all() and found.weights.isfinite().all()
+
+
+def test_a_nudge_leaves_the_base_its_token_and_shares_out_the_rest_as_the_expert_does():
+    base = probs([0.3, 0.3, 0.4])
+    expert, anti_expert = probs([0.9, 0.1, 0.0]), probs([0.5, 0.5, 0.0])
+    part = Contribution(expert, anti_expert, 1.0, torch.tensor([False, False, True]))
+    found = apply_policy(Policy(name="nudge", threshold=0.5), base, [part]).logits.softmax(-1)
+    torch.testing.assert_close(found, torch.tensor([[0.54, 0.06, 0.4]]))
+
+
+def test_an_expert_is_not_routed_past_for_a_token_that_it_lacks():
+    base = probs([0.2, 0.2, 0.6])
+    near = Contribution(
+        probs([0.5, 0.5, 0.0]), probs([0.4, 0.6, 0.0]), 1.0, torch.tensor([False, False, True])
+    )
+    far = Contribution(probs([0.8, 0.1, 0.1]), probs([0.4, 0.4, 0.2]), 1.0)
+    found = apply_policy(Policy(combine="route_base"), base, [near, far])
+    # Over the first two tokens, the base and the first expert agree.
+    assert found.weights.tolist() == [[1.0], [0.0]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -117,3 +119,43 @@ def test_logits_of_another_width_are_refused_with_both_shapes():
             expert_logits=torch.zeros(1, 2),
             anti_expert_logits=torch.zeros(1, 3),
         )
+
+
+THIRD = torch.tensor([False, False, True])
+
+
+def test_a_token_that_the_pair_does_not_share_keeps_the_bases_logit():
+    base = torch.tensor([[1.0, 0.0, 0.5]])
+    # Odds 3:1 where the anti-expert has 1:1; what one side says of the third token does not count.
+    expert = torch.tensor([[math.log(3.0), 0.0, 7.0]])
+    anti_expert = torch.tensor([[0.0, 0.0, -torch.inf]])
+    steered = combine(base, [Contribution(expert, anti_expert, 1.0, THIRD)])
+    # log-ratios of 3/4 and 1/4 against 1/2 each
+    expected = torch.tensor([[1.0 + math.log(1.5), math.log(0.5), 0.5]])
+    torch.testing.assert_close(steered, expected)
+    assert steered[0, 2] == base[0, 2]
+
+
+def test_a_token_without_an_offset_keeps_its_probability_if_base_and_anti_expert_agree():
+    base = torch.tensor([[0.3, -1.0, 0.9]])
+    anti_expert, expert = base.clone(), torch.tensor([[2.0, 5.0, 0.0]])
+    steered = combine(base, [Contribution(expert, anti_expert, 1.0, THIRD)]).softmax(-1)[0]
+    torch.testing.assert_close(steered[2], base.softmax(-1)[0, 2])
+    torch.testing.assert_close(steered[:2] / steered[:2].sum(), expert[0, :2].softmax(-1))
+
+
+def test_beside_tokens_without_an_offset_a_constant_in_the_experts_logits_changes_nothing():
+    base, expert, anti_expert = torch.randn(3, 2, 3, generator=torch.Generator().manual_seed(1))
+    parts = [Contribution(expert + c, anti_expert, 0.7, THIRD) for c in (0.0, 40.0)]
+    one, other = (combine(base, [part]) for part in parts)
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+def test_rows_whose_pairs_share_all_tokens_are_steered_as_without_others():
+    base, expert, anti_expert = torch.randn(3, 2, 3, generator=torch.Generator().manual_seed(2))
+    mask = torch.stack([torch.zeros(3, dtype=torch.bool), THIRD])
+    mixed = combine(base, [Contribution(expert, anti_expert, 0.7, mask)])
+    alone = combine(base[:1], [Contribution(expert[:1], anti_expert[:1], 0.7)])
+    assert torch.equal(mixed[:1], alone)
+    part = Contribution(expert, anti_expert, 0.7, mask).at(torch.tensor([1]))
+    assert torch.equal(combine(base[1:], [part]), mixed[1:])

@@ -48,6 +48,12 @@ def test_every_command_option_and_argument_has_help(name, command):
     assert bare == [], f"without help in {name}"
 
 
+def test_options_after_the_dashes_are_not_looked_up():
+    """A command line may end with another program's options; these used to be reported as missing."""
+    found = list(check_docs.option_faults(["eval", "--limits", "3", "--", "--max-model-len", "9"]))
+    assert found == ["proxytune eval has no option --limits"]
+
+
 def public_definitions(tree: ast.Module) -> Iterator[tuple[str, Any]]:
     """Yield a module's public classes and functions, and the public methods of these classes."""
     kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef

@@ -185,10 +185,28 @@ def tiny_adapter(
     return directory
 
 
-def tiny_gguf(path: Path, *, seed: int = 0, max_context: int = 128) -> Path:
-    """Write a random Llama model as a GGUF file in float32 and return its path.
+def tiny_gguf(
+    path: Path,
+    *,
+    seed: int = 0,
+    max_context: int = 128,
+    pre: str | None = "gpt-2",
+    hidden_size: int = 32,
+    dtype: str = "F32",
+    tensors_per_part: int = 0,
+) -> Path:
+    """Write a random Llama model as a GGUF file and return its path.
 
     Its tokenizer has the tokens and ids of `tiny_tokenizer()`, its head as many rows.
+
+    Args:
+        path: The file; parts get names of their own, and the first one's path is returned.
+        seed: Of the weights.
+        max_context: Positions.
+        pre: The name of the rule that cuts text; None for a file that names none.
+        hidden_size: A multiple of 32.
+        dtype: Of the matrices, by GGUF's name.
+        tensors_per_part: Split the model into files with so many tensors; 0 for one file.
     """
     import gguf
     import numpy as np
@@ -197,9 +215,10 @@ def tiny_gguf(path: Path, *, seed: int = 0, max_context: int = 128) -> Path:
     vocabulary = tokenizer.get_vocab()
     tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
     special = {vocabulary[token] for token in SPECIAL_TOKENS}
-    hidden_size, head_size, num_heads, num_key_value_heads, inner_size = 32, 8, 4, 2, 64
+    num_heads, num_key_value_heads = 4, 2
+    head_size, inner_size = hidden_size // num_heads, 2 * hidden_size
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=tensors_per_part)
     writer.add_name("tiny")
     writer.add_block_count(2)
     writer.add_context_length(max_context)
@@ -212,7 +231,8 @@ def tiny_gguf(path: Path, *, seed: int = 0, max_context: int = 128) -> Path:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(
         [
@@ -228,11 +248,13 @@ def tiny_gguf(path: Path, *, seed: int = 0, max_context: int = 128) -> Path:
     random = np.random.default_rng(seed)
 
     def add(name: str, *shape: int) -> None:
-        if len(shape) == 1:
-            values = np.ones(shape, dtype=np.float32)
-        else:
-            values = random.normal(0, 0.3, shape).astype(np.float32)
-        writer.add_tensor(name, values)
+        if len(shape) == 1 or dtype == "F32":
+            values = np.ones(shape) if len(shape) == 1 else random.normal(0, 0.3, shape)
+            writer.add_tensor(name, values.astype(np.float32))
+            return
+        kind = gguf.GGMLQuantizationType[dtype]
+        values = random.normal(0, 0.3, shape).astype(np.float32)
+        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
 
     add("token_embd.weight", len(tokens), hidden_size)
     for layer in range(2):
@@ -252,4 +274,4 @@ def tiny_gguf(path: Path, *, seed: int = 0, max_context: int = 128) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return sorted(path.parent.glob(f"{path.stem}-*.gguf"))[0] if tensors_per_part else path

@@ -84,6 +84,16 @@ def test_a_template_that_one_model_cannot_share_says_so():
         tokenizer.apply_chat_template([HI], tokenize=False)
 
 
+def test_a_token_that_one_model_lacks_counts_where_a_template_writes_it():
+    template = "<tool>{{ messages[0].content }}"
+    own, other = tiny_tokenizer(extra_tokens=["<tool>"]), tiny_tokenizer(extra_tokens=["<pad>"])
+    formats = [replace(_format(template), tokenizer=tokenizer) for tokenizer in (own, other)]
+    assert "raise_exception" in one_template(dict(zip(("base", "a.expert"), formats, strict=True)))
+    formats = [replace(own, chat="{{ messages[0].content }}") for own in formats]
+    one = one_template(dict(zip(("base", "a.expert"), formats, strict=True)))
+    assert one == "{{ messages[0].content }}"
+
+
 def test_special_tokens_count_where_a_template_writes_them():
     own, other = tiny_tokenizer(), tiny_tokenizer()
     other.eos_token = "<|endoftext|>"

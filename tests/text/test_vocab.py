@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from proxytune.errors import InvalidRequest, VocabularyMismatch
 from proxytune.text.vocab import Vocabulary, align
-from tests.support.tiny import NUM_TOKENS, tiny_tokenizer
+from tests.support.tiny import NUM_TOKENS, SPECIAL_TOKENS, tiny_tokenizer
 
 ABC = {"a": 0, "b": 1, "c": 2}
 
@@ -174,3 +174,103 @@ def test_a_shuffled_tokenizer_reads_the_same_text_through_the_alignment():
     text = "the end of a thing, é"
     token_ids = torch.tensor(tokenizer.encode(text))
     assert align(base, small).ids_to_small(token_ids).tolist() == shuffled.encode(text)
+
+
+# Added tokens -----------------------------------------------------------------------------------------------
+
+
+def vocabulary(name, ordinary, added=(), *, width=None, bos=None, eos=None):
+    """Return a vocabulary of ordinary tokens, then added ones."""
+    token_to_id = {token: i for i, token in enumerate((*ordinary, *added))}
+    added_ids = frozenset(token_to_id[token] for token in added)
+    ends = (None if token is None else token_to_id[token] for token in (bos, eos))
+    return Vocabulary(name, token_to_id, width or len(token_to_id), added_ids, *ends)
+
+
+def test_a_pad_token_that_only_the_small_model_has_is_cut_off_its_head():
+    alignment = align(vocabulary("base", "abcd"), vocabulary("small", "abcd", ["<pad>"]))
+    assert (alignment.kind, alignment.dropped, dict(alignment.stand_ins)) == ("added", (4,), {})
+    logits = torch.tensor([[1.0, 2.0, 3.0, 4.0, 99.0]])
+    assert alignment.logits_to_base(logits).tolist() == [[1.0, 2.0, 3.0, 4.0]]
+    assert alignment.ids_to_small(torch.tensor([3, 0])).tolist() == [3, 0]
+
+
+def test_a_small_models_added_token_on_a_padding_id_of_the_base_is_dropped():
+    base = vocabulary("base", "abcd", width=8)
+    alignment = align(base, vocabulary("small", "abcd", ["<pad>"], width=6))
+    logits = torch.tensor([1.0, 2.0, 3.0, 4.0, 99.0, 9.0])
+    assert alignment.logits_to_base(logits).tolist() == [1.0, 2.0, 3.0, 4.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_control_tokens_before_all_others_shift_the_ids():
+    base = Vocabulary("v3", {"<s>": 0, "[INST]": 1, "a": 2, "b": 3, "c": 4}, 5, frozenset({0, 1}))
+    small = Vocabulary("v1", {"<s>": 0, "a": 1, "b": 2, "c": 3}, 4, frozenset({0}))
+    alignment = align(base, small)
+    assert alignment.logits_to_base(torch.tensor([5.0, 1.0, 2.0, 3.0])).tolist() == [
+        5.0, -torch.inf, 1.0, 2.0, 3.0,
+    ]  # fmt: skip
+    back = align(small, base)
+    assert back.dropped == (1,)
+    logits = torch.tensor([5.0, 99.0, 1.0, 2.0, 3.0])
+    assert back.logits_to_base(logits).tolist() == [5.0, 1.0, 2.0, 3.0]
+    assert back.ids_to_small(torch.tensor([0, 1, 3])).tolist() == [0, 2, 4]
+
+
+def test_different_special_tokens_over_the_same_ordinary_ones_are_aligned():
+    base = vocabulary("base", "abcdef", ["<end>", "<think>"], width=10, eos="<end>")
+    small = vocabulary("small", "abcdef", ["<eos>", "<pad>"], eos="<eos>")
+    alignment = align(base, small)
+    assert alignment.kind == "added"
+    assert alignment.dropped == (6, 7)
+    # The ends of a text stand for each other in what is read, and get no offset.
+    assert dict(alignment.stand_ins) == {6: 6, 7: 6}
+    aligned = alignment.logits_to_base(torch.arange(8.0))
+    assert aligned.tolist() == [0.0, 1, 2, 3, 4, 5, -torch.inf, -torch.inf, 0, 0]
+
+
+@pytest.mark.parametrize("line_break", ["\n", "Ċ", "<0x0A>"])
+def test_a_small_model_reads_a_line_break_for_a_token_that_it_lacks(line_break):
+    base = vocabulary("base", ["a", line_break, "b"], ["<s>", "<think>"], bos="<s>")
+    small = vocabulary(
+        "small", ["a", line_break, "b"], ["<bos>", "<eos>"], bos="<bos>", eos="<eos>"
+    )
+    alignment = align(base, small)
+    token_ids = torch.tensor([[3, 0], [4, 2]])
+    assert alignment.ids_to_small(token_ids).tolist() == [[3, 0], [1, 2]]
+
+
+def test_padding_ids_still_have_no_counterpart_beside_added_tokens():
+    base = vocabulary("base", "abcd", ["<tool>"], width=8)
+    alignment = align(base, vocabulary("small", "abcd"))
+    assert alignment.ids_to_small(torch.tensor([0, 4, 5])).tolist() == [0, 0, -1]
+    found = alignment.logits_to_base(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist()
+    assert found == [1.0, 2.0, 3.0, 4.0, -torch.inf, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("base", "small"),
+    [
+        (vocabulary("base", "abcde", ["<s>"]), vocabulary("small", "abcd", ["<s>", "<pad>"])),
+        (vocabulary("base", "abcd", ["<s>"]), vocabulary("small", "abcde", ["<s>"])),
+        (vocabulary("base", "abcd"), vocabulary("small", "abcdef", ["<pad>"])),
+    ],
+    ids=["only in the base", "only in the small model", "beside an added one"],
+)
+def test_an_ordinary_token_that_only_one_has_is_refused(base, small):
+    with pytest.raises(VocabularyMismatch, match=r"'[ef]' "):
+        align(base, small)
+
+
+def test_vocabularies_that_share_less_than_half_are_refused_though_all_was_added():
+    with pytest.raises(VocabularyMismatch):
+        align(vocabulary("base", "", "abcdefg"), vocabulary("small", "", "efghijk"))
+    assert align(vocabulary("base", "", "abcd"), vocabulary("small", "", "cdab")).kind == "permuted"
+
+
+def test_special_tokens_and_words_added_later_are_added_tokens_and_merges_are_not():
+    tokenizer = tiny_tokenizer(extra_tokens=["covid19"])
+    found = Vocabulary.from_tokenizer(tokenizer, name="base", width=NUM_TOKENS + 1)
+    named = {token for token, i in found.token_to_id.items() if i in found.added_ids}
+    assert named == {*SPECIAL_TOKENS, "covid19"}
+    assert found.eos_id == found.token_to_id["<|endoftext|>"]
+    assert found.bos_id is None

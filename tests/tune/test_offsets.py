@@ -245,6 +245,23 @@ def test_a_token_the_base_does_not_have_is_refused(tmp_path):
         build(tmp_path, [Example([5, 0, 6], [5, 0, 6])], alignment=alignment)
 
 
+@pytest.mark.parametrize("is_last", [True, False])
+def test_a_token_added_to_the_small_model_alone_has_no_place_in_the_ensemble(tmp_path, is_last):
+    """The steered text never has it, so the loss gives it no probability, and no example may have it."""
+    added = VOCAB - 1 if is_last else 2
+    small = replace(SAME, added_ids=frozenset({added}))
+    base = {token: i for token, i in SAME.token_to_id.items() if i != added}
+    alignment = align(Vocabulary("base", base, VOCAB), small)
+    assert alignment.kind == "added"
+    aligned = align_base_head(head_of(BASE), alignment, small)
+    kept = torch.arange(VOCAB) != added
+    assert torch.equal(aligned.weight[kept], head_of(BASE).weight[kept])
+    assert aligned.bias[added] == -torch.inf and not aligned.bias[kept].any()
+    with pytest.raises(VocabularyMismatch, match=rf"token id {added}.*large"):
+        build(tmp_path, [Example([5, added, 6], [5, added, 6])], alignment=alignment)
+    assert build(tmp_path, [Example([5, 6], [5, 6])], alignment=alignment).num_positions == 1
+
+
 def test_a_disk_too_small_is_refused_with_both_numbers_before_any_model_runs(tmp_path, monkeypatch):
     needed = build(tmp_path / "probe").nbytes
     seen = []

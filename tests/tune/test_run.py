@@ -31,7 +31,7 @@ from proxytune.request import Request, SamplingParams
 from proxytune.tune import Display, Interrupted, TuneResult, TuneSettings, tune
 from proxytune.tune.card import last_word
 from proxytune.tune.trainer import LossLog
-from tests.support.tiny import tiny_model, tiny_tokenizer
+from tests.support.tiny import MERGES, tiny_model, tiny_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 WORDS = ["the", "an", "a", "tin", "thin", "rather", "tea", "in", "eat", "ran"]
@@ -725,7 +725,7 @@ def test_models_of_different_vocabularies_are_refused_before_training(
 ) -> None:
     from proxytune.errors import VocabularyMismatch
 
-    other = tiny_model(tmp_path / "other", tokenizer=tiny_tokenizer(extra_tokens=["<extra>"]))
+    other = tiny_model(tmp_path / "other", tokenizer=tiny_tokenizer(merges=[*MERGES, ("h", "u")]))
     with pytest.raises(VocabularyMismatch):
         tune(settings(models, tmp_path, texts(), anti_expert=str(other)))
     assert not (tmp_path / "out").exists(), "a refused run leaves nothing behind"

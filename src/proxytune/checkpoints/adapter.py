@@ -425,6 +425,11 @@ def _gguf_adapter(reference: str, path: Path) -> AdapterFiles:
             "hint: name the directory that holds adapter_config.json"
         )
     header = read_gguf_header(path)
+    if header.num_parts > 1:
+        raise UnsupportedModel(
+            f"the adapter {reference} is one of {header.num_parts} parts, and an adapter is one file.\n"
+            "hint: join them with `llama-gguf-split --merge FIRST_PART OUT.gguf`"
+        )
     kind, adapter_kind = map(header.metadata.get, ("general.type", "adapter.type"))
     if kind != "adapter":
         raise ModelNotFound(

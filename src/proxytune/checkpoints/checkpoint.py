@@ -30,11 +30,13 @@ from proxytune.checkpoints.config_limits import (
 from proxytune.checkpoints.context import check_gguf_angles, max_context
 from proxytune.checkpoints.conversion import convert_small_files, convert_weights
 from proxytune.checkpoints.faults import fault_text, faults_as, is_fault, is_panic, shown
+from proxytune.checkpoints.gguf_parts import GgufModel, check_types, read_gguf_model
 from proxytune.checkpoints.headers import (
+    GGUF_ADDED,
+    SAFETENSORS_DTYPES,
     GgufHeader,
     StoredTensor,
     find_weight_files,
-    read_gguf_header,
     read_safetensors_header,
     weight_files_are_there,
 )
@@ -46,6 +48,7 @@ from proxytune.checkpoints.hub import (
     hub_directory,
     hub_tensors,
 )
+from proxytune.checkpoints.pre_tokenizers import cuts_by_default
 from proxytune.checkpoints.references import local_path, unpinned_path
 from proxytune.checkpoints.tokenizer_limits import check_pattern_times, check_tokenizer_files
 from proxytune.checkpoints.untrusted import LIST_BYTES, check_links, read_json_file
@@ -88,25 +91,45 @@ class Checkpoint:
         name: The reference as the recipe has it.
         kind: Where the weights come from.
         directory: The files in the Hugging Face layout; for a GGUF file its converted config and tokenizer.
-        gguf_path: The GGUF file.
+        gguf: The GGUF file, or all files of a split model.
         tensors: Names, shapes and dtypes of the stored weights; empty for pickled ones.
         hub_id: Where missing weights can be downloaded from.
         revision: The commit or branch on the Hub.
         trust_remote_code: Whether code that comes with the model may run.
         allow_pickle: Whether pickled weights may be read.
-        gguf_header: The GGUF file's header.
     """
 
     name: str
     kind: Literal["directory", "gguf"]
     directory: Path
-    gguf_path: Path | None = None
+    gguf: GgufModel | None = field(default=None, repr=False)
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict, repr=False)
     hub_id: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     allow_pickle: bool = False
-    gguf_header: GgufHeader | None = field(default=None, repr=False)
+
+    @property
+    def gguf_path(self) -> Path | None:
+        """The GGUF file, the first one of a split model."""
+        return None if self.gguf is None else self.gguf.path
+
+    @property
+    def gguf_header(self) -> GgufHeader | None:
+        """The GGUF file's header, with the tensors of all files of a split model."""
+        return None if self.gguf is None else self.gguf.header
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about the files, though they can be used."""
+        header = self.gguf_header
+        if header is None or not header.tokens or not cuts_by_default(header.metadata):
+            return ()
+        return (
+            f"{self.name} names no pre-tokenizer of its own, so its text is cut by llama.cpp's default rule, "
+            "which may give other tokens than the model was trained with. Convert it again with a current "
+            "llama.cpp.",
+        )
 
     @cached_property
     def config(self) -> Any:
@@ -214,7 +237,14 @@ class Checkpoint:
                         f"{known[token]} in the tokenizer that transformers makes of it.\n"
                         "hint: use the model's original safetensors, or convert the file again"
                     )
-            return Vocabulary(self.name, own, self.width)
+            kinds = enumerate(self.gguf_header.token_kinds)
+            return Vocabulary.of_tokens(
+                own,
+                self.tokenizer,
+                name=self.name,
+                width=self.width,
+                added_ids=[token_id for token_id, kind in kinds if kind in GGUF_ADDED],
+            )
         return Vocabulary.from_tokenizer(self.tokenizer, name=self.name, width=self.width)
 
     @cached_property
@@ -224,6 +254,12 @@ class Checkpoint:
         if stored and not self._is_packed and not self.is_quantized:
             return sum(tensor.num_elements for tensor in stored.values())
         return sum(parameter.numel() for parameter in self._empty_model.parameters())
+
+    @property
+    def stored_bytes(self) -> int:
+        """Memory of the stored weights as they are, for a directory with safetensors."""
+        bits = {name: bits for bits, name in SAFETENSORS_DTYPES.values()}
+        return sum(t.num_elements * bits.get(t.dtype, 8) for t in self.tensors.values()) // 8
 
     @cached_property
     def stored_dtype(self) -> str:
@@ -310,11 +346,12 @@ class Checkpoint:
         """Check that transformers can build the model, in memory that its stored tensors account for.
 
         Raises:
-            UnsupportedModel: It cannot be built.
+            UnsupportedModel: It cannot be built, or a GGUF file's tensor cannot be unpacked.
             CorruptModel: Its config needs far more memory than its tensors.
         """
         if self.gguf_header is not None:
             check_gguf_angles(self.gguf_header.metadata, self.gguf_header.tensors, self.name)
+            check_types(self.gguf_header, self.name)
         _ = self._empty_model
 
     @property
@@ -359,8 +396,8 @@ class Checkpoint:
             CorruptModel: The GGUF file cannot be converted.
             OutputFileError: The cache directory cannot be written.
         """
-        if self.gguf_path is not None:
-            return convert_weights(self.gguf_path, small_files=self.directory)
+        if self.gguf is not None:
+            return convert_weights(self.gguf, small_files=self.directory)
         if self.hub_id is None or weight_files_are_there(self.directory):
             return self.directory
         patterns = ("model*.safetensors", *SMALL_FILES)
@@ -623,10 +660,10 @@ def _check_usable(checkpoint: Checkpoint) -> None:
 
 
 def _gguf_checkpoint(name: str, path: Path) -> Checkpoint:
-    header = read_gguf_header(path)
-    if not header.tensors:
+    model = read_gguf_model(path)
+    tensors = model.header.tensors
+    if not tensors:
         raise ModelNotFound(
             f"{name} holds a vocabulary and no weights.\nhint: name a GGUF file of a whole model"
         )
-    directory = convert_small_files(path, header)
-    return Checkpoint(name, "gguf", directory, path, header.tensors, gguf_header=header)
+    return Checkpoint(name, "gguf", convert_small_files(model), model, tensors)

@@ -1,21 +1,23 @@
-"""GGUF files converted to the Hugging Face layout, once, in the cache directory."""
+"""GGUF files converted to the Hugging Face layout, once, in the cache directory.
+
+transformers converts them. It is given a tokenizer's rule by its name (`pre_tokenizers.py`), and one file of
+types that it reads (`gguf_parts.py`).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from proxytune.checkpoints.config_limits import check_gguf_metadata
 from proxytune.checkpoints.faults import faults_as
-from proxytune.checkpoints.headers import (
-    GgufHeader,
-    find_weight_files,
-    read_gguf_header,
-    read_safetensors_header,
-)
+from proxytune.checkpoints.gguf_parts import GgufModel, joined_bytes, write_joined
+from proxytune.checkpoints.headers import find_weight_files, read_safetensors_header
+from proxytune.checkpoints.pre_tokenizers import BYTE_LEVEL, cut_by, cutting_rule
 from proxytune.errors import CorruptModel, ModelNotFound, UnsupportedModel
 from proxytune.files import building, remove_unfinished, write_whole, writing
 
@@ -35,7 +37,7 @@ def _conversion_key(digest: str) -> str:
     """
     import transformers
 
-    return hashlib.sha256(f"1 {transformers.__version__} {digest}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"2 {transformers.__version__} {digest}".encode()).hexdigest()[:32]
 
 
 def build_once(
@@ -65,8 +67,19 @@ def build_once(
     return target
 
 
-def convert_small_files(path: Path, header: GgufHeader) -> Path:
-    """Return a directory with a GGUF file's config and tokenizer, converted on first use."""
+def convert_small_files(model: GgufModel) -> Path:
+    """Return a directory with a GGUF model's config and tokenizer, converted on first use.
+
+    Raises:
+        CorruptModel: Its header has impossible numbers.
+        UnsupportedModel: transformers cannot convert it, or its text is cut by an unknown rule.
+        OutputFileError: The cache directory cannot be written.
+    """
+    path, header = model.path, model.header
+    check_gguf_metadata(header.metadata, header.tensors, str(path))
+    rule = None
+    if header.metadata.get("tokenizer.ggml.model") == BYTE_LEVEL:
+        rule = cutting_rule(header.metadata.get("tokenizer.ggml.pre"), str(path))
 
     def build(part: Path) -> None:
         from transformers import AutoConfig, AutoTokenizer
@@ -78,15 +91,30 @@ def convert_small_files(path: Path, header: GgufHeader) -> Path:
                 f"from GGUF: {why}\nhint: use the model's original safetensors"
             )
 
-        with faults_as(error):
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        with _readable(model, part, has_values=False) as file, faults_as(error):
+            config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            if rule is not None:
+                cut_by(tokenizer.backend_tokenizer, rule)
         config.save_pretrained(part)
         tokenizer.save_pretrained(part)
 
-    check_gguf_metadata(header.metadata, header.tensors, str(path))
     target = cache_directory() / "gguf" / _conversion_key(header.digest)
     return build_once(target, build, is_whole=lambda: (target / "config.json").is_file())
+
+
+@contextlib.contextmanager
+def _readable(model: GgufModel, directory: Path, *, has_values: bool) -> Iterator[Path]:
+    """Give one file that transformers reads; for some models, one in `directory` that is gone afterwards."""
+    if model.is_readable or (len(model.parts) == 1 and not has_values):
+        yield model.path
+        return
+    file = directory / "joined.gguf"
+    write_joined(model, file, has_values=has_values)
+    try:
+        yield file
+    finally:
+        file.unlink()
 
 
 def _content_digest(path: Path, *, memory: Path) -> str:
@@ -107,14 +135,21 @@ def _content_digest(path: Path, *, memory: Path) -> str:
     return digest
 
 
-def convert_weights(path: Path, *, small_files: Path) -> Path:
-    """Return a directory with a GGUF file's whole model in float32, converted on first use."""
+def convert_weights(model: GgufModel, *, small_files: Path) -> Path:
+    """Return a directory with a GGUF model's weights in float32 and its small files, converted on first use.
+
+    Raises:
+        CorruptModel: It cannot be read or converted.
+        OutputFileError: The cache directory cannot be written.
+    """
+    path = model.path
 
     def build(part: Path) -> None:
         import torch
         from transformers import AutoModelForCausalLM, GgufConfig
 
-        num_bytes = 4 * sum(t.num_elements for t in read_gguf_header(path).tensors.values())
+        num_bytes = 4 * sum(tensor.num_elements for tensor in model.header.tensors.values())
+        num_bytes += joined_bytes(model)
         free = shutil.disk_usage(part).free
         if free < num_bytes:
             raise OSError(f"{num_bytes} bytes are needed and {free} are free")
@@ -125,24 +160,24 @@ def convert_weights(path: Path, *, small_files: Path) -> Path:
                 "hint: copy or download it again, or use the model's original safetensors"
             )
 
-        with faults_as(error):
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent,
-                gguf_file=path.name,
+        with _readable(model, part, has_values=True) as file, faults_as(error):
+            converted = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.float32,
             )
-        model.save_pretrained(part)
+        converted.save_pretrained(part)
         for file in small_files.iterdir():
             # The second is one that another process is writing.
             if file.is_file() and not file.name.startswith(("content-", ".content-")):
                 shutil.copyfile(file, part / file.name)
 
     try:
-        digest = _content_digest(path, memory=small_files)
+        digests = [_content_digest(file, memory=small_files) for file in model.parts]
     except OSError as error:
         raise CorruptModel(f"{path} cannot be read: {error}") from error
-    target = cache_directory() / "gguf" / _conversion_key(f"weights {digest}")
+    target = cache_directory() / "gguf" / _conversion_key(f"weights {' '.join(digests)}")
 
     def is_whole() -> bool:
         try:

@@ -43,6 +43,8 @@ _GGUF_SCALARS = {
 _TOKENS, _TOKEN_KINDS = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
 _MERGES = "tokenizer.ggml.merges"
 _UNUSED = 5
+GGUF_ADDED = frozenset({2, 3, 4, _UNUSED})
+"""llama.cpp's types of tokens that are not ordinary: unknown, control, user-defined and unused."""
 _GGUF_PADDING = re.compile(r"\[PAD-?\d+\]")
 """Converters' names for ids that no token has."""
 
@@ -160,7 +162,9 @@ class GgufHeader:
         tensors: Tensors by GGUF's names, with shapes in torch's order.
         digest: SHA-256 of the header's bytes, which decide config and tokenizer.
         tokens: The vocabulary, by token id; empty in an adapter.
-        token_kinds: llama.cpp's type of each token: 3 is control, 5 unused.
+        token_kinds: llama.cpp's type of each token: 1 is ordinary, 6 a byte; the others are in `GGUF_ADDED`.
+        places: Where each tensor's data are in the file: first byte and number of bytes.
+        values_end: The byte after the metadata, which begin at byte 24.
     """
 
     metadata: Mapping[str, Any]
@@ -168,6 +172,13 @@ class GgufHeader:
     digest: str
     tokens: Sequence[str] = field(default=(), repr=False)
     token_kinds: Sequence[int] = field(default=(), repr=False)
+    places: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
+    values_end: int = 24
+
+    @property
+    def num_parts(self) -> int:
+        """Number of files that the model is split into."""
+        return int(self.metadata.get("split.count") or 1)
 
     def token_to_id(self) -> dict[str, int]:
         """Return the vocabulary without tokens that only pad it to the width of the output head."""
@@ -192,7 +203,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
     Raises:
         CorruptModel: It is not a GGUF file, is cut off, or its header says what cannot be.
-        UnsupportedModel: Its version, byte order or a tensor type is unknown, or it is one of several parts.
+        UnsupportedModel: Its version, byte order or a tensor type is unknown.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -221,21 +232,17 @@ def read_gguf_header(path: Path) -> GgufHeader:
         if end > size:
             why = f"it is cut off: {name} should end at byte {end}, and the file has {size}"
             raise _not_gguf(path, why)
-    num_parts = metadata.get("split.count", 0)
-    if type(num_parts) is not int:
-        raise _not_gguf(path, f"its split.count is {num_parts!r}")
-    if num_parts > 1:
-        raise UnsupportedModel(
-            f"{path} is one of {num_parts} parts of a model.\n"
-            "hint: join them with `llama-gguf-split --merge FIRST_PART OUT.gguf`"
-        )
+    for key in ("split.count", "split.no", "split.tensors.count"):
+        if type(metadata.get(key, 0)) is not int:
+            raise _not_gguf(path, f"its {key} is {metadata[key]!r}")
     tokens, kinds = metadata.pop(_TOKENS, []), metadata.pop(_TOKEN_KINDS, [])
     for key, values, kind in ((_TOKENS, tokens, str), (_TOKEN_KINDS, kinds, int)):
         if not isinstance(values, list) or not all(type(value) is kind for value in values):
             raise _not_gguf(path, f"its {key} is no list of {kind.__name__} values")
     if kinds and len(kinds) != len(tokens):
         raise _not_gguf(path, f"it has {len(tokens)} tokens and the kinds of {len(kinds)}")
-    return GgufHeader(metadata, tensors, digest, tokens, kinds)
+    places = {name: (data + offset, num_bytes) for name, (offset, num_bytes) in places.items()}
+    return GgufHeader(metadata, tensors, digest, tokens, kinds, places, reader.values_end)
 
 
 def _not_gguf(path: Path, why: str) -> CorruptModel:
@@ -247,7 +254,7 @@ class _GgufReader:
 
     def __init__(self, path: Path, view: mmap.mmap, size: int) -> None:
         self._path, self._view, self._size = path, view, min(size, LIST_BYTES)
-        self.position = 0
+        self.position = self.values_end = 0
         self._num_items = 0
 
     def header(self) -> tuple[dict[str, Any], dict[str, StoredTensor], dict[str, tuple[int, int]]]:
@@ -271,6 +278,7 @@ class _GgufReader:
             metadata[key] = self._value(is_kept=key in (_TOKENS, _TOKEN_KINDS))
         if _MERGES not in metadata:
             self._check_splits(metadata.get(_TOKENS))
+        self.values_end = self.position
         tensors: dict[str, StoredTensor] = {}
         places: dict[str, tuple[int, int]] = {}
         for _ in range(num_tensors):

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from proxytune.commands.app import command, print_result
 from proxytune.commands.console import print_text, say, stdout
+from proxytune.commands.engines import EngineOptions, VllmOptions
 from proxytune.commands.flags import Pick
-from proxytune.commands.options import AS_JSON, ModelOptions, RecipeArgument
+from proxytune.commands.options import AS_JSON, RecipeArgument
 from proxytune.commands.progress import ProgressBars
 from proxytune.errors import InvalidRequest, install_command
 from proxytune.evaluate.plan import EvalOptions
@@ -75,11 +76,12 @@ class ReportOptions:
 )
 def evaluate(
     recipe: RecipeArgument,
+    vllm_options: VllmOptions = None,
     *,
     options: EvalOptions,
     judge: JudgeOptions,
     report: ReportOptions,
-    models: Annotated[ModelOptions, Pick(leave_out=("cuda_graphs",))],
+    models: Annotated[EngineOptions, Pick(leave_out=("cuda_graphs",))],
 ) -> None:
     """Compare base, expert, steered base and others on benchmarks.
 
@@ -89,12 +91,14 @@ def evaluate(
     """
     from proxytune.evaluate.run import evaluate as run
 
+    models = models.taking(vllm_options)
     options = replace(
         options,
         judge=judge.settings(),
         dtype=models.dtype,
         device=models.device,
         exact=models.exact,
+        engine=models.engine,
     )
     found = models.read(recipe)
 

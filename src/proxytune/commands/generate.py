@@ -20,10 +20,10 @@ from proxytune.commands.console import (
     strengths_text,
     write_text,
 )
+from proxytune.commands.engines import EngineOptions, VllmOptions
 from proxytune.commands.flags import Pick, given_flags
 from proxytune.commands.options import (
     AS_JSON,
-    ModelOptions,
     PolicyOptions,
     PromptArgument,
     RecipeArgument,
@@ -32,7 +32,13 @@ from proxytune.commands.options import (
 from proxytune.commands.progress import ProgressBars
 from proxytune.data.lines import BatchOptions
 from proxytune.errors import InvalidRequest, ProxytuneError
-from proxytune.request import SPECULATIVE, Request, SamplingParams
+from proxytune.request import (
+    BATCH_SIZES,
+    DEFAULT_BATCH_SIZE,
+    SPECULATIVE,
+    Request,
+    SamplingParams,
+)
 from proxytune.settings import option, options_of
 
 if TYPE_CHECKING:
@@ -71,7 +77,7 @@ class GenerateOptions:
         "Write what each model gave each token to this file, for proxytune explain --trace and analyze",
     )
     batch_size: int | None = option(
-        None, replace(_LINES["batch_size"].option, none_means=str(_LINES["batch_size"].default))
+        None, replace(_LINES["batch_size"].option, none_means=DEFAULT_BATCH_SIZE)
     )
     skip_bad_lines: bool = option(False, _LINES["skip_bad_lines"].option)
 
@@ -90,12 +96,13 @@ SAMPLING = Pick(
 def generate(
     recipe: RecipeArgument,
     prompt: PromptArgument = None,
+    vllm_options: VllmOptions = None,
     *,
     options: GenerateOptions,
     steering: SteeringOptions,
     policy: PolicyOptions,
     sampling: Annotated[SamplingParams, SAMPLING],
-    models: ModelOptions,
+    models: EngineOptions,
 ) -> None:
     """Generate text from a prompt, or from a file of prompts.
 
@@ -104,9 +111,15 @@ def generate(
     A file holds one JSON object per line, with prompt (text, messages or token ids) or messages, and
     optionally options for this line alone; the output file holds the same objects with output added. After an
     interruption, the same command continues the run, and the file becomes the same as without one; it also
-    answers lines that were added to the input since.
+    answers lines that were added to the input since. With --engine vllm, vLLM answers the file.
     """
-    _refuse_contradictions(given_flags(PROMPT=prompt, options=options, sampling=sampling))
+    if models.engine == "vllm" and options.input_file is not None and prompt is not None:
+        # A file needs no prompt, so what follows -- begins here.
+        vllm_options, prompt = [prompt, *(vllm_options or ())], None
+    models = models.taking(vllm_options)
+    _refuse_contradictions(
+        given_flags(PROMPT=prompt, options=options, sampling=sampling, models=models)
+    )
     if options.input_file is not None and options.output_file is not None:
         found = policy.applied_to(models.read(recipe))
         asked = BatchOptions(
@@ -114,7 +127,8 @@ def generate(
             steering=steering.of(found),
             dtype=models.dtype,
             exact=models.exact,
-            batch_size=options.batch_size or _LINES["batch_size"].default,
+            batch_size=options.batch_size or BATCH_SIZES[models.engine],
+            engine=models.engine,
             skip_bad_lines=options.skip_bad_lines,
             speculative=options.speculative,
         )
@@ -250,6 +264,11 @@ def _refuse_contradictions(given: set[str]) -> None:
             )
     if "--input-file" in given:
         return
+    if "--engine" in given:
+        raise InvalidRequest(
+            "--engine vllm answers files of prompts, and there is no --input-file.\n"
+            "hint: --input-file prompts.jsonl --output-file answers.jsonl, or leave --engine vllm out"
+        )
     for name in ("--output-file", "--batch-size", "--skip-bad-lines"):
         if name in given:
             raise InvalidRequest(
@@ -260,7 +279,11 @@ def _refuse_contradictions(given: set[str]) -> None:
 
 
 def _answer_file(
-    recipe: Recipe, input_file: Path, output_file: Path, options: BatchOptions, models: ModelOptions
+    recipe: Recipe,
+    input_file: Path,
+    output_file: Path,
+    options: BatchOptions,
+    models: EngineOptions,
 ) -> BatchReport:
     from proxytune.data.batch import run_batch
 

@@ -16,8 +16,9 @@ from proxytune.commands.console import (
     stdin_text,
     stdout,
 )
+from proxytune.commands.engines import EngineOptions, VllmOptions
 from proxytune.commands.flags import Pick
-from proxytune.commands.options import AS_JSON, WINDOW, ModelOptions, PolicyOptions, RecipeArgument
+from proxytune.commands.options import AS_JSON, WINDOW, PolicyOptions, RecipeArgument
 from proxytune.commands.progress import progress
 from proxytune.evaluate.plan import EXPERTS
 from proxytune.settings import declared, option
@@ -52,15 +53,18 @@ class ScoreOptions:
 @command("proxytune score my-recipe --text-file heldout.txt --alphas 0,0.5,1")
 def score(
     recipe: RecipeArgument,
+    vllm_options: VllmOptions = None,
     *,
     options: ScoreOptions,
     policy: PolicyOptions,
-    models: Annotated[ModelOptions, Pick(leave_out=("cuda_graphs",))],
+    models: Annotated[EngineOptions, Pick(leave_out=("cuda_graphs",))],
 ) -> None:
     """Measure how well base, expert and steered base predict a text.
 
-    Each model reads the text once, for all strengths. Every model sees the plain text.
+    Each model reads the text once, for all strengths. Every model sees the plain text. With --engine vllm,
+    the text is read once for each row of the table.
     """
+    models = models.taking(vllm_options)
     text = stdin_text() if options.text_file == "-" else file_text(Path(options.text_file))
     found = policy.applied_to(models.read(recipe))
     experts = options.experts or None

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 from proxytune.commands.app import command, print_result
 from proxytune.commands.console import between, change_text, plain_table, say, stdout
+from proxytune.commands.engines import EngineOptions, VllmOptions
 from proxytune.commands.flags import Pick, number_of
 from proxytune.commands.options import (
     AS_JSON,
     PICTURE,
     DataOptions,
-    ModelOptions,
     PolicyOptions,
     RecipeArgument,
 )
 from proxytune.commands.progress import progress
 from proxytune.errors import InvalidRequest
 from proxytune.evaluate.plan import DATA_DIR
-from proxytune.request import SamplingParams, Steering
+from proxytune.request import BATCH_SIZES, DEFAULT_BATCH_SIZE, SamplingParams, Steering
 from proxytune.settings import option
 
 if TYPE_CHECKING:
@@ -80,7 +80,12 @@ class SweepOptions:
         none_means="64, or the benchmark's",
     )
     stop: tuple[str, ...] = option((), "End a generated text before this string")
-    batch_size: int = option(8, "Number of prompts that are answered together", at_least=1)
+    batch_size: int | None = option(
+        None,
+        "Number of prompts that are answered together",
+        at_least=1,
+        none_means=DEFAULT_BATCH_SIZE,
+    )
     seed: int = option(0, "Random seed of the split and the bootstrap")
     picture: Path | None = option(
         None, replace(PICTURE, help=f"{PICTURE.help}; needs proxytune[tune]")
@@ -142,19 +147,22 @@ class SweepOptions:
 )
 def sweep(
     recipe: RecipeArgument,
+    vllm_options: VllmOptions = None,
     *,
     data: DataOptions,
     options: SweepOptions,
     policy: PolicyOptions,
-    models: Annotated[ModelOptions, Pick(leave_out=("cuda_graphs", "max_calls", "max_cost"))],
+    models: Annotated[EngineOptions, Pick(leave_out=("cuda_graphs", "max_calls", "max_cost"))],
 ) -> None:
     """Find the best strength of steering for your data: pick it on one part, and measure it on another.
 
     For perplexity, each model reads the data once, for all strengths. Generated texts are greedy, and a
-    beginning that several strengths share is generated once.
+    beginning that several strengths share is generated once. With --engine vllm, the data is read, and texts
+    are generated, once for each strength.
     """
     from proxytune.measure.curve import draw
 
+    models = models.taking(vllm_options)
     options.check(data)
     benchmark = options.benchmark()
     found = policy.applied_to(models.read(recipe))
@@ -178,7 +186,7 @@ def sweep(
                 test=test,
                 own=usual,
                 sampling=sampling,
-                batch_size=options.batch_size,
+                batch_size=options.batch_size or BATCH_SIZES[models.engine],
                 seed=options.seed,
                 on_progress=advance,
             )

@@ -125,6 +125,8 @@ def run_batch(
             model = load(experts)
             source.check_requests(model)
             num_resumed = output.resume(source.lines(), source.num_lines, options.batch_size)
+            if model.ensemble.engine is not None:
+                model.ensemble.engine.start()
             started = time.perf_counter()
             num_new_tokens = _generate(model, source, output, num_resumed, options, on_progress)
             latency_s = time.perf_counter() - started
@@ -199,5 +201,6 @@ def _settings(recipe: Recipe, options: BatchOptions, input_sha256: str) -> dict[
     # Left out where nothing is asked, as in the files of runs from before these could be.
     own: dict[str, Any] = {"policy": options.steering.policy, "combine": options.steering.combine}
     own |= {"exact": options.exact or None}
+    own["engine"] = None if options.engine == "local" else options.engine
     settings |= {key: value for key, value in own.items() if value is not None}
     return dict(json.loads(json.dumps(settings)))

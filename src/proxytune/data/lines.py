@@ -11,8 +11,18 @@ from itertools import count
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from proxytune.errors import InputFileError, UserError, did_you_mean
-from proxytune.request import SPECULATIVE, ChatOptions, Experts, Request, SamplingParams, Steering
+from proxytune.errors import InputFileError, InvalidRequest, UserError, did_you_mean
+from proxytune.request import (
+    BATCH_SIZES,
+    NO_DRAFTS,
+    SPECULATIVE,
+    ChatOptions,
+    EngineName,
+    Experts,
+    Request,
+    SamplingParams,
+    Steering,
+)
 from proxytune.settings import check, option, options_of
 
 if TYPE_CHECKING:  # Importing it loads torch, which a malformed file should not wait for.
@@ -43,21 +53,27 @@ class BatchOptions:
             continued with another one.
         skip_bad_lines: Otherwise a line that cannot be used makes the whole file refused.
         speculative: As in `ProxyTuned.generate`. May change when a run is continued.
+        engine: What runs the models. A run is continued only in the same one.
 
     Raises:
-        InvalidRequest: A field is out of range.
+        InvalidRequest: A field is out of range, or the engine cannot honour it.
     """
 
     sampling: SamplingParams
     steering: Steering = field(default_factory=Steering)
     dtype: str | None = None
     exact: bool = False
-    batch_size: int = option(8, "Number of lines that are generated together", at_least=1)
+    batch_size: int = option(
+        BATCH_SIZES["local"], "Number of lines that are generated together", at_least=1
+    )
     skip_bad_lines: bool = option(False, "Leave out lines that cannot be used, and report them")
     speculative: bool = option(False, SPECULATIVE)
+    engine: EngineName = "local"
 
     def __post_init__(self) -> None:
         check(self)
+        if self.engine == "vllm" and self.speculative:
+            raise InvalidRequest(NO_DRAFTS)
 
 
 class Line(NamedTuple):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from proxytune.decode.batch import Batch, DraftCount, Event
-from proxytune.decode.ensemble import Ensemble, Job
+from proxytune.decode.ensemble import Answer, Ensemble, Job
+from proxytune.decode.lanes import Row
 from proxytune.decode.speculative import Speculator
+from proxytune.errors import InvalidRequest
+from proxytune.request import NO_DRAFTS
 from proxytune.trace import Step, Trace, Usage
 
 
@@ -53,6 +58,11 @@ def run(
     ensemble: Ensemble, collectors: Sequence[Collector], speculator: Speculator | None = None
 ) -> Iterator[Event]:
     """Generate the collectors' jobs in one batch, and yield each event once its collector has it."""
+    if ensemble.engine is not None:
+        if speculator is not None:
+            raise InvalidRequest(NO_DRAFTS)
+        yield from _run_in_engine(ensemble, collectors)
+        return
     batch = Batch(ensemble, [collector.job for collector in collectors], speculator=speculator)
     for collector, seed in zip(collectors, batch.seeds, strict=True):
         collector.seed = seed
@@ -65,6 +75,39 @@ def run(
         for row, collector in enumerate(collectors):
             collector.drafts = batch.draft_counts.get(row, DraftCount(0, 0))
             collector.usage = batch.usage(row)
+
+
+def _run_in_engine(ensemble: Ensemble, collectors: Sequence[Collector]) -> Iterator[Event]:
+    """Let the ensemble's engine answer the jobs; a job's events come together, once it has ended."""
+    assert ensemble.engine is not None
+    for collector in collectors:
+        sampling = collector.job.sampling
+        if not sampling.is_greedy:
+            seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+            collector.job = replace(collector.job, sampling=replace(sampling, seed=seed))
+            collector.seed = seed
+    for answer in ensemble.engine.answers(ensemble, [each.job for each in collectors]):
+        collector = collectors[answer.row]
+        for event in _events(ensemble, collector.job, answer):
+            collector.add(event)
+            yield event
+
+
+def _events(ensemble: Ensemble, job: Job, answer: Answer) -> Iterator[Event]:
+    """Yield what a batch here would have reported of the same tokens.
+
+    A logprob that the job did not ask for is not known, and is NaN.
+    """
+    row = Row.begin(ensemble, answer.row, job)
+    for index, token_id in enumerate(answer.token_ids):
+        reason, text = row.push(token_id)
+        logprob, top = answer.tops[index] if answer.tops else (math.nan, ())
+        step = Step(index, token_id, text, logprob, top, finish_reason=reason)
+        yield Event(answer.row, step, reason, "", row.text.stopped_by)
+        if reason is not None:
+            return
+    # It ended before this text did, as at a stop string that the engine spells otherwise.
+    yield Event(answer.row, None, "stop", row.text.finish())
 
 
 def with_token_texts(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
-from proxytune.backends.base import Backend
+from proxytune.backends.base import Backend, Spelling
 from proxytune.errors import InvalidRequest, PromptTooLong
 from proxytune.policy import Policy, needs_all_logits
 from proxytune.request import SamplingParams
@@ -18,12 +19,21 @@ from proxytune.text.vocab import Alignment, Vocabulary, align
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One model of an ensemble: a backend, perhaps an adapter on it, and how its vocabulary is aligned."""
+    """One model of an ensemble: a backend, perhaps an adapter on it, and how its vocabulary is aligned.
+
+    Args:
+        name: Its name in messages.
+        backend: What runs it.
+        alignment: How its tokens correspond to the base's.
+        adapter: The adapter's name in the backend.
+        own: How it spells text, if its added tokens differ from the base's.
+    """
 
     name: str
     backend: Backend[Any]
     alignment: Alignment
     adapter: str | None = None
+    own: Spelling | None = None
 
     def own_ids(self, token_ids: Sequence[int], *, is_start: bool = False) -> list[int]:
         """Return a text of the base's tokens in those of the member's prompts; see `Backend.own_ids`."""
@@ -33,11 +43,20 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """An expert and its anti-expert, as indices into the ensemble's members."""
+    """An expert and its anti-expert, as indices into the ensemble's members.
+
+    Args:
+        name: The expert's name.
+        expert: Its index.
+        anti_expert: Its anti-expert's.
+        is_unshared: `[vocab]` bool on the CPU: the base's tokens that one of the two lacks, and padding ids;
+            None if they have all tokens. Such tokens get no offset.
+    """
 
     name: str
     expert: int
     anti_expert: int
+    is_unshared: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +70,7 @@ class Ensemble:
         eos_token_ids: Token ids that end a text, in the base's vocabulary.
         tokenizer: The base's tokenizer, which turns new tokens into text.
         policy: How strongly and by which pairs to steer at each token, where a job does not say it.
+        engine: What runs all members together, where their logits do not come here; None if they do.
     """
 
     members: tuple[Member, ...]
@@ -59,19 +79,88 @@ class Ensemble:
     eos_token_ids: tuple[int, ...]
     tokenizer: Tokenizer
     policy: Policy = field(default_factory=Policy)
+    engine: Engine | None = None
+
+
+class Answer(NamedTuple):
+    """What an engine generated for one job.
+
+    Args:
+        row: Index of the job.
+        token_ids: The new tokens, in the base's vocabulary, with the one that ended the text.
+        tops: For each token, its steered logprob and the likeliest tokens with theirs, best first; empty if
+            the job asks for no logprobs.
+    """
+
+    row: int
+    token_ids: tuple[int, ...]
+    tops: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = ()
+
+
+class Engine(Protocol):
+    """What generates and scores with a whole ensemble and shows no logits, as another program does.
+
+    Every method takes the ensemble, whose pairs and members may be some of those that the engine runs. An
+    ensemble without pairs is its only, or its first, member by itself.
+    """
+
+    def start(self) -> None:
+        """Load the models, if they are not loaded; a job would do it as well.
+
+        Raises:
+            UserError: The engine refuses how it is to run.
+            BackendError: It failed.
+        """
+
+    def check(self, ensemble: Ensemble, job: Job) -> None:
+        """Refuse a job that the engine cannot run.
+
+        Raises:
+            UserError: It asks for what the engine cannot do; the message names it.
+        """
+
+    def answers(self, ensemble: Ensemble, jobs: Sequence[Job]) -> Iterator[Answer]:
+        """Yield the answers to jobs as they end.
+
+        Raises:
+            BackendError: The engine failed.
+        """
+
+    def first_logprobs(self, ensemble: Ensemble, job: Job, token_ids: Sequence[int]) -> list[float]:
+        """Return the steered logprobs of some tokens as a job's first one, nats."""
+
+    def losses(
+        self,
+        ensemble: Ensemble,
+        texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+        alphas: Sequence[float],
+        on_text: Callable[[int], None],
+    ) -> list[list[float]]:
+        """Return the loss of each given token, nats.
+
+        Args:
+            ensemble: The models and the policy.
+            texts: Prompts and what follows them, at least one token each, in the base's vocabulary.
+            alphas: Strength of each of the ensemble's pairs.
+            on_text: Called with the index of each text that is done.
+        """
+
+    def close(self) -> None:
+        """Give back the engine's memory; a later job starts it again."""
 
 
 def alone(ensemble: Ensemble, index: int) -> Ensemble:
     """Return one member by itself, with nothing that steers it, in its own vocabulary if that is another."""
     member = ensemble.members[index]
-    translation = member.backend.translation
-    if translation is None:
+    own, backend = member.own, member.backend
+    if (translation := backend.translation) is not None:
+        own, backend = translation.own, translation.inner
+    if own is None:
         return replace(ensemble, members=(member,), pairs=())
-    own = translation.own
     alignment = align(own.vocabulary, own.vocabulary)
     return replace(
         ensemble,
-        members=(replace(member, backend=translation.inner, alignment=alignment),),
+        members=(replace(member, backend=backend, alignment=alignment, own=None),),
         pairs=(),
         vocabulary=own.vocabulary,
         eos_token_ids=tuple(own.eos_token_ids),
@@ -123,6 +212,8 @@ def check_job(ensemble: Ensemble, job: Job) -> None:
             raise InvalidRequest(
                 f"{name} holds {max(token_ids)}, but {vocabulary.name} has only {vocabulary.width} token ids"
             )
+    if ensemble.engine is not None:
+        ensemble.engine.check(ensemble, job)
     is_partial = ensemble.members[0].backend.partial is not None
     if is_partial and job.sampling.repetition_penalty != 1.0:
         raise InvalidRequest(

@@ -202,6 +202,8 @@ class _NthPairs(NamedTuple):
     """A number if all rows agree, otherwise `[rows]`."""
     expert: _Side
     anti_expert: _Side
+    is_unshared: Tensor | None
+    """`[rows, vocab]`, as in `Contribution`; None if no pair lacks tokens."""
 
 
 class Lanes:
@@ -260,7 +262,10 @@ class Lanes:
                 alpha = alpha[list(places)]
             expert = self._side_logits(pairs.expert, logits, places)
             anti_expert = self._side_logits(pairs.anti_expert, logits, places)
-            found.append(Contribution(expert, anti_expert, alpha))
+            is_unshared = pairs.is_unshared
+            if is_unshared is not None and len(places) < len(self.rows):
+                is_unshared = is_unshared[list(places)]
+            found.append(Contribution(expert, anti_expert, alpha, is_unshared))
         return found
 
     def pick(self, logits: Mapping[LaneGroup, Tensor], refs: Sequence[LaneRef]) -> Tensor:
@@ -387,7 +392,7 @@ class Lanes:
             self._refs |= {lane: (group, which) for which, lane in enumerate(group.lanes)}
         self._base = self._side([(0, row) for row in self.rows])
         self._steering = [
-            _NthPairs(nth, alpha, *self._sides(nth))
+            _NthPairs(nth, alpha, *self._sides(nth), self._unshared(nth))
             for nth in range(max(len(row.pairs) for row in self.rows))
             if isinstance(alpha := self._alpha(nth), Tensor) or alpha
         ]
@@ -409,6 +414,17 @@ class Lanes:
         pairs = [(self.ensemble.pairs[row.pairs[nth]], row) for row in rows]
         experts = self._side([(pair.expert, row) for pair, row in pairs])
         return experts, self._side([(pair.anti_expert, row) for pair, row in pairs])
+
+    def _unshared(self, nth: int) -> Tensor | None:
+        """Return the tokens that each row's nth pair does not share; see `_NthPairs`."""
+        pairs = [
+            [self.ensemble.pairs[which] for which in row.pairs[nth : nth + 1]] for row in self.rows
+        ]
+        masks = [pair[0].is_unshared if pair else None for pair in pairs]
+        if all(mask is None for mask in masks):
+            return None
+        none = torch.zeros(self.ensemble.vocabulary.width, dtype=torch.bool)
+        return torch.stack([none if mask is None else mask for mask in masks]).to(self.device)
 
     def _side(self, lanes: Sequence[tuple[int, Row]]) -> _Side:
         refs = [self.ref(member, row) for member, row in lanes]

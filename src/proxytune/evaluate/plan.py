@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from proxytune.errors import InvalidRequest
-from proxytune.request import SPECULATIVE, Alpha, SamplingParams
+from proxytune.request import (
+    BATCH_SIZES,
+    DEFAULT_BATCH_SIZE,
+    NO_DRAFTS,
+    SPECULATIVE,
+    Alpha,
+    EngineName,
+    SamplingParams,
+)
 from proxytune.settings import Option, check, declared, option
 from proxytune.tasks.task import Item, Rule, Task
 
@@ -47,9 +55,10 @@ class EvalOptions:
         dtype: The models' dtype, where it is not the recipe's.
         device: The models' device, where it is not the recipe's.
         exact: Whether the models are loaded with `exact`.
+        engine: What runs the models. A run is continued only in the same one.
 
     Raises:
-        InvalidRequest: A value cannot be used, or two exclude each other.
+        InvalidRequest: A value cannot be used, two exclude each other, or the engine cannot honour one.
     """
 
     tasks: tuple[str, ...] = field(
@@ -93,7 +102,12 @@ class EvalOptions:
         at_most=1,
         metavar="P",
     )
-    batch_size: int = option(8, "Number of answers that are generated together", at_least=1)
+    batch_size: int | None = option(
+        None,
+        "Number of answers that are generated together",
+        at_least=1,
+        none_means=DEFAULT_BATCH_SIZE,
+    )
     num_samples: int | None = option(
         None,
         "Number of answers to each item of a benchmark that samples several",
@@ -119,9 +133,12 @@ class EvalOptions:
     device: str | None = None
     exact: bool = False
     speculative: bool = option(False, SPECULATIVE)
+    engine: EngineName = "local"
 
     def __post_init__(self) -> None:
         check(self)
+        if self.engine == "vllm":
+            self._check_vllm()
         if not self.tasks:
             from proxytune.tasks.registry import TASKS
 
@@ -137,6 +154,41 @@ class EvalOptions:
             raise InvalidRequest(NO_PROGRAMS)
         if self.tuned_prompt is not None and self.tuned is None and self.tuned_adapter is None:
             raise InvalidRequest("tuned_prompt is given without a tuned model.\nhint: leave it out")
+
+    def _check_vllm(self) -> None:
+        """Refuse what an evaluation in vLLM cannot do, before anything is read."""
+        from proxytune.tasks.registry import TASKS
+
+        if self.speculative:
+            raise InvalidRequest(NO_DRAFTS)
+        if self.nudge_below is not None:
+            raise InvalidRequest(
+                "--nudge-below leaves out the anti-expert, and --engine vllm runs the recipe as it is.\n"
+                "hint: leave one of them out"
+            )
+        if self.tuned_adapter is not None:
+            raise InvalidRequest(
+                "--tuned-adapter is for models that run here: in vLLM the base would be loaded twice.\n"
+                "hint: merge the adapter into a copy of the base, and name that with --tuned"
+            )
+        for name in self.tasks:
+            if name not in TASKS:
+                raise InvalidRequest(
+                    f"{name} is not a benchmark of this package, and tasks of lm-eval do not go through "
+                    "--engine vllm.\n"
+                    "hint: lm-eval's own engine runs the recipe: lm_eval --model vllm --model_args "
+                    f"pretrained=RECIPE --tasks {name}; the benchmarks here are {', '.join(TASKS)}"
+                )
+            if TASKS[name].banned_first:
+                raise InvalidRequest(
+                    f"answers to {name} must not begin with {TASKS[name].banned_first[0]!r}, and vLLM has no "
+                    "bias for the first token alone.\nhint: leave --engine vllm out for this benchmark"
+                )
+
+    @property
+    def num_together(self) -> int:
+        """Number of answers that are generated and written together."""
+        return self.batch_size or BATCH_SIZES[self.engine]
 
     @property
     def has_tuned(self) -> bool:

@@ -98,14 +98,13 @@ def nudged(model: ProxyTuned, expert: str, threshold: float) -> ProxyTuned:
     Raises:
         InvalidRequest: The threshold is out of range.
     """
-    from proxytune.decode.ensemble import Pair
     from proxytune.model import ProxyTuned
     from proxytune.policy import Policy
 
     found = next(pair for pair in model.ensemble.pairs if pair.name == expert)
     ensemble = replace(
         model.ensemble,
-        pairs=(Pair(expert, found.expert, anti_expert=0),),
+        pairs=(replace(found, anti_expert=0),),
         policy=Policy(name="nudge", threshold=threshold),
     )
     return ProxyTuned(ensemble, model.formats, model.recipe)

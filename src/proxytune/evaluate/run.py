@@ -174,6 +174,8 @@ class _Answering:
         for task in foreign:
             for predictor in predictors:
                 self.runs[task, predictor.name] = self._run_foreign(task, predictor, recipe, model)
+        if model.cache_info().currsize and (engine := model().ensemble.engine) is not None:
+            engine.close()  # The next models, or a classifier, may need its memory.
 
     def _run_foreign(
         self, task: str, predictor: Predictor, recipe: Recipe, model: Callable[[], ProxyTuned]
@@ -193,7 +195,7 @@ class _Answering:
             alpha=speaker.alpha,
             experts=speaker.experts,
             limit=options.limit,
-            batch_size=options.batch_size,
+            batch_size=options.num_together,
             seed=options.seed,
             cache=self.output / "generated" / task / f"{name}.{digest}",
             rule=options.rule,
@@ -215,15 +217,17 @@ class _Answering:
         settings = _settings(work, predictor, recipe, options)
         with ResumableOutput(path, settings) as file:
             lines = [_line(number, *sample) for number, sample in enumerate(samples, 1)]
-            num_done = file.resume(iter(lines), len(lines), options.batch_size)
+            num_done = file.resume(iter(lines), len(lines), options.num_together)
             self.num_resumed += num_done
             self._report(EvalProgress(work.task.name, name, num_done, len(lines)))
             if num_done < len(lines):
                 speaker = Speaker(predictor, model(), options)
                 requests = speaker.requests(work.task, samples)
                 speaker.check(requests[num_done:])
+                if (engine := speaker.model.ensemble.engine) is not None:
+                    engine.start()
             while num_done < len(lines):
-                block = slice(num_done, num_done + options.batch_size)
+                block = slice(num_done, num_done + options.num_together)
                 started = time.perf_counter()
                 outputs = speaker.answer([item for item, _, _ in samples[block]], requests[block])
                 seconds = (time.perf_counter() - started) / len(outputs)
@@ -260,6 +264,8 @@ def _settings(
         "banned_first": work.task.banned_first,
     }
     settings |= {"exact": True} if options.exact else {}
+    if options.engine != "local":
+        settings["engine"] = options.engine
     return dict(json.loads(json.dumps(settings)))
 
 

@@ -1,8 +1,9 @@
 """A byte-level BPE tokenizer as the fields of a GGUF header.
 
 How text is cut into words before tokens are merged is a rule in `tokenizer.json`; in GGUF it is the name of a
-rule built into llama.cpp. The name is found by comparing rules, and a rule without a name is refused. Every
-row of the embedding has a token in GGUF; rows without a token are called `[PAD7]`, by their id.
+rule (`checkpoints/pre_tokenizers.py`). The name is found by comparing rules, and a rule without a name is
+refused. Every row of the embedding has a token in GGUF. Rows without a token are called `[PAD7]`, by their
+id.
 """
 
 from __future__ import annotations
@@ -13,40 +14,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from proxytune.checkpoints.checkpoint import Checkpoint
+from proxytune.checkpoints.pre_tokenizers import (
+    BYTE_LEVEL,
+    CUTTING_RULES,
+    DIGIT,
+    WORDS,
+    CuttingRule,
+    rule_name,
+)
 from proxytune.errors import UnsupportedModel
 from proxytune.export.layout import CONVERTER
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-# The regular expressions of two rules, as llama.cpp has them.
-_LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN_2 = _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
-
-
-@dataclass(frozen=True, slots=True)
-class _TextRule:
-    """How a tokenizer cuts text before it merges tokens.
-
-    The steps are those that cut text, in order: `words` is GPT-2's rule, `digits` cuts off single digits,
-    `split` cuts by a regular expression, `bytes` spells bytes and cuts nothing.
-    """
-
-    steps: tuple[tuple[str, ...], ...]
-    ignore_merges: bool = False  # a word that is a token is kept whole, whatever the merges say
-
-
-_PRE_TOKENIZERS = {
-    _TextRule((("words",),)): "gpt-2",
-    _TextRule((("digits",), ("words",))): "smollm",
-    _TextRule((("split", _LLAMA_3), ("bytes",)), ignore_merges=True): "llama-bpe",
-    _TextRule((("split", _LLAMA_3), ("bytes",))): "smaug-bpe",
-    _TextRule((("split", _QWEN_2), ("bytes",))): "qwen2",
-}
-"""llama.cpp's names for rules (`tokenizer.ggml.pre`)."""
+_COMPOSING = ("qwen2", "qwen35")
+"""Names of rules before which Qwen's tokenizers compose characters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +58,7 @@ class TokenizerFields:
 
     def add_to(self, writer: GGUFWriter) -> None:
         """Add the fields to a header."""
-        writer.add_tokenizer_model("gpt2")  # byte-level BPE, with any rule for cutting text
+        writer.add_tokenizer_model(BYTE_LEVEL)
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
         writer.add_token_types(self.types)
@@ -151,34 +134,43 @@ def _flat_steps(pre_tokenizer: Mapping[str, Any] | None) -> list[Mapping[str, An
     return [pre_tokenizer]
 
 
-def _step(step: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return a step as `_TextRule` names it, or its JSON if that has no name for it."""
+def _pattern(step: Mapping[str, Any]) -> str:
+    """Return the regular expression by which a step cuts text, or its JSON if it is not known as one."""
     kind = step.get("type")
-    if kind == "ByteLevel" and not step.get("add_prefix_space"):
-        return ("words",) if step.get("use_regex", True) else ("bytes",)
+    if kind == "ByteLevel" and not step.get("add_prefix_space") and step.get("use_regex", True):
+        return WORDS
     if kind == "Digits" and step.get("individual_digits"):
-        return ("digits",)
+        return DIGIT
     pattern = step.get("pattern")
     is_isolating = step.get("behavior") == "Isolated" and not step.get("invert")
     if kind == "Split" and is_isolating and isinstance(pattern, Mapping) and "Regex" in pattern:
-        return ("split", str(pattern["Regex"]))
-    return (json.dumps(step, sort_keys=True),)
+        return str(pattern["Regex"])
+    return json.dumps(step, sort_keys=True)
+
+
+def _cutting_rule(rules: Mapping[str, Any]) -> CuttingRule:
+    """Return the rule by which a `tokenizer.json` cuts text."""
+    steps = _flat_steps(rules.get("pre_tokenizer"))
+    last = steps[-1] if steps else {}
+    if last.get("type") == "ByteLevel" and not last.get("use_regex", True):
+        # It spells bytes and cuts nothing; before the last place, it would change what later steps see.
+        steps = steps if last.get("add_prefix_space") else steps[:-1]
+    return CuttingRule(tuple(map(_pattern, steps)), bool(rules["model"].get("ignore_merges")))
 
 
 def _pre_tokenizer(name: str, rules: Mapping[str, Any], added: Any) -> str:
     """Return llama.cpp's name for how a tokenizer cuts text; refuse one that llama.cpp has no name for."""
-    steps = tuple(_step(step) for step in _flat_steps(rules.get("pre_tokenizer")))
-    rule = _TextRule(steps, bool(rules["model"].get("ignore_merges")))
-    found = _PRE_TOKENIZERS.get(rule)
+    rule = _cutting_rule(rules)
+    found = rule_name(rule)
     normalizer = (rules.get("normalizer") or {}).get("type")
     # Qwen first composes characters (NFC). llama.cpp does not, for any Qwen model, and text is rarely written
     # with separate accents.
-    is_prepared = normalizer is not None and not (normalizer == "NFC" and found == "qwen2")
+    is_prepared = normalizer is not None and not (normalizer == "NFC" and found in _COMPOSING)
     stripping = [t.content for t in added if t.lstrip or t.rstrip or t.single_word]
     if found is not None and not is_prepared and not stripping:
         return found
     if found is None:
-        shown = " + ".join(" ".join(step) for step in rule.steps) or "nothing"
+        shown = " + ".join(rule.patterns) or "nothing"
         more = ", keeping words that are tokens whole" if rule.ignore_merges else ""
         why = f"cuts text by a rule without a known name in llama.cpp ({shown}{more})"
     elif stripping:
@@ -188,7 +180,7 @@ def _pre_tokenizer(name: str, rules: Mapping[str, Any], added: Any) -> str:
     raise UnsupportedModel(
         f"the tokenizer of {name} {why}, so llama.cpp would make other tokens of the same text.\n"
         "hint: if llama.cpp has a name for the rule, give it with --pre; the names known here are "
-        f"{', '.join(sorted(_PRE_TOKENIZERS.values()))}"
+        f"{', '.join(sorted(CUTTING_RULES))}"
     )
 
 

@@ -17,13 +17,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from proxytune.backends.base import num_shared_tokens
 from proxytune.data.lines import line_seed
 from proxytune.errors import InvalidRequest, missing_extra
 from proxytune.measure.likelihood import likelihoods
 from proxytune.measure.score import Passage, needed_members, smallest_context
 from proxytune.model import ProxyTuned
 from proxytune.request import ChatOptions, Message, Prompt, Request, SamplingParams, Steering
-from proxytune.text.prompts import continuation_ids, prompt_ids
+from proxytune.text.prompts import prompt_ids, render_text, text_ids
 
 try:
     from lm_eval import utils
@@ -150,8 +151,10 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Return the token ids of a text."""
-        if add_special_tokens is False:
+        """Return the token ids of a text; a start token that it begins with is not put there twice."""
+        start = str(self.tokenizer.decode([self.prefix_token_id]))
+        begins = bool(start) and string.startswith(start)
+        if add_special_tokens is False or (add_special_tokens is None and begins):
             return list(self.tokenizer.encode(string, add_special_tokens=False))
         return prompt_ids(string, self.tokenizer)
 
@@ -227,27 +230,70 @@ class ProxyTunedLM(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return scores
 
     def _passage(self, context: str, continuation: str) -> Passage:
+        if not continuation:
+            raise InvalidRequest(
+                f"the continuation of {context[-40:]!r} is empty, so there is nothing to score.\n"
+                "hint: the task's answers must have at least one character"
+            )
         prompt, options = self._prompt(context)
         formats = self.model.formats
         if isinstance(prompt, str) and not prompt:
             # As in the harness: a start token before the text, unless the text begins with it.
             ids = self.tok_encode(continuation, add_special_tokens=False)
-            if ids[0] == self.prefix_token_id:
+            if ids[0] == self.prefix_token_id and len(ids) > 1:
                 return self._plain_passage(ids[:1], ids[1:])
             return self._plain_passage([self.prefix_token_id], ids)
-        if isinstance(prompt, str) and formats[0].text == "plain":
-            context_ids, continued = self._encode_pair(prompt, continuation)
-        else:
-            context_ids, continued = None, continuation_ids(continuation, self.tokenizer)
+        texts = [
+            render_text(
+                prompt,
+                prompt_format=own.of(prompt),
+                tokenizer=own.tokenizer,
+                name=member.name,
+                chat_template=own.template,
+                options=options,
+            )
+            for member, own in zip(self.model.ensemble.members, formats, strict=True)
+        ]
+        is_plain = formats[0].of(prompt) == "plain"
+        context_ids, continued, taken = self._split(texts[0], continuation, is_plain)
         prompts = []
-        own = zip(self.model.ensemble.members, formats, strict=True)
-        for index, (member, each) in enumerate(own):
-            if context_ids is not None and (index == 0 or each.text == "plain"):
+        for member, own, text in zip(self.model.ensemble.members, formats, texts, strict=True):
+            kept = text.removesuffix(taken)
+            if own is formats[0] or (is_plain and own.of(prompt) == "plain"):
                 ids = member.own_ids(context_ids, is_start=True)
+            elif own.of(prompt) == "plain":
+                ids = prompt_ids(kept, own.tokenizer)
             else:
-                ids = each.render(prompt, member.name, options)
-            prompts.append(ids)
+                ids = text_ids(kept, own.tokenizer)
+            prompts.append(ids or own.render(prompt, member.name, options))
         return self._truncated(prompts, continued)
+
+    def _split(
+        self, context: str, continuation: str, is_plain: bool
+    ) -> tuple[list[int], list[int], str]:
+        """Return the token ids of a context and of what follows, cut as the harness's own models cut them.
+
+        They move white space at the context's end to the continuation, cut both together, and take what comes
+        after as many tokens as the context alone has. If nothing is left on one side, they fail. Then a token
+        that spans the end of the context is the first of the continuation, and a start token stands before a
+        text without context.
+
+        Returns:
+            The ids of the context, those of the continuation, and the end of the context that is among them.
+        """
+
+        def encode(text: str) -> list[int]:
+            # A template writes its special tokens itself.
+            return self.tok_encode(text, add_special_tokens=None if is_plain else False)
+
+        kept = context.rstrip()
+        before, whole = encode(kept), encode(context + continuation)
+        num_before = len(before)
+        if not 0 < num_before < len(whole):
+            num_before = min(num_shared_tokens(before, whole), len(whole) - 1)
+            kept = kept.removesuffix(str(self.tokenizer.decode(before[num_before:])))
+        taken = context[len(kept) :]
+        return before[:num_before] or [self.prefix_token_id], whole[num_before:], taken
 
     def _plain_passage(self, context: Sequence[int], continuation: Sequence[int]) -> Passage:
         members = self.model.ensemble.members

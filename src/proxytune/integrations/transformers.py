@@ -505,9 +505,10 @@ def _steer(
     def flat(member: int) -> Tensor:
         return logits[member].to(base.device).reshape(-1, width)
 
+    steering = [(ensemble.pairs[i], alpha) for i, alpha in pairs]
     contributions = [
-        Contribution(flat(ensemble.pairs[i].expert), flat(ensemble.pairs[i].anti_expert), alpha)
-        for i, alpha in pairs
+        Contribution(flat(pair.expert), flat(pair.anti_expert), alpha, pair.is_unshared)
+        for pair, alpha in steering
     ]
     found = apply_policy(ensemble.policy, flat(0), contributions, padding_ids=padding_ids)
     steered = found.logits.reshape(base.shape)

@@ -9,9 +9,7 @@ KV cache by length. Temporary memory of a forward comes on top.
 
 from __future__ import annotations
 
-import importlib.util
-import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -31,7 +29,6 @@ from proxytune.errors import (
     UnsupportedModel,
     UserError,
     VocabularyMismatch,
-    missing_extra,
 )
 from proxytune.grants import Grants
 from proxytune.loading.formats import base_format, pair_formats
@@ -42,7 +39,7 @@ from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ModelSpec
 from proxytune.text.meter import MAX_SECONDS
 from proxytune.text.prompts import PromptFormat
-from proxytune.text.vocab import align
+from proxytune.text.vocab import NUM_EXAMPLES, Alignment, Vocabulary, align
 
 Read = TypeVar("Read")
 
@@ -91,8 +88,8 @@ class ModelReport:
         chat_format: How it reads messages, in the same three ways.
         text_tokens: A short text as this model sees it, in tokens.
         chat_tokens: A short message as this model sees it, in tokens.
-        vocabulary: How it compares with the base's: `same`, `padded`, `permuted`, `mapped` or `differs`;
-            `base` for the base.
+        vocabulary: How it compares with the base's: `same`, `padded`, `permuted`, `added`, `mapped` or
+            `differs`; `base` for the base.
         num_tokens: Number of tokens in the vocabulary.
         num_padding: Number of rows of the output head without a token.
         weight_bytes: Memory of weights and adapter; 0 if the weights are shared.
@@ -304,6 +301,7 @@ class _Examination:
         if adapter is not None:
             values["num_adapter_parameters"] = adapter.num_parameters
         if checkpoint is not None:
+            self.notes += (f"{part}: {note}" for note in checkpoint.notes if is_first)
             values |= {
                 "kind": checkpoint.kind,
                 "architecture": checkpoint.architecture,
@@ -368,7 +366,9 @@ class _Examination:
         elif self.reports[0].num_tokens is not None:
             base = self.files.checkpoint(self.recipe.base)
             try:
-                values["vocabulary"] = align(base.vocabulary, vocabulary).kind
+                alignment = align(base.vocabulary, vocabulary)
+                values["vocabulary"] = alignment.kind
+                self.notes += added_notes(part, base.vocabulary, vocabulary, alignment)
             except VocabularyMismatch as error:
                 is_mapped = self.recipe.vocabulary == "map"
                 values["vocabulary"] = "mapped" if is_mapped else "differs"
@@ -462,8 +462,7 @@ class _Examination:
                 continue
             # A side that is not mapped is left alone: its vocabulary may be the damaged one.
             found = [self.files.checkpoint(spec) for spec in sides] if all(mapped) else []
-            tokens = [checkpoint.vocabulary.token_to_id for checkpoint in found]
-            if not tokens or tokens[0] != tokens[1]:
+            if not found or not _map_alike(self.files.checkpoint(self.recipe.base), *found):
                 self._fail(
                     parts[0],
                     VocabularyMismatch(
@@ -489,12 +488,16 @@ class _Examination:
             return values | self._examine_llama_cpp(part, spec, checkpoint, adapter, is_first)
         if is_first:
             self._tried(part, checkpoint.check_buildable)
-        device = self._tried(part, lambda: _device(spec, is_first), is_noted=is_first)
+        device = self._tried(part, lambda: running_device(spec.device), is_noted=is_first)
         if device is None:
             return values
         dtype = running_dtype(spec.dtype, stored_dtype=checkpoint.stored_dtype, device=device)
         element = _DTYPE_BYTES[dtype]
-        weight_bytes = _weight_bytes(checkpoint, element, spec.quantization) if is_first else 0
+        weight_bytes = 0
+        if is_first:
+            found = self._tried(part, lambda: _weight_bytes(checkpoint, spec, dtype, device))
+            weight_bytes = element * num if found is None else found
+            self._note_quantization(part, spec, checkpoint, weight_bytes)
         if adapter is not None:
             # PEFT keeps the factors in float32 for training only; the loader takes the model's dtype.
             is_merged = adapter.why_merged(checkpoint) is not None
@@ -507,6 +510,24 @@ class _Examination:
             "weight_bytes": weight_bytes,
             "cache_bytes": 1000 * element * checkpoint.cache_elements_per_token,
         }
+
+    def _note_quantization(
+        self, part: str, spec: ModelSpec, checkpoint: Checkpoint, num_bytes: int
+    ) -> None:
+        from proxytune.backends.transformers.quantized import joins_rows, stored_quantization
+
+        if spec.quantization is not None and joins_rows(spec.quantization):
+            self.notes.append(
+                f"{part}: bitsandbytes looks for outliers in all rows of a batch together, so a text depends "
+                'on its batch and on drafts. "llm_int8_threshold": 0.0 in its quantization keeps rows apart.'
+            )
+        method = stored_quantization(checkpoint)
+        if method is not None and num_bytes > checkpoint.stored_bytes:
+            stored = bytes_text(checkpoint.stored_bytes)
+            self.notes.append(
+                f"{part}: the weights of {checkpoint.name} are stored in {stored} ({method}), and are "
+                "unpacked here, as nothing on this machine multiplies them as they are."
+            )
 
     def _once(self, part: str, spec: ModelSpec, adapter: AdapterFiles, num_bytes: int) -> int:
         """Return the memory of an adapter; 0 if it was counted for another part."""
@@ -553,10 +574,11 @@ class _Examination:
         """Return the memory that llama.cpp needs for a file."""
         from proxytune.backends.llama_cpp import library
 
-        assert spec.llama_cpp is not None and checkpoint.gguf_path is not None
+        assert spec.llama_cpp is not None and checkpoint.gguf is not None
         if is_first:
             self._tried(part, library)
-        weight_bytes = checkpoint.gguf_path.stat().st_size if is_first else 0
+        files = checkpoint.gguf.parts if is_first else ()
+        weight_bytes = sum(file.stat().st_size for file in files)
         if adapter is not None:
             weight_bytes += self._once(part, spec, adapter, adapter.path.stat().st_size)
         element = _CACHE_BYTES[spec.llama_cpp.cache_dtype_of(checkpoint.stored_dtype)]
@@ -618,45 +640,63 @@ def _resized(part: str, adapter: AdapterFiles, checkpoint: Checkpoint, number: i
     )
 
 
-def _weight_bytes(
-    checkpoint: Checkpoint, element: int, quantization: Mapping[str, Any] | None
-) -> int:
-    """Return the memory of a model's weights, estimated if they are quantised."""
-    num = checkpoint.num_parameters
-    bits = _quantized_bits(quantization or {})
-    if bits is None:
-        return element * num
-    # Embeddings and the output head stay as they are; scales take about half a bit per weight.
-    dense = sum(
-        tensor.num_elements
-        for name, tensor in checkpoint.tensors.items()
-        if len(tensor.shape) < 2
-        or "embed" in name
-        or name.endswith(("wte.weight", "lm_head.weight"))
+def added_notes(
+    part: str, base: Vocabulary, small: Vocabulary, alignment: Alignment
+) -> Iterator[str]:
+    """Yield which added tokens only one of two models has, and what becomes of them, in words."""
+    in_base, in_small = (
+        {token_id: token for token, token_id in vocabulary.token_to_id.items()}
+        for vocabulary in (base, small)
     )
-    return element * dense + math.ceil((num - dense) * (bits + 0.5) / 8)
-
-
-def _quantized_bits(quantization: Mapping[str, Any]) -> int | None:
-    said = f"{quantization.get('quant_type', '')} {quantization.get('quant_method', '')}".lower()
-    if quantization.get("load_in_4bit") or "int4" in said:
-        return 4
-    if quantization.get("load_in_8bit") or "int8" in said or "float8" in said:
-        return 8
-    return None
-
-
-def _device(spec: ModelSpec, is_first: bool) -> str:
-    """Return the device that a model runs on; the first part to use it also needs a quantiser's package."""
-    quantization = (is_first and spec.quantization) or {}
-    method = quantization.get("quant_method")
-    if method is None and (quantization.get("load_in_4bit") or quantization.get("load_in_8bit")):
-        method = "bitsandbytes"
-    if method in ("bitsandbytes", "torchao") and importlib.util.find_spec(method) is None:
-        raise missing_extra(
-            f"the quantisation {method} is asked for, and that package is not installed", "quantize"
+    if missing := [
+        f"{in_base[i]!r} as {in_small[own]!r}" for i, own in alignment.stand_ins.items()
+    ]:
+        yield (
+            f"{part}: {small.name} lacks {_counted(len(missing))} of the base. No offset is added to "
+            f"{'it' if len(missing) == 1 else 'them'}, and {small.name} reads {_first(missing)}."
         )
-    return running_device(spec.device)
+    if dropped := [repr(in_small[own]) for own in alignment.dropped]:
+        yield (
+            f"{part}: {small.name} has {_counted(len(dropped))} that the base lacks and that "
+            f"{'is' if len(dropped) == 1 else 'are'} never chosen: {_first(dropped)}."
+        )
+
+
+def _counted(num: int) -> str:
+    return f"{num:,} special or added token{'' if num == 1 else 's'}"
+
+
+def _first(names: Sequence[str]) -> str:
+    """Return some names, and how many more there are."""
+    more = len(names) - NUM_EXAMPLES
+    return ", ".join(names[:NUM_EXAMPLES]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def _map_alike(base: Checkpoint, one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether the base's tokens are mapped to the same ones of two models."""
+    if one.vocabulary.token_to_id == other.vocabulary.token_to_id:
+        return True
+    try:
+        align(one.vocabulary, other.vocabulary)
+    except VocabularyMismatch:
+        return False
+    maps = [token_map(base, small).small_ids >= 0 for small in (one, other)]
+    return bool((maps[0] == maps[1]).all())
+
+
+def _weight_bytes(checkpoint: Checkpoint, spec: ModelSpec, dtype: str, device: str) -> int:
+    """Return the memory of a model's weights, and check that what quantises them runs here."""
+    from proxytune.backends.transformers import quantized
+    from proxytune.backends.transformers.weights import quietly
+
+    with quietly():
+        if spec.quantization is not None:
+            return quantized.try_quantization(
+                checkpoint, spec.quantization, dtype=dtype, device=device
+            )
+        if not quantized.check_stored_quantization(checkpoint, device=device):
+            return checkpoint.stored_bytes
+    return _DTYPE_BYTES[dtype] * checkpoint.num_parameters
 
 
 def bytes_text(number: int | None) -> str:

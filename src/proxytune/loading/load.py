@@ -15,7 +15,7 @@ from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
 from proxytune.checkpoints.merge import with_shapes
 from proxytune.decode.ensemble import Ensemble, Member
-from proxytune.errors import UnsupportedModel, VocabularyMismatch
+from proxytune.errors import UnsupportedModel
 from proxytune.grants import NOTHING, Grants
 from proxytune.loading.doctor import examine
 from proxytune.loading.members import MemberFiles, find_members
@@ -63,25 +63,25 @@ def load_ensemble(
     }
     if is_exact:
         backends = {copy: ExactBackend(backend) for copy, backend in backends.items()}
-    # One for each model: lanes whose members share it are translated at once (`decode/lanes.py`).
     alignments = {}
-    for weights, checkpoint in checkpoints.items():
-        try:
-            alignments[weights] = align(base.vocabulary, checkpoint.vocabulary)
-        except VocabularyMismatch:
-            if recipe.vocabulary != "map":
-                raise
+    for member in found:
+        weights = member.spec.weights
+        if member.alignment is not None:
+            alignments[weights] = member.alignment
+        elif weights not in alignments:
             alignments[weights] = align(base.vocabulary, base.vocabulary)
             for copy, backend in backends.items():
                 if copy.weights == weights:
-                    backends[copy] = RetokenisedBackend(backend, checkpoint, base)
+                    backends[copy] = RetokenisedBackend(backend, member.checkpoint, base)
     tokenizers = _shared_tokenizers(checkpoints)
     members, formats = [], []
-    for (part, spec, _, _, own), (copy, adapter) in zip(found, places, strict=True):
+    for (part, spec, _, _, prompt_format, _), (copy, adapter) in zip(found, places, strict=True):
         weights = spec.weights
         name = part if weights.model == part else f"{part} ({weights.model})"
-        members.append(Member(name, backends[copy], alignments[weights], adapter))
-        formats.append(replace(own, tokenizer=tokenizers[weights]))
+        alignment = alignments[weights]
+        own = checkpoints[weights] if alignment.kind == "added" else None
+        members.append(Member(name, backends[copy], alignment, adapter, own))
+        formats.append(replace(prompt_format, tokenizer=tokenizers[weights]))
     ensemble = Ensemble(
         tuple(members),
         pairs,
@@ -158,7 +158,7 @@ def _places(
     """Return each member's copy of weights and its adapter's name there, and the adapters of each copy."""
     places: list[tuple[_Copy, str | None]] = []
     adapters: dict[_Copy, _Adapters] = {}
-    for part, spec, checkpoint, files, _ in found:
+    for part, spec, checkpoint, files, _, _ in found:
         copy, name = _Copy(spec.weights), None
         files = None if files is None else with_shapes(files)
         if files is not None and files.why_merged(checkpoint) is not None:

@@ -10,13 +10,17 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import NamedTuple
 
+import torch
+
 from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
 from proxytune.decode.ensemble import Pair
+from proxytune.errors import VocabularyMismatch
 from proxytune.loading.formats import find_formats
 from proxytune.recipe.files import RecipeFiles
 from proxytune.recipe.spec import ModelSpec
 from proxytune.text.prompts import PromptFormat
+from proxytune.text.vocab import Alignment, align
 
 
 class MemberFiles(NamedTuple):
@@ -28,6 +32,8 @@ class MemberFiles(NamedTuple):
         checkpoint: The model's files; of a base behind an API, those of the tokenizer that speaks for it.
         adapter: The files of its LoRA adapter.
         format: How it reads prompts.
+        alignment: How its tokens correspond to the base's, one object for each model; None if they do not,
+            and the recipe maps them.
     """
 
     part: str
@@ -35,6 +41,7 @@ class MemberFiles(NamedTuple):
     checkpoint: Checkpoint
     adapter: AdapterFiles | None
     format: PromptFormat
+    alignment: Alignment | None
 
 
 def find_members(files: RecipeFiles) -> tuple[tuple[MemberFiles, ...], tuple[Pair, ...]]:
@@ -42,6 +49,7 @@ def find_members(files: RecipeFiles) -> tuple[tuple[MemberFiles, ...], tuple[Pai
 
     Raises:
         UnsafeModel: The recipe asks for a right that the caller does not grant.
+        VocabularyMismatch: A model has other tokens than the base, and the recipe does not map them.
         UserError: A model or adapter is missing, unsafe or corrupt; see `errors.py`.
     """
     files.check_grants()
@@ -49,12 +57,28 @@ def find_members(files: RecipeFiles) -> tuple[tuple[MemberFiles, ...], tuple[Pai
     members: list[MemberFiles] = []
     formats = find_formats(files)
     places: dict[Hashable, int] = {}
+    vocabulary = files.checkpoint(recipe.base).vocabulary
+    # One for each model: lanes whose members share it are translated at once (`decode/lanes.py`).
+    alignments: dict[ModelSpec, Alignment | None] = {}
+
+    def alignment_of(spec: ModelSpec) -> Alignment | None:
+        if spec.weights not in alignments:
+            try:
+                found = align(vocabulary, files.checkpoint(spec).vocabulary)
+            except VocabularyMismatch:
+                if recipe.vocabulary != "map":
+                    raise
+                found = None
+            alignments[spec.weights] = found
+        return alignments[spec.weights]
 
     def place(part: str, spec: ModelSpec) -> int:
         if spec.same_as is not None:
             return 0
         own = formats[part]
-        member = MemberFiles(part, spec, files.checkpoint(spec), files.adapter(spec), own)
+        member = MemberFiles(
+            part, spec, files.checkpoint(spec), files.adapter(spec), own, alignment_of(spec)
+        )
         adapter = None if member.adapter is None else str(member.adapter.path)
         key = spec.weights, adapter, own.text, own.chat, own.template
         if key not in places:
@@ -63,8 +87,13 @@ def find_members(files: RecipeFiles) -> tuple[tuple[MemberFiles, ...], tuple[Pai
         return places[key]
 
     found = {part: place(part, spec) for part, spec in recipe.models.items()}
-    pairs = tuple(
-        Pair(e.name, found[f"{e.name}.expert"], found[f"{e.name}.anti_expert"])
-        for e in recipe.experts
-    )
-    return tuple(members), pairs
+    pairs = []
+    for expert in recipe.experts:
+        sides = found[f"{expert.name}.expert"], found[f"{expert.name}.anti_expert"]
+        missing = {i for side in sides if (own := members[side].alignment) for i in own.stand_ins}
+        is_unshared = None
+        if missing:
+            is_unshared = torch.zeros(vocabulary.width, dtype=torch.bool)
+            is_unshared[[*missing, *vocabulary.padding_ids.tolist()]] = True
+        pairs.append(Pair(expert.name, *sides, is_unshared))
+    return tuple(members), tuple(pairs)

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from proxytune.logits.steer import Contribution, check_shapes, combine
+from proxytune.logits.steer import Contribution, check_shapes, combine, over_shared
 from proxytune.policy import DEFAULT_MAX_ALPHA, DEFAULT_THRESHOLD, Policy
 
 NUM_ALPHAS = 20
@@ -75,12 +75,16 @@ def apply_policy(
         return Steered(combine(base_logits, contributions), is_active.float())
     check_shapes(base_logits, contributions)
     base = _logprobs(base_logits, padding_ids)
-    experts = torch.stack([_logprobs(part.expert_logits, padding_ids) for part in contributions])
-    anti_experts = torch.stack(
-        [_logprobs(part.anti_expert_logits, padding_ids) for part in contributions]
+    experts, anti_experts = (
+        torch.stack([_logprobs(logits, padding_ids, mask) for logits, mask in side])
+        for side in (
+            [(part.expert_logits, part.is_unshared) for part in contributions],
+            [(part.anti_expert_logits, part.is_unshared) for part in contributions],
+        )
     )
     alphas = torch.stack([_alphas(part, rows, device) for part in contributions])
-    weights = _weights(policy, base, experts, anti_experts, alphas, positions)
+    bases = _bases(base, contributions)
+    weights = _weights(policy, base, bases, experts, anti_experts, alphas, positions)
     strengths = alphas * weights
     is_left = None
     if policy.plausibility is not None:
@@ -89,7 +93,7 @@ def apply_policy(
         pairs = zip(contributions, strengths, strict=True)
         logits = combine(base_logits, [part._replace(alpha=own) for part, own in pairs])
     else:
-        offset = _offset(policy, base, experts, anti_experts, strengths)
+        offset = _offset(policy, bases, experts, anti_experts, strengths)
         if is_left is not None:
             offset = torch.where(is_left, offset, 0.0)
         logits = base_logits.float() + offset
@@ -158,12 +162,16 @@ def _is_weighted(policy: Policy) -> bool:
 def _weights(
     policy: Policy,
     base: Tensor,
+    bases: Tensor,
     experts: Tensor,
     anti_experts: Tensor,
     alphas: Tensor,
     positions: Tensor | None,
 ) -> Tensor:
-    """Return what strengths are multiplied with, `[experts, rows]`; arguments are logprobs."""
+    """Return what strengths are multiplied with, `[experts, rows]`; arguments are logprobs.
+
+    `bases` is the base as each pair sees it, over the tokens that both of its sides have.
+    """
     is_active = alphas != 0
     weights = is_active.float()
     if policy.combine == "inverse_entropy":
@@ -171,7 +179,7 @@ def _weights(
     elif policy.combine == "route_entropy":
         weights = route_by_entropy(experts, is_active)
     elif policy.combine == "route_base":
-        weights = route_by_base(base, experts, is_active)
+        weights = route_by_base(bases, experts, is_active)
     elif policy.combine == "majority":
         offsets = _offsets(experts, anti_experts, alphas)
         weights = majority_weights(base, offsets, is_active)
@@ -194,11 +202,11 @@ def _weights(
 
 
 def _offset(
-    policy: Policy, base: Tensor, experts: Tensor, anti_experts: Tensor, strengths: Tensor
+    policy: Policy, bases: Tensor, experts: Tensor, anti_experts: Tensor, strengths: Tensor
 ) -> Tensor:
     """Return what is added to the base, `[rows, vocab]`; all arguments but the strengths are logprobs."""
     if policy.name == "nudge":
-        anti_experts = base.expand_as(experts)
+        anti_experts = bases
     offsets = _offsets(experts, anti_experts, strengths)
     is_active = strengths != 0
     if policy.combine == "sign_agreement":
@@ -275,7 +283,7 @@ def route_by_base(base_logprobs: Tensor, expert_logprobs: Tensor, is_active: Ten
     """Let only the expert steer that predicts most like the base: the one with the lowest KL(base || expert).
 
     Args:
-        base_logprobs: `[rows, vocab]`.
+        base_logprobs: `[rows, vocab]`, or `[experts, rows, vocab]` if experts lack some of its tokens.
         expert_logprobs: `[experts, rows, vocab]`.
         is_active: `[experts, rows]` bool.
 
@@ -530,9 +538,22 @@ def _offsets(experts: Tensor, anti_experts: Tensor, strengths: Tensor) -> Tensor
     return offsets.masked_fill_((strengths == 0)[..., None], 0.0)
 
 
-def _logprobs(logits: Tensor, padding_ids: Tensor | None) -> Tensor:
-    """Return logprobs, float32, with no probability on padding."""
+def _bases(base: Tensor, contributions: Sequence[Contribution]) -> Tensor:
+    """Return the base's logprobs over the tokens that each pair shares, `[experts, rows, vocab]`."""
+    masks = [part.is_unshared for part in contributions]
+    if all(mask is None for mask in masks):
+        return base.expand(len(masks), *base.shape)
+    over = [base if mask is None else over_shared(base, mask.to(base.device)) for mask in masks]
+    return torch.stack(over)
+
+
+def _logprobs(
+    logits: Tensor, padding_ids: Tensor | None, is_unshared: Tensor | None = None
+) -> Tensor:
+    """Return logprobs, float32, with no probability on padding and on tokens that are not shared."""
     logits = logits.float()
+    if is_unshared is not None:
+        logits = logits.masked_fill(is_unshared.to(logits.device), -torch.inf)
     if padding_ids is not None and len(padding_ids):
         logits = logits.index_fill(-1, padding_ids.to(logits.device), -torch.inf)
     return logits.log_softmax(-1)

@@ -28,13 +28,19 @@ class Contribution(NamedTuple):
     expert_logits: Tensor  # [batch, vocab]
     anti_expert_logits: Tensor  # [batch, vocab]
     alpha: float | Tensor  # a number, or [batch] for a strength per row
+    is_unshared: Tensor | None = None
+    """`[vocab]` or `[batch, vocab]` bool: the base's tokens that one of the two lacks, and padding ids.
+    None, or False throughout a row, where both have all tokens."""
 
     def at(self, rows: Tensor) -> Contribution:
         """Return the part of some rows, which are indices `[num rows]`."""
-        alpha = self.alpha
+        alpha, is_unshared = self.alpha, self.is_unshared
         if isinstance(alpha, Tensor) and alpha.dim():
             alpha = alpha.to(rows.device)[rows]
-        return Contribution(self.expert_logits[rows], self.anti_expert_logits[rows], alpha)
+        if is_unshared is not None and is_unshared.dim() > 1:
+            is_unshared = is_unshared.to(rows.device)[rows]
+        expert, anti_expert = self.expert_logits[rows], self.anti_expert_logits[rows]
+        return Contribution(expert, anti_expert, alpha, is_unshared)
 
 
 def steer(
@@ -101,13 +107,34 @@ def check_shapes(base_logits: Tensor, contributions: Sequence[Contribution]) -> 
 def offset(part: Contribution) -> Tensor:
     """Return `alpha * (expert - anti_expert)`, float32, of the contribution's shape.
 
-    Exactly 0 in rows whose alpha is 0, whatever the small models say.
+    Exactly 0 in rows whose alpha is 0, whatever the small models say, and at tokens that are not shared.
     """
     # Subtract in float32: bfloat16 keeps 8 significant bits, and alpha scales the rounding.
-    difference = part.expert_logits.float() - part.anti_expert_logits.float()
+    expert, anti_expert = part.expert_logits.float(), part.anti_expert_logits.float()
+    if part.is_unshared is not None:
+        # Added tokens that one of the two lacks get no offset.
+        missing = part.is_unshared.to(expert.device)
+        expert = over_shared(expert, missing).masked_fill(missing, 0.0)
+        anti_expert = over_shared(anti_expert, missing).masked_fill(missing, 0.0)
+    difference = expert - anti_expert
     if not isinstance(part.alpha, Tensor):
         return difference.mul_(part.alpha)
     alpha = part.alpha.to(difference)
     alpha = alpha.reshape(-1, *[1] * (difference.dim() - 1))
     # Infinite logits times 0 would be NaN and reach a row that asked for no steering.
     return torch.where(alpha == 0, 0.0, difference.mul_(alpha))
+
+
+def over_shared(logits: Tensor, is_unshared: Tensor) -> Tensor:
+    """Return a model's logprobs over the tokens that a pair shares, float32, -inf at the others.
+
+    Where a pair shares all tokens, a constant added to a model's logits changes no probability. Beside tokens
+    without an offset it would make all others likelier or less likely, so there the offset is the log-ratio.
+
+    Args:
+        logits: `[..., vocab]`, any float dtype, not normalised.
+        is_unshared: `[vocab]` or of the shape of `logits`, bool. Rows that are False throughout stay as they
+            are.
+    """
+    shared = logits.float().masked_fill(is_unshared, -torch.inf)
+    return torch.where(is_unshared.any(-1, keepdim=True), shared.log_softmax(-1), shared)

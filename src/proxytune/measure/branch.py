@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from proxytune.backends.base import Backend
+from proxytune.decode.collect import Collector, run
 from proxytune.decode.ensemble import Ensemble, Job, check_job
 from proxytune.errors import InvalidRequest
 from proxytune.measure.score import by_backend, needed_members, steered_rows
@@ -84,12 +85,22 @@ def branch(
         # Every pair runs, since a point at strength 0 may share a branch with others.
         check_job(ensemble, Job(sampling, tuple(prompt), (1.0,) * len(ensemble.pairs)))
     total = Texts([], [], 0, 0)
+    write = _grown if ensemble.engine is None else _answered
     for start in range(0, len(prompts), batch_size):
-        part = _Tree(ensemble, prompts[start : start + batch_size], points, sampling).grow()
+        part = write(ensemble, prompts[start : start + batch_size], points, sampling)
         total = Texts(*map(operator.add, total, part))
         if on_progress is not None:
             on_progress(len(total.texts), len(prompts))
     return total
+
+
+def _grown(
+    ensemble: Ensemble,
+    prompts: Sequence[Sequence[Sequence[int]]],
+    points: Sequence[tuple[float, ...]],
+    sampling: SamplingParams,
+) -> Texts:
+    return _Tree(ensemble, prompts, points, sampling).grow()
 
 
 def _check(ensemble: Ensemble, sampling: SamplingParams) -> None:
@@ -105,6 +116,29 @@ def _check(ensemble: Ensemble, sampling: SamplingParams) -> None:
             "texts at several strengths can share their beginnings only if they are greedy, without "
             "penalties, biases or min_new_tokens.\nhint: leave these out"
         )
+
+
+def _answered(
+    ensemble: Ensemble,
+    prompts: Sequence[Sequence[Sequence[int]]],
+    points: Sequence[tuple[float, ...]],
+    sampling: SamplingParams,
+) -> Texts:
+    """Return what the ensemble's engine writes, each point by itself."""
+    collectors = [
+        Collector(Job(sampling, tuple(prompt), point)) for prompt in prompts for point in points
+    ]
+    for _ in run(ensemble, collectors):
+        pass
+    traces = [collector.trace() for collector in collectors]
+    rows = [traces[i : i + len(points)] for i in range(0, len(traces), len(points))]
+    num_chosen = sum(trace.num_new_tokens for trace in traces)
+    return Texts(
+        [[trace.text for trace in row] for row in rows],
+        [[trace.token_ids for trace in row] for row in rows],
+        num_chosen,
+        num_chosen,
+    )
 
 
 class _Tree:

@@ -71,8 +71,15 @@ def choose(ensemble: Ensemble, job: Job, options: Sequence[str], *, shows_all: b
         InvalidRequest: The options do not begin with different tokens.
         BackendError: A model failed, or the base shows none of the options.
     """
-    batch = Batch(ensemble, [job])
-    logits, is_certified = batch.first_logits(first_tokens(options, ensemble.tokenizer))
+    token_ids = first_tokens(options, ensemble.tokenizer)
+    usage = None
+    if ensemble.engine is not None:
+        logits = torch.tensor(ensemble.engine.first_logprobs(ensemble, job, token_ids))
+        is_certified = True
+    else:
+        batch = Batch(ensemble, [job])
+        logits, is_certified = batch.first_logits(token_ids)
+        usage = batch.usage(0)
     if bool(torch.isneginf(logits).all()):
         raise BackendError(
             "none of the options is among the tokens that the base shows, and it cannot be asked for "
@@ -81,7 +88,7 @@ def choose(ensemble: Ensemble, job: Job, options: Sequence[str], *, shows_all: b
     probs: list[float] = logits.softmax(-1).tolist()
     best = max(range(len(options)), key=probs.__getitem__)
     certified = None if shows_all else is_certified
-    return Choice(options[best], best, tuple(probs), job.strengths, certified, batch.usage(0))
+    return Choice(options[best], best, tuple(probs), job.strengths, certified, usage)
 
 
 def option_logits(

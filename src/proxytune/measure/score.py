@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from proxytune.backends.base import Backend, PartialBackend
-from proxytune.decode.ensemble import Ensemble, Member, Pair
+from proxytune.decode.ensemble import Ensemble, Member, Pair, alone
 from proxytune.errors import InvalidRequest, PromptTooLong, UnsupportedModel
 from proxytune.logits.certificate import spread_rest
 from proxytune.logits.rules import Steered, apply_policy, has_conflict
@@ -118,7 +118,8 @@ class ScoreReport:
         num_windows: Number of windows, or of answers.
         window: Maximum number of tokens per window.
         rows: Base, experts and anti-experts, then the steered base at each strength. Small models of another
-            tokenizer predict other tokens and have no row.
+            tokenizer predict other tokens and have no row, and neither have those that lack a token of the
+            text.
         mapped: What those models share with the base.
     """
 
@@ -272,7 +273,9 @@ def score_passages(
         rows.append(ScoreRow(name, alpha, nats, perplexity, interval, change, change_interval))
 
     for (name, member), column in zip(sides.items(), losses, strict=False):
-        if ensemble.members[member].backend.translation is None:
+        model = ensemble.members[member]
+        lacks_a_token = model.own is not None and bool(np.isposinf(column).any())
+        if model.backend.translation is None and not lacks_a_token:
             add(name, None, column)
     for (label, _), column in zip(strengths, losses[len(sides) :], strict=True):
         add("steered", label, column)
@@ -318,21 +321,23 @@ def passage_losses(
     passages: Sequence[Passage],
     strengths: Sequence[tuple[float, ...]],
     *,
+    with_models: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> NDArray[np.float64]:
     """Return each token's loss under every model and under the base steered at every strength.
 
-    Each model runs once over the passages.
+    Each model runs once over the passages. An engine that shows no logits reads them once for each row.
 
     Args:
         ensemble: The models.
         passages: At least one passage.
         strengths: For each steered row, the strength of each of the ensemble's pairs.
+        with_models: Whether the models by themselves have rows.
         on_progress: Called after each chunk with the number of tokens done and the total.
 
     Returns:
         `[1 + 2 * num_pairs + num_strengths, num_tokens]` nats, in the order of the passages: the base, expert
-        and anti-expert of each pair, then the steered base.
+        and anti-expert of each pair (if `with_models`), then the steered base.
 
     Raises:
         InvalidRequest: There is no passage, a prompt or a continuation is empty, or a strength is not finite.
@@ -356,7 +361,9 @@ def passage_losses(
                 f"the window has {longest} tokens, and {member.name} has a context of {limit}.\n"
                 f"hint: score with a window of at most {limit}"
             )
-    sides = list(sides_of(ensemble.pairs).values())
+    sides = list(sides_of(ensemble.pairs).values()) if with_models else []
+    if ensemble.engine is not None:
+        return _engine_losses(ensemble, passages, sides, strengths, on_progress)
     num_sides = len(sides)
     collected: list[list[NDArray[np.float64]]] = [[] for _ in range(num_sides + len(strengths))]
     done = 0
@@ -382,6 +389,38 @@ def passage_losses(
                 on_progress(done, total)
         return_free_memory()
     return np.stack([np.concatenate(column) for column in collected])
+
+
+def _engine_losses(
+    ensemble: Ensemble,
+    passages: Sequence[Passage],
+    sides: Sequence[int],
+    strengths: Sequence[tuple[float, ...]],
+    on_progress: Callable[[int, int], None] | None,
+) -> NDArray[np.float64]:
+    """Return the rows of `passage_losses` from the ensemble's engine, which reads the passages for each."""
+    engine = ensemble.engine
+    assert engine is not None
+    texts = [(passage.prompts[0], passage.token_ids) for passage in passages]
+    # A member by itself, or None and strengths. What is asked twice is read once.
+    is_base = ensemble.policy.is_plain
+    wanted: list[tuple[int | None, tuple[float, ...]]] = [(side, ()) for side in sides]
+    wanted += [(None, own) if any(own) or not is_base else (0, ()) for own in strengths]
+    distinct = list(dict.fromkeys(wanted))
+    found: dict[Any, NDArray[np.float64]] = {}
+    total, done = sum(len(token_ids) for _, token_ids in texts), 0
+
+    def advance(index: int) -> None:
+        nonlocal done
+        done += len(texts[index][1])
+        if on_progress is not None:
+            on_progress(done // len(distinct), total)
+
+    for member, alphas in distinct:
+        own = ensemble if member is None else alone(ensemble, member)
+        losses = engine.losses(own, texts, alphas, advance)
+        found[member, alphas] = np.concatenate([np.array(each, float) for each in losses])
+    return np.stack([found[each] for each in wanted])
 
 
 def explain_passage(
@@ -456,7 +495,7 @@ def contributions(
 ) -> list[Contribution]:
     """Return what each pair contributes; a pair whose strength is None contributes nothing."""
     return [
-        Contribution(logits[pair.expert], logits[pair.anti_expert], alpha)
+        Contribution(logits[pair.expert], logits[pair.anti_expert], alpha, pair.is_unshared)
         for pair, alpha in zip(ensemble.pairs, alphas, strict=True)
         if alpha is not None
     ]

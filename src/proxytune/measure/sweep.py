@@ -220,8 +220,7 @@ def sweep_likelihood(
 
     def measure(part: Sequence[Passage], points: Points, advance: Advance) -> NDArray[np.float64]:
         """Return losses by unit, `[points, units, 2]`: sums of nats, and tokens."""
-        losses = passage_losses(ensemble, part, points, on_progress=advance)
-        steered = losses[1 + 2 * len(ensemble.pairs) :]
+        steered = passage_losses(ensemble, part, points, with_models=False, on_progress=advance)
         if not np.isfinite(steered).all():
             raise InvalidRequest(
                 "at one point, some tokens of the text have no probability, so the perplexity is infinite.\n"

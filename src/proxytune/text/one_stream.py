@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from proxytune.text import template
-from proxytune.text.prompts import PromptFormat, check_syntax
+from proxytune.text.prompts import PromptFormat, added_tokens, check_syntax
 
 _DIFFERENT = (
     "base and {} of this recipe read messages in different formats, but here all models read one prompt: "
@@ -96,11 +96,15 @@ def as_template(own: PromptFormat) -> str:
 
 
 def _kind(own: PromptFormat) -> tuple[Any, ...]:
-    """Return what two formats have in common if they write the same for all messages."""
+    """Return what two formats have in common if they write the same for all messages, in the same tokens."""
     source = as_template(own)
     named = getattr(own.tokenizer, "special_tokens_map", {})
     used = template.names(source, strict=False) if own.chat != "plain" else ()
-    return source, {name: str(named[name]) for name in used if name in named}
+    values = {name: str(named[name]) for name in used if name in named}
+    written = "\n".join((source, *values.values()))
+    # A token that only one tokenizer has added is several tokens to the other.
+    added = sorted(token for token in added_tokens(own.tokenizer) if token in written)
+    return source, values, added
 
 
 def _tokens_before(tokenizer: Any) -> list[str]:

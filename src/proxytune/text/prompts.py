@@ -245,6 +245,15 @@ def render_each(
     return [known[key] for key in keys]
 
 
+def added_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """Return the tokens that a tokenizer keeps beside its model, special ones and words added later."""
+    try:
+        added: Mapping[int, Any] = tokenizer.added_tokens_decoder  # type: ignore[attr-defined]
+    except (AttributeError, NotImplementedError):  # toy tokenizers, and Mistral's own
+        added = {}
+    return {str(token): token_id for token_id, token in added.items()}
+
+
 def text_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     """Return a plain text's token ids, without special tokens."""
     return list(tokenizer.encode(text, add_special_tokens=False)) if text else []

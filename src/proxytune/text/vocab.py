@@ -1,9 +1,11 @@
 """Whether two models share one set of tokens, and how to translate logits and token ids between them.
 
 Words: a *vocabulary* maps token strings to ids. Its *width* is the number of rows of the model's output head,
-which is often rounded up. A *padding id* is an id below the width that no token has. Two vocabularies are
-*aligned* if each token of one is a token of the other. The maps are compared, never the sizes: Qwen2.5 has
-heads of 151,936 and of 152,064 rows for one tokenizer.
+which is often rounded up. A *padding id* is an id below the width that no token has. *Added* tokens are those
+that a tokenizer keeps beside its model: special tokens, which are not text, and words added later. All other
+tokens are *ordinary*. Two vocabularies are *aligned* if each ordinary token of one is a token of the other;
+added tokens may differ. The maps are compared, never the sizes: Qwen2.5 has heads of 151,936 and of 152,064
+rows for one tokenizer.
 
 Text and models never reach this file.
 """
@@ -21,10 +23,13 @@ import torch
 from torch import Tensor
 
 from proxytune.errors import InvalidRequest, VocabularyMismatch
-from proxytune.text.prompts import Tokenizer
+from proxytune.text.prompts import Tokenizer, added_tokens
 
 NUM_EXAMPLES = 5
 """Maximum number of differences that a `VocabularyMismatch` shows."""
+
+_LINE_BREAKS = ("\n", "Ċ", "<0x0A>")
+"""How tokenizers write a line break: as text, in byte-level characters, as SentencePiece's byte."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,9 @@ class Vocabulary:
         name: The model's name in errors.
         token_to_id: The id of each token, including added tokens.
         width: Number of rows of the output head, above every id.
+        added_ids: The ids of added tokens; ids that no token has do not count.
+        bos_id: The id of the token that begins a text, if there is one.
+        eos_id: The id of the token that ends a text, if there is one.
 
     Raises:
         ValueError: An id does not lie between 0 and `width`.
@@ -43,6 +51,9 @@ class Vocabulary:
     name: str
     token_to_id: Mapping[str, int]
     width: int
+    added_ids: frozenset[int] = frozenset()
+    bos_id: int | None = None
+    eos_id: int | None = None
 
     def __post_init__(self) -> None:
         ids = self.token_to_id.values()
@@ -59,8 +70,29 @@ class Vocabulary:
         Tokens beyond the head, such as a pad token added only to the tokenizer, are left out: the model can
         neither read nor produce them.
         """
-        vocab = tokenizer.get_vocab()
-        return cls(name, {token: i for token, i in vocab.items() if 0 <= i < width}, width)
+        tokens = {token: i for token, i in tokenizer.get_vocab().items() if 0 <= i < width}
+        return cls.of_tokens(tokens, tokenizer, name=name, width=width)
+
+    @classmethod
+    def of_tokens(
+        cls,
+        token_to_id: Mapping[str, int],
+        tokenizer: Tokenizer,
+        *,
+        name: str,
+        width: int,
+        added_ids: Iterable[int] = (),
+    ) -> Vocabulary:
+        """Return a vocabulary of these tokens; those that the tokenizer has added are added, too."""
+        bos, eos = tokenizer.bos_token, tokenizer.eos_token
+        return cls(
+            name,
+            token_to_id,
+            width,
+            frozenset({*added_ids, *added_tokens(tokenizer).values(), *tokenizer.all_special_ids}),
+            None if bos is None else token_to_id.get(bos),
+            None if eos is None else token_to_id.get(eos),
+        )
 
     @cached_property
     def padding_ids(self) -> Tensor:
@@ -134,19 +166,25 @@ class Alignment:
     """How a small model's token ids correspond to the base's. `align` makes one.
 
     Args:
-        kind: `same` (one map, one width), `padded` (one map, another width), or `permuted` (the same token
-            strings under other ids).
+        kind: `same` (one map, one width), `padded` (one map, another width), `permuted` (the same token
+            strings under other ids), or `added` (added tokens that only one of them has).
         base_width: Rows of the base's output head.
         small_width: Rows of the small model's output head.
-        num_shared: For `padded`: ids from here on belong to no token.
-        small_ids: For `permuted`: `[base_width]`, the small model's id of each base id, -1 for padding ids.
+        num_shared: Without `small_ids`: ids from here on are not shared.
+        small_ids: `[base_width]`, the small model's id of each base id, -1 for ids that it has no token for;
+            None if all tokens of the base have the same id in the small model.
+        stand_ins: For each id of a token that only the base has, the small model's id that is read in its
+            place.
+        dropped: The small model's ids of tokens that only it has.
     """
 
-    kind: Literal["same", "padded", "permuted"]
+    kind: Literal["same", "padded", "permuted", "added"]
     base_width: int
     small_width: int
     num_shared: int
     small_ids: Tensor | None = field(default=None, repr=False)
+    stand_ins: Mapping[int, int] = field(default_factory=dict, repr=False)
+    dropped: tuple[int, ...] = field(default=(), repr=False)
     _tables: dict[torch.device, _Tables] = field(default_factory=dict, init=False, repr=False)
 
     def logits_to_base(self, logits: Tensor) -> Tensor:
@@ -156,63 +194,86 @@ class Alignment:
             logits: `[..., small_width]`, any dtype and device.
 
         Returns:
-            `[..., base_width]`; the same tensor for `same`, possibly a view for `padded`. Padding ids of the
-            base that this method adds are 0, so that expert and anti-expert do not differ there; for `same`
-            they keep the model's logits. `decode/batch.py` never samples them.
+            `[..., base_width]`; the same tensor for `same`, possibly a view without `small_ids`. Padding ids
+            of the base that this method adds are 0, so that expert and anti-expert do not differ there; for
+            `same` they keep the model's logits. `decode/batch.py` never samples them. Tokens that only the
+            base has are -inf: a pair that lacks them names them (`Contribution.is_unshared`).
         """
         assert logits.shape[-1] == self.small_width, (tuple(logits.shape), self.small_width)
         if self.kind == "same":
             return logits
-        if self.kind == "padded":
+        if self.small_ids is None:
             shared = logits[..., : self.num_shared]
             num_missing = self.base_width - self.num_shared
             return torch.nn.functional.pad(shared, (0, num_missing)) if num_missing else shared
         tables = self._tables_on(logits.device)
         aligned = logits.index_select(-1, tables.gather)
-        return aligned.index_fill_(-1, tables.padding, 0) if len(tables.padding) else aligned
+        if len(tables.padding):
+            aligned.index_fill_(-1, tables.padding, 0)
+        if len(tables.missing):
+            aligned.index_fill_(-1, tables.missing, -torch.inf)
+        return aligned
 
     def ids_to_small(self, token_ids: Tensor) -> Tensor:
         """Translate the base's token ids, a LongTensor of any shape, to the small model's.
 
-        Ids must belong to tokens (`Vocabulary.check_token_ids`). If ids are permuted, a padding id becomes
-        -1, so that the model's embedding refuses it instead of reading another token.
+        Ids must belong to tokens (`Vocabulary.check_token_ids`). With `small_ids`, a padding id becomes -1,
+        so that the model's embedding refuses it instead of reading another token. A token that only the base
+        has becomes its stand-in.
         """
         if self.small_ids is None:
             return token_ids
-        return self._tables_on(token_ids.device).small_ids[token_ids]
+        return self._tables_on(token_ids.device).read_ids[token_ids]
+
+    @property
+    def read_ids(self) -> Tensor | None:
+        """`[base_width]` on the CPU, `small_ids` with the stand-ins; None if ids stay as they are."""
+        if self.small_ids is None:
+            return None
+        read_ids = self.small_ids.clone()
+        read_ids[_ids(self.stand_ins)] = _ids(self.stand_ins.values())
+        return read_ids
 
     def _tables_on(self, device: torch.device) -> _Tables:
         if device not in self._tables:
-            assert self.small_ids is not None
-            small_ids = self.small_ids.to(device)
-            padding = (small_ids < 0).nonzero().flatten()
-            self._tables[device] = _Tables(small_ids, small_ids.clamp(min=0), padding)
+            read_ids = self.read_ids
+            assert self.small_ids is not None and read_ids is not None
+            self._tables[device] = _Tables(
+                read_ids.to(device),
+                self.small_ids.clamp(min=0).to(device),
+                (read_ids < 0).nonzero().flatten().to(device),
+                _ids(self.stand_ins).to(device),
+            )
         return self._tables[device]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Tables:
-    """A permutation on one device."""
+    """A map of ids on one device."""
 
-    small_ids: Tensor  # [base_width], -1 for padding ids
-    gather: Tensor  # [base_width], the same with 0 for -1
+    read_ids: Tensor  # [base_width], -1 for padding ids
+    gather: Tensor  # [base_width], `small_ids` with 0 for -1
     padding: Tensor  # [num_padding], base ids that no token has
+    missing: Tensor  # [num_missing], base ids of tokens that the small model lacks
 
 
 def align(base: Vocabulary, small: Vocabulary) -> Alignment:
     """Find how the small model's tokens correspond to the base's.
 
     Raises:
-        VocabularyMismatch: The two do not have the same token strings, or ids do not correspond one to one.
+        VocabularyMismatch: An ordinary token of one is no token of the other, ids do not correspond one to
+            one, or less than half of a vocabulary is shared.
     """
     num_shared = max(base.token_to_id.values(), default=-1) + 1
     if base.token_to_id == small.token_to_id:
         kind: Literal["same", "padded"] = "same" if base.width == small.width else "padded"
         return Alignment(kind, base.width, small.width, num_shared)
-    if base.token_to_id.keys() != small.token_to_id.keys():
+    shared = [token for token in base.token_to_id if token in small.token_to_id]
+    # Where nearly everything was added, such as by a tokenizer of whole words, "added" says nothing.
+    if 2 * len(shared) < max(len(base.token_to_id), len(small.token_to_id)):
         raise _mismatch(base, small)
-    in_base = _ids(base.token_to_id.values())
-    in_small = _ids(small.token_to_id[token] for token in base.token_to_id)
+    in_base = _ids(base.token_to_id[token] for token in shared)
+    in_small = _ids(small.token_to_id[token] for token in shared)
     small_ids = torch.full((base.width,), -1)
     small_ids[in_base] = in_small
     base_ids = torch.full((small.width,), -1)
@@ -220,7 +281,37 @@ def align(base: Vocabulary, small: Vocabulary) -> Alignment:
     # Two token strings may share an id. That is harmless unless the other model tells them apart.
     if not (torch.equal(small_ids[in_base], in_small) and torch.equal(base_ids[in_small], in_base)):
         raise _mismatch(base, small)
-    return Alignment("permuted", base.width, small.width, num_shared, small_ids)
+    only_base = {i for token, i in base.token_to_id.items() if token not in small.token_to_id}
+    only_small = {i for token, i in small.token_to_id.items() if token not in base.token_to_id}
+    if not (only_base <= base.added_ids and only_small <= small.added_ids):
+        raise _mismatch(base, small)
+    if not only_base and not only_small:
+        return Alignment("permuted", base.width, small.width, num_shared, small_ids)
+    keeps_ids = torch.equal(in_base, in_small) and min(only_small, default=-1) >= num_shared
+    return Alignment(
+        "added",
+        base.width,
+        small.width,
+        num_shared,
+        small_ids if only_base or not keeps_ids else None,
+        {i: _stand_in(i, base, small) for i in sorted(only_base) if small_ids[i] < 0},
+        tuple(i for i in sorted(only_small) if base_ids[i] < 0),
+    )
+
+
+def _stand_in(token_id: int, base: Vocabulary, small: Vocabulary) -> int:
+    """Return what a small model reads in place of a token that only the base has.
+
+    The tokens that begin and end a text have counterparts. Other added tokens stand between parts of a text,
+    as a line break does, and no model has learnt to read its unknown token.
+    """
+    if token_id == base.eos_id and small.eos_id is not None:
+        return small.eos_id
+    if token_id == base.bos_id and small.bos_id is not None:
+        return small.bos_id
+    breaks = (small.token_to_id[text] for text in _LINE_BREAKS if text in small.token_to_id)
+    fallback = min(small.token_to_id.values()) if small.eos_id is None else small.eos_id
+    return next(breaks, fallback)
 
 
 @dataclass(frozen=True, eq=False)

@@ -296,7 +296,7 @@ def base_ids(alignment: Alignment) -> Tensor:
 
     Returns:
         `[small_width]`, on the CPU; -1 for ids that are not a token of the base. If the vocabularies share
-        their ids (`same`, `padded`), padding ids below the last token stay as they are.
+        their ids (no `small_ids`), padding ids below the last token stay as they are.
     """
     ids = torch.full((alignment.small_width,), -1)
     if alignment.small_ids is None:

@@ -304,16 +304,15 @@ def _hidden(
     if not any(kept):
         yield from (torch.empty(0, 0) for _ in examples)
         return
-    in_base = token_ids
-    if alignment.small_ids is not None:
-        in_base = base_ids(alignment)[token_ids]
-        missing = token_ids[(in_base < 0) & (mask == 1)]
-        if len(missing):
-            raise VocabularyMismatch(
-                f"an example has the token id {int(missing[0])}, which is not a token of {base_name}, so the "
-                "base cannot read it.\nhint: tokenise the data with the small model's own tokenizer"
-            )
-        in_base = in_base.clamp(min=0)  # Padding on the right, which no token sees.
+    in_base = base_ids(alignment)[token_ids]
+    missing = token_ids[(in_base < 0) & (mask == 1)]
+    if len(missing):
+        raise VocabularyMismatch(
+            f"an example has the token id {int(missing[0])}, which is not a token of {base_name}, so the "
+            "base cannot read it.\nhint: tokenise the data with the small model's own tokenizer; for a token "
+            "that only the small model has, use --method sft or a prompt format without it"
+        )
+    in_base = in_base.clamp(min=0)  # Padding on the right, which no token sees.
     parts = []
     for model, ids in ((base, in_base), (anti_expert, token_ids)):
         device = model.get_input_embeddings().weight.device

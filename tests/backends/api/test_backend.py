@@ -154,6 +154,19 @@ def test_a_text_does_not_depend_on_how_it_was_asked_for(lookahead, speculative, 
     assert [trace.token_ids for trace in found] == [trace.token_ids for trace in wanted]
 
 
+def test_tokens_that_the_pair_does_not_share_get_no_offset_behind_a_server_either():
+    local = in_process()
+    width = len(TOKENS)
+    (pair,) = local.ensemble.pairs
+    pair = replace(pair, is_unshared=torch.arange(width) < width // 2)
+    local = ProxyTuned(replace(local.ensemble, pairs=(pair,)), local.formats, local.recipe)
+    requests = [Request(prompt, greedy()) for prompt in PROMPTS]
+    expected = [trace.token_ids for trace in local.generate_batch(requests)]
+    assert expected != [trace.token_ids for trace in in_process().generate_batch(requests)]
+    with behind(local) as (model, _, _):
+        assert [trace.token_ids for trace in model.generate_batch(requests)] == expected
+
+
 def local_request(prompt: str, sampling: SamplingParams) -> Any:
     return Request(prompt, sampling)
 

@@ -9,19 +9,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM; `make test-vllm` installs it", exc_type=ImportError)
 
-import numpy as np
 import torch
 
 from proxytune.errors import UnsupportedModel, VocabularyMismatch
@@ -37,19 +34,12 @@ from proxytune.recipe.spec import ApiSettings, ExpertSpec, LlamaCppSettings, Mod
 from proxytune.request import Request, SamplingParams
 from tests.support.foreign_code import model_with_code
 from tests.support.real_servers import free_port, running
-from tests.support.tiny import NUM_TOKENS, tiny_adapter, tiny_model, tiny_tokenizer
+from tests.support.tiny import MERGES, NUM_TOKENS, tiny_model, tiny_tokenizer
+from tests.support.tiny_recipe import tiny_recipe, tiny_requests
+from tests.support.vllm_engine import ENVIRONMENT, TIE, Engine, compare
 
 pytestmark = pytest.mark.slow
 
-TIE = 1e-3
-ROUNDING = 1e-4
-"""Most that the logprob of one token differs by in float32; 3e-5 was seen."""
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "HF_HUB_OFFLINE": "1",
-}
 os.environ.update(ENVIRONMENT)
 
 SMOL = Recipe.read("package:proxytune/smol")
@@ -78,71 +68,6 @@ ASKED: tuple[tuple[dict[str, Any] | None, dict[str, Any]], ...] = (
         {"combine": "union", "experts": ("legal", "medical")},
     ),
 )
-
-
-class Engine:
-    """A vLLM engine in a process of its own, so that one test's is gone when the next one starts.
-
-    Args:
-        model: The recipe's directory.
-        environment: Variables beside those of this process.
-        options: Of vLLM's `LLM`.
-    """
-
-    def __init__(
-        self, model: Path, *, environment: dict[str, str] | None = None, **options: Any
-    ) -> None:
-        options = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256} | options
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.vllm_engine", str(model), json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[3],
-            env={**os.environ, **ENVIRONMENT, **(environment or {})},
-        )
-
-    def ask(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return vLLM's answers: `token_ids`, `logprobs` by position, `finish_reason`; or `error`."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(requests) + "\n")
-        self._process.stdin.flush()
-        for line in self._process.stdout:
-            if line.startswith("ANSWER "):
-                answer: list[dict[str, Any]] = json.loads(line.removeprefix("ANSWER "))
-                return answer
-        raise RuntimeError("the engine ended; its output is above")
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-
-def compare(answers: list[dict[str, Any]], traces: list[Any], *, rounding: float = ROUNDING) -> int:
-    """Return how many texts part at a tie; fail if one parts elsewhere, or a logprob differs by more."""
-    ties = 0
-    for answer, trace in zip(answers, traces, strict=True):
-        assert "error" not in answer, answer
-        for place, step in enumerate(trace.steps):
-            shown = {int(k): v for k, v in answer["logprobs"][place].items()}
-            chosen = answer["token_ids"][place]
-            if chosen != step.token_id:
-                # A tie on both paths: the library's two best tokens, and vLLM's.
-                gap = step.top[0][1] - step.top[1][1]
-                assert gap < TIE, (trace.text, place, gap)
-                best = sorted(shown.values(), reverse=True)
-                assert best[0] - best[1] < TIE, (trace.text, place, best)
-                ties += 1
-                break
-            assert shown[chosen] == pytest.approx(step.logprob, abs=rounding), (trace.text, place)
-        else:
-            assert len(answer["token_ids"]) == trace.num_new_tokens, trace.text
-    return ties
 
 
 def texts(num: int) -> list[str]:
@@ -256,48 +181,7 @@ def test_a_wrong_request_is_refused_and_the_engine_goes_on(engine):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    """A padded base; small models of other architectures whose tokens have other ids; adapters."""
-    place = tmp_path_factory.mktemp("tiny")
-    shuffled = tiny_tokenizer(shuffle_seed=5)
-    tiny_model(place / "base", width=NUM_TOKENS + 6, hidden_size=128, seed=1, max_context=256)
-    tiny_model(place / "llama", hidden_size=128, seed=2, max_context=256)
-    tiny_model(
-        place / "qwen", "qwen2", hidden_size=128, seed=3, tokenizer=shuffled, max_context=256
-    )
-    tiny_model(place / "gpt", "gpt2", width=NUM_TOKENS + 2, hidden_size=64, seed=4, max_context=192)
-    for seed, (small, name) in enumerate((("llama", "one"), ("llama", "two"), ("gpt", "three"))):
-        tiny_adapter(place / small, place / name, seed=seed)
-    llama, gpt = ModelSpec(model="llama"), ModelSpec(model="gpt")
-    experts = (
-        ExpertSpec("mixed", gpt, ModelSpec(model="qwen"), 0.3),
-        ExpertSpec("one", ModelSpec(adapter="one"), llama, 0.5),
-        ExpertSpec("two", ModelSpec(adapter="two"), llama, 0.5),
-        ExpertSpec("three", ModelSpec(adapter="three"), gpt, 0.5),
-        ExpertSpec("contrast", ModelSpec(same_as="base"), llama, 0.5),
-    )
-    base = ModelSpec(model="base")
-    Recipe(base, experts, default_expert="one", directory=place).write(place)
-    return place
-
-
-NAMES = ("mixed", "one", "two", "three", "contrast")
-
-
-def tiny_requests(num: int, length: int) -> tuple[list[dict[str, Any]], list[Request]]:
-    generator = torch.Generator().manual_seed(0)
-    asked, same = [], []
-    for index in range(num):
-        letters = torch.randint(97, 123, (1 + index % 23,), generator=generator).tolist()
-        text = bytes(letters).decode()
-        names = [NAMES[index % 5]] if index % 3 else [NAMES[index % 5], NAMES[(index + 2) % 5]]
-        alpha = (index % 4) / 2
-        # Some rows run longer than others, so that rows leave and move up.
-        count = length + 7 * (index % 3)
-        extra = {"expert": names, "alpha": alpha}
-        asked.append({"prompt": text, "max_tokens": count, "logprobs": 2, "extra_args": extra})
-        sampling = SamplingParams(max_new_tokens=count, logprobs=2)
-        same.append(Request(text, sampling, alpha, tuple(names)))
-    return asked, same
+    return tiny_recipe(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +196,7 @@ def check_tiny(tiny: Path, expected: list[Any], **options: Any) -> None:
     finally:
         engine.close()
     assert compare(answers, expected) <= 2
-    padding = range(NUM_TOKENS, NUM_TOKENS + 6)
+    padding = range(NUM_TOKENS + 1, NUM_TOKENS + 6)
     assert not any(token in padding for answer in answers for token in answer["token_ids"])
 
 
@@ -421,45 +305,6 @@ def test_a_policy_of_the_recipe_steers_as_in_the_library(tiny, tmp_path):
     check_tiny(tmp_path / "policy", expected)
 
 
-def test_the_second_model_runner_is_told_whose_row_is_whose(tiny, monkeypatch):
-    """Its interface as vLLM writes it, with stand-ins: it runs on accelerators alone."""
-    from vllm.v1.worker.gpu import model_states
-
-    from proxytune.integrations.vllm.model import _follow_rows
-
-    calls: list[Any] = []
-
-    class State:
-        def add_request(self, req_index, new_req_data):
-            calls.append(req_index)
-
-        def preprocess_state(self, input_batch, block_tables, kv_cache_config, num_computed_tokens):
-            calls.append(input_batch)
-
-    monkeypatch.setattr(model_states, "resolve_model_state_cls", lambda config, model: State)
-    config = checked(tiny).model_config.hf_config
-    model = SimpleNamespace(_models=[None], _menu=config.menu, _rows=config.rows)
-    state = _follow_rows(None, model)()
-    for slot, extra in ((3, {"alpha": 0}), (5, None), (0, {"expert": "two"})):
-        params = SimpleNamespace(extra_args=extra)
-        state.add_request(slot, SimpleNamespace(sampling_params=params))
-    # Drafts give a request several rows.
-    batch = SimpleNamespace(
-        idx_mapping_np=np.array([5, 3, 0]), expanded_idx_mapping=torch.tensor([5, 5, 3, 0, 0])
-    )
-    state.preprocess_state(batch, None, None, None)
-    assert calls == [3, 5, 0, batch]
-    default = config.menu.default
-    zero, two = (default._replace(strengths=own) for own in ((0.0,) * 5, (0.0, 0.0, 0.5, 0.0, 0.0)))
-    assert model._rows.take(5) == [default, default, zero, two, two]
-    state.add_request(3, SimpleNamespace(sampling_params=SimpleNamespace(extra_args=None)))
-    batch = SimpleNamespace(
-        idx_mapping_np=np.array([3, 5]), expanded_idx_mapping=torch.tensor([3, 5])
-    )
-    state.preprocess_state(batch, None, None, None)
-    assert model._rows.take(2) == [default] * 2
-
-
 # Speculation --------------------------------------------------------------------------------------
 
 
@@ -468,9 +313,20 @@ def test_with_an_expert_that_drafts_the_text_is_the_same(smol, expected):
     try:
         assert compare(engine.ask(CASES["drafted"][0]), expected["drafted"]) <= 1
         (answer,) = engine.ask([{"prompt": "a", "max_tokens": 2, "extra_args": {"alpha": 0.5}}])
-        assert "alpha cannot be set per request: with speculative decoding" in answer["error"]
+        said = (
+            "alpha cannot be set per request: with speculative decoding vLLM's first model runner"
+        )
+        assert said in answer["error"] and "VLLM_USE_V2_MODEL_RUNNER=1" in answer["error"]
     finally:
         engine.close()
+
+
+def test_with_drafts_experts_have_names_where_requests_can_choose_them(tiny, monkeypatch):
+    for runner, names in (("0", []), ("1", ["t:mixed", "t:one", "t:two", "t:three", "t:contrast"])):
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+        command = vllm_server_command(tiny, name="t", num_drafted=3)
+        place = command.index("--served-model-name")
+        assert command[place + 1 : command.index("--middleware")] == ["t", *names]
 
 
 @pytest.mark.parametrize("name", ["one", "three", "mixed"])
@@ -612,6 +468,12 @@ def test_the_request_language_of_the_local_server_steers_in_vllm(server, expecte
         explained = post(path, {"model": "smol", **body, "proxytune": {"explain": True}})
         assert explained.status_code == 400 and "proxytune.explain" in explained.text
         assert post(path, {"model": "smol:nobody", **body}).status_code == 404
+    schema = {"type": "object", "properties": {"found": {"type": "boolean"}}, "required": ["found"]}
+    said = post("/v1/chat/completions", {
+        "model": "smol", "messages": question, "max_tokens": 40, "temperature": 0, "proxytune": steered,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
+    })  # fmt: skip
+    assert isinstance(json.loads(_text_in(said.json()))["found"], bool)
     chats = {texts[path][0] for path in bodies if path != "/v1/completions"}
     assert len(chats) == 1
     about = httpx.get(server.removesuffix("/v1") + "/v1/proxytune").json()
@@ -726,9 +588,9 @@ def test_a_file_for_llama_cpp_and_another_vocabulary_are_refused(tiny, tmp_path)
     gguf = replace(SMOL.base, llama_cpp=LlamaCppSettings())
     with pytest.raises(UnsupportedModel, match=r"base is to be run by llama\.cpp"):
         find_ensemble(replace(recipe, base=gguf))
-    tiny_model(tmp_path / "other", tokenizer=tiny_tokenizer(extra_tokens=["<new>"]))
+    tiny_model(tmp_path / "other", tokenizer=tiny_tokenizer(merges=[*MERGES, ("h", "u")]))
     other = ModelSpec(model=str(tmp_path / "other"))
-    with pytest.raises(VocabularyMismatch, match="<new>"):
+    with pytest.raises(VocabularyMismatch, match="'hu'"):
         find_ensemble(
             replace(recipe, experts=(ExpertSpec("x", other, other),), default_expert=None)
         )

@@ -137,6 +137,9 @@ def test_a_prompt_is_scored_with_the_recipes_strengths_alone(monkeypatch):
         check_request(params(prompt_logprobs=0, extra_args={"alpha": 0.1}))
     with pytest.raises(ValueError, match="prompt_logprobs"):
         check_request(params(prompt_logprobs=0, extra_args={"policy": "gate_agree"}))
+    check_request(params(prompt_logprob_token_ids=[[1]]))
+    with pytest.raises(ValueError, match="leave prompt_logprob_token_ids out"):
+        check_request(params(prompt_logprob_token_ids=[[1]], extra_args={"alpha": 0.1}))
 
 
 def test_a_process_that_serves_another_model_checks_nothing(monkeypatch):

@@ -22,11 +22,7 @@ MIN_ROOM = 32
 
 def _with_room(num_slots: int) -> int:
     # An eighth: each key is copied about eight times in all, and at most 12.5 % of the memory is unused.
-    # Multiples of 32 put each head's first key on 64 bytes, whatever its size: kernels that find it elsewhere
-    # add in another order, so that a row's logits would depend on how often its buffers had grown.
-    if num_slots < 8 * MIN_ROOM:
-        return -(-(num_slots + MIN_ROOM) // 32) * 32
-    return (num_slots + num_slots // 8) // 32 * 32
+    return num_slots + max(MIN_ROOM, num_slots // 8)
 
 
 class RoomyLayer(DynamicLayer):
@@ -66,6 +62,10 @@ class RoomyLayer(DynamicLayer):
     def _move_to_new_buffers(self, num_old: int, keys: Tensor, values: Tensor) -> None:
         """Make room for the slots in use and for those of `keys` and `values`, and copy the former."""
         capacity = _with_room(num_old + keys.shape[2])
+        if any(new.shape[3] * new.element_size() % 16 for new in (keys, values)):
+            # 16 slots put each head's first key on 16 bytes. Kernels that find it elsewhere
+            # add in another order, so that logits would depend on how often a buffer had grown.
+            capacity = -(-capacity // 16) * 16
         room = [new.new_empty((*new.shape[:2], capacity, new.shape[3])) for new in (keys, values)]
         if num_old:
             assert self.keys is not None and self.values is not None

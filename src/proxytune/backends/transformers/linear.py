@@ -115,12 +115,13 @@ def _pack(weight: Tensor) -> Tensor:
 def speed_up_linear_layers(model: nn.Module) -> None:
     """Turn the plain float32 linear layers of a model on a CPU into `FewRowsLinear`.
 
-    Parameters, hooks and tied weights stay as they are. Subclasses, such as quantised layers, keep their own
-    forward.
+    Parameters, hooks and tied weights stay as they are. Quantised layers keep their own forward, whether the
+    layer's class is another (bitsandbytes) or its weight's (torchao).
     """
     for module in model.modules():
         if (
             type(module) is nn.Linear
+            and type(module.weight) is nn.Parameter
             and module.weight.device.type == "cpu"
             and module.weight.dtype == torch.float32
         ):

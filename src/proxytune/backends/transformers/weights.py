@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import inspect
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
+from proxytune.backends.transformers.quantized import (
+    check_stored_quantization,
+    is_quantised,
+    quantization_config,
+    stored_quantization,
+    try_quantization,
+)
 from proxytune.checkpoints.faults import fault_text, is_fault
 from proxytune.checkpoints.placement import running_device, running_dtype
 from proxytune.errors import (
@@ -64,10 +69,9 @@ def load_model(checkpoint: Checkpoint, spec: ModelSpec) -> Any:
     name = checkpoint.name
     checkpoint.check_buildable()  # transformers allocates what the weights' files lack before it says so
     device = running_device(spec.device)
+    dtype = running_dtype(spec.dtype, stored_dtype=checkpoint.stored_dtype, device=device)
     options: dict[str, Any] = {
-        "dtype": getattr(
-            torch, running_dtype(spec.dtype, stored_dtype=checkpoint.stored_dtype, device=device)
-        ),
+        "dtype": getattr(torch, dtype),
         "use_safetensors": None if checkpoint.allow_pickle else True,
         "trust_remote_code": checkpoint.trust_remote_code,
         "local_files_only": True,
@@ -76,8 +80,12 @@ def load_model(checkpoint: Checkpoint, spec: ModelSpec) -> Any:
     if spec.attn_implementation is not None:
         options["attn_implementation"] = spec.attn_implementation
     if spec.quantization is not None:
-        options["quantization_config"] = _quantization_config(spec.quantization, name)
-    if device != "cpu" or spec.quantization is not None:
+        try_quantization(checkpoint, spec.quantization, dtype=dtype, device=device)
+        options["quantization_config"] = quantization_config(spec.quantization, name)
+    else:
+        check_stored_quantization(checkpoint, device=device)
+    is_quantised_here = (spec.quantization or stored_quantization(checkpoint)) is not None
+    if device != "cpu" or is_quantised_here:
         options["device_map"] = device if device == "auto" else {"": device}
     try:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -108,6 +116,12 @@ def load_model(checkpoint: Checkpoint, spec: ModelSpec) -> Any:
         why = f"transformers cannot load {name} as asked: {fault_text(error)}"
         raise UnsupportedModel(why) from error
     model, info = loaded
+    if spec.quantization is not None and not is_quantised(model):
+        raise UnsupportedModel(
+            f"{name} is a {type(model).__name__}, and none of its layers is of a kind that the quantiser "
+            "knows, so nothing would be quantised.\n"
+            "hint: leave its quantization out"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise CorruptModel(
@@ -115,61 +129,3 @@ def load_model(checkpoint: Checkpoint, spec: ModelSpec) -> Any:
             f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}"
         )
     return model
-
-
-def _quantization_config(quantization: Mapping[str, Any], name: str) -> Any:
-    """Return transformers' config for `{"quant_method": …, options}`; `method` means the same.
-
-    `{"quant_method": "torchao", "quant_type": "Int8WeightOnlyConfig", …}` names a class of
-    `torchao.quantization` and its options. Without a method, `load_in_4bit` and `load_in_8bit` mean
-    bitsandbytes.
-    """
-    options = dict(quantization)
-    method = options.pop("quant_method", None) or options.pop("method", None)
-    if method is None and ("load_in_4bit" in options or "load_in_8bit" in options):
-        method = "bitsandbytes"
-    if method == "bitsandbytes":
-        _require("bitsandbytes", name)
-        return _build(transformers.BitsAndBytesConfig, options, "bitsandbytes", name)
-    if method == "torchao":
-        torchao = _require("torchao.quantization", name)
-        kind = options.pop("quant_type", None)
-        known = sorted(key for key in vars(torchao) if key.endswith("Config"))
-        if kind not in known:
-            raise UnsupportedModel(
-                f"the quantization of {name} has quant_type {kind!r}; torchao knows: {', '.join(known)}"
-            )
-        own = {key: options.pop(key) for key in ("modules_to_not_convert",) if key in options}
-        quant_type = _build(getattr(torchao, kind), options, f"torchao's {kind}", name)
-        return transformers.TorchAoConfig(quant_type, **own)
-    raise UnsupportedModel(
-        f"the quantization of {name} has method {method!r}; this backend knows bitsandbytes and torchao"
-    )
-
-
-def _build(kind: Any, options: Mapping[str, Any], what: str, name: str) -> Any:
-    """Call a config class, refusing options that it would ignore."""
-    known = inspect.signature(kind).parameters
-    unknown = [key for key in options if key not in known or key == "kwargs"]
-    if unknown:
-        raise UnsupportedModel(
-            f"the quantization of {name} has the option {unknown[0]!r}, which {what} does not know; it "
-            f"knows: {', '.join(key for key in known if key != 'kwargs')}"
-        )
-    try:
-        return kind(**options)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UnsupportedModel(
-            f"the quantization of {name} is not one of {what}: {error}"
-        ) from error
-
-
-def _require(module: str, name: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise missing_extra(
-            f"{name} is to be quantised with {package}, which cannot be imported: {error}",
-            "quantize",
-        ) from error

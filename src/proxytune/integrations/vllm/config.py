@@ -28,12 +28,15 @@ from proxytune.recipe.files import RecipeFiles
 from proxytune.recipe.recipe import ARCHITECTURE, Recipe
 from proxytune.recipe.spec import ModelSpec
 from proxytune.text.prompts import PromptFormat
-from proxytune.text.vocab import Alignment, align
+from proxytune.text.vocab import Alignment
 
 _log = logging.getLogger(__name__)
 
 LOAD_FORMAT = "proxytune"
 """The name in vLLM of the loader in `weights.py`."""
+
+BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
+"""The variable that makes vLLM use kernels whose results do not depend on the batch."""
 
 _OWN_FORMATS = ("auto", "hf", "safetensors", LOAD_FORMAT)
 _SETTINGS = ("experts", "allow_pickle", "renders_texts")
@@ -53,6 +56,7 @@ class ServedMember:
         checkpoint: Its files.
         adapter: A LoRA adapter to merge into its weights.
         alignment: How its tokens correspond to the base's.
+        format: How it reads prompts.
     """
 
     name: str
@@ -60,6 +64,7 @@ class ServedMember:
     checkpoint: Checkpoint
     adapter: AdapterFiles | None
     alignment: Alignment
+    format: PromptFormat
 
 
 @dataclass(frozen=True)
@@ -122,16 +127,15 @@ def find_ensemble(recipe: Recipe, grants: Grants = NOTHING) -> ServedEnsemble:
     # vLLM runs all models in one dtype, so a recipe's dtype must not make two members of one.
     recipe = recipe.with_models(lambda spec: replace(spec, dtype=None))
     found, pairs = find_members(RecipeFiles(recipe, grants))
-    base = found[0].checkpoint
     members: list[ServedMember] = []
-    for part, _, checkpoint, adapter, own in found:
+    for part, _, checkpoint, adapter, own, alignment in found:
         if adapter is not None:
             check_storable(adapter, checkpoint, "vLLM")
         _check_texts(part, found[0].format, own)
         _check_angles(part, checkpoint)
         name = f"small_{len(members) - 1}" if members else "base"
-        alignment = align(base.vocabulary, checkpoint.vocabulary)
-        members.append(ServedMember(name, part, checkpoint, adapter, alignment))
+        assert alignment is not None  # recipes that map vocabularies are refused above
+        members.append(ServedMember(name, part, checkpoint, adapter, alignment, own))
     return ServedEnsemble(tuple(members), pairs)
 
 
@@ -364,6 +368,11 @@ def check_engine(vllm_config: Any) -> None:
             "prompt embeddings belong to one model, and a recipe has several.\n"
             "hint: leave enable_prompt_embeds out"
         )
+    if vllm_config.parallel_config.prefill_context_parallel_size > 1:
+        raise UnsupportedModel(
+            "prefill_context_parallel_size is above 1: vLLM then shows a model the rows of one rank, and "
+            "takes the logits of all.\nhint: leave it out, or use tensor_parallel_size"
+        )
     load_format = str(vllm_config.load_config.load_format)
     if load_format in _OWN_FORMATS:
         vllm_config.load_config.load_format = LOAD_FORMAT
@@ -376,9 +385,10 @@ def check_engine(vllm_config: Any) -> None:
         settings.get("experts"),
         allow_pickle=settings.get("allow_pickle", False),
         is_fixed=""
-        if speculative is None
-        else "with speculative decoding vLLM does not say which row of a batch is whose.\n"
-        "hint: leave it out, or start vLLM without speculative_config",
+        if speculative is None or vllm_config.use_v2_model_runner
+        else "with speculative decoding vLLM's first model runner does not say which row of a batch is "
+        "whose.\nhint: leave it out, or start vLLM without speculative_config, or with its second model "
+        "runner (VLLM_USE_V2_MODEL_RUNNER=1, which needs Triton and cannot draft with suffix)",
     )
     _check_texts_are_rendered(config.served_recipe, settings.get("renders_texts") is True)
     wanted = {spec.dtype for spec in config.served_recipe.models.values()} - {None, "auto"}
@@ -387,11 +397,6 @@ def check_engine(vllm_config: Any) -> None:
         raise UnsupportedModel(
             f"the recipe asks for {wanted.pop()}, and vLLM would run in {running}.\n"
             "hint: give vLLM the recipe's dtype with --dtype, or leave dtype out of the recipe"
-        )
-    if getattr(vllm_config, "use_v2_model_runner", False):
-        _log.warning(
-            "vLLM uses its second model runner, with which recipes have not been tried; "
-            "VLLM_USE_V2_MODEL_RUNNER=0 chooses the first"
         )
     limit = config.ensemble.max_context
     if limit is not None and model.max_model_len > limit:
@@ -419,3 +424,19 @@ def register_config() -> None:
     register(RecipeConfig, tokenizer_class=ProxyTunedTokenizer, exist_ok=True)
     MODELS_CONFIG_MAP[ARCHITECTURE] = RecipeChecks
     ModelRegistry.register_model(ARCHITECTURE, "proxytune.integrations.vllm.model:SteeredModel")
+
+
+def check_batch_invariance() -> None:
+    """Refuse exactness where vLLM would fail in the middle of loading.
+
+    Raises:
+        UnsupportedModel: vLLM has no batch-invariant kernels for this device.
+    """
+    from vllm.platforms import current_platform
+
+    if not (current_platform.is_cuda_alike() or current_platform.is_xpu()):
+        raise UnsupportedModel(
+            "exact was asked for, and vLLM has batch-invariant kernels for GPUs only, not for "
+            f"{current_platform.device_type}.\n"
+            "hint: leave --exact out, or leave --engine vllm out, since the engine here has it everywhere"
+        )

@@ -64,8 +64,8 @@ def draft_model(ensemble: ServedEnsemble, member: ServedMember) -> Path:
     if member.adapter is not None:
         files += sorted(path for path in member.adapter.path.iterdir() if path.is_file())
     states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    small_ids = member.alignment.small_ids
-    vocabulary = None if small_ids is None else small_ids.tolist()
+    read_ids = member.alignment.read_ids
+    vocabulary = None if read_ids is None else read_ids.tolist()
     alignment = member.alignment
     content = repr(("1", states, alignment.base_width, alignment.num_shared, vocabulary))
     key = hashlib.sha256(content.encode()).hexdigest()[:32]
@@ -88,8 +88,10 @@ def _write(ensemble: ServedEnsemble, member: ServedMember, weights: Path, target
         merge_into(model, member.adapter, member.checkpoint)
     alignment = member.alignment
     if alignment.kind != "same":
-        if alignment.small_ids is not None:
-            source = alignment.small_ids.clamp(min=0)
+        read_ids = alignment.read_ids
+        if read_ids is not None:
+            # Tokens that only the base has are drafted as often as what stands in for them.
+            source = read_ids.clamp(min=0)
         else:
             source = torch.arange(alignment.base_width)
             source[alignment.num_shared :] = 0

@@ -131,6 +131,7 @@ class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
         padding_ids = config.ensemble.base.vocabulary.padding_ids
         self.register_buffer("_padding_ids", padding_ids, persistent=False)
         self._widths: list[int] = []
+        self._masks: dict[str, Tensor] = {}
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Return the base's embeddings."""
@@ -164,7 +165,7 @@ class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
                     {k.removeprefix(start): t for k, t in own.items() if k.startswith(start)}
                 )
             ids = input_ids
-            if ids is not None and member.alignment.kind == "permuted":
+            if ids is not None and member.alignment.small_ids is not None:
                 # vLLM pads batches with tokens that may have no counterpart. Their logits are not used.
                 ids = member.alignment.ids_to_small(ids.long()).clamp_(min=0).to(ids.dtype)
             outputs.append(model(ids, positions, own, None))
@@ -180,6 +181,8 @@ class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
             hidden_states: `[rows, sum of hidden sizes]`, for the rows that `Rows` expects.
         """
         rows = self._rows.take(hidden_states.shape[0])
+        if self._rows.alone is not None:
+            return self._logits_alone(self._rows.alone, hidden_states)
         groups = _grouped(rows, self._pairs)
         wanted: dict[int, set[int]] = {0: set(range(len(rows)))}
         for part in (part for group in groups for part in group.parts):
@@ -204,6 +207,7 @@ class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
                     logits[part.pair.expert].of(part.places),
                     logits[part.pair.anti_expert].of(part.places),
                     _alpha(part.strengths),
+                    self._unshared(part.pair),
                 )
                 for part in group.parts
             ]
@@ -220,6 +224,36 @@ class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
         if len(padding_ids):
             steered.index_fill_(-1, padding_ids, -torch.inf)
         return steered
+
+    def _unshared(self, pair: Pair) -> Tensor | None:
+        """Return the tokens that a pair does not share; see `Contribution`."""
+        if pair.is_unshared is None:
+            return None
+        padding_ids: Any = self._padding_ids  # it is where the logits are
+        if pair.name not in self._masks:
+            self._masks[pair.name] = pair.is_unshared.to(padding_ids.device)
+        return self._masks[pair.name]
+
+    def _logits_alone(self, index: int, hidden_states: Tensor) -> Tensor | None:
+        """Return one member's own logits in the base's vocabulary; otherwise as `compute_logits`."""
+        states = torch.split(hidden_states, self._widths, dim=-1)[index]
+        every = list(range(states.shape[0]))
+        found = _RowLogits.compute(self._members[index], self._models[index], states, every).values
+        if found is None:
+            return None
+        logits = found.to(torch.float32, copy=True)
+        padding_ids: Any = self._padding_ids
+        return logits.index_fill_(-1, padding_ids, -torch.inf) if len(padding_ids) else logits
+
+    def steer_by_default(self, fields: dict[str, Any] | None, alone: int | None) -> None:
+        """Set how rows are steered that do not say it, from the next step on.
+
+        Args:
+            fields: What a request could ask for; see `request.py`. None for what the recipe says.
+            alone: The only member that answers, unsteered; None for the steered base.
+        """
+        self._rows.default = self._menu.asked(fields) or self._menu.default
+        self._rows.alone = alone
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the members' weights, each under its member's name; return the names that were filled."""

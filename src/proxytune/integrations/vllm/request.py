@@ -89,6 +89,12 @@ class Menu:
         return RowSteering(in_order, policy)
 
 
+_SCORES_PROMPT = {
+    "prompt_logprobs": "echo with logprobs, over HTTP",
+    "prompt_logprob_token_ids": "of vLLM's second model runner",
+}
+"""Fields of vLLM's `SamplingParams` that ask for a prompt's scores, and where they come from."""
+
 MENU: Menu | None = None
 """The menu of the recipe that this process serves; None in a process that serves another model."""
 
@@ -114,12 +120,12 @@ def check_request(params: Any) -> None:
         asked = MENU.asked(getattr(params, "extra_args", None))
     except UserError as error:
         raise ValueError(str(error)) from error
-    has_prompt = getattr(params, "prompt_logprobs", None) is not None
-    if asked is not None and has_prompt and asked != MENU.default:
+    scored = next((key for key in _SCORES_PROMPT if getattr(params, key, None) is not None), None)
+    if asked is not None and scored is not None and asked != MENU.default:
         raise ValueError(
-            "prompt_logprobs (echo with logprobs, over HTTP) and other steering than the recipe's are both "
+            f"{scored} ({_SCORES_PROMPT[scored]}) and other steering than the recipe's are both "
             "given, and a prompt is scored as the recipe says.\n"
-            f"hint: leave prompt_logprobs out, or {', '.join(KEYS[:-1])} and {KEYS[-1]}"
+            f"hint: leave {scored} out, or {', '.join(KEYS[:-1])} and {KEYS[-1]}"
         )
 
 
@@ -132,6 +138,8 @@ class Rows:
 
     def __init__(self, default: RowSteering) -> None:
         self.default = default
+        self.alone: int | None = None
+        """The only member whose logits every row gets, unsteered; None for the steered base."""
         self._next: list[RowSteering] | None = None
 
     def expect(self, rows: Sequence[RowSteering | None] | None) -> None:

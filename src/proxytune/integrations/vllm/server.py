@@ -13,16 +13,14 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from proxytune.errors import InvalidRequest, UnsupportedModel, missing_extra
+from proxytune.errors import InvalidRequest, missing_extra
 from proxytune.grants import NOTHING, Grants
+from proxytune.integrations.vllm.config import BATCH_INVARIANT, check_batch_invariance
 from proxytune.recipe.recipe import Recipe
 
 MODULE = "vllm.entrypoints.openai.api_server"
 MIDDLEWARE = "proxytune.server.vllm.RequestLanguage"
 """Makes vLLM's server understand the requests of the local one; vLLM imports it by this name."""
-
-BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
-"""The variable that makes vLLM use kernels whose results do not depend on the batch."""
 
 
 def vllm_server_command(
@@ -50,7 +48,7 @@ def vllm_server_command(
         dtype: Dtype of all models; None leaves it to vLLM.
         max_model_len: Maximum number of tokens of a row; None for the shortest context of the models.
         num_drafted: Number of tokens that the default expert drafts at a time; 0 turns speculative decoding
-            off. With drafts, requests cannot choose strength or experts.
+            off. With drafts, requests can choose strength and experts on vLLM's second model runner alone.
         grants: What the caller allows.
         options: Further options of vLLM's server, passed on unchanged.
 
@@ -75,7 +73,8 @@ def vllm_server_command(
     command = [sys.executable, "-m", MODULE, "--model", str(recipe.directory)]
     name = name or recipe.directory.name
     # Where requests cannot choose, an expert's name would promise what is not done.
-    names = [] if num_drafted else [f"{name}:{expert.name}" for expert in served.experts]
+    can_choose = not num_drafted or _is_second_runner()
+    names = [f"{name}:{expert.name}" for expert in served.experts] if can_choose else []
     command += ["--served-model-name", name, *names, "--middleware", MIDDLEWARE]
     command += ["--host", host, "--port", str(port)]
     own: dict[str, object] = {}
@@ -99,6 +98,15 @@ def vllm_server_command(
     return [*command, *options]
 
 
+def _is_second_runner() -> bool:
+    """Whether vLLM will run its second model runner, which tells rows apart while an expert drafts."""
+    from vllm.envs import VLLM_USE_V2_MODEL_RUNNER
+    from vllm.triton_utils import HAS_TRITON
+
+    chosen: bool | None = VLLM_USE_V2_MODEL_RUNNER
+    return bool(HAS_TRITON) if chosen is None else chosen
+
+
 def become_vllm_server(
     command: list[str], keys: Sequence[str], *, is_exact: bool = False
 ) -> NoReturn:
@@ -120,20 +128,8 @@ def become_vllm_server(
     # A key on the command line would show in the list of processes.
     environment = dict(os.environ) | ({"VLLM_API_KEY": keys[0]} if keys else {})
     if is_exact:
-        _check_batch_invariance()
+        check_batch_invariance()
         environment[BATCH_INVARIANT] = "1"
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(command[0], command, environment)
-
-
-def _check_batch_invariance() -> None:
-    """Refuse exactness where vLLM has no batch-invariant kernels; it would fail in the middle of loading."""
-    from vllm.platforms import current_platform
-
-    if not (current_platform.is_cuda_alike() or current_platform.is_xpu()):
-        raise UnsupportedModel(
-            "exact was asked for, and vLLM has batch-invariant kernels for GPUs only, not for "
-            f"{current_platform.device_type}.\n"
-            "hint: leave exact out, or use `proxytune serve --exact` without --engine vllm"
-        )
