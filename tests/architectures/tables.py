@@ -118,6 +118,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 """Options of configs by model type, over those of `shrink.py`; also for a config inside another."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
+    "dory: last loop's keys": {"recurrent_kv_cache_mode": "last_loop"},
     "falcon: ALiBi": {"alibi": True},
     "falcon: new decoder": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "gemma4_text: experts": {
@@ -203,14 +204,5 @@ REFUSED: dict[str, str] = {
 }
 """Architectures that are refused by loading and by `proxytune doctor`, and words of the error."""
 
-FAULTS: dict[str, tuple[tuple[str, ...], str]] = {
-    "inkling_text": (
-        ("batch = alone", "pieces = whole prompt"),
-        "if its config sets `log_scaling_n_floor`, transformers counts positions with padding",
-    ),
-    "prophetnet": (
-        ("continued = fresh", "drafted = plain", "joined = alone", "pieces = whole prompt"),
-        "with a cache, transformers lets it read only one token at a time, and it fails",
-    ),
-}
+FAULTS: dict[str, tuple[tuple[str, ...], str]] = {}
 """Architectures with identities that do not hold: which, and why."""

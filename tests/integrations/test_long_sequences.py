@@ -11,6 +11,7 @@ import transformers
 
 from proxytune.decode.batch import Batch
 from proxytune.decode.speculative import Drafting
+from proxytune.errors import UnsupportedModel
 from proxytune.integrations.transformers import ProxyTunedForCausalLM
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
@@ -127,6 +128,12 @@ def test_a_prompt_that_begins_like_the_one_before_gives_what_it_gives_alone(libr
             found += [event.step.token_id for event in batch.step() if event.step is not None]
         kept = batch.kept()
     assert found == alone[1]
+
+
+def test_exact_is_refused_by_name(recipe):
+    """A draft across the switch computes a row's keys again, and they may differ in the last bit."""
+    with pytest.raises(UnsupportedModel, match="exact is set, and the rotary angles"):
+        ProxyTuned.load(recipe, exact=True)
 
 
 def padded() -> dict[str, torch.Tensor]:

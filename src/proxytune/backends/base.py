@@ -40,6 +40,7 @@ class Capabilities:
             that keep them must clone them.
         reuses_prompts: Whether a prompt may go on from an earlier one that begins alike, which is rewound and
             extended (dynamic NTK turns a prompt's keys by angles for its length).
+        depends_on_length: Whether keys depend on the length of their row, so that rows may be read again.
         is_exact: Whether a row's logits are the same bit by bit whatever rows and drafts are beside it.
     """
 
@@ -49,6 +50,7 @@ class Capabilities:
     adapters: tuple[str, ...] = ()
     reuses_logits: bool = False
     reuses_prompts: bool = True
+    depends_on_length: bool = False
     is_exact: bool = False
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from proxytune.backends import checks
 from proxytune.backends.base import Backend, Capabilities, Prefilled, Resumed
+from proxytune.errors import UnsupportedModel
 
 PIECE_TOKENS = 128
 """Tokens of a whole piece of a prompt: wide enough that weights are read once for many tokens. Longer pieces
@@ -56,9 +57,18 @@ class ExactBackend(Backend[ExactState]):
 
     Args:
         inner: What runs them. Its logits must be a function of the forwards that led to them.
+
+    Raises:
+        UnsupportedModel: Its keys depend on the length of their row, so tokens that are taken back may have
+            made it read the others again, in other forwards.
     """
 
     def __init__(self, inner: Backend[Any]) -> None:
+        if inner.capabilities.depends_on_length:
+            raise UnsupportedModel(
+                f"exact is set, and the rotary angles of {inner.name} depend on a text's length, so its keys "
+                "may be computed again, in other forwards\nhint: leave exact out"
+            )
         self.inner = inner
         self.name = inner.name
         self.vocab_size = inner.vocab_size

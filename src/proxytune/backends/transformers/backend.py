@@ -46,6 +46,7 @@ from proxytune.backends.transformers.rows import (
     keeps_state_in_modules,
     own_cache_class,
     pads_positions,
+    reads_one_by_one,
 )
 from proxytune.backends.transformers.state import TransformersState
 from proxytune.backends.transformers.temperature import POSITIONS, scale_queries_by_position
@@ -123,7 +124,8 @@ class TransformersBackend(Backend[TransformersState]):
         has_own = has_cache and own_cache_class(self.model) is not None
         layers = _cache_layers(config, name) if has_cache and not has_own else []
         # Whether the model goes on with several tokens at once, and can take tokens back.
-        self._is_pure_attention = _is_pure_attention(layers) and not has_own
+        has_blocks = not has_own and not reads_one_by_one(self.model)
+        self._is_pure_attention = _is_pure_attention(layers) and has_blocks
         self._reader: LengthwiseReader | RowsReader | None = None
         if not has_cache or has_own or pads_positions(self.model, layers, self._options):
             make = self._model_cache if layers else OwnCache if has_own else ReadAgain
@@ -234,6 +236,7 @@ class TransformersBackend(Backend[TransformersState]):
             adapters=tuple(self._peft_names),
             reuses_logits=self._graphs is not None,
             reuses_prompts=self._reader is None or self._reader.reuses_prompts,
+            depends_on_length=isinstance(self._reader, LengthwiseReader),
         )
 
     @property

@@ -227,6 +227,21 @@ def own_cache_class(model: nn.Module) -> type | None:
     return None
 
 
+def reads_one_by_one(model: nn.Module) -> bool:
+    """Return whether several tokens at once, after others, are read in another way than one by one.
+
+    ProphetNet refuses them. Where only the last loop's keys are cached, Dory's earlier loops find those of
+    tokens before, and their own of tokens in the same forward.
+    """
+    text = _text_config(model)
+    is_loop = getattr(text, "recurrent_kv_cache_mode", None) == "last_loop"
+    return text.model_type == "prophetnet" or is_loop
+
+
+def _text_config(model: Any) -> Any:
+    return model.config.get_text_config(decoder=True)
+
+
 def keeps_state_in_modules(model: nn.Module) -> bool:
     """Return whether what was read stays in the modules, where the next batch overwrites it."""
     return any(
@@ -244,6 +259,9 @@ def pads_positions(model: nn.Module, layers: Sequence[Any], options: Collection[
         layers: A layer of a cache for each of its layers.
         options: The names of its forward's arguments.
     """
+    text = _text_config(model)
+    if text.model_type == "inkling_text" and text.log_scaling_n_floor is not None:
+        return True  # the logarithm is that of a slot
     # Layers of caches that a model brings are made for one sequence (compressed keys of DeepSeek-V4).
     if any(type(layer).__module__ != "transformers.cache_utils" for layer in layers):
         return True
