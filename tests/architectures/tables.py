@@ -203,14 +203,5 @@ REFUSED: dict[str, str] = {
 }
 """Architectures that are refused by loading and by `proxytune doctor`, and words of the error."""
 
-FAULTS: dict[str, tuple[tuple[str, ...], str]] = {
-    "inkling_text": (
-        ("batch = alone", "pieces = whole prompt"),
-        "if its config sets `log_scaling_n_floor`, transformers counts positions with padding",
-    ),
-    "prophetnet": (
-        ("continued = fresh", "drafted = plain", "joined = alone", "pieces = whole prompt"),
-        "with a cache, transformers lets it read only one token at a time, and it fails",
-    ),
-}
+FAULTS: dict[str, tuple[tuple[str, ...], str]] = {}
 """Architectures with identities that do not hold: which, and why."""
