@@ -362,6 +362,10 @@ def test_an_expert_is_written_as_a_draft_in_the_bases_ids(tiny, name, tmp_path, 
 # Over HTTP ----------------------------------------------------------------------------------------
 
 
+COMPACT = {"backend": "xgrammar", "disable_any_whitespace": True}
+"""JSON without spaces, which a small model would go on writing."""
+
+
 @pytest.fixture(scope="module")
 def server(smol, expected, tmp_path_factory) -> Iterator[str]:
     port = free_port()
@@ -371,7 +375,7 @@ def server(smol, expected, tmp_path_factory) -> Iterator[str]:
         name="smol",
         dtype="float32",
         max_model_len=256,
-        options=["--enforce-eager"],
+        options=["--enforce-eager", "--structured-outputs-config", json.dumps(COMPACT)],
     )
     assert command[0] == sys.executable
     log = tmp_path_factory.mktemp("server") / "log"
