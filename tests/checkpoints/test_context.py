@@ -7,10 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from proxytune.checkpoints.checkpoint import find_checkpoint
-from proxytune.checkpoints.context import check_gguf_angles, max_context
+from proxytune.checkpoints.context import gguf_angles, max_context
 from proxytune.errors import UnsupportedModel
 from tests.checkpoints.test_checkpoint import edit_json
 from tests.support.tiny import tiny_gguf, tiny_model
@@ -118,33 +120,78 @@ def test_a_checkpoint_with_yarn_added_to_its_config_holds_more(tmp_path):
     assert find_checkpoint("model", root=tmp_path).max_context == 512
 
 
+def gguf(kind: str = "llama", **scaling: Any) -> dict[str, Any]:
+    """Return a GGUF file's metadata with these fields of scaling."""
+    fields = {f"{kind}.rope.scaling.{name}": value for name, value in scaling.items()}
+    return {"general.architecture": kind, f"{kind}.rope.freq_base": 500000.0, **fields}
+
+
 @pytest.mark.parametrize(
-    ("metadata", "tensors"),
-    [({"llama.rope.scaling.type": "linear"}, ()), ({}, ("rope_freqs.weight",))],
+    ("metadata", "expected"),
+    [
+        (gguf(), {}),
+        (gguf(type="none"), {}),
+        (gguf("gpt-oss", type="yarn", factor=32.0), {}),  # which transformers does read
+        (gguf(type="linear", factor=4.0), {"rope_type": "linear", "factor": 4.0}),
+        (
+            gguf("qwen2", type="yarn", factor=4.0, original_context_length=64, finetuned=True),
+            YARN,
+        ),
+    ],
 )
-def test_scaled_angles_of_a_gguf_file_are_refused_where_transformers_leaves_them_out(
-    metadata, tensors
-):
-    """They used to be computed without the scaling, unnoticed."""
+def test_scaled_angles_of_a_gguf_file_are_those_of_transformers(metadata, expected):
+    assert gguf_angles(metadata, None, ("output.weight",), "model.gguf") == expected
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_llama_3s_rule_is_found_by_what_it_divides_frequencies_by(factor):
+    rule = {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=1,
+        max_position_embeddings=1 << 17,
+        rope_parameters={**rule, "rope_theta": 500000.0},
+    )
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 500000.0 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    factors = (plain / scaled).tolist()
+    assert len({round(each, 3) for each in factors}) > 3
+    assert gguf_angles(gguf(), factors, (), "model.gguf") == rule
+
+
+@pytest.mark.parametrize(
+    ("metadata", "factors", "tensors"),
+    [
+        (gguf(type="yarn", factor=4.0), None, ()),
+        (gguf("gemma3", type="linear", factor=8.0), None, ()),  # of some layers only
+        (gguf("deepseek2", type="yarn", factor=4.0, original_context_length=64), None, ()),
+        (gguf(type="linear", factor=8.0, attn_factor=2.0), None, ()),
+        (gguf("phi3"), None, ("rope_factors_long.weight", "rope_factors_short.weight")),
+        (gguf(), [1.0, 3.0, 2.0, 8.0], ()),
+        (gguf(), [1.0, float("inf")], ()),
+        (gguf(), [], ()),
+        (gguf("chatglm"), [1.0], ()),
+    ],
+)
+def test_other_scaling_of_a_gguf_file_is_refused(metadata, factors, tensors):
+    """It used to be left out, unnoticed."""
     with pytest.raises(UnsupportedModel, match="run it in llama"):
-        check_gguf_angles({"general.architecture": "llama", **metadata}, tensors, "model.gguf")
+        gguf_angles(metadata, factors, tensors, "model.gguf")
 
 
-def test_other_gguf_files_are_read():
-    check_gguf_angles({"general.architecture": "llama"}, ("output.weight",), "model.gguf")
-    none = {"general.architecture": "llama", "llama.rope.scaling.type": "none"}
-    check_gguf_angles(none, (), "model.gguf")
-    own = {"general.architecture": "gpt-oss", "gpt-oss.rope.scaling.type": "yarn"}
-    check_gguf_angles(own, (), "model.gguf")  # which transformers does read
-
-
-def test_a_gguf_file_is_refused_before_its_weights_are_read(tmp_path, monkeypatch):
+def test_a_gguf_file_is_refused_before_its_weights_are_read(tmp_path):
     """In llama.cpp it runs; only what transformers would build is checked."""
     found = find_checkpoint(str(tiny_gguf(tmp_path / "model.gguf")), root=tmp_path)
     found.check_buildable()
-    assert found.gguf_header is not None
+    assert found.gguf is not None and found.gguf_header is not None
     scaled = {**found.gguf_header.metadata, "llama.rope.scaling.type": "yarn"}
     header = replace(found.gguf_header, metadata=scaled)
-    monkeypatch.setattr(type(found), "gguf_header", header)
+    found = replace(found, gguf=replace(found.gguf, header=header))
     with pytest.raises(UnsupportedModel, match="yarn"):
         found.check_buildable()

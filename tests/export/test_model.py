@@ -145,6 +145,32 @@ def test_llama_3_scaling_of_rope_is_a_tensor_of_divisors(tmp_path):
     assert divisors == pytest.approx([1.0, between] + [8.0] * 6, rel=1e-5)
 
 
+SCALED = {
+    "linear": {"factor": 4.0},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_scaled_angles_read_back_with_the_same_logits(tmp_path, kind):
+    rope = {"rope_type": kind, "rope_theta": 10000.0, **SCALED[kind]}
+    longest = 1 << 14
+    small = llama(tmp_path / "small", rope_parameters=rope, max_position_embeddings=longest)
+    unscaled = {"rope_type": "default", "rope_theta": 10000.0}
+    plain = llama(tmp_path / "plain", rope_parameters=unscaled, max_position_embeddings=longest)
+    written = export(small, tmp_path / "small.gguf", dtype="F32")
+    assert (logits(small) - logits(plain)).abs().max() > 1e-3
+    torch.testing.assert_close(logits(written.path), logits(small), rtol=0, atol=1e-5)
+    found = find_checkpoint(str(written.path), root=tmp_path)
+    found.check_buildable()
+    assert found.config.rope_parameters == rope
+
+
 @pytest.mark.slow
 def test_the_shipped_anti_expert_reads_back_as_it_was(tmp_path):
     original = find_checkpoint(f"{SMOL}/anti-expert", root=tmp_path)

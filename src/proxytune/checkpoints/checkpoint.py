@@ -27,10 +27,15 @@ from proxytune.checkpoints.config_limits import (
     token_ids,
     values_of,
 )
-from proxytune.checkpoints.context import check_gguf_angles, max_context
+from proxytune.checkpoints.context import max_context
 from proxytune.checkpoints.conversion import convert_small_files, convert_weights
 from proxytune.checkpoints.faults import fault_text, faults_as, is_fault, is_panic, shown
-from proxytune.checkpoints.gguf_parts import GgufModel, check_types, read_gguf_model
+from proxytune.checkpoints.gguf_parts import (
+    GgufModel,
+    check_types,
+    read_gguf_model,
+    scaled_angles,
+)
 from proxytune.checkpoints.headers import (
     GGUF_ADDED,
     SAFETENSORS_DTYPES,
@@ -346,12 +351,13 @@ class Checkpoint:
         """Check that transformers can build the model, in memory that its stored tensors account for.
 
         Raises:
-            UnsupportedModel: It cannot be built, or a GGUF file's tensor cannot be unpacked.
+            UnsupportedModel: It cannot be built, or a GGUF file's tensor cannot be unpacked, or its rotary
+                angles are scaled in an unknown way.
             CorruptModel: Its config needs far more memory than its tensors.
         """
-        if self.gguf_header is not None:
-            check_gguf_angles(self.gguf_header.metadata, self.gguf_header.tensors, self.name)
-            check_types(self.gguf_header, self.name)
+        if self.gguf is not None:
+            scaled_angles(self.gguf)
+            check_types(self.gguf.header, self.name)
         _ = self._empty_model
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from proxytune.errors import UnsupportedModel
@@ -12,6 +13,13 @@ _STRETCHED = ("linear", "dynamic", "yarn", "longrope", "su")
 
 Llama 3's is not among them: it rescales slow frequencies only, and models state the length they hold.
 """
+
+
+_YARN = frozenset({"type", "factor", "original_context_length"})
+"""What a GGUF file says of YaRN where it leaves the rest as published."""
+
+_GGUF_ARCHITECTURES = frozenset({"llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe"})
+"""Those whose layers all have the same angles, and whose scaling llama.cpp and transformers know alike."""
 
 
 def rope_scalings(config: Any) -> list[Mapping[str, Any]]:
@@ -36,22 +44,83 @@ def depends_on_length(kind: Any) -> bool:
     return kind in ("longrope", "su") or "dynamic" in str(kind)
 
 
-def check_gguf_angles(metadata: Mapping[str, Any], tensors: Collection[str], name: str) -> None:
-    """Check that transformers computes the rotary angles that a GGUF file asks for.
+def gguf_angles(
+    metadata: Mapping[str, Any],
+    factors: Sequence[float] | None,
+    tensors: Collection[str],
+    name: str,
+) -> dict[str, Any]:
+    """Return the rotary parameters that a GGUF file scales its angles by, which transformers does not read.
+
+    Args:
+        metadata: The file's.
+        factors: What it divides each frequency by (`rope_freqs.weight`); None for no such tensor.
+        tensors: The names of its tensors.
+        name: What errors call it.
+
+    Returns:
+        Parameters of transformers, without the base of the frequencies; empty if nothing is scaled.
 
     Raises:
-        UnsupportedModel: The file scales them, and transformers leaves that out.
+        UnsupportedModel: It scales them in a way that is not known here.
     """
     architecture = metadata.get("general.architecture")
-    kind = metadata.get(f"{architecture}.rope.scaling.type") or "none"
-    if "rope_freqs.weight" in tensors:
-        kind = "llama3"
-    if kind != "none" and architecture != "gpt-oss":
-        raise UnsupportedModel(
-            f"{name} scales its rotary embeddings ({kind}), which transformers does not read from a GGUF "
-            "file, so it would compute other angles.\n"
-            "hint: run it in llama.cpp (llama_cpp in the recipe), or take the model's safetensors"
-        )
+    scaling = f"{architecture}.rope.scaling."
+    given = {
+        key.removeprefix(scaling): metadata[key] for key in metadata if key.startswith(scaling)
+    }
+    kind = given.get("type", "none")
+    if architecture == "gpt-oss":  # which transformers does read
+        return {}
+    is_known = architecture in _GGUF_ARCHITECTURES
+    if factors is not None and kind == "none":
+        if is_known and (found := _llama3(metadata, factors)):
+            return found
+        kind = "factors for single frequencies"
+    elif any(tensor.startswith("rope_factors_") for tensor in tensors):
+        kind = "longrope"
+    elif kind == "none":
+        return {}
+    elif is_known and kind == "linear" and given.keys() == {"type", "factor"}:
+        return {"rope_type": "linear", "factor": float(given["factor"])}
+    elif is_known and kind == "yarn" and given.keys() - {"finetuned"} == _YARN:
+        original = int(given["original_context_length"])
+        return {
+            "rope_type": "yarn",
+            "factor": float(given["factor"]),
+            "original_max_position_embeddings": original,
+        }
+    raise UnsupportedModel(
+        f"{name} scales its rotary embeddings ({kind!s:.40}) in a way that transformers does not read from "
+        "a GGUF file, so it would compute other angles.\n"
+        "hint: run it in llama.cpp (llama_cpp in the recipe), or take the model's safetensors"
+    )
+
+
+def _llama3(metadata: Mapping[str, Any], factors: Sequence[float]) -> dict[str, Any] | None:
+    """Return the parameters of Llama 3's rule if it gives these factors; None if it does not.
+
+    Of the rule's four numbers, llama.cpp's files keep only what comes out. All Llama 3 models share three of
+    them, and the fourth is the factor of the slowest frequency.
+    """
+    architecture = metadata.get("general.architecture")
+    theta = metadata.get(f"{architecture}.rope.freq_base", 10000.0)
+    low, high, original, factor = 1.0, 4.0, 8192, max(factors, default=0.0)
+    if not (theta > 0 and 1 <= factor < math.inf):
+        return None
+    factor = round(factor, 3)  # it was divided in float32
+    for index, given in enumerate(factors):
+        turns = original * theta ** (-index / len(factors)) / (2 * math.pi)
+        smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
+        if not math.isclose(given, 1 / ((1 - smooth) / factor + smooth), rel_tol=1e-4):
+            return None
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
 
 
 def max_context(config: Any) -> int | None:

@@ -12,10 +12,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from proxytune.checkpoints.config_limits import check_gguf_metadata
 from proxytune.checkpoints.faults import faults_as
-from proxytune.checkpoints.gguf_parts import GgufModel, joined_bytes, write_joined
+from proxytune.checkpoints.gguf_parts import GgufModel, joined_bytes, scaled_angles, write_joined
 from proxytune.checkpoints.headers import find_weight_files, read_safetensors_header
 from proxytune.checkpoints.pre_tokenizers import BYTE_LEVEL, cut_by, cutting_rule
 from proxytune.errors import CorruptModel, ModelNotFound, UnsupportedModel
@@ -37,7 +38,7 @@ def _conversion_key(digest: str) -> str:
     """
     import transformers
 
-    return hashlib.sha256(f"2 {transformers.__version__} {digest}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"3 {transformers.__version__} {digest}".encode()).hexdigest()[:32]
 
 
 def build_once(
@@ -80,6 +81,9 @@ def convert_small_files(model: GgufModel) -> Path:
     rule = None
     if header.metadata.get("tokenizer.ggml.model") == BYTE_LEVEL:
         rule = cutting_rule(header.metadata.get("tokenizer.ggml.pre"), str(path))
+    angles: dict[str, Any] = {}
+    with contextlib.suppress(UnsupportedModel):  # llama.cpp may run it all the same
+        angles = scaled_angles(model)
 
     def build(part: Path) -> None:
         from transformers import AutoConfig, AutoTokenizer
@@ -96,10 +100,13 @@ def convert_small_files(model: GgufModel) -> Path:
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             if rule is not None:
                 cut_by(tokenizer.backend_tokenizer, rule)
+        if angles:
+            config.rope_parameters = {**config.rope_parameters, **angles}
         config.save_pretrained(part)
         tokenizer.save_pretrained(part)
 
-    target = cache_directory() / "gguf" / _conversion_key(header.digest)
+    key = _conversion_key(" ".join([header.digest, *map(str, angles.values())]))
+    target = cache_directory() / "gguf" / key
     return build_once(target, build, is_whole=lambda: (target / "config.json").is_file())
 
 

@@ -13,8 +13,9 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from proxytune.checkpoints.context import gguf_angles
 from proxytune.checkpoints.headers import GgufHeader, StoredTensor, read_gguf_header
 from proxytune.errors import CorruptModel, UnsupportedModel, pip_install
 
@@ -32,6 +33,9 @@ _READABLE = frozenset(
 
 _SCALED_ELSEWHERE = frozenset({"NVFP4"})
 """Types whose values lack a factor that is a tensor of its own, which only llama.cpp applies."""
+
+ROTARY_FACTORS = "rope_freqs.weight"
+"""The tensor by whose elements llama.cpp divides rotary frequencies."""
 
 _CHUNK_ELEMENTS = 1 << 24
 """Maximum number of values that are unpacked at once."""
@@ -100,6 +104,31 @@ def read_gguf_model(path: Path) -> GgufModel:
     return GgufModel(headers, replace(first, tensors=tensors, digest=digest, places={}))
 
 
+def rotary_factors(model: GgufModel) -> list[float] | None:
+    """Return what a model divides each rotary frequency by; None if it has no such factors.
+
+    Raises:
+        CorruptModel: They cannot be read.
+    """
+    for file, header in model.parts.items():
+        tensor = header.tensors.get(ROTARY_FACTORS)
+        if tensor is None:
+            continue
+        first, num_bytes = header.places[ROTARY_FACTORS]
+        if tensor.dtype != "float32" or num_bytes != 4 * tensor.num_elements or num_bytes > 1 << 16:
+            raise CorruptModel(
+                f"{file}: {ROTARY_FACTORS} holds {tensor.num_elements:,} numbers of the type {tensor.dtype}, "
+                "and must hold a float32 for each frequency.\nhint: convert the model again"
+            )
+        try:
+            with file.open("rb") as data:
+                data.seek(first)
+                return list(struct.unpack(f"<{tensor.num_elements}f", data.read(num_bytes)))
+        except (OSError, struct.error) as error:
+            raise CorruptModel(f"{file} cannot be read: {error}") from error
+    return None
+
+
 def _part_files(path: Path, num_parts: int) -> list[Path]:
     """Return the files of a split model, the first one first; all of them are there."""
     named = _PART.fullmatch(path.name)
@@ -118,6 +147,13 @@ def _part_files(path: Path, num_parts: int) -> list[Path]:
             + ".\nhint: copy or download all parts into one directory"
         )
     return files
+
+
+def scaled_angles(model: GgufModel) -> dict[str, Any]:
+    """Return the rotary parameters that a model scales its angles by; see `gguf_angles`."""
+    header = model.header
+    factors = rotary_factors(model)
+    return gguf_angles(header.metadata, factors, header.tensors, str(model.path))
 
 
 def check_types(header: GgufHeader, name: str) -> None:
