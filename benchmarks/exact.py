@@ -131,7 +131,12 @@ def tables(result: dict[str, Any]) -> str:
     lines = [f"| dtype | | {' | '.join(RUNS)} |", "| --- | --- |" + " ---: |" * len(RUNS)]
     for dtype, found in result["counts"].items():
         for mode, runs in found.items():
-            cells = [f"{one['parted']} ({one['rounded_otherwise']})" for one in runs.values()]
+            cells = [
+                f"{runs[name]['parted']} ({runs[name]['rounded_otherwise']})"
+                if name in runs
+                else "not measured"
+                for name in RUNS
+            ]
             lines.append(f"| {dtype} | {mode} | {' | '.join(cells)} |")
     lines += ["", f"| work | {' | '.join(result['costs'])} |"]
     lines += ["| --- |" + " ---: |" * len(result["costs"])]

@@ -1,4 +1,4 @@
-"""What is found when an architecture is tried: `examine` one, `examine_all` in processes.
+"""What is found when an architecture is tried: `examine` one, `examining` many.
 
     python -m tests.architectures.sweep mamba gemma3_text      try these, and print what was found
     python -m tests.architectures.sweep --write                try every one, and write results.json
@@ -17,6 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -107,13 +108,15 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}"
 
 
-def examine_all(architectures: Sequence[str]) -> dict[str, Future[Found]]:
+@contextmanager
+def examining(architectures: Sequence[str]) -> Iterator[dict[str, Future[Found]]]:
     """Examine each, as many at once as there are cores."""
     # Models this small gain nothing from further threads, and processes that share cores lose by them.
     pool = ProcessPoolExecutor(os.cpu_count() or 1, get_context("spawn"), _prepare)
-    found = {name: pool.submit(examine, name) for name in architectures}
-    pool.shutdown(wait=False)
-    return found
+    try:
+        yield {name: pool.submit(examine, name) for name in architectures}
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _prepare() -> None:
@@ -170,12 +173,12 @@ def main(arguments: Sequence[str]) -> None:
     from tests.architectures.models import every_architecture
 
     names = [word for word in arguments if not word.startswith("-")] or every_architecture()
-    futures = examine_all(names)
-    for future in as_completed(futures.values()):
-        found = future.result()
-        print(*shown(found), sep="\n", flush=True)
-        if "--write" in arguments:
-            write([found])
+    with examining(names) as futures:
+        for future in as_completed(futures.values()):
+            found = future.result()
+            print(*shown(found), sep="\n", flush=True)
+            if "--write" in arguments:
+                write([found])
 
 
 if __name__ == "__main__":

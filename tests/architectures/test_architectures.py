@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 
 import pytest
 import transformers
 
 from tests.architectures.models import every_architecture
-from tests.architectures.sweep import RESULTS, Found, examine, examine_all, results_of, shown
+from tests.architectures.sweep import RESULTS, Found, examine, examining, results_of, shown
 from tests.architectures.tables import FAULTS, NOT_BUILT, REFUSED
 
 QUICK = (
@@ -42,10 +41,16 @@ whole = pytest.mark.skipif(not IS_WHOLE, reason="of the whole sweep: make test-a
 
 
 @pytest.fixture(scope="module")
-def found() -> Callable[[str], Found]:
+def found(request) -> Iterator[Callable[[str], Found]]:
     """Return what tells what was found about an architecture; the whole sweep has a process per core."""
-    futures: dict[str, Future[Found]] = examine_all(TYPES) if IS_WHOLE else {}
-    return lambda name: futures[name].result() if IS_WHOLE else examine(name)
+    if not IS_WHOLE:
+        yield examine
+        return
+    users = [item for item in request.session.items if "found" in item.fixturenames]
+    picked = [getattr(item, "callspec", None) for item in users]
+    names = TYPES if None in picked else [one.params["name"] for one in picked]
+    with examining(names) as futures:
+        yield lambda name: futures[name].result()
 
 
 @pytest.mark.parametrize("name", TYPES)

@@ -212,7 +212,7 @@ def test_heads_of_an_odd_size_get_the_same_bits_in_every_buffer():
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=4,
         head_dim=6,
         initializer_range=0.3,
     )

@@ -6,8 +6,9 @@ Every builder is deterministic in its seed. The tokenizer reads any text: its fi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -157,11 +158,17 @@ def tiny_model(
 
 
 def tiny_adapter(
-    model_directory: Path, directory: Path, *, seed: int = 0, rank: int = 2, alpha: int = 4
+    model_directory: Path,
+    directory: Path,
+    *,
+    seed: int = 0,
+    rank: int = 2,
+    alpha: int = 4,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
     """Write a random LoRA adapter on the attention of a tiny model and return its directory.
 
-    Both factors are random, so the adapter changes every logit.
+    Both factors are random, so the adapter changes every logit. `more` are other options of PEFT's config.
     """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -174,13 +181,15 @@ def tiny_adapter(
         target_modules=["c_attn"] if is_gpt2 else ["q_proj", "v_proj"],
         fan_in_fan_out=is_gpt2,
         task_type="CAUSAL_LM",
+        **more,
     )
     adapted = get_peft_model(model, lora)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(0.5 * noise if "lora_" in name else parameter + 0.1 * noise)
     adapted.save_pretrained(directory)
     return directory
 

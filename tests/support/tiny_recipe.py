@@ -16,6 +16,16 @@ from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams
 from tests.support.tiny import NUM_TOKENS, tiny_adapter, tiny_model, tiny_tokenizer
 
+MORE: dict[str, dict[str, Any]] = {
+    "two": {
+        "use_dora": True,
+        "modules_to_save": ["norm", "lm_head"],
+        "trainable_token_indices": [97, 101],
+    },
+    "three": {"bias": "lora_only"},
+}
+"""What adapters of the recipe are beyond LoRA on linear layers, in PEFT's words."""
+
 
 def tiny_recipe(place: Path) -> Path:
     """Write the recipe and its models into a directory, and return it."""
@@ -29,7 +39,7 @@ def tiny_recipe(place: Path) -> Path:
         place / "gpt", "gpt2", width=NUM_TOKENS + 2, hidden_size=64, seed=4, max_context=192, **own
     )
     for seed, (small, name) in enumerate((("llama", "one"), ("llama", "two"), ("gpt", "three"))):
-        tiny_adapter(place / small, place / name, seed=seed)
+        tiny_adapter(place / small, place / name, seed=seed, more=MORE.get(name, {}))
     llama, gpt = ModelSpec(model="llama"), ModelSpec(model="gpt")
     experts = (
         ExpertSpec("mixed", gpt, ModelSpec(model="qwen"), 0.3),

@@ -21,6 +21,7 @@ def toy_load(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     key_env: None = None,
+    exact: bool = False,
 ) -> ProxyTuned:
     """Stand in for `ProxyTuned.load`: endless texts, in which every earlier token matters a little."""
     if experts is not None:

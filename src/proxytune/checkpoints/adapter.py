@@ -184,7 +184,6 @@ class AdapterFiles:
     def _problems(self, small: Checkpoint) -> list[str]:
         if not self.tensors:
             return []
-        # Names first: a model of another family has none of them, and its patterns need not be matched.
         problems: list[str] = []
         for module, change in self.changes(small).items():
             if module not in small.layout.parameters:

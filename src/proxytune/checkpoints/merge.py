@@ -192,6 +192,9 @@ def _loaded(
         return LoadedProduct(tensors[named.down].float(), tensors[named.up].float(), named.scale)
 
     bias, rows = read(change.product_bias), read(change.token_rows)
+    if bias is not None:
+        outputs = layout.parameters[module]["weight"][1 if module in layout.inputs_first else 0]
+        bias = with_rows_of(torch.zeros(outputs), bias)
     ids = torch.tensor(change.token_ids, dtype=torch.long)
     if rows is not None:
         # Rows beyond the model's belong to tokens that only the adapter's tokenizer has.

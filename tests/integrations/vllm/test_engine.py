@@ -148,6 +148,21 @@ def test_a_prompt_that_the_models_read_differently_is_refused(served, recipe, tm
     model.alone(1).job(Request([{"role": "user", "content": "Who?"}]))
 
 
+def test_an_expert_with_a_token_of_its_own_steers_and_does_not_answer_by_itself(recipe, tmp_path):
+    """vLLM's rows hold the base's tokens, and the expert could end its answer with its own."""
+    own = tiny_tokenizer()
+    own.add_special_tokens({"pad_token": "<pad>"})
+    tiny_model(tmp_path / "small", width=NUM_TOKENS + 1, hidden_size=128, tokenizer=own)
+    base = ModelSpec(model=str(recipe.directory / "base"))
+    pair = ExpertSpec("padded", ModelSpec(model="small"), ModelSpec(same_as="base"))
+    written = Recipe(base, (pair,), directory=tmp_path).write(tmp_path)
+    model = load_in_vllm(written, dtype="float32", options=OPTIONS)
+    sampling = SamplingParams(max_new_tokens=8)
+    model.job(Request("a text", sampling))
+    with pytest.raises(UnsupportedModel, match="cannot answer by itself"):
+        model.alone(1).job(Request("a text", sampling))
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

@@ -603,6 +603,7 @@ def test_a_file_for_llama_cpp_and_another_vocabulary_are_refused(tiny, tmp_path)
         ({"load_format": "tensorizer"}, "load_format is 'tensorizer'"),
         ({"enable_prompt_embeds": True}, "prompt embeddings"),
         ({"enable_lora": True}, "enable_lora"),
+        ({"prefill_context_parallel_size": 2}, "the rows of one rank"),
         ({"additional_config": {"proxytune": {"expert": ["one"]}}}, "proxytune.expert"),
         ({"additional_config": {"proxytune": {"experts": ["ones"]}}}, "no expert 'ones'"),
     ],

@@ -248,7 +248,8 @@ def _changes(name: str, base: Any, own: ModuleWeights, dtype: torch.dtype) -> li
         return [_Own(_own_module(name, base, own))]
     steps: list[_Change] = []
     is_lookup = isinstance(base, nn.Embedding)
-    bias: Tensor | None = getattr(base, "bias", None)
+    has_bias = getattr(base, "bias", None) is not None
+    bias = _value(name, base, "bias") if has_bias else None
     like = _like(base, dtype)
     down = up = gain = None
     if own.product is not None:
@@ -279,6 +280,7 @@ def _changes(name: str, base: Any, own: ModuleWeights, dtype: torch.dtype) -> li
     if own.token_ids is not None and own.token_rows is not None and len(own.token_ids):
         num_tokens = base.num_embeddings if is_lookup else None
         ids, rows = own.token_ids.to(like.device), (own.token_rows * scale).to(like)
+        bias = None if bias is None else bias.to(like)
         steps.append(_Tokens(ids, rows, num_tokens=num_tokens, bias=bias))
     return steps
 

@@ -228,6 +228,11 @@ class VllmEngine:
             raise InvalidRequest(f"vLLM's answers here cannot be cancelled.\nhint: {_LOCAL}")
         _check_sampling(job.sampling)
         first = ensemble.members[0]
+        if not ensemble.pairs and first.alignment.kind == "added":
+            raise UnsupportedModel(
+                f"{first.name} has other added tokens than the base, and vLLM's rows hold the base's tokens, "
+                f"so {first.name} cannot answer by itself.\nhint: {_LOCAL}"
+            )
         for index in members_of(ensemble, job)[1:]:
             member, own = ensemble.members[index], job.prompts[index]
             if list(own) != member.own_ids(_base_ids(first, job.prompts[0])):
