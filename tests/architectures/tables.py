@@ -118,7 +118,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 """Options of configs by model type, over those of `shrink.py`; also for a config inside another."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "dory: last loop's keys": {"recurrent_kv_cache_mode": "last_loop"},
     "falcon: ALiBi": {"alibi": True},
     "falcon: new decoder": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "gemma4_text: experts": {

@@ -195,7 +195,7 @@ def llama_cpp_tokens(path: Path, texts: tuple[str, ...]) -> list[list[int]]:
 
 
 def test_every_rule_gives_the_tokens_of_llama_cpp(tmp_path):
-    """Digits, spaces, line ends, contractions, other scripts, emoji: 18 texts under 76 names."""
+    """Digits, spaces, line ends, contractions, other scripts, emoji: 18 texts under every name."""
     import gguf
     from tokenizers import Tokenizer, models
 

@@ -1,9 +1,10 @@
 """Quantised models on a CPU: the identities of exactness, within what the quantiser made of the weights.
 
 Needs torchao and bitsandbytes: `make test-quantized` installs them into an environment of its own.
-Weight-only quantisers leave activations alone, so rows keep to themselves and two paths part only at a tie
-of 1e-3, as without them; no test here meets one. bitsandbytes with 8 bits also rounds activations, so a
-difference of 1e-6 can grow to a step of that rounding.
+torchao's weight-only quantisers leave activations alone, so two paths part only at a tie of 1e-3, as without
+them; no test here meets one. bitsandbytes rounds activations: to bfloat16 for some numbers of rows with 4
+bits, where the processor multiplies that, and to 8 bits with 8. There a difference of 1e-6 can grow to a step
+of that rounding (benchmarks/quantized.py measures 0.06 and 0.2).
 """
 
 from __future__ import annotations
@@ -45,13 +46,18 @@ INT4_UNPACKED = {
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 # With a threshold, bitsandbytes looks for outliers in all rows of a batch together.
 EIGHT_BITS = {"load_in_8bit": True, "llm_int8_threshold": 0.0}
-WEIGHT_ONLY = {"int8": INT8, "int4": INT4, "int4-unpacked": INT4_UNPACKED, "nf4": NF4}
-KINDS = {**WEIGHT_ONLY, "bnb-8bit": EIGHT_BITS}
+KINDS = {
+    "int8": INT8,
+    "int4": INT4,
+    "int4-unpacked": INT4_UNPACKED,
+    "nf4": NF4,
+    "bnb-8bit": EIGHT_BITS,
+}
 
 PROMPTS = ("the", "in the end there was", "Zoë 🙂", "an otter ran into the rain again")
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True, logprobs=2)
 SAMPLED = SamplingParams(max_new_tokens=12, ignore_eos=True, logprobs=2, temperature=0.9, seed=5)
-TIE = {name: 1e-3 for name in WEIGHT_ONLY} | {"bnb-8bit": 0.5}
+TIE = {"int8": 1e-3, "int4": 1e-3, "int4-unpacked": 1e-3, "nf4": 0.1, "bnb-8bit": 0.5}
 """How far apart two candidates may be, in nats, where two paths part. The logits reach 15."""
 
 
@@ -132,8 +138,8 @@ def test_strength_0_is_what_transformers_generates_with_the_same_quantisation(mo
 
 @pytest.mark.parametrize(
     ("kind", "sampling"),
-    # A drawn token says nothing about how close another was, so only greedy texts show what 8 bits do.
-    [*((k, s) for k in WEIGHT_ONLY for s in ("greedy", "sampled")), ("bnb-8bit", "greedy")],
+    # A drawn token says nothing about how close another was, so only greedy texts show what rounding does.
+    [*((kind, "greedy") for kind in KINDS), *((kind, "sampled") for kind in ("int8", "int4"))],
 )
 def test_batches_and_drafts_change_nothing_but_ties(models, kind, sampling):
     sampling = {"greedy": GREEDY, "sampled": SAMPLED}[sampling]
@@ -153,7 +159,7 @@ def test_batches_and_drafts_change_nothing_but_ties(models, kind, sampling):
         together = model.generate_batch(requests, **options)
         pairs = zip(alone, together, strict=True)
         parted += [agree(one, other, TIE[kind]) for one, other in pairs].count(False)
-    assert parted <= (1 if kind == "bnb-8bit" else 0)
+    assert parted <= (1 if kind in ("nf4", "bnb-8bit") else 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
