@@ -34,7 +34,7 @@ test-architectures: setup ## Check every architecture that transformers builds, 
 TRANSFORMERS_TESTS := $(addprefix tests/,architectures backends/transformers checkpoints/test_checkpoint.py \
 	checkpoints/test_gguf_parts.py checkpoints/test_pre_tokenizers.py commands/test_explain.py data/test_batch.py \
 	decode/test_batch.py decode/test_join.py evaluate/test_speed.py integrations/test_transformers.py \
-	integrations/test_generate.py integrations/test_frozen.py loading measure/test_score.py recipe test_dependencies.py \
+	integrations/test_generate.py integrations/test_frozen.py loading measure/test_score.py recipe test_names_used.py \
 	test_exactness.py test_model.py test_smol.py text/test_prompts.py text/test_one_stream.py text/test_vocab.py tune/test_run.py)
 
 test-transformers-5.19: .venv-tf519/.installed ## Run quick tests with the oldest transformers that is supported

@@ -7,6 +7,7 @@ vLLM's releases are built for GPUs. The tests read their files, and nothing is i
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,10 @@ def main(version: str, target: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         wanted = ["--no-deps", "--only-binary=:all:", "--platform", PLATFORM, f"vllm=={version}"]
         quiet = ["--disable-pip-version-check", "--quiet", "--dest", folder]
-        subprocess.run([sys.executable, "-m", "pip", "download", *quiet, *wanted], check=True)
+        pip = [sys.executable, "-m", "pip"]
+        if importlib.util.find_spec("pip") is None:  # as where uv is installed instead
+            pip = ["uv", "tool", "run", "pip"]
+        subprocess.run([*pip, "download", *quiet, *wanted], check=True)
         (wheel,) = Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             names = [n for n in archive.namelist() if n.endswith((".py", ".json", "/METADATA"))]

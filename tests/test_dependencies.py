@@ -1,87 +1,83 @@
-"""Each name that the package takes from transformers, PEFT and TRL exists in the installed release.
-
-Those packages do not promise many of these names, which is why pyproject.toml has upper limits. With a newer
-release this says at once, and by name, what has moved; the other tests say what behaves otherwise.
-"""
+"""What the package imports is what pyproject.toml declares."""
 
 from __future__ import annotations
 
 import ast
-import importlib
-import importlib.util
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "src" / "proxytune"
-PACKAGES = ("transformers", "peft", "trl")
+tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+
+IMPORTED_AS = {"llama_cpp_python": "llama_cpp"}
+"""Packages whose import has another name."""
+
+USED_UNSEEN = {
+    "accelerate": "transformers places models on devices with it",
+    "pyarrow": "data/rows.py imports it by its name, with a hint where it is missing",
+}
+"""Declared and imported by no statement, and why they are declared."""
 
 
-def names_used(text: str) -> set[str]:
-    """Return the dotted names of foreign packages that a file imports, or reads from an imported package."""
-    tree = ast.parse(text)
-    found: set[str] = set()
-    packages: dict[str, str] = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            if node.module.partition(".")[0] in PACKAGES:
-                found |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.partition(".")[0] in PACKAGES:
-                    found.add(alias.name)
-                    packages[alias.asname or alias.name.partition(".")[0]] = (
-                        alias.name if alias.asname else alias.name.partition(".")[0]
-                    )
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Attribute)
-            and isinstance(node.value, ast.Name)
-            and node.value.id in packages
-        ):
-            found.add(f"{packages[node.value.id]}.{node.attr}")
+def names(requirements: list[str]) -> set[str]:
+    """Return what is imported of requirements; extras of this project itself bring nothing new."""
+    found = {re.split(r"[^\w.-]", text)[0].replace("-", "_").lower() for text in requirements}
+    return {IMPORTED_AS.get(name, name) for name in found - {"proxytune"}}
+
+
+def imports(source: str) -> Iterator[str]:
+    """Yield the packages that a module imports, wherever in it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield (node.module or "").partition(".")[0]
+
+
+def imported() -> dict[str, list[str]]:
+    """Return the files below src that import each package, this one and Python's own left out."""
+    found: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        for name in set(imports(path.read_text("utf-8"))) - sys.stdlib_module_names - {"proxytune"}:
+            found.setdefault(name, []).append(str(path.relative_to(ROOT)))
     return found
 
 
-def is_there(name: str) -> bool:
-    """Return whether a dotted name is a module, or something in one."""
-    module, _, last = name.rpartition(".")
-    if not module:
-        return importlib.util.find_spec(name) is not None
-    try:
-        owner = importlib.import_module(module)
-    except ImportError:
-        return False
-    if hasattr(owner, last):
-        return True
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ImportError:
-        return False
+def declared() -> set[str]:
+    """Return what a user can install with the package: without what developing it needs."""
+    extras = PROJECT["optional-dependencies"]
+    further = [extras[name] for name in extras if name not in {"dev", "docs"}]
+    return names([*PROJECT["dependencies"], *(text for extra in further for text in extra)])
 
 
-def test_names_of_a_file_are_found_however_they_are_imported():
-    text = (
-        "import transformers.utils.logging\nimport trl as t\nfrom peft.tuners import lora\n"
-        "from os import path\ndef f():\n    t.SFTTrainer(transformers.AutoConfig, path.join)\n"
-    )
-    assert names_used(text) == {
-        "transformers.utils.logging", "transformers.AutoConfig", "trl", "trl.SFTTrainer", "peft.tuners.lora",
-    }  # fmt: skip
+def test_imports_are_found_wherever_they_stand():
+    source = "import a.b, c\nfrom . import d\ndef f():\n    from e.g import h\n"
+    assert list(imports(source)) == ["a", "c", "e"]
 
 
-def test_a_name_that_moved_is_noticed():
-    assert is_there("transformers.cache_utils.DynamicCache")
-    assert not is_there("transformers.cache_utils.DynamicCash")
-    assert not is_there("transformers.no_such_module.DynamicCache")
+def test_requirements_are_read_by_name():
+    assert names(["A-b>=1", "c_d[extra]>=2,<3; python_version < '4'", "llama-cpp-python"]) == {
+        "a_b",
+        "c_d",
+        "llama_cpp",
+    }
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_every_name_that_is_used_exists(package):
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed here")
-    used = {name for file in SOURCE.rglob("*.py") for name in names_used(file.read_text())}
-    own = {name for name in used if name.partition(".")[0] == package}
-    assert len(own) > 3, own
-    missing = sorted(name for name in own if not is_there(name))
-    assert not missing, f"{package} {importlib.import_module(package).__version__} lacks {missing}"
+def test_every_library_that_is_imported_is_declared():
+    undeclared = {name: files for name, files in imported().items() if name not in declared()}
+    assert undeclared == {}, "a dependency of a dependency may be gone with its next release"
+
+
+def test_every_library_that_is_declared_is_imported_or_used_unseen():
+    assert declared() - set(imported()) == set(USED_UNSEEN)
+
+
+@pytest.mark.parametrize("extra", ["dev", "docs"])
+def test_what_the_package_imports_does_not_come_with_development_alone(extra):
+    assert not names(PROJECT["optional-dependencies"][extra]) & set(imported())

@@ -13,7 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from proxytune.checkpoints.checkpoint import find_checkpoint
 from proxytune.checkpoints.context import gguf_angles, max_context
-from proxytune.errors import UnsupportedModel
+from proxytune.errors import CorruptModel, UnsupportedModel
 from tests.checkpoints.test_checkpoint import edit_json
 from tests.support.tiny import tiny_gguf, tiny_model
 
@@ -134,6 +134,10 @@ def gguf(kind: str = "llama", **scaling: Any) -> dict[str, Any]:
         (gguf("gpt-oss", type="yarn", factor=32.0), {}),  # which transformers does read
         (gguf(type="linear", factor=4.0), {"rope_type": "linear", "factor": 4.0}),
         (
+            gguf(type="linear", factor=4.0, finetuned=False, original_context_length=64),
+            {"rope_type": "linear", "factor": 4.0},
+        ),
+        (
             gguf("qwen2", type="yarn", factor=4.0, original_context_length=64, finetuned=True),
             YARN,
         ),
@@ -172,8 +176,10 @@ def test_llama_3s_rule_is_found_by_what_it_divides_frequencies_by(factor):
         (gguf("gemma3", type="linear", factor=8.0), None, ()),  # of some layers only
         (gguf("deepseek2", type="yarn", factor=4.0, original_context_length=64), None, ()),
         (gguf(type="linear", factor=8.0, attn_factor=2.0), None, ()),
+        (gguf(type=["linear"], factor=8.0), None, ()),
         (gguf("phi3"), None, ("rope_factors_long.weight", "rope_factors_short.weight")),
         (gguf(), [1.0, 3.0, 2.0, 8.0], ()),
+        (gguf(type="yarn", factor=4.0, original_context_length=64), [8.0] * 4, ()),
         (gguf(), [1.0, float("inf")], ()),
         (gguf(), [], ()),
         (gguf("chatglm"), [1.0], ()),
@@ -183,6 +189,26 @@ def test_other_scaling_of_a_gguf_file_is_refused(metadata, factors, tensors):
     """It used to be left out, unnoticed."""
     with pytest.raises(UnsupportedModel, match="run it in llama"):
         gguf_angles(metadata, factors, tensors, "model.gguf")
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"type": "linear", "factor": "x"},
+        {"type": "linear", "factor": 0.0},
+        {"type": "linear", "factor": float("nan")},
+        {"type": "yarn", "factor": 4.0, "original_context_length": "abc"},
+    ],
+)
+def test_scaling_of_a_gguf_file_by_what_is_no_number_is_refused(scaling):
+    with pytest.raises(CorruptModel, match="must be a number above 0"):
+        gguf_angles(gguf(**scaling), None, (), "model.gguf")
+
+
+def test_a_gguf_file_with_factors_and_no_base_of_frequencies_is_refused():
+    broken = {**gguf(), "llama.rope.freq_base": "x"}
+    with pytest.raises(CorruptModel, match="freq_base"):
+        gguf_angles(broken, [1.0], (), "model.gguf")
 
 
 def test_a_gguf_file_is_refused_before_its_weights_are_read(tmp_path):

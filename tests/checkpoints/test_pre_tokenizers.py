@@ -117,6 +117,8 @@ def test_a_rule_that_is_not_known_is_refused_and_not_replaced(tmp_path):
     with pytest.raises(UnsupportedModel, match=r"'of-tomorrow' \(tokenizer\.ggml\.pre\)") as caught:
         find_checkpoint("a.gguf", root=tmp_path)
     assert "other tokens" in str(caught.value)
+    with pytest.raises(UnsupportedModel, match="pre-tokenizer 7"):
+        cutting_rule(7, "a file")
 
 
 def test_a_file_that_names_no_rule_is_cut_as_llama_cpp_cuts_it_and_doctor_says_so(tmp_path):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from proxytune.errors import UnsupportedModel
+from proxytune.errors import CorruptModel, UnsupportedModel
 
 _STRETCHED = ("linear", "dynamic", "yarn", "longrope", "su")
 """Kinds of scaling whose `factor` is how much longer than before texts may be.
@@ -63,6 +63,7 @@ def gguf_angles(
 
     Raises:
         UnsupportedModel: It scales them in a way that is not known here.
+        CorruptModel: A number is none, or is not above 0.
     """
     architecture = metadata.get("general.architecture")
     scaling = f"{architecture}.rope.scaling."
@@ -72,7 +73,15 @@ def gguf_angles(
     kind = given.get("type", "none")
     if architecture == "gpt-oss":  # which transformers does read
         return {}
-    is_known = architecture in _GGUF_ARCHITECTURES
+    numbers = {key: each for key, each in given.items() if key in _YARN and key != "type"}
+    numbers["freq_base"] = metadata.get(f"{architecture}.rope.freq_base", 1.0)
+    for key, each in numbers.items():
+        if not isinstance(each, int | float) or not 0 < each < math.inf:
+            raise CorruptModel(
+                f"{name}: {key} of its rotary embeddings is {each!r:.40}, and must be a number above 0.\n"
+                "hint: convert or download the model again"
+            )
+    is_known = architecture in _GGUF_ARCHITECTURES and (factors is None or kind == "none")
     if factors is not None and kind == "none":
         if is_known and (found := _llama3(metadata, factors)):
             return found
@@ -81,7 +90,11 @@ def gguf_angles(
         kind = "longrope"
     elif kind == "none":
         return {}
-    elif is_known and kind == "linear" and given.keys() == {"type", "factor"}:
+    elif (
+        is_known
+        and kind == "linear"
+        and _YARN >= given.keys() - {"finetuned"} >= {"type", "factor"}
+    ):
         return {"rope_type": "linear", "factor": float(given["factor"])}
     elif is_known and kind == "yarn" and given.keys() - {"finetuned"} == _YARN:
         original = int(given["original_context_length"])

@@ -16,7 +16,13 @@ from typing import Any
 
 from proxytune.checkpoints.config_limits import check_gguf_metadata
 from proxytune.checkpoints.faults import faults_as
-from proxytune.checkpoints.gguf_parts import GgufModel, joined_bytes, scaled_angles, write_joined
+from proxytune.checkpoints.gguf_parts import (
+    GgufModel,
+    check_types,
+    joined_bytes,
+    scaled_angles,
+    write_joined,
+)
 from proxytune.checkpoints.headers import find_weight_files, read_safetensors_header
 from proxytune.checkpoints.pre_tokenizers import BYTE_LEVEL, cut_by, cutting_rule
 from proxytune.errors import CorruptModel, ModelNotFound, UnsupportedModel
@@ -147,9 +153,11 @@ def convert_weights(model: GgufModel, *, small_files: Path) -> Path:
 
     Raises:
         CorruptModel: It cannot be read or converted.
+        UnsupportedModel: A tensor's type can only be run by llama.cpp.
         OutputFileError: The cache directory cannot be written.
     """
     path = model.path
+    check_types(model.header, str(path))
 
     def build(part: Path) -> None:
         import torch

@@ -19,7 +19,9 @@ from proxytune.checkpoints.context import gguf_angles
 from proxytune.checkpoints.headers import GgufHeader, StoredTensor, read_gguf_header
 from proxytune.errors import CorruptModel, UnsupportedModel, pip_install
 
-_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
+_PART = re.compile(
+    r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE
+)
 
 _FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
@@ -137,7 +139,10 @@ def _part_files(path: Path, num_parts: int) -> list[Path]:
             f"{path} is one of {num_parts} parts of a model, and parts are found by their names.\n"
             f"hint: name them as llama.cpp does, NAME-00001-of-{num_parts:05}.gguf and so on"
         )
-    names = [f"{named['stem']}-{n:05}-of-{num_parts:05}.gguf" for n in range(1, num_parts + 1)]
+    names = [
+        f"{named['stem']}-{n:05}-of-{num_parts:05}{named['suffix']}"
+        for n in range(1, num_parts + 1)
+    ]
     files = [path if name == path.name else path.with_name(name) for name in names]
     missing = [file.name for file in files if not file.is_file()]
     if missing:

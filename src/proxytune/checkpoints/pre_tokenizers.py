@@ -176,7 +176,7 @@ def cuts_by_default(metadata: Mapping[str, Any]) -> bool:
     return metadata.get("tokenizer.ggml.model") == BYTE_LEVEL and name == "default"
 
 
-def cutting_rule(name: str | None, file: str) -> CuttingRule:
+def cutting_rule(name: Any, file: str) -> CuttingRule:
     """Return the rule that a GGUF file names; llama.cpp's default for a file that names none.
 
     Args:
@@ -187,9 +187,9 @@ def cutting_rule(name: str | None, file: str) -> CuttingRule:
         UnsupportedModel: No rule with that name is known.
     """
     name = name or "default"
-    if name not in CUTTING_RULES:
+    if not isinstance(name, str) or name not in CUTTING_RULES:
         raise UnsupportedModel(
-            f"{file} names the pre-tokenizer {name[:80]!r} (tokenizer.ggml.pre), whose rule is not known "
+            f"{file} names the pre-tokenizer {name!r:.80} (tokenizer.ggml.pre), whose rule is not known "
             "here. Cut by another rule, the same text would become other tokens.\n"
             "hint: use the model's original safetensors with their tokenizer.json"
         )

@@ -119,6 +119,20 @@ class Engine(Protocol):
             UserError: It asks for what the engine cannot do; the message names it.
         """
 
+    def check_prompts(
+        self, ensemble: Ensemble, members: Sequence[int], prompts: Sequence[Sequence[int]]
+    ) -> None:
+        """Refuse prompts that the engine cannot give to these members.
+
+        Args:
+            ensemble: The models.
+            members: Which of them read a prompt.
+            prompts: The prompt of every member, in its own vocabulary.
+
+        Raises:
+            UserError: The members read it differently, and the engine has one prompt for all.
+        """
+
     def answers(self, ensemble: Ensemble, jobs: Sequence[Job]) -> Iterator[Answer]:
         """Yield the answers to jobs as they end.
 

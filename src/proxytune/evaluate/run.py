@@ -167,6 +167,12 @@ class _Answering:
     ) -> None:
         """Let predictors that share loaded models answer every benchmark and every task of lm-eval."""
         model = cache(load)  # on first use: an earlier run may have answered everything
+        if self.options.engine != "local":  # whose weights are read at the first answer
+            for work in works:
+                samples = list(work.samples(self.options.seed))
+                for predictor in predictors:
+                    speaker = Speaker(predictor, model(), self.options)
+                    speaker.check(speaker.requests(work.task, samples))
         for work in works:
             for predictor in predictors:
                 key = work.task.name, predictor.name

@@ -274,7 +274,8 @@ def score_passages(
 
     for (name, member), column in zip(sides.items(), losses, strict=False):
         model = ensemble.members[member]
-        lacks_a_token = model.own is not None and bool(np.isposinf(column).any())
+        lacks_tokens = model.alignment.kind == "added"
+        lacks_a_token = lacks_tokens and bool(np.isposinf(column).any())
         if model.backend.translation is None and not lacks_a_token:
             add(name, None, column)
     for (label, _), column in zip(strengths, losses[len(sides) :], strict=True):
@@ -363,6 +364,8 @@ def passage_losses(
             )
     sides = list(sides_of(ensemble.pairs).values()) if with_models else []
     if ensemble.engine is not None:
+        for passage in passages:
+            ensemble.engine.check_prompts(ensemble, needed, passage.prompts)
         return _engine_losses(ensemble, passages, sides, strengths, on_progress)
     num_sides = len(sides)
     collected: list[list[NDArray[np.float64]]] = [[] for _ in range(num_sides + len(strengths))]

@@ -144,11 +144,16 @@ def test_a_prompt_that_the_models_read_differently_is_refused(served, recipe, tm
     model.job(Request("a text"))
     with pytest.raises(UnsupportedModel, match="reads the prompt in another format"):
         model.job(Request([{"role": "user", "content": "Who?"}]))
+    with pytest.raises(UnsupportedModel, match="reads the prompt in another format"):
+        model.score_completions([([{"role": "user", "content": "Who?"}], "me")], alphas=(0.5,))
+    assert not is_started(model)
     # By itself it reads what it wants.
     model.alone(1).job(Request([{"role": "user", "content": "Who?"}]))
 
 
-def test_an_expert_with_a_token_of_its_own_steers_and_does_not_answer_by_itself(recipe, tmp_path):
+def test_an_expert_with_a_token_of_its_own_steers_and_does_not_answer_by_itself(
+    recipe, data, tmp_path
+):
     """vLLM's rows hold the base's tokens, and the expert could end its answer with its own."""
     own = tiny_tokenizer()
     own.add_special_tokens({"pad_token": "<pad>"})
@@ -161,6 +166,11 @@ def test_an_expert_with_a_token_of_its_own_steers_and_does_not_answer_by_itself(
     model.job(Request("a text", sampling))
     with pytest.raises(UnsupportedModel, match="cannot answer by itself"):
         model.alone(1).job(Request("a text", sampling))
+    # Nor does a benchmark's first predictor answer before the last one is refused.
+    options = EvalOptions(("gsm8k",), data_dir=data, max_new_tokens=6, engine="vllm")
+    with pytest.raises(UnsupportedModel, match="cannot answer by itself"):
+        evaluate(written, tmp_path / "out", options, load=lambda *_: model)
+    assert not is_started(model)
 
 
 @pytest.mark.parametrize(

@@ -233,9 +233,16 @@ class VllmEngine:
                 f"{first.name} has other added tokens than the base, and vLLM's rows hold the base's tokens, "
                 f"so {first.name} cannot answer by itself.\nhint: {_LOCAL}"
             )
-        for index in members_of(ensemble, job)[1:]:
-            member, own = ensemble.members[index], job.prompts[index]
-            if list(own) != member.own_ids(_base_ids(first, job.prompts[0])):
+        self.check_prompts(ensemble, members_of(ensemble, job), job.prompts)
+
+    def check_prompts(
+        self, ensemble: Ensemble, members: Sequence[int], prompts: Sequence[Sequence[int]]
+    ) -> None:
+        """Refuse prompts that the members read differently, as `Engine.check_prompts` says."""
+        first = ensemble.members[0]
+        for index in members:
+            member, own = ensemble.members[index], prompts[index]
+            if index and list(own) != member.own_ids(_base_ids(first, prompts[0])):
                 raise UnsupportedModel(
                     f"{member.name} reads the prompt in another format than {first.name}, and vLLM has one "
                     f"stream of tokens for all models.\nhint: {_LOCAL}, which renders a prompt for each model"
