@@ -49,6 +49,7 @@ def context(kind: str = "llama", **settings: Any) -> int | None:
             },
             1024,
         ),
+        # Models with longrope state the length they hold.
         (
             256,
             {"rope_type": "longrope", "original_max_position_embeddings": 64, **FACTORS},
@@ -62,7 +63,7 @@ def context(kind: str = "llama", **settings: Any) -> int | None:
                 "original_max_position_embeddings": 64,
                 **FACTORS,
             },
-            256,
+            64,
         ),
     ],
 )

@@ -8,10 +8,10 @@ from typing import Any
 
 from proxytune.errors import CorruptModel, UnsupportedModel
 
-_STRETCHED = ("linear", "dynamic", "yarn", "longrope", "su")
+_STRETCHED = ("linear", "dynamic", "yarn")
 """Kinds of scaling whose `factor` is how much longer than before texts may be.
 
-Llama 3's is not among them: it rescales slow frequencies only, and models state the length they hold.
+Llama 3's and longrope are not among them: their models state the length they hold. This is vLLM's rule, too.
 """
 
 

@@ -499,7 +499,7 @@ class _Examination:
             weight_bytes = element * num if found is None else found
             self._note_quantization(part, spec, checkpoint, weight_bytes)
         if adapter is not None:
-            # PEFT keeps the factors in float32 for training only; the loader takes the model's dtype.
+            # Factors that were trained in float32 run in the model's dtype.
             is_merged = adapter.why_merged(checkpoint) is not None
             added = num if is_merged else adapter.num_kept(checkpoint)
             weight_bytes += self._once(part, spec, adapter, element * added)

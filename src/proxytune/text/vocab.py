@@ -287,6 +287,7 @@ def align(base: Vocabulary, small: Vocabulary) -> Alignment:
         raise _mismatch(base, small)
     if not only_base and not only_small:
         return Alignment("permuted", base.width, small.width, num_shared, small_ids)
+    fallback = _separator(small)
     keeps_ids = torch.equal(in_base, in_small) and min(only_small, default=-1) >= num_shared
     return Alignment(
         "added",
@@ -294,24 +295,30 @@ def align(base: Vocabulary, small: Vocabulary) -> Alignment:
         small.width,
         num_shared,
         small_ids if only_base or not keeps_ids else None,
-        {i: _stand_in(i, base, small) for i in sorted(only_base) if small_ids[i] < 0},
+        {i: _stand_in(i, base, small, fallback) for i in sorted(only_base) if small_ids[i] < 0},
         tuple(i for i in sorted(only_small) if base_ids[i] < 0),
     )
 
 
-def _stand_in(token_id: int, base: Vocabulary, small: Vocabulary) -> int:
+def _stand_in(token_id: int, base: Vocabulary, small: Vocabulary, separator: int) -> int:
     """Return what a small model reads in place of a token that only the base has.
 
     The tokens that begin and end a text have counterparts. Other added tokens stand between parts of a text,
-    as a line break does, and no model has learnt to read its unknown token.
+    as a separator does, and no model has learnt to read its unknown token.
     """
     if token_id == base.eos_id and small.eos_id is not None:
         return small.eos_id
     if token_id == base.bos_id and small.bos_id is not None:
         return small.bos_id
-    breaks = (small.token_to_id[text] for text in _LINE_BREAKS if text in small.token_to_id)
-    fallback = min(small.token_to_id.values()) if small.eos_id is None else small.eos_id
-    return next(breaks, fallback)
+    return separator
+
+
+def _separator(small: Vocabulary) -> int:
+    """Return a model's line break, or what comes nearest to it."""
+    for text in _LINE_BREAKS:
+        if text in small.token_to_id:
+            return small.token_to_id[text]
+    return min(small.token_to_id.values()) if small.eos_id is None else small.eos_id
 
 
 @dataclass(frozen=True, eq=False)

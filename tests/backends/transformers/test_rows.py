@@ -10,6 +10,7 @@ import transformers
 
 from proxytune.backends.transformers import backend as backend_module
 from proxytune.backends.transformers.backend import TransformersBackend
+from proxytune.backends.transformers.lengthwise import Tokens
 from proxytune.backends.transformers.rows import RowsReader
 from proxytune.errors import UnsupportedModel
 
@@ -197,3 +198,22 @@ def test_a_model_that_reads_single_tokens_after_others_gets_single_tokens():
             for ids in (prompt, *([token] for token in tail)):
                 output = model(torch.tensor([ids]), use_cache=True, **{option: cache})
         torch.testing.assert_close(block[row, -1], output.logits[0, -1], **CLOSE)
+
+
+@pytest.mark.parametrize("num_logits", [1, 3, 0])
+def test_a_padded_row_is_asked_for_no_more_logits_than_are_shown(num_logits):
+    """Those of a whole prompt would take gigabytes."""
+    asked: list[tuple[int, int]] = []
+
+    def forward(tokens: Tokens) -> torch.Tensor:
+        count = tokens.num_logits or tokens.token_ids.shape[1]
+        asked.append((tokens.token_ids.shape[1], count))
+        return tokens.token_ids[:, -count:, None].float().expand(-1, -1, 4)
+
+    token_ids = torch.arange(1, 13).reshape(2, 6)
+    mask = torch.tensor([[1] * 6, [0] * 4 + [1] * 2])
+    reader = RowsReader(forward, object)
+    logits = reader.run(Tokens(token_ids, reader.new_cache(), mask, None, None, num_logits))
+    shown = num_logits or 6
+    assert asked == [(6, shown), (2, min(2, shown))]
+    assert logits[..., 0].tolist() == (token_ids * mask)[:, -shown:].tolist()

@@ -81,8 +81,8 @@ class TransformersBackend(Backend[TransformersState]):
     Args:
         model: A causal language model, or a PEFT model around one. It is put into evaluation mode.
         name: What errors call it.
-        adapters: Adapters that rows may be given, by their PEFT names, or a mapping from other names to
-            those.
+        adapters: Adapters that rows may be given, by the names that the model's layers have for them, or a
+            mapping from other names to those.
         recorder: Makes CUDA graphs of short forwards; None launches every kernel by itself.
         owns_model: Whether nobody else uses the model. Then at the first forward the weights of large layers
             are packed.
@@ -101,7 +101,7 @@ class TransformersBackend(Backend[TransformersState]):
         wrapped: Any = model
         self.model: Any = wrapped.get_base_model() if hasattr(wrapped, "peft_config") else wrapped
         self.model.eval()
-        self._peft_names = dict(
+        self._layer_names = dict(
             adapters if isinstance(adapters, Mapping) else {name: name for name in adapters}
         )
         speed_up_linear_layers(self.model)
@@ -157,6 +157,11 @@ class TransformersBackend(Backend[TransformersState]):
                 f"{self.name} is a {type(self.model).__name__} with {attention} attention, and CUDA graphs "
                 f"need plain attention in every layer ({' or '.join(GRAPH_ATTENTION)})\n"
                 "hint: leave cuda_graphs out"
+            )
+        if isinstance(self._reader, RowsReader):
+            raise UnsupportedModel(
+                f"{self.name} is a {type(self.model).__name__}, whose rows run one by one, and a CUDA graph "
+                "runs them together\nhint: leave cuda_graphs out"
             )
         if self._reader is not None:
             raise UnsupportedModel(
@@ -233,7 +238,7 @@ class TransformersBackend(Backend[TransformersState]):
             max_context=self._max_context,
             can_rewind=self._is_pure_attention,
             can_merge=self._can_merge,
-            adapters=tuple(self._peft_names),
+            adapters=tuple(self._layer_names),
             reuses_logits=self._graphs is not None,
             reuses_prompts=self._reader is None or self._reader.reuses_prompts,
             depends_on_length=isinstance(self._reader, LengthwiseReader),
@@ -462,9 +467,9 @@ class TransformersBackend(Backend[TransformersState]):
             state.compact()
 
     def _rows(self, adapters: Sequence[str | None] | None, num_rows: int) -> list[str]:
-        """Return PEFT's name for each row's adapter."""
-        names = checks.adapters_of(self.name, adapters, num_rows, self._peft_names)
-        return [PLAIN if name is None else self._peft_names[name] for name in names]
+        """Return the layers' name for each row's adapter."""
+        names = checks.adapters_of(self.name, adapters, num_rows, self._layer_names)
+        return [PLAIN if name is None else self._layer_names[name] for name in names]
 
 
 def _piece_size(num_rows: int) -> int:

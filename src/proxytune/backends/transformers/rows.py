@@ -175,12 +175,18 @@ class RowsReader:
                 continue
             is_token = tokens.attention_mask[row, -num_new:].bool()
             own = tokens.token_ids[row, is_token]
-            logits = self._run_row(tokens, row, own, 0) if len(own) else None
-            if logits is not None and len(own) < num_new:
-                padded = logits.new_zeros(1, num_new, logits.shape[-1])
-                padded[:, is_token] = logits
+            num_shown = tokens.num_logits or num_new
+            is_shown = is_token[-num_shown:]
+            num_own = int(is_shown.sum())
+            logits = None
+            if len(own):
+                # At least one: a model that is asked for none returns those of all tokens.
+                logits = self._run_row(tokens, row, own, max(num_own, 1))
+            if logits is not None and num_own < num_shown:
+                padded = logits.new_zeros(1, num_shown, logits.shape[-1])
+                padded[:, is_shown] = logits[:, logits.shape[1] - num_own :]
                 logits = padded
-            found.append(logits if logits is None else logits[:, -tokens.num_logits :])
+            found.append(logits)
         shown = next(logits for logits in found if logits is not None)
         return torch.cat([torch.zeros_like(shown) if each is None else each for each in found])
 
