@@ -388,8 +388,8 @@ class Checkpoint:
         return shapes
 
     @cached_property
-    def row_modules(self) -> frozenset[str]:
-        """Names of the modules that get the rows of a batch one by one; see `modules_of_rows`."""
+    def gets_rows(self) -> Mapping[str, bool]:
+        """Whether a module gets the rows of a batch one by one, by name; see `modules_of_rows`."""
         from proxytune.checkpoints.rows import modules_of_rows
 
         return modules_of_rows(self._empty_model)
