@@ -18,6 +18,7 @@ import copy
 import importlib
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
+from types import MethodType
 from typing import Any
 
 import torch
@@ -91,11 +92,7 @@ class RowModule(nn.Module):
             return output
         num_axes = 3 if input.is_floating_point() else 2
         if input.shape[0] != len(adapters.names) or input.dim() < num_axes:
-            raise UnsupportedModel(
-                f"a LoRA adapter changes a layer that sees {input.shape[0]} rows while the batch has "
-                f"{len(adapters.names)}, so it is unknown which row has which adapter\n"
-                "hint: merge the adapter into a copy of its model and give that as the expert's model"
-            )
+            raise _other_rows(input, adapters)
         if input.device != output.device:  # layers may be spread over devices
             input = input.to(output.device)
         for name, rows in adapters.groups:
@@ -111,6 +108,14 @@ class RowModule(nn.Module):
                     change.apply_to(part, own)
                 output.index_copy_(0, rows, part)
         return output
+
+
+def _other_rows(input: Tensor, adapters: RowAdapters) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"a LoRA adapter changes a layer that sees {input.shape[0]} rows while the batch has "
+        f"{len(adapters.names)}, so it is unknown which row has which adapter\n"
+        "hint: merge the adapter into a copy of its model and give that as the expert's model"
+    )
 
 
 class _Change(nn.Module):
@@ -382,11 +387,15 @@ def give_rows_to_peft(model: nn.Module) -> bool:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     for layer in model.modules():
-        if not isinstance(layer, (LoraLayer, AuxiliaryTrainingWrapper)):
+        module: Any = layer
+        if getattr(module, "_proxytune_rows", False):
             continue
-        if not getattr(layer, "_proxytune_rows", False):
-            module: Any = layer
+        if isinstance(layer, LoraLayer):
             module.register_forward_pre_hook(_add_rows, with_kwargs=True)
+            module._proxytune_rows = True
+        elif isinstance(layer, AuxiliaryTrainingWrapper):
+            module._proxytune_forward = module.forward
+            module.forward = MethodType(_forward_saved, module)
             module._proxytune_rows = True
     return True
 
@@ -396,3 +405,44 @@ def _add_rows(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     rows = ROW_ADAPTERS.get()
     return None if rows is None else (args, {**kwargs, "adapter_names": rows.names})
+
+
+def _forward_saved(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run PEFT's wrapper of a module that adapters have copies of (`modules_to_save`), or tokens of.
+
+    PEFT cannot run rows with different adapters in each kind of module, nor if only some have a copy.
+    """
+    adapters = ROW_ADAPTERS.get()
+    if adapters is None or wrapper.disable_adapters:
+        return wrapper._proxytune_forward(*args, **kwargs)
+
+    def run(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == PLAIN:
+            return wrapper.original_module(*args, **kwargs)
+        if "modules_to_save" in wrapper._modules:
+            return wrapper.modules_to_save[name](*args, **kwargs)
+        return wrapper.token_adapter.forward_adapters(*args, active_adapters=[name], **kwargs)
+
+    known = wrapper._get_available_adapters()
+    names = {name if name in known else PLAIN for name in adapters.names}
+    if len(names) == 1:
+        return run(names.pop(), *args, **kwargs)
+    output = run(PLAIN, *args, **kwargs) if len(args) == 1 and not kwargs else None
+    if not isinstance(output, Tensor):
+        raise UnsupportedModel(
+            f"an adapter has its own copy of a {type(wrapper.original_module).__name__}, which gets more "
+            "than the rows of one tensor, so rows with different adapters cannot run together\n"
+            "hint: give the adapter's files instead of a PEFT model"
+        )
+    (input,) = args
+    if input.shape[0] != len(adapters.names):
+        raise _other_rows(input, adapters)
+    for name, rows in adapters.groups:
+        if name in known:
+            part = input[rows]
+            token = ROW_ADAPTERS.set(RowAdapters([name] * len(part), part.device))
+            try:
+                output[rows] = run(name, part).to(output)
+            finally:
+                ROW_ADAPTERS.reset(token)
+    return output
