@@ -74,8 +74,10 @@ class RowModule(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         # A list, so that `model.to` finds them; not by name, because names may contain dots.
-        self.changes = nn.ModuleList(change for steps in changes.values() for change in steps)
-        self._changes = {name: tuple(steps) for name, steps in changes.items()}
+        self.changes = nn.ModuleList(
+            steps[0] if len(steps) == 1 else _InTurn(steps) for steps in changes.values()
+        )
+        self._changes: dict[str, Any] = dict(zip(changes, self.changes, strict=True))
 
     def __getattr__(self, name: str) -> Any:
         """Return the module's attribute: models ask a linear layer for its `weight` or `out_features`."""
@@ -86,26 +88,29 @@ class RowModule(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the module's output, changed by each row's adapter, `[batch, ..., outputs]`."""
-        output: Tensor = self.base_layer(input)
+        base: Any = self._modules["base_layer"]  # looked up by name, it would cost a search
+        output: Tensor = base(input)
         adapters = ROW_ADAPTERS.get()
         if adapters is None or not adapters.groups:
             return output
-        num_axes = 3 if input.is_floating_point() else 2
-        if input.shape[0] != len(adapters.names) or input.dim() < num_axes:
+        num_axes = input.dim()
+        if input.shape[0] != len(adapters.names) or (
+            num_axes < 3 and (num_axes < 2 or input.is_floating_point())
+        ):
             raise _other_rows(input, adapters)
-        if input.device != output.device:  # layers may be spread over devices
+        if "_hf_hook" in base.__dict__:  # layers may be spread over devices
             input = input.to(output.device)
+        changes = self._changes
         for name, rows in adapters.groups:
-            if name not in self._changes:
+            change = changes.get(name)
+            if change is None:
                 continue
             if isinstance(rows, slice):
-                for change in self._changes[name]:
-                    change.apply_to(output[rows], input[rows])
+                change.apply_to(output[rows], input[rows])
             else:
                 rows = rows.to(output.device)
                 part, own = output.index_select(0, rows), input.index_select(0, rows)
-                for change in self._changes[name]:
-                    change.apply_to(part, own)
+                change.apply_to(part, own)
                 output.index_copy_(0, rows, part)
         return output
 
@@ -124,6 +129,19 @@ class _Change(nn.Module):
     def apply_to(self, output: Tensor, input: Tensor) -> None:
         """Change `output`, `[rows, ..., outputs]`, in place; `input` is what the module got for it."""
         raise NotImplementedError
+
+
+class _InTurn(_Change):
+    """Several changes, one after another."""
+
+    def __init__(self, steps: Sequence[_Change]) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(steps)
+
+    def apply_to(self, output: Tensor, input: Tensor) -> None:
+        steps: Any = self.steps
+        for step in steps:
+            step.apply_to(output, input)
 
 
 class _Affine(_Change):
@@ -160,7 +178,10 @@ class _Affine(_Change):
             if self._is_lookup:
                 low = functional.embedding(input, down).flatten(0, -2)
             else:
-                low = torch.mm(input.reshape(-1, input.shape[-1]).to(down.dtype), down.t())
+                low = input.reshape(-1, input.shape[-1])
+                if low.dtype != down.dtype:
+                    low = low.to(down.dtype)
+                low = torch.mm(low, down.t())
             flat = output.view(-1, output.shape[-1])
             if output.dtype == up.dtype:
                 flat.addmm_(low, up.t())
