@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from proxytune.checkpoints.merge import ModuleWeights
+from proxytune.checkpoints.merge import ModuleWeights, from_hook, value_of
 from proxytune.errors import UnsupportedModel
 
 PLAIN = "__base__"
@@ -323,9 +323,7 @@ def _value(name: str, base: Any, parameter: str) -> Tensor:
     Raises:
         UnsupportedModel: It is quantised.
     """
-    value: Tensor = getattr(base, parameter)
-    if value.is_meta:
-        value = base._hf_hook.weights_map[parameter]
+    value = value_of(base, parameter)
     if type(value.data) is not Tensor or not value.is_floating_point():
         raise UnsupportedModel(
             f"an adapter replaces weights of {name}, which is quantised\n"
@@ -367,10 +365,9 @@ def _num_outputs(base: Any) -> int:
 def _like(base: nn.Module, dtype: torch.dtype) -> Tensor:
     """Return an empty tensor of the dtype and on the device in which a module computes."""
     weight: Any = getattr(base, "weight", None)
-    hook: Any = getattr(base, "_hf_hook", None)
     device = None if weight is None else weight.device
     if device is None or device.type == "meta":
-        device = getattr(hook, "execution_device", None)
+        device = from_hook(base, "execution_device")
     if weight is not None and weight.is_floating_point():
         dtype = weight.dtype
     return torch.empty(0, dtype=dtype, device=device)
