@@ -377,13 +377,15 @@ class Checkpoint:
 
         return layout_of(self._empty_model)
 
-    @property
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """`(inputs, outputs)` of every linear layer and embedding, by module name."""
+    @cached_property
+    def linear_shapes(self) -> Mapping[str, tuple[int, int]]:
+        """`(inputs, outputs)` of every linear layer and embedding by module name, in the model's order."""
         layout = self.layout
         shapes: dict[str, tuple[int, int]] = {}
-        for name in layout.linear:
-            first, last = layout.parameters[name]["weight"]
+        for name, parameters in layout.parameters.items():
+            if name not in layout.linear:
+                continue
+            first, last = parameters["weight"]
             shapes[name] = (first, last) if name in layout.inputs_first else (last, first)
         return shapes
 
