@@ -293,3 +293,25 @@ def test_rank_stabilised_lora_divides_by_the_root_of_the_rank():
 def test_factors_that_form_no_layer_are_refused(shapes, error, why):
     with pytest.raises(error, match=why):
         read_changes("a", {"r": 2}, shapes)
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        (True, None),
+        (False, "which does not get a batch's rows one by one"),
+        (None, "it is unknown whether that gets a batch's rows one by one"),
+    ],
+)
+def test_why_it_is_merged_is_only_claimed_where_it_is_known(models, known, expected):
+    small, adapter = (
+        find_checkpoint("small", root=models),
+        find_adapter("adapter", root=models),
+    )
+    changed = next(iter(adapter.changes(small)))
+    others = {name: True for name in small.gets_rows if name != changed}
+    small.gets_rows = others if known is None else {**others, changed: known}
+    why = adapter.why_merged(small)
+    assert why is None if expected is None else f"it changes {changed}, " in why and expected in why
+    small.gets_rows = {}
+    assert "it is unknown which layers of LlamaForCausalLM" in adapter.why_merged(small)

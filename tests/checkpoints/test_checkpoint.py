@@ -109,6 +109,16 @@ def test_a_directory_tells_its_size_and_kind_without_its_weights_being_read(mode
     assert found.architecture.lower().startswith(architecture)
 
 
+def test_linear_shapes_have_the_models_order(models):
+    names = list(find_checkpoint("llama", root=models).linear_shapes)
+    layer = "model.layers.0"
+    assert names[:5] == [
+        "model.embed_tokens",
+        *(f"{layer}.self_attn.{part}_proj" for part in "qkvo"),
+    ]
+    assert names[-1] == "lm_head"
+
+
 def test_the_cache_of_one_token_is_keys_and_values_of_every_layer(models):
     # 2 layers, keys and values, 2 key-value heads of 16 / 4 = 4; GPT-2 has all its 2 heads of 16 / 2 = 8.
     assert find_checkpoint("llama", root=models).cache_elements_per_token == 2 * 2 * 2 * 4

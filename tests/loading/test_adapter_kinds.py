@@ -24,7 +24,7 @@ from proxytune.backends.transformers.backend import TransformersBackend
 from proxytune.backends.transformers.lora import put_rows_on
 from proxytune.checkpoints.adapter import find_adapter
 from proxytune.checkpoints.checkpoint import find_checkpoint
-from proxytune.checkpoints.merge import read_adapter
+from proxytune.checkpoints.merge import merge_into, read_adapter
 from proxytune.errors import AdapterMismatch, UnsupportedModel
 from proxytune.integrations.vllm.weights import merge
 from proxytune.loading.doctor import examine
@@ -581,3 +581,40 @@ def test_adapters_run_on_weights_that_are_kept_elsewhere_until_they_are_needed(r
         with torch.inference_mode():
             expected = reference(torch.tensor([TOKENS])).logits[0, -1]
         torch.testing.assert_close(logits[row], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["attention", "tokens of the tied head"])
+def test_merging_into_weights_that_are_kept_elsewhere_is_refused(root, name):
+    from accelerate import cpu_offload
+
+    directory = small(root, KINDS[name].model)
+    model = plain_model(directory)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    found = find_adapter(str(made(root, name)[0]), root=root)
+    with pytest.raises(
+        UnsupportedModel, match=r"weights do not fit into memory.*\nhint: .*\"cpu\""
+    ):
+        merge_into(model, found, find_checkpoint(str(directory), root=root))
+
+
+@pytest.mark.parametrize("name", ["attention", "tied head"])
+def test_merging_where_only_the_embedding_is_kept_elsewhere_gives_what_peft_gives(root, name):
+    from accelerate import cpu_offload
+    from peft import LoraConfig, get_peft_model
+
+    directory = small(root, "tied")
+    target = {"attention": "q_proj", "tied head": "lm_head"}[name]
+    adapted = get_peft_model(plain_model(directory), LoraConfig(r=2, target_modules=[target]))
+    with torch.no_grad():
+        for key, parameter in adapted.named_parameters():
+            if "lora_B" in key:
+                parameter.add_(0.2)
+    adapted.save_pretrained(root / f"{name} on tied")
+    model = plain_model(directory)
+    cpu_offload(model.model.embed_tokens, execution_device=torch.device("cpu"))
+    found = find_adapter(f"{name} on tied", root=root)
+    merge_into(model, found, find_checkpoint(str(directory), root=root))
+    assert model.config.tie_word_embeddings == (name == "attention")
+    with torch.inference_mode():
+        logits, expected = (each(torch.tensor([TOKENS])).logits for each in (model, adapted))
+    torch.testing.assert_close(logits, expected, **CLOSE)

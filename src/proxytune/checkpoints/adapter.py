@@ -134,9 +134,11 @@ class AdapterFiles:
             if change.stacked:
                 name = next(iter(change.stacked))
                 return f"it changes {module}.{name}, which is one parameter for all rows of a batch"
-            if not small.row_modules:
+            if not small.gets_rows:
                 return f"it is unknown which layers of {small.architecture} get a batch's rows one by one"
-            if module not in small.row_modules:
+            if module not in small.gets_rows:
+                return f"it changes {module}, and it is unknown whether that gets a batch's rows one by one"
+            if not small.gets_rows[module]:
                 return f"it changes {module}, which does not get a batch's rows one by one"
         return None
 

@@ -377,19 +377,21 @@ class Checkpoint:
 
         return layout_of(self._empty_model)
 
-    @property
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """`(inputs, outputs)` of every linear layer and embedding, by module name."""
+    @cached_property
+    def linear_shapes(self) -> Mapping[str, tuple[int, int]]:
+        """`(inputs, outputs)` of every linear layer and embedding by module name, in the model's order."""
         layout = self.layout
         shapes: dict[str, tuple[int, int]] = {}
-        for name in layout.linear:
-            first, last = layout.parameters[name]["weight"]
+        for name, parameters in layout.parameters.items():
+            if name not in layout.linear:
+                continue
+            first, last = parameters["weight"]
             shapes[name] = (first, last) if name in layout.inputs_first else (last, first)
         return shapes
 
     @cached_property
-    def row_modules(self) -> frozenset[str]:
-        """Names of the modules that get the rows of a batch one by one; see `modules_of_rows`."""
+    def gets_rows(self) -> Mapping[str, bool]:
+        """Whether a module gets the rows of a batch one by one, by name; see `modules_of_rows`."""
         from proxytune.checkpoints.rows import modules_of_rows
 
         return modules_of_rows(self._empty_model)

@@ -270,7 +270,7 @@ def merge_into(model: Any, files: AdapterFiles, small: Checkpoint) -> None:
     Embedding and head that were one weight are two afterwards, if the adapter makes them differ.
 
     Raises:
-        UnsupportedModel: The weights are quantised.
+        UnsupportedModel: The weights are quantised, or kept elsewhere until they are needed.
         UserError: The adapter cannot be read; see `read_adapter`.
     """
     changed: list[tuple[Any, str, Tensor]] = []
@@ -281,16 +281,39 @@ def merge_into(model: Any, files: AdapterFiles, small: Checkpoint) -> None:
             if own is not None and not own.is_floating_point():
                 raise UnsupportedModel(why_not_quantised(files, small, f"it changes {name}"))
             like = next(p for p in (own, *module.parameters()) if p is not None)
+            if like.is_meta:
+                raise UnsupportedModel(
+                    f"the adapter {files.name} changes {name} of {small.name}, whose weights do not fit into "
+                    "memory, so the adapter cannot be merged into them.\n"
+                    'hint: set the device of this model to "cpu"'
+                )
             changed.append((module, parameter, weights.merged(parameter, own).to(like)))
     for module, parameter, value in changed:
         setattr(module, parameter, torch.nn.Parameter(value.contiguous(), requires_grad=False))
     if small.layout.is_tied:
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-        if torch.equal(embedding.weight, head.weight):
-            head.weight = embedding.weight
+        if not any(module in (embedding, head) for module, _, _ in changed):
+            return
+        if torch.equal(*(value_of(module, "weight").cpu() for module in (embedding, head))):
+            if embedding.weight.device == head.weight.device:
+                head.weight = embedding.weight
         else:
             model.config.get_text_config(decoder=True).tie_word_embeddings = False
             model.config.tie_word_embeddings = False
+
+
+def value_of(module: Any, parameter: str) -> Tensor:
+    """Return a module's parameter, also if accelerate keeps it elsewhere until it is needed."""
+    value: Tensor = getattr(module, parameter)
+    weights = from_hook(module, "weights_map") if value.is_meta else None
+    return value if weights is None else weights[parameter]
+
+
+def from_hook(module: Any, attribute: str) -> Any:
+    """Return an attribute of accelerate's hook on a module, which may be one of several; None without one."""
+    hook = getattr(module, "_hf_hook", None)
+    found = (getattr(each, attribute, None) for each in getattr(hook, "hooks", (hook,)))
+    return next((value for value in found if value is not None), None)
 
 
 def why_not_quantised(files: AdapterFiles, small: Checkpoint, why: str) -> str:

@@ -59,43 +59,93 @@ class _AnyValue(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in _ASKING and args[0].is_meta:
-            return True if func is Tensor.__bool__ else 1
-        return func(*args, **(kwargs or {}))
+        options = kwargs or {}
+        if not (args and isinstance(args[0], Tensor) and args[0].is_meta):
+            return func(*args, **options)
+        if func in _ANSWERS:
+            return _ANSWERS[func]
+        if func is Tensor.tolist:
+            return torch.ones(args[0].shape, dtype=args[0].dtype, device="cpu").tolist()
+        if func in (torch.nonzero, Tensor.nonzero):
+            places = _places(args[0])
+            return places if options.get("as_tuple") else torch.stack(places, dim=-1)
+        if func is torch.where and len(args) == 1 and not options:
+            return _places(args[0])
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            return func(args[0], _without_masks(args[1]), *args[2:])
+        if func in (torch.split, Tensor.split) and len(args) > 1 and isinstance(args[1], list):
+            dim = options.get("dim", args[2] if len(args) > 2 else 0)
+            return func(args[0], _sizes(args[1], args[0].shape[dim]), dim)
+        return func(*args, **options)
 
 
-_ASKING = (Tensor.__bool__, Tensor.item, Tensor.__int__, Tensor.__index__)
+_ANSWERS: Mapping[Any, Any] = {
+    Tensor.__bool__: True,
+    Tensor.item: 1,
+    Tensor.__int__: 1,
+    Tensor.__index__: 1,
+    Tensor.__contains__: False,  # transformers looks for padding among the token ids
+}
 
 
-def modules_of_rows(model: nn.Module) -> frozenset[str]:
-    """Return the names of the modules whose one input and one output have the batch as their first axis.
+def _places(mask: Tensor) -> tuple[Tensor, ...]:
+    """Return where a mask holds, for each axis: everywhere but in one place, so that a choice is no batch."""
+    num_places = max(mask.numel() - 1, 0)
+    return (torch.empty(num_places, dtype=torch.long, device="meta"),) * mask.dim()
+
+
+def _without_masks(index: Any) -> Any:
+    """Return an index with the places of each mask instead of the mask."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if not any(isinstance(part, Tensor) and part.dtype == torch.bool for part in parts):
+        return index
+    found: list[Any] = []
+    for part in parts:
+        is_mask = isinstance(part, Tensor) and part.dtype == torch.bool
+        found += _places(part) if is_mask else (part,)
+    return tuple(found)
+
+
+def _sizes(given: list[int], total: int) -> list[int]:
+    """Return sizes that add up to a total: if they came from no values, the first is whatever is left."""
+    rest = total - sum(given[1:])
+    return [rest, *given[1:]] if given and rest >= 0 else given
+
+
+def modules_of_rows(model: nn.Module) -> dict[str, bool]:
+    """Return by name whether a module's one input and one output have the batch as their first axis.
 
     Args:
         model: A causal language model on the `meta` device; it is left as it was.
 
     Returns:
-        No names at all if the model cannot be run without values.
+        Modules of which that is unknown are left out, and so are modules that never run. Nothing at all if
+        the model cannot be run without values.
     """
-    found: dict[str, bool] = {}
+    found: dict[str, bool | None] = {}
 
     def watch(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any, **kwargs: Any) -> Any:
+            is_failed = False
             try:
                 output = forward(*args, **kwargs)
             except Exception:
                 # Some kernels need values, such as which expert is chosen. The rest depends on shapes alone.
                 if not (args and isinstance(args[0], Tensor) and args[0].is_floating_point()):
                     raise
-                output = torch.empty_like(args[0])
-                found[name] = False
+                output, is_failed = torch.empty_like(args[0]), True
             is_simple = len(args) == 1 and not kwargs
-            is_one = is_simple and _has_rows(args[0]) and _has_rows(output)
-            found[name] = found.get(name, True) and is_one
+            is_one: bool | None = is_simple and _has_rows(args[0]) and _has_rows(output)
+            if is_failed and is_one:
+                is_one = None  # the output is made up
+            before = found.get(name, True)
+            found[name] = False if False in (before, is_one) else before and is_one
             return output
 
         return watched
 
     modules = list(model.named_modules())
+    trained = [module for _, module in modules if module.training]
     token_ids = torch.zeros(_NUM_ROWS, _NUM_TOKENS, dtype=torch.long, device="meta")
     try:
         for name, module in modules:
@@ -105,11 +155,13 @@ def modules_of_rows(model: nn.Module) -> frozenset[str]:
             found.clear()
             with suppress(Exception), torch.inference_mode(), _AnyValue():
                 model.eval()(input_ids=token_ids, **options)
-                return frozenset(name for name, is_one in found.items() if is_one)
+                return {name: is_one for name, is_one in found.items() if is_one is not None}
     finally:
         for _, module in modules:
             module.__dict__.pop("forward", None)
-    return frozenset()
+        for module in trained:
+            module.training = True
+    return {}
 
 
 def _has_rows(value: Any) -> bool:

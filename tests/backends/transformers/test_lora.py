@@ -141,6 +141,66 @@ def test_a_model_that_is_handed_over_keeps_pefts_layers(small):
     torch.testing.assert_close(backend.prefill(PROMPTS, adapters=rows).logits, expected, **CLOSE)
 
 
+def handed_over(directory: Path, **adapters: dict[str, Any]) -> Any:
+    """Return a PEFT model with adapters of random weights, the first of which is active."""
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    for name, options in adapters.items():
+        config = LoraConfig(task_type="CAUSAL_LM", r=2, **options)
+        if hasattr(model, "peft_config"):
+            model.add_adapter(name, config)
+        else:
+            model = get_peft_model(model, config, adapter_name=name)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if any(part in key for part in ("lora_", "modules_to_save", "tokens_delta")):
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+SAVED: dict[str, dict[str, Any]] = {
+    "norm": {"target_modules": ["q_proj"], "modules_to_save": ["norm"]},
+    "head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "mlp": {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["mlp"]},
+    "embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [2, 6, 9]},
+}
+
+
+@pytest.mark.parametrize("active", ["saving", "other"])
+@pytest.mark.parametrize("kind", SAVED)
+def test_a_peft_models_saved_modules_are_run_by_row(small, kind, active):
+    model = handed_over(small, saving=SAVED[kind], other={"target_modules": ["q_proj", "up_proj"]})
+    expected = []
+    rows = ["other", "saving", None, "saving", "other"]
+    for prompt, name in zip(PROMPTS, rows, strict=True):
+        with torch.inference_mode():
+            model.set_adapter(name or "other")
+            model.base_model.enable_adapter_layers()
+            if name is None:
+                model.base_model.disable_adapter_layers()
+            expected.append(model(input_ids=torch.tensor([prompt])).logits[0, -1])
+    model.base_model.enable_adapter_layers()
+    model.set_adapter(active)
+    backend = TransformersBackend(model, name="small", adapters=["saving", "other"])
+    logits = backend.prefill(PROMPTS, adapters=rows).logits
+    torch.testing.assert_close(logits, torch.stack(expected), **CLOSE)
+    for row, name in enumerate(rows):  # all rows have the same
+        alone = backend.prefill([PROMPTS[row]] * 2, adapters=[name] * 2).logits
+        torch.testing.assert_close(alone, expected[row].expand(2, -1), **CLOSE)
+    assert not torch.allclose(logits[2], backend.prefill([PROMPTS[2]], adapters=["saving"]).logits)
+
+
+def test_a_saved_module_that_gets_more_than_one_tensor_is_refused_for_rows_that_differ(small):
+    options = {"target_modules": ["up_proj"], "modules_to_save": ["self_attn"]}
+    backend = TransformersBackend(handed_over(small, own=options), name="small", adapters=["own"])
+    assert backend.prefill(PROMPTS[:2], adapters=["own", "own"]).logits.isfinite().all()
+    with pytest.raises(UnsupportedModel, match="LlamaAttention, which gets more"):
+        backend.prefill(PROMPTS[:2], adapters=["own", None])
+
+
 def test_bfloat16_models_run_their_adapters_in_bfloat16(small):
     backend = load(small, "attention", dtype="bfloat16")
     assert {p.dtype for p in backend.model.parameters()} == {torch.bfloat16}

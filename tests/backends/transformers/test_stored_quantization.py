@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from proxytune.backends.transformers import quantized
+from proxytune.checkpoints.checkpoint import find_checkpoint
 from proxytune.errors import MissingExtra, UnsupportedModel
 from proxytune.loading.doctor import examine
 from proxytune.model import ProxyTuned
@@ -189,3 +191,22 @@ def tiny_gpt_oss(directory: Path) -> Path:
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def test_the_first_layer_with_the_most_outputs_is_tried_for_each_number_of_inputs(
+    root, monkeypatch
+):
+    tried = []
+
+    def of_16_bits(config, shape, dtype, device, layer, name):
+        tried.append((layer, shape))
+        return 16.0
+
+    monkeypatch.setattr(quantized, "_tried", of_16_bits)
+    monkeypatch.setattr(quantized, "quantization_config", lambda quantization, name: None)
+    checkpoint = find_checkpoint("small", root=root)
+    num_bytes = quantized.try_quantization(checkpoint, {}, dtype="float16", device="cpu")
+    shapes = checkpoint.linear_shapes
+    up, down = ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj")
+    assert tried == [(up, shapes[up]), (down, shapes[down])]
+    assert num_bytes == 2 * checkpoint.num_parameters

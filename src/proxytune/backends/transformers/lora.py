@@ -18,13 +18,14 @@ import copy
 import importlib
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from proxytune.checkpoints.merge import ModuleWeights
+from proxytune.checkpoints.merge import ModuleWeights, from_hook, value_of
 from proxytune.errors import UnsupportedModel
 
 PLAIN = "__base__"
@@ -73,8 +74,10 @@ class RowModule(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         # A list, so that `model.to` finds them; not by name, because names may contain dots.
-        self.changes = nn.ModuleList(change for steps in changes.values() for change in steps)
-        self._changes = {name: tuple(steps) for name, steps in changes.items()}
+        self.changes = nn.ModuleList(
+            steps[0] if len(steps) == 1 else _InTurn(steps) for steps in changes.values()
+        )
+        self._changes: dict[str, Any] = dict(zip(changes, self.changes, strict=True))
 
     def __getattr__(self, name: str) -> Any:
         """Return the module's attribute: models ask a linear layer for its `weight` or `out_features`."""
@@ -85,32 +88,39 @@ class RowModule(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the module's output, changed by each row's adapter, `[batch, ..., outputs]`."""
-        output: Tensor = self.base_layer(input)
+        base: Any = self._modules["base_layer"]  # looked up by name, it would cost a search
+        output: Tensor = base(input)
         adapters = ROW_ADAPTERS.get()
         if adapters is None or not adapters.groups:
             return output
-        num_axes = 3 if input.is_floating_point() else 2
-        if input.shape[0] != len(adapters.names) or input.dim() < num_axes:
-            raise UnsupportedModel(
-                f"a LoRA adapter changes a layer that sees {input.shape[0]} rows while the batch has "
-                f"{len(adapters.names)}, so it is unknown which row has which adapter\n"
-                "hint: merge the adapter into a copy of its model and give that as the expert's model"
-            )
-        if input.device != output.device:  # layers may be spread over devices
+        num_axes = input.dim()
+        if input.shape[0] != len(adapters.names) or (
+            num_axes < 3 and (num_axes < 2 or input.is_floating_point())
+        ):
+            raise _other_rows(input, adapters)
+        if "_hf_hook" in base.__dict__:  # layers may be spread over devices
             input = input.to(output.device)
+        changes = self._changes
         for name, rows in adapters.groups:
-            if name not in self._changes:
+            change = changes.get(name)
+            if change is None:
                 continue
             if isinstance(rows, slice):
-                for change in self._changes[name]:
-                    change.apply_to(output[rows], input[rows])
+                change.apply_to(output[rows], input[rows])
             else:
                 rows = rows.to(output.device)
                 part, own = output.index_select(0, rows), input.index_select(0, rows)
-                for change in self._changes[name]:
-                    change.apply_to(part, own)
+                change.apply_to(part, own)
                 output.index_copy_(0, rows, part)
         return output
+
+
+def _other_rows(input: Tensor, adapters: RowAdapters) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"a LoRA adapter changes a layer that sees {input.shape[0]} rows while the batch has "
+        f"{len(adapters.names)}, so it is unknown which row has which adapter\n"
+        "hint: merge the adapter into a copy of its model and give that as the expert's model"
+    )
 
 
 class _Change(nn.Module):
@@ -119,6 +129,19 @@ class _Change(nn.Module):
     def apply_to(self, output: Tensor, input: Tensor) -> None:
         """Change `output`, `[rows, ..., outputs]`, in place; `input` is what the module got for it."""
         raise NotImplementedError
+
+
+class _InTurn(_Change):
+    """Several changes, one after another."""
+
+    def __init__(self, steps: Sequence[_Change]) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(steps)
+
+    def apply_to(self, output: Tensor, input: Tensor) -> None:
+        steps: Any = self.steps
+        for step in steps:
+            step.apply_to(output, input)
 
 
 class _Affine(_Change):
@@ -155,7 +178,10 @@ class _Affine(_Change):
             if self._is_lookup:
                 low = functional.embedding(input, down).flatten(0, -2)
             else:
-                low = torch.mm(input.reshape(-1, input.shape[-1]).to(down.dtype), down.t())
+                low = input.reshape(-1, input.shape[-1])
+                if low.dtype != down.dtype:
+                    low = low.to(down.dtype)
+                low = torch.mm(low, down.t())
             flat = output.view(-1, output.shape[-1])
             if output.dtype == up.dtype:
                 flat.addmm_(low, up.t())
@@ -297,9 +323,7 @@ def _value(name: str, base: Any, parameter: str) -> Tensor:
     Raises:
         UnsupportedModel: It is quantised.
     """
-    value: Tensor = getattr(base, parameter)
-    if value.is_meta:
-        value = base._hf_hook.weights_map[parameter]
+    value = value_of(base, parameter)
     if type(value.data) is not Tensor or not value.is_floating_point():
         raise UnsupportedModel(
             f"an adapter replaces weights of {name}, which is quantised\n"
@@ -341,10 +365,9 @@ def _num_outputs(base: Any) -> int:
 def _like(base: nn.Module, dtype: torch.dtype) -> Tensor:
     """Return an empty tensor of the dtype and on the device in which a module computes."""
     weight: Any = getattr(base, "weight", None)
-    hook: Any = getattr(base, "_hf_hook", None)
     device = None if weight is None else weight.device
     if device is None or device.type == "meta":
-        device = getattr(hook, "execution_device", None)
+        device = from_hook(base, "execution_device")
     if weight is not None and weight.is_floating_point():
         dtype = weight.dtype
     return torch.empty(0, dtype=dtype, device=device)
@@ -382,11 +405,15 @@ def give_rows_to_peft(model: nn.Module) -> bool:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     for layer in model.modules():
-        if not isinstance(layer, (LoraLayer, AuxiliaryTrainingWrapper)):
+        module: Any = layer
+        if getattr(module, "_proxytune_rows", False):
             continue
-        if not getattr(layer, "_proxytune_rows", False):
-            module: Any = layer
+        if isinstance(layer, LoraLayer):
             module.register_forward_pre_hook(_add_rows, with_kwargs=True)
+            module._proxytune_rows = True
+        elif isinstance(layer, AuxiliaryTrainingWrapper):
+            module._proxytune_forward = module.forward
+            module.forward = MethodType(_forward_saved, module)
             module._proxytune_rows = True
     return True
 
@@ -396,3 +423,44 @@ def _add_rows(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     rows = ROW_ADAPTERS.get()
     return None if rows is None else (args, {**kwargs, "adapter_names": rows.names})
+
+
+def _forward_saved(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run PEFT's wrapper of a module that adapters have copies of (`modules_to_save`), or tokens of.
+
+    PEFT cannot run rows with different adapters in each kind of module, nor if only some have a copy.
+    """
+    adapters = ROW_ADAPTERS.get()
+    if adapters is None or wrapper.disable_adapters:
+        return wrapper._proxytune_forward(*args, **kwargs)
+
+    def run(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == PLAIN:
+            return wrapper.original_module(*args, **kwargs)
+        if "modules_to_save" in wrapper._modules:
+            return wrapper.modules_to_save[name](*args, **kwargs)
+        return wrapper.token_adapter.forward_adapters(*args, active_adapters=[name], **kwargs)
+
+    known = wrapper._get_available_adapters()
+    names = {name if name in known else PLAIN for name in adapters.names}
+    if len(names) == 1:
+        return run(names.pop(), *args, **kwargs)
+    output = run(PLAIN, *args, **kwargs) if len(args) == 1 and not kwargs else None
+    if not isinstance(output, Tensor):
+        raise UnsupportedModel(
+            f"an adapter has its own copy of a {type(wrapper.original_module).__name__}, which gets more "
+            "than the rows of one tensor, so rows with different adapters cannot run together\n"
+            "hint: give the adapter's files instead of a PEFT model"
+        )
+    (input,) = args
+    if input.shape[0] != len(adapters.names):
+        raise _other_rows(input, adapters)
+    for name, rows in adapters.groups:
+        if name in known:
+            part = input[rows]
+            token = ROW_ADAPTERS.set(RowAdapters([name] * len(part), part.device))
+            try:
+                output[rows] = run(name, part).to(output)
+            finally:
+                ROW_ADAPTERS.reset(token)
+    return output

@@ -162,21 +162,28 @@ def try_quantization(
     )
     kept = tuple(getattr(config, "modules_to_not_convert", None) or ())
     kept += tuple(getattr(config, "llm_int8_skip_modules", None) or ())
+    # As transformers does: embeddings and the output head stay as they are.
+    layers = {
+        layer: shape
+        for layer, shape in checkpoint.linear_shapes.items()
+        if "embed" not in layer
+        and not layer.endswith(("lm_head", "wte", "wpe"))
+        and not any(k in layer for k in kept)
+    }
+    widest: dict[
+        int, tuple[int, str]
+    ] = {}  # a layer with the most outputs for each number of inputs
+    for layer, (num_inputs, num_outputs) in layers.items():
+        if num_inputs not in widest or num_outputs > widest[num_inputs][0]:
+            widest[num_inputs] = (num_outputs, layer)
     bits: dict[int, float] = {}
+    for num_inputs, (num_outputs, layer) in widest.items():
+        rows = num_outputs if num_outputs <= TRIED_ROWS else TRIED_ROWS + num_outputs % 32
+        bits[num_inputs] = _tried(
+            config, (num_inputs, rows), getattr(torch, dtype), where, layer, name
+        )
     quantised_bytes, num_quantised = 0.0, 0
-    for layer, (num_inputs, num_outputs) in checkpoint.linear_shapes.items():
-        # As transformers does: embeddings and the output head stay as they are.
-        if (
-            "embed" in layer
-            or layer.endswith(("lm_head", "wte", "wpe"))
-            or any(k in layer for k in kept)
-        ):
-            continue
-        if num_inputs not in bits:
-            rows = num_outputs if num_outputs <= TRIED_ROWS else TRIED_ROWS + num_outputs % 32
-            bits[num_inputs] = _tried(
-                config, (num_inputs, rows), getattr(torch, dtype), where, layer, name
-            )
+    for num_inputs, num_outputs in layers.values():
         quantised_bytes += num_inputs * num_outputs * bits[num_inputs] / 8
         num_quantised += num_inputs * num_outputs
     element = int(getattr(torch, dtype).itemsize)
