@@ -157,9 +157,12 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--modes", default="default,exact", help="what to count")
     parser.add_argument("--note", default="nothing else ran", help="what else the machine did")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     args = parser.parse_args()
+    if set(args.modes.split(",")) - {"default", "exact"}:
+        parser.error("--modes holds default, exact, or both with a comma between")
     result: dict[str, Any] = {"counts": {}, "costs": {}}
     if args.table or args.only:
         result = json.loads(args.output.read_text("utf-8"))
@@ -174,11 +177,11 @@ def main() -> None:
             result["costs"][dtype] = costs(dtype, args.rounds)
             write(args.output, command, result)
     if args.only != "costs":
-        result |= {"prompts": args.prompts, "new_tokens": args.new_tokens, "counts": {}}
+        result |= {"prompts": args.prompts, "new_tokens": args.new_tokens}
         for dtype in args.dtypes.split(","):
-            for exact in (False, True):
+            for mode in args.modes.split(","):
                 found = result["counts"].setdefault(dtype, {})
-                found[mode_of(exact)] = counts(dtype, exact, args.prompts, args.new_tokens)
+                found[mode] = counts(dtype, mode == "exact", args.prompts, args.new_tokens)
                 write(args.output, command, result)
     print(tables(result))
 
