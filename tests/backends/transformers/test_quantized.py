@@ -221,7 +221,7 @@ def test_a_quantiser_that_needs_a_gpu_is_refused_by_doctor_and_when_it_is_loaded
     assert problems[0].where == "base"
     assert "mslk" in str(problems[0].error)
     with pytest.raises(
-        UnsupportedModel, match=r"q_proj \(128 inputs\) of base cannot be quantised"
+        UnsupportedModel, match=r"gate_proj \(128 inputs\) of base cannot be quantised"
     ):
         ProxyTuned.load(recipe)
 
