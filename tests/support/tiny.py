@@ -215,7 +215,7 @@ def tiny_gguf(
         pre: The name of the rule that cuts text; None for a file that names none.
         hidden_size: A multiple of 32.
         dtype: Of the matrices, by GGUF's name.
-        tensors_per_part: Split the model into files with so many tensors; 0 for one file.
+        tensors_per_part: Number of tensors in each file of a split model; 0 for a single file.
     """
     import gguf
     import numpy as np

@@ -176,17 +176,19 @@ def check_types(header: GgufHeader, name: str) -> None:
     for kind in sorted(examples.keys() - _READABLE - {"F64"}):
         number = GGMLQuantizationType[kind]
         block = np.zeros((1, GGML_QUANT_SIZES[number][1]), np.uint8)
+        is_unpacked = kind not in _SCALED_ELSEWHERE
         try:
-            if kind in _SCALED_ELSEWHERE:
-                raise NotImplementedError
-            dequantize(block, number)
-        except (NotImplementedError, ValueError) as error:
+            if is_unpacked:
+                dequantize(block, number)
+        except (NotImplementedError, ValueError):
+            is_unpacked = False
+        if not is_unpacked:
             raise UnsupportedModel(
                 f"{name}: the tensor {examples[kind][:80]} has type {kind}, which the installed gguf package "
                 "does not unpack, and transformers runs unpacked weights.\n"
                 'hint: run the file with llama.cpp ("llama_cpp": {}), or '
                 f"{pip_install('--upgrade gguf')}"
-            ) from error
+            )
 
 
 def write_joined(model: GgufModel, target: Path, *, has_values: bool) -> None:

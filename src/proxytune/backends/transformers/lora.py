@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from types import MethodType
@@ -123,12 +124,12 @@ def _other_rows(input: Tensor, adapters: RowAdapters) -> UnsupportedModel:
     )
 
 
-class _Change(nn.Module):
+class _Change(nn.Module, ABC):
     """What an adapter does to the rows of a module's output."""
 
+    @abstractmethod
     def apply_to(self, output: Tensor, input: Tensor) -> None:
         """Change `output`, `[rows, ..., outputs]`, in place; `input` is what the module got for it."""
-        raise NotImplementedError
 
 
 class _InTurn(_Change):
