@@ -14,10 +14,9 @@ from proxytune.decode.speculative import Drafting
 from proxytune.errors import UnsupportedModel
 from proxytune.integrations.transformers import ProxyTunedForCausalLM
 from proxytune.model import ProxyTuned
-from proxytune.recipe.recipe import Recipe
-from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams
-from tests.support.tiny import NUM_TOKENS, tiny_tokenizer
+from tests.support.tiny import NUM_TOKENS
+from tests.support.tiny_recipe import recipe_of_config
 
 SWITCH = 32
 LONGROPE = {
@@ -49,29 +48,21 @@ NUM_NEW = 12
 def recipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp(request.param)
     kind, settings = CONFIGS[request.param]
-    for seed, name in enumerate(("base", "expert", "anti-expert")):
-        config = transformers.AutoConfig.for_model(
-            kind,
-            vocab_size=NUM_TOKENS,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.3,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-            **settings,
-        )
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            network: Any = transformers.AutoModelForCausalLM.from_config(config)
-        network.save_pretrained(directory / name)
-        tiny_tokenizer().save_pretrained(directory / name)
-    pair = ExpertSpec("e", ModelSpec(model="expert"), ModelSpec(model="anti-expert"))
-    Recipe(ModelSpec(model="base"), (pair,), directory=directory).write(directory)
-    return directory
+    config = transformers.AutoConfig.for_model(
+        kind,
+        vocab_size=NUM_TOKENS,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        **settings,
+    )
+    return recipe_of_config(directory, config)
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,9 @@ import transformers
 
 from proxytune.integrations.transformers import ProxyTunedForCausalLM
 from proxytune.model import ProxyTuned
-from proxytune.recipe.recipe import Recipe
-from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams
-from tests.support.tiny import NUM_TOKENS, tiny_tokenizer
+from tests.support.tiny import NUM_TOKENS
+from tests.support.tiny_recipe import recipe_of_config
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "openai-gpt": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
@@ -47,15 +46,7 @@ def recipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         **tokens,
         **CONFIGS[request.param],
     )
-    for seed, name in enumerate(("base", "expert", "anti-expert")):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            network: Any = transformers.AutoModelForCausalLM.from_config(config)
-        network.save_pretrained(directory / name)
-        tiny_tokenizer().save_pretrained(directory / name)
-    pair = ExpertSpec("e", ModelSpec(model="expert"), ModelSpec(model="anti-expert"))
-    Recipe(ModelSpec(model="base"), (pair,), directory=directory).write(directory)
-    return directory
+    return recipe_of_config(directory, config)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
@@ -50,6 +51,19 @@ def tiny_recipe(place: Path) -> Path:
     )
     base = ModelSpec(model="base")
     Recipe(base, experts, default_expert="one", directory=place).write(place)
+    return place
+
+
+def recipe_of_config(place: Path, config: Any) -> Path:
+    """Write three random models of one transformers config and a recipe of them; return its directory."""
+    for seed, name in enumerate(("base", "expert", "anti-expert")):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            network: Any = transformers.AutoModelForCausalLM.from_config(config)
+        network.save_pretrained(place / name)
+        tiny_tokenizer().save_pretrained(place / name)
+    pair = ExpertSpec("e", ModelSpec(model="expert"), ModelSpec(model="anti-expert"))
+    Recipe(ModelSpec(model="base"), (pair,), directory=place).write(place)
     return place
 
 

@@ -311,65 +311,6 @@ RELIANCES: dict[str, list[Reliance]] = {
         ),
         Reliance("vllm.envs:VLLM_API_KEY"),
         Reliance("vllm.envs:VLLM_BATCH_INVARIANT"),
-        Reliance("vllm.platforms:current_platform"),
-        *members("vllm.platforms.interface:Platform", "is_cuda_alike", "is_xpu", "device_type"),
-    ],
-    "engine.py runs an engine in this process, and worker.py is a part of its workers": [
-        Reliance("vllm:SamplingParams"),
-        *members(
-            "vllm.sampling_params:SamplingParams",
-            *(
-                "max_tokens",
-                "min_tokens",
-                "temperature",
-                "top_k",
-                "top_p",
-                "min_p",
-                "repetition_penalty",
-            ),
-            *(
-                "presence_penalty",
-                "frequency_penalty",
-                "logit_bias",
-                "seed",
-                "stop",
-                "stop_token_ids",
-            ),
-            *("ignore_eos", "logprobs", "logprob_token_ids", "detokenize", "output_kind"),
-        ),
-        Reliance("vllm.sampling_params:RequestOutputKind"),
-        Reliance("vllm.sampling_params:RequestOutputKind.FINAL_ONLY"),
-        Reliance("vllm.inputs:tokens_input"),
-        Reliance("vllm.inputs.engine:tokens_input", takes=("prompt_token_ids",)),
-        Reliance("vllm.usage.usage_lib:UsageContext"),
-        Reliance("vllm.usage.usage_lib:UsageContext.LLM_CLASS"),
-        Reliance("vllm.v1.engine.llm_engine:LLMEngine"),
-        Reliance(
-            "vllm.v1.engine.llm_engine:LLMEngine.from_engine_args",
-            takes=("engine_args", "usage_context"),
-        ),
-        Reliance(
-            "vllm.v1.engine.llm_engine:LLMEngine.add_request",
-            takes=("request_id", "prompt", "params"),
-        ),
-        Reliance("vllm.v1.engine.llm_engine:LLMEngine.step", takes=()),
-        Reliance("vllm.v1.engine.llm_engine:LLMEngine.abort_request", takes=("request_ids",)),
-        Reliance("vllm.v1.engine.llm_engine:LLMEngine.collective_rpc", takes=("method", "args")),
-        Reliance("vllm.v1.engine.llm_engine:LLMEngine.engine_core"),
-        Reliance("vllm.v1.engine.core_client:EngineCoreClient.shutdown", takes=()),
-        *members(
-            "vllm.outputs:RequestOutput", "request_id", "finished", "outputs", "prompt_logprobs"
-        ),
-        *members("vllm.outputs:CompletionOutput", "token_ids", "logprobs", "finish_reason"),
-        Reliance("vllm.engine.arg_utils:EngineArgs"),
-        Reliance("vllm.engine.arg_utils:EngineArgs.add_cli_args", takes=("parser",)),
-        Reliance("vllm.engine.arg_utils:EngineArgs.from_cli_args", takes=("args",)),
-        *members(
-            "vllm.engine.arg_utils:EngineArgs",
-            *("max_logprobs", "worker_extension_cls", "disable_log_stats", "data_parallel_size"),
-        ),
-        Reliance("vllm.utils.argparse_utils:FlexibleArgumentParser"),
-        Reliance("vllm.v1.worker.worker_base:WorkerBase.get_model", takes=()),
     ],
     "server/vllm.py changes requests on their way": [
         Reliance(
@@ -430,8 +371,9 @@ RELIANCES: dict[str, list[Reliance]] = {
     ],
     "config.py asks whether vLLM has batch-invariant kernels": [
         Reliance("vllm.platforms:current_platform"),
+        *members("vllm.platforms.interface:Platform", "is_cuda_alike", "is_xpu", "device_type"),
     ],
-    "engine.py starts vLLM, hands it requests and reads its outputs": [
+    "engine.py runs vLLM in this process, and worker.py is a part of its workers": [
         Reliance("vllm.engine.arg_utils:EngineArgs"),
         Reliance("vllm.engine.arg_utils:EngineArgs.add_cli_args", takes=("parser",)),
         Reliance("vllm.engine.arg_utils:EngineArgs.from_cli_args", takes=("args",)),
@@ -463,10 +405,11 @@ RELIANCES: dict[str, list[Reliance]] = {
             "vllm.v1.engine.llm_engine:LLMEngine.add_request",
             takes=("request_id", "prompt", "params"),
         ),
-        Reliance("vllm.v1.engine.llm_engine:LLMEngine.step"),
+        Reliance("vllm.v1.engine.llm_engine:LLMEngine.step", takes=()),
         Reliance("vllm.v1.engine.llm_engine:LLMEngine.abort_request", takes=("request_ids",)),
         Reliance("vllm.v1.engine.llm_engine:LLMEngine.collective_rpc", takes=("method", "args")),
         Reliance("vllm.v1.engine.llm_engine:LLMEngine.engine_core"),
+        Reliance("vllm.v1.engine.core_client:EngineCoreClient.shutdown", takes=()),
         Reliance("vllm.v1.engine.core_client:MPClient.shutdown"),
         Reliance("vllm.inputs:tokens_input"),
         Reliance("vllm.inputs.engine:tokens_input", takes=("prompt_token_ids",)),
@@ -498,9 +441,9 @@ RELIANCES: dict[str, list[Reliance]] = {
         *members(
             "vllm.outputs:RequestOutput", "request_id", "prompt_logprobs", "outputs", "finished"
         ),
-        *members("vllm.outputs:CompletionOutput", "token_ids", "logprobs"),
+        *members("vllm.outputs:CompletionOutput", "token_ids", "logprobs", "finish_reason"),
         Reliance("vllm.logprobs:Logprob.logprob"),
-        Reliance("vllm.v1.worker.worker_base:WorkerBase.get_model"),
+        Reliance("vllm.v1.worker.worker_base:WorkerBase.get_model", takes=()),
     ],
 }
 
