@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from proxytune.backends.retokenised import UNMAPPED
+from proxytune.logits.certificate import max_lost_prob, upper_logits
 from proxytune.logits.rules import apply_policy
 from proxytune.logits.steer import (
     UNWEIGHTED,
@@ -186,3 +187,29 @@ def test_a_weighted_expert_at_weights_of_one_is_the_published_method():
     )
     found = combine(base, [weighted(part, base, weights=ones, bias=torch.zeros(5))])
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(("scale", "num_likely"), [(0.5, 0), (1.0, 0), (2.0, 4)])
+def test_the_bound_of_unseen_probability_is_reached_in_the_worst_case(scale, num_likely):
+    """Below a scale of 1 the worst is a rest spread evenly, above 1 one on tokens at the ceiling."""
+    num_seen, num_unseen, rest = 4, 400, 0.01
+    unseen = torch.zeros(num_unseen)
+    unseen[: num_likely or None] = rest / (num_likely or num_unseen)
+    probs = torch.cat([torch.full((num_seen,), (1 - rest) / num_seen), unseen])
+    is_seen = torch.arange(num_seen + num_unseen) < num_seen
+    base = probs.log().masked_fill(~is_seen, -torch.inf)[None]
+    ceiling = float(unseen.max().log()) + (0.0 if num_likely else 4.0)
+    given = {"ceilings": torch.tensor([ceiling]), "scales": torch.tensor([[scale]])}
+    offsets = torch.zeros(1, len(probs))
+    upper = upper_logits(base, offsets, **given)
+    bound = max_lost_prob(
+        upper,
+        is_seen[None],
+        offsets,
+        rests=torch.tensor([rest]),
+        temperatures=torch.ones(1),
+        **given,
+    )
+    powers = probs**scale
+    lost = powers[~is_seen].sum() / powers.sum()
+    torch.testing.assert_close(bound[0], lost, rtol=1e-4, atol=0)

@@ -12,11 +12,12 @@ from torch import Tensor
 from proxytune.backends.base import Backend, Spelling
 from proxytune.checkpoints.output_bias import OutputBias
 from proxytune.errors import InvalidRequest, PromptTooLong
-from proxytune.logits.steer import UNWEIGHTED, Contribution, Weights, weighted
+from proxytune.logits.steer import UNWEIGHTED, Contribution, Weights, offset, weighted
 from proxytune.policy import Policy, needs_all_logits
 from proxytune.request import SamplingParams
 from proxytune.text.prompts import Tokenizer
 from proxytune.text.vocab import Alignment, Vocabulary, align
+from proxytune.trace import Terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,11 @@ class Pair:
     unmapped: float | None = field(default=None, compare=False, repr=False)
 
     @property
+    def is_weighted(self) -> bool:
+        """Whether it has weights other than 1, or an output bias."""
+        return self.weights != UNWEIGHTED or self.bias is not None
+
+    @property
     def reads_base(self) -> bool:
         """Whether what it adds depends on the base's logits."""
         return bool(self.weights.base != 1)
@@ -92,12 +98,42 @@ class Pair:
         assert base_logits is not None or not self.reads_base
         mask = self.is_unshared if is_unshared is None else is_unshared
         part = Contribution(expert_logits, anti_expert_logits, alpha, mask)
-        if self.weights == UNWEIGHTED and self.bias is None:
+        if not self.is_weighted:
             return part
         bias = None
         if self.bias is not None:
             bias = self.bias.dense(expert_logits.shape[-1], expert_logits.device)
         return weighted(part, base_logits, weights=self.weights, bias=bias, unmapped=self.unmapped)
+
+    def terms(
+        self,
+        token_id: int,
+        *,
+        base_logits: Tensor,
+        expert_logits: Tensor,
+        anti_expert_logits: Tensor,
+    ) -> Terms:
+        """Return what the pair adds to a token at strength 1, apart.
+
+        Args:
+            token_id: The token, in the base's vocabulary.
+            base_logits: `[vocab]`, -inf at ids that no token has.
+            expert_logits: Same shape and device.
+            anti_expert_logits: Same shape and device.
+        """
+        sides = expert_logits[None], anti_expert_logits[None]
+        part = self.contribution(*sides, 1.0, base_logits=base_logits[None])
+        ratio = float(offset(part._replace(own_logits=None))[0, token_id])
+        if self.is_unshared is None and self.unmapped is None:
+            # Elsewhere the sides are normalised already, over the tokens that they share.
+            totals = [
+                side.logsumexp(-1).item() for side in (part.expert_logits, part.anti_expert_logits)
+            ]
+            ratio -= totals[0] - totals[1]
+        logprob = float(base_logits.float().log_softmax(-1)[token_id])
+        scale = float(self.weights.base) - 1.0
+        bias = 0.0 if self.bias is None else self.bias.value_of(token_id)
+        return Terms(ratio, scale * logprob if scale else 0.0, bias)
 
 
 @dataclass(frozen=True, slots=True)
