@@ -71,7 +71,8 @@ def weights(run: TuneSettings) -> dict[str, torch.Tensor]:
 
 
 def test_a_reward_is_learned_and_measured(models: Path, tmp_path: Path) -> None:
-    run = settings(models, tmp_path, max_steps=20, eval_every=5, alpha=1.0)
+    changes = {"max_steps": 16, "eval_every": 4, "learning_rate": 5e-2, "group_size": 8}
+    run = settings(models, tmp_path, alpha=1.0, **changes)
     result = tune(run, reward=letters)
     assert result.method == "grpo" and result.rewards is not None and result.verdict is not None
     assert result.rewards["best_valid"] > result.rewards["first_valid"] + 0.3

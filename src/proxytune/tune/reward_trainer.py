@@ -360,7 +360,7 @@ def _number_positions(body: Any) -> None:
         return
 
     def numbered(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
+        mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids", args[0] if args else None)
         is_whole = isinstance(mask, Tensor) and ids is not None and mask.shape == ids.shape
         if isinstance(mask, Tensor) and is_whole and kwargs.get("position_ids") is None:
             kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
