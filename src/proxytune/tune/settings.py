@@ -11,8 +11,8 @@ from proxytune.errors import InvalidRequest, ProxytuneError
 from proxytune.settings import check, declared, option
 from proxytune.tune.rewards import parse_reward
 
-LOSS_LOG = "log.jsonl"
-"""The name of the file with a run's losses, in `TuneSettings.training`."""
+LOSS_LOG, CPT_LOG = "log.jsonl", "log-cpt.jsonl"
+"""Names of the files with a run's losses, in `TuneSettings.training`; the second with `then_cpt` only."""
 
 
 class Interrupted(ProxytuneError):
@@ -35,6 +35,11 @@ class Display:
 def expert_path(settings: TuneSettings) -> str:
     """Return the path of the tuned expert, relative to the output directory."""
     return "expert" if settings.full else f"adapters/{settings.expert_name}"
+
+
+def anti_expert_path(settings: TuneSettings) -> str:
+    """Return the path of a calibrated anti-expert's adapter, relative to the output directory."""
+    return f"adapters/{settings.expert_name}-anti-expert"
 
 
 Method = Literal["sft", "dpo", "cpt", "grpo"]
@@ -72,6 +77,24 @@ class TuneSettings:
         metavar="NAME",
         none_means="grpo with --reward; dpo for preference pairs; cpt with --base and --anti-expert that "
         "read the same tokens; otherwise sft",
+    )
+    calibrate: bool | None = option(
+        None,
+        "For sft and dpo: train the anti-expert, too, on what the base would have said at the same "
+        "positions, so that steering adds what the base lacks",
+        flag="--calibrate/--no-calibrate",
+        none_means="for sft with --base and --anti-expert that read the same tokens, unless --full",
+    )
+    calibrated: str | None = option(
+        None,
+        "For sft: use this calibrated anti-expert, an adapter or the recipe that it belongs to, "
+        "instead of training one",
+        metavar="DIR",
+    )
+    then_cpt: bool = option(
+        False,
+        "After a calibrated pair: train its expert on through the frozen base and anti-expert, as cpt "
+        "does, at half the learning rate",
     )
     name: str | None = option(
         None,
@@ -215,7 +238,8 @@ class TuneSettings:
     )
     offsets_dir: str | None = option(
         None,
-        "For cpt: directory to keep the frozen models' outputs in, for other runs on the same rows",
+        "For cpt and calibration: directory to keep the frozen models' outputs in, for other runs on the "
+        "same rows",
         metavar="DIR",
     )
     measure_tokens: int = option(
@@ -247,6 +271,17 @@ class TuneSettings:
             raise InvalidRequest(
                 "neither a small model nor a base is given, so there is nothing to tune.\n"
                 "hint: --anti-expert names the small model; --base alone tunes the base itself"
+            )
+        asked = [n for n in ("calibrate", "calibrated", "then_cpt") if getattr(self, n)]
+        if asked and not self.is_pair:
+            raise InvalidRequest(
+                f"{asked[0]} concerns an anti-expert that is compared with a base, and one of them is "
+                "missing.\nhint: give --anti-expert and --base"
+            )
+        if asked and self.calibrate is False:
+            raise InvalidRequest(
+                f"{asked[0]} needs a calibrated anti-expert, and calibrate is False.\n"
+                "hint: leave --no-calibrate out"
             )
         if self.method == "cpt" and not self.is_pair:
             raise InvalidRequest(
@@ -364,6 +399,7 @@ class TuneResult:
         data: Counts and digests of rows and tokens, by part. `rows` is what a part has, and the others count
             what was read of it.
         learning_rate: Peak learning rate.
+        is_calibrated: Whether the anti-expert is calibrated.
         valid: Scores of base, expert, anti-expert and steered base on validation rows; see `ScoreReport`.
         test: The same on rows that nothing was chosen on, at the best strength.
         tried: The strengths tried on the validation rows; empty if none was chosen.
@@ -392,6 +428,7 @@ class TuneResult:
     first_valid_loss: float | None
     data: dict[str, Any]
     learning_rate: float
+    is_calibrated: bool = False
     valid: dict[str, Any] | None = None
     test: dict[str, Any] | None = None
     tried: tuple[float, ...] = ()
