@@ -150,6 +150,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "heads",
         "loss",
         "offsets",
+        "fit",
+        "features",
         "verdict",
         "card",
         "trainer",
