@@ -157,6 +157,9 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "trainer",
         "training",
         "run",
+        "distil",
+        "baked",
+        "bake",
     ),
     "integrations": (
         "auto",
@@ -238,6 +241,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "rank",
         "score",
         "tune",
+        "bake",
     ),
     "cli": (),
 }

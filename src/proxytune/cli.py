@@ -24,6 +24,7 @@ from proxytune.commands import (  # noqa: F401
     chat,
     serve,
     tune,
+    bake,
     score,
     evaluate,
     grade,
