@@ -49,6 +49,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "causal",
         "placement",
         "references",
+        "output_bias",
         "changes",
         "rows",
         "checkpoint",

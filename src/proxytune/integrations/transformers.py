@@ -497,7 +497,6 @@ def _steer(
 ) -> Tensor:
     """Return steered logits, -inf at padding ids, from those of each member; all `[batch, tokens, vocab]`."""
     from proxytune.logits.rules import apply_policy
-    from proxytune.logits.steer import Contribution
 
     base = logits[0]
     width = base.shape[-1]
@@ -507,7 +506,7 @@ def _steer(
 
     steering = [(ensemble.pairs[i], alpha) for i, alpha in pairs]
     contributions = [
-        Contribution(flat(pair.expert), flat(pair.anti_expert), alpha, pair.is_unshared)
+        pair.contribution(flat(pair.expert), flat(pair.anti_expert), alpha, base_logits=flat(0))
         for pair, alpha in steering
     ]
     found = apply_policy(ensemble.policy, flat(0), contributions, padding_ids=padding_ids)

@@ -498,7 +498,9 @@ def contributions(
 ) -> list[Contribution]:
     """Return what each pair contributes; a pair whose strength is None contributes nothing."""
     return [
-        Contribution(logits[pair.expert], logits[pair.anti_expert], alpha, pair.is_unshared)
+        pair.contribution(
+            logits[pair.expert], logits[pair.anti_expert], alpha, base_logits=logits[0]
+        )
         for pair, alpha in zip(ensemble.pairs, alphas, strict=True)
         if alpha is not None
     ]
