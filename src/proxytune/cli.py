@@ -24,6 +24,7 @@ from proxytune.commands import (  # noqa: F401
     chat,
     serve,
     tune,
+    fit,
     bake,
     score,
     evaluate,

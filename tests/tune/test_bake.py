@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from proxytune.errors import InvalidRequest, OutputFileError, UnsupportedModel
@@ -29,11 +29,20 @@ WORDS = ["the", "an", "a", "tin", "thin", "rather", "tea", "in", "eat", "ran"]
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a recipe whose expert is far from its anti-expert."""
+    """Return a recipe that an adapter can reproduce: its expert is the base with other weights."""
     folder = tmp_path_factory.mktemp("models")
     tiny_model(folder / "base", seed=1, hidden_size=24, num_layers=2)
-    tiny_model(folder / "small", seed=2)
-    tiny_model(folder / "expert", seed=3)
+    expert = AutoModelForCausalLM.from_pretrained(folder / "base")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in expert.model.layers:
+            weight = layer.mlp.down_proj.weight
+            change = torch.randn(len(weight), 2, generator=generator) @ torch.randn(
+                2, weight.shape[1], generator=generator
+            )
+            weight += change * weight.norm() / change.norm()
+    expert.save_pretrained(folder / "expert")
+    AutoTokenizer.from_pretrained(folder / "base").save_pretrained(folder / "expert")
     config = {
         "model_type": "proxytune",
         "base": {"model": "../base"},
@@ -41,7 +50,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {
                 "name": "odd",
                 "expert": {"model": "../expert"},
-                "anti_expert": {"model": "../small"},
+                "anti_expert": {"same_as": "base"},
                 "alpha": 0.7,
             }
         ],

@@ -301,6 +301,7 @@ class _Baking:
             "warmup_steps": max(1, round(0.03 * num_steps)),
             "weight_decay": 0.0,
             "max_grad_norm": 1.0,
+            "gradient_checkpointing": False,
             "per_device_train_batch_size": settings.batch_size,
             "per_device_eval_batch_size": settings.batch_size,
             "eval_strategy": "steps",

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from proxytune.decode.ensemble import Ensemble, Pair
 from proxytune.errors import UnsupportedModel
-from proxytune.logits.steer import over_shared
 from proxytune.machine import return_free_memory
 from proxytune.measure.score import Passage, passage_logits
 from proxytune.tune.fit import NEVER, Chunk, Read
@@ -34,7 +33,8 @@ def reader(
         on_progress: Called after each chunk with the number of tokens done in this reading and the total.
 
     Raises:
-        UnsupportedModel: An engine that shows no logits runs the models, or the ensemble has several pairs.
+        UnsupportedModel: Some logits are not shown (by an engine, or an API), a small model lacks some of the
+            base's tokens, or the ensemble has several pairs.
     """
     if ensemble.engine is not None:
         raise UnsupportedModel(
@@ -46,7 +46,18 @@ def reader(
             f"weights are fitted for one expert at a time, and {len(ensemble.pairs)} are chosen.\n"
             "hint: name one of them"
         )
+    if ensemble.members[0].backend.partial is not None:
+        raise UnsupportedModel(
+            f"{ensemble.members[0].name} is behind an API, which shows the logits of a few tokens, and a fit "
+            "compares whole distributions.\n"
+            "hint: choose a strength with `proxytune sweep`, or fit with a copy of the base that runs here"
+        )
     pair = ensemble.pairs[0] if with_pair else None
+    if pair is not None and (pair.is_unshared is not None or pair.unmapped is not None):
+        raise UnsupportedModel(
+            f"expert {pair.name!r} lacks some of the base's tokens, and what weights do beside those is not "
+            "convex.\nhint: choose a strength with `proxytune sweep`"
+        )
     total = sum(len(passage.token_ids) for passage in passages)
 
     def read() -> Iterator[Chunk]:
@@ -74,12 +85,6 @@ def _features(ensemble: Ensemble, pair: Pair | None, logits: dict[int, Tensor]) 
     parts = [logits[0].float()]
     if pair is not None:
         expert, anti_expert = logits[pair.expert].float(), logits[pair.anti_expert].float()
-        if pair.is_unshared is not None:
-            missing = pair.is_unshared.to(expert.device)
-            expert, anti_expert = (
-                over_shared(each, missing).masked_fill(missing, 0.0)
-                for each in (expert, anti_expert)
-            )
         parts += [expert, -anti_expert]
     features = torch.stack(parts).clamp_(NEVER, -NEVER)
     features[1:, :, padding_ids] = 0.0

@@ -34,6 +34,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from proxytune.checkpoints.output_bias import OutputBias
 from proxytune.errors import InvalidRequest
 from proxytune.measure.score import BLOCK_TOKENS, NUM_RESAMPLES, Interval
 
@@ -59,6 +60,8 @@ BIAS_POSITIONS = 40_000
 """Maximum number of positions that a bias is fitted on: 4,000 tokens at each take 320 MB."""
 PRIOR = 4.0
 """Precision of a bias value's prior: a token's count says as much as this many observed tokens."""
+LEAST_VALUE = 1e-4
+"""A smaller value of a bias changes no probability that anyone could measure."""
 NEWTON_STEPS = 25
 
 
@@ -73,28 +76,17 @@ Read = Callable[[], Iterable[Chunk]]
 """Reads rows from the first position on; called once for each reading."""
 
 
-class OutputBias(NamedTuple):
-    """Values that are added to some tokens' logits."""
+def largest(bias: OutputBias, num_ids: int) -> OutputBias:
+    """Return the values of the `num_ids` tokens with the largest ones, in the order of their ids."""
+    if num_ids >= len(bias):
+        return bias
+    kept = bias.values.abs().topk(num_ids).indices.sort().values
+    return OutputBias(bias.token_ids[kept], bias.values[kept])
 
-    token_ids: Tensor  # [n] int64, ascending
-    values: Tensor  # [n] float32
 
-    def dense(self, vocab: int) -> Tensor:
-        """Return `[vocab]` float32, 0 at the other tokens."""
-        full = torch.zeros(vocab)
-        full[self.token_ids] = self.values
-        return full
-
-    def largest(self, num_ids: int) -> OutputBias:
-        """Return the values of the `num_ids` tokens with the largest ones."""
-        if num_ids >= len(self.values):
-            return self
-        kept = self.values.abs().topk(num_ids).indices.sort().values
-        return OutputBias(self.token_ids[kept], self.values[kept])
-
-    def scaled(self, factor: float) -> OutputBias:
-        """Return the bias times a factor."""
-        return self._replace(values=self.values * factor)
+def scaled(bias: OutputBias, factor: float) -> OutputBias:
+    """Return a bias times a factor."""
+    return OutputBias(bias.token_ids, bias.values * factor)
 
 
 class Mix(NamedTuple):
@@ -108,7 +100,7 @@ class Mix(NamedTuple):
         weights = torch.tensor(self.weights, device=chunk.logits.device)
         mixed: Tensor = torch.tensordot(weights, chunk.logits, dims=1)
         if self.bias is not None:
-            mixed += self.bias.dense(mixed.shape[-1]).to(mixed.device)
+            mixed += self.bias.dense(mixed.shape[-1], mixed.device)
         return mixed
 
     def losses(self, chunk: Chunk) -> Tensor:
@@ -137,7 +129,8 @@ class Thinned(NamedTuple):
 
     def with_bias(self, bias: OutputBias) -> Thinned:
         """Return the positions with the bias as one more feature."""
-        full = bias.dense(int(max(self.token_ids.max(), self.targets.max(), *bias.token_ids)) + 1)
+        width = 1 + max(int(ids.max()) for ids in (self.token_ids, self.targets, bias.token_ids))
+        full = bias.dense(width, torch.device("cpu"))
         features = torch.cat([self.features, full[self.token_ids][..., None]], -1)
         targets = torch.cat([self.target_features, full[self.targets][:, None]], -1)
         return self._replace(features=features, target_features=targets)
@@ -268,7 +261,7 @@ def fit_bias(
     num_ids: int = BIAS_IDS,
     prior: float = PRIOR,
     max_positions: int = BIAS_POSITIONS,
-) -> OutputBias:
+) -> OutputBias | None:
     """Return the bias that fits rows best beside the given weights; reads the rows twice.
 
     Args:
@@ -277,6 +270,9 @@ def fit_bias(
         num_ids: Maximum number of tokens with a bias.
         prior: Precision of the values' Gaussian prior; larger pulls them to 0.
         max_positions: Positions after this many are left out.
+
+    Returns:
+        None if every token occurs as often as expected.
     """
     mix = Mix(tuple(weights))
     counts = expected = torch.zeros(0)
@@ -304,8 +300,8 @@ def fit_bias(
         seen = place[chunk.targets.cpu()]
         observed += torch.bincount(seen[seen >= 0], minlength=len(token_ids))
     values = _fit_values(parts, observed, prior)
-    kept = values.abs() > 1e-4
-    return OutputBias(token_ids[kept], values[kept])
+    kept = values.abs() > LEAST_VALUE
+    return OutputBias(token_ids[kept], values[kept]) if kept.any() else None
 
 
 def _fit_values(parts: Sequence[tuple[Tensor, Tensor]], observed: Tensor, prior: float) -> Tensor:
@@ -419,7 +415,7 @@ class Fitted:
             and asdict(self.bias_gain) | {"is_clear": self.bias_gain.is_clear},
             "by_num_ids": self.by_num_ids,
             "num_tokens": self.num_tokens,
-            "num_ids": 0 if self.bias is None else len(self.bias.token_ids),
+            "num_ids": 0 if self.bias is None else len(self.bias),
             "kept": "none"
             if mix is None
             else "weights"
@@ -487,16 +483,17 @@ def fit(
     begin = (*weights, 1.0)
     if train is not None:
         bias = fit_bias(train, weights, num_ids=num_ids, prior=prior)
-        counts = [n for n in (250, 1000) if n < len(bias.token_ids)] + [len(bias.token_ids)]
+    if bias is not None:
+        counts = [n for n in (250, 1000) if n < len(bias)] + [len(bias)]
         for count in counts:
-            fewer = bias.largest(count)
+            fewer = largest(bias, count)
             joint = sample.with_bias(fewer)
             ways[count] = [
-                Mix(each[:-1], fewer.scaled(each[-1]))
+                Mix(each[:-1], scaled(fewer, each[-1]))
                 for each in crossed(joint, lambda part: fit_weights(part, begin))
             ]
         *with_bias, scale = fit_weights(joint, begin)
-        bias = bias.scaled(scale)
+        bias = scaled(bias, scale)
     losses = _crossed_losses(valid(), ways, num_tokens)
     gain = gain_of(losses["strength"], losses["weights"], seed=seed)
     by_num_ids = {n: gain.after - float(losses[n].mean()) for n in counts}

@@ -48,6 +48,7 @@ from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.tune.encode import Encoded, encode, limited
 from proxytune.tune.formats import Formats, formats_of
 from proxytune.tune.settings import (
+    ALPHAS,
     LOSS_LOG,
     Display,
     Method,
@@ -63,8 +64,6 @@ if TYPE_CHECKING:
     from proxytune.model import ProxyTuned
     from proxytune.request import Prompt
 
-ALPHAS = tuple(round(0.1 * i, 1) for i in range(1, 16))
-"""Strengths tried on the validation rows."""
 MOST_VALID_ROWS = 500
 """Maximum number of rows taken from the training rows for validation, and for the last word."""
 FEWEST_TEST_ROWS = 5
@@ -183,7 +182,7 @@ class _Run:
             **outcome,
         )
         self._publish(recipe, result)
-        result = self._measured(recipe, result, formats, valid, test)
+        recipe, result = self._measured(recipe, result, formats, train, valid, test)
         recipe = replace(recipe, experts=(replace(recipe.experts[0], alpha=result.alpha),))
         self._publish(recipe, result)
         write_json(settings.training / "result.json", result.to_dict())
@@ -378,23 +377,33 @@ class _Run:
         recipe: Recipe,
         result: TuneResult,
         formats: Formats,
+        train: Rows,
         valid: Rows | None,
         test: Rows | None,
-    ) -> TuneResult:
-        """Choose the strength if none was given, and say whether steering helps."""
+    ) -> tuple[Recipe, TuneResult]:
+        """Choose the strength if none was given, fit weights, and say whether steering helps."""
         from proxytune.model import ProxyTuned
+        from proxytune.tune.fitted import tuned_fit
 
         settings = self._settings
         if (valid is None and test is None) or settings.measure_tokens == 0:
-            return result
+            return recipe, result
         try:
             model = ProxyTuned.load(recipe, device=settings.device)
             if valid is not None:
                 result = self._chosen(model, result, valid)
-            return self._judged(model, result, formats, valid, test)
+                spec, result = tuned_fit(
+                    settings, model, recipe.experts[0], result, train, valid, self._display
+                )
+                if spec != recipe.experts[0]:
+                    recipe = replace(recipe, experts=(spec,))
+                    model = ProxyTuned.load(recipe, device=settings.device)
+                    report = self._score(model, valid, (spec.alpha,), "measuring with weights")
+                    result = replace(result, valid=report.to_dict())
+            return recipe, self._judged(model, result, formats, valid, test)
         except UserError as error:
             self._display.say(f"not measured: {error}")
-            return result
+            return recipe, result
 
     def _chosen(self, model: ProxyTuned, result: TuneResult, valid: Rows) -> TuneResult:
         """Measure on the validation rows, and choose the strength if none was given."""

@@ -37,7 +37,11 @@ def expert_path(settings: TuneSettings) -> str:
 
 
 Method = Literal["sft", "dpo", "cpt"]
+ALPHAS = tuple(round(0.1 * i, 1) for i in range(1, 16))
+"""Strengths tried on validation rows."""
+
 Form = Literal["steered", "paper"]
+Fit = Literal["none", "weights", "bias"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +192,12 @@ class TuneSettings:
         "For cpt: directory to keep the frozen models' outputs in, for other runs on the same rows",
         metavar="DIR",
     )
+    fit: Fit = option(
+        "weights",
+        "What is fitted beside the strength, and kept if it wins clearly: weights of base, expert and "
+        "anti-expert; bias for these and an output bias; or none",
+        metavar="NAME",
+    )
     measure_tokens: int = option(
         15_000,
         "Measure base, expert and steered base on about this many held-out tokens; 0 measures nothing "
@@ -308,6 +318,8 @@ class TuneResult:
         tried: The strengths tried on the validation rows; empty if none was chosen.
         best_alpha: The best of them, also where it does not help and `alpha` is 0.
         edge: Whether the best is the lowest or the highest of them, so that a better one may lie beyond.
+        fit: Weights and bias that were fitted, what they gain, and whether they are kept; see
+            `tune.fit.Fitted`. None if none were.
         verdict: Whether steering helps, why, two prompts answered by base and steered base, and what to try
             next; see `tune.verdict.Verdict`. None if nothing was measured.
         environment: Versions of libraries, and the number of threads.
@@ -333,6 +345,7 @@ class TuneResult:
     tried: tuple[float, ...] = ()
     best_alpha: float | None = None
     edge: Literal["lowest", "highest"] | None = None
+    fit: dict[str, Any] | None = None
     verdict: dict[str, Any] | None = None
     environment: dict[str, Any] = field(default_factory=dict)
 
