@@ -181,6 +181,13 @@ def test_rows_that_a_strength_fits_keep_weights_of_1(alpha: float) -> None:
     assert found.chosen is None, found.gain
 
 
+def test_what_a_temperature_of_the_base_does_is_not_credited_to_weights() -> None:
+    logits = features(NUM_TOKENS)
+    found = fitting.fit(reader(logits, drawn(logits, (0.5, 0.0, 0.0))), None, alphas=(0.5, 1.0))
+    assert found.weights[0] == pytest.approx(0.5, abs=0.08)
+    assert found.chosen is None
+
+
 def test_a_bias_that_validation_rows_do_not_need_is_not_kept() -> None:
     """The training rows are full of token 3, the validation rows are not."""
     train, valid = features(2_000, seed=1), features(NUM_TOKENS, seed=2)

@@ -120,16 +120,13 @@ def test_text_that_the_steered_base_wrote_needs_no_weights(endless: ProxyTuned) 
     assert found.chosen is None, found.gain
 
 
-def test_text_that_a_hotter_base_wrote_gets_a_smaller_weight_of_the_base(
-    endless: ProxyTuned,
-) -> None:
-    text = written(endless, 15, temperature=2.0)
+def test_text_that_was_steered_and_hotter_gets_smaller_weights(endless: ProxyTuned) -> None:
+    """At temperature 2 all three weights are halved."""
+    text = written(endless, 20, alpha=1.0, temperature=2.0)
     passages = endless.text_passages(text, window=100)
     found = fit_expert(endless, "first", valid=passages, train=None, alphas=(0.5, 1.0))
     assert found.chosen is not None
-    base, expert, anti_expert = found.weights
-    assert base == pytest.approx(0.5, abs=0.08)
-    assert expert == pytest.approx(0, abs=0.1) and anti_expert == pytest.approx(0, abs=0.1)
+    assert found.weights == pytest.approx((0.5, 0.5, 0.5), abs=0.08)
 
 
 def test_the_first_passages_are_taken_up_to_a_number_of_tokens(endless: ProxyTuned) -> None:
@@ -175,9 +172,9 @@ def toy_recipe(tmp_path: Path) -> str:
 
 @pytest.mark.usefixtures("toys")
 def test_the_command_writes_a_recipe_with_what_wins(toy_recipe: str, tmp_path: Path) -> None:
-    """The text is the base's at temperature 2, with far more of the letter q."""
+    """The text is the steered base's at temperature 2, with far more of the letter q."""
     model = toy_load(Recipe.read(toy_recipe))
-    text = written(model, 30, temperature=2.0, logit_bias=((16, 4.0),))
+    text = written(model, 30, alpha=1.0, temperature=2.0, logit_bias=((16, 4.0),))
     (tmp_path / "text.txt").write_text(text)
     output = tmp_path / "fitted"
     command = ["fit", toy_recipe, "--text-file", str(tmp_path / "text.txt"), "--window", "100"]

@@ -147,7 +147,7 @@ def _show(fitted: Fitted) -> None:
         )
 
     alpha = fitted.alpha
-    add(f"best strength, alpha {alpha:g}", (1.0, alpha, alpha), 0, fitted.gain.before, None)
+    add("strength, or base alone", (1.0, alpha, alpha), 0, fitted.gain.before, None)
     add("weights", fitted.weights, 0, fitted.gain.after, fitted.gain)
     if fitted.bias is not None and fitted.bias_gain is not None:
         assert fitted.weights_with_bias is not None

@@ -16,10 +16,11 @@ again. Whether a fit is *kept* is never decided on thinned positions.
   L-BFGS on their values with a Gaussian prior (Chen and Rosenfeld 2000, "A survey of smoothing techniques for
   maximum entropy models"), which is exact, since the other tokens' mass is known from one more reading.
 - Choice: weights and bias are kept only where they win *clearly* on validation rows. The rows are cut into
-  `NUM_FOLDS` stretches, each judged by what was fitted on the others, so that a fit never judges itself;
-  its rival, the best of a list of strengths, is chosen the same way. A win is clear if the 95 % interval of
-  the gain in nats per token, resampled in pairs over blocks of tokens, leaves out zero, and the gain is at
-  least `LEAST_GAIN`.
+  `NUM_FOLDS` stretches, each judged by what was fitted on the others, so that a fit never judges itself.
+  Weights have two rivals, fitted in the same way: the best of a list of strengths, and a temperature of the
+  base without any small model, lest an expert be credited with what needs none. A win is clear if the 95 %
+  interval of the gain in nats per token, resampled in pairs over blocks of tokens, leaves out zero, and the
+  gain is at least `LEAST_GAIN`.
 """
 
 from __future__ import annotations
@@ -380,8 +381,8 @@ class Fitted:
         weights: The fitted weights, in the features' order, whether they are kept or not.
         bias: The bias as it would be kept; None if none was fitted.
         weights_with_bias: The weights beside that bias.
-        gain: The weights against the best strength.
-        bias_gain: Weights and bias against the better of the two.
+        gain: The weights against the better of their rivals, a strength and a temperature of the base.
+        bias_gain: Weights and bias against the weights if these win clearly, otherwise against their rival.
         by_num_ids: What the bias gains with fewer tokens.
         num_tokens: Number of validation tokens.
     """
@@ -436,7 +437,7 @@ def fit(
 ) -> Fitted:
     """Fit weights on validation rows and, with training rows, a bias; say what wins clearly.
 
-    The validation rows are read twice, the training rows twice. The bias is fitted on the training rows at
+    Validation and training rows are read twice each. The bias is fitted on the training rows at
     the fitted weights, and how strongly it counts on the validation rows: an expert knows its training
     rows, and what it lacks there is less than what it lacks elsewhere.
 
@@ -478,6 +479,13 @@ def fit(
         "strength": [Mix(each) for each in crossed(sample, best)],
         "weights": [Mix(each) for each in crossed(sample, lambda part: fit_weights(part, start))],
     }
+    if num_features > 1:
+        alone = sample._replace(
+            features=sample.features[..., :1], target_features=sample.target_features[:, :1]
+        )
+        none = (0.0,) * (num_features - 1)
+        tempered = crossed(alone, lambda part: fit_weights(part, (1.0,)))
+        ways["temperature"] = [Mix(each + none) for each in tempered]
     bias = with_bias = None
     counts: list[int] = []
     begin = (*weights, 1.0)
@@ -495,12 +503,15 @@ def fit(
         *with_bias, scale = fit_weights(joint, begin)
         bias = scaled(bias, scale)
     losses = _crossed_losses(valid(), ways, num_tokens)
-    gain = gain_of(losses["strength"], losses["weights"], seed=seed)
+    rivals = [losses[name] for name in ("strength", "temperature") if name in losses]
+    rival = min(rivals, key=lambda each: float(each.mean()))
+    gain = gain_of(rival, losses["weights"], seed=seed)
     by_num_ids = {n: gain.after - float(losses[n].mean()) for n in counts}
     bias_gain = None
     if counts:
-        rival = losses["weights" if gain.is_clear else "strength"]
-        bias_gain = gain_of(rival, losses[counts[-1]], seed=seed)
+        bias_gain = gain_of(
+            losses["weights"] if gain.is_clear else rival, losses[counts[-1]], seed=seed
+        )
     return Fitted(
         alpha=best(sample)[-1] if num_features > 1 else 0.0,
         weights=weights,

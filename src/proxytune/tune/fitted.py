@@ -135,8 +135,8 @@ def words_of(fitted: Fitted) -> str:
         interval = f" ({gain.interval.low:+.3f} to {gain.interval.high:+.3f})"
     if mix is None:
         return (
-            f"fitted weights ({shown}) gain {gain.nats:+.3f} nats per token{interval} over alpha "
-            f"{fitted.alpha:g}, which is no clear win, so the weights stay 1"
+            f"fitted weights ({shown}) gain {gain.nats:+.3f} nats per token{interval} over a strength or a "
+            "temperature of the base alone, which is no clear win, so the weights stay 1"
         )
     tokens = "" if mix.bias is None else f", {len(mix.bias):,} tokens with a bias"
     return (
