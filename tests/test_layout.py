@@ -151,6 +151,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "loss",
         "offsets",
         "frozen",
+        "shown",
         "calibrated",
         "verdict",
         "card",

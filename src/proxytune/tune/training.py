@@ -25,6 +25,7 @@ from proxytune.checkpoints.references import local_reference
 from proxytune.errors import BackendError
 from proxytune.files import write_json, writing
 from proxytune.machine import peak_memory
+from proxytune.recipe.spec import ModelSpec
 from proxytune.tune import trainer as trainers
 from proxytune.tune.encode import Encoded
 from proxytune.tune.frozen import FrozenEnsemble, FrozenModels, load_frozen
@@ -50,6 +51,7 @@ from proxytune.tune.settings import (
     default_learning_rate,
     expert_path,
 )
+from proxytune.tune.shown import ShownBase, ask_base
 
 MAX_GRAD_NORM = 1.0
 CPT_RATE, CPT_STEPS = 0.5, 0.5
@@ -76,6 +78,7 @@ class Training:
         has_answers: Whether they are answers to prompts, and not texts.
         max_length: Maximum number of tokens per example.
         display: Shows progress.
+        remote: The base, if it is behind an API.
         pair: A trained pair to go on from, as `_save` leaves it. None starts from the small model.
     """
 
@@ -89,6 +92,7 @@ class Training:
     display: Display
     calibrates: bool = False
     given: Path | None = None
+    remote: ModelSpec | None = None
     pair: Path | None = None
 
     def run(self) -> dict[str, Any]:
@@ -161,9 +165,8 @@ class Training:
         if self.method == "cpt" and self.pair is None:
             ensemble = self._frozen.ensemble(model)
         elif self.calibrates:
-            calibration = Calibration(
-                self._frozen.alone, settings.alpha or 1.0, is_given=self.given is not None
-            )
+            base = self._frozen.alone if self.remote is None else self._shown(self.remote)
+            calibration = Calibration(base, settings.alpha or 1.0, is_given=self.given is not None)
         model = self._trainable(model)
         if self.pair is not None:
             ensemble = self._from_pair(model, self.pair)
@@ -218,6 +221,13 @@ class Training:
             self._dtype,
             self.display,
         )
+
+    def _shown(self, base: ModelSpec) -> ShownBase:
+        self.display.say(
+            "the base is behind an API and shows a part of its distribution, so training is stopped by the "
+            "expert's loss plus the anti-expert's divergence, and not by the steered loss"
+        )
+        return ask_base(self.settings, base, self.small, self.encoded, self.display)
 
     def _from_pair(self, model: Any, pair: Path) -> FrozenEnsemble:
         """Load a pair's expert into a PEFT model, and return the ensemble of base and anti-expert."""
