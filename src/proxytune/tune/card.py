@@ -15,6 +15,8 @@ from proxytune.tune.verdict import interval_words
 _METHODS = {
     "sft": "supervised fine-tuning",
     "dpo": "Direct Preference Optimization (arXiv:2305.18290)",
+    "calibrated": "supervised fine-tuning of the expert; from the same start, the anti-expert was calibrated "
+    "to the base's distribution at the same positions",
     "cpt": "Consistent Proxy Tuning (arXiv:2407.01155): trained through the frozen base and anti-expert",
 }
 _COUNTS = ("rows", "rows_read", "num_tokens", "num_trained", "num_truncated", "num_dropped")
@@ -46,7 +48,7 @@ def last_word(settings: TuneSettings, result: TuneResult) -> list[str]:
     lines += [
         _shown_score(row)
         for row in report["rows"]
-        if row["alpha"] == verdict["alpha"] or row["name"].rpartition(".")[2] in ("base", "expert")
+        if row["alpha"] in (verdict["alpha"], 1.0) or _side(row) in _alone(result)
     ]
     for sample in verdict["samples"]:
         lines += ["", f"  prompt: {_line(sample['prompt'])}"]
@@ -57,9 +59,20 @@ def last_word(settings: TuneSettings, result: TuneResult) -> list[str]:
     return [*lines, *(f"try next: {hint}" for hint in verdict["hints"])]
 
 
+def _side(row: Mapping[str, Any]) -> str:
+    return str(row["name"]).rpartition(".")[2]
+
+
+def _alone(result: TuneResult) -> tuple[str, ...]:
+    """Return the models that are shown by themselves."""
+    # That a calibrated pair has similar perplexities is the sign that calibration worked.
+    return ("base", "expert", "anti_expert") if result.is_calibrated else ("base", "expert")
+
+
 def _shown_score(row: Mapping[str, Any]) -> str:
-    side = row["name"].rpartition(".")[2]
-    name = "expert alone" if side == "expert" else side
+    side = _side(row)
+    names = {"expert": "expert alone", "anti_expert": "anti-expert alone"}
+    name = names.get(side, side)
     name += "" if row["alpha"] is None else f" at alpha {row['alpha']:g}"
     text = f"  {name:<22} {row['perplexity']:.2f}{interval_words(row['interval'], '.2f')}"
     if side == "base":
@@ -148,7 +161,10 @@ def _score_line(row: Mapping[str, Any]) -> str:
 
 
 def _training(settings: TuneSettings, result: TuneResult) -> list[str]:
-    lines = ["## Training", "", f"{_METHODS[result.method]}.", ""]
+    method = "calibrated" if result.is_calibrated else result.method
+    lines = ["## Training", "", f"{_METHODS[method]}.", ""]
+    if settings.then_cpt:
+        lines += [f"Then {_METHODS['cpt']}.", ""]
     lines += [
         "| data | rows | rows read | tokens read | trained on | cut | left out | sha256 |",
         "| --- | " + "---: | " * 6 + "--- |",
@@ -160,11 +176,11 @@ def _training(settings: TuneSettings, result: TuneResult) -> list[str]:
             f"`{part['digest'][:16]}` |"
         )
     lines += ["", "| setting | value |", "| --- | --- |"]
-    shown: dict[str, Any] = {"method": result.method}
+    shown: dict[str, Any] = {"method": result.method, "calibrate": result.is_calibrated}
     for setting in fields(settings):
         value = getattr(settings, setting.name)
         own = setting.default if setting.default is not MISSING else None
-        if value != own and setting.name not in ("output", "data", "method"):
+        if value != own and setting.name not in ("output", "data", "method", "calibrate"):
             shown[setting.name] = value
     shown["learning_rate"] = result.learning_rate
     shown["template"], shown["base_template"] = result.template, result.base_template

@@ -24,13 +24,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from proxytune.checkpoints.references import is_url, local_reference
+from proxytune.checkpoints.references import local_reference
 from proxytune.data.rows import Rows, answers_of, read_rows, split_rows
 from proxytune.errors import (
     AdapterMismatch,
@@ -44,16 +44,19 @@ from proxytune.files import write_json
 from proxytune.machine import versions
 from proxytune.measure.score import scoring_window
 from proxytune.recipe.recipe import Recipe
-from proxytune.recipe.spec import ExpertSpec, ModelSpec
+from proxytune.recipe.spec import ApiSettings, ExpertSpec, ModelSpec
+from proxytune.tune.calibrated import calibrates, check_enough, find_calibrated
 from proxytune.tune.encode import Encoded, encode, limited
 from proxytune.tune.formats import Formats, formats_of
 from proxytune.tune.settings import (
     ALPHAS,
+    CPT_LOG,
     LOSS_LOG,
     Display,
     Method,
     TuneResult,
     TuneSettings,
+    anti_expert_path,
     expert_path,
 )
 from proxytune.tune.verdict import hints_for, is_lower, judge
@@ -120,6 +123,7 @@ class _Run:
         train, valid, test = self._read_rows()
         formats = formats_of(settings, train, small, base)
         method = self._method(train, formats)
+        is_calibrated = calibrates(settings, method, formats)
         if formats.reason is not None:
             display.say(formats.reason)
         data: dict[str, dict[str, Any]] = {
@@ -127,7 +131,7 @@ class _Run:
             for name, r in (("train", train), ("valid", valid), ("test", test))
             if r is not None
         }
-        max_length = self._max_length(small, base)
+        max_length = _max_length(settings, small, base)
         encoded = {
             name: encode(
                 rows,
@@ -147,6 +151,9 @@ class _Run:
         for name, part in encoded.items():
             data[name] |= _counts(part)
             display.say(f"{name}: {_shown_counts(data[name], max_length)}")
+        if is_calibrated and (reason := check_enough(data["train"]["num_trained"], settings)):
+            display.say(reason)
+            is_calibrated = False
         if test is not None:
             display.say(f"test: {len(test):,} rows of {test.source}, kept for the last word")
         # Here, since TRL takes seconds to import and everything above can refuse the run.
@@ -161,11 +168,14 @@ class _Run:
             has_answers=train.kind != "text",
             max_length=max_length,
             display=display,
+            calibrates=is_calibrated,
+            given=self._given,
+            remote=_base_spec(settings) if settings.is_remote else None,
         )
         outcome = training.run()
         data["train"] |= _counts(encoded["train"].only(outcome.pop("examples_read")))
         display.say("writing the recipe")
-        recipe = self._recipe(small, formats)
+        recipe = self._recipe(small, formats, is_calibrated=is_calibrated)
         result = TuneResult(
             directory=settings.output,
             expert=settings.expert_name,
@@ -173,6 +183,7 @@ class _Run:
             method=method,
             template=formats.small,
             base_template=formats.base,
+            is_calibrated=is_calibrated,
             data=data,
             environment={
                 "torch": torch.__version__,
@@ -186,9 +197,15 @@ class _Run:
         recipe = replace(recipe, experts=(replace(recipe.experts[0], alpha=result.alpha),))
         self._publish(recipe, result)
         write_json(settings.training / "result.json", result.to_dict())
-        for leftover in ("checkpoints", "offsets"):
+        for leftover in ("checkpoints", "checkpoints-cpt", "offsets", "pair"):
             shutil.rmtree(settings.training / leftover, ignore_errors=True)
         return result
+
+    @cached_property
+    def _given(self) -> Path | None:
+        """The adapter of a given calibrated anti-expert."""
+        given = self._settings.calibrated
+        return None if given is None else find_calibrated(given)
 
     # Before training ---------------------------------------------------------------------------
 
@@ -216,30 +233,19 @@ class _Run:
         from proxytune.loading.doctor import examine
 
         settings = self._settings
-        if is_url(settings.base or ""):
-            raise InvalidRequest(
-                f"the base is {settings.base}, and tuning runs the base here, which an API does not allow.\n"
-                "hint: leave --base out, and join expert and base with "
-                f"proxytune new RECIPE --base {settings.base} --anti-expert MODEL --adapter ADAPTER"
-            )
         small = find_checkpoint(settings.small, root=Path.cwd())
-        self._check_targets(small)
+        _check_targets(settings, small)
         if not settings.is_pair or settings.anti_expert is None:
             return small, None
         whole = ModelSpec(model=settings.anti_expert)
-        experts = (ExpertSpec(settings.expert_name, whole, whole),)
-        recipe = Recipe(base=ModelSpec(model=settings.base), experts=experts)
-        examine(recipe.with_settings(device=settings.device)).raise_first()
+        anti_expert = whole if self._given is None else replace(whole, adapter=str(self._given))
+        experts = (ExpertSpec(settings.expert_name, whole, anti_expert),)
+        recipe = Recipe(base=_base_spec(settings), experts=experts)
+        recipe = recipe.with_settings(device=settings.device)
+        examine(recipe, key_env=settings.key_env).raise_first()
+        if settings.is_remote:
+            return small, None
         return small, find_checkpoint(settings.base or "", root=Path.cwd())
-
-    def _check_targets(self, small: Checkpoint) -> None:
-        known = {name.rpartition(".")[2] for name in small.linear_shapes}
-        for target in self._settings.lora_targets:
-            if target not in known:
-                raise AdapterMismatch(
-                    f"{small.name} has no linear layer {target!r} to put an adapter on; it has "
-                    f"{', '.join(sorted(known))}.\nhint: leave out --lora-targets to adapt all of them"
-                )
 
     def _read_rows(self) -> tuple[Rows, Rows | None, Rows | None]:
         settings = self._settings
@@ -291,7 +297,7 @@ class _Run:
         settings, asked = self._settings, self._settings.method
         is_preference = rows.kind == "preference"
         if asked is None:
-            can_train_through = settings.is_pair and formats.are_equal
+            can_train_through = settings.is_pair and formats.are_equal and not settings.is_remote
             method: Method = "cpt" if can_train_through else "sft"
             return "dpo" if is_preference else method
         if is_preference != (asked == "dpo"):
@@ -337,20 +343,9 @@ class _Run:
             )
         return (settings.training / "result.json").exists()
 
-    def _max_length(self, small: Checkpoint, base: Checkpoint | None) -> int:
-        contexts = [c.max_context for c in (small, base) if c is not None]
-        limit = min((n for n in contexts if n is not None), default=None)
-        asked = self._settings.max_length
-        if asked is not None and limit is not None and asked > limit:
-            raise InvalidRequest(
-                f"max_length is {asked}, and the smallest context has {limit} tokens.\n"
-                f"hint: --max-length {limit}"
-            )
-        return asked or min(1024, limit or 1024)
-
     # After training ----------------------------------------------------------------------------
 
-    def _recipe(self, small: Checkpoint, formats: Formats) -> Recipe:
+    def _recipe(self, small: Checkpoint, formats: Formats, *, is_calibrated: bool) -> Recipe:
         settings = self._settings
         directory = settings.directory
         reference = local_reference(settings.small, directory)
@@ -359,16 +354,18 @@ class _Run:
         expert = replace(anti_expert, model=path)
         if not settings.full:
             expert = replace(anti_expert, adapter=path)
+        if self._given is not None:
+            anti_expert = replace(anti_expert, adapter=local_reference(str(self._given), directory))
+        elif is_calibrated:
+            anti_expert = replace(anti_expert, adapter=anti_expert_path(settings))
         if not settings.is_pair:
             # The tuned model by itself: small + 1 * (tuned - small).
             same = ModelSpec(same_as="base")
             pair = ExpertSpec(settings.expert_name, expert, same, settings.alpha or 1.0)
             return Recipe(base=anti_expert, experts=(pair,), directory=directory)
-        large = ModelSpec(
-            model=local_reference(settings.base or "", directory),
-            prompt=formats.base,
-            chat=formats.chat,
-        )
+        large = replace(_base_spec(settings), prompt=formats.base, chat=formats.chat)
+        if not settings.is_remote:
+            large = replace(large, model=local_reference(settings.base or "", directory))
         pair = ExpertSpec(settings.expert_name, expert, anti_expert, settings.alpha or 1.0)
         return Recipe(base=large, experts=(pair,), directory=directory)
 
@@ -382,6 +379,7 @@ class _Run:
         test: Rows | None,
     ) -> tuple[Recipe, TuneResult]:
         """Choose the strength if none was given, fit weights, and say whether steering helps."""
+        from proxytune.backends.api.client import Budget
         from proxytune.model import ProxyTuned
         from proxytune.tune.fitted import tuned_fit
 
@@ -389,7 +387,12 @@ class _Run:
         if (valid is None and test is None) or settings.measure_tokens == 0:
             return recipe, result
         try:
-            model = ProxyTuned.load(recipe, device=settings.device)
+            model = ProxyTuned.load(
+                recipe,
+                device=settings.device,
+                budget=Budget(settings.max_calls, None),
+                key_env=settings.key_env,
+            )
             if valid is not None:
                 result = self._chosen(model, result, valid)
                 spec, result = tuned_fit(
@@ -455,7 +458,11 @@ class _Run:
         hints = hints_for(
             verdict.word,
             result,
-            could_be_cpt=settings.is_pair and formats.are_equal and result.method == "sft",
+            could_be_cpt=settings.is_pair
+            and not settings.is_remote
+            and formats.are_equal
+            and result.method == "sft"
+            and not settings.then_cpt,
             is_still_falling=self._is_still_falling(),
         )
         return replace(result, verdict={**verdict.to_dict(), "hints": hints})
@@ -464,7 +471,8 @@ class _Run:
         """Whether the last evaluation had the lowest loss."""
         from proxytune.tune.trainer import read_losses
 
-        rows = read_losses(self._settings.training / LOSS_LOG)
+        name = CPT_LOG if self._settings.then_cpt else LOSS_LOG
+        rows = read_losses(self._settings.training / name)
         losses = [row["valid_loss"] for row in rows if row.get("valid_loss") is not None]
         return len(losses) > 1 and losses[-1] < min(losses[:-1])
 
@@ -492,8 +500,42 @@ class _Run:
 
         settings = self._settings
         losses = read_losses(settings.training / LOSS_LOG)
+        if settings.then_cpt:
+            before = losses[-1]["step"] if losses else 0
+            later = read_losses(settings.training / CPT_LOG)
+            losses += [row | {"step": before + row["step"]} for row in later]
         recipe.write(settings.directory, overwrite=True, card=model_card(recipe, settings, result))
         loss_plot(losses, settings.training / "loss.png", result.first_valid_loss)
+
+
+def _base_spec(settings: TuneSettings) -> ModelSpec:
+    """Return the base as a recipe names it, without its prompt format."""
+    api = None
+    if settings.is_remote:
+        api = ApiSettings(model=settings.base_name, key_env=settings.key_env)
+    return ModelSpec(model=settings.base, api=api)
+
+
+def _check_targets(settings: TuneSettings, small: Checkpoint) -> None:
+    known = {name.rpartition(".")[2] for name in small.linear_shapes}
+    for target in settings.lora_targets:
+        if target not in known:
+            raise AdapterMismatch(
+                f"{small.name} has no linear layer {target!r} to put an adapter on; it has "
+                f"{', '.join(sorted(known))}.\nhint: leave out --lora-targets to adapt all of them"
+            )
+
+
+def _max_length(settings: TuneSettings, small: Checkpoint, base: Checkpoint | None) -> int:
+    contexts = [c.max_context for c in (small, base) if c is not None]
+    limit = min((n for n in contexts if n is not None), default=None)
+    asked = settings.max_length
+    if asked is not None and limit is not None and asked > limit:
+        raise InvalidRequest(
+            f"max_length is {asked}, and the smallest context has {limit} tokens.\n"
+            f"hint: --max-length {limit}"
+        )
+    return asked or min(1024, limit or 1024)
 
 
 def _counts(part: Encoded) -> dict[str, int]:
