@@ -135,6 +135,8 @@ def _verdict(result: TuneResult) -> list[str]:
         return []
     lines = [f"## Steering {verdict['word']}", "", f"{_sentence(verdict['reason'])}", ""]
     lines += [f"Strength: alpha {result.alpha:g}{_tried(result)}.", ""]
+    if result.fit is not None:
+        lines += [_sentence(result.fit["words"]), ""]
     if verdict["samples"]:
         lines += ["| prompt | base | steered | given |", "| --- | --- | --- | --- |"]
         sides = ("prompt", "base", "steered", "given")

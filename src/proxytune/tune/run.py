@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from proxytune.checkpoints.references import is_url, local_reference
+from proxytune.checkpoints.references import local_reference
 from proxytune.data.rows import Rows, answers_of, read_rows, split_rows
 from proxytune.errors import (
     AdapterMismatch,
@@ -46,13 +46,14 @@ from proxytune.files import write_json
 from proxytune.machine import versions
 from proxytune.measure.score import scoring_window
 from proxytune.recipe.recipe import Recipe
-from proxytune.recipe.spec import ExpertSpec, ModelSpec
+from proxytune.recipe.spec import ApiSettings, ExpertSpec, ModelSpec
 from proxytune.tune.calibrated import calibrates, check_enough, find_calibrated
 from proxytune.tune.encode import Encoded, encode, limited
 from proxytune.tune.formats import Formats, formats_of
 from proxytune.tune.reward_scores import measured_by_reward
 from proxytune.tune.rewards import Reward, RewardFunction
 from proxytune.tune.settings import (
+    ALPHAS,
     CPT_LOG,
     LOSS_LOG,
     Display,
@@ -70,8 +71,6 @@ if TYPE_CHECKING:
     from proxytune.model import ProxyTuned
     from proxytune.request import Prompt
 
-ALPHAS = tuple(round(0.1 * i, 1) for i in range(1, 16))
-"""Strengths tried on the validation rows."""
 MOST_VALID_ROWS = 500
 """Maximum number of rows taken from the training rows for validation, and for the last word."""
 FEWEST_TEST_ROWS = 5
@@ -208,6 +207,7 @@ class _Run:
             rows={"train": train} if valid is None else {"train": train, "valid": valid},
             calibrates=is_calibrated,
             given=self._given,
+            remote=_base_spec(settings) if settings.is_remote else None,
         )
         outcome = training.run()
         data["train"] |= _counts(encoded["train"].only(outcome.pop("examples_read")))
@@ -230,7 +230,7 @@ class _Run:
             **outcome,
         )
         self._publish(recipe, result)
-        result = self._measured(recipe, result, formats, valid, test)
+        recipe, result = self._measured(recipe, result, formats, train, valid, test)
         recipe = replace(recipe, experts=(replace(recipe.experts[0], alpha=result.alpha),))
         self._publish(recipe, result)
         write_json(settings.training / "result.json", result.to_dict())
@@ -270,12 +270,6 @@ class _Run:
         from proxytune.loading.doctor import examine
 
         settings = self._settings
-        if is_url(settings.base or ""):
-            raise InvalidRequest(
-                f"the base is {settings.base}, and tuning runs the base here, which an API does not allow.\n"
-                "hint: leave --base out, and join expert and base with "
-                f"proxytune new RECIPE --base {settings.base} --anti-expert MODEL --adapter ADAPTER"
-            )
         small = find_checkpoint(settings.small, root=Path.cwd())
         _check_targets(settings, small)
         if settings.start_from is not None:
@@ -285,8 +279,11 @@ class _Run:
         whole = ModelSpec(model=settings.anti_expert)
         anti_expert = whole if self._given is None else replace(whole, adapter=str(self._given))
         experts = (ExpertSpec(settings.expert_name, whole, anti_expert),)
-        recipe = Recipe(base=ModelSpec(model=settings.base), experts=experts)
-        examine(recipe.with_settings(device=settings.device)).raise_first()
+        recipe = Recipe(base=_base_spec(settings), experts=experts)
+        recipe = recipe.with_settings(device=settings.device)
+        examine(recipe, key_env=settings.key_env).raise_first()
+        if settings.is_remote:
+            return small, None
         return small, find_checkpoint(settings.base or "", root=Path.cwd())
 
     def _read_rows(self) -> tuple[Rows, Rows | None, Rows | None]:
@@ -345,7 +342,7 @@ class _Run:
             return "grpo"
         is_preference = rows.kind == "preference"
         if asked is None:
-            can_train_through = settings.is_pair and formats.are_equal
+            can_train_through = settings.is_pair and formats.are_equal and not settings.is_remote
             method: Method = "cpt" if can_train_through else "sft"
             return "dpo" if is_preference else method
         if is_preference != (asked == "dpo"):
@@ -413,11 +410,9 @@ class _Run:
             same = ModelSpec(same_as="base")
             pair = ExpertSpec(settings.expert_name, expert, same, settings.alpha or 1.0)
             return Recipe(base=anti_expert, experts=(pair,), directory=directory)
-        large = ModelSpec(
-            model=local_reference(settings.base or "", directory),
-            prompt=formats.base,
-            chat=formats.chat,
-        )
+        large = replace(_base_spec(settings), prompt=formats.base, chat=formats.chat)
+        if not settings.is_remote:
+            large = replace(large, model=local_reference(settings.base or "", directory))
         pair = ExpertSpec(settings.expert_name, expert, anti_expert, settings.alpha or 1.0)
         return Recipe(base=large, experts=(pair,), directory=directory)
 
@@ -426,30 +421,47 @@ class _Run:
         recipe: Recipe,
         result: TuneResult,
         formats: Formats,
+        train: Rows,
         valid: Rows | None,
         test: Rows | None,
-    ) -> TuneResult:
-        """Choose the strength if none was given, and say whether steering helps."""
+    ) -> tuple[Recipe, TuneResult]:
+        """Choose the strength if none was given, fit weights, and say whether steering helps."""
+        from proxytune.backends.api.client import Budget
         from proxytune.model import ProxyTuned
+        from proxytune.tune.fitted import tuned_fit
 
         settings = self._settings
         if (valid is None and test is None) or settings.measure_tokens == 0:
-            return result
+            return recipe, result
         try:
-            model = ProxyTuned.load(recipe, device=settings.device)
+            load = partial(
+                ProxyTuned.load,
+                device=settings.device,
+                budget=Budget(settings.max_calls, None),
+                key_env=settings.key_env,
+            )
+            model = load(recipe)
             if self._reward is not None:
                 parts = valid, test
-                return measured_by_reward(
+                return recipe, measured_by_reward(
                     model, result, settings, self._reward, parts, self._display
                 )
             if valid is not None:
                 result = self._chosen(model, result, valid)
-            return self._judged(model, result, formats, valid, test)
+                spec, result = tuned_fit(
+                    settings, model, recipe.experts[0], result, train, valid, self._display
+                )
+                if spec != recipe.experts[0]:
+                    recipe = replace(recipe, experts=(spec,))
+                    model = load(recipe)
+                    report = self._score(model, valid, (spec.alpha,), "measuring with weights")
+                    result = replace(result, valid=report.to_dict())
+            return recipe, self._judged(model, result, formats, valid, test)
         except RewardError:
             raise
         except UserError as error:
             self._display.say(f"not measured: {error}")
-            return result
+            return recipe, result
 
     def _chosen(self, model: ProxyTuned, result: TuneResult, valid: Rows) -> TuneResult:
         """Measure on the validation rows, and choose the strength if none was given."""
@@ -502,6 +514,7 @@ class _Run:
             verdict.word,
             result,
             could_be_cpt=settings.is_pair
+            and not settings.is_remote
             and formats.are_equal
             and result.method == "sft"
             and not settings.then_cpt,
@@ -548,6 +561,14 @@ class _Run:
             losses += [row | {"step": before + row["step"]} for row in later]
         recipe.write(settings.directory, overwrite=True, card=model_card(recipe, settings, result))
         loss_plot(losses, settings.training / "loss.png", result.first_valid_loss)
+
+
+def _base_spec(settings: TuneSettings) -> ModelSpec:
+    """Return the base as a recipe names it, without its prompt format."""
+    api = None
+    if settings.is_remote:
+        api = ApiSettings(model=settings.base_name, key_env=settings.key_env)
+    return ModelSpec(model=settings.base, api=api)
 
 
 def _check_targets(settings: TuneSettings, small: Checkpoint) -> None:

@@ -27,6 +27,7 @@ from proxytune.data.rows import Rows
 from proxytune.errors import BackendError
 from proxytune.files import write_json, writing
 from proxytune.machine import peak_memory
+from proxytune.recipe.spec import ModelSpec
 from proxytune.tune import reward_trainer
 from proxytune.tune import trainer as trainers
 from proxytune.tune.encode import Encoded
@@ -54,6 +55,7 @@ from proxytune.tune.settings import (
     default_learning_rate,
     expert_path,
 )
+from proxytune.tune.shown import ShownBase, ask_base
 
 MAX_GRAD_NORM = 1.0
 CPT_RATE, CPT_STEPS = 0.5, 0.5
@@ -82,6 +84,7 @@ class Training:
         display: Shows progress.
         reward: What answers are worth, for `grpo`.
         rows: For `grpo`, the rows that were encoded, by the same names.
+        remote: The base, if it is behind an API.
         pair: A trained pair to go on from, as `_save` leaves it. None starts from the small model.
     """
 
@@ -97,6 +100,7 @@ class Training:
     rows: Mapping[str, Rows] = field(default_factory=dict)
     calibrates: bool = False
     given: Path | None = None
+    remote: ModelSpec | None = None
     pair: Path | None = None
 
     def run(self) -> dict[str, Any]:
@@ -169,9 +173,8 @@ class Training:
         if self.method == "cpt" and self.pair is None:
             ensemble = self._frozen.ensemble(model)
         elif self.calibrates:
-            calibration = Calibration(
-                self._frozen.alone, settings.alpha or 1.0, is_given=self.given is not None
-            )
+            base = self._frozen.alone if self.remote is None else self._shown(self.remote)
+            calibration = Calibration(base, settings.alpha or 1.0, is_given=self.given is not None)
         model = self._trainable(model)
         if self.pair is not None:
             ensemble = self._from_pair(model, self.pair)
@@ -227,6 +230,13 @@ class Training:
             self._dtype,
             self.display,
         )
+
+    def _shown(self, base: ModelSpec) -> ShownBase:
+        self.display.say(
+            "the base is behind an API and shows a part of its distribution, so training is stopped by the "
+            "expert's loss plus the anti-expert's divergence, and not by the steered loss"
+        )
+        return ask_base(self.settings, base, self.small, self.encoded, self.display)
 
     def _from_pair(self, model: Any, pair: Path) -> FrozenEnsemble:
         """Load a pair's expert into a PEFT model, and return the ensemble of base and anti-expert."""
