@@ -158,6 +158,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "trainer",
         "pair",
         "training",
+        "stages",
         "run",
     ),
     "integrations": (
