@@ -166,6 +166,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "reward_trainer",
         "pair",
         "training",
+        "stages",
         "run",
         "distil",
         "baked",

@@ -55,9 +55,10 @@ def divergences(run: TuneSettings) -> list[float]:
     return [row["divergence"] for row in read_log(run) if "divergence" in row]
 
 
-def test_a_base_that_shows_all_its_tokens_calibrates_as_one_that_runs_here(
+def test_a_base_that_shows_most_of_its_tokens_calibrates_almost_as_one_that_runs_here(
     models: Path, tmp_path: Path
 ) -> None:
+    """100 of 266 tokens are shown, which hold 90 % of the probability; the others count as one."""
     local = pair(models, tmp_path / "local", completions(), measure_tokens=0)
     tune(local)
     with serve(models, replace(VLLM, max_top_logprobs=None)) as server:
@@ -65,7 +66,8 @@ def test_a_base_that_shows_all_its_tokens_calibrates_as_one_that_runs_here(
         result = tune(there)
         assert not server.failures
     assert result.method == "sft" and result.is_calibrated
-    assert divergences(there) == pytest.approx(divergences(local), abs=2e-3)
+    for part, whole in zip(divergences(there), divergences(local), strict=True):
+        assert 0.85 * whole < part < whole
     assert Recipe.read(there.directory).base.model == server.url
 
 

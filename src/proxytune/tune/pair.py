@@ -107,6 +107,22 @@ class Calibration:
         return (EXPERT,) if self.is_given else (EXPERT, ANTI_EXPERT)
 
 
+class AntiExpertTrainer(ExpertTrainer):
+    """Trains one adapter on the base's distribution."""
+
+    def __init__(self, *, calibration: Calibration, **kwargs: Any) -> None:
+        super().__init__(ensemble=None, **kwargs)
+        self._base = calibration.base
+
+    def _nats(self, model: Any, inputs: Mapping[str, Any], *, training: bool) -> tuple[Tensor, int]:
+        trained = inputs["labels"][:, 1:] != IGNORED
+        with self._mixed_precision(inputs):
+            own = run_body(model, inputs["input_ids"], inputs["attention_mask"])[:, :-1][trained]
+            base = self._base.part(inputs["row"].tolist(), own.device, training=training)
+            total = divergence(own, head_of(model), base)
+        return total, int(trained.sum())
+
+
 class PairTrainer(ExpertTrainer):
     """Trains expert and anti-expert, and evaluates the base that they steer."""
 

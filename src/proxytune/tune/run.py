@@ -54,14 +54,15 @@ from proxytune.tune.reward_scores import measured_by_reward
 from proxytune.tune.rewards import Reward, RewardFunction
 from proxytune.tune.settings import (
     ALPHAS,
-    CPT_LOG,
     LOSS_LOG,
+    STAGES,
     Display,
     Method,
     TuneResult,
     TuneSettings,
     anti_expert_path,
     expert_path,
+    stage_path,
 )
 from proxytune.tune.verdict import hints_for, is_lower, judge
 
@@ -192,6 +193,8 @@ class _Run:
         if test is not None:
             display.say(f"test: {len(test):,} rows of {test.source}, kept for the last word")
         # Here, since TRL takes seconds to import and everything above can refuse the run.
+        from proxytune.tune.stages import FIRST_DIR
+        from proxytune.tune.stages import train as run_training
         from proxytune.tune.training import Training
 
         training = Training(
@@ -209,7 +212,7 @@ class _Run:
             given=self._given,
             remote=_base_spec(settings) if settings.is_remote else None,
         )
-        outcome = training.run()
+        outcome = run_training(training)
         data["train"] |= _counts(encoded["train"].only(outcome.pop("examples_read")))
         display.say("writing the recipe")
         recipe = self._recipe(small, formats, is_calibrated=is_calibrated)
@@ -234,7 +237,11 @@ class _Run:
         recipe = replace(recipe, experts=(replace(recipe.experts[0], alpha=result.alpha),))
         self._publish(recipe, result)
         write_json(settings.training / "result.json", result.to_dict())
-        for leftover in ("checkpoints", "checkpoints-cpt", "offsets", "pair"):
+        for leftover in (
+            "offsets",
+            FIRST_DIR,
+            *(stage_path("checkpoints", stage) for stage in STAGES),
+        ):
             shutil.rmtree(settings.training / leftover, ignore_errors=True)
         return result
 
@@ -526,7 +533,7 @@ class _Run:
         """Whether the last evaluation had the lowest loss."""
         from proxytune.tune.trainer import read_losses
 
-        name = CPT_LOG if self._settings.then_cpt else LOSS_LOG
+        name = stage_path(LOSS_LOG, "cpt" if self._settings.then_cpt else "")
         rows = read_losses(self._settings.training / name)
         losses = [row["valid_loss"] for row in rows if row.get("valid_loss") is not None]
         return len(losses) > 1 and losses[-1] < min(losses[:-1])
@@ -557,7 +564,7 @@ class _Run:
         losses = read_losses(settings.training / LOSS_LOG)
         if settings.then_cpt:
             before = losses[-1]["step"] if losses else 0
-            later = read_losses(settings.training / CPT_LOG)
+            later = read_losses(settings.training / stage_path(LOSS_LOG, "cpt"))
             losses += [row | {"step": before + row["step"]} for row in later]
         recipe.write(settings.directory, overwrite=True, card=model_card(recipe, settings, result))
         loss_plot(losses, settings.training / "loss.png", result.first_valid_loss)

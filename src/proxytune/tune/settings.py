@@ -12,8 +12,8 @@ from proxytune.errors import InvalidRequest, ProxytuneError
 from proxytune.settings import check, declared, option
 from proxytune.tune.rewards import parse_reward
 
-LOSS_LOG, CPT_LOG = "log.jsonl", "log-cpt.jsonl"
-"""Names of the files with a run's losses, in `TuneSettings.training`; the second with `then_cpt` only."""
+LOSS_LOG = "log.jsonl"
+"""Name of the file with a run's losses, in `TuneSettings.training`; of the only or the main training."""
 
 
 class Interrupted(ProxytuneError):
@@ -38,10 +38,19 @@ def expert_path(settings: TuneSettings) -> str:
     return "expert" if settings.full else f"adapters/{settings.expert_name}"
 
 
+def stage_path(name: str, stage: str) -> str:
+    """Return the name of a file or directory of one of a run's trainings: of `log.jsonl`, `log-cpt.jsonl`."""
+    path = Path(name)
+    return f"{path.stem}-{stage}{path.suffix}" if stage else name
+
+
 def anti_expert_path(settings: TuneSettings) -> str:
     """Return the path of a calibrated anti-expert's adapter, relative to the output directory."""
     return f"adapters/{settings.expert_name}-anti-expert"
 
+
+STAGES = ("", "cpt", "anti-expert")
+"""The trainings that a run may have; the main one has no name."""
 
 Method = Literal["sft", "dpo", "cpt", "grpo"]
 ALPHAS = tuple(round(0.1 * i, 1) for i in range(1, 16))
