@@ -3,9 +3,9 @@
     python -m benchmarks.reward --seeds 0 1 2 --output benchmarks/build/reward
 
 The task is the miniature's: the area of medicine that a question belongs to. The expert is the shipped
-`medical-area`, tuned on part of the rows. Training by the reward `exact` goes on from it, on all training rows; test
-questions are about other diseases. Strength 1 throughout, so that nothing is chosen. Every printed line is a
-JSON object: a model, its share of right answers on the test rows, and the interval.
+`medical-area`, tuned on part of the rows. Training by the reward `exact` goes on from it, on all training
+rows; test questions are about other diseases. Strength 1 throughout, so that nothing is chosen. Every printed
+line is a JSON object: a model, its share of right answers on the test rows, and the interval.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ NEW_TOKENS = 8
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--learning-rate", type=float, default=None)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    # The small model's experts write the right area greedily and hardly ever sampled at temperature 1.
+    parser.add_argument("--temperature", type=float, default=0.15)
     parser.add_argument("--most-test", type=int, default=None)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
@@ -44,7 +46,8 @@ def main() -> None:
     items["test"] = items["test"][: options.most_test]
     for name, rows in items.items():
         text = "".join(
-            json.dumps({"prompt": row["prompt"], "answer": row["completion"]}) + "\n" for row in rows
+            json.dumps({"prompt": row["prompt"], "answer": row["completion"]}) + "\n"
+            for row in rows
         )
         (options.output / f"{name}.jsonl").write_text(text, encoding="utf-8")
     measure("before", START, options.output)
@@ -70,6 +73,7 @@ def trained(seed: int, options: argparse.Namespace) -> tuple[str, float]:
             max_new_tokens=NEW_TOKENS,
             max_steps=options.steps,
             learning_rate=options.learning_rate,
+            temperature=options.temperature,
             max_valid_tokens=3000,
             measure_tokens=0,
             seed=seed,
