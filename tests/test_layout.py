@@ -85,6 +85,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "transformers.rows",
         "transformers.quantized",
         "transformers.weights",
+        "transformers.output",
         "transformers.backend",
     ),
     "decode": (
