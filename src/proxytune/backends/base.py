@@ -196,16 +196,14 @@ class Backend(ABC, Generic[State]):
         """Append tokens as `extend` does, and return what logits are made of.
 
         Returns:
-            `[batch, num_tokens, hidden]`: what the output matrix is multiplied with. `host.extend_with` takes it.
+            `[batch, num_tokens, hidden]`: what the output matrix is multiplied with, for `host.extend_with`.
 
         Raises:
             UnsupportedModel: The backend has no `host`.
         """
         raise UnsupportedModel(f"{self.name} does not share another model's output matrix")
 
-    def extend_with(
-        self, state: State, token_ids: Tensor, others: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def extend_with(self, state: State, token_ids: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
         """Append tokens as `extend` does, and make the logits of others' final states in the same product.
 
         Reading the output matrix takes most of the time of a product of few rows, so others cost little.

@@ -242,7 +242,10 @@ class Lanes:
         return self.groups[0]
 
     def guests(self, reading: Sequence[LaneGroup]) -> list[LaneGroup]:
-        """Return which of the groups that read a block have their logits made by the base, which reads it too."""
+        """Return which of the groups that read a block have their logits made by the base.
+
+        None if the base does not read it with them.
+        """
         if self.base not in reading:
             return []
         return [group for group in reading if group.backend.host is self.base.backend]

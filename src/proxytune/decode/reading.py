@@ -123,7 +123,7 @@ class Reader:
         base = self._lanes.base
         others = states[0] if len(states) == 1 else torch.cat(states)
         block.whole[base], logits = self._extend_with(base, inputs[base], others)
-        parts = logits.split([len(part) for part in states])
+        parts = torch.split(logits, [len(part) for part in states])
         block.whole.update(zip(guests, parts, strict=True))
 
     def run(self, group: LaneGroup, token_ids: Tensor) -> Tensor:

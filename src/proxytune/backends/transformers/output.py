@@ -1,13 +1,13 @@
 """One output matrix for several models: held in memory once, and read once for the rows of all of them.
 
-Models cut from the base end in the base's own output matrix, and so may siblings. For a few rows nearly all of
-the product's time goes into reading the matrix, so the rows of several models are multiplied with it together:
-the small models' forwards stop before it, and the base's forward takes their final states in beside its own.
-Every model still gets its own logits. docs/design/0011-shared-output-matrix.md has the measurements.
+Models cut from the base end in the base's own output matrix, and so may siblings. For a few rows nearly all
+of the product's time goes into reading the matrix, so the rows of several models are multiplied with it
+together: the small models' forwards stop before it, and the base's forward takes their final states in beside
+its own. Every model still gets its own logits. docs/design/0011-shared-output-matrix.md has the measurements.
 
-What a model does to its states before the product, and to its logits after it (scales, soft caps), stays in the
-models' own code, which runs as ever. What comes after the product runs in the base's code for all rows, so the
-loader tries whether both models' code does the same there.
+What a model does to its states before the product, and to its logits after it (scales, soft caps), stays in
+the models' own code. What comes after the product runs in the base's code for the rows of all, so it is first
+tried whether both models do the same there.
 """
 
 from __future__ import annotations
@@ -177,7 +177,9 @@ def _treat_alike(guest: OutputSharer, host: OutputSharer) -> bool:
     ).to(head.weight.device)
     rows = torch.stack((tried.flip(0), tried))[:, None]
 
-    def run(backend: OutputSharer, others: Tensor | None, tried: Tensor) -> tuple[Tensor, _Exchange]:
+    def run(
+        backend: OutputSharer, others: Tensor | None, tried: Tensor
+    ) -> tuple[Tensor, _Exchange]:
         layer = backend.model.get_output_embeddings()
         _hook(layer)
         ids = torch.zeros((1, 1), dtype=torch.long, device=backend.device)
