@@ -101,7 +101,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "batch",
         "collect",
     ),
-    "loading": ("formats", "members", "samples", "doctor", "load"),
+    "loading": ("formats", "members", "samples", "output", "doctor", "load"),
     "measure": (
         "metrics",
         "score",

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from rich.console import Console
 
 from proxytune.backends.exact import ExactBackend
+from proxytune.commands.doctor import rendered
 from proxytune.decode.speculative import Drafting
+from proxytune.loading.doctor import examine
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams
-from tests.support.tiny import tiny_adapter, tiny_model, tiny_tokenizer
+from tests.support.tiny import NUM_TOKENS, tiny_adapter, tiny_model, tiny_tokenizer
 from tests.test_exactness import GREEDY, bits, mixed_requests, same
 
 WORDS = ("the", "otter", "ran", "into", "rain", "again", "there", "was", "an", "end", "of", "a")
@@ -153,3 +158,24 @@ def test_with_exact_a_row_has_its_bits_in_any_company(recipe):
     batch = exact.generate_batch(mixed_requests(), batch_size=6)
     drafted = exact.generate_batch(mixed_requests(), speculative=Drafting(max_tokens=3))
     assert [bits(trace) for trace in batch] == alone == [bits(trace) for trace in drafted]
+
+
+def test_doctor_names_what_shares_the_bases_output_matrix(recipe):
+    plain, found = examine(recipe), examine(recipe, compares_outputs=True)
+    sharing = {model.part for model in found.models if model.shares_output}
+    assert sharing == {"lora.expert", "lora.anti_expert", "full.anti_expert"}
+    # Embedding and head of float32, which only the first of the three parts is said to hold.
+    saved = 2 * 4 * 32 * NUM_TOKENS
+    assert plain.devices[0].weight_bytes - found.devices[0].weight_bytes == saved
+    with io.StringIO() as text:
+        Console(file=text, width=200).print(rendered(found))
+        assert text.getvalue().count("shares the base's output matrix") == len(sharing)
+
+
+def test_doctor_does_not_name_a_matrix_that_an_adapter_changes(recipe, tmp_path):
+    lora = recipe.experts[0]
+    more = {"modules_to_save": ["lm_head"]}
+    changed = tiny_adapter(Path(lora.expert.model), tmp_path / "changed", more=more)
+    expert = replace(lora, expert=replace(lora.expert, adapter=str(changed)))
+    found = examine(replace(recipe, experts=(expert,)), compares_outputs=True)
+    assert found.is_healthy and not any(model.shares_output for model in found.models)

@@ -126,9 +126,9 @@ class Backend(ABC, Generic[State]):
 
     @property
     def host(self) -> Backend[Any] | None:
-        """The backend whose output matrix this one uses, so that both can read together; None for its own.
+        """The backend that can make this one's logits with its own, as both have one output matrix.
 
-        `host.extend_with` then makes the logits of this backend's `final_states`, too.
+        `host.extend_with` takes this backend's `final_states`. None for a backend that reads by itself.
         """
         return None
 
@@ -188,7 +188,7 @@ class Backend(ABC, Generic[State]):
     def share_output(self, base: Backend[Any]) -> bool:
         """Use another model's output matrix in place of an equal one, and return whether that was done.
 
-        Call it before the first forward. From then on `base` is the `host`.
+        Call it before the first forward. From then on `base` is the `host`, if both can read together.
         """
         return False
 

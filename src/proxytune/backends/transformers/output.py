@@ -88,7 +88,7 @@ class OutputSharer(Backend[TransformersState]):
     @property
     @abstractmethod
     def _can_share_output(self) -> bool:
-        """Whether `extend` is one forward of all rows, launched kernel by kernel."""
+        """Whether `extend` is one forward of all rows, launched kernel by kernel, as in no CUDA graph."""
 
     @abstractmethod
     def _forward(
@@ -104,24 +104,25 @@ class OutputSharer(Backend[TransformersState]):
     def share_output(self, base: Backend[Any]) -> bool:
         """Use the base's output layer if it is equal; see `Backend.share_output`.
 
-        It is equal if its values, dtype and device are, and if the code of both models treats logits alike.
-        The own matrix is freed, also where it is the embedding, too.
+        It is equal if values, dtype and device are. The own matrix is freed, also where it is the embedding,
+        too. The base becomes the `host` if both models' code treats logits alike.
         """
         if not isinstance(base, OutputSharer) or base is self:
             return False
-        if not (self._can_share_output and base._can_share_output):
-            return False
         own, theirs = self.model.get_output_embeddings(), base.model.get_output_embeddings()
-        if not _are_equal(own, theirs) or not _treat_alike(self, base):
+        if not _are_equal(own, theirs):
             return False
+        can_read_together = self._can_share_output and base._can_share_output
+        self._host = base if can_read_together and _treat_alike(self, base) else None
         weight = own.weight
         self.model.set_output_embeddings(theirs)
+        self._borrowed = theirs
         _replace(self.model, weight, theirs.weight)
         embedding, other = (m.get_input_embeddings() for m in (self.model, base.model))
         if _are_equal(embedding, other, kinds=(nn.Embedding,)):
             _replace(self.model, embedding.weight, other.weight)
-        release_file_pages(weight)
-        self._borrowed, self._host = theirs, base
+        if weight is not theirs.weight:
+            release_file_pages(weight)
         return True
 
     def final_states(self, state: TransformersState, token_ids: Tensor) -> Tensor:
