@@ -86,6 +86,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "transformers.rows",
         "transformers.quantized",
         "transformers.weights",
+        "transformers.output",
         "transformers.backend",
     ),
     "decode": (
@@ -100,7 +101,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "batch",
         "collect",
     ),
-    "loading": ("formats", "members", "samples", "doctor", "load"),
+    "loading": ("formats", "members", "samples", "output", "doctor", "load"),
     "measure": (
         "metrics",
         "score",

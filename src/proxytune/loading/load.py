@@ -61,6 +61,8 @@ def load_ensemble(
         copy: _load_backend(copy, checkpoints[copy.weights], own, budget, grants)
         for copy, own in adapters.items()
     }
+    for backend in backends.values():
+        backend.share_output(backends[places[0][0]])
     if is_exact:
         backends = {copy: ExactBackend(backend) for copy, backend in backends.items()}
     alignments = {}
