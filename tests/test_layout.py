@@ -49,6 +49,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "causal",
         "placement",
         "references",
+        "cut",
         "changes",
         "rows",
         "checkpoint",
@@ -85,6 +86,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "transformers.rows",
         "transformers.quantized",
         "transformers.weights",
+        "transformers.cut",
         "transformers.backend",
     ),
     "decode": (
@@ -130,6 +132,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "registry",
     ),
     "data": ("lines", "resumable", "batch", "rows", "passages"),
+    "cut": ("settings", "bridge", "texts", "heal", "card", "run"),
     "pages": ("policy",),
     "explain": (
         "equations",
@@ -224,6 +227,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "demo",
         "doctor",
         "evaluate",
+        "make_proxy",
         "export_gguf",
         "generate",
         "grade",
