@@ -31,7 +31,8 @@ def tune(settings: TuneSettings, options: RunOptions) -> None:
 
     Rows are {"text": ...}, {"prompt": ..., "completion": ...}, {"messages": [...]} or {"prompt": ...,
     "chosen": ..., "rejected": ...}, all rows of a file in the same form. Text is packed; of the other forms,
-    only what the model is to say is trained on.
+    only what the model is to say is trained on. With --reward, rows are {"prompt": ...} and whatever the
+    reward reads, such as "answer", and the model learns from its own answers.
 
     With --base, the expert is trained through the base, and the strength of steering is chosen on the
     validation rows. At the end, base, expert and steered base are compared on rows that nothing was chosen

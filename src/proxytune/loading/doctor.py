@@ -241,6 +241,7 @@ class _Examination:
             self._examine_model(part, spec)
         self._examine_prompts()
         self._check_sides()
+        self._examine_weights()
         if not self.recipe.policy.is_plain:
             self.notes.append(f"it steers by the policy {self.recipe.policy.describe()}")
         return Diagnosis(
@@ -470,6 +471,22 @@ class _Examination:
                         "predictions cannot be compared.\n"
                         "hint: the anti-expert is the model that the expert was tuned from"
                     ),
+                )
+
+    def _examine_weights(self) -> None:
+        """Note each expert's weights and output bias, and check that the base has the bias's tokens."""
+        has_base = self.reports[0].num_tokens is not None
+        for expert in self.recipe.experts:
+            if expert.has_weights:
+                self.notes.append(f"{expert.name}: its weights are {expert.weights.describe()}")
+            if expert.bias is None or not has_base:
+                continue
+            bias = self._tried(f"{expert.name}.bias", partial(self.files.output_bias, expert))
+            if bias is not None:
+                largest = bias.values.abs().max()
+                self.notes.append(
+                    f"{expert.name}: its output bias {expert.bias} changes {len(bias):,} tokens, by up to "
+                    f"{float(largest):.2f} nats at strength 1"
                 )
 
     def _examine_size(

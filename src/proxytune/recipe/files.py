@@ -14,11 +14,12 @@ from proxytune.checkpoints.adapter import AdapterFiles, find_adapter
 from proxytune.checkpoints.changes import PatternClock
 from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from proxytune.checkpoints.hub import PICKLED, cached_directory
+from proxytune.checkpoints.output_bias import OutputBias, read_output_bias
 from proxytune.checkpoints.references import unpinned_path
 from proxytune.errors import UnsafeModel, UserError
 from proxytune.grants import NOTHING, Grants
 from proxytune.recipe.recipe import Recipe
-from proxytune.recipe.spec import ModelSpec
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
 
 _MEANINGS = {
     "trust_remote_code": ("to run Python code that comes with its models", ("*.py",)),
@@ -148,6 +149,19 @@ class RecipeFiles:
             allow_pickle=spec.allow_pickle and self.grants.allow_pickle,
         )
         return replace(found, clock=self._clock)
+
+    def output_bias(self, expert: ExpertSpec) -> OutputBias | None:
+        """Return an expert's output bias; None if it has none.
+
+        Raises:
+            VocabularyMismatch: It is for tokens that the base lacks.
+            UserError: Its file is missing or corrupt.
+        """
+        if expert.bias is None:
+            return None
+        found = read_output_bias(expert.bias, root=self.recipe.directory)
+        found.check_tokens(self.checkpoint(self.recipe.base).vocabulary)
+        return found
 
     def _matching(
         self, places: Iterable[tuple[str | None, str | None]], patterns: Iterable[str]

@@ -28,6 +28,9 @@ CACHE_DTYPES = ("float32", "float16", "q8_0")
 DEFAULT_CONTEXT = 4096
 """Maximum number of tokens of a row in llama.cpp, unless the recipe sets one."""
 
+MAX_WEIGHT = 10.0
+"""Largest weight of a model in what an expert adds; at 10 the base's temperature is 0.1."""
+
 ENDPOINTS = ("completions", "chat")
 """Endpoints of an OpenAI-compatible API that generate text."""
 
@@ -284,6 +287,37 @@ _SHARED_KEYS = (
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """How strongly each model counts in what an expert adds to the base's logits.
+
+    An expert adds `alpha * ((base - 1) * base's logits + expert * expert's logits - anti_expert *
+    anti-expert's logits + bias)`.
+
+    Args:
+        base: At strength 1 the base's temperature is 1 divided by this.
+        expert: Weight of the expert.
+        anti_expert: Weight of the anti-expert. With 0 here and in `expert`, the base steers itself, by its
+            temperature and the bias alone.
+
+    Raises:
+        RecipeError: A value cannot be used.
+    """
+
+    base: float = recipe_key(1.0, above=0, at_most=MAX_WEIGHT)
+    expert: float = recipe_key(1.0, at_least=0, at_most=MAX_WEIGHT)
+    anti_expert: float = recipe_key(1.0, at_least=0, at_most=MAX_WEIGHT)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for setting in fields(self):
+            object.__setattr__(self, setting.name, float(getattr(self, setting.name)))
+
+    def describe(self) -> str:
+        """Describe the weights in one line."""
+        return f"base {self.base:g}, expert {self.expert:g}, anti-expert {self.anti_expert:g}"
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertSpec:
     """One expert with its anti-expert.
 
@@ -295,6 +329,9 @@ class ExpertSpec:
         expert: The small model after tuning.
         anti_expert: The same small model before tuning, or one tuned to the opposite.
         alpha: Strength of steering; 0 is the base alone, 1 the published method.
+        weights: How strongly base, expert and anti-expert count.
+        bias: A local `.safetensors` file, or `package:NAME/PATH`, with a number to add to the logits of some
+            tokens: `token_ids` (int64, of the base's vocabulary) and `values` (float32).
 
     Raises:
         RecipeError: A value cannot be used, or two exclude each other.
@@ -310,6 +347,12 @@ class ExpertSpec:
     expert: ModelSpec
     anti_expert: ModelSpec
     alpha: float = 1.0
+    weights: ExpertWeights = field(default_factory=ExpertWeights)
+    bias: str | None = recipe_key(
+        pattern=r"\.safetensors$",
+        words="the name of a .safetensors file",
+        hint="it holds token_ids (int64) and values (float32)",
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -336,6 +379,11 @@ class ExpertSpec:
         if self.expert.same_as is None and self.expert.model is None:
             object.__setattr__(self, "expert", self._on_the_anti_experts_model())
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether a weight differs from 1."""
+        return self.weights != ExpertWeights()
+
     def _on_the_anti_experts_model(self) -> ModelSpec:
         if self.anti_expert.same_as is not None:
             raise RecipeError(
@@ -357,12 +405,17 @@ class ExpertSpec:
         expert = self.expert.to_dict()
         if self.expert.adapter is not None and self.expert.weights == self.anti_expert.weights:
             expert = {key: value for key, value in expert.items() if key not in _SHARED_KEYS}
-        return {
+        content: dict[str, Any] = {
             "name": self.name,
             "anti_expert": self.anti_expert.to_dict(),
             "expert": expert,
             "alpha": self.alpha,
         }
+        if self.has_weights:
+            content["weights"] = _without_defaults(self.weights)
+        if self.bias is not None:
+            content["bias"] = self.bias
+        return content
 
 
 def model_spec(value: Any, place: str) -> ModelSpec:
@@ -392,8 +445,16 @@ def expert_spec(value: Any, place: str) -> ExpertSpec:
     check_required(value, ("name", "expert", "anti_expert"), place)
     expert = model_spec(value["expert"], f"{place}.expert")
     anti_expert = model_spec(value["anti_expert"], f"{place}.anti_expert")
+    given = value.get("weights")
+    weights = {} if given is None else as_object(given, f"{place}.weights")
+    check_keys(weights, known=[s.name for s in fields(ExpertWeights)], place=f"{place}.weights")
     try:
-        return ExpertSpec(value["name"], expert, anti_expert, value.get("alpha", 1.0))
+        own = ExpertWeights(**weights)
+    except RecipeError as error:
+        raise RecipeError(f"{place}.weights: {error}") from error
+    alpha, bias = value.get("alpha", 1.0), value.get("bias")
+    try:
+        return ExpertSpec(value["name"], expert, anti_expert, alpha, own, bias)
     except RecipeError as error:
         raise RecipeError(f"{place}: {error}") from error
 

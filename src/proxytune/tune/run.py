@@ -7,7 +7,7 @@ The output directory is a recipe; the run's own files are in `training/`:
     config.json, README.md       the recipe and its model card
     adapters/NAME or expert/     the expert: a LoRA adapter, or full weights
     training/settings.json       the settings, and digests of the data
-    training/log.jsonl           losses, a row per logged step
+    training/log.jsonl           losses, and rewards if there are any, a row per logged step
     training/loss.png            the same as a picture
     training/result.json         the measurements
 
@@ -37,6 +37,8 @@ from proxytune.errors import (
     InputFileError,
     InvalidRequest,
     OutputFileError,
+    RewardError,
+    UnsupportedModel,
     UserError,
     missing_extra,
 )
@@ -47,6 +49,8 @@ from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.tune.encode import Encoded, encode, limited
 from proxytune.tune.formats import Formats, formats_of
+from proxytune.tune.reward_scores import measured_by_reward
+from proxytune.tune.rewards import Reward, RewardFunction
 from proxytune.tune.settings import (
     LOSS_LOG,
     Display,
@@ -75,7 +79,11 @@ CHARACTERS_PER_TOKEN = 4
 
 
 def tune(
-    settings: TuneSettings, *, resume: bool = False, display: Display | None = None
+    settings: TuneSettings,
+    *,
+    resume: bool = False,
+    display: Display | None = None,
+    reward: RewardFunction | None = None,
 ) -> TuneResult:
     """Train an expert and write its recipe.
 
@@ -83,8 +91,12 @@ def tune(
         settings: The run's settings.
         resume: Continue the run in the output directory.
         display: Shows progress; None shows nothing.
+        reward: For `grpo`, a function instead of the reward that the settings name. It gets the row's prompt,
+            an answer's text and the whole row, and returns a number. It is called in another thread.
 
     Raises:
+        RewardError: The reward raised, hung or returned no number. The state is saved; resume it once the
+            reward is mended.
         MissingExtra: A library that tuning needs is not installed.
         InputFileError: The data cannot be read or used; names the line.
         OutputFileError: The output directory holds something else, or cannot be written.
@@ -99,20 +111,43 @@ def tune(
             raise missing_extra(message, "tune")
     from proxytune.backends.transformers.weights import quietly
 
-    run = _Run(settings, display)
+    if reward is not None and settings.method is None:
+        settings = replace(settings, method="grpo")
+    opened = _opened(settings, reward)
     try:
         with quietly():
-            return run.result(resume=resume)
+            return _Run(settings, display, opened).result(resume=resume)
     finally:
         display.close()
+        if opened is not None:
+            opened.close()
+
+
+def _opened(settings: TuneSettings, function: RewardFunction | None) -> Reward | None:
+    """Return the run's reward, ready to be called; None for methods without one."""
+    if function is not None and (settings.reward is not None or settings.method != "grpo"):
+        other = (
+            f"the reward {settings.reward!r}" if settings.reward else f"method {settings.method}"
+        )
+        raise InvalidRequest(f"a reward function and {other} are given, and only one can be used")
+    chosen = function or settings.reward
+    if chosen is not None:
+        return Reward(chosen, limit_s=settings.reward_limit_s)
+    if settings.is_by_reward:
+        raise InvalidRequest(
+            "method grpo trains by a reward, and none is given.\n"
+            "hint: --reward exact compares with the row's answer"
+        )
+    return None
 
 
 class _Run:
     """The stages of one run, in order."""
 
-    def __init__(self, settings: TuneSettings, display: Display) -> None:
+    def __init__(self, settings: TuneSettings, display: Display, reward: Reward | None) -> None:
         self._settings = settings
         self._display = display
+        self._reward = reward
 
     def result(self, *, resume: bool) -> TuneResult:
         settings, display = self._settings, self._display
@@ -162,6 +197,8 @@ class _Run:
             has_answers=train.kind != "text",
             max_length=max_length,
             display=display,
+            reward=self._reward,
+            rows={"train": train} if valid is None else {"train": train, "valid": valid},
         )
         outcome = training.run()
         data["train"] |= _counts(encoded["train"].only(outcome.pop("examples_read")))
@@ -225,6 +262,8 @@ class _Run:
             )
         small = find_checkpoint(settings.small, root=Path.cwd())
         self._check_targets(small)
+        if settings.start_from is not None:
+            _check_start(settings.start_from, small)
         if not settings.is_pair or settings.anti_expert is None:
             return small, None
         whole = ModelSpec(model=settings.anti_expert)
@@ -244,17 +283,18 @@ class _Run:
 
     def _read_rows(self) -> tuple[Rows, Rows | None, Rows | None]:
         settings = self._settings
-        train = read_rows(settings.data, split=settings.split)
+        read = partial(read_rows, for_reward=self._reward is not None)
+        train = read(settings.data, split=settings.split)
         valid: Rows | None
         if settings.valid_data is not None:
-            valid = read_rows(settings.valid_data, split=settings.split)
+            valid = read(settings.valid_data, split=settings.split)
         else:
             share = settings.valid_share
             if len(train) > 1:
                 share = min(share, MOST_VALID_ROWS / len(train))
             train, valid = split_rows(train, share, settings.seed)
         if settings.test_data is not None:
-            test: Rows | None = read_rows(settings.test_data)
+            test: Rows | None = read(settings.test_data)
         else:
             train, test = self._held_back(train, valid)
         for other in (valid, test):
@@ -263,6 +303,9 @@ class _Run:
                     f"the rows of {other.source} have the format {other.kind}, and those of {train.source} "
                     f"have the format {train.kind}.\nhint: convert both to one format"
                 )
+        for part in (train, valid, test):
+            if self._reward is not None and part is not None:
+                self._reward.check(part)
         return train, valid, test
 
     def _held_back(self, train: Rows, valid: Rows | None) -> tuple[Rows, Rows | None]:
@@ -290,6 +333,8 @@ class _Run:
     def _method(self, rows: Rows, formats: Formats) -> Method:
         """Return the method asked for, or the one that is best for these rows and models."""
         settings, asked = self._settings, self._settings.method
+        if self._reward is not None:
+            return "grpo"
         is_preference = rows.kind == "preference"
         if asked is None:
             can_train_through = settings.is_pair and formats.are_equal
@@ -318,6 +363,8 @@ class _Run:
             key: value
             for key, value in json.loads(json.dumps(asdict(settings))).items()
             if key not in ("output", "device", "offsets_dir", "data", "valid_data", "test_data")
+            # A reward that was too slow may be given more time.
+            and key != "reward_limit_s"
         }
         content = {"settings": asked, "data": {name: part["digest"] for name, part in data.items()}}
         if not resume:
@@ -347,7 +394,17 @@ class _Run:
                 f"max_length is {asked}, and the smallest context has {limit} tokens.\n"
                 f"hint: --max-length {limit}"
             )
-        return asked or min(1024, limit or 1024)
+        length = asked or min(1024, limit or 1024)
+        if self._reward is None:
+            return length
+        # Prompts leave room for the answers, which are generated.
+        room = length - self._settings.max_new_tokens
+        if room < 2:
+            raise InvalidRequest(
+                f"max_new_tokens is {self._settings.max_new_tokens}, which leaves no room for a prompt "
+                f"within {length} tokens.\nhint: a smaller --max-new-tokens"
+            )
+        return room
 
     # After training ----------------------------------------------------------------------------
 
@@ -389,9 +446,16 @@ class _Run:
             return result
         try:
             model = ProxyTuned.load(recipe, device=settings.device)
+            if self._reward is not None:
+                parts = valid, test
+                return measured_by_reward(
+                    model, result, settings, self._reward, parts, self._display
+                )
             if valid is not None:
                 result = self._chosen(model, result, valid)
             return self._judged(model, result, formats, valid, test)
+        except RewardError:
+            raise
         except UserError as error:
             self._display.say(f"not measured: {error}")
             return result
@@ -499,14 +563,29 @@ def _counts(part: Encoded) -> dict[str, int]:
     }
 
 
+def _check_start(reference: str, small: Checkpoint) -> None:
+    """Refuse an adapter that cannot be trained on."""
+    from proxytune.checkpoints.adapter import find_adapter
+
+    adapter = find_adapter(reference, root=Path.cwd())
+    if adapter.is_gguf:
+        raise UnsupportedModel(
+            f"the adapter {reference} is a file for llama.cpp, which cannot be trained on.\n"
+            "hint: give the adapter's directory, as PEFT wrote it"
+        )
+    adapter.check_fits(small)
+
+
 def _shown_counts(part: Mapping[str, Any], max_length: int) -> str:
     read = ""
     if part["rows_read"] < part["rows"]:
         read = f", of which {part['rows_read']:,} are read:"
     text = (
         f"{part['rows']:,} rows of {part['source']} ({part['kind']}){read or ','} "
-        f"{part['num_tokens']:,} tokens, {part['num_trained']:,} trained on"
+        f"{part['num_tokens']:,} tokens"
     )
+    if part["kind"] != "prompt":
+        text += f", {part['num_trained']:,} trained on"
     if part["num_truncated"]:
         text += f"; {part['num_truncated']:,} rows cut to {max_length} tokens"
     if part["num_dropped"]:

@@ -9,7 +9,7 @@ import gc
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,17 @@ import transformers
 from trl import DPOConfig, SFTConfig  # type: ignore[attr-defined]
 
 from proxytune.backends.transformers.backend import TransformersBackend
+from proxytune.checkpoints.adapter import find_adapter
 from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from proxytune.checkpoints.placement import running_device
 from proxytune.checkpoints.references import local_reference
+from proxytune.data.rows import Rows
 from proxytune.errors import BackendError
 from proxytune.files import writing
 from proxytune.machine import peak_memory
 from proxytune.recipe.spec import ModelSpec
 from proxytune.text.vocab import Alignment, align
+from proxytune.tune import reward_trainer
 from proxytune.tune import trainer as trainers
 from proxytune.tune.encode import Encoded, Example
 from proxytune.tune.heads import (
@@ -38,6 +41,7 @@ from proxytune.tune.heads import (
     head_of,
 )
 from proxytune.tune.offsets import Offsets, offsets_key
+from proxytune.tune.rewards import Reward
 from proxytune.tune.settings import (
     LOSS_LOG,
     Display,
@@ -63,6 +67,8 @@ class Training:
         has_answers: Whether they are answers to prompts, and not texts.
         max_length: Maximum number of tokens per example.
         display: Shows progress.
+        reward: What answers are worth, for `grpo`.
+        rows: For `grpo`, the rows that were encoded, by the same names.
     """
 
     settings: TuneSettings
@@ -73,6 +79,8 @@ class Training:
     has_answers: bool
     max_length: int
     display: Display
+    reward: Reward | None = None
+    rows: Mapping[str, Rows] = field(default_factory=dict)
 
     def run(self) -> dict[str, Any]:
         """Train, and leave the best state in the recipe's directory.
@@ -116,6 +124,7 @@ class Training:
             "first_valid_loss": losses[0] if losses else None,
             "learning_rate": rate,
             "examples_read": frozenset(trainer.examples_read),
+            "rewards": reward_trainer.logged_rewards(rows) if self.reward else None,
         }
 
     @cached_property
@@ -183,11 +192,19 @@ class Training:
 
     def _trainable(self, model: Any) -> Any:
         """Return the model with what is trained: all weights, or a LoRA adapter."""
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, PeftModel, get_peft_model
 
         settings = self.settings
         if settings.full:
             return model.requires_grad_(True)
+        if settings.start_from is not None:
+            path = str(find_adapter(settings.start_from, root=Path.cwd()).path)
+            own = LoraConfig.from_pretrained(path)
+            own.lora_dropout, own.inference_mode = settings.lora_dropout, False
+            started: Any = PeftModel.from_pretrained(model, path, config=own, is_trainable=True)
+            reference = local_reference(settings.small, settings.directory)
+            started.peft_config["default"].base_model_name_or_path = reference
+            return started
         config = LoraConfig(
             r=settings.lora_rank,
             lora_alpha=2 * settings.lora_rank,
@@ -212,7 +229,7 @@ class Training:
         epochs = settings.epochs or default_epochs(
             settings.batch_size * settings.accumulate,
             len(self.encoded["train"].examples),
-            are_answers=self.has_answers and self.method != "dpo",
+            are_answers=self.has_answers and self.method not in ("dpo", "grpo"),
         )
         return settings.max_steps or max(1, math.ceil(per_epoch * epochs))
 
@@ -232,10 +249,12 @@ class Training:
         }
         pad_id = self.small.tokenizer.pad_token_id or 0
         trainer: Any
-        if self.method == "dpo":
+        if self.method == "grpo":
+            trainer = self._reward_trainer({**arguments, "bf16": is_half}, common)
+        elif self.method == "dpo":
             device = "cpu" if self._on_cpu else None
             trainer = trainers.PreferenceTrainer(
-                args=DPOConfig(beta=settings.beta, bf16=is_half, **arguments),
+                args=DPOConfig(beta=settings.beta or 0.1, bf16=is_half, **arguments),
                 train_dataset=trainers.preference_dataset(train),  # type: ignore[arg-type]
                 eval_dataset=None if valid is None else trainers.preference_dataset(valid.examples),  # type: ignore[arg-type]
                 data_collator=trainers.PaddedPairs(pad_id, max_length=self.max_length),
@@ -267,6 +286,23 @@ class Training:
             + (f", resumed after step {trainers.checkpoint_step(checkpoint)}" if checkpoint else "")
         )
         return trainer
+
+    def _reward_trainer(self, arguments: dict[str, Any], common: dict[str, Any]) -> Any:
+        assert self.reward is not None
+        parts = {
+            name: reward_trainer.Prompts.of(part, self.rows[name])
+            for name, part in self.encoded.items()
+        }
+        own = {key: value for key, value in common.items() if key != "processing_class"}
+        return reward_trainer.RewardTrainer(
+            args=reward_trainer.reward_arguments(self.settings, arguments),
+            reward=self.reward,
+            train=parts["train"],
+            valid=parts.get("valid"),
+            tokenizer=self.small.tokenizer,
+            ending_ids=reward_trainer.ending_ids(self.small, self.base),
+            **own,
+        )
 
     def _arguments(self, learning_rate: float) -> dict[str, Any]:
         """Return the arguments that both of TRL's trainers share."""
@@ -311,7 +347,8 @@ class Training:
         latest: dict[str, float | None] = {}
 
         def on_row(row: Mapping[str, Any]) -> None:
-            latest.update({k: row[k] for k in ("loss", "valid_loss") if k in row})
+            names = ("reward", "valid_reward") if self.method == "grpo" else ("loss", "valid_loss")
+            latest.update({k: row[k] for k in names if k in row})
 
         def on_step(step: int, total: int) -> None:
             self.display.stage("training", step, total, **latest)
@@ -322,7 +359,8 @@ class Training:
             trainers.LossLog(self.settings.training / LOSS_LOG, on_row, on_step),
         ]
         if self.settings.patience and "valid" in self.encoded:
-            callbacks.append(trainers.EarlyStop(self.settings.patience))
+            by_reward = self.method == "grpo"
+            callbacks.append(trainers.EarlyStop(self.settings.patience, reward=by_reward))
         return [*callbacks, self._stopper]
 
     @cached_property
