@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from proxytune.backends.transformers.cut import put_bridge
+from proxytune.checkpoints.bridge_file import Bridge
 from proxytune.checkpoints.checkpoint import find_checkpoint
 from proxytune.checkpoints.cut import ARCHITECTURES, Keep, check_can_cut, cut_keep
-from proxytune.cut.bridge import Streams, fit_bridge, put_bridge
+from proxytune.cut.bridge import Streams, fit_bridge
 from proxytune.cut.run import make_proxy
 from proxytune.cut.settings import CutSettings
 from proxytune.errors import InputFileError, InvalidRequest, OutputFileError, UnsupportedModel
@@ -123,9 +125,10 @@ def test_a_linear_map_is_found_where_a_direction_is_constant() -> None:
     before[:, 0] = 4  # so that u[0] is sqrt(8) for every token
     unit = before * torch.rsqrt(before.pow(2).mean(-1, keepdim=True) + 1e-6)
     wanted = torch.randn(16, 16, generator=generator)
-    bridge = fit_bridge(Streams(before, before + unit @ wanted.t()), _Config, nn.SiLU())
-    assert bridge.error < 1e-4  # what the ridge of 1e-3 costs
-    found = (unit * torch.nn.functional.silu(unit @ bridge.gate)[:, None]) @ bridge.up.t()
+    target = Streams(before, before + unit @ wanted.t())
+    bridge, error = fit_bridge(target, _Config, nn.SiLU())
+    assert error < 1e-4  # what the ridge of 1e-3 costs
+    found = (unit * torch.nn.functional.silu(unit @ bridge.gate[0])[:, None]) @ bridge.up.t()
     torch.testing.assert_close(found @ bridge.down.t(), unit @ wanted.t(), atol=0.2, rtol=0)
 
 
@@ -135,7 +138,7 @@ def test_a_bridge_of_fewer_units_than_the_stream_is_wide_has_the_best_rank() -> 
 
     generator = torch.Generator().manual_seed(0)
     before = torch.randn(500, 8, generator=generator)
-    bridge = fit_bridge(Streams(before, before * 2), Narrow, nn.SiLU())
+    bridge, _ = fit_bridge(Streams(before, before * 2), Narrow, nn.SiLU())
     assert bridge.up.shape == (3, 8)
     assert bridge.down.shape == (8, 3)
 
@@ -149,9 +152,7 @@ def test_attention_of_a_bridge_adds_nothing() -> None:
     layer = network("qwen3").model.layers[0]
     width = layer.mlp.gate_proj.in_features
     zero = torch.zeros(width)
-    from proxytune.cut.bridge import Bridge
-
-    put_bridge(layer, Bridge(zero, torch.eye(width), torch.zeros(width, width), 0.0))
+    put_bridge(layer, Bridge(zero[None], torch.eye(width), torch.zeros(width, width)))
     assert not layer.self_attn.o_proj.weight.any()
     assert layer.self_attn.q_norm.weight.eq(1).all()
 

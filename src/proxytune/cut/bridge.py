@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from proxytune.checkpoints.bridge_file import Bridge
 from proxytune.checkpoints.cut import Keep
 from proxytune.errors import BackendError, UnsupportedModel
 
@@ -88,24 +89,10 @@ def _entering(layers: Any, places: Sequence[int]) -> Iterator[dict[int, Tensor]]
             hook.remove()
 
 
-class Bridge(NamedTuple):
-    """The weights of a bridge that are not zero.
+def fit_bridge(streams: Streams, config: Any, activation: nn.Module) -> tuple[Bridge, float]:
+    """Return the bridge between two places of a model, and what it misses.
 
-    Args:
-        gate: `[hidden]`, the gate of every unit.
-        up: `[rank, hidden]`.
-        down: `[hidden, rank]`.
-        error: Weighted squared error over the weighted square of `y - x`, on the tokens it was fitted to.
-    """
-
-    gate: Tensor
-    up: Tensor
-    down: Tensor
-    error: float
-
-
-def fit_bridge(streams: Streams, config: Any, activation: nn.Module) -> Bridge:
-    """Return the bridge between two places of a model.
+    The second is the weighted squared error over the weighted square of `y - x`, on the same tokens.
 
     Args:
         streams: What enters and leaves the layers left out.
@@ -134,14 +121,15 @@ def fit_bridge(streams: Streams, config: Any, activation: nn.Module) -> Bridge:
         left, sizes, right = torch.linalg.svd(down, full_matrices=False)
         rank = config.intermediate_size
         down, up = left[:, :rank] * sizes[:rank], right[:rank]
-    return Bridge(gate.float(), up.float(), down.float(), error)
+    return Bridge(gate[None].float(), up.float(), down.float()), error
 
 
 def _ridge(features: Tensor, targets: Tensor, ridge: float) -> Tensor:
     """Return `[num_features, num_targets]`, the coefficients of a ridge regression without intercept."""
     products = features.t() @ features
     products.diagonal().add_(ridge * products.diagonal().mean())
-    return torch.linalg.solve(products, features.t() @ targets)
+    found: Tensor = torch.linalg.solve(products, features.t() @ targets)
+    return found
 
 
 def check_activation(activation: nn.Module, config: Any) -> None:
@@ -158,28 +146,3 @@ def check_activation(activation: nn.Module, config: Any) -> None:
             "and the bridge needs one that leaves large numbers as they are.\n"
             "hint: silu and gelu do"
         )
-
-
-def put_bridge(layer: Any, bridge: Bridge) -> None:
-    """Write a bridge into a decoder layer, in place; its attention becomes zero and its norms neutral."""
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.zero_()
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            neutralise(norm)
-        for name in ("q_norm", "k_norm"):
-            if getattr(layer.self_attn, name, None) is not None:
-                neutralise(getattr(layer.self_attn, name))
-        rank = len(bridge.up)
-        layer.mlp.gate_proj.weight[:rank] = bridge.gate
-        layer.mlp.up_proj.weight[:rank] = bridge.up
-        layer.mlp.down_proj.weight[:, :rank] = bridge.down
-
-
-def neutralise(norm: Any) -> None:
-    """Set a norm's weight so that it only divides by the root mean square."""
-    sample = torch.ones(1, norm.weight.numel(), dtype=norm.weight.dtype, device=norm.weight.device)
-    with torch.no_grad():
-        norm.weight.zero_()
-        # Gemma's norms multiply by 1 + weight.
-        norm.weight.fill_(0.0 if float(norm(sample)[0, 0]) > 0.5 else 1.0)

@@ -95,5 +95,5 @@ def _backward(base: Any, cut: Any, token_ids: Tensor) -> float:
         loss = functional.kl_div(own, target, reduction="sum", log_target=True)
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
-    states.backward(inner.grad)  # type: ignore[no-untyped-call]
+    states.backward(inner.grad)
     return total

@@ -20,14 +20,15 @@ from typing import Any
 import torch
 
 from proxytune.backends.transformers.backend import TransformersBackend
-from proxytune.backends.transformers.cut import bridge_state, cut_model
+from proxytune.backends.transformers.cut import bridge_of, cut_model, put_bridge
 from proxytune.backends.transformers.weights import load_model, quietly
+from proxytune.checkpoints.bridge_file import Bridge, write_bridge
 from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from proxytune.checkpoints.cut import Keep, check_can_cut, cut_config
 from proxytune.checkpoints.hub import SMALL_FILES
 from proxytune.checkpoints.placement import DTYPES
 from proxytune.checkpoints.references import is_url
-from proxytune.cut.bridge import Streams, check_activation, fit_bridge, put_bridge, read_streams
+from proxytune.cut.bridge import Streams, check_activation, fit_bridge, read_streams
 from proxytune.cut.card import model_card
 from proxytune.cut.heal import heal
 from proxytune.cut.settings import BRIDGE_FILE, CutResult, CutSettings
@@ -166,10 +167,11 @@ class _Work:
         parts = list(read_streams(self._base, texts, self._keep))
         streams = Streams(*(torch.cat(side) for side in zip(*parts, strict=True)))
         self._say("solving for the bridge")
-        bridge = fit_bridge(streams, self._base.config, self._base.model.layers[0].mlp.act_fn)
+        activation = self._base.model.layers[0].mlp.act_fn
+        bridge, error = fit_bridge(streams, self._base.config, activation)
         put_bridge(self._bridge, bridge)
         seconds = round(time.perf_counter() - started, 1)
-        self.numbers |= {"num_tokens": num_tokens, "error": bridge.error, "bridge_s": seconds}
+        self.numbers |= {"num_tokens": num_tokens, "error": error, "bridge_s": seconds}
 
     def _heal(self) -> None:
         wanted, num_tokens = self._settings.heal, 0
@@ -213,13 +215,10 @@ class _Work:
         stored = checkpoint.stored_dtype
         dtype = settings.dtype or (stored if stored in DTYPES else "float32")
         if settings.bridge_only:
-            from safetensors.torch import save_file
-
-            state = {
-                name: value.to(getattr(torch, dtype)).contiguous()
-                for name, value in bridge_state(self._cut, keep).items()
-            }
-            save_file(state, directory / BRIDGE_FILE, {"base": base, "keep": str(keep)})
+            rank = min(self._base.config.hidden_size, self._base.config.intermediate_size)
+            parts = (part.to(getattr(torch, dtype)) for part in bridge_of(self._bridge, rank))
+            about = {"base": base, "keep": str(keep)}
+            write_bridge(Bridge(*parts), directory / BRIDGE_FILE, about)
             return
         cut = copy.deepcopy(self._cut).to(getattr(torch, dtype))
         details = {"base": base, "bridge": keep.bridge}

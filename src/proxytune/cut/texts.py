@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from proxytune.data.rows import Rows, answers_of, read_rows
@@ -89,7 +89,7 @@ def _texts(rows: Rows) -> Iterator[str]:
             yield f"{_plain(prompt)}\n{answer}"
 
 
-def _plain(prompt: str | Sequence[Any]) -> str:
+def _plain(prompt: Any) -> str:
     """Return a prompt as text; of messages their contents."""
     if isinstance(prompt, str):
         return prompt

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
+from proxytune.checkpoints.bridge_file import Bridge
 from proxytune.checkpoints.cut import Keep, base_names
 
 
@@ -55,12 +56,35 @@ def cut_model(base: Any, config: Any, keep: Keep) -> Any:
     return model.eval()
 
 
-def bridge_state(model: Any, keep: Keep) -> dict[str, torch.Tensor]:
-    """Return the bridge's weights by their names in the cut, without those that are zero everywhere."""
-    prefix = f"model.layers.{keep.bridge}."
-    layer: nn.Module = model.model.layers[keep.bridge]
-    return {
-        prefix + name: value.detach()
-        for name, value in layer.state_dict().items()
-        if bool((value != 0).any())
-    }
+def put_bridge(layer: Any, bridge: Bridge) -> None:
+    """Write a bridge into a decoder layer, in place; its attention becomes zero and its norms neutral."""
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            _neutralise(norm)
+        for name in ("q_norm", "k_norm"):
+            if getattr(layer.self_attn, name, None) is not None:
+                _neutralise(getattr(layer.self_attn, name))
+        rank = len(bridge.up)
+        layer.mlp.gate_proj.weight[:rank] = bridge.gate
+        layer.mlp.up_proj.weight[:rank] = bridge.up
+        layer.mlp.down_proj.weight[:, :rank] = bridge.down
+
+
+def bridge_of(layer: Any, rank: int) -> Bridge:
+    """Return the bridge that is in a decoder layer, where its first `rank` units are not zero."""
+    mlp = layer.mlp
+    return Bridge(
+        mlp.gate_proj.weight[:rank], mlp.up_proj.weight[:rank], mlp.down_proj.weight[:, :rank]
+    )
+
+
+def _neutralise(norm: Any) -> None:
+    """Set a norm's weight so that it only divides by the root mean square."""
+    weight = norm.weight
+    with torch.no_grad():
+        weight.zero_()
+        # Gemma's norms multiply by 1 + weight.
+        is_offset = float(norm(torch.ones(1, len(weight)).to(weight))[0, 0]) > 0.5
+        weight.fill_(0.0 if is_offset else 1.0)
