@@ -150,8 +150,6 @@ class Recipe:
             why = "the base is behind an API"
         elif base.llama_cpp is not None:
             why = "llama.cpp runs the base, and does not lend its layers"
-        elif base.adapter is not None:
-            why = "the base has an adapter"
         elif base.quantization is not None:
             why = "the base is quantised when it is loaded"
         elif base.device == "auto":

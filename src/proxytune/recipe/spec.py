@@ -180,9 +180,7 @@ class ModelSpec:
     cut_of: Literal["base"] | None = recipe_key(
         words='"base"', hint="name a model with model, or leave cut_of out"
     )
-    keep: tuple[int, ...] | None = recipe_key(
-        at_least=1, at_most=9999, words="two numbers of layers", hint='"keep": [3, 3]'
-    )
+    keep: tuple[int, ...] | None = recipe_key(words="two numbers of layers", hint='"keep": [3, 3]')
     bridge: str | None = recipe_key(
         pattern=r"\.safetensors$",
         words="the name of a .safetensors file",
@@ -286,9 +284,9 @@ class ModelSpec:
                 )
 
     def _check_cut(self) -> None:
-        if self.keep is None or len(self.keep) != 2 or self.bridge is None:
+        if self.bridge is None or self.keep is None or len(self.keep) != 2 or min(self.keep) < 1:
             raise RecipeError(
-                "cut_of needs keep, two numbers of layers, and bridge, a file.\n"
+                "cut_of needs keep, two numbers of layers from 1 on, and bridge, a file.\n"
                 'hint: {"cut_of": "base", "keep": [3, 3], "bridge": "bridge.safetensors"}'
             )
         kept = {"cut_of", "keep", "bridge", "adapter", "prompt", "chat", "allow_pickle"}
