@@ -12,6 +12,7 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
+from proxytune.backends.retokenised import UNMAPPED
 from proxytune.checkpoints.output_bias import OutputBias, write_output_bias
 from proxytune.cli import app
 from proxytune.errors import CorruptModel, InvalidRequest, ModelNotFound, VocabularyMismatch
@@ -30,7 +31,7 @@ from proxytune.request import Request, SamplingParams
 from proxytune.testing import TOKENS, toy_model, toy_recipe, toy_table
 from proxytune.trace import Trace
 from tests.backends.api.test_backend import PROMPTS, TRAITS, behind
-from tests.support.tiny import NUM_TOKENS, tiny_adapter, tiny_model
+from tests.support.tiny import MERGES, NUM_TOKENS, tiny_adapter, tiny_model, tiny_tokenizer
 
 WEIGHTS = ExpertWeights(base=0.8, expert=0.9, anti_expert=0.6)
 BIAS = OutputBias(torch.tensor([2, 17, 8]), torch.tensor([1.5, -2.0, 0.75]))
@@ -274,6 +275,33 @@ def test_transformers_generates_what_the_library_does_and_saves_the_bias(
     assert (tmp_path / "saved" / "law.safetensors").read_bytes() == (
         path / "law.safetensors"
     ).read_bytes()
+
+
+def test_tokens_that_another_tokenizer_lacks_get_the_base_weight_and_the_bias_alone(
+    models, tmp_path
+):
+    other = tiny_tokenizer(merges=MERGES[:-1])
+    for seed, name in enumerate(("other", "tuned")):
+        tiny_model(tmp_path / name, seed=seed, tokenizer=other)
+    path = recipe_of(models, tmp_path / "recipe")
+    recipe = Recipe.read(path)
+    pair = replace(
+        recipe.experts[0],
+        expert=ModelSpec(model=str(tmp_path / "tuned")),
+        anti_expert=ModelSpec(model=str(tmp_path / "other")),
+    )
+    model = ProxyTuned.load(replace(recipe, experts=(pair,), vocabulary="map"))
+    assert model.ensemble.pairs[0].unmapped == UNMAPPED
+    small = model.ensemble.members[1].backend
+    ids = model.ensemble.vocabulary.token_to_id.values()
+    (token_id,) = [i for i in ids if small.token_map.small_id(i) is None]
+    base = torch.randn(model.ensemble.vocabulary.width)
+    _, logits = small.prefill([[5, 6]], adapters=[None])
+    terms = model.ensemble.pairs[0].terms(
+        token_id, base_logits=base, expert_logits=logits[0] * 1.0, anti_expert_logits=logits[0]
+    )
+    assert terms.pair == 0
+    assert terms.base == pytest.approx(-0.2 * float(base.log_softmax(0)[token_id]))
 
 
 def test_doctor_names_the_weights_and_the_bias(models, tmp_path):
