@@ -154,6 +154,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
         "reward_worker",
         "rewards",
         "settings",
+        "lora_places",
         "formats",
         "heads",
         "loss",

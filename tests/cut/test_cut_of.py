@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from proxytune.checkpoints.checkpoint import find_checkpoint
 from proxytune.cut.run import make_proxy
 from proxytune.cut.settings import BRIDGE_FILE, CutSettings
 from proxytune.errors import (
+    AdapterMismatch,
     CorruptModel,
     InvalidRequest,
     ModelNotFound,
@@ -25,6 +27,8 @@ from proxytune.integrations.vllm.config import find_ensemble
 from proxytune.loading.doctor import examine
 from proxytune.loading.load import load_ensemble
 from proxytune.recipe.recipe import Recipe
+from proxytune.tune.lora_places import lora_places
+from proxytune.tune.settings import TuneSettings
 from tests.architectures.models import save
 from tests.cut.test_cut import network, text_file
 from tests.support.tiny import tiny_adapter
@@ -187,3 +191,34 @@ def test_engines_that_cannot_share_layers_say_what_to_do(place: Path, tmp_path: 
     for run in (lambda: find_ensemble(recipe), lambda: export_recipe(recipe, tmp_path / "gguf")):
         with pytest.raises(UnsupportedModel, match=r"(?s)in memory.*proxytune make-proxy"):
             run()
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "layers"),
+    [
+        ("cut", None, [3]),
+        ("cut", "all", None),
+        ("cut", "1-2", [1, 2]),
+        ("base", None, None),
+        ("base", "5", [5]),
+    ],
+)
+def test_an_adapter_of_a_cut_is_put_behind_the_bridge_unless_others_are_named(
+    model: str, asked: str | None, layers: list[int] | None, place: Path
+) -> None:
+    settings = TuneSettings(data="rows", output="out", anti_expert="small", lora_layers=asked)
+    small = find_checkpoint(str(place / model), root=place)
+    found = lora_places(settings, small)
+    assert found.get("layers_to_transform") == layers
+    if layers is not None:
+        assert {"q_proj", "down_proj"} < set(found["target_modules"])
+        assert "lm_head" not in found["target_modules"]
+
+
+def test_layers_that_a_model_lacks_get_no_adapter(place: Path) -> None:
+    small = find_checkpoint(str(place / "cut"), root=place)
+    settings = TuneSettings(data="rows", output="out", anti_expert="small", lora_layers="3-4")
+    with pytest.raises(AdapterMismatch, match="has the layers 0 to 3"):
+        lora_places(settings, small)
+    with pytest.raises(InvalidRequest, match="lora_layers"):
+        TuneSettings(data="rows", output="out", anti_expert="small", lora_layers="last")

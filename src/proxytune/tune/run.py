@@ -33,7 +33,6 @@ import torch
 from proxytune.checkpoints.references import is_url, local_reference
 from proxytune.data.rows import Rows, answers_of, read_rows, split_rows
 from proxytune.errors import (
-    AdapterMismatch,
     InputFileError,
     InvalidRequest,
     OutputFileError,
@@ -49,6 +48,7 @@ from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.tune.encode import Encoded, encode, limited
 from proxytune.tune.formats import Formats, formats_of
+from proxytune.tune.lora_places import lora_places
 from proxytune.tune.reward_scores import measured_by_reward
 from proxytune.tune.rewards import Reward, RewardFunction
 from proxytune.tune.settings import (
@@ -261,7 +261,8 @@ class _Run:
                 f"proxytune new RECIPE --base {settings.base} --anti-expert MODEL --adapter ADAPTER"
             )
         small = find_checkpoint(settings.small, root=Path.cwd())
-        self._check_targets(small)
+        if not settings.full:
+            lora_places(settings, small)
         if settings.start_from is not None:
             _check_start(settings.start_from, small)
         if not settings.is_pair or settings.anti_expert is None:
@@ -271,15 +272,6 @@ class _Run:
         recipe = Recipe(base=ModelSpec(model=settings.base), experts=experts)
         examine(recipe.with_settings(device=settings.device)).raise_first()
         return small, find_checkpoint(settings.base or "", root=Path.cwd())
-
-    def _check_targets(self, small: Checkpoint) -> None:
-        known = {name.rpartition(".")[2] for name in small.linear_shapes}
-        for target in self._settings.lora_targets:
-            if target not in known:
-                raise AdapterMismatch(
-                    f"{small.name} has no linear layer {target!r} to put an adapter on; it has "
-                    f"{', '.join(sorted(known))}.\nhint: leave out --lora-targets to adapt all of them"
-                )
 
     def _read_rows(self) -> tuple[Rows, Rows | None, Rows | None]:
         settings = self._settings

@@ -40,6 +40,7 @@ from proxytune.tune.heads import (
     form_coefficients,
     head_of,
 )
+from proxytune.tune.lora_places import lora_places
 from proxytune.tune.offsets import Offsets, offsets_key
 from proxytune.tune.rewards import Reward
 from proxytune.tune.settings import (
@@ -209,8 +210,8 @@ class Training:
             r=settings.lora_rank,
             lora_alpha=2 * settings.lora_rank,
             lora_dropout=settings.lora_dropout,
-            target_modules=list(settings.lora_targets) or "all-linear",
             task_type="CAUSAL_LM",
+            **lora_places(settings, self.small),
         )
         peft_model = get_peft_model(model, config)
         reference = local_reference(settings.small, settings.directory)
