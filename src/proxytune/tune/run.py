@@ -33,7 +33,6 @@ import torch
 from proxytune.checkpoints.references import local_reference
 from proxytune.data.rows import Rows, answers_of, read_rows, split_rows
 from proxytune.errors import (
-    AdapterMismatch,
     InputFileError,
     InvalidRequest,
     OutputFileError,
@@ -50,6 +49,7 @@ from proxytune.recipe.spec import ApiSettings, ExpertSpec, ModelSpec
 from proxytune.tune.calibrated import calibrates, check_enough, find_calibrated
 from proxytune.tune.encode import Encoded, encode, limited
 from proxytune.tune.formats import Formats, formats_of
+from proxytune.tune.lora_places import lora_places
 from proxytune.tune.reward_scores import measured_by_reward
 from proxytune.tune.rewards import Reward, RewardFunction
 from proxytune.tune.settings import (
@@ -278,7 +278,8 @@ class _Run:
 
         settings = self._settings
         small = find_checkpoint(settings.small, root=Path.cwd())
-        _check_targets(settings, small)
+        if not settings.full:
+            lora_places(settings, small)
         if settings.start_from is not None:
             _check_start(settings.start_from, small)
         if not settings.is_pair or settings.anti_expert is None:
@@ -576,16 +577,6 @@ def _base_spec(settings: TuneSettings) -> ModelSpec:
     if settings.is_remote:
         api = ApiSettings(model=settings.base_name, key_env=settings.key_env)
     return ModelSpec(model=settings.base, api=api)
-
-
-def _check_targets(settings: TuneSettings, small: Checkpoint) -> None:
-    known = {name.rpartition(".")[2] for name in small.linear_shapes}
-    for target in settings.lora_targets:
-        if target not in known:
-            raise AdapterMismatch(
-                f"{small.name} has no linear layer {target!r} to put an adapter on; it has "
-                f"{', '.join(sorted(known))}.\nhint: leave out --lora-targets to adapt all of them"
-            )
 
 
 def _max_length(settings: TuneSettings, small: Checkpoint, base: Checkpoint | None) -> int:

@@ -183,6 +183,14 @@ class TuneSettings:
         metavar="A,B,...",
         none_means="all but the head",
     )
+    lora_layers: str | None = option(
+        None,
+        "Layers that get an adapter, by their numbers from 0, such as 4-6; or all",
+        choices=("all",),
+        pattern=r"^\d{1,4}(-\d{1,4})?$",
+        metavar="A-B",
+        none_means="all; in a cut from make-proxy those after the bridge",
+    )
     lora_dropout: float = option(
         0.05, "Dropout of the adapter during training; grpo has none", at_least=0, below=1
     )
@@ -366,7 +374,7 @@ class TuneSettings:
                 "method grpo trains an adapter, and --full trains all weights.\nhint: leave --full out"
             )
         if self.start_from is not None:
-            own = ("full", "lora_rank", "lora_targets")
+            own = ("full", "lora_rank", "lora_targets", "lora_layers")
             # A dataclass has its defaults as attributes.
             given = [name for name in own if getattr(self, name) != getattr(TuneSettings, name)]
             if given:

@@ -42,6 +42,7 @@ from proxytune.tune.pair import (
     add_anti_expert,
     load_pair,
 )
+from proxytune.tune.lora_places import lora_places
 from proxytune.tune.rewards import Reward
 from proxytune.tune.settings import (
     LOSS_LOG,
@@ -218,8 +219,8 @@ class Training:
             r=settings.lora_rank,
             lora_alpha=2 * settings.lora_rank,
             lora_dropout=settings.lora_dropout,
-            target_modules=list(settings.lora_targets) or "all-linear",
             task_type="CAUSAL_LM",
+            **lora_places(settings, self.small),
         )
         peft_model = get_peft_model(model, config)
         reference = local_reference(settings.small, settings.directory)
