@@ -31,6 +31,7 @@ from proxytune.tune import reward_trainer
 from proxytune.tune import trainer as trainers
 from proxytune.tune.encode import Encoded
 from proxytune.tune.frozen import FrozenEnsemble, FrozenModels, load_frozen
+from proxytune.tune.lora_places import lora_places
 from proxytune.tune.pair import (
     ANTI_EXPERT,
     EXPERT,
@@ -42,7 +43,6 @@ from proxytune.tune.pair import (
     add_anti_expert,
     load_pair,
 )
-from proxytune.tune.lora_places import lora_places
 from proxytune.tune.rewards import Reward
 from proxytune.tune.settings import (
     LOSS_LOG,
