@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from proxytune.checkpoints.checkpoint import find_checkpoint
 from proxytune.errors import InvalidRequest, RewardError
@@ -16,7 +17,7 @@ from proxytune.model import ProxyTuned
 from proxytune.request import Request, SamplingParams
 from proxytune.tune import Interrupted, TuneSettings, tune
 from proxytune.tune.card import last_word
-from proxytune.tune.reward_trainer import Groups, ending_ids
+from proxytune.tune.reward_trainer import Groups, answer_logprobs, ending_ids
 from tests.support.tiny import tiny_model
 from tests.tune.test_run import StopAt, sentence, write_rows
 
@@ -71,7 +72,8 @@ def weights(run: TuneSettings) -> dict[str, torch.Tensor]:
 
 
 def test_a_reward_is_learned_and_measured(models: Path, tmp_path: Path) -> None:
-    run = settings(models, tmp_path, max_steps=20, eval_every=5, alpha=1.0)
+    changes = {"max_steps": 16, "eval_every": 4, "learning_rate": 5e-2, "group_size": 8}
+    run = settings(models, tmp_path, alpha=1.0, **changes)
     result = tune(run, reward=letters)
     assert result.method == "grpo" and result.rewards is not None and result.verdict is not None
     assert result.rewards["best_valid"] > result.rewards["first_valid"] + 0.3
@@ -196,25 +198,26 @@ def test_training_starts_from_an_adapter(models: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, weights(sft)[name], atol=1e-6, rtol=0)
 
 
-def test_padding_gives_absolute_positions_no_offset(models: Path, tmp_path: Path) -> None:
-    """A model with absolute positions used to see a padded prompt at other places than in generation."""
-    from proxytune.tune.reward_trainer import _number_positions
-    from proxytune.backends.transformers.backend import TransformersBackend
-    from proxytune.recipe.spec import ModelSpec
-
-    tiny_model(tmp_path / "gpt2", "gpt2", seed=3)
-    checkpoint = find_checkpoint(str(tmp_path / "gpt2"), root=tmp_path)
-    spec = ModelSpec(model=str(tmp_path / "gpt2"), dtype="float32")
-    model = TransformersBackend.load(checkpoint, spec).model
-    ids = [70, 80, 90]
-    alone = model(input_ids=torch.tensor([ids])).logits[0, -1]
-    padded = {
-        "input_ids": torch.tensor([[0, 0, *ids]]),
-        "attention_mask": torch.tensor([[0, 0, 1, 1, 1]]),
-    }
-    assert (model(**padded).logits[0, -1] - alone).abs().max() > 1e-2
-    _number_positions(model.base_model)
-    torch.testing.assert_close(model(**padded).logits[0, -1], alone)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_answers_have_the_log_probabilities_of_generation(
+    architecture: Any, models: Path, tmp_path: Path
+) -> None:
+    """Padding shifts no position, which absolute ones (GPT-2's) would show."""
+    tiny_model(tmp_path / "model", architecture, seed=3)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    rows = [([70, 80, 90], [65, 66]), ([71], [67]), ([72, 73], [68, 69])]
+    input_ids = torch.tensor([[70, 80, 90, 65, 66], [0, 0, 71, 67, 0], [0, 72, 73, 68, 69]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 0], [0, 1, 1, 1, 1]])
+    found, entropies = answer_logprobs(model, input_ids, mask, 2, temperature=0.5)
+    for i, (prompt, answer) in enumerate(rows):
+        logits = model(torch.tensor([prompt + answer])).logits[0].float() / 0.5
+        logprobs = logits.log_softmax(-1)
+        for k, token_id in enumerate(answer):
+            at = logprobs[len(prompt) + k - 1]
+            torch.testing.assert_close(found[i, k], at[token_id])
+            torch.testing.assert_close(entropies[i, k], -(at.exp() * at).sum())
+    assert found[1, 1] == entropies[1, 1] == 0
+    assert found.requires_grad and not entropies.requires_grad
 
 
 def test_an_answer_ends_where_the_bases_would(models: Path) -> None:

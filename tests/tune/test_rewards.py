@@ -116,13 +116,13 @@ def test_a_function_that_gives_no_number_is_named_with_row_and_answer(
 
 
 def test_a_pattern_that_backtracks_for_ever_is_stopped() -> None:
-    with pytest.raises(RewardError, match="did not return within 0.5 s"):
+    with pytest.raises(RewardError, match=r"did not return within 0\.5 s"):
         reward_of("regex:(a+)+$", "a" * 40 + "b", {}, limit_s=0.5)
 
 
 def test_a_function_of_the_callers_own_is_called_and_limited() -> None:
     assert reward_of(lambda prompt, answer, row: len(prompt) + row["n"], "x", {"n": 1}) == 9.0
-    with pytest.raises(RewardError, match="did not return within 0.2 s"):
+    with pytest.raises(RewardError, match=r"did not return within 0\.2 s"):
         reward_of(lambda prompt, answer, row: time.sleep(3), "x", {}, limit_s=0.2)
 
     def raises(prompt: Any, answer: str, row: Any) -> float:
@@ -158,7 +158,7 @@ def test_a_file_that_cannot_be_loaded_is_refused_with_its_line(file: Path, tmp_p
     broken.write_text("x = 1\nraise OSError('no licence')\n", encoding="utf-8")
     with pytest.raises(RewardError, match=r"raised OSError: no licence \(line 2 of broken.py\)"):
         Reward(f"{broken}:score", limit_s=5)
-    with pytest.raises(RewardError, match="it has no function 'score'; it has .*share, raises"):
+    with pytest.raises(RewardError, match=r"it has no function 'score'; it has .*share, raises"):
         Reward(f"{file}:score", limit_s=5)
 
 

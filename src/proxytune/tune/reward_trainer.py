@@ -12,7 +12,6 @@ each step's noise depends on the seed and the step alone, and the order of the p
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Sampler
 from transformers import GenerationConfig
 from transformers.trainer_utils import EvalLoopOutput
@@ -31,6 +31,8 @@ from proxytune.errors import RewardError
 from proxytune.text.detokenize import TextStream
 from proxytune.text.prompts import Tokenizer
 from proxytune.tune.encode import Encoded, PromptExample
+from proxytune.tune.heads import check_head, head_of, run_body
+from proxytune.tune.loss import CHUNK_ROWS
 from proxytune.tune.rewards import Reward
 from proxytune.tune.settings import TuneSettings
 from proxytune.tune.trainer import _DurableCheckpoints
@@ -138,7 +140,7 @@ class RewardTrainer(_DurableCheckpoints, GRPOTrainer):
         # Whatever the model's files say of sampling, such as a top_p: answers are drawn from the whole
         # distribution, as the method demands.
         small.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-        _number_positions(small.base_model)
+        check_head(small, head_of(small))
 
     @property
     def _small(self) -> Any:
@@ -165,6 +167,28 @@ class RewardTrainer(_DurableCheckpoints, GRPOTrainer):
         self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any
     ) -> tuple[list[list[int]], None]:
         return self._answers(prompt_ids, temperature=self.args.temperature), None
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor, None]:
+        size = batch_size or len(input_ids)
+        with self._autocast():
+            parts = [
+                answer_logprobs(model, ids, mask, logits_to_keep, self.args.temperature)
+                for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True)
+            ]
+        logprobs, entropies = zip(*parts, strict=True)
+        return torch.cat(logprobs), torch.cat(entropies), None
+
+    def _autocast(self) -> Any:
+        kind = self.accelerator.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=bool(self.args.bf16))
 
     def _rewards(
         self, prompts: list[list[int]], completion_ids: list[list[int]], row: list[int], **_: Any
@@ -198,8 +222,7 @@ class RewardTrainer(_DurableCheckpoints, GRPOTrainer):
         small.eval()
         device = self.accelerator.device
         answers: list[list[int]] = []
-        kind = torch.autocast(device.type, torch.bfloat16, enabled=bool(self.args.bf16))
-        with torch.random.fork_rng(), kind:
+        with torch.random.fork_rng(), self._autocast():
             torch.manual_seed((self.args.seed << 32) + self.state.global_step)
             for start in range(0, len(prompt_ids), MOST_ANSWERS):
                 block = prompt_ids[start : start + MOST_ANSWERS]
@@ -350,20 +373,48 @@ def _padding(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def _number_positions(body: Any) -> None:
-    """Have a model's body count a row's positions from its first token, and not from its padding.
+def answer_logprobs(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, num_kept: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities of answers' tokens, and the entropies of what they were drawn from.
 
-    Models count so when they generate. Otherwise they number the padding, too, which makes no difference to
-    relative positions, and gives models with absolute ones other logits than in generation.
+    Prompts are padded on the left and answers on the right. Rows are moved to the left first, since models
+    number the padding, too, and those with absolute positions would see other positions than in generation.
+
+    Args:
+        model: The model, or a PEFT model around it.
+        input_ids: `[rows, length]`.
+        attention_mask: `[rows, length]`, 1 at tokens.
+        num_kept: Number of columns of the answers, the last ones.
+        temperature: What logits are divided by.
+
+    Returns:
+        Two `[rows, num_kept]` in nats, 0 at padding. Gradients flow through the log-probabilities alone.
     """
-    if "position_ids" not in inspect.signature(body.forward).parameters:
-        return
+    rows, length = input_ids.shape
+    kept = attention_mask[:, -num_kept:].bool()
+    start = attention_mask.argmax(1, keepdim=True)
+    columns = (torch.arange(length, device=input_ids.device) + start) % length
+    moved = (input_ids.gather(1, columns), attention_mask.gather(1, columns))
+    hidden = run_body(model, *moved)
+    # A token is predicted from the position before it.
+    before = torch.arange(length - num_kept, length, device=input_ids.device) - start - 1
+    states = hidden.gather(1, before[:, :, None].expand(-1, -1, hidden.shape[-1]))[kept]
+    targets = input_ids[:, -num_kept:][kept]
+    head = head_of(model)
 
-    def numbered(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids")
-        is_whole = isinstance(mask, Tensor) and ids is not None and mask.shape == ids.shape
-        if isinstance(mask, Tensor) and is_whole and kwargs.get("position_ids") is None:
-            kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        return args, kwargs
+    def chunk(states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = (head.logits(states) / temperature).log_softmax(-1)
+        entropies = torch.special.entr(logprobs.detach().exp()).sum(-1)
+        return logprobs.gather(1, targets[:, None])[:, 0], entropies
 
-    body.register_forward_pre_hook(numbered, with_kwargs=True)
+    # Logits of a chunk exist once at a time; the backward pass computes them again.
+    parts = [
+        checkpoint(chunk, *pair, use_reentrant=False)
+        for pair in zip(states.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True)
+    ]
+    logprobs, entropies = (
+        torch.zeros(rows, num_kept, device=input_ids.device).masked_scatter(kept, torch.cat(column))
+        for column in zip(*parts, strict=True)
+    )
+    return logprobs, entropies

@@ -53,8 +53,8 @@ REWARD_LOG = {
 """What training by reward logs beside the loss: TRL's names, and the log's.
 
 Rewards are means, of sampled answers and, on the validation rows, of greedy ones. The KL divergence is in
-nats per token, from the model that training began with. Lengths are in tokens, and `share_alike` is the share of
-prompts whose answers all had one reward."""
+nats per token, from the model that training began with. Lengths are in tokens, and `share_alike` is the share
+of prompts whose answers all had one reward."""
 
 
 class NonFiniteLoss(BackendError):
