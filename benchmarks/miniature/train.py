@@ -60,6 +60,7 @@ def training_settings(plan: Plan, stage: str) -> dict[str, Any]:
         "valid_data": str(plan.rows_path(name, "valid")),
         "base": BASE,
         "method": "cpt" if kind == "cpt" else "sft",
+        "calibrate": False,  # "sft" is the published method, with the untuned anti-expert.
         "learning_rate": rate or RATES[kind],
         "epochs": plan.epochs,
         "max_steps": plan.max_steps,

@@ -24,6 +24,8 @@ from proxytune.commands import (  # noqa: F401
     chat,
     serve,
     tune,
+    fit,
+    bake,
     score,
     evaluate,
     grade,

@@ -1,0 +1,93 @@
+"""Whether a run calibrates its anti-expert, and where an anti-expert of an earlier run is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from proxytune.checkpoints.references import local_path
+from proxytune.errors import InputFileError, InvalidRequest
+from proxytune.recipe.recipe import Recipe
+from proxytune.tune.formats import Formats
+from proxytune.tune.settings import Method, TuneSettings
+
+FEWEST_TOKENS = 0
+"""Fewer trained tokens teach the anti-expert too little of what the base says."""
+
+
+def calibrates(settings: TuneSettings, method: Method, formats: Formats) -> bool:
+    """Return whether a run trains a calibrated anti-expert, or uses a given one.
+
+    Raises:
+        InvalidRequest: It is asked for and cannot be done.
+    """
+    is_asked = bool(settings.calibrate or settings.calibrated or settings.then_cpt)
+    if not settings.is_pair or settings.calibrate is False:
+        return False
+    if is_asked and method == "cpt":
+        raise InvalidRequest(
+            "method cpt trains the expert through the anti-expert that it starts from, and calibration "
+            "trains another one.\nhint: --method sft, and --then-cpt for cpt afterwards"
+        )
+    if is_asked and not formats.are_equal:
+        raise InvalidRequest(
+            "calibration compares base and anti-expert over one sequence of tokens, and they have different "
+            "templates.\nhint: leave --base-template out, or use --no-calibrate"
+        )
+    if is_asked and method == "dpo":
+        raise InvalidRequest(
+            "method dpo compares the expert with the model that it starts from, and calibration is not built "
+            "for it.\nhint: leave --calibrate out"
+        )
+    if is_asked and settings.full:
+        raise InvalidRequest(
+            "with --full, calibration would train, keep and load the small model three times.\n"
+            "hint: leave --full out to train two adapters, or use --no-calibrate"
+        )
+    if method == "sft" and not settings.full and formats.are_equal:
+        return True
+    return is_asked
+
+
+def check_enough(num_trained: int, settings: TuneSettings) -> str | None:
+    """Return what to say of too few tokens to calibrate on; None if they are enough.
+
+    Raises:
+        InputFileError: They are too few, and calibration is asked for.
+    """
+    if num_trained >= FEWEST_TOKENS or settings.calibrated is not None:
+        return None
+    counts = (
+        f"the rows have {num_trained:,} tokens to train on, and calibrating an anti-expert needs at least "
+        f"{FEWEST_TOKENS:,}"
+    )
+    if settings.calibrate or settings.then_cpt:
+        raise InputFileError(
+            f"{counts}.\nhint: give more rows, use --no-calibrate, or give a calibrated anti-expert of other "
+            "rows with --calibrated"
+        )
+    return f"{counts}, so the anti-expert stays the untuned small model"
+
+
+def find_calibrated(reference: str) -> Path:
+    """Return the directory of a calibrated anti-expert's adapter.
+
+    Args:
+        reference: The adapter's directory, or a recipe whose first expert has it.
+
+    Raises:
+        InvalidRequest: It is neither.
+        RecipeError: The recipe is malformed.
+    """
+    path = local_path(reference, root=Path.cwd())
+    if path is not None and (path / "adapter_config.json").is_file():
+        return path.absolute()
+    recipe = Recipe.read(reference)
+    adapter = recipe.experts[0].anti_expert.adapter
+    assert recipe.directory is not None
+    place = None if adapter is None else local_path(adapter, root=recipe.directory)
+    if place is None:
+        raise InvalidRequest(
+            f"the anti-expert of {reference} has no adapter here, so it was not calibrated.\n"
+            "hint: give a recipe that was tuned with --calibrate, or an adapter's directory"
+        )
+    return place.absolute()
