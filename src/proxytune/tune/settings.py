@@ -285,7 +285,7 @@ class TuneSettings:
     fit: Fit = option(
         "weights",
         "What is fitted beside the strength, and kept if it wins clearly: weights of base, expert and "
-        "anti-expert; bias for these and an output bias; or none",
+        "anti-expert; bias for these and an output bias; or none. With --alpha, nothing is fitted",
         metavar="NAME",
     )
     measure_tokens: int = option(
@@ -358,6 +358,7 @@ class TuneSettings:
             )
 
         self._check_reward()
+        self._check_fit()
 
     def _check_reward(self) -> None:
         if self.reward is not None:
@@ -387,6 +388,22 @@ class TuneSettings:
     def is_by_reward(self) -> bool:
         """Whether the expert is trained by a reward for its own answers."""
         return self.method == "grpo" or self.reward is not None
+
+    def _check_fit(self) -> None:
+        """Refuse a bias that would silently not be fitted; the default, weights, goes without saying."""
+        why = None
+        if not self.is_pair:
+            why = "there is no pair of a base and a small model"
+        elif self.alpha is not None:
+            why = f"alpha is {self.alpha:g}, and a fit replaces the strength"
+        elif self.method in ("dpo", "grpo"):
+            why = (
+                f"method {self.method} is not judged by the likelihood of rows, which a fit raises"
+            )
+        elif self.measure_tokens == 0:
+            why = "measure_tokens is 0, so nothing would show whether it wins"
+        if self.fit == "bias" and why is not None:
+            raise InvalidRequest(f"fit is bias, but {why}.\nhint: leave out one of the two")
 
     @property
     def directory(self) -> Path:
