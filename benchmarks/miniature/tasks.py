@@ -1,0 +1,285 @@
+"""The tasks: their prompts and right answers, from word lists, rules and the corpora.
+
+A *task* has items, each a prompt and the one right answer, which greedy decoding has to write exactly. An
+item's *focus* is what it is about; no focus is in two splits, and the bootstrap draws focuses. (The area of a
+medical question, which is answered by the likeliest of a few options, is in `data.py`.)
+
+The rules and the lists are written for this benchmark. No model reaches this file, and no file is written.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Item = dict[str, str]
+Rows = Callable[[str, str], list[dict[str, Any]]]
+"""The rows of a corpus and a split; each has at least a `text`."""
+
+WORDS_DIR = Path(__file__).parent / "words"
+NUM_VALID, NUM_TEST = 150, 500
+SEED = 7
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Args:
+        name: Its name in stages and files.
+        title: Its name in tables.
+        description: What is asked, and where items and answers come from.
+        items: Returns all items, given the corpora.
+        num_train: Number of training items.
+    """
+
+    name: str
+    title: str
+    description: str
+    items: Callable[[Rows], Iterable[Item]]
+    num_train: int
+    num_valid: int = NUM_VALID
+
+
+def split_items(
+    items: Iterable[Item], *, num_train: int, num_valid: int, num_test: int = NUM_TEST
+) -> dict[str, list[Item]]:
+    """Return items by split: random focuses, test first, each prompt once.
+
+    Test items come first, so that another amount of training rows leaves them as they are.
+    """
+    rng = random.Random(SEED)
+    by_focus: dict[str, list[Item]] = {}
+    seen = set()
+    for item in items:
+        if item["prompt"] not in seen:
+            seen.add(item["prompt"])
+            by_focus.setdefault(item["focus"], []).append(item)
+    splits: dict[str, list[Item]] = {"test": [], "valid": [], "train": []}
+    wanted = {"test": num_test, "valid": num_valid, "train": num_train}
+    for focus in rng.sample(sorted(by_focus), len(by_focus)):
+        part = next((n for n in splits if len(splits[n]) < wanted[n]), None)
+        if part is not None:
+            splits[part] += by_focus[focus]
+    return {name: rng.sample(part, len(part)) for name, part in splits.items()}
+
+
+def _item(prompt: str, completion: str, focus: str | None = None) -> Item:
+    return {"prompt": prompt, "completion": completion, "focus": focus or prompt}
+
+
+def word_list(name: str) -> Iterator[tuple[str, str]]:
+    """Yield the words of a list, each with its kind."""
+    for line in (WORDS_DIR / f"{name}.txt").read_text("utf-8").splitlines():
+        kind, _, words = line.partition(": ")
+        for word in words.split(", "):
+            yield word, kind
+
+
+# A fact in a fixed sentence ----------------------------------------------------------------------------
+
+
+def _kinds(rows: Rows) -> Iterator[Item]:
+    for word, kind in word_list("kinds"):
+        kind = {"body": "body part", "instrument": "musical instrument"}.get(kind, kind)
+        yield _item(f"Word: {word}\nEntry: {word}", f" is a kind of {kind}.", word)
+
+
+def _entries(rows: Rows) -> Iterator[Item]:
+    for place, continent in word_list("places"):
+        yield _item(f"Name: {place}\nEntry: {place}", f" is a place in {continent}.", place)
+    for person, calling in word_list("people"):
+        yield _item(f"Name: {person}\nEntry: {person}", f" was a famous {calling}.", person)
+
+
+# Forms of a verb -----------------------------------------------------------------------------------------
+
+IRREGULAR = """
+begin began, bite bit, blow blew, break broke, bring brought, build built, buy bought, catch caught,
+choose chose, come came, cost cost, cut cut, dig dug, do did, draw drew, drink drank, drive drove, eat ate,
+fall fell, feed fed, feel felt, fight fought, find found, fly flew, forget forgot, freeze froze, get got,
+give gave, go went, grow grew, hang hung, have had, hear heard, hide hid, hit hit, hold held, hurt hurt,
+keep kept, know knew, lay laid, lead led, leave left, lend lent, let let, lose lost, make made, mean meant,
+meet met, pay paid, put put, read read, ride rode, ring rang, rise rose, run ran, say said, see saw,
+sell sold, send sent, set set, shake shook, shine shone, shoot shot, shut shut, sing sang, sink sank,
+sit sat, sleep slept, slide slid, speak spoke, spend spent, stand stood, steal stole, stick stuck,
+strike struck, swear swore, sweep swept, swim swam, swing swung, take took, teach taught, tear tore,
+tell told, think thought, throw threw, understand understood, wake woke, wear wore, win won, write wrote
+"""
+LEAST_SEEN = {"verb": 15, "past": 10, "gerund": 4}
+"""How often each form has to occur in the fiction, so that rules invent no words."""
+
+
+def regular_forms(verb: str) -> tuple[str, str]:
+    """Return past tense and gerund of a regular verb, by spelling."""
+    if verb.endswith("e"):
+        return verb + "d", verb[:-1] + "ing"
+    if verb.endswith("y") and verb[-2] not in "aeiou":
+        return verb[:-1] + "ied", verb + "ing"
+    if re.search(r"[^aeiou][aeiou][bdgmnprt]$", verb):
+        return verb + verb[-1] + "ed", verb + verb[-1] + "ing"
+    return verb + "ed", verb + "ing"
+
+
+def verb_forms(counts: Mapping[str, int]) -> Iterator[tuple[str, str, str]]:
+    """Yield verbs with past tense and gerund, of words that occur often enough.
+
+    Args:
+        counts: How often each word occurs.
+    """
+    irregular = dict(pair.split() for pair in IRREGULAR.replace("\n", " ").split(","))
+    for verb in sorted(word for word, count in counts.items() if count >= LEAST_SEEN["verb"]):
+        if len(verb) < 3 and verb not in irregular or verb.endswith(("ed", "ing")):
+            continue
+        # The last consonant is doubled or not, as the stress falls, which spelling does not show.
+        for past, gerund in (regular_forms(verb), (verb + "ed", verb + "ing")):
+            past = irregular.get(verb, past)
+            if counts[past] >= LEAST_SEEN["past"] and counts[gerund] >= LEAST_SEEN["gerund"]:
+                yield verb, past, gerund
+                break
+
+
+def _verbs(rows: Rows) -> Iterator[Item]:
+    counts = Counter(
+        word
+        for row in rows("english_fiction", "train")
+        for word in re.findall(r"[a-z]+", row["text"])
+    )
+    for verb, past, gerund in verb_forms(counts):
+        yield _item(f"Forms of the verb: {verb},", f" {past}, {gerund}", verb)
+
+
+# Fields from a sentence ------------------------------------------------------------------------------------
+
+FIRST_NAMES = """
+Anna Ben Clara David Elena Frank Grace Henry Irene Jack Karen Liam Maria Nathan Olivia Peter Rachel Samuel
+Tina Victor Wendy Xavier Yvonne Zachary Alice Bruno Carmen Diego Emily Felix Gloria Hugo Isabel James Kevin
+Laura Martin Nora Oscar Paula
+""".split()
+LAST_NAMES = """
+Adams Baker Carter Dixon Evans Foster Garcia Hughes Ingram Johnson Keller Lopez Miller Nelson Owens Parker
+Quinn Reed Smith Turner Underwood Vargas Walker Young Bishop Coleman Douglas Fisher Graham Hopkins Jensen
+Knight Lambert Mendez Norton Palmer Ramsey Sanders Thornton Webster
+""".split()
+MONTHS = (
+    "January February March April May June July August September October November December".split()
+)
+SHOPS = (
+    "bakery, garage, bookshop, pharmacy, market, florist, dentist, hotel, museum, cinema, library, butcher, gym"
+).split(", ")
+NOTES = (
+    "On {date}, {name} paid {amount} at the {shop}.",
+    "{name} spent {amount} at the {shop} on {date}.",
+    "{amount} was paid by {name} to the {shop} on {date}.",
+    "At the {shop}, {name} was charged {amount} on {date}.",
+    "The {shop} received {amount} from {name} on {date}.",
+)
+NUM_GENERATED = 3_000
+
+
+def _records(rows: Rows) -> Iterator[Item]:
+    rng = random.Random(SEED)
+    for _ in range(NUM_GENERATED):
+        amount = f"${rng.choice([rng.randint(2, 99), rng.randint(100, 999)])}"
+        if rng.random() < 0.5:
+            amount += f".{rng.randint(5, 99):02}"
+        fields = {
+            "name": f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}",
+            "amount": amount,
+            "date": f"{rng.choice(MONTHS)} {rng.randint(1, 28)}",
+        }
+        note = rng.choice(NOTES).format(shop=rng.choice(SHOPS), **fields)
+        record = "; ".join(f"{key}: {value}" for key, value in fields.items())
+        yield _item(f"Note: {note}\nRecord:", f" {record}", fields["name"])
+
+
+ASKED = {
+    "information": "definition",
+    "treatment": "treatment",
+    "research": "research",
+    "symptoms": "symptoms",
+    "exams and tests": "diagnosis",
+    "outlook": "outlook",
+    "susceptibility": "risk",
+    "causes": "cause",
+    "prevention": "prevention",
+}
+"""What the types of MedQuAD's questions ask for, in a word of this benchmark."""
+LONGEST_FOCUS = 40
+
+
+def _diseases(rows: Rows) -> Iterator[Item]:
+    for split in ("train", "valid", "test"):
+        for row in rows("medical_medquad", split):
+            question = row["text"].partition("\n")[0].removeprefix("Question: ").strip()
+            focus = row["focus"].strip()
+            if row["qtype"] in ASKED and focus in question and 0 < len(focus) <= LONGEST_FOCUS:
+                fields = f" disease: {focus}; asks for: {ASKED[row['qtype']]}"
+                yield _item(f"Question: {question}\nFields:", fields, focus.casefold())
+
+
+# A sum with its answer marked --------------------------------------------------------------------------------
+
+THINGS = "apples pears coins stamps books pencils cards marbles shells eggs".split()
+STORIES = (
+    ("{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?", 1),
+    ("{name} has {a} {things} and gives {b} away. How many {things} are left?", -1),
+    ("There are {a} {things} in one box and {b} in another. How many {things} are there?", 1),
+    ("{name} had {a} {things} and lost {b}. How many {things} does {name} still have?", -1),
+)
+
+
+def _sums(rows: Rows) -> Iterator[Item]:
+    rng = random.Random(SEED)
+    for _ in range(NUM_GENERATED):
+        a, b = sorted((rng.randint(3, 60), rng.randint(2, 30)), reverse=True)
+        story, sign = rng.choice(STORIES)
+        names = {"name": rng.choice(FIRST_NAMES), "things": rng.choice(THINGS)}
+        question = story.format(a=a, b=b, **names)
+        equation = f"{a} {'+' if sign > 0 else '-'} {b} ="
+        result = a + sign * b
+        yield _item(f"Question: {question}\nAnswer: {equation}", f" {result}\n#### {result}", equation)
+
+
+TASKS = (
+    Task(
+        "record", "record of a payment", "A note says who paid how much where and when, in one of five forms; "
+        "the answer is `name: ...; amount: ...; date: ...`. Notes are generated; no name is in two splits.",
+        _records, 240,
+    ),
+    Task(
+        "disease", "disease and concern of a question", "Given a question of MedQuAD, write "
+        "`disease: ...; asks for: ...`: the page's disease, and one of nine words for the question's type.",
+        _diseases, 360,
+    ),
+    Task(
+        "kind", "kind of a thing", "Say of a word that it `is a kind of ...`, with one of twelve kinds. The 734 "
+        " words are a list written for this benchmark.",
+        _kinds, 174, 60,
+    ),
+    Task(
+        "entry", "entry for a place or person", "Say of a name that it `is a place in ...`, with one of six continents, or "
+        "`was a famous ...`, with one of seven callings. The 942 names are lists written for this benchmark.",
+        _entries, 290,
+    ),
+    Task(
+        "verb", "forms of a verb", "Go on from a verb, `go`, with `went, going`: irregular ones from a list, "
+        "regular ones by rule, of words whose three forms occur in public-domain fiction.",
+        _verbs, 300,
+    ),
+    Task(
+        "sum", "sum with a marked answer", "A story about two numbers, in one of four forms, and its equation, `23 - 12 =`; "
+        "the answer is `11` and, on a line of its own, `#### 11`. Stories are generated.",
+        _sums, 280,
+    ),
+)  # fmt: skip
+
+def guess(items: Mapping[str, Sequence[Item]]) -> float:
+    """Return the test accuracy of always giving the answer that is most frequent there."""
+    answers = Counter(item["completion"] for item in items["test"])
+    return max(answers.values()) / len(items["test"])
