@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -259,7 +259,7 @@ TASKS = (
     ),
     Task(
         "kind", "kind of a thing", "Say of a word that it `is a kind of ...`, with one of twelve kinds. The 734 "
-        " words are a list written for this benchmark.",
+        "words are a list written for this benchmark.",
         _kinds, 174, 60,
     ),
     Task(
@@ -278,8 +278,3 @@ TASKS = (
         _sums, 280,
     ),
 )  # fmt: skip
-
-def guess(items: Mapping[str, Sequence[Item]]) -> float:
-    """Return the test accuracy of always giving the answer that is most frequent there."""
-    answers = Counter(item["completion"] for item in items["test"])
-    return max(answers.values()) / len(items["test"])
