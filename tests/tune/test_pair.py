@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from proxytune.recipe.recipe import Recipe
 from proxytune.request import SamplingParams
 from proxytune.tune import Interrupted, TuneResult, TuneSettings, tune
 from tests.support.tiny import tiny_model, tiny_tokenizer
-from tests.tune.test_run import StopAt, completions, read_log, settings, texts
+from tests.tune.test_run import StopAt, completions, preferences, read_log, settings, texts
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +139,9 @@ def test_cpt_after_a_pair_goes_on_from_it_with_its_anti_expert(
 def test_a_pair_that_cpt_makes_worse_is_kept(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from proxytune.tune import training
+    from proxytune.tune import stages
 
-    monkeypatch.setattr(training, "CPT_RATE", 300.0)
+    monkeypatch.setattr(stages, "CPT_RATE", 300.0)
     run = pair(models, tmp_path, completions(60), then_cpt=True, alpha=1.0)
     result = tune(run)
     assert result.valid_loss == min(r["valid_loss"] for r in read_log(run) if "valid_loss" in r)
@@ -186,6 +187,34 @@ def test_a_calibrated_anti_expert_is_used_again(models: Path, tmp_path: Path) ->
     assert all(torch.equal(given[key], after[key]) for key in given)
 
 
+def test_preferences_are_learned_from_a_calibrated_start(models: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"method": "dpo", "calibrate": True, "measure_tokens": 0}
+    run = pair(models, tmp_path / "a", preferences(40), **changes)
+    result = tune(run)
+    assert result.is_calibrated and result.num_steps == 16
+    expert = Recipe.read(run.directory).experts[0]
+    assert expert.anti_expert.adapter == "adapters/out-anti-expert"
+    # The expert starts as its own reference, which is the anti-expert.
+    assert result.first_valid_loss == pytest.approx(math.log(2), abs=1e-5)
+    assert result.valid_loss is not None and result.valid_loss < result.first_valid_loss
+    lines = (run.training / "log-anti-expert.jsonl").read_text().splitlines()
+    losses = [row["valid_loss"] for row in map(json.loads, lines) if "valid_loss" in row]
+    assert min(losses) < losses[0], "the anti-expert has not come closer to the base"
+    own, anti_expert = weights(run), weights(run, "out-anti-expert")
+    start = {name: tensor for name, tensor in own.items() if "lora_B" in name}
+    # Much nearer to the anti-expert than to zero, where an untuned start would be.
+    assert all((t - anti_expert[n]).norm() < t.norm() for n, t in start.items())
+
+    parts = pair(models, tmp_path / "b", preferences(40), **changes)
+    # In the first training, and in the second.
+    with pytest.raises(Interrupted, match="step 3"):
+        tune(parts, display=StopAt(3))
+    with pytest.raises(Interrupted, match="step 2"):
+        tune(parts, resume=True, display=StopAt(2))
+    again = tune(parts, resume=True)
+    assert again.valid_loss == pytest.approx(result.valid_loss, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -198,7 +227,7 @@ def test_a_calibrated_anti_expert_is_used_again(models: Path, tmp_path: Path) ->
             {"calibrate": True, "template": "plain", "base_template": "Q: {{ prompt }}"},
             "--no-calibrate",
         ),
-        ({"calibrated": "models"}, "no recipe"),
+        ({"calibrated": "models"}, "no recipe|no directory"),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused_by_name(

@@ -678,7 +678,6 @@ def test_pairs_are_judged_by_which_answer_is_likelier(models: Path, tmp_path: Pa
         (texts(), {"lora_targets": ("q_proj", "w_proj")}, AdapterMismatch, "'w_proj'"),
         (texts(), {"lora_targets": ("w_proj",), "base": None}, AdapterMismatch, "'w_proj'"),
         (texts(), {"max_length": 4096}, InvalidRequest, "context has 128"),
-        (texts(), {"base": "http://localhost:9/v1"}, InvalidRequest, "leave --base out"),
         (
             [{"prompt": "the", "completion": ""}, *completions(4)],
             {},
@@ -705,6 +704,10 @@ def test_what_cannot_be_trained_on_is_refused_before_training(
     [
         {"anti_expert": None, "base": None},
         {"method": "cpt", "base": None},
+        {"method": "cpt", "base": "http://localhost:9/v1"},
+        {"then_cpt": True, "base": "http://localhost:9/v1"},
+        {"anti_expert": None, "base": "http://localhost:9/v1"},
+        {"max_calls": 4},
         {"method": "rlhf"},
         {"learning_rate": float("nan")},
         {"epochs": 0},

@@ -33,10 +33,10 @@ def calibrates(settings: TuneSettings, method: Method, formats: Formats) -> bool
             "calibration compares base and anti-expert over one sequence of tokens, and they have different "
             "templates.\nhint: leave --base-template out, or use --no-calibrate"
         )
-    if is_asked and method == "dpo":
+    if settings.then_cpt and method == "dpo":
         raise InvalidRequest(
-            "method dpo compares the expert with the model that it starts from, and calibration is not built "
-            "for it.\nhint: leave --calibrate out"
+            "then_cpt trains on text, completions or messages, and the rows are preference pairs.\n"
+            "hint: leave --then-cpt out"
         )
     if is_asked and settings.full:
         raise InvalidRequest(

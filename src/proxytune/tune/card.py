@@ -15,9 +15,13 @@ from proxytune.tune.verdict import interval_words
 _METHODS = {
     "sft": "supervised fine-tuning",
     "dpo": "Direct Preference Optimization (arXiv:2305.18290)",
-    "calibrated": "supervised fine-tuning of the expert; from the same start, the anti-expert was calibrated "
-    "to the base's distribution at the same positions",
     "cpt": "Consistent Proxy Tuning (arXiv:2407.01155): trained through the frozen base and anti-expert",
+}
+_CALIBRATED = {
+    "sft": "The anti-expert is calibrated: trained from the same start on the base's distribution at the "
+    "same positions",
+    "dpo": "The anti-expert is calibrated: trained on the base's distribution over the chosen answers. The "
+    "expert starts from it",
 }
 _COUNTS = ("rows", "rows_read", "num_tokens", "num_trained", "num_truncated", "num_dropped")
 
@@ -159,8 +163,9 @@ def _score_line(row: Mapping[str, Any]) -> str:
 
 
 def _training(settings: TuneSettings, result: TuneResult) -> list[str]:
-    method = "calibrated" if result.is_calibrated else result.method
-    lines = ["## Training", "", f"{_METHODS[method]}.", ""]
+    lines = ["## Training", "", f"{_METHODS[result.method]}.", ""]
+    if result.is_calibrated:
+        lines += [f"{_CALIBRATED[result.method]}.", ""]
     if settings.then_cpt:
         lines += [f"Then {_METHODS['cpt']}.", ""]
     lines += [

@@ -21,6 +21,7 @@ from proxytune.recipe.spec import ModelSpec
 from proxytune.text.vocab import Alignment, align
 from proxytune.tune.encode import Encoded, Example
 from proxytune.tune.heads import (
+    BasePart,
     FrozenHeads,
     FrozenPart,
     Head,
@@ -73,6 +74,12 @@ class FrozenBase:
     head: Head
     train: Kept
     valid: Kept | None
+
+    def part(self, indices: list[int], device: torch.device | str, *, training: bool) -> BasePart:
+        """Return the base at the trained positions of some examples, in order."""
+        kept = self.train if training else self.valid
+        assert kept is not None
+        return BasePart(kept.rows(indices).to(device), self.head)
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ class Offsets:
             OutputFileError: The disk has too little space, or cannot be written.
             VocabularyMismatch: An example has a token that the base does not have.
         """
-        counts = np.array([len(_kept_positions(example)) for example in examples], dtype=np.int64)
+        counts = np.array([len(kept_positions(example)) for example in examples], dtype=np.int64)
         starts = np.concatenate([np.zeros(1, np.int64), counts.cumsum()])
         weights = [None if m is None else head_of(m).weight for m in (base, anti_expert)]
         dtype = next(weight.dtype for weight in weights if weight is not None)
@@ -243,7 +243,7 @@ class Offsets:
         return FrozenPart(self.rows(indices).to(device), heads)
 
 
-def _kept_positions(example: Example) -> list[int]:
+def kept_positions(example: Example) -> list[int]:
     """Return the positions whose hidden states predict a trained token: each one before it."""
     return [t - 1 for t in range(1, len(example.labels)) if example.labels[t] != IGNORED]
 
@@ -301,7 +301,7 @@ def _hidden(
     examples: Sequence[Example], base: Any, anti_expert: Any, alignment: Alignment, base_name: str
 ) -> Iterator[Tensor]:
     """Yield `[positions, base width + small width]` on the CPU for each example."""
-    kept = [_kept_positions(example) for example in examples]
+    kept = [kept_positions(example) for example in examples]
     width = max(len(example.token_ids) for example in examples)
     token_ids = torch.zeros(len(examples), width, dtype=torch.long)
     mask = torch.zeros_like(token_ids)

@@ -6,7 +6,8 @@ rows, and what remains of the difference is what the base lacks.
 
 The two adapters see the same batches in the same order with the same dropout, and their gradients are clipped
 apart. So the expert is, step for step, the one that training by itself gives. Together they are stopped: the
-validation loss is that of the steered base, `base + alpha * (expert - anti_expert)`.
+validation loss is that of the steered base, `base + alpha * (expert - anti_expert)`. For a base that shows
+only a part of its distribution it is the expert's loss plus the anti-expert's divergence.
 """
 
 from __future__ import annotations
@@ -23,8 +24,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from proxytune.tune.encode import IGNORED
 from proxytune.tune.frozen import FrozenBase
-from proxytune.tune.heads import BasePart, FrozenHeads, FrozenPart, head_of, run_body
+from proxytune.tune.heads import (
+    BasePart,
+    FrozenHeads,
+    FrozenPart,
+    ShownPart,
+    head_of,
+    run_body,
+)
 from proxytune.tune.loss import cross_entropy, divergence
+from proxytune.tune.shown import ShownBase
 from proxytune.tune.trainer import ExpertTrainer
 
 EXPERT, ANTI_EXPERT = "default", "anti_expert"
@@ -83,12 +92,12 @@ class Calibration:
     """What a pair is trained against.
 
     Args:
-        base: The frozen base.
+        base: The frozen base, or what a base behind an API shows.
         alpha: Strength of steering at which training is stopped.
         is_given: Whether the anti-expert is a finished one, and only the expert is trained.
     """
 
-    base: FrozenBase
+    base: FrozenBase | ShownBase
     alpha: float
     is_given: bool = False
 
@@ -98,6 +107,22 @@ class Calibration:
         return (EXPERT,) if self.is_given else (EXPERT, ANTI_EXPERT)
 
 
+class AntiExpertTrainer(ExpertTrainer):
+    """Trains one adapter on the base's distribution."""
+
+    def __init__(self, *, calibration: Calibration, **kwargs: Any) -> None:
+        super().__init__(ensemble=None, **kwargs)
+        self._base = calibration.base
+
+    def _nats(self, model: Any, inputs: Mapping[str, Any], *, training: bool) -> tuple[Tensor, int]:
+        trained = inputs["labels"][:, 1:] != IGNORED
+        with self._mixed_precision(inputs):
+            own = run_body(model, inputs["input_ids"], inputs["attention_mask"])[:, :-1][trained]
+            base = self._base.part(inputs["row"].tolist(), own.device, training=training)
+            total = divergence(own, head_of(model), base)
+        return total, int(trained.sum())
+
+
 class PairTrainer(ExpertTrainer):
     """Trains expert and anti-expert, and evaluates the base that they steer."""
 
@@ -105,10 +130,6 @@ class PairTrainer(ExpertTrainer):
         super().__init__(ensemble=None, **kwargs)
         self._calibration = calibration
         self._divergences: list[float] = []
-        own = head_of(self.model)
-        self._heads = FrozenHeads.of(
-            calibration.base.head, own, anti_expert_factor=calibration.alpha
-        )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Create the optimizer of all adapters that are trained."""
@@ -153,29 +174,33 @@ class PairTrainer(ExpertTrainer):
     def _nats(self, model: Any, inputs: Mapping[str, Any], *, training: bool) -> tuple[Tensor, int]:
         if training and self.model.active_adapter == EXPERT:  # type: ignore[union-attr]
             return super()._nats(model, inputs, training=True)
-        base = self._calibration.base
         labels = inputs["labels"][:, 1:]
         trained = labels != IGNORED
-        indices = inputs["row"].tolist()
         with self._mixed_precision(inputs):
             own = self._hidden(model, inputs)[trained]
+            base = self._calibration.base.part(
+                inputs["row"].tolist(), own.device, training=training
+            )
             if training:
-                states = base.train.rows(indices).to(own.device)
-                total = divergence(own, head_of(model), BasePart(states, base.head))
+                total = divergence(own, head_of(model), base)
             else:
-                assert base.valid is not None
-                states = base.valid.rows(indices).to(own.device)
                 with self._using(ANTI_EXPERT):
                     others = self._hidden(model, inputs)[trained]
-                part = FrozenPart(torch.cat([states, others], 1), self._heads)
-                total = cross_entropy(
-                    own,
-                    head_of(model),
-                    labels[trained],
-                    frozen=part,
-                    expert_factor=self._calibration.alpha,
-                )
+                total = self._steered(model, base, own, others, labels[trained])
         return total, int(trained.sum())
+
+    def _steered(
+        self, model: Any, base: BasePart | ShownPart, own: Tensor, others: Tensor, targets: Tensor
+    ) -> Tensor:
+        """Return the loss of the steered base, or of a base that shows a part what stands for it."""
+        head = head_of(model)
+        if isinstance(base, ShownPart):
+            # The sum over all tokens that steering divides by is not known.
+            return cross_entropy(own, head, targets) + divergence(others, head, base)
+        alpha = self._calibration.alpha
+        heads = FrozenHeads.of(base.head, head, anti_expert_factor=alpha)
+        part = FrozenPart(torch.cat([base.hidden, others], 1), heads)
+        return cross_entropy(own, head, targets, frozen=part, expert_factor=alpha)
 
     def _hidden(self, model: Any, inputs: Mapping[str, Any]) -> Tensor:
         """Return `[batch, length - 1, width]`, the states that predict the next token."""

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from proxytune.checkpoints.references import is_url, local_reference
+from proxytune.checkpoints.references import local_reference
 from proxytune.data.rows import Rows, answers_of, read_rows, split_rows
 from proxytune.errors import (
     AdapterMismatch,
@@ -44,19 +44,20 @@ from proxytune.files import write_json
 from proxytune.machine import versions
 from proxytune.measure.score import scoring_window
 from proxytune.recipe.recipe import Recipe
-from proxytune.recipe.spec import ExpertSpec, ModelSpec
+from proxytune.recipe.spec import ApiSettings, ExpertSpec, ModelSpec
 from proxytune.tune.calibrated import calibrates, check_enough, find_calibrated
 from proxytune.tune.encode import Encoded, encode, limited
 from proxytune.tune.formats import Formats, formats_of
 from proxytune.tune.settings import (
-    CPT_LOG,
     LOSS_LOG,
+    STAGES,
     Display,
     Method,
     TuneResult,
     TuneSettings,
     anti_expert_path,
     expert_path,
+    stage_path,
 )
 from proxytune.tune.verdict import hints_for, is_lower, judge
 
@@ -158,6 +159,8 @@ class _Run:
         if test is not None:
             display.say(f"test: {len(test):,} rows of {test.source}, kept for the last word")
         # Here, since TRL takes seconds to import and everything above can refuse the run.
+        from proxytune.tune.stages import FIRST_DIR
+        from proxytune.tune.stages import train as run_training
         from proxytune.tune.training import Training
 
         training = Training(
@@ -171,8 +174,9 @@ class _Run:
             display=display,
             calibrates=is_calibrated,
             given=self._given,
+            remote=_base_spec(settings) if settings.is_remote else None,
         )
-        outcome = training.run()
+        outcome = run_training(training)
         data["train"] |= _counts(encoded["train"].only(outcome.pop("examples_read")))
         display.say("writing the recipe")
         recipe = self._recipe(small, formats, is_calibrated=is_calibrated)
@@ -197,7 +201,11 @@ class _Run:
         recipe = replace(recipe, experts=(replace(recipe.experts[0], alpha=result.alpha),))
         self._publish(recipe, result)
         write_json(settings.training / "result.json", result.to_dict())
-        for leftover in ("checkpoints", "checkpoints-cpt", "offsets", "pair"):
+        for leftover in (
+            "offsets",
+            FIRST_DIR,
+            *(stage_path("checkpoints", stage) for stage in STAGES),
+        ):
             shutil.rmtree(settings.training / leftover, ignore_errors=True)
         return result
 
@@ -233,12 +241,6 @@ class _Run:
         from proxytune.loading.doctor import examine
 
         settings = self._settings
-        if is_url(settings.base or ""):
-            raise InvalidRequest(
-                f"the base is {settings.base}, and tuning runs the base here, which an API does not allow.\n"
-                "hint: leave --base out, and join expert and base with "
-                f"proxytune new RECIPE --base {settings.base} --anti-expert MODEL --adapter ADAPTER"
-            )
         small = find_checkpoint(settings.small, root=Path.cwd())
         _check_targets(settings, small)
         if not settings.is_pair or settings.anti_expert is None:
@@ -246,8 +248,11 @@ class _Run:
         whole = ModelSpec(model=settings.anti_expert)
         anti_expert = whole if self._given is None else replace(whole, adapter=str(self._given))
         experts = (ExpertSpec(settings.expert_name, whole, anti_expert),)
-        recipe = Recipe(base=ModelSpec(model=settings.base), experts=experts)
-        examine(recipe.with_settings(device=settings.device)).raise_first()
+        recipe = Recipe(base=_base_spec(settings), experts=experts)
+        recipe = recipe.with_settings(device=settings.device)
+        examine(recipe, key_env=settings.key_env).raise_first()
+        if settings.is_remote:
+            return small, None
         return small, find_checkpoint(settings.base or "", root=Path.cwd())
 
     def _read_rows(self) -> tuple[Rows, Rows | None, Rows | None]:
@@ -300,7 +305,7 @@ class _Run:
         settings, asked = self._settings, self._settings.method
         is_preference = rows.kind == "preference"
         if asked is None:
-            can_train_through = settings.is_pair and formats.are_equal
+            can_train_through = settings.is_pair and formats.are_equal and not settings.is_remote
             method: Method = "cpt" if can_train_through else "sft"
             return "dpo" if is_preference else method
         if is_preference != (asked == "dpo"):
@@ -366,11 +371,9 @@ class _Run:
             same = ModelSpec(same_as="base")
             pair = ExpertSpec(settings.expert_name, expert, same, settings.alpha or 1.0)
             return Recipe(base=anti_expert, experts=(pair,), directory=directory)
-        large = ModelSpec(
-            model=local_reference(settings.base or "", directory),
-            prompt=formats.base,
-            chat=formats.chat,
-        )
+        large = replace(_base_spec(settings), prompt=formats.base, chat=formats.chat)
+        if not settings.is_remote:
+            large = replace(large, model=local_reference(settings.base or "", directory))
         pair = ExpertSpec(settings.expert_name, expert, anti_expert, settings.alpha or 1.0)
         return Recipe(base=large, experts=(pair,), directory=directory)
 
@@ -383,13 +386,19 @@ class _Run:
         test: Rows | None,
     ) -> TuneResult:
         """Choose the strength if none was given, and say whether steering helps."""
+        from proxytune.backends.api.client import Budget
         from proxytune.model import ProxyTuned
 
         settings = self._settings
         if (valid is None and test is None) or settings.measure_tokens == 0:
             return result
         try:
-            model = ProxyTuned.load(recipe, device=settings.device)
+            model = ProxyTuned.load(
+                recipe,
+                device=settings.device,
+                budget=Budget(settings.max_calls, None),
+                key_env=settings.key_env,
+            )
             if valid is not None:
                 result = self._chosen(model, result, valid)
             return self._judged(model, result, formats, valid, test)
@@ -448,6 +457,7 @@ class _Run:
             verdict.word,
             result,
             could_be_cpt=settings.is_pair
+            and not settings.is_remote
             and formats.are_equal
             and result.method == "sft"
             and not settings.then_cpt,
@@ -459,7 +469,7 @@ class _Run:
         """Whether the last evaluation had the lowest loss."""
         from proxytune.tune.trainer import read_losses
 
-        name = CPT_LOG if self._settings.then_cpt else LOSS_LOG
+        name = stage_path(LOSS_LOG, "cpt" if self._settings.then_cpt else "")
         rows = read_losses(self._settings.training / name)
         losses = [row["valid_loss"] for row in rows if row.get("valid_loss") is not None]
         return len(losses) > 1 and losses[-1] < min(losses[:-1])
@@ -490,10 +500,18 @@ class _Run:
         losses = read_losses(settings.training / LOSS_LOG)
         if settings.then_cpt:
             before = losses[-1]["step"] if losses else 0
-            later = read_losses(settings.training / CPT_LOG)
+            later = read_losses(settings.training / stage_path(LOSS_LOG, "cpt"))
             losses += [row | {"step": before + row["step"]} for row in later]
         recipe.write(settings.directory, overwrite=True, card=model_card(recipe, settings, result))
         loss_plot(losses, settings.training / "loss.png", result.first_valid_loss)
+
+
+def _base_spec(settings: TuneSettings) -> ModelSpec:
+    """Return the base as a recipe names it, without its prompt format."""
+    api = None
+    if settings.is_remote:
+        api = ApiSettings(model=settings.base_name, key_env=settings.key_env)
+    return ModelSpec(model=settings.base, api=api)
 
 
 def _check_targets(settings: TuneSettings, small: Checkpoint) -> None:

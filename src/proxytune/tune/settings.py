@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from proxytune.checkpoints.references import is_url
 from proxytune.errors import InvalidRequest, ProxytuneError
 from proxytune.settings import check, declared, option
 
-LOSS_LOG, CPT_LOG = "log.jsonl", "log-cpt.jsonl"
-"""Names of the files with a run's losses, in `TuneSettings.training`; the second with `then_cpt` only."""
+LOSS_LOG = "log.jsonl"
+"""Name of the file with a run's losses, in `TuneSettings.training`; of the only or the main training."""
 
 
 class Interrupted(ProxytuneError):
@@ -36,10 +37,19 @@ def expert_path(settings: TuneSettings) -> str:
     return "expert" if settings.full else f"adapters/{settings.expert_name}"
 
 
+def stage_path(name: str, stage: str) -> str:
+    """Return the name of a file or directory of one of a run's trainings: of `log.jsonl`, `log-cpt.jsonl`."""
+    path = Path(name)
+    return f"{path.stem}-{stage}{path.suffix}" if stage else name
+
+
 def anti_expert_path(settings: TuneSettings) -> str:
     """Return the path of a calibrated anti-expert's adapter, relative to the output directory."""
     return f"adapters/{settings.expert_name}-anti-expert"
 
+
+STAGES = ("", "cpt", "anti-expert")
+"""The trainings that a run may have; the main one has no name."""
 
 Method = Literal["sft", "dpo", "cpt"]
 Form = Literal["steered", "paper"]
@@ -69,13 +79,31 @@ class TuneSettings:
         "The large model that the expert is to steer; without it, the recipe holds the small model alone",
         metavar="MODEL",
     )
+    base_name: str | None = option(
+        None,
+        "Name of the base on an API, if --base is its address",
+        metavar="NAME",
+        none_means="the only model it lists",
+    )
+    key_env: str | None = option(
+        None,
+        "Environment variable whose key is sent to the API of the base",
+        metavar="VARIABLE",
+        none_means="the one bound to that host",
+    )
+    max_calls: int | None = option(
+        None,
+        "Maximum number of calls to the API of the base about the rows, and again for measuring",
+        at_least=1,
+        none_means="no limit",
+    )
     method: Method | None = option(
         None,
         "sft trains the small model by itself, cpt through the frozen base and anti-expert, dpo on "
         "preference pairs",
         metavar="NAME",
-        none_means="dpo for preference pairs; cpt with --base and --anti-expert that read the same tokens; "
-        "otherwise sft",
+        none_means="dpo for preference pairs; cpt with --anti-expert and a --base that runs here and reads "
+        "the same tokens; otherwise sft",
     )
     calibrate: bool | None = option(
         None,
@@ -258,6 +286,23 @@ class TuneSettings:
                 "method cpt trains the expert through base and anti-expert, and one of them is missing.\n"
                 "hint: give --anti-expert and --base"
             )
+        if self.is_remote and (self.method == "cpt" or self.then_cpt):
+            what = "then_cpt" if self.then_cpt else "method cpt"
+            raise InvalidRequest(
+                f"the base is {self.base}, and {what} needs the logits of all its tokens, which an API "
+                "does not show.\n"
+                "hint: --method sft calibrates the anti-expert to what it shows"
+            )
+        if self.is_remote and self.anti_expert is None:
+            raise InvalidRequest(
+                f"the base is {self.base}, and an API does not let it be tuned.\n"
+                "hint: --anti-expert names a small model to tune"
+            )
+        if not self.is_remote and (self.base_name or self.max_calls or self.key_env):
+            raise InvalidRequest(
+                "base_name, key_env and max_calls are about a base behind an API, and base is none.\n"
+                "hint: leave them out, or give --base http://..."
+            )
         if self.method == "cpt" and self.base_template not in (None, self.template):
             raise InvalidRequest(
                 "method cpt adds logits over one sequence of tokens, and base and expert have different "
@@ -278,6 +323,11 @@ class TuneSettings:
     def is_pair(self) -> bool:
         """Whether there are a base to steer and a small model to steer it with."""
         return self.anti_expert is not None and self.base is not None
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the base is behind an API."""
+        return is_url(self.base or "")
 
     @property
     def small(self) -> str:

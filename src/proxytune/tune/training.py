@@ -5,15 +5,14 @@ Rows arrive encoded and settings checked (`run.py`); what happens within a step 
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -23,14 +22,16 @@ from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from proxytune.checkpoints.placement import running_device
 from proxytune.checkpoints.references import local_reference
 from proxytune.errors import BackendError
-from proxytune.files import write_json, writing
+from proxytune.files import writing
 from proxytune.machine import peak_memory
+from proxytune.recipe.spec import ModelSpec
 from proxytune.tune import trainer as trainers
 from proxytune.tune.encode import Encoded
 from proxytune.tune.frozen import FrozenEnsemble, FrozenModels, load_frozen
 from proxytune.tune.pair import (
     ANTI_EXPERT,
     EXPERT,
+    AntiExpertTrainer,
     Calibration,
     ClipEach,
     PairTrainer,
@@ -39,7 +40,6 @@ from proxytune.tune.pair import (
     load_pair,
 )
 from proxytune.tune.settings import (
-    CPT_LOG,
     LOSS_LOG,
     Display,
     Interrupted,
@@ -48,16 +48,11 @@ from proxytune.tune.settings import (
     anti_expert_path,
     default_epochs,
     default_learning_rate,
-    expert_path,
+    stage_path,
 )
+from proxytune.tune.shown import ShownBase, ask_base
 
 MAX_GRAD_NORM = 1.0
-CPT_RATE, CPT_STEPS = 0.5, 0.5
-"""Learning rate and steps of training a pair on through the ensemble, as shares of the pair's."""
-CPT_DROPOUT = 0.1
-"""Lowest dropout of the expert where it is trained on through the ensemble: it overfits sooner there."""
-PAIR_RESULT = "result.json"
-"""What the training of a pair returned, in its folder, if it is trained on through the ensemble."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,10 @@ class Training:
         has_answers: Whether they are answers to prompts, and not texts.
         max_length: Maximum number of tokens per example.
         display: Shows progress.
-        pair: A trained pair to go on from, as `_save` leaves it. None starts from the small model.
+        remote: The base, if it is behind an API.
+        start: An adapter that the expert starts from; None starts from the small model.
+        stage: What a run of several trainings calls this one. `anti-expert` trains a single adapter on the
+            base's distribution.
     """
 
     settings: TuneSettings
@@ -89,65 +87,15 @@ class Training:
     display: Display
     calibrates: bool = False
     given: Path | None = None
-    pair: Path | None = None
+    remote: ModelSpec | None = None
+    start: Path | None = None
+    stage: Literal["", "cpt", "anti-expert"] = ""
 
-    def run(self) -> dict[str, Any]:
-        """Train, and leave the best state in the recipe's directory.
+    def run(self, target: Path) -> dict[str, Any]:
+        """Train, and leave the best state of the expert, or of what is trained in its place, in `target`.
 
-        Returns:
-            The fields of `TuneResult` that training decides, and under `examples_read` the indices of the
-            training examples that were read.
-
-        Raises:
-            Interrupted: The user stopped it; the state is saved.
-            OutputFileError: A checkpoint or the expert cannot be written.
-            BackendError: The loss or a gradient is not finite, or memory ran out.
+        Returns and raises what `stages.train` does.
         """
-        if not self.settings.then_cpt:
-            return self._run(self.settings.directory / expert_path(self.settings))
-        folder = self.settings.training / "pair"
-        if not (folder / PAIR_RESULT).exists():
-            outcome = self._run(folder)
-            outcome["examples_read"] = sorted(outcome["examples_read"])
-            write_json(folder / PAIR_RESULT, outcome)
-        return self._then_cpt(folder, json.loads((folder / PAIR_RESULT).read_text("utf-8")))
-
-    def _then_cpt(self, folder: Path, pair: Mapping[str, Any]) -> dict[str, Any]:
-        """Train the expert of a finished pair on through the ensemble, and keep the better of both."""
-        settings = self.settings
-        target = settings.directory / expert_path(settings)
-        on = replace(
-            settings,
-            then_cpt=False,
-            learning_rate=CPT_RATE * pair["learning_rate"],
-            max_steps=max(1, round(CPT_STEPS * self._num_steps)),
-            lora_dropout=max(settings.lora_dropout, CPT_DROPOUT),
-        )
-        self.display.say("training the expert on through base and calibrated anti-expert")
-        second = replace(self, settings=on, method="cpt", calibrates=False, pair=folder)
-        outcome = second._run(target)
-        losses = pair["valid_loss"], outcome["valid_loss"]
-        if None not in losses and losses[1] >= losses[0]:
-            self.display.say(
-                f"the pair alone has the lower validation loss ({losses[0]:.4f}, then {losses[1]:.4f}), so "
-                "its expert is kept"
-            )
-            for path in target.iterdir():
-                shutil.copy2(folder / path.name, path)
-        return {
-            **outcome,
-            "num_steps": pair["num_steps"] + outcome["num_steps"],
-            "num_parameters": pair["num_parameters"],
-            "train_s": round(pair["train_s"] + outcome["train_s"], 2),
-            "offsets_s": round(pair["offsets_s"] + outcome["offsets_s"], 2),
-            "valid_loss": min((loss for loss in losses if loss is not None), default=None),
-            "first_valid_loss": pair["first_valid_loss"],
-            "learning_rate": pair["learning_rate"],
-            "examples_read": outcome["examples_read"] | frozenset(pair["examples_read"]),
-        }
-
-    def _run(self, target: Path) -> dict[str, Any]:
-        """Train, leave the best state of the expert in `target`, and return what `run` does."""
         settings = self.settings
         transformers.set_seed(settings.seed)
         # On a GPU a frozen model is kept in half precision; what is trained is always kept in float32.
@@ -158,15 +106,16 @@ class Training:
         rate = settings.learning_rate or rate
         started = time.perf_counter()
         ensemble = calibration = None
-        if self.method == "cpt" and self.pair is None:
+        if self.method == "cpt" and self.stage == "":
             ensemble = self._frozen.ensemble(model)
         elif self.calibrates:
-            calibration = Calibration(
-                self._frozen.alone, settings.alpha or 1.0, is_given=self.given is not None
-            )
+            base = self._frozen.alone if self.remote is None else self._shown(self.remote)
+            calibration = Calibration(base, settings.alpha or 1.0, is_given=self.given is not None)
         model = self._trainable(model)
-        if self.pair is not None:
-            ensemble = self._from_pair(model, self.pair)
+        if self.stage == "cpt":
+            ensemble = self._calibrated_ensemble(model)
+        if self.start is not None:
+            model.load_adapter(str(self.start), EXPERT, is_trainable=True)
         offsets_s = time.perf_counter() - started
         trainer = self._trainer(model, ensemble, calibration, rate)
         self._fit(trainer)
@@ -200,11 +149,11 @@ class Training:
 
     @property
     def _checkpoints(self) -> Path:
-        return self.settings.training / ("checkpoints" if self.pair is None else "checkpoints-cpt")
+        return self.settings.training / stage_path("checkpoints", self.stage)
 
     @property
     def _log(self) -> Path:
-        return self.settings.training / (LOSS_LOG if self.pair is None else CPT_LOG)
+        return self.settings.training / stage_path(LOSS_LOG, self.stage)
 
     @cached_property
     def _frozen(self) -> FrozenModels:
@@ -219,8 +168,16 @@ class Training:
             self.display,
         )
 
-    def _from_pair(self, model: Any, pair: Path) -> FrozenEnsemble:
-        """Load a pair's expert into a PEFT model, and return the ensemble of base and anti-expert."""
+    def _shown(self, base: ModelSpec) -> ShownBase:
+        if self._is_pair:
+            self.display.say(
+                "the base is behind an API and shows a part of its distribution, so training is stopped by "
+                "the expert's loss plus the anti-expert's divergence, and not by the steered loss"
+            )
+        return ask_base(self.settings, base, self.small, self.encoded, self.display)
+
+    def _calibrated_ensemble(self, model: Any) -> FrozenEnsemble:
+        """Return the ensemble of base and calibrated anti-expert, run in the given PEFT model."""
         own = self.settings.directory / anti_expert_path(self.settings)
         anti_expert = self.given or own
         model.load_adapter(str(anti_expert), ANTI_EXPERT)
@@ -229,7 +186,6 @@ class Training:
         ensemble = self._frozen.ensemble_with(model, anti_expert)
         activate(model, EXPERT, trained=(EXPERT,))
         model.delete_adapter(ANTI_EXPERT)
-        model.load_adapter(str(pair), EXPERT, is_trainable=True)
         return ensemble
 
     # The trainer -------------------------------------------------------------------------------
@@ -251,10 +207,12 @@ class Training:
         peft_model = get_peft_model(model, config)
         reference = local_reference(settings.small, settings.directory)
         peft_model.peft_config[EXPERT].base_model_name_or_path = reference
-        if self.calibrates and self.given is not None:
+        if not self._is_pair:
+            return peft_model
+        if self.given is not None:
             peft_model.load_adapter(str(self.given), ANTI_EXPERT)
             activate(peft_model, EXPERT, trained=(EXPERT,))
-        elif self.calibrates:
+        else:
             add_anti_expert(peft_model)
         return peft_model
 
@@ -263,7 +221,8 @@ class Training:
         return trainers.last_checkpoint(self._checkpoints)
 
     @cached_property
-    def _num_steps(self) -> int:
+    def num_steps(self) -> int:
+        """Number of optimizer steps."""
         settings = self.settings
         num_batches = math.ceil(len(self.encoded["train"].examples) / settings.batch_size)
         per_epoch = math.ceil(num_batches / settings.accumulate)
@@ -307,10 +266,11 @@ class Training:
                 **common,
             )
         else:
-            kind = trainers.ExpertTrainer if calibration is None else PairTrainer
-            through: dict[str, Any] = (
-                {"ensemble": ensemble} if calibration is None else {"calibration": calibration}
-            )
+            kind: Any = trainers.ExpertTrainer
+            through: dict[str, Any] = {"ensemble": ensemble}
+            if calibration is not None:
+                kind = PairTrainer if self._is_pair else AntiExpertTrainer
+                through = {"calibration": calibration}
             trainer = kind(
                 args=SFTConfig(
                     bf16=False,  # `ExpertTrainer` handles mixed precision itself.
@@ -328,7 +288,7 @@ class Training:
             )
         checkpoint = self._checkpoint
         self.display.say(
-            f"{self._num_steps:,} steps of {settings.batch_size * settings.accumulate} rows, learning rate "
+            f"{self.num_steps:,} steps of {settings.batch_size * settings.accumulate} rows, learning rate "
             f"{learning_rate:g}"
             + (f", resumed after step {trainers.checkpoint_step(checkpoint)}" if checkpoint else "")
         )
@@ -336,7 +296,7 @@ class Training:
 
     def _arguments(self, learning_rate: float) -> dict[str, Any]:
         """Return the arguments that both of TRL's trainers share."""
-        settings, num_steps = self.settings, self._num_steps
+        settings, num_steps = self.settings, self.num_steps
         evaluates = "valid" in self.encoded
         eval_every = settings.eval_every or max(1, min(100, num_steps // 10))
         return {
@@ -349,7 +309,7 @@ class Training:
             "lr_scheduler_type": "linear",
             "warmup_steps": max(1, round(0.03 * num_steps)),
             "weight_decay": 0.0,
-            "max_grad_norm": 0.0 if self.calibrates else MAX_GRAD_NORM,
+            "max_grad_norm": 0.0 if self._is_pair else MAX_GRAD_NORM,
             "per_device_train_batch_size": settings.batch_size,
             "per_device_eval_batch_size": settings.batch_size,
             "gradient_accumulation_steps": settings.accumulate,
@@ -382,7 +342,7 @@ class Training:
         def on_step(step: int, total: int) -> None:
             self.display.stage("training", step, total, **latest)
 
-        callbacks: list[Any] = [ClipEach(MAX_GRAD_NORM)] if self.calibrates else []
+        callbacks: list[Any] = [ClipEach(MAX_GRAD_NORM)] if self._is_pair else []
         callbacks += [
             trainers.FiniteGradients(),
             trainers.LastEvaluation(),
@@ -411,7 +371,7 @@ class Training:
         self._load_adapter(trainer, checkpoint)
         if checkpoint is not None:
             state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-            if state.global_step >= self._num_steps or self._is_stalled(state):
+            if state.global_step >= self.num_steps or self._is_stalled(state):
                 # Training had ended, and nothing was saved yet; `train` would run another step.
                 trainer.state = state
                 return
@@ -450,8 +410,12 @@ class Training:
     @property
     def _trained(self) -> tuple[str, ...]:
         """The adapters that are trained."""
-        is_pair = self.calibrates and self.given is None
-        return (EXPERT, ANTI_EXPERT) if is_pair else (EXPERT,)
+        return (EXPERT, ANTI_EXPERT) if self._is_pair and self.given is None else (EXPERT,)
+
+    @property
+    def _is_pair(self) -> bool:
+        """Whether the model has the adapters of both expert and anti-expert."""
+        return self.calibrates and self.stage == ""
 
     def _save(self, trainer: Any, target: Path) -> None:
         """Write the expert, and the anti-expert of a pair to its place in the recipe."""
