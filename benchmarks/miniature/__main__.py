@@ -49,9 +49,7 @@ def main() -> int:
     arguments = parser.parse_args()
     plan = QUICK if arguments.quick else LONG if arguments.long else FULL
     if arguments.stage and arguments.stage not in plan.stages:
-        parser.error(
-            f"--stage is {arguments.stage!r}, and must be one of {', '.join(plan.stages)}"
-        )
+        parser.error(f"--stage is {arguments.stage!r}, and must be one of {', '.join(plan.stages)}")
     try:
         if arguments.stage:
             run_stage(plan, arguments.stage)

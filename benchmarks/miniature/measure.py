@@ -266,7 +266,7 @@ class Judge:
         return None if self._columns is None else 1
 
     def are_right(self, rows: Tensor, targets: Tensor) -> Tensor:
-        """Return `[tokens]` bool: whether the likeliest token is the right one, or ends the line as it does."""
+        """Return `[tokens]` bool: whether the likeliest token is the right one, or both end the line."""
         if self._columns is not None:
             return self._columns[rows[:, self._columns].argmax(-1)] == targets
         best = rows.argmax(-1)
@@ -298,10 +298,9 @@ def answers(
         items: Prompts with their completions.
         num_positions: Maximum number of tokens of an answer; None takes all.
     """
-    eos_id = model.tokenizer.eos_token_id
     pairs = [(item["prompt"], item["completion"]) for item in items]
     passages = [
-        replace(passage, token_ids=(*passage.token_ids, eos_id)[:num_positions])
+        replace(passage, token_ids=passage.token_ids[:num_positions])
         for passage in model.completion_passages(pairs)
     ]
     needed = sorted(set(members.values()))
@@ -332,7 +331,9 @@ def few_shot_answers(
         batch = items[first : first + BATCH]
         prompts = [tokenizer.encode(item["prompt"], add_special_tokens=False) for item in batch]
         ends = [
-            [*tokenizer.encode(item["completion"], add_special_tokens=False), eos_id][:num_positions]
+            [*tokenizer.encode(item["completion"], add_special_tokens=False), eos_id][
+                :num_positions
+            ]
             for item in batch
         ]
         rows = [prompt + end for prompt, end in zip(prompts, ends, strict=True)]
@@ -393,7 +394,7 @@ def measure_task(
         say: Shows progress.
     """
     ends = ending_ids(
-        model.tokenizer, model.ensemble.eos_token_ids, model.ensemble.vocabulary.size
+        model.tokenizer, model.ensemble.eos_token_ids, model.ensemble.vocabulary.width
     )
     judge = Judge(options, ends)
     valid = list(answers(model, members, items["valid"], judge.num_positions))

@@ -2,13 +2,13 @@
 
 It holds no text, no model and no measured number.
 
-Words: a *data set* is a task, whose questions are answered, or a domain, whose text is predicted. A *proxy* is
-a small model: `smol`, which comes with the package, or `cut`, which is made of the base's own layers. A
-*kind* is one training on a data set: that of a proxy's calibrated *pair* of expert and anti-expert, then of
-the expert through the frozen ensemble (`smol`, `cut`); an adapter on the base (`direct`); the same for as many
-seconds as the smol pair took (`direct_short`). A suffix says what differs: `smol.seed1` another seed,
-`cut.more` three times the text. A *stage* is one training, `DATA_SET.KIND`, the measuring of a data set,
-`DATA_SET.measure`, making the cut, `proxy`, or a training of the search, `search.KIND.RATE`.
+Words: a *data set* is a task, whose questions are answered, or a domain, whose text is predicted. A *proxy*
+is a small model: `smol`, which comes with the package, or `cut`, which is made of the base's own layers. A
+*kind* is one training on a data set. `smol` and `cut` are a proxy's calibrated *pair* of expert and
+anti-expert, whose expert is then trained on through the frozen ensemble. `direct` is an adapter on the base,
+and `direct_short` the same for as many seconds as `smol` took. A suffix says what differs: `smol.seed1`
+another seed, `cut.more` three times the text. A *stage* is `proxy`, which makes the cut, one training,
+`DATA_SET.KIND`, or the measuring of a data set, `DATA_SET.measure`.
 """
 
 from __future__ import annotations
@@ -89,9 +89,7 @@ class Plan:
     def stages(self) -> tuple[str, ...]:
         """What is run, in order."""
         each = (
-            f"{name}.{stage}"
-            for name in self.data_sets
-            for stage in (*self.kinds(name), "measure")
+            f"{name}.{stage}" for name in self.data_sets for stage in (*self.kinds(name), "measure")
         )
         return ("proxy", *each)
 

@@ -30,8 +30,8 @@ STEERED = {
     "cut": ("cut", "calibrated"),
     "cut_cpt": ("cut_cpt", "calibrated"),
 }
-"""The steered predictors at alpha 1, with the expert and the kind of anti-expert. The suffix `_best` stands for
-the same at the strength chosen on validation rows."""
+"""The steered predictors at alpha 1, with their expert and which anti-expert. The suffix `_best` is the same
+at the strength chosen on validation rows."""
 DRAFTED = 3
 """Number of last drafted tokens that weak-to-strong decoding judges. The paper judges more; most answers here
 are shorter than its window."""
@@ -105,7 +105,10 @@ def _steered(logits: Mapping[str, Tensor], pair: str, anti_expert: str, alpha: f
 
 
 def is_written(
-    drafted: NDArray[np.bool_], base: NDArray[np.bool_], logprobs: NDArray[np.float64], switch: float
+    drafted: NDArray[np.bool_],
+    base: NDArray[np.bool_],
+    logprobs: NDArray[np.float64],
+    switch: float,
 ) -> bool:
     """Return whether weak-to-strong decoding writes the right answer, greedily.
 

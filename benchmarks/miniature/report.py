@@ -142,7 +142,9 @@ def meaning(results: Mapping[str, Any]) -> list[str]:
 def _about_form(results: Mapping[str, Any], form: str, sets: Mapping[str, Any]) -> list[str]:
     mean = results["mean_gap"][form]
     if not mean["data_sets"]:
-        return [f"Direct tuning was better than the base on none of the {form}, so no gap is closed."]
+        return [
+            f"Direct tuning was better than the base on none of the {form}, so no gap is closed."
+        ]
     gaps = {name: _percent(row["gap"]) for name, row in mean["gaps"].items()}
     said = [
         f"**{form.capitalize()}.** At alpha 1, a calibrated pair closed {gaps['smol']} of the gap between "
@@ -195,8 +197,8 @@ def _method(results: Mapping[str, Any]) -> list[str]:
     proxy = about["proxy"]
     said = [
         "**Trainings.** The trainings of a data set read the same rows: at most "
-        f"{about['max_tokens']['task']:,} tokens of a task, {about['max_tokens']['text']:,} of a text. LoRA of "
-        f"rank {about['lora_rank']} on all linear layers, {about['dtype']}; {_settings(about)}. A training "
+        f"{about['max_tokens']['task']:,} tokens of a task, {about['max_tokens']['text']:,} of a text. LoRA "
+        f"of rank {about['lora_rank']} on all linear layers, {about['dtype']}; {_settings(about)}. It "
         f"ends after {about['patience']} evaluations without a lower validation loss, and the best state is "
         "kept. A pair is stopped by the loss of the steered base at alpha 1; trained on through the "
         "ensemble, its expert is kept only if that lowers the loss. The expert beside the untuned "
@@ -204,8 +206,8 @@ def _method(results: Mapping[str, Any]) -> list[str]:
         "**Equal time.** The base is also tuned directly for as many steps as take the time of the smol "
         "pair with its CPT and the frozen models' forwards.",
         f"**The cut** has the first {proxy['keep'][0]} and last {proxy['keep'][1]} layers of the base and a "
-        f"bridge, {proxy['num_parameters'][0] / 1e6:.0f} million parameters with the base's head, and nothing "
-        f"was trained to make it: {proxy['total_s']:.0f} s.",
+        f"bridge, {proxy['num_parameters'][0] / 1e6:.0f} million parameters with the base's head. Making it "
+        f"trains nothing and took {proxy['total_s']:.0f} s.",
         f"**Seeds.** Seed {about['seed']}. Intervals are over test items or text; "
         + (
             "the table of seeds says what chance in training adds; other seeds also draw other rows where "
@@ -371,11 +373,11 @@ def markdown(results: Mapping[str, Any]) -> str:
         "Tasks",
         "tasks",
         "accuracy",
-        "Right answers to test items, with 95 % intervals in brackets. Alpha is 1 where none is given. An "
-        "answer is right\nif greedy decoding writes exactly it, or, for the area of a question, if its option "
-        "is the likeliest. The gap closed\nis (base - predictor) / (base - direct): 0 % is the base, 100 % the "
-        "directly tuned base, and below 0 % is harm.\nThere is a dash where direct tuning did not help "
-        "significantly, or the method does not apply.",
+        "Right answers to test items, with 95 % intervals in brackets. Alpha is 1 where none is given. An\n"
+        "answer is right if greedy decoding writes exactly it, or, for the area of a question, if its\n"
+        "option is the likeliest. The gap closed is (base - predictor) / (base - direct): 0 % is the base,\n"
+        "100 % the directly tuned base, and below 0 % is harm. There is a dash where direct tuning did not\n"
+        "help significantly, or the method does not apply.",
     )
     texts = _part(
         results,

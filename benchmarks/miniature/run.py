@@ -22,7 +22,7 @@ from safetensors import safe_open
 from benchmarks.checkout import commit
 from benchmarks.miniature.data import read_prepared
 from benchmarks.miniature.measure import WINDOW, measure
-from benchmarks.miniature.plan import ANTI_EXPERT, FULL, QUICK, Plan, Stale, parts_of
+from benchmarks.miniature.plan import ANTI_EXPERT, QUICK, Plan, Stale, parts_of
 from benchmarks.miniature.report import duration
 from benchmarks.miniature.summary import NUM_RESAMPLES, check_same_rows, summarise
 from benchmarks.miniature.train import (

@@ -69,6 +69,14 @@ def split_items(
     return {name: rng.sample(part, len(part)) for name, part in splits.items()}
 
 
+def _words(name: str) -> dict[str, list[str]]:
+    """Return the words of a list by kind."""
+    words: dict[str, list[str]] = {}
+    for word, kind in word_list(name):
+        words.setdefault(kind, []).append(word)
+    return words
+
+
 def _item(prompt: str, completion: str, focus: str | None = None) -> Item:
     return {"prompt": prompt, "completion": completion, "focus": focus or prompt}
 
@@ -81,7 +89,7 @@ def word_list(name: str) -> Iterator[tuple[str, str]]:
             yield word, kind
 
 
-# A fact in a fixed sentence ----------------------------------------------------------------------------
+# A fact in a fixed sentence -----------------------------------------------------------------------
 
 
 def _kinds(rows: Rows) -> Iterator[Item]:
@@ -97,22 +105,10 @@ def _entries(rows: Rows) -> Iterator[Item]:
         yield _item(f"Name: {person}\nEntry: {person}", f" was a famous {calling}.", person)
 
 
-# Forms of a verb -----------------------------------------------------------------------------------------
+# The past tense of a verb -------------------------------------------------------------------------
 
-IRREGULAR = """
-begin began, bite bit, blow blew, break broke, bring brought, build built, buy bought, catch caught,
-choose chose, come came, cost cost, cut cut, dig dug, do did, draw drew, drink drank, drive drove, eat ate,
-fall fell, feed fed, feel felt, fight fought, find found, fly flew, forget forgot, freeze froze, get got,
-give gave, go went, grow grew, hang hung, have had, hear heard, hide hid, hit hit, hold held, hurt hurt,
-keep kept, know knew, lay laid, lead led, leave left, lend lent, let let, lose lost, make made, mean meant,
-meet met, pay paid, put put, read read, ride rode, ring rang, rise rose, run ran, say said, see saw,
-sell sold, send sent, set set, shake shook, shine shone, shoot shot, shut shut, sing sang, sink sank,
-sit sat, sleep slept, slide slid, speak spoke, spend spent, stand stood, steal stole, stick stuck,
-strike struck, swear swore, sweep swept, swim swam, swing swung, take took, teach taught, tear tore,
-tell told, think thought, throw threw, understand understood, wake woke, wear wore, win won, write wrote
-"""
 LEAST_SEEN = {"verb": 15, "past": 10, "gerund": 4}
-"""How often each form has to occur in the fiction, so that rules invent no words."""
+"""How often each form has to occur in the fiction, so that rules invent no words. Few nouns have a gerund."""
 
 
 def regular_forms(verb: str) -> tuple[str, str]:
@@ -126,21 +122,21 @@ def regular_forms(verb: str) -> tuple[str, str]:
     return verb + "ed", verb + "ing"
 
 
-def verb_forms(counts: Mapping[str, int]) -> Iterator[tuple[str, str, str]]:
-    """Yield verbs with past tense and gerund, of words that occur often enough.
+def past_tenses(counts: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """Yield verbs with their past tense, of words whose forms occur often enough.
 
     Args:
         counts: How often each word occurs.
     """
-    irregular = dict(pair.split() for pair in IRREGULAR.replace("\n", " ").split(","))
+    irregular = {verb: past for past, verb in word_list("verbs")}
     for verb in sorted(word for word, count in counts.items() if count >= LEAST_SEEN["verb"]):
-        if len(verb) < 3 and verb not in irregular or verb.endswith(("ed", "ing")):
+        if (len(verb) < 3 and verb not in irregular) or verb.endswith(("ed", "ing")):
             continue
         # The last consonant is doubled or not, as the stress falls, which spelling does not show.
         for past, gerund in (regular_forms(verb), (verb + "ed", verb + "ing")):
             past = irregular.get(verb, past)
             if counts[past] >= LEAST_SEEN["past"] and counts[gerund] >= LEAST_SEEN["gerund"]:
-                yield verb, past, gerund
+                yield verb, past
                 break
 
 
@@ -150,28 +146,12 @@ def _verbs(rows: Rows) -> Iterator[Item]:
         for row in rows("english_fiction", "train")
         for word in re.findall(r"[a-z]+", row["text"])
     )
-    for verb, past, gerund in verb_forms(counts):
-        yield _item(f"Forms of the verb: {verb},", f" {past}, {gerund}", verb)
+    for verb, past in past_tenses(counts):
+        yield _item(f"Today they {verb}. Yesterday they", f" {past}.", verb)
 
 
-# Fields from a sentence ------------------------------------------------------------------------------------
+# Fields from a sentence ---------------------------------------------------------------------------
 
-FIRST_NAMES = """
-Anna Ben Clara David Elena Frank Grace Henry Irene Jack Karen Liam Maria Nathan Olivia Peter Rachel Samuel
-Tina Victor Wendy Xavier Yvonne Zachary Alice Bruno Carmen Diego Emily Felix Gloria Hugo Isabel James Kevin
-Laura Martin Nora Oscar Paula
-""".split()
-LAST_NAMES = """
-Adams Baker Carter Dixon Evans Foster Garcia Hughes Ingram Johnson Keller Lopez Miller Nelson Owens Parker
-Quinn Reed Smith Turner Underwood Vargas Walker Young Bishop Coleman Douglas Fisher Graham Hopkins Jensen
-Knight Lambert Mendez Norton Palmer Ramsey Sanders Thornton Webster
-""".split()
-MONTHS = (
-    "January February March April May June July August September October November December".split()
-)
-SHOPS = (
-    "bakery, garage, bookshop, pharmacy, market, florist, dentist, hotel, museum, cinema, library, butcher, gym"
-).split(", ")
 NOTES = (
     "On {date}, {name} paid {amount} at the {shop}.",
     "{name} spent {amount} at the {shop} on {date}.",
@@ -184,16 +164,17 @@ NUM_GENERATED = 3_000
 
 def _records(rows: Rows) -> Iterator[Item]:
     rng = random.Random(SEED)
+    words = _words("notes")
     for _ in range(NUM_GENERATED):
         amount = f"${rng.choice([rng.randint(2, 99), rng.randint(100, 999)])}"
         if rng.random() < 0.5:
             amount += f".{rng.randint(5, 99):02}"
         fields = {
-            "name": f"{rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}",
+            "name": f"{rng.choice(words['first name'])} {rng.choice(words['last name'])}",
             "amount": amount,
-            "date": f"{rng.choice(MONTHS)} {rng.randint(1, 28)}",
+            "date": f"{rng.choice(words['month'])} {rng.randint(1, 28)}",
         }
-        note = rng.choice(NOTES).format(shop=rng.choice(SHOPS), **fields)
+        note = rng.choice(NOTES).format(shop=rng.choice(words["shop"]), **fields)
         record = "; ".join(f"{key}: {value}" for key, value in fields.items())
         yield _item(f"Note: {note}\nRecord:", f" {record}", fields["name"])
 
@@ -223,9 +204,8 @@ def _diseases(rows: Rows) -> Iterator[Item]:
                 yield _item(f"Question: {question}\nFields:", fields, focus.casefold())
 
 
-# A sum with its answer marked --------------------------------------------------------------------------------
+# A sum with its answer marked ---------------------------------------------------------------------
 
-THINGS = "apples pears coins stamps books pencils cards marbles shells eggs".split()
 STORIES = (
     ("{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?", 1),
     ("{name} has {a} {things} and gives {b} away. How many {things} are left?", -1),
@@ -236,45 +216,67 @@ STORIES = (
 
 def _sums(rows: Rows) -> Iterator[Item]:
     rng = random.Random(SEED)
+    words = _words("notes")
     for _ in range(NUM_GENERATED):
         a, b = sorted((rng.randint(3, 60), rng.randint(2, 30)), reverse=True)
         story, sign = rng.choice(STORIES)
-        names = {"name": rng.choice(FIRST_NAMES), "things": rng.choice(THINGS)}
+        names = {"name": rng.choice(words["first name"]), "things": rng.choice(words["thing"])}
         question = story.format(a=a, b=b, **names)
         equation = f"{a} {'+' if sign > 0 else '-'} {b} ="
         result = a + sign * b
-        yield _item(f"Question: {question}\nAnswer: {equation}", f" {result}\n#### {result}", equation)
+        yield _item(
+            f"Question: {question}\nAnswer: {equation}", f" {result}\n#### {result}", equation
+        )
 
 
 TASKS = (
     Task(
-        "record", "record of a payment", "A note says who paid how much where and when, in one of five forms; "
-        "the answer is `name: ...; amount: ...; date: ...`. Notes are generated; no name is in two splits.",
-        _records, 240,
+        name="record",
+        title="record of a payment",
+        description="A note says who paid how much where and when, in one of five forms; the answer is "
+        "`name: ...; amount: ...; date: ...`. Notes are generated; no name is in two splits.",
+        items=_records,
+        num_train=240,
     ),
     Task(
-        "disease", "disease and concern of a question", "Given a question of MedQuAD, write "
-        "`disease: ...; asks for: ...`: the page's disease, and one of nine words for the question's type.",
-        _diseases, 360,
+        name="disease",
+        title="disease and concern of a question",
+        description="Given a question of MedQuAD, write `disease: ...; asks for: ...`: the page's disease, "
+        "and one of nine words for the question's type.",
+        items=_diseases,
+        num_train=360,
     ),
     Task(
-        "kind", "kind of a thing", "Say of a word that it `is a kind of ...`, with one of twelve kinds. The 734 "
-        "words are a list written for this benchmark.",
-        _kinds, 174, 60,
+        name="kind",
+        title="kind of a thing",
+        description="Say of a word that it `is a kind of ...`, with one of twelve kinds. The 734 words are a "
+        "list written for this benchmark.",
+        items=_kinds,
+        num_train=174,
+        num_valid=60,
     ),
     Task(
-        "entry", "entry for a place or person", "Say of a name that it `is a place in ...`, with one of six continents, or "
-        "`was a famous ...`, with one of seven callings. The 942 names are lists written for this benchmark.",
-        _entries, 290,
+        name="entry",
+        title="entry for a place or person",
+        description="Say of a name that it `is a place in ...`, with one of six continents, or `was a famous "
+        "...`, with one of seven callings. The 942 names are lists written for this benchmark.",
+        items=_entries,
+        num_train=290,
     ),
     Task(
-        "verb", "forms of a verb", "Go on from a verb, `go`, with `went, going`: irregular ones from a list, "
-        "regular ones by rule, of words whose three forms occur in public-domain fiction.",
-        _verbs, 300,
+        name="verb",
+        title="past tense of a verb",
+        description="Go on from `Today they go. Yesterday they` with `went.` and no more. Irregular "
+        "verbs are from a list, regular ones made by rule, if their forms occur in public-domain fiction.",
+        items=_verbs,
+        num_train=300,
     ),
     Task(
-        "sum", "sum with a marked answer", "A story about two numbers, in one of four forms, and its equation, `23 - 12 =`; "
-        "the answer is `11` and, on a line of its own, `#### 11`. Stories are generated.",
-        _sums, 280,
+        name="sum",
+        title="sum with a marked answer",
+        description="A story about two numbers, in one of four forms, and its equation, `23 - 12 =`; the "
+        "answer is `11` and, on a line of its own, `#### 11`. Stories are generated.",
+        items=_sums,
+        num_train=280,
     ),
-)  # fmt: skip
+)

@@ -106,12 +106,12 @@ def training_settings(plan: Plan, stage: str) -> dict[str, Any]:
     }
 
 
-def equal_steps(short: Plan, name: str) -> int:
+def equal_steps(plan: Plan, name: str) -> int:
     """Return how many steps of direct tuning take as long as the smol pair took, at least one.
 
     That includes the frozen models' forwards, and training on through the ensemble.
     """
-    smol, direct = (short.read_stage(f"{name}.{kind}")["result"] for kind in ("smol", "direct"))
+    smol, direct = (plan.read_stage(f"{name}.{kind}")["result"] for kind in ("smol", "direct"))
     step_s = direct["train_s"] / max(direct["num_steps"], 1)
     return max(1, round((smol["train_s"] + smol["offsets_s"]) / max(step_s, 1e-9)))
 

@@ -159,7 +159,6 @@ class _Run:
         if test is not None:
             display.say(f"test: {len(test):,} rows of {test.source}, kept for the last word")
         # Here, since TRL takes seconds to import and everything above can refuse the run.
-        from proxytune.tune.stages import FIRST_DIR
         from proxytune.tune.stages import train as run_training
         from proxytune.tune.training import Training
 
@@ -201,9 +200,9 @@ class _Run:
         recipe = replace(recipe, experts=(replace(recipe.experts[0], alpha=result.alpha),))
         self._publish(recipe, result)
         write_json(settings.training / "result.json", result.to_dict())
+        # `stages.FIRST_DIR` stays: it has the expert of a pair as it was before it was trained on.
         for leftover in (
             "offsets",
-            FIRST_DIR,
             *(stage_path("checkpoints", stage) for stage in STAGES),
         ):
             shutil.rmtree(settings.training / leftover, ignore_errors=True)
