@@ -554,6 +554,20 @@ def test_padding_of_either_head_has_no_part_in_the_divergence():
         )
 
 
+def test_under_autocast_only_products_are_rounded():
+    """The divergence of almost equal distributions is small, and would be lost in bfloat16."""
+    own, base = random_head(10), random_head(11, BASE_WIDTH)
+    rounded = [replace(head, weight=head.weight.bfloat16().float()) for head in (own, base)]
+    hidden, base_hidden = (t.bfloat16().float() for t in (HIDDEN, BASE_HIDDEN))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = divergence(hidden, rounded[0], BasePart(base_hidden, rounded[1]))
+    logits = [
+        (states.bfloat16() @ head.weight.T.bfloat16()).float().log_softmax(1)
+        for states, head in ((base_hidden, rounded[1]), (hidden, rounded[0]))
+    ]
+    torch.testing.assert_close(found, kl(*logits), rtol=1e-5, atol=1e-5)
+
+
 def test_a_model_that_agrees_with_the_base_has_no_divergence_and_no_gradient():
     head = random_head(10)
     hidden = HIDDEN.clone().requires_grad_()

@@ -101,7 +101,7 @@ def divergence(
         A float32 scalar.
     """
     assert hidden.dim() == 2 and len(base) == len(hidden), (hidden.shape, len(base))
-    objective = _Base.of(base) if isinstance(base, BasePart) else _Shown(base)
+    objective = _Base.of(base, head) if isinstance(base, BasePart) else _Shown(base)
     return _loss(hidden, head, objective, None, 1.0, chunk_rows)
 
 
@@ -227,25 +227,35 @@ class _Base(NamedTuple):
     base: _Operand
     hidden: Tensor
     padding: Sequence[Tensor]
+    has_padding: bool  # of either model
 
     @classmethod
-    def of(cls, part: BasePart) -> _Base:
+    def of(cls, part: BasePart, head: Head) -> _Base:
         bias = part.head.bias
         padding = [] if bias is None else [bias.isneginf()]
-        return cls(_Operand.of(part.head, part.hidden), part.hidden, padding)
+        masks = [*padding, *([] if head.bias is None else [head.bias.isneginf()])]
+        has_padding = any(bool(mask.any()) for mask in masks)
+        return cls(_Operand.of(part.head, part.hidden), part.hidden, padding, has_padding)
 
     def take(self, logits: Tensor, rows: slice) -> Tensor:
-        logits.sub_(logits.logsumexp(1, keepdim=True))
+        # Each pass over the vocabulary counts, so that probabilities are never divided out before the end:
+        # KL = sum(u * (y - x)) / sum(u) - log sum(u) + log sum(v), for u = exp(y) and v = exp(x).
         base = torch.zeros_like(logits)
         self.base.add_to(base, self.hidden[rows], 1.0)
-        is_padding = logits.isneginf()  # That of the trained model's own head, too.
-        base.masked_fill_(is_padding, -torch.inf)
-        base.sub_(base.logsumexp(1, keepdim=True))
-        difference = (base - logits).masked_fill_(is_padding, 0.0)
-        probs = base.exp_()
-        loss = torch.dot(probs.flatten(), difference.flatten())
-        logits.exp_().sub_(probs)
-        return loss
+        is_padding = logits.isneginf() if self.has_padding else None
+        if is_padding is not None:
+            base.masked_fill_(is_padding, -torch.inf)
+        logits.sub_(logits.amax(1, keepdim=True))
+        base.sub_(base.amax(1, keepdim=True))
+        difference = base - logits
+        if is_padding is not None:
+            difference.masked_fill_(is_padding, 0.0)
+        base.exp_()
+        base_sums = base.sum(1, keepdim=True)
+        means = difference.mul_(base).sum(1, keepdim=True) / base_sums
+        sums = logits.exp_().sum(1, keepdim=True)
+        logits.div_(sums).sub_(base.div_(base_sums))
+        return (means - base_sums.log() + sums.log()).sum()
 
 
 class _Shown(NamedTuple):

@@ -45,7 +45,7 @@ from proxytune.machine import versions
 from proxytune.measure.score import scoring_window
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ApiSettings, ExpertSpec, ModelSpec
-from proxytune.tune.calibrated import calibrates, check_enough, find_calibrated
+from proxytune.tune.calibrated import calibrates, few_tokens, find_calibrated
 from proxytune.tune.encode import Encoded, encode, limited
 from proxytune.tune.formats import Formats, formats_of
 from proxytune.tune.settings import (
@@ -153,9 +153,10 @@ class _Run:
         for name, part in encoded.items():
             data[name] |= _counts(part)
             display.say(f"{name}: {_shown_counts(data[name], max_length)}")
-        if is_calibrated and (reason := check_enough(data["train"]["num_trained"], settings)):
-            display.say(reason)
-            is_calibrated = False
+        if is_calibrated and self._given is None:
+            warning = few_tokens(data["train"]["num_trained"])
+            if warning is not None:
+                display.say(warning)
         if test is not None:
             display.say(f"test: {len(test):,} rows of {test.source}, kept for the last word")
         # Here, since TRL takes seconds to import and everything above can refuse the run.
