@@ -96,6 +96,9 @@ def training_settings(plan: Plan, stage: str) -> dict[str, Any]:
     }
     if model == "direct":
         return settings
+    if model == "cut":
+        # All of a cut's layers: those behind the bridge alone closed a third less of the texts' gaps.
+        settings["lora_layers"] = "all"
     return {
         **settings,
         "anti_expert": plan.small(kind),
