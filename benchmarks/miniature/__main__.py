@@ -1,7 +1,7 @@
 """The paper's question on models that two processor cores can train.
 
     python benchmarks/miniature            everything, resumable; at most 90 minutes on two cores
-    python benchmarks/miniature --long     also two more seeds and three times the text; uses what is done
+    python benchmarks/miniature --long     also more seeds and more text; goes on from what is done
     python benchmarks/miniature --quick    within five minutes; shows that it runs, measures nothing
     python benchmarks/miniature --page     only the page, of the data sets that are finished
 

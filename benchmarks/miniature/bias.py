@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.miniature.plan import Plan
 from benchmarks.miniature.predict import NoProxy
-from benchmarks.miniature.train import training_settings
+from benchmarks.miniature.train import cpu_dtype, training_settings
 from proxytune.data.rows import read_rows
 from proxytune.model import ProxyTuned
 from proxytune.tune.encode import IGNORED, Encoded, encode, limited
@@ -47,7 +47,7 @@ def encoded_rows(plan: Plan, name: str, split: str, tokenizer: Any) -> Encoded:
 
 def kept_states(plan: Plan, name: str, split: str) -> Offsets:
     """Return the base's states that the smol pair's training kept."""
-    directory = plan.build / "states" / f"{name}.smol" / f"base-{split}"
+    directory = plan.states_path(name) / f"base-{split}"
     header = json.loads((directory / HEADER_NAME).read_text("utf-8"))
     states = Offsets.open(directory, header["key"])
     assert states is not None, directory
@@ -60,13 +60,13 @@ def reader(states: Tensor, targets: Tensor, weight: Tensor) -> Read:
     Args:
         states: `[positions, width]`, before the head.
         targets: `[positions]` token ids.
-        weight: `[vocab, width]`, the base's head.
+        weight: `[vocab, width]`, the base's head, in the dtype of the product.
     """
 
     def read() -> Iterator[Chunk]:
         for first in range(0, len(states), ROWS):
             part = slice(first, first + ROWS)
-            yield Chunk((states[part].float() @ weight.t())[None], targets[part])
+            yield Chunk((states[part].to(weight.dtype) @ weight.t()).float()[None], targets[part])
 
     return read
 
@@ -89,7 +89,8 @@ def choose(train: Read, valid: Read, weights: Sequence[float] = WEIGHTS) -> NoPr
 def fit_no_proxy(plan: Plan, name: str, model: ProxyTuned) -> NoProxy:
     """Fit a data set's temperature and bias."""
     base: Any = model.ensemble.members[0].backend
-    head = head_of(base.model).weight.detach().float().cpu()
+    # In the dtype of the trainings, which compute the same logits.
+    head = head_of(base.model).weight.detach().to("cpu", getattr(torch, cpu_dtype()))
     reads = []
     for split in ("train", "valid"):
         part = encoded_rows(plan, name, split, model.tokenizer)

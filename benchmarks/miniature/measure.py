@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -282,6 +282,8 @@ class Judge:
 
 Answer = tuple[dict[str, Tensor], Tensor]
 """Every member's logits at the tokens of an answer, `[tokens, vocab]`, and the tokens."""
+Written = tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.float64]]
+"""What `predict.is_written` takes of an answer."""
 
 
 def answers(
@@ -346,32 +348,36 @@ def few_shot_answers(
             yield {"base": row[here]}, torch.tensor(end)
 
 
-def choose_by_answers(judge: Judge, seen: Sequence[Answer]) -> dict[str, float]:
-    """Return the strength of each steered predictor with the most right answers; ties go to likelier ones."""
-
-    def quality(name: str, alpha: float) -> tuple[int, float]:
-        right, likelihood = 0, 0.0
-        for logits, targets in seen:
-            rows = steered(logits, name, alpha)
-            right += bool(judge.are_right(rows, targets).all())
-            likelihood += float(judge.logprobs(rows, targets).sum())
-        return right, likelihood
-
-    return {name: max(ALPHAS, key=lambda alpha: quality(name, alpha)) for name in STEERED}
-
-
-Written = tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.float64]]
-
-
 def _written(judge: Judge, answer: Answer) -> Written:
     logits, targets = answer
-    base = logits["base"].float()
-    expert = logits["smol.expert"].float()
+    base, expert = logits["base"].float(), logits["smol.expert"].float()
     return (
         judge.are_right(expert, targets).numpy(),
         judge.are_right(base, targets).numpy(),
         judge.logprobs(base, targets).double().numpy(),
     )
+
+
+def choose_by_answers(
+    judge: Judge, seen: Iterable[Answer]
+) -> tuple[dict[str, float], list[Written]]:
+    """Return the best strength of each steered predictor, and what weak-to-strong decoding is judged by.
+
+    The best has the most right answers; ties go to likelier ones.
+    """
+    quality: dict[tuple[str, float], tuple[int, float]] = defaultdict(lambda: (0, 0.0))
+    written = []
+    for logits, targets in seen:
+        for name in STEERED:
+            for alpha in ALPHAS:
+                rows = steered(logits, name, alpha)
+                right, likelihood = quality[name, alpha]
+                right += bool(judge.are_right(rows, targets).all())
+                likelihood += float(judge.logprobs(rows, targets).sum())
+                quality[name, alpha] = right, likelihood
+        written.append(_written(judge, (logits, targets)))
+    best = {name: max(ALPHAS, key=lambda alpha, n=name: quality[n, alpha]) for name in STEERED}
+    return best, written
 
 
 def measure_task(
@@ -397,11 +403,11 @@ def measure_task(
         model.tokenizer, model.ensemble.eos_token_ids, model.ensemble.vocabulary.width
     )
     judge = Judge(options, ends)
-    valid = list(answers(model, members, items["valid"], judge.num_positions))
-    chosen = choose_by_answers(judge, valid)
-    switch = None if options else best_switch([_written(judge, answer) for answer in valid])
+    needed = {n: index for n, index in members.items() if not n.startswith("direct")}
+    valid = answers(model, needed, items["valid"], judge.num_positions)
+    chosen, written = choose_by_answers(judge, valid)
+    switch = None if options else best_switch(written)
     say(f"strengths: {chosen}")
-    del valid
     hits: dict[str, list[bool]] = defaultdict(list)
     test = items["test"]
     for count, answer in enumerate(answers(model, members, test, judge.num_positions), 1):

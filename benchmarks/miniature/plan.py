@@ -52,7 +52,7 @@ class Plan:
         num_pieces: Number of pieces of validation text.
         num_windows: Number of windows of test text.
         max_items: Maximum number of validation and of test items of a task; None takes all.
-        is_long: Whether the pairs are trained with other seeds, too, and with more text.
+        is_long: Whether there are also other seeds, more text, and direct tuning of texts in equal time.
         report: Folder of the report; None takes the build folder.
     """
 
@@ -78,7 +78,9 @@ class Plan:
 
     def kinds(self, name: str) -> tuple[str, ...]:
         """Return the trainings on a data set, in order."""
-        kinds = ["smol", "cut", "direct", "direct_short"]
+        kinds = ["smol", "cut", "direct"]
+        if name in self.tasks or self.is_long:
+            kinds.append("direct_short")
         if self.is_long:
             kinds += [f"smol.seed{seed}" for seed in OTHER_SEEDS]
             if name in self.domains:
@@ -115,6 +117,10 @@ class Plan:
         """Return the output directory of a training."""
         return self.build / "runs" / stage
 
+    def states_path(self, name: str, *, is_more: bool = False) -> Path:
+        """Return the directory of the base's states at a data set's rows, which its trainings share."""
+        return self.build / "states" / (f"{name}.more" if is_more else name)
+
     def stage_path(self, stage: str) -> Path:
         """Return the file that a finished stage leaves."""
         return self.build / "stages" / f"{stage}.json"
@@ -128,10 +134,10 @@ FULL = Plan(
     name="miniature",
     tasks=TASKS,
     domains=DOMAINS,
-    max_tokens={"task": 12_000, "text": 32_000},
+    max_tokens={"task": 10_000, "text": 32_000},
     max_steps=None,
     num_pieces=5,
-    num_windows=20,
+    num_windows=16,
     max_items=None,
     is_long=False,
     report=ROOT / "docs",

@@ -67,8 +67,8 @@ def predictions(
     """Yield every predictor's name and logits, `[rows, vocab]` float32, one after the other.
 
     Args:
-        logits: By member: `base`, `PAIR.expert`, `PAIR.calibrated`, `PAIR.untuned`, and `direct` and
-            `direct_short`, which are tuned bases.
+        logits: By member: `base`, `PAIR.expert`, `PAIR.calibrated`, `PAIR.untuned`, and tuned bases, `direct`
+            and perhaps `direct_short`.
         alphas: For each predictor of `STEERED`, the chosen strength.
         no_proxy: What `base` needs to predict without a proxy.
     """
@@ -79,7 +79,8 @@ def predictions(
     yield "anti_expert", logits["smol.untuned"].float()
     yield "nudge", nudged(base, logits["smol.expert"].float())
     for name in ("direct", "direct_short"):
-        yield name, logits[name].float()
+        if name in logits:
+            yield name, logits[name].float()
     for name in STEERED:
         yield name, steered(logits, name, 1.0)
         if name in alphas:

@@ -189,8 +189,8 @@ def loaded(tmp_path_factory):
         patch.setattr(plan, "ANTI_EXPERT", str(small))
         patch.setattr(plan, "BUILD_DIR", tmp_path)
         tiny_model(plan.QUICK.cut_path, seed=3)
-        for seed, kind in enumerate(plan.QUICK.kinds("tinyshakespeare")):
-            output = plan.QUICK.run_path(f"tinyshakespeare.{kind}")
+        for seed, kind in enumerate(plan.QUICK.kinds("record")):
+            output = plan.QUICK.run_path(f"record.{kind}")
             model = kind.removesuffix("_short")
             if model == "direct":
                 tiny_adapter(base, output / "adapters" / model, seed=seed)
@@ -198,7 +198,7 @@ def loaded(tmp_path_factory):
             places = ("training/pair", f"adapters/{model}", f"adapters/{model}-anti-expert")
             for place, path in enumerate(places):
                 tiny_adapter(plan.QUICK.small(kind), output / path, seed=10 * seed + place)
-        return measure.load(plan.QUICK, "tinyshakespeare")
+        return measure.load(plan.QUICK, "record")
 
 
 TEXT = "the owl and the cat went to sea in a beautiful pea-green boat"
@@ -606,7 +606,10 @@ def test_every_training_of_a_data_set_gets_the_same_rows_and_stop_rule():
         kinds = plan.FULL.kinds(name)
         asked = [train.training_settings(plan.FULL, f"{name}.{kind}") for kind in kinds]
         assert all(a[key] == asked[0][key] for a in asked for key in shared)
-        assert "anti_expert" not in asked[-1]
+        assert [kind for kind, a in zip(kinds, asked, strict=True) if "anti_expert" in a] == [
+            "smol",
+            "cut",
+        ]
 
 
 def test_the_long_plan_adds_seeds_and_text_to_what_the_other_trains():
@@ -673,7 +676,7 @@ def test_what_stages_leave_becomes_a_page_with_its_numbers(tmp_path, staged):
     page = report.write(run.collect(plan.QUICK, prepared), tmp_path).read_text("utf-8")
     assert "quick run" in page and "make miniature ARGS=--quick" in page
     assert "4,000 of a text" in page and "torch 2.13" in page and "2 threads" in page
-    assert "All stages together took 1 h 0 min" in page  # twelve trainings of 300 s
+    assert "All stages together took 55 min" in page  # eleven trainings of 300 s, and the rest
     assert json.loads((tmp_path / "miniature.json").read_text())["about"]["base"] == plan.BASE
     trained["num_steps"] = 7  # trained again, so what was measured is of other adapters
     plan.QUICK.stage_path("tinyshakespeare.cut").unlink()
