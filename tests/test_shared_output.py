@@ -179,3 +179,12 @@ def test_doctor_does_not_name_a_matrix_that_an_adapter_changes(recipe, tmp_path)
     expert = replace(lora, expert=replace(lora.expert, adapter=str(changed)))
     found = examine(replace(recipe, experts=(expert,)), compares_outputs=True)
     assert found.is_healthy and not any(model.shares_output for model in found.models)
+
+
+def test_the_class_of_transformers_shares_the_matrix_and_generates_the_same(recipe, model, tmp_path):
+    replace(recipe, default_expert="lora").write(tmp_path / "recipe")
+    network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "recipe")
+    trace = model.generate(Request("the otter", GREEDY, experts="lora"))
+    ids = torch.tensor([model.tokenizer.encode("the otter")])
+    found = network.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    assert found[0, ids.shape[1] :].tolist() == list(trace.token_ids)

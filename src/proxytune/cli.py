@@ -19,6 +19,7 @@ import typer
 from proxytune.commands import (  # noqa: F401
     new,
     doctor,
+    make_proxy,
     export_gguf,
     generate,
     chat,

@@ -78,7 +78,7 @@ def settings(folder: Path, **changes: Any) -> BakeSettings:
         "data": str(rows),
         "lora_rank": 8,
         "learning_rate": 2e-2,
-        "epochs": 6.0,
+        "epochs": 4.0,
     }
     return BakeSettings(**own | changes)
 
@@ -201,17 +201,17 @@ def test_a_stopped_run_resumes_and_ends_with_the_same_adapter(
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir(), parts.mkdir()
-    bake(recipe, settings(whole, epochs=2.0))
+    bake(recipe, settings(whole, epochs=1.5))
     plain = trainers.StopOnSignal.on_step_end
 
     def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.was_asked = state.global_step == 6
+        self.was_asked = state.global_step == 5
         plain(self, args, state, control, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after step 6"):
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="after step 5"):
         patch.setattr(trainers.StopOnSignal, "on_step_end", stop)
-        bake(recipe, settings(parts, epochs=2.0))
-    run = settings(parts, epochs=2.0, data=str(parts / "rows.jsonl"))
+        bake(recipe, settings(parts, epochs=1.5))
+    run = settings(parts, epochs=1.5, data=str(parts / "rows.jsonl"))
     bake(recipe, run, resume=True)
     one, other = (
         (folder / "baked" / "adapter_model.safetensors").read_bytes() for folder in (whole, parts)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from proxytune.checkpoints.output_bias import OutputBias, read_output_bias
 from proxytune.cli import app
-from proxytune.errors import UnsupportedModel
+from proxytune.errors import InvalidRequest, UnsupportedModel
 from proxytune.measure.score import Interval, passage_losses
 from proxytune.model import ProxyTuned
 from proxytune.policy import Policy
@@ -21,6 +21,7 @@ from proxytune.recipe.spec import ExpertSpec, ExpertWeights, ModelSpec
 from proxytune.request import Request, SamplingParams
 from proxytune.testing import toy_model
 from proxytune.tune import TuneSettings, tune
+from proxytune.tune.card import last_word
 from proxytune.tune.features import reader
 from proxytune.tune.fit import LEAST_TOKENS, Fitted, Gain
 from proxytune.tune.fitted import first_of, fit_expert, fitted_spec, words_of
@@ -205,37 +206,53 @@ def test_the_command_refuses_what_it_cannot_do(toy_recipe: str, tmp_path: Path) 
 # A tuning run
 
 
-@pytest.mark.parametrize(("asked", "is_kept"), [("none", False), ("bias", True)])
-def test_a_run_fits_what_it_is_asked_for(
-    asked: Any, is_kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_keeps_a_bias_that_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A random base is far from any text, so that a bias wins by a nat and more."""
     monkeypatch.setattr("proxytune.tune.fit.LEAST_TOKENS", 256)
     for seed, name in enumerate(("base", "small")):
         tiny_model(tmp_path / name, seed=seed)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "the tin in the thin tea ran rather an hour in a"}\n' * 60)
-    result = tune(
-        TuneSettings(
-            data=str(rows),
-            output=str(tmp_path / "out"),
-            anti_expert=str(tmp_path / "small"),
-            base=str(tmp_path / "base"),
-            method="sft",
-            fit=asked,
-            max_steps=2,
-            max_length=32,
-            valid_share=0.4,
-        )
+    run = TuneSettings(
+        data=str(rows),
+        output=str(tmp_path / "out"),
+        anti_expert=str(tmp_path / "small"),
+        base=str(tmp_path / "base"),
+        method="sft",
+        calibrate=False,
+        fit="bias",
+        max_steps=2,
+        max_length=32,
+        valid_share=0.4,
     )
+    result = tune(run)
     spec = Recipe.read(tmp_path / "out").experts[0]
-    assert (spec.bias is not None) is is_kept
-    if not is_kept:
-        assert result.fit is None
-        return
+    assert spec.bias is not None
     assert result.fit is not None and result.fit["kept"] == "weights and bias"
     assert (result.alpha, spec.alpha) == (1.0, 1.0)
     assert result.valid is not None
     nats = {(row["name"], row["alpha"]): row["nats"] for row in result.valid["rows"]}
     assert nats["steered", 1.0] < nats["base", None] - 1
     assert "Weights and output bias fitted" in (tmp_path / "out" / "README.md").read_text()
+    assert "alpha 1, with fitted weights and bias" in last_word(run, result)[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"alpha": 0.5}, "alpha is 0.5"),
+        ({"method": "dpo"}, "method dpo is not judged"),
+        ({"base": None}, "no pair"),
+        ({"measure_tokens": 0}, "measure_tokens is 0"),
+    ],
+)
+def test_a_bias_that_could_not_be_fitted_is_refused(changes: dict[str, Any], why: str) -> None:
+    given: dict[str, Any] = {
+        "data": "rows",
+        "output": "out",
+        "anti_expert": "small",
+        "base": "large",
+    }
+    with pytest.raises(InvalidRequest, match=why):
+        TuneSettings(**given | changes, fit="bias")
+    TuneSettings(**given | changes)

@@ -9,7 +9,7 @@ from pathlib import Path
 from proxytune.checkpoints.adapter import find_adapter
 from proxytune.checkpoints.checkpoint import Checkpoint
 from proxytune.checkpoints.references import is_gguf
-from proxytune.errors import RecipeError
+from proxytune.errors import RecipeError, UnsupportedModel
 from proxytune.export.adapter import plan_adapter
 from proxytune.export.model import plan_model
 from proxytune.export.write import ExportedFile, PlannedFile, check_output, last_part, write_file
@@ -112,6 +112,11 @@ class _RecipePlans:
 
     def spec(self, spec: ModelSpec) -> ModelSpec:
         """Return how the exported recipe names a small model."""
+        if spec.cut_of is not None:
+            raise UnsupportedModel(
+                "a small model of the recipe is cut out of the base in memory, and llama.cpp runs files.\n"
+                "hint: `proxytune make-proxy BASE --output DIR` writes the cut as an ordinary model; name DIR"
+            )
         if spec.model is None:
             return spec
         model = self.found.checkpoint(spec)

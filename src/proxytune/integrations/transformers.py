@@ -523,7 +523,9 @@ def _check_portable(directory: Path) -> None:
     from proxytune.recipe.recipe import Recipe
 
     recipe = Recipe.read(directory)
-    references = [r for spec in recipe.models.values() for r in (spec.model, spec.adapter)]
+    references = [
+        r for spec in recipe.models.values() for r in (spec.model, spec.adapter, spec.bridge)
+    ]
     references += [expert.bias for expert in recipe.experts]
     for reference in (r for r in references if r is not None):
         path = None

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from proxytune.backends.retokenised import token_map
 from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
+from proxytune.checkpoints.cut_checkpoint import CutCheckpoint
 from proxytune.checkpoints.merge import why_not_quantised
 from proxytune.checkpoints.placement import running_device, running_dtype
 from proxytune.errors import (
@@ -314,7 +315,7 @@ class _Examination:
             return
         checkpoint = self._tried(part, lambda: self.files.checkpoint(spec), is_noted=is_first)
         values: dict[str, Any] = {
-            "reference": spec.model or "",
+            "reference": spec.model or _called_cut(spec),
             "adapter": spec.adapter,
             "prompt_format": spec.prompt,
             "shares": None if is_first else owner,
@@ -379,6 +380,12 @@ class _Examination:
         why = adapter.why_merged(checkpoint)
         if why is None:
             return
+        if spec.cut_of is not None:
+            raise UnsupportedModel(
+                f"the adapter {adapter.name} can only be merged into weights, because {why}, and the cut "
+                "that it is for shares its weights with the base.\n"
+                "hint: `proxytune make-proxy BASE --output DIR` writes the cut as an ordinary model; name DIR"
+            )
         if spec.quantization is not None or checkpoint.is_quantized:
             raise UnsupportedModel(why_not_quantised(adapter, checkpoint, why))
         self.notes.append(
@@ -539,13 +546,23 @@ class _Examination:
             return values | self._examine_llama_cpp(part, spec, checkpoint, adapter, is_first)
         if is_first:
             self._tried(part, checkpoint.check_buildable)
-        device = self._tried(part, lambda: running_device(spec.device), is_noted=is_first)
+        # A cut runs as the base does.
+        asked, stored = spec, checkpoint.stored_dtype
+        if spec.cut_of is not None:
+            asked = self.recipe.base
+            stored = self.files.checkpoint(asked).stored_dtype
+        device = self._tried(part, lambda: running_device(asked.device), is_noted=is_first)
         if device is None:
             return values
-        dtype = running_dtype(spec.dtype, stored_dtype=checkpoint.stored_dtype, device=device)
+        dtype = running_dtype(asked.dtype, stored_dtype=stored, device=device)
         element = _DTYPE_BYTES[dtype]
         weight_bytes = 0
-        if is_first:
+        if is_first and isinstance(checkpoint, CutCheckpoint):
+            weight_bytes = element * checkpoint.num_own_parameters
+            self.notes.append(
+                f"{part}: layers, embedding and head are those of the base in memory; the bridge is its own."
+            )
+        elif is_first:
             found = self._tried(part, lambda: _weight_bytes(checkpoint, spec, dtype, device))
             weight_bytes = element * num if found is None else found
             self._note_quantization(part, spec, checkpoint, weight_bytes)
@@ -733,6 +750,11 @@ def _map_alike(base: Checkpoint, one: Checkpoint, other: Checkpoint) -> bool:
         return False
     maps = [token_map(base, small).small_ids >= 0 for small in (one, other)]
     return bool((maps[0] == maps[1]).all())
+
+
+def _called_cut(spec: ModelSpec) -> str:
+    """Return what a cut of the base is called; nothing for what is none."""
+    return "" if spec.keep is None else f"the base, cut to {'+'.join(map(str, spec.keep))} layers"
 
 
 def _weight_bytes(checkpoint: Checkpoint, spec: ModelSpec, dtype: str, device: str) -> int:

@@ -52,6 +52,8 @@ def model_card(
     rows = []
     for part, spec in models.items():
         model = "the base itself" if spec.same_as else f"`{spec.model}`"
+        if spec.cut_of and spec.keep:
+            model = f"the base's first {spec.keep[0]} and last {spec.keep[1]} layers"
         adapter = f"`{spec.adapter}`" if spec.adapter else ""
         prompt = spec.prompt if spec.prompt in ("plain", "chat") else "a template of its own"
         rows.append(f"| {titles[part]} | {model} | {adapter} | {prompt} |")

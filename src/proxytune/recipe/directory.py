@@ -107,11 +107,15 @@ class Mover:
         """Return a model as a recipe in `target` names it."""
         api = spec.api and replace(spec.api, tokenizer=self._moved(spec.api.tokenizer))
         return replace(
-            spec, model=self._moved(spec.model), adapter=self.small(spec.adapter), api=api
+            spec,
+            model=self._moved(spec.model),
+            adapter=self.small(spec.adapter),
+            bridge=self.small(spec.bridge),
+            api=api,
         )
 
     def small(self, reference: str | None) -> str | None:
-        """Return the reference of an adapter or an output bias, which travels with its recipe."""
+        """Return the reference of an adapter, a bridge or an output bias, which travels with its recipe."""
         source = self._source
         if reference is None or (moved := self._moved(reference)) == reference:
             return reference  # it does not lead to a local file

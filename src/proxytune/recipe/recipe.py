@@ -126,12 +126,40 @@ class Recipe:
         if count > 1:
             raise RecipeError(f"two experts are called {name!r}.\nhint: give each its own name")
         check_fields(self)
+        self._check_cuts()
         if self.base.api is not None:
             self._check_api()
         if self.default_expert is not None and self.default_expert not in names:
             raise RecipeError(
                 f"default_expert is {as_json(self.default_expert)}, but the experts are {_listed(names)}"
                 f"{did_you_mean(self.default_expert, names)}"
+            )
+
+    def _check_cuts(self) -> None:
+        """Refuse cuts of a base whose layers are not here, or not as they are stored."""
+        base = self.base
+        if base.cut_of is not None:
+            raise RecipeError(
+                'the base is {"cut_of": "base"}, a cut of itself.\nhint: name its model'
+            )
+        cut = next((part for part, spec in self.models.items() if spec.cut_of), None)
+        if cut is None:
+            return
+        why = None
+        if base.api is not None:
+            why = "the base is behind an API"
+        elif base.llama_cpp is not None:
+            why = "llama.cpp runs the base, and does not lend its layers"
+        elif base.quantization is not None:
+            why = "the base is quantised when it is loaded"
+        elif base.device == "auto":
+            why = "the base is spread over devices"
+        elif base.cuda_graphs:
+            why = "the base runs as CUDA graphs"
+        if why is not None:
+            raise RecipeError(
+                f"{cut} is cut out of the base in memory, and {why}.\n"
+                "hint: `proxytune make-proxy BASE --output DIR` writes the cut as an ordinary model; name DIR"
             )
 
     def _check_api(self) -> None:
@@ -265,7 +293,7 @@ class Recipe:
         changes: dict[str, Any] = {k: value for k, value in given.items() if value is not None}
 
         def changed(spec: ModelSpec) -> ModelSpec:
-            is_elsewhere = spec.same_as or spec.llama_cpp or spec.api
+            is_elsewhere = spec.same_as or spec.cut_of or spec.llama_cpp or spec.api
             return spec if is_elsewhere else replace(spec, **changes)
 
         return self.with_models(changed)

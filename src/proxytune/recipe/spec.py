@@ -148,6 +148,9 @@ class ModelSpec:
             address of an API.
         adapter: A LoRA adapter on it: a local directory, `package:NAME/PATH`, or a Hub id.
         same_as: `base` reuses the base's logits; no other key may be set.
+        cut_of: `base` makes a small model of the base's own layers in memory, with a bridge between them.
+        keep: For `cut_of`: numbers of first and last layers, such as `[3, 3]`.
+        bridge: For `cut_of`: a `.safetensors` file; `proxytune make-proxy BASE --bridge-only` writes it.
         revision: Branch, tag or commit of the model, if it is a Hub id.
         dtype: `float32`, `bfloat16`, `float16`, or `auto` for the stored dtype; None is the stored dtype on
             an accelerator and float32 on the CPU.
@@ -173,6 +176,15 @@ class ModelSpec:
     adapter: str | None = recipe_key()
     same_as: Literal["base"] | None = recipe_key(
         words='"base"', hint="name a model with model, or leave same_as out"
+    )
+    cut_of: Literal["base"] | None = recipe_key(
+        words='"base"', hint="name a model with model, or leave cut_of out"
+    )
+    keep: tuple[int, ...] | None = recipe_key(words="two numbers of layers", hint='"keep": [3, 3]')
+    bridge: str | None = recipe_key(
+        pattern=r"\.safetensors$",
+        words="the name of a .safetensors file",
+        hint="`proxytune make-proxy BASE --bridge-only` writes it",
     )
     revision: str | None = recipe_key()
     dtype: str | None = recipe_key(choices=(*DTYPES, "auto"))
@@ -204,8 +216,15 @@ class ModelSpec:
                 f"attn_implementation is {as_json(self.attn_implementation)}, a repository of the Hub, whose "
                 'code would run.\nhint: if you trust it, set "trust_remote_code": true beside it'
             )
+        if self.cut_of is None and (self.keep is not None or self.bridge is not None):
+            raise RecipeError(
+                "keep and bridge describe a cut, and cut_of is not given.\n"
+                'hint: {"cut_of": "base", "keep": [3, 3], "bridge": "bridge.safetensors"}'
+            )
         if self.same_as is not None:
             self._check_same_as()
+        elif self.cut_of is not None:
+            self._check_cut()
         elif self.model is None and self.adapter is None:
             raise RecipeError(
                 "neither model nor same_as is given, so there is nothing to run.\n"
@@ -264,6 +283,20 @@ class ModelSpec:
                     f"are.\nhint: leave {setting.name} out, or name the model again with model"
                 )
 
+    def _check_cut(self) -> None:
+        if self.bridge is None or self.keep is None or len(self.keep) != 2 or min(self.keep) < 1:
+            raise RecipeError(
+                "cut_of needs keep, two numbers of layers from 1 on, and bridge, a file.\n"
+                'hint: {"cut_of": "base", "keep": [3, 3], "bridge": "bridge.safetensors"}'
+            )
+        kept = {"cut_of", "keep", "bridge", "adapter", "prompt", "chat", "allow_pickle"}
+        for setting in fields(self):
+            if setting.name not in kept and getattr(self, setting.name) != setting.default:
+                raise RecipeError(
+                    f"cut_of and {setting.name} are both given, but a cut runs as the base does.\n"
+                    f"hint: leave {setting.name} out, or write the cut as a model with `proxytune make-proxy`"
+                )
+
     @property
     def weights(self) -> ModelSpec:
         """The spec without adapter and formats; models with equal ones share one copy of the weights."""
@@ -281,8 +314,8 @@ class ModelSpec:
 
 # What an expert that is only an adapter inherits from the model it sits on.
 _SHARED_KEYS = (
-    "model", "revision", "dtype", "device", "quantization", "attn_implementation", "cuda_graphs",
-    "trust_remote_code", "allow_pickle", "llama_cpp",
+    "model", "cut_of", "keep", "bridge", "revision", "dtype", "device", "quantization",
+    "attn_implementation", "cuda_graphs", "trust_remote_code", "allow_pickle", "llama_cpp",
 )  # fmt: skip
 
 
@@ -371,12 +404,12 @@ class ExpertSpec:
                 'expert and anti_expert are both {"same_as": "base"}, so their difference is zero.\n'
                 "hint: name a model for one of them"
             )
-        if self.anti_expert.same_as is None and self.anti_expert.model is None:
+        if not (self.anti_expert.same_as or self.anti_expert.cut_of or self.anti_expert.model):
             raise RecipeError(
                 "anti_expert has an adapter but no model to put it on.\n"
                 'hint: {"model": "owner/name", "adapter": "adapters/opposite"}'
             )
-        if self.expert.same_as is None and self.expert.model is None:
+        if not (self.expert.same_as or self.expert.cut_of or self.expert.model):
             object.__setattr__(self, "expert", self._on_the_anti_experts_model())
 
     @property
@@ -432,6 +465,8 @@ def model_spec(value: Any, place: str) -> ModelSpec:
             value[key] = kind(**settings)
         except RecipeError as error:
             raise RecipeError(f"{place}.{key}: {error}") from error
+    if isinstance(value.get("keep"), list):
+        value["keep"] = tuple(value["keep"])
     try:
         return ModelSpec(**value)
     except RecipeError as error:

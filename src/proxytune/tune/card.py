@@ -115,6 +115,8 @@ def _model(row: Mapping[str, Any]) -> str:
 
 def _tried(result: TuneResult) -> str:
     """Return how the strength was chosen, to follow it."""
+    if result.fit is not None and result.fit["kept"] != "none":
+        return f", with fitted {result.fit['kept']}"
     if not result.tried:
         return ""
     low, high = min(result.tried), max(result.tried)

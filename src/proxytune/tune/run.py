@@ -33,7 +33,6 @@ import torch
 from proxytune.checkpoints.references import local_reference
 from proxytune.data.rows import Rows, answers_of, read_rows, split_rows
 from proxytune.errors import (
-    AdapterMismatch,
     InputFileError,
     InvalidRequest,
     OutputFileError,
@@ -47,9 +46,10 @@ from proxytune.machine import versions
 from proxytune.measure.score import scoring_window
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ApiSettings, ExpertSpec, ModelSpec
-from proxytune.tune.calibrated import calibrates, check_enough, find_calibrated
+from proxytune.tune.calibrated import calibrates, few_tokens, find_calibrated
 from proxytune.tune.encode import Encoded, encode, limited
 from proxytune.tune.formats import Formats, formats_of
+from proxytune.tune.lora_places import lora_places
 from proxytune.tune.reward_scores import measured_by_reward
 from proxytune.tune.rewards import Reward, RewardFunction
 from proxytune.tune.settings import (
@@ -187,13 +187,13 @@ class _Run:
         for name, part in encoded.items():
             data[name] |= _counts(part)
             display.say(f"{name}: {_shown_counts(data[name], max_length)}")
-        if is_calibrated and (reason := check_enough(data["train"]["num_trained"], settings)):
-            display.say(reason)
-            is_calibrated = False
+        if is_calibrated and self._given is None:
+            warning = few_tokens(data["train"]["num_trained"])
+            if warning is not None:
+                display.say(warning)
         if test is not None:
             display.say(f"test: {len(test):,} rows of {test.source}, kept for the last word")
         # Here, since TRL takes seconds to import and everything above can refuse the run.
-        from proxytune.tune.stages import FIRST_DIR
         from proxytune.tune.stages import train as run_training
         from proxytune.tune.training import Training
 
@@ -237,9 +237,9 @@ class _Run:
         recipe = replace(recipe, experts=(replace(recipe.experts[0], alpha=result.alpha),))
         self._publish(recipe, result)
         write_json(settings.training / "result.json", result.to_dict())
+        # `stages.FIRST_DIR` stays: it has the expert of a pair as it was before it was trained on.
         for leftover in (
             "offsets",
-            FIRST_DIR,
             *(stage_path("checkpoints", stage) for stage in STAGES),
         ):
             shutil.rmtree(settings.training / leftover, ignore_errors=True)
@@ -278,7 +278,8 @@ class _Run:
 
         settings = self._settings
         small = find_checkpoint(settings.small, root=Path.cwd())
-        _check_targets(settings, small)
+        if not settings.full:
+            lora_places(settings, small)
         if settings.start_from is not None:
             _check_start(settings.start_from, small)
         if not settings.is_pair or settings.anti_expert is None:
@@ -576,16 +577,6 @@ def _base_spec(settings: TuneSettings) -> ModelSpec:
     if settings.is_remote:
         api = ApiSettings(model=settings.base_name, key_env=settings.key_env)
     return ModelSpec(model=settings.base, api=api)
-
-
-def _check_targets(settings: TuneSettings, small: Checkpoint) -> None:
-    known = {name.rpartition(".")[2] for name in small.linear_shapes}
-    for target in settings.lora_targets:
-        if target not in known:
-            raise AdapterMismatch(
-                f"{small.name} has no linear layer {target!r} to put an adapter on; it has "
-                f"{', '.join(sorted(known))}.\nhint: leave out --lora-targets to adapt all of them"
-            )
 
 
 def _max_length(settings: TuneSettings, small: Checkpoint, base: Checkpoint | None) -> int:

@@ -183,6 +183,14 @@ class TuneSettings:
         metavar="A,B,...",
         none_means="all but the head",
     )
+    lora_layers: str | None = option(
+        None,
+        "Layers that get an adapter, by their numbers from 0, such as 4-6; or all",
+        choices=("all",),
+        pattern=r"^\d{1,4}(-\d{1,4})?$",
+        metavar="A-B",
+        none_means="all; in a cut from make-proxy those after the bridge",
+    )
     lora_dropout: float = option(
         0.05, "Dropout of the adapter during training; grpo has none", at_least=0, below=1
     )
@@ -277,7 +285,7 @@ class TuneSettings:
     fit: Fit = option(
         "weights",
         "What is fitted beside the strength, and kept if it wins clearly: weights of base, expert and "
-        "anti-expert; bias for these and an output bias; or none",
+        "anti-expert; bias for these and an output bias; or none. With --alpha, nothing is fitted",
         metavar="NAME",
     )
     measure_tokens: int = option(
@@ -350,6 +358,7 @@ class TuneSettings:
             )
 
         self._check_reward()
+        self._check_fit()
 
     def _check_reward(self) -> None:
         if self.reward is not None:
@@ -359,6 +368,12 @@ class TuneSettings:
                     f"method {self.method} trains on given answers, so it has no use for the reward "
                     f"{self.reward!r}.\nhint: --method grpo trains by reward"
                 )
+        asked = [n for n in ("calibrate", "calibrated", "then_cpt") if getattr(self, n)]
+        if self.is_by_reward and asked:
+            raise InvalidRequest(
+                f"{asked[0]} concerns an anti-expert that is trained on given answers, and method grpo has "
+                f"none.\nhint: leave {asked[0]} out"
+            )
         if self.method == "dpo" and self.beta == 0:
             raise InvalidRequest("beta is 0, and must be above 0 for method dpo")
         if self.full and self.is_by_reward:
@@ -366,7 +381,7 @@ class TuneSettings:
                 "method grpo trains an adapter, and --full trains all weights.\nhint: leave --full out"
             )
         if self.start_from is not None:
-            own = ("full", "lora_rank", "lora_targets")
+            own = ("full", "lora_rank", "lora_targets", "lora_layers")
             # A dataclass has its defaults as attributes.
             given = [name for name in own if getattr(self, name) != getattr(TuneSettings, name)]
             if given:
@@ -379,6 +394,22 @@ class TuneSettings:
     def is_by_reward(self) -> bool:
         """Whether the expert is trained by a reward for its own answers."""
         return self.method == "grpo" or self.reward is not None
+
+    def _check_fit(self) -> None:
+        """Refuse a bias that would silently not be fitted; the default, weights, goes without saying."""
+        why = None
+        if not self.is_pair:
+            why = "there is no pair of a base and a small model"
+        elif self.alpha is not None:
+            why = f"alpha is {self.alpha:g}, and a fit replaces the strength"
+        elif self.method in ("dpo", "grpo"):
+            why = (
+                f"method {self.method} is not judged by the likelihood of rows, which a fit raises"
+            )
+        elif self.measure_tokens == 0:
+            why = "measure_tokens is 0, so nothing would show whether it wins"
+        if self.fit == "bias" and why is not None:
+            raise InvalidRequest(f"fit is bias, but {why}.\nhint: leave out one of the two")
 
     @property
     def directory(self) -> Path:

@@ -26,6 +26,7 @@ from proxytune.backends import checks
 from proxytune.backends.base import Capabilities, Prefilled
 from proxytune.backends.transformers.attention import eager_attention, share_keys
 from proxytune.backends.transformers.cuda_graphs import CudaRecorder, GraphRunner, Recorder
+from proxytune.backends.transformers.cut import cut_model, put_bridge
 from proxytune.backends.transformers.kv_cache import RoomyCache
 from proxytune.backends.transformers.lengthwise import LengthwiseReader, Tokens
 from proxytune.backends.transformers.linear import pack_linear_layers, speed_up_linear_layers
@@ -61,6 +62,7 @@ from proxytune.errors import BackendError, ProxytuneError, UnsupportedModel
 if TYPE_CHECKING:
     from proxytune.checkpoints.adapter import AdapterFiles
     from proxytune.checkpoints.checkpoint import Checkpoint
+    from proxytune.checkpoints.cut_checkpoint import CutCheckpoint
     from proxytune.recipe.spec import ModelSpec
 
 PREFILL_TOKENS = 4096
@@ -221,6 +223,34 @@ class TransformersBackend(OutputSharer):
             recorder=recorder,
             owns_model=True,
         )
+
+    @classmethod
+    def cut_out_of(
+        cls,
+        base: TransformersBackend,
+        checkpoint: CutCheckpoint,
+        adapters: Mapping[str, AdapterFiles],
+    ) -> TransformersBackend:
+        """Make a cut of a model that is loaded, sharing its weights.
+
+        Args:
+            base: The model; it has no adapters.
+            checkpoint: Which layers are kept, and the bridge.
+            adapters: LoRA adapters on the cut, by the names that rows will use.
+
+        Raises:
+            CorruptModel: The bridge cannot be read.
+            AdapterMismatch: An adapter's weights do not fit the cut.
+        """
+        keep = checkpoint.keep
+        with quietly():
+            model = cut_model(base.model, checkpoint.config, keep)
+            put_bridge(model.model.layers[keep.bridge], checkpoint.read_bridge())
+            put_rows_on(
+                model, {name: read_adapter(own, checkpoint) for name, own in adapters.items()}
+            )
+        model.requires_grad_(False)
+        return cls(model, name=checkpoint.name, adapters=tuple(adapters))
 
     @property
     def device(self) -> torch.device:
