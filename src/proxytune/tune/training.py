@@ -213,18 +213,16 @@ class Training:
             path = str(find_adapter(settings.start_from, root=Path.cwd()).path)
             own = LoraConfig.from_pretrained(path)
             own.lora_dropout, own.inference_mode = settings.lora_dropout, False
-            started: Any = PeftModel.from_pretrained(model, path, config=own, is_trainable=True)
-            reference = local_reference(settings.small, settings.directory)
-            started.peft_config["default"].base_model_name_or_path = reference
-            return started
-        config = LoraConfig(
-            r=settings.lora_rank,
-            lora_alpha=2 * settings.lora_rank,
-            lora_dropout=settings.lora_dropout,
-            task_type="CAUSAL_LM",
-            **lora_places(settings, self.small),
-        )
-        peft_model = get_peft_model(model, config)
+            peft_model: Any = PeftModel.from_pretrained(model, path, config=own, is_trainable=True)
+        else:
+            config = LoraConfig(
+                r=settings.lora_rank,
+                lora_alpha=2 * settings.lora_rank,
+                lora_dropout=settings.lora_dropout,
+                task_type="CAUSAL_LM",
+                **lora_places(settings, self.small),
+            )
+            peft_model = get_peft_model(model, config)
         reference = local_reference(settings.small, settings.directory)
         peft_model.peft_config[EXPERT].base_model_name_or_path = reference
         if not self._is_pair:
