@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,13 +46,27 @@ def encoded_rows(plan: Plan, name: str, split: str, tokenizer: Any) -> Encoded:
     return limited(part, limit, asked["seed"])
 
 
-def kept_states(plan: Plan, name: str, split: str) -> Offsets:
-    """Return the base's states that the smol pair's training kept."""
-    directory = plan.states_path(name) / f"base-{split}"
+def kept_states(directory: Path, split: str) -> Offsets:
+    """Return the base's states that a pair's training kept."""
+    directory = directory / f"base-{split}"
     header = json.loads((directory / HEADER_NAME).read_text("utf-8"))
     states = Offsets.open(directory, header["key"])
     assert states is not None, directory
     return states
+
+
+def read_kept(directory: Path, split: str, part: Encoded, head: Tensor) -> Read:
+    """Return a function that reads the base at a split's trained positions.
+
+    Args:
+        directory: Of the base's states.
+        split: `train` or `valid`.
+        part: The split's rows, as they were trained on.
+        head: `[vocab, width]`, the base's.
+    """
+    labels = [label for e in part.examples for label in e.labels[1:] if label != IGNORED]
+    states = kept_states(directory, split).rows(list(range(len(part.examples))))
+    return reader(states, torch.tensor(labels), head)
 
 
 def reader(states: Tensor, targets: Tensor, weight: Tensor) -> Read:
@@ -91,10 +106,10 @@ def fit_no_proxy(plan: Plan, name: str, model: ProxyTuned) -> NoProxy:
     base: Any = model.ensemble.members[0].backend
     # In the dtype of the trainings, which compute the same logits.
     head = head_of(base.model).weight.detach().to("cpu", getattr(torch, cpu_dtype()))
-    reads = []
-    for split in ("train", "valid"):
-        part = encoded_rows(plan, name, split, model.tokenizer)
-        labels = [label for e in part.examples for label in e.labels[1:] if label != IGNORED]
-        states = kept_states(plan, name, split).rows(list(range(len(part.examples))))
-        reads.append(reader(states, torch.tensor(labels), head))
+    reads = (
+        read_kept(
+            plan.states_path(name), split, encoded_rows(plan, name, split, model.tokenizer), head
+        )
+        for split in ("train", "valid")
+    )
     return choose(*reads)
