@@ -17,7 +17,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from proxytune.policy import PICKING, USERS, Policy
 from proxytune.recipe.recipe import ARCHITECTURE, METADATA_KEYS, MODEL_TYPE, Recipe
-from proxytune.recipe.spec import ApiSettings, ExpertSpec, LlamaCppSettings, ModelSpec
+from proxytune.recipe.spec import (
+    ApiSettings,
+    ExpertSpec,
+    ExpertWeights,
+    LlamaCppSettings,
+    ModelSpec,
+)
 from proxytune.settings import Option, options_of
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -228,8 +234,13 @@ def recipe_schema() -> dict[str, Any]:
                         "allOf": [part, here],
                         "anyOf": [_given("model"), _given("same_as")],
                     },
+                    weights={"anyOf": [{"$ref": "#/$defs/ExpertWeights"}, {"type": "null"}]},
                 ),
                 required=["name", "expert", "anti_expert"],
+            ),
+            "ExpertWeights": _object(
+                description="How strongly each model counts in what an expert adds.",
+                properties=properties(ExpertWeights),
             ),
             "ModelSpec": model,
             "Policy": _object(
@@ -283,9 +294,12 @@ def _kind(schema: Mapping[str, Any]) -> str:
     if "anyOf" in schema and "type" not in schema:
         return _kind(schema["anyOf"][0])
     if "$ref" in schema:
-        place = {"LlamaCppSettings": "llama_cpp", "ApiSettings": "api", "Policy": "steering"}[
-            schema["$ref"].rsplit("/")[-1]
-        ]
+        place = {
+            "ExpertWeights": "weights",
+            "LlamaCppSettings": "llama_cpp",
+            "ApiSettings": "api",
+            "Policy": "steering",
+        }[schema["$ref"].rsplit("/")[-1]]
         return f"[an object](#{place})"
     if isinstance(schema.get("default"), list):
         return "a list"

@@ -31,7 +31,7 @@ from proxytune.measure.score import (
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
-from proxytune.tune.run import ALPHAS
+from proxytune.tune.settings import ALPHAS
 
 WINDOW = 512
 """Tokens per window of test text."""

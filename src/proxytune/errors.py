@@ -16,6 +16,7 @@
     │   ├── UnsupportedModel     a model that this backend cannot run as asked
     │   ├── InputFileError       an input file that cannot be read, with the line
     │   ├── OutputFileError      an output file that cannot be written or continued
+    │   ├── RewardError          a reward that raised, hung or returned no number
     │   └── MissingExtra         an optional dependency that is not installed
     ├── Unavailable              not now; the same request may be honoured later
     │   ├── QueueFull            too many requests are waiting
@@ -107,6 +108,10 @@ class InputFileError(UserError):
 
 class OutputFileError(UserError):
     """An output file cannot be written, or was begun with different settings."""
+
+
+class RewardError(UserError):
+    """A reward raised, hung or returned no number; the message names the row and the answer."""
 
 
 class MissingExtra(UserError):

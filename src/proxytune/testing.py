@@ -14,14 +14,17 @@ from __future__ import annotations
 
 import string
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from proxytune.backends.toy import ToyBackend, ToyTokenizer
+from proxytune.checkpoints.output_bias import read_output_bias
 from proxytune.decode.ensemble import Ensemble, Member, Pair
 from proxytune.errors import InvalidRequest
+from proxytune.logits.steer import Weights
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
@@ -87,7 +90,7 @@ def toy_model(
 
     Args:
         experts: Names and strengths. Default: one expert named `first`, at strength 1.
-        recipe: Given in place of `experts`; only its names, strengths and policy matter.
+        recipe: Given in place of `experts`; only its names, strengths, weights, biases and policy matter.
         memory: How much the tokens before the last one matter; see `ToyBackend`.
         seed: Random seed of the tables.
         eos_logit: As in `toy_table`, the same in every table, so that steering does not change it.
@@ -111,7 +114,14 @@ def toy_model(
     names = [expert.name for expert in recipe.experts]
     members = [member("base", 0, max_context), member("anti-expert", 1)]
     members += [member(name, sum(name.encode())) for name in names]
-    pairs = [Pair(name, expert=2 + index, anti_expert=1) for index, name in enumerate(names)]
+    biases = [
+        expert.bias and read_output_bias(expert.bias, root=recipe.directory)
+        for expert in recipe.experts
+    ]
+    pairs = [
+        Pair(e.name, 2 + index, 1, weights=Weights(**asdict(e.weights)), bias=bias or None)
+        for index, (e, bias) in enumerate(zip(recipe.experts, biases, strict=True))
+    ]
     ensemble = Ensemble(
         tuple(members), tuple(pairs), vocabulary, (TOKENS.index(EOS),), tokenizer, recipe.policy
     )

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, astuple, dataclass, field
 from operator import add
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from proxytune.errors import InputFileError
 from proxytune.files import writing
@@ -72,6 +72,17 @@ class View:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class Terms(NamedTuple):
+    """What an expert with weights or an output bias adds to a token's logit at strength 1, apart."""
+
+    pair: float
+    """The log-ratio of expert and anti-expert, each to its weight, nats."""
+    base: float
+    """What the base's weight adds: `(weight - 1)` times the base's logprob, nats."""
+    bias: float
+    """The token's value in the output bias."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One generated token.
@@ -89,6 +100,8 @@ class Step:
         kl: KL(steered || base), nats, if requested and known.
         weights: The factor that the recipe's policy put on each expert's strength, if requested; None for the
             published method.
+        terms: What each expert with weights or an output bias adds to this token, if requested; None where no
+            expert has any.
         has_conflict: Whether the experts, each alone, would have chosen different tokens, if requested and if
             there are several.
         finish_reason: Set on the last step only.
@@ -106,6 +119,7 @@ class Step:
     views: Mapping[str, View] | None = None
     kl: float | None = None
     weights: Mapping[str, float] | None = None
+    terms: Mapping[str, Terms] | None = None
     has_conflict: bool | None = None
     finish_reason: FinishReason | None = None
     is_certified: bool | None = None
@@ -217,7 +231,14 @@ class Trace:
         """Read a line that `to_json` wrote."""
         fields = json.loads(line)
         steps = tuple(
-            Step(**{**step, "top": _top(step["top"]), "views": _views(step["views"])})
+            Step(
+                **{
+                    **step,
+                    "top": _top(step["top"]),
+                    "views": _views(step["views"]),
+                    "terms": _terms(step.get("terms")),
+                }
+            )
             for step in fields.pop("steps")
         )
         if fields.get("usage") is not None:
@@ -284,6 +305,10 @@ def trace_writer(path: Path | None) -> Iterator[Callable[[Iterable[Trace]], None
 
 def _top(pairs: Sequence[Sequence[float]]) -> tuple[tuple[int, float], ...]:
     return tuple((int(token_id), float(logprob)) for token_id, logprob in pairs)
+
+
+def _terms(fields: Mapping[str, Sequence[float]] | None) -> dict[str, Terms] | None:
+    return None if fields is None else {name: Terms(*map(float, f)) for name, f in fields.items()}
 
 
 def _views(fields: Mapping[str, Any] | None) -> dict[str, View] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from typer.testing import CliRunner
 
 from proxytune import cli
 from proxytune.checkpoints.checkpoint import holds_recipe
+from proxytune.checkpoints.output_bias import OutputBias, write_output_bias
 from proxytune.errors import RecipeError, UnsupportedModel
 from proxytune.export.recipe import export_recipe
+from proxytune.recipe.files import RecipeFiles
 from proxytune.recipe.recipe import AUTO_MAP, Recipe
-from proxytune.recipe.spec import ExpertSpec, ModelSpec
+from proxytune.recipe.spec import ExpertSpec, ExpertWeights, ModelSpec
 from tests.support.gguf import contents, llama, logits, lora
 from tests.support.tiny import tiny_gguf, tiny_model
 
@@ -99,6 +102,22 @@ def test_a_recipe_becomes_a_directory_of_gguf_files_with_shared_weights_once(rec
     )
     others = logits(directory / "models/small.gguf") - logits(directory / "models/small-2.gguf")
     assert others.std() > 1
+
+
+def test_weights_are_kept_and_an_output_bias_is_carried_along(recipe, tmp_path):
+    law, *_ = recipe.experts
+    weights = ExpertWeights(base=0.9)
+    write_output_bias(
+        recipe.directory / "biases" / "law.safetensors",
+        OutputBias(torch.tensor([3, 5]), torch.tensor([0.5, -1.0])),
+    )
+    law = replace(law, weights=weights, bias="biases/law.safetensors")
+    recipe = replace(recipe, experts=(law,)).write(recipe.directory)
+    directory = export_recipe(recipe, tmp_path / "gguf").directory
+    (exported,) = Recipe.read(directory).experts
+    assert (exported.weights, exported.bias) == (weights, law.bias)
+    bias = RecipeFiles(Recipe.read(directory)).output_bias(exported)
+    assert bias is not None and bias.token_ids.tolist() == [3, 5]
 
 
 def test_a_gguf_base_is_run_by_llama_cpp_and_gguf_models_stay_where_they_are(recipe, tmp_path):

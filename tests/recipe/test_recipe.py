@@ -13,9 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxytune.errors import InvalidRequest, OutputFileError, RecipeError, UnknownExpert
+from proxytune.errors import (
+    CorruptModel,
+    InvalidRequest,
+    OutputFileError,
+    RecipeError,
+    UnknownExpert,
+)
+from proxytune.policy import Policy
 from proxytune.recipe.recipe import Recipe
-from proxytune.recipe.spec import ExpertSpec, ModelSpec
+from proxytune.recipe.spec import ExpertSpec, ExpertWeights, ModelSpec
 from proxytune.request import Steering
 
 SUPPORT = {
@@ -137,6 +144,24 @@ def test_metadata_that_transformers_writes_is_ignored():
         (changed((*EXPERT, "alpha"), True), "alpha is"),
         (changed((*EXPERT, "alpha"), float("nan")), "alpha is"),
         (changed((*EXPERT, "alpha"), 10**400), "alpha is"),
+        (changed((*EXPERT, "weights"), 1), r"experts\[0\]\.weights is 1, and must be an object"),
+        (changed((*EXPERT, "weights"), []), r"experts\[0\]\.weights is \[\]"),
+        (
+            changed((*EXPERT, "weights"), {"anti-expert": 1}),
+            r"experts\[0\]\.weights has the unknown key(?s:.*)'anti_expert'",
+        ),
+        (changed((*EXPERT, "weights"), {"base": 0}), r"weights: base is 0.*above 0"),
+        (changed((*EXPERT, "weights"), {"expert": -0.5}), "weights: expert is -0.5.*0 to 10"),
+        (changed((*EXPERT, "weights"), {"anti_expert": 11}), "anti_expert is 11.*0 to 10"),
+        (changed((*EXPERT, "weights"), {"base": float("nan")}), "base is NaN"),
+        (changed((*EXPERT, "weights"), {"base": True}), "base is true"),
+        (changed((*EXPERT, "weights"), {"base": None}), "base is null"),
+        (
+            changed((*EXPERT, "bias"), "bias.bin"),
+            r"bias is \"bias.bin\".*\.safetensors file(?s:.*)hint",
+        ),
+        (changed((*EXPERT, "bias"), 3), "bias is 3"),
+        (changed((*EXPERT, "bias"), "a\n.safetensors"), "one line"),
         (changed((*EXPERT, "anti_expert"), {"adapter": "x"}), "no model to put it on"),
         (changed((*EXPERT, "anti_expert"), {"same_as": "base"}), "unclear which model"),
         (changed((*EXPERT, "anti_expert"), {"same_as": "expert"}), 'must be "base"'),
@@ -284,7 +309,14 @@ recipes = st.fixed_dictionaries(
                     "expert": specs,
                     "anti_expert": st.just({"model": "small"}) | specs,
                 },
-                optional={"alpha": json_values},
+                optional={
+                    "alpha": json_values,
+                    "weights": st.dictionaries(
+                        st.sampled_from(["base", "expert", "other"]), json_values, max_size=2
+                    )
+                    | json_values,
+                    "bias": st.just("b.safetensors") | json_values,
+                },
             ),
             max_size=3,
         ),
@@ -489,6 +521,71 @@ def test_adapters_of_the_recipe_travel_with_it(tmp_path):
     assert copy.experts[0].expert.adapter == "adapters/support"
     assert (copy.directory / "adapters/support/adapter_config.json").read_text() == "{}"
     assert copy == recipe
+
+
+WEIGHED = {"weights": {"base": 0.95, "anti_expert": 0.0}, "bias": "biases/law.safetensors"}
+
+
+def test_weights_and_a_bias_are_written_back_as_they_are_read():
+    content = changed((*EXPERT,), SUPPORT["experts"][0] | WEIGHED)
+    (expert,) = Recipe.from_dict(content).experts
+    assert expert.weights == ExpertWeights(0.95, 1.0, 0.0)
+    assert Recipe.from_dict(content).to_dict() == content
+    assert "support 1 (weights: base 0.95, expert 1, anti-expert 0; output bias: `biases/law" in (
+        Recipe.from_dict(content).model_card()
+    )
+
+
+def test_weights_of_one_are_not_written():
+    content = changed((*EXPERT, "weights"), {"base": 1, "expert": 1.0})
+    assert Recipe.from_dict(content).to_dict() == SUPPORT
+
+
+def test_the_bias_of_the_recipe_travels_with_it(tmp_path):
+    for place in ("one/biases", "outside"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "law.safetensors").write_bytes(place.encode())
+    content = changed((*EXPERT,), SUPPORT["experts"][0] | WEIGHED)
+    recipe = Recipe.from_dict(content, directory=tmp_path / "one").write(tmp_path / "one")
+    copy = recipe.write(tmp_path / "elsewhere" / "two")
+    assert copy == recipe and Recipe.read(copy.directory) == recipe
+    assert (copy.directory / "biases/law.safetensors").read_bytes() == b"one/biases"
+    content["experts"][0]["bias"] = "../outside/law.safetensors"
+    moved = Recipe.from_dict(content, directory=tmp_path / "one").write(tmp_path / "a" / "three")
+    assert moved.experts[0].bias == "../../outside/law.safetensors"
+
+
+def test_a_bias_that_is_a_link_out_of_the_recipe_does_not_travel(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "secret.safetensors").write_text("secret")
+    (tmp_path / "one" / "law.safetensors").symlink_to(tmp_path / "secret.safetensors")
+    content = changed((*EXPERT, "bias"), "law.safetensors")
+    recipe = Recipe.from_dict(content, directory=tmp_path / "one")
+    with pytest.raises(CorruptModel, match="a link that leads out"):
+        recipe.write(tmp_path / "two")
+    assert not (tmp_path / "two" / "law.safetensors").exists()
+
+
+def test_a_single_file_adapter_of_the_recipe_travels_with_it(tmp_path):
+    """Copied as a directory, it used to fail."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "law.gguf").write_bytes(b"GGUF")
+    content = changed((*EXPERT, "anti_expert"), {"model": "small.gguf", "llama_cpp": {}})
+    content["experts"][0]["expert"] = {"adapter": "law.gguf"}
+    recipe = Recipe.from_dict(content, directory=tmp_path / "one")
+    copy = recipe.write(tmp_path / "two")
+    assert (copy.directory / "law.gguf").read_bytes() == b"GGUF"
+
+
+@pytest.mark.parametrize(
+    "policy", [Policy("union"), Policy(clip=1.0), Policy(schedule=((0, 1.0),))]
+)
+def test_a_base_weight_under_a_policy_needs_all_logits_of_the_base(policy):
+    content = changed(("base",), {"model": "http://localhost:1/v1"})
+    content["experts"][0]["weights"] = {"base": 0.9}
+    recipe = Recipe.from_dict(content)  # the published method scales what is shown
+    with pytest.raises(RecipeError, match=r"behind an API, and expert 'support'(?s:.*)hint:"):
+        replace(recipe, policy=policy)
 
 
 # Choosing experts

@@ -1,7 +1,7 @@
 """A recipe of tiny models that differ in all that vLLM might confuse, and requests for it.
 
 The base is padded, and the small models have other architectures, widths, token ids and added tokens. Three
-experts are adapters, and one is the base itself.
+experts are adapters, and one is the base itself. One has weights and an output bias.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 import transformers
 
+from proxytune.checkpoints.output_bias import OutputBias, write_output_bias
 from proxytune.recipe.recipe import Recipe
-from proxytune.recipe.spec import ExpertSpec, ModelSpec
+from proxytune.recipe.spec import ExpertSpec, ExpertWeights, ModelSpec
 from proxytune.request import Request, SamplingParams
 from tests.support.tiny import NUM_TOKENS, tiny_adapter, tiny_model, tiny_tokenizer
 
@@ -26,6 +27,10 @@ MORE: dict[str, dict[str, Any]] = {
     "three": {"bias": "lora_only"},
 }
 """What adapters of the recipe are beyond LoRA on linear layers, in PEFT's words."""
+
+
+WEIGHTS = ExpertWeights(base=0.8, expert=0.9, anti_expert=1.2)
+BIAS = OutputBias(torch.tensor([97, 3, 105, 50]), torch.tensor([1.5, -2.0, 0.75, 2.5]))
 
 
 def tiny_recipe(place: Path) -> Path:
@@ -41,11 +46,12 @@ def tiny_recipe(place: Path) -> Path:
     )
     for seed, (small, name) in enumerate((("llama", "one"), ("llama", "two"), ("gpt", "three"))):
         tiny_adapter(place / small, place / name, seed=seed, more=MORE.get(name, {}))
+    write_output_bias(place / "two.safetensors", BIAS)
     llama, gpt = ModelSpec(model="llama"), ModelSpec(model="gpt")
     experts = (
         ExpertSpec("mixed", gpt, ModelSpec(model="qwen"), 0.3),
         ExpertSpec("one", ModelSpec(adapter="one"), llama, 0.5),
-        ExpertSpec("two", ModelSpec(adapter="two"), llama, 0.5),
+        ExpertSpec("two", ModelSpec(adapter="two"), llama, 0.5, WEIGHTS, "two.safetensors"),
         ExpertSpec("three", ModelSpec(adapter="three"), gpt, 0.5),
         ExpertSpec("contrast", ModelSpec(same_as="base"), llama, 0.5),
     )

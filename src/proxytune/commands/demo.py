@@ -110,7 +110,9 @@ def _read(model: ProxyTuned, name: str) -> str:
 
 def _answered(model: ProxyTuned, bars: ProgressBars) -> dict[str, Any]:
     """Return how many of the task's questions each model answers rightly, given the possible answers."""
-    from proxytune.logits.steer import steer
+    from torch import tensor
+
+    from proxytune.logits.steer import Contribution, combine, weighted
     from proxytune.measure.given import first_tokens, option_logits
     from proxytune.tasks.statistics import grouped_interval
 
@@ -123,19 +125,18 @@ def _answered(model: ProxyTuned, bars: ProgressBars) -> dict[str, Any]:
         bars.show("asking held-out questions", done, total, "questions")
 
     ensemble = model.steered_by(TASK)
+    token_ids = first_tokens(options, model.tokenizer)
     logits = option_logits(
         ensemble,
         model.completion_passages([(item["prompt"], item["completion"]) for item in items]),
-        first_tokens(options, model.tokenizer),
+        token_ids,
         on_progress=advance,
     )
     (pair,) = ensemble.pairs
-    steered = steer(
-        logits[0],
-        expert_logits=logits[pair.expert],
-        anti_expert_logits=logits[pair.anti_expert],
-        alpha=alpha,
-    )
+    part = Contribution(logits[pair.expert], logits[pair.anti_expert], alpha)
+    bias = None if pair.bias is None else tensor([pair.bias.value_of(i) for i in token_ids])
+    part = weighted(part, logits[0], weights=pair.weights, bias=bias)
+    steered = combine(logits[0], [part])
     predictors = {"base": logits[0], "expert": logits[pair.expert], "steered": steered}
     hits = {
         name: [

@@ -60,6 +60,18 @@ class ExpertOptions:
         None, "A LoRA adapter on the anti-expert, tuned to do the opposite", metavar="PATH"
     )
     alpha: float = option(1.0, STRENGTH)
+    weights: tuple[float, ...] = option(
+        (),
+        "How strongly base, expert and anti-expert count",
+        metavar="BASE,EXPERT,ANTI",
+        separator=",",
+        none_means="1,1,1",
+    )
+    bias: str | None = option(
+        None,
+        "A .safetensors file with token_ids and values to add to the logits",
+        metavar="PATH",
+    )
     name: str | None = option(
         None,
         "Name of the expert in requests",
@@ -83,8 +95,14 @@ class ExpertOptions:
 
     def spec(self, directory: Path, *, llama_cpp: bool) -> ExpertSpec:
         """Return the expert of a recipe in this directory."""
-        from proxytune.recipe.spec import ExpertSpec
+        from proxytune.checkpoints.references import local_reference
+        from proxytune.recipe.spec import ExpertSpec, ExpertWeights
 
+        if len(self.weights) not in (0, 3):
+            raise InvalidRequest(
+                f"--weights has {len(self.weights)} numbers, and needs three: for the base, the expert and "
+                "the anti-expert.\nhint: --weights 0.95,0.92,0.9"
+            )
         name = _expert_name(self.adapter or self.expert or "") if self.name is None else self.name
         small = partial(_small_model, directory=directory, llama_cpp=llama_cpp)
         return ExpertSpec(
@@ -97,6 +115,8 @@ class ExpertOptions:
                 self.anti_expert_chat,
             ),
             alpha=check_alpha(self.alpha),
+            weights=ExpertWeights(*self.weights),
+            bias=None if self.bias is None else local_reference(self.bias, directory),
         )
 
 

@@ -31,7 +31,8 @@ def tune(settings: TuneSettings, options: RunOptions) -> None:
 
     Rows are {"text": ...}, {"prompt": ..., "completion": ...}, {"messages": [...]} or {"prompt": ...,
     "chosen": ..., "rejected": ...}, all rows of a file in the same form. Text is packed; of the other forms,
-    only what the model is to say is trained on.
+    only what the model is to say is trained on. With --reward, rows are {"prompt": ...} and whatever the
+    reward reads, such as "answer", and the model learns from its own answers.
 
     With --base, the expert is trained through the base, and the strength of steering is chosen on the
     validation rows. At the end, base, expert and steered base are compared on rows that nothing was chosen
@@ -51,7 +52,7 @@ def tune(settings: TuneSettings, options: RunOptions) -> None:
         ) from error
     try:
         with ProgressBars(shows_ends=True) as bars:
-            result = run(settings, resume=options.resume, display=_Stages(bars))
+            result = run(settings, resume=options.resume, display=Stages(bars))
     except Interrupted as error:
         say(str(error))
         raise typer.Exit(130) from None
@@ -65,16 +66,18 @@ def tune(settings: TuneSettings, options: RunOptions) -> None:
     say(f'next: proxytune generate {settings.output} "..."')
 
 
-class _Stages(Display):
+class Stages(Display):
     """Shows the stages of a run as progress bars, with their losses."""
 
     def __init__(self, bars: ProgressBars) -> None:
         self._bars = bars
 
     def say(self, text: str) -> None:
+        """Show a message."""
         say(text)
 
     def stage(self, name: str, done: float, total: float, **numbers: float | None) -> None:
+        """Show how far a stage has progressed."""
         shown = ", ".join(
             f"{key.replace('_', ' ')} {value:.4f}"
             for key, value in numbers.items()

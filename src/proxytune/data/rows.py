@@ -8,7 +8,12 @@ A row is an object in one of four formats, and all rows of a source have the sam
     {"prompt": ..., "chosen": ..., "rejected": ...} a preference
 
 Prompts, completions and answers are text, or lists of messages. Other keys are ignored: data sets carry ids
-and sources. Tokens never reach this file.
+and sources.
+
+Rows for training by reward have a fifth format: {"prompt": ..., and whatever the reward reads}. Any row with
+a prompt fits it, so it is never detected, but asked for. Its other keys are kept.
+
+Tokens never reach this file.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ from typing import Any, Literal, NamedTuple
 from proxytune.errors import InputFileError, InvalidRequest, missing_extra
 from proxytune.request import Message, Prompt
 
-Kind = Literal["text", "completion", "messages", "preference"]
+Kind = Literal["text", "completion", "messages", "preference", "prompt"]
 Unit = Literal["line", "row"]
 
 REQUIRED: Mapping[Kind, frozenset[str]] = {
@@ -48,6 +53,7 @@ _KEYS = ("text", "prompt", "completion", "messages", "chosen", "rejected")
 _FORMATS_HINT = (
     'a row is {"text"}, {"prompt", "completion"}, {"messages"} or {"prompt", "chosen", "rejected"}'
 )
+_PROMPTS_HINT = 'for training by reward, a row is {"prompt": ...} and whatever the reward reads'
 _FILE_SUFFIXES = (
     ".jsonl", ".ndjson", ".json", ".txt", ".csv", ".parquet", ".arrow", ".gz", ".md", ".tsv", ".zst", ".zip",
 )  # fmt: skip
@@ -60,7 +66,8 @@ class Rows:
 
     Args:
         kind: The format.
-        rows: The rows, each with the format's own keys only.
+        rows: The rows, each with the format's own keys only; of the format `prompt`, the prompt and under
+            `row` the whole row as it was given.
         source: The source's name in errors and in the model card.
         lines: Line or row number of each row in its source, from 1.
         unit: What `lines` counts.
@@ -123,7 +130,12 @@ class _Found(NamedTuple):
     items: Iterable[tuple[int, Any]]
 
 
-def read_rows(source: str | Path | Iterable[Mapping[str, Any]], *, split: str = "train") -> Rows:
+def read_rows(
+    source: str | Path | Iterable[Mapping[str, Any]],
+    *,
+    split: str = "train",
+    for_reward: bool = False,
+) -> Rows:
     """Return the rows of a source, all checked.
 
     Args:
@@ -132,28 +144,29 @@ def read_rows(source: str | Path | Iterable[Mapping[str, Any]], *, split: str = 
             on the Hugging Face Hub (`owner/name` or `owner/name:config`), or mappings. An existing path is
             never looked up on the Hub. A data set's code is never run.
         split: Which split of a data set to read. A file has none and is read whole.
+        for_reward: Read every row as a prompt and whatever a reward reads (the format `prompt`).
 
     Raises:
         InputFileError: The source is missing or cannot be read, or a row cannot be used; names the line.
         MissingExtra: The library `datasets` is needed and not installed.
     """
     if isinstance(source, (str, Path)):
-        return _checked(_find(source, split))
+        return _checked(_find(source, split, for_reward), for_reward)
     if isinstance(source, Mapping):
         raise InputFileError(
             f"the given rows are a mapping (keys {_listed(source)}), and must be a list of rows.\n"
             'hint: if it is a data set with several splits, give one of them, such as dataset["train"]'
         )
-    return _checked(_Found("the given rows", "row", enumerate(source, 1)))
+    return _checked(_Found("the given rows", "row", enumerate(source, 1)), for_reward)
 
 
-def _checked(found: _Found) -> Rows:
+def _checked(found: _Found, for_reward: bool) -> Rows:
     rows: list[dict[str, Any]] = []
     lines: list[int] = []
     first: tuple[Kind, str] | None = None
     for number, item in found.items:
         try:
-            kind, row = _row(item)
+            kind, row = _prompt_row(item) if for_reward else _row(item)
             has_lists = any(isinstance(row[key], list) for key in row if key != "messages")
             form = kind, " (lists of messages)" if has_lists else ""
             first = first or form
@@ -172,30 +185,31 @@ def _checked(found: _Found) -> Rows:
         lines.append(number)
     if first is None:
         raise InputFileError(
-            f"{found.source} has no rows, so there is nothing to learn from.\nhint: {_FORMATS_HINT}"
+            f"{found.source} has no rows, so there is nothing to learn from.\n"
+            f"hint: {_PROMPTS_HINT if for_reward else _FORMATS_HINT}"
         )
     return Rows(first[0], rows, found.source, lines, found.unit)
 
 
-def _find(source: str | Path, split: str) -> _Found:
+def _find(source: str | Path, split: str, all_columns: bool) -> _Found:
     path = Path(source).expanduser()
     try:
         is_there, is_directory = path.exists() and str(source) != "", path.is_dir()
     except (OSError, ValueError):  # The name is too long, or has a character that no path can have.
         is_there = is_directory = False
     if is_there:
-        return _read_directory(path, split) if is_directory else _read_file(path)
+        return _read_directory(path, split, all_columns) if is_directory else _read_file(path)
     hub_id = _HUB_ID.fullmatch(source) if isinstance(source, str) else None
     # If the folder exists, the name means a missing file, not a data set of that owner.
     if hub_id and path.suffix.lower() not in _FILE_SUFFIXES and not path.parent.exists():
-        return _read_hub(str(source), hub_id["id"], hub_id["config"], split)
+        return _read_hub(str(source), hub_id["id"], hub_id["config"], split, all_columns)
     raise InputFileError(
         f"{str(source)!r} does not exist, so no rows can be read.\n"
         "hint: give a file of JSON lines or text, or a data set on the Hub as owner/name"
     )
 
 
-def _read_directory(path: Path, split: str) -> _Found:
+def _read_directory(path: Path, split: str, all_columns: bool) -> _Found:
     is_single = (path / "state.json").exists()
     if not is_single and not (path / "dataset_dict.json").exists():
         raise InputFileError(
@@ -207,7 +221,7 @@ def _read_directory(path: Path, split: str) -> _Found:
         loaded = datasets.load_from_disk(str(path))
         if is_single or split in loaded:
             dataset = loaded if is_single else loaded[split]
-            return _Found(path.name, "row", enumerate(_dataset_rows(dataset), 1))
+            return _Found(path.name, "row", enumerate(_dataset_rows(dataset, all_columns), 1))
     except Exception as error:  # The library, Arrow and the disk each have exceptions of their own.
         raise InputFileError(
             f"the data set in {path} cannot be read: {_first_line(error)}\n"
@@ -219,10 +233,12 @@ def _read_directory(path: Path, split: str) -> _Found:
     )
 
 
-def _read_hub(source: str, hub_id: str, config: str | None, split: str) -> _Found:
+def _read_hub(
+    source: str, hub_id: str, config: str | None, split: str, all_columns: bool
+) -> _Found:
     datasets = _imported("datasets", f"the data set {source}")
     try:
-        rows = _dataset_rows(datasets.load_dataset(hub_id, config, split=split))
+        rows = _dataset_rows(datasets.load_dataset(hub_id, config, split=split), all_columns)
     except Exception as error:  # Network, access, format, settings: each has its own exception.
         raise InputFileError(
             f"there is no file {source!r}, and no data set of this name can be read from the Hugging Face "
@@ -232,9 +248,9 @@ def _read_hub(source: str, hub_id: str, config: str | None, split: str) -> _Foun
     return _Found(source, "row", enumerate(rows, 1))
 
 
-def _dataset_rows(dataset: Any) -> list[dict[str, Any]]:
+def _dataset_rows(dataset: Any, all_columns: bool) -> list[dict[str, Any]]:
     names = set(dataset.column_names)
-    if any(keys <= names for keys in REQUIRED.values()):
+    if not all_columns and any(keys <= names for keys in REQUIRED.values()):
         # Other columns may be slow to decode, such as images.
         dataset = dataset.select_columns([key for key in _KEYS if key in names])
     return list(dataset.with_format(None).to_list())
@@ -424,6 +440,33 @@ def _row(item: Any) -> tuple[Kind, dict[str, Any]]:
     return kind, row
 
 
+def _prompt_row(item: Any) -> tuple[Kind, dict[str, Any]]:
+    """Return the format of rows for training by reward, and a row: its prompt, and all of it."""
+    if not isinstance(item, Mapping):
+        raise _Refused(f"it is {_called(item)}, and must be an object.\nhint: {_PROMPTS_HINT}")
+    if item.get("prompt") is None:
+        raise _Refused(
+            f'it has no "prompt" (its keys are {_listed(item)}), so there is nothing to answer.\n'
+            f"hint: {_PROMPTS_HINT}"
+        )
+    prompt: Prompt
+    if isinstance(item["prompt"], (list, tuple)):
+        prompt = _messages(item["prompt"], '"prompt"')
+        if prompt[-1]["role"] == "assistant":
+            raise _Refused('"prompt" ends with a message of the assistant, which leaves no answer')
+    else:
+        prompt = _text(item, "prompt", may_be_empty=True)
+    for key, value in item.items():
+        try:
+            json.dumps({key: value}, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise _Refused(
+                f"{key!r} cannot be written as JSON ({_first_line(error)}), and rewards read rows as JSON.\n"
+                "hint: leave this key out, or make it text"
+            ) from error
+    return "prompt", {"prompt": prompt, "row": dict(item)}
+
+
 def _conversation(item: Mapping[str, Any], answers: Sequence[str]) -> dict[str, Any]:
     """Return prompt and answers as messages; answers that repeat the prompt lose it."""
     parts = {key: _messages(item[key], f'"{key}"') for key in answers}
@@ -537,9 +580,13 @@ def answers_of(row: Mapping[str, Any]) -> list[tuple[Prompt, str]]:
     each reply of the assistant with all messages before it as its prompt. Of a preference, the chosen side
     counts.
 
+    A row of the format `prompt` has one prompt, and may give no answer, which is then empty here.
+
     Args:
         row: A checked row of any format but `text`.
     """
+    if "row" in row:
+        return [(row["prompt"], given_answer(row["row"]) or "")]
     given = row.get("messages", row.get("completion", row.get("chosen")))
     if isinstance(given, str):
         return [(row["prompt"], given)]
@@ -551,6 +598,24 @@ def answers_of(row: Mapping[str, Any]) -> list[tuple[Prompt, str]]:
         for turn in range(max(1, len(lead)), len(messages))
         if messages[turn]["role"] == "assistant"
     ]
+
+
+def given_answer(row: Mapping[str, Any]) -> str | None:
+    """Return the answer that a row for training by reward gives, if it gives one.
+
+    Args:
+        row: The whole row. Its answer is text or a number under `answer`, otherwise under `completion`, where
+            the last of several messages counts.
+    """
+    for key in ("answer", "completion"):
+        value = row.get(key)
+        if isinstance(value, (list, tuple)) and value and isinstance(value[-1], Mapping):
+            value = value[-1].get("content")
+        if isinstance(value, str):
+            return value
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return str(value)
+    return None
 
 
 # Splitting -----------------------------------------------------------------------------------------

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from proxytune.backends.base import Backend, Spelling
+from proxytune.checkpoints.output_bias import OutputBias
 from proxytune.errors import InvalidRequest, PromptTooLong
+from proxytune.logits.steer import UNWEIGHTED, Contribution, Weights, offset, weighted
 from proxytune.policy import Policy, needs_all_logits
 from proxytune.request import SamplingParams
 from proxytune.text.prompts import Tokenizer
 from proxytune.text.vocab import Alignment, Vocabulary, align
+from proxytune.trace import Terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +53,87 @@ class Pair:
         expert: Its index.
         anti_expert: Its anti-expert's.
         is_unshared: `[vocab]` bool on the CPU: the base's tokens that one of the two lacks, and padding ids;
-            None if they have all tokens. Such tokens get no offset.
+            None if they have all tokens. The two say nothing about such tokens.
+        weights: How strongly base, expert and anti-expert count.
+        bias: What is added to the logits of some tokens.
+        unmapped: What both give tokens that they have no opinion of; None if they have one of all.
     """
 
     name: str
     expert: int
     anti_expert: int
     is_unshared: Tensor | None = field(default=None, compare=False, repr=False)
+    weights: Weights = field(default=UNWEIGHTED, compare=False)
+    bias: OutputBias | None = field(default=None, compare=False, repr=False)
+    unmapped: float | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether it has weights other than 1, or an output bias."""
+        return self.weights != UNWEIGHTED or self.bias is not None
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether what it adds depends on the base's logits."""
+        return bool(self.weights.base != 1)
+
+    def contribution(
+        self,
+        expert_logits: Tensor,
+        anti_expert_logits: Tensor,
+        alpha: float | Tensor,
+        *,
+        base_logits: Tensor | None,
+        is_unshared: Tensor | None = None,
+    ) -> Contribution:
+        """Return what the pair adds to the base.
+
+        Args:
+            expert_logits: `[batch, vocab]`.
+            anti_expert_logits: Same shape and device.
+            alpha: A number, or `[batch]`.
+            base_logits: Same shape and device; None is enough unless `reads_base`.
+            is_unshared: `is_unshared` on that device, if the caller has it there.
+        """
+        assert base_logits is not None or not self.reads_base
+        mask = self.is_unshared if is_unshared is None else is_unshared
+        part = Contribution(expert_logits, anti_expert_logits, alpha, mask)
+        if not self.is_weighted:
+            return part
+        bias = None
+        if self.bias is not None:
+            bias = self.bias.dense(expert_logits.shape[-1], expert_logits.device)
+        return weighted(part, base_logits, weights=self.weights, bias=bias, unmapped=self.unmapped)
+
+    def terms(
+        self,
+        token_id: int,
+        *,
+        base_logits: Tensor,
+        expert_logits: Tensor,
+        anti_expert_logits: Tensor,
+    ) -> Terms:
+        """Return what the pair adds to a token at strength 1, apart.
+
+        Args:
+            token_id: The token, in the base's vocabulary.
+            base_logits: `[vocab]`, -inf at ids that no token has.
+            expert_logits: Same shape and device.
+            anti_expert_logits: Same shape and device.
+        """
+        sides = expert_logits[None], anti_expert_logits[None]
+        part = self.contribution(*sides, 1.0, base_logits=base_logits[None])
+        ratio = float(offset(part._replace(own_logits=None))[0, token_id])
+        if self.is_unshared is None and self.unmapped is None:
+            # Elsewhere the sides are normalised already, over the tokens that they share.
+            totals = [
+                side.logsumexp(-1).item() for side in (part.expert_logits, part.anti_expert_logits)
+            ]
+            ratio -= totals[0] - totals[1]
+        logprob = float(base_logits.float().log_softmax(-1)[token_id])
+        scale = float(self.weights.base) - 1.0
+        bias = 0.0 if self.bias is None else self.bias.value_of(token_id)
+        return Terms(ratio, scale * logprob if scale else 0.0, bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +313,8 @@ def check_job(ensemble: Ensemble, job: Job) -> None:
         )
     if is_partial and policy_of(ensemble, job).reads_base:
         raise InvalidRequest(needs_all_logits(policy_of(ensemble, job)))
+    if is_partial:
+        _check_base_weights(ensemble, job)
     for index in members_of(ensemble, job):
         member, prompt = ensemble.members[index], job.prompts[index]
         for token_id in prompt:
@@ -256,6 +335,30 @@ def check_job(ensemble: Ensemble, job: Job) -> None:
                 f"requested, and {member.name} has a context of {limit}.\n"
                 f"hint: shorten the prompt or ask for at most {limit - len(prompt)} new tokens"
             )
+
+
+def _check_base_weights(ensemble: Ensemble, job: Job) -> None:
+    """Refuse base weights that bounds of the base's logits prove nothing with."""
+    scale = scale_of_base(ensemble, job)
+    if scale == 1:
+        return
+    if not policy_of(ensemble, job).is_plain:
+        raise InvalidRequest(
+            "the base is behind an API, which shows only some logits, and a base weight other than 1 under "
+            f"the policy {policy_of(ensemble, job).describe()} needs all of them.\n"
+            "hint: leave the policy out, or the base's weight"
+        )
+    if scale <= 0:
+        raise InvalidRequest(
+            f"at these strengths the base's logits count {scale:g} times, and those that an API does not "
+            "show would be the largest.\nhint: a smaller alpha, or a base weight nearer to 1"
+        )
+
+
+def scale_of_base(ensemble: Ensemble, job: Job) -> float:
+    """Return what steering multiplies the base's logits with: `1 + sum_i alpha_i (w_base_i - 1)`."""
+    pairs = zip(ensemble.pairs, job.alphas, strict=True)
+    return 1.0 + sum((alpha or 0.0) * (float(pair.weights.base) - 1.0) for pair, alpha in pairs)
 
 
 def policy_of(ensemble: Ensemble, job: Job) -> Policy:

@@ -10,10 +10,18 @@ import torch
 from torch import Tensor
 
 from proxytune.backends.base import Backend, num_shared_tokens
-from proxytune.decode.ensemble import Ensemble, Job, members_of, pairs_of, policy_of
+from proxytune.decode.ensemble import (
+    Ensemble,
+    Job,
+    Pair,
+    members_of,
+    pairs_of,
+    policy_of,
+    scale_of_base,
+)
 from proxytune.decode.speculative import PromptLookup, Rate, Source
 from proxytune.logits.sample import BatchSampler
-from proxytune.logits.steer import Contribution
+from proxytune.logits.steer import UNWEIGHTED, Contribution, Weights, weighted
 from proxytune.policy import Policy
 from proxytune.text.detokenize import TextStream
 from proxytune.text.vocab import Alignment
@@ -194,6 +202,55 @@ class _Side(NamedTuple):
     picks: list[_Pick]
 
 
+class _Weighting(NamedTuple):
+    """Weights and output bias of each row's nth pair; see `weighted`."""
+
+    weights: Weights
+    """Each a number if all rows agree, otherwise `[rows]` float64 on the CPU."""
+    bias: Tensor | None
+    """`[vocab]` if all rows agree, otherwise `[rows, vocab]`."""
+    unmapped: float | Tensor | None
+
+    @classmethod
+    def of(
+        cls, pairs: Sequence[Pair | None], width: int, device: torch.device
+    ) -> _Weighting | None:
+        """Return what belongs to each row's pair, None for a row without one; None if there is nothing."""
+        every = [UNWEIGHTED if pair is None else pair.weights for pair in pairs]
+        biases = [None if pair is None else pair.bias for pair in pairs]
+        has_bias = any(own is not None for own in biases)
+        if all(own == UNWEIGHTED for own in every) and not has_bias:
+            return None
+        weights = Weights(*(_shared([float(own[n]) for own in every]) for n in range(3)))
+        bias: Tensor | None = None
+        if biases[0] is not None and all(own is biases[0] for own in biases):
+            bias = biases[0].dense(width, device)
+        elif has_bias:
+            none = torch.zeros(width, device=device)
+            rows = [none if own is None else own.dense(width, device) for own in biases]
+            bias = torch.stack(rows)
+        marks = [torch.nan if p is None or p.unmapped is None else p.unmapped for p in pairs]
+        is_mapped = not all(mark != mark for mark in marks)
+        return cls(weights, bias, _shared(marks) if is_mapped else None)
+
+    def applied(
+        self, part: Contribution, base: Tensor | None, places: Sequence[int] | None
+    ) -> Contribution:
+        """Return the contribution of the rows at `places`, or of all for None, with weights and bias."""
+        weights, bias, unmapped = self
+        if places is not None:
+            own = list(places)
+            weights = Weights(*(w[own] if isinstance(w, Tensor) else w for w in weights))
+            bias = bias[own] if bias is not None and bias.dim() > 1 else bias
+            unmapped = unmapped[own] if isinstance(unmapped, Tensor) else unmapped
+        return weighted(part, base, weights=weights, bias=bias, unmapped=unmapped)
+
+
+def _shared(values: Sequence[float]) -> float | Tensor:
+    """Return a number that all rows share, or one for each."""
+    return values[0] if len(set(values)) == 1 else torch.tensor(values, dtype=torch.float64)
+
+
 class _NthPairs(NamedTuple):
     """The nth pair of each row, and how strongly it steers there."""
 
@@ -204,6 +261,8 @@ class _NthPairs(NamedTuple):
     anti_expert: _Side
     is_unshared: Tensor | None
     """`[rows, vocab]`, as in `Contribution`; None if no pair lacks tokens."""
+    weighting: _Weighting | None
+    """None if all rows have weights of 1 and no bias."""
 
 
 class Lanes:
@@ -241,6 +300,15 @@ class Lanes:
         """The lanes on the base's backend."""
         return self.groups[0]
 
+    def guests(self, reading: Sequence[LaneGroup]) -> list[LaneGroup]:
+        """Return which of the groups that read a block have their logits made by the base.
+
+        None if the base does not read it with them.
+        """
+        if self.base not in reading:
+            return []
+        return [group for group in reading if group.backend.host is self.base.backend]
+
     def ref(self, member: int, row: Row) -> LaneRef:
         """Return the lane in which a member reads a row."""
         return self._refs[Lane(member, row.index)]
@@ -252,9 +320,19 @@ class Lanes:
         return self._side_logits(self._base, logits, places)
 
     def contributions(
-        self, logits: Mapping[LaneGroup, Tensor], places: Sequence[int]
+        self,
+        logits: Mapping[LaneGroup, Tensor],
+        places: Sequence[int],
+        *,
+        has_base: bool = True,
     ) -> list[Contribution]:
-        """Return what steers the rows at `places`; in each contribution, every row has a pair of its own."""
+        """Return what steers the rows at `places`; in each contribution, every row has a pair of its own.
+
+        Args:
+            logits: Every lane's.
+            places: Ascending.
+            has_base: Whether to include what the base's weight adds; otherwise `base_scales` has it.
+        """
         found = []
         for pairs in self._steering:
             alpha = pairs.alpha
@@ -265,8 +343,18 @@ class Lanes:
             is_unshared = pairs.is_unshared
             if is_unshared is not None and len(places) < len(self.rows):
                 is_unshared = is_unshared[list(places)]
-            found.append(Contribution(expert, anti_expert, alpha, is_unshared))
+            part = Contribution(expert, anti_expert, alpha, is_unshared)
+            if pairs.weighting is not None:
+                base = self.base_logits(logits, places) if has_base else None
+                some = places if len(places) < len(self.rows) else None
+                part = pairs.weighting.applied(part, base, some)
+            found.append(part)
         return found
+
+    def base_scales(self, places: Sequence[int]) -> Tensor:
+        """Return what steering multiplies the base's logits with, `[rows]` float32."""
+        jobs = [self.rows[place].job for place in places]
+        return torch.tensor([scale_of_base(self.ensemble, job) for job in jobs])
 
     def pick(self, logits: Mapping[LaneGroup, Tensor], refs: Sequence[LaneRef]) -> Tensor:
         """Return what lanes say, in the base's vocabulary and on its device, `[refs, vocab]`."""
@@ -392,7 +480,7 @@ class Lanes:
             self._refs |= {lane: (group, which) for which, lane in enumerate(group.lanes)}
         self._base = self._side([(0, row) for row in self.rows])
         self._steering = [
-            _NthPairs(nth, alpha, *self._sides(nth), self._unshared(nth))
+            _NthPairs(nth, alpha, *self._sides(nth), self._unshared(nth), self._weighting(nth))
             for nth in range(max(len(row.pairs) for row in self.rows))
             if isinstance(alpha := self._alpha(nth), Tensor) or alpha
         ]
@@ -417,14 +505,20 @@ class Lanes:
 
     def _unshared(self, nth: int) -> Tensor | None:
         """Return the tokens that each row's nth pair does not share; see `_NthPairs`."""
-        pairs = [
-            [self.ensemble.pairs[which] for which in row.pairs[nth : nth + 1]] for row in self.rows
-        ]
-        masks = [pair[0].is_unshared if pair else None for pair in pairs]
+        masks = [None if pair is None else pair.is_unshared for pair in self._nth_pairs(nth)]
         if all(mask is None for mask in masks):
             return None
         none = torch.zeros(self.ensemble.vocabulary.width, dtype=torch.bool)
         return torch.stack([none if mask is None else mask for mask in masks]).to(self.device)
+
+    def _weighting(self, nth: int) -> _Weighting | None:
+        """Return weights and bias of each row's nth pair; see `_NthPairs`."""
+        return _Weighting.of(self._nth_pairs(nth), self.ensemble.vocabulary.width, self.device)
+
+    def _nth_pairs(self, nth: int) -> list[Pair | None]:
+        """Return each row's nth pair; None in rows that have fewer."""
+        pairs = self.ensemble.pairs
+        return [pairs[row.pairs[nth]] if nth < len(row.pairs) else None for row in self.rows]
 
     def _side(self, lanes: Sequence[tuple[int, Row]]) -> _Side:
         refs = [self.ref(member, row) for member, row in lanes]

@@ -36,8 +36,10 @@ class PartialSteerer(Steerer):
         rows = [lanes.rows[place] for place in places]
         logits = block.at(position)
         base = lanes.base_logits(logits, places)
-        contributions = lanes.contributions(logits, places)
-        # Policies that work with a partial base give offsets that do not depend on it.
+        # Policies that work with a partial base give offsets that do not depend on it. What the base's
+        # weight adds does, so the base, and the bounds of what it does not show, are scaled instead.
+        contributions = lanes.contributions(logits, places, has_base=False)
+        scales = lanes.base_scales(places)[:, None]
         found = self._steer(torch.zeros_like(base), contributions, places)
         offsets = found.logits
         every = self._backend.bounds(lanes.base.state)
@@ -46,8 +48,8 @@ class PartialSteerer(Steerer):
         num_asked = [0] * len(places)
         while True:
             is_seen = ~torch.isneginf(base)
-            steered = lanes.masked(base + offsets)
-            upper = lanes.masked(upper_logits(base, offsets, ceilings=ceilings))
+            steered = lanes.masked(scales * base + offsets)
+            upper = lanes.masked(upper_logits(base, offsets, ceilings=ceilings, scales=scales))
             chosen = lanes.sampler.peek(steered, places)
             highest = lanes.sampler.peek(upper, places)
             doubtful = [
@@ -71,7 +73,7 @@ class PartialSteerer(Steerer):
             base = base.clone()
             for (at, token_id), logprob in revealed.items():
                 base[at, token_id] = logprob
-        lost = _lost_probs(rows, bounds, upper, is_seen, offsets)
+        lost = _lost_probs(rows, bounds, upper, is_seen, offsets, scales)
         # What filters keep depends on the logits of all tokens, which bounds do not determine.
         is_proved = [
             same and not row.job.sampling.has_filters
@@ -79,6 +81,8 @@ class PartialSteerer(Steerer):
         ]
         proofs = [Proof(*each) for each in zip(is_proved, lost.tolist(), strict=True)]
         weights = found.weights
+        if bool((scales != 1).any()):
+            contributions = lanes.contributions(logits, places)
         return Outlook(block, places, logits, base, contributions, steered, weights, bounds, proofs)
 
     def first_logits(self, block: Block, token_ids: Sequence[int]) -> tuple[Tensor, bool]:
@@ -86,14 +90,17 @@ class PartialSteerer(Steerer):
         lanes = self._lanes
         logits = block.at(0)
         base = lanes.base_logits(logits, [0]).clone()
-        offsets = self._steer(torch.zeros_like(base), lanes.contributions(logits, [0]), [0]).logits
+        contributions = lanes.contributions(logits, [0], has_base=False)
+        scales = lanes.base_scales([0])[:, None]
+        offsets = self._steer(torch.zeros_like(base), contributions, [0]).logits
         wanted = list(token_ids)
         missing = [token_id for token_id in wanted if base[0, token_id] == -torch.inf]
         for token_id, logprob in (self._reveal(0, 0, missing) if missing else {}).items():
             base[0, token_id] = logprob
         ceilings = torch.tensor([self._backend.bounds(lanes.base.state)[0][0].ceiling])
-        upper = lanes.masked(upper_logits(base, offsets, ceilings=ceilings))[0, wanted]
-        steered = lanes.masked(base + offsets)[0, wanted]
+        upper = upper_logits(base, offsets, ceilings=ceilings, scales=scales)
+        upper = lanes.masked(upper)[0, wanted]
+        steered = lanes.masked(scales * base + offsets)[0, wanted]
         return steered, bool((upper[steered == -torch.inf] < steered.max()).all())
 
     def usage(self, place: int) -> Usage:
@@ -119,12 +126,26 @@ def _may_help(row: Row, upper: Tensor, steered: Tensor, is_seen: Tensor) -> bool
 
 
 def _lost_probs(
-    rows: Sequence[Row], bounds: Sequence[Bounds], upper: Tensor, is_seen: Tensor, offsets: Tensor
+    rows: Sequence[Row],
+    bounds: Sequence[Bounds],
+    upper: Tensor,
+    is_seen: Tensor,
+    offsets: Tensor,
+    scales: Tensor,
 ) -> Tensor:
     """Bound the steered probability of the tokens that were not shown, `[rows]`."""
     rests = torch.tensor([each.rest for each in bounds])
     temperatures = torch.tensor([row.job.sampling.temperature or 1.0 for row in rows])
-    lost = max_lost_prob(upper, is_seen, offsets, rests=rests, temperatures=temperatures)
+    ceilings = torch.tensor([each.ceiling for each in bounds])
+    lost = max_lost_prob(
+        upper,
+        is_seen,
+        offsets,
+        rests=rests,
+        temperatures=temperatures,
+        scales=scales,
+        ceilings=ceilings,
+    )
     # Where what is known is an estimate, nothing is proved.
-    lost[torch.tensor([each.ceiling for each in bounds]) == torch.inf] = 1.0
+    lost[ceilings == torch.inf] = 1.0
     return lost

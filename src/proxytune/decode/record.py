@@ -10,7 +10,7 @@ from proxytune.decode.lanes import Lanes, Row
 from proxytune.decode.outlook import Outlook
 from proxytune.logits.rules import has_conflict
 from proxytune.logits.views import kl_divergence, partial_view, view
-from proxytune.trace import FinishReason, Step, View
+from proxytune.trace import FinishReason, Step, Terms, View
 
 
 class Recorder:
@@ -36,9 +36,9 @@ class Recorder:
         text: str,
     ) -> Step:
         """Return the step of the outlook's row `at`, which has the token; `text` became safe to show."""
-        views, kl, weights, conflict, proof = None, None, None, None, None
+        views, kl, terms, weights, conflict, proof = None, None, None, None, None, None
         if row.job.records_views:
-            views, kl = self._views(at, row, token_id)
+            views, kl, terms = self._views(at, row, token_id)
             if not row.policy.is_plain:
                 found = self._outlook.weights[:, at].tolist()
                 weights = self._lanes.weights_by_name(row, found)
@@ -56,14 +56,17 @@ class Recorder:
             views=views,
             kl=kl,
             weights=weights,
+            terms=terms or None,
             has_conflict=conflict,
             finish_reason=reason,
             is_certified=None if proof is None else proof.is_certified,
             max_lost_prob=None if proof is None else proof.max_lost_prob,
         )
 
-    def _views(self, at: int, row: Row, token_id: int) -> tuple[dict[str, View], float | None]:
-        """Return what each member that reads a row gave a token, and KL(steered || base)."""
+    def _views(
+        self, at: int, row: Row, token_id: int
+    ) -> tuple[dict[str, View], float | None, dict[str, Terms]]:
+        """Return what each member that reads a row gave a token, KL(steered || base), and `Step.terms`."""
         lanes, outlook = self._lanes, self._outlook
         num_top = row.job.num_top
         base, steered = lanes.masked(outlook.base[at]), outlook.steered[at]
@@ -76,16 +79,25 @@ class Recorder:
             kl = kl_divergence(steered, base)
         # With a partial base, normalised over the tokens it showed, as the choice is.
         views = {"base": of_base, "steered": view(steered, token_id, num_top=num_top)}
+        terms: dict[str, Terms] = {}
         for which in row.pairs:
             pair = lanes.ensemble.pairs[which]
+            sides = {}
             for side, member in (("expert", pair.expert), ("anti_expert", pair.anti_expert)):
                 name = f"{pair.name}.{side}"
                 if member == 0:
-                    views[name] = of_base
+                    views[name], sides[side] = of_base, base
                     continue
                 own = lanes.masked(lanes.pick(outlook.logits, [lanes.ref(member, row)])[0])
-                views[name] = view(own, token_id, num_top=num_top)
-        return views, kl
+                views[name], sides[side] = view(own, token_id, num_top=num_top), own
+            if pair.is_weighted:
+                terms[pair.name] = pair.terms(
+                    token_id,
+                    base_logits=base,
+                    expert_logits=sides["expert"],
+                    anti_expert_logits=sides["anti_expert"],
+                )
+        return views, kl, terms
 
 
 def _tops(steered: Tensor, wanted: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:

@@ -3,9 +3,10 @@
 Definitions. A token's *shift* is its steered minus its base logprob, in nats. A token is *changed* if base
 and steered model put different tokens first; a sampled or given token need not be the first choice of either.
 An expert's *offset* is `alpha * (expert - anti_expert)` in logprobs of the token, times the weight of the
-recipe's policy if it has one. With the published method the shift is the sum of the offsets minus a constant
-that all tokens share, because the steered distribution sums to 1 again. A token's *piece* is what it adds to
-the text if each character is written by the token that completes it.
+recipe's policy if it has one. If the expert has weights or an output bias, its offset has three *terms*: the
+weighted pair's, the base's and the bias's. With the published method the shift is the sum of the offsets
+minus a constant that all tokens share, because the steered distribution sums to 1 again. A token's *piece* is
+what it adds to the text if each character is written by the token that completes it.
 
 Pure functions of traces: no model, no terminal, no page.
 """
@@ -19,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from proxytune.errors import InvalidRequest
-from proxytune.trace import Step, Trace, View
+from proxytune.trace import Step, Terms, Trace, View
 
 LEVELS = (math.log(1.25), math.log(2.0), math.log(8.0))
 """Shifts at which the colour changes, nats: the token became 1.25, 2 or 8 times more or less likely."""
@@ -55,6 +56,7 @@ class Move:
         steered_entropy: Entropy of the steered distribution, nats.
         offsets: Offset of each expert, nats.
         weights: The factor that the recipe's policy put on each expert's strength; None without a policy.
+        terms: The terms of each offset whose expert has weights or an output bias, nats; None without any.
         has_conflict: Whether the experts, each alone, would have chosen different tokens.
     """
 
@@ -79,6 +81,7 @@ class Move:
     steered_entropy: float | None
     offsets: Mapping[str, float]
     weights: Mapping[str, float] | None = None
+    terms: Mapping[str, Terms] | None = None
     has_conflict: bool | None = None
 
     @property
@@ -191,6 +194,7 @@ def _move(trace: Trace, step: Step, piece: str, part_of: str | None) -> Move:
         steered_entropy=steered.entropy if steered else None,
         offsets=offsets(step, trace.alphas),
         weights=step.weights,
+        terms=_terms(step, trace.alphas) or None,
         has_conflict=step.has_conflict,
     )
 
@@ -211,15 +215,31 @@ def _log_odds(logprob: float) -> float:
     return logprob - max(miss, MIN_LOG_ODDS_MISS)
 
 
+def _terms(step: Step, alphas: Mapping[str, float]) -> dict[str, Terms]:
+    """Return the terms of each offset that has them, times `alpha * weight`."""
+    return {
+        name: Terms(*(alphas[name] * _weight(step, name) * term for term in terms))
+        for name, terms in (step.terms or {}).items()
+        if name in alphas
+    }
+
+
+def _weight(step: Step, name: str) -> float:
+    """Return what the recipe's policy multiplied an expert's strength with."""
+    return 1.0 if step.weights is None else step.weights.get(name, 1.0)
+
+
 def offsets(step: Step, alphas: Mapping[str, float]) -> dict[str, float]:
     """Return each expert's `alpha * weight * (expert - anti_expert)` in logprobs, nats, where known."""
-    views = step.views or {}
+    views, terms = step.views or {}, _terms(step, alphas)
     found = {}
     for name, alpha in alphas.items():
+        if name in terms:
+            found[name] = sum(terms[name])
+            continue
         expert, anti_expert = views.get(f"{name}.expert"), views.get(f"{name}.anti_expert")
         if expert is None or anti_expert is None:
             continue
         if expert.logprob is not None and anti_expert.logprob is not None:
-            weight = 1.0 if step.weights is None else step.weights.get(name, 1.0)
-            found[name] = alpha * weight * (expert.logprob - anti_expert.logprob)
+            found[name] = alpha * _weight(step, name) * (expert.logprob - anti_expert.logprob)
     return found

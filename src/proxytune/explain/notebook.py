@@ -42,6 +42,8 @@ def frame(trace: Trace) -> pandas.DataFrame:
     for move, step in zip(token_moves, trace.steps, strict=True):
         row = move_row(move, trace)
         row |= {f"{name}.offset": value for name, value in row.pop("offsets").items()}
+        for name, terms in (row.pop("terms") or {}).items():
+            row |= {f"{name}.offset.{part}": value for part, value in terms.items()}
         row |= {f"{name}.weight": value for name, value in (row.pop("weights") or {}).items()}
         for name, view in (step.views or {}).items():
             row[f"{name}.prob"] = None if view.logprob is None else math.exp(view.logprob)

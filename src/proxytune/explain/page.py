@@ -110,6 +110,7 @@ def _run_data(run: Run, base: Run | None) -> dict[str, Any]:
                 {name: _rounded(offset) for name, offset in move.offsets.items()},
                 move.weights and {name: _rounded(weight) for name, weight in move.weights.items()},
                 [_view_data((step.views or {}).get(name)) for name in view_names],
+                move.terms and {n: [*map(_rounded, each)] for n, each in move.terms.items()},
             ]
             for move, step in zip(token_moves, trace.steps, strict=True)
         ],

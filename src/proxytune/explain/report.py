@@ -73,6 +73,7 @@ def _run_dict(run: Run, base: Run | None) -> dict[str, Any]:
 def move_row(move: Move, trace: Trace) -> dict[str, Any]:
     """Return the fields of one token's row in a report's JSON."""
     row = asdict(move)
+    row["terms"] = move.terms and {name: each._asdict() for name, each in move.terms.items()}
     row["token"] = row.pop("label")
     for side in ("base_choice", "steered_choice"):
         i = row[side]

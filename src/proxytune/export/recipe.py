@@ -9,11 +9,12 @@ from pathlib import Path
 from proxytune.checkpoints.adapter import find_adapter
 from proxytune.checkpoints.checkpoint import Checkpoint
 from proxytune.checkpoints.references import is_gguf
-from proxytune.errors import RecipeError
+from proxytune.errors import RecipeError, UnsupportedModel
 from proxytune.export.adapter import plan_adapter
 from proxytune.export.model import plan_model
 from proxytune.export.write import ExportedFile, PlannedFile, check_output, last_part, write_file
 from proxytune.grants import NOTHING, Grants
+from proxytune.recipe.directory import Mover, copy_inside
 from proxytune.recipe.files import RecipeFiles
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import LlamaCppSettings, ModelSpec
@@ -39,7 +40,8 @@ def export_recipe(
     """Write every small model and adapter of a recipe as a GGUF file, and a recipe that names them.
 
     Models go to `models/`, adapters to `adapters/`; weights that several experts share are written once. The
-    base is not converted, and neither are small models that are GGUF files already. Settings for running
+    base is not converted, and neither are small models that are GGUF files already. Output biases inside the
+    recipe's directory are copied. Settings for running
     models in transformers (dtype, device, quantization) are left out of the new recipe.
 
     Args:
@@ -71,6 +73,8 @@ def export_recipe(
     base = replace(recipe.base, model=reference)
     if is_gguf(reference):
         base = _in_llama_cpp(recipe.base, reference, None)
+    mover = Mover(Path(os.path.abspath(recipe.directory)), target)
+    experts = tuple(replace(own, bias=mover.small(own.bias)) for own in experts)
     exported = replace(recipe, base=base, experts=experts, directory=target, schema=None)
     exported.check_free(target, overwrite=overwrite)
     for path in plans.files:
@@ -78,6 +82,8 @@ def export_recipe(
     written = tuple(
         write_file(plan, target / path, overwrite=overwrite) for path, plan in plans.files.items()
     )
+    for reference, place in mover.inside.items():
+        copy_inside(place, target / reference, root=recipe.directory)
     exported.write(target, overwrite=overwrite)
     return ExportedRecipe(target, written)
 
@@ -106,6 +112,11 @@ class _RecipePlans:
 
     def spec(self, spec: ModelSpec) -> ModelSpec:
         """Return how the exported recipe names a small model."""
+        if spec.cut_of is not None:
+            raise UnsupportedModel(
+                "a small model of the recipe is cut out of the base in memory, and llama.cpp runs files.\n"
+                "hint: `proxytune make-proxy BASE --output DIR` writes the cut as an ordinary model; name DIR"
+            )
         if spec.model is None:
             return spec
         model = self.found.checkpoint(spec)

@@ -349,8 +349,9 @@ class ProxyTunedForCausalLM(FrozenModels, SteeredGenerationMixin, PreTrainedMode
     ) -> None:
         """Write the recipe, without any model's weights.
 
-        Adapters inside the recipe's directory are copied. Other local paths are rewritten so that they lead
-        to the same files from the new directory. Steering set with `set_steering` is not part of the recipe.
+        Adapters and output biases inside the recipe's directory are copied. Other local paths are rewritten
+        so that they lead to the same files from the new directory. Steering set with `set_steering` is not
+        part of the recipe.
 
         Args:
             save_directory: Output directory, created if missing.
@@ -497,7 +498,6 @@ def _steer(
 ) -> Tensor:
     """Return steered logits, -inf at padding ids, from those of each member; all `[batch, tokens, vocab]`."""
     from proxytune.logits.rules import apply_policy
-    from proxytune.logits.steer import Contribution
 
     base = logits[0]
     width = base.shape[-1]
@@ -507,7 +507,7 @@ def _steer(
 
     steering = [(ensemble.pairs[i], alpha) for i, alpha in pairs]
     contributions = [
-        Contribution(flat(pair.expert), flat(pair.anti_expert), alpha, pair.is_unshared)
+        pair.contribution(flat(pair.expert), flat(pair.anti_expert), alpha, base_logits=flat(0))
         for pair, alpha in steering
     ]
     found = apply_policy(ensemble.policy, flat(0), contributions, padding_ids=padding_ids)
@@ -522,15 +522,19 @@ def _check_portable(directory: Path) -> None:
     from proxytune.checkpoints.references import local_path
     from proxytune.recipe.recipe import Recipe
 
-    specs = Recipe.read(directory).models.values()
-    for reference in (r for s in specs for r in (s.model, s.adapter) if r is not None):
+    recipe = Recipe.read(directory)
+    references = [
+        r for spec in recipe.models.values() for r in (spec.model, spec.adapter, spec.bridge)
+    ]
+    references += [expert.bias for expert in recipe.experts]
+    for reference in (r for r in references if r is not None):
         path = None
         if not reference.startswith("package:"):
             path = local_path(reference, root=directory)
         if path is not None and not path.resolve().is_relative_to(directory.resolve()):
             raise RecipeError(
                 f"the recipe names {reference}, a path of this machine, so nobody else could load it.\n"
-                "hint: upload that model, and name it by its Hub id"
+                "hint: upload that model, and name it by its Hub id; put an output bias into the recipe"
             )
 
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from proxytune.backends.retokenised import token_map
 from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
+from proxytune.checkpoints.cut_checkpoint import CutCheckpoint
 from proxytune.checkpoints.merge import why_not_quantised
 from proxytune.checkpoints.placement import running_device, running_dtype
 from proxytune.errors import (
@@ -32,6 +33,7 @@ from proxytune.errors import (
 )
 from proxytune.grants import Grants
 from proxytune.loading.formats import base_format, pair_formats
+from proxytune.loading.output import shared_bytes
 from proxytune.loading.samples import Sample, notes_on, sample_of
 from proxytune.machine import device_memory
 from proxytune.recipe.files import AskedRight, RecipeFiles, ungranted_error
@@ -95,6 +97,7 @@ class ModelReport:
         weight_bytes: Memory of weights and adapter; 0 if the weights are shared.
         cache_bytes: Memory of the KV cache per 1,000 tokens of one sequence.
         shares: The part whose weights it shares.
+        shares_output: Whether its output matrix is the base's, if that was looked for.
         api: What the API's server shows and accepts (`ApiTraits`), if it was called.
     """
 
@@ -119,6 +122,7 @@ class ModelReport:
     weight_bytes: int | None = None
     cache_bytes: int | None = None
     shares: str | None = None
+    shares_output: bool = False
     api: Mapping[str, Any] | None = None
 
 
@@ -198,6 +202,7 @@ def examine(
     send_key: bool = False,
     key_env: str | None = None,
     files: RecipeFiles | None = None,
+    compares_outputs: bool = False,
 ) -> Diagnosis:
     """Check a whole recipe without reading weights.
 
@@ -212,13 +217,43 @@ def examine(
         send_key: Whether to ask the server also if a key is sent to it.
         key_env: The environment variable whose key the caller sends to the API; see `Grants`.
         files: The recipe's files, with what the caller grants; None to look them up with `key_env` alone.
+        compares_outputs: Whether to find out which models have the base's output matrix. Only those with one
+            of its size are read for that, and of these only the matrix; a GGUF file's weights are converted.
     """
     asked: tuple[AskedRight, ...] = ()
     if files is None:
         asked = RecipeFiles(recipe).ungranted()
         # Weights are never read here, so pickled ones may be counted.
         files = RecipeFiles(recipe, Grants(allow_pickle=True, key_env=key_env))
-    return _Examination(recipe, ask_server, send_key, files, asked).run()
+    diagnosis = _Examination(recipe, ask_server, send_key, files, asked).run()
+    return (
+        _with_outputs(diagnosis, files) if compares_outputs and diagnosis.is_healthy else diagnosis
+    )
+
+
+def _with_outputs(diagnosis: Diagnosis, files: RecipeFiles) -> Diagnosis:
+    """Name the models that share the base's output matrix, and count that once."""
+    saved = shared_bytes(files)
+    models = tuple(
+        replace(
+            model,
+            shares_output=True,
+            weight_bytes=(model.weight_bytes or 0) - saved[model.part],
+        )
+        if model.part in saved
+        else model
+        for model in diagnosis.models
+    )
+    on_device = {model.part: model.device for model in models}
+    devices = tuple(
+        replace(
+            device,
+            weight_bytes=device.weight_bytes
+            - sum(num for part, num in saved.items() if on_device[part] == device.device),
+        )
+        for device in diagnosis.devices
+    )
+    return replace(diagnosis, models=models, devices=devices)
 
 
 @dataclass
@@ -241,6 +276,7 @@ class _Examination:
             self._examine_model(part, spec)
         self._examine_prompts()
         self._check_sides()
+        self._examine_weights()
         if not self.recipe.policy.is_plain:
             self.notes.append(f"it steers by the policy {self.recipe.policy.describe()}")
         return Diagnosis(
@@ -279,7 +315,7 @@ class _Examination:
             return
         checkpoint = self._tried(part, lambda: self.files.checkpoint(spec), is_noted=is_first)
         values: dict[str, Any] = {
-            "reference": spec.model or "",
+            "reference": spec.model or _called_cut(spec),
             "adapter": spec.adapter,
             "prompt_format": spec.prompt,
             "shares": None if is_first else owner,
@@ -344,6 +380,12 @@ class _Examination:
         why = adapter.why_merged(checkpoint)
         if why is None:
             return
+        if spec.cut_of is not None:
+            raise UnsupportedModel(
+                f"the adapter {adapter.name} can only be merged into weights, because {why}, and the cut "
+                "that it is for shares its weights with the base.\n"
+                "hint: `proxytune make-proxy BASE --output DIR` writes the cut as an ordinary model; name DIR"
+            )
         if spec.quantization is not None or checkpoint.is_quantized:
             raise UnsupportedModel(why_not_quantised(adapter, checkpoint, why))
         self.notes.append(
@@ -472,6 +514,22 @@ class _Examination:
                     ),
                 )
 
+    def _examine_weights(self) -> None:
+        """Note each expert's weights and output bias, and check that the base has the bias's tokens."""
+        has_base = self.reports[0].num_tokens is not None
+        for expert in self.recipe.experts:
+            if expert.has_weights:
+                self.notes.append(f"{expert.name}: its weights are {expert.weights.describe()}")
+            if expert.bias is None or not has_base:
+                continue
+            bias = self._tried(f"{expert.name}.bias", partial(self.files.output_bias, expert))
+            if bias is not None:
+                largest = bias.values.abs().max()
+                self.notes.append(
+                    f"{expert.name}: its output bias {expert.bias} changes {len(bias):,} tokens, by up to "
+                    f"{float(largest):.2f} nats at strength 1"
+                )
+
     def _examine_size(
         self,
         part: str,
@@ -488,13 +546,23 @@ class _Examination:
             return values | self._examine_llama_cpp(part, spec, checkpoint, adapter, is_first)
         if is_first:
             self._tried(part, checkpoint.check_buildable)
-        device = self._tried(part, lambda: running_device(spec.device), is_noted=is_first)
+        # A cut runs as the base does.
+        asked, stored = spec, checkpoint.stored_dtype
+        if spec.cut_of is not None:
+            asked = self.recipe.base
+            stored = self.files.checkpoint(asked).stored_dtype
+        device = self._tried(part, lambda: running_device(asked.device), is_noted=is_first)
         if device is None:
             return values
-        dtype = running_dtype(spec.dtype, stored_dtype=checkpoint.stored_dtype, device=device)
+        dtype = running_dtype(asked.dtype, stored_dtype=stored, device=device)
         element = _DTYPE_BYTES[dtype]
         weight_bytes = 0
-        if is_first:
+        if is_first and isinstance(checkpoint, CutCheckpoint):
+            weight_bytes = element * checkpoint.num_own_parameters
+            self.notes.append(
+                f"{part}: layers, embedding and head are those of the base in memory; the bridge is its own."
+            )
+        elif is_first:
             found = self._tried(part, lambda: _weight_bytes(checkpoint, spec, dtype, device))
             weight_bytes = element * num if found is None else found
             self._note_quantization(part, spec, checkpoint, weight_bytes)
@@ -682,6 +750,11 @@ def _map_alike(base: Checkpoint, one: Checkpoint, other: Checkpoint) -> bool:
         return False
     maps = [token_map(base, small).small_ids >= 0 for small in (one, other)]
     return bool((maps[0] == maps[1]).all())
+
+
+def _called_cut(spec: ModelSpec) -> str:
+    """Return what a cut of the base is called; nothing for what is none."""
+    return "" if spec.keep is None else f"the base, cut to {'+'.join(map(str, spec.keep))} layers"
 
 
 def _weight_bytes(checkpoint: Checkpoint, spec: ModelSpec, dtype: str, device: str) -> int:

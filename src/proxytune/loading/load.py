@@ -13,6 +13,7 @@ from proxytune.backends.exact import ExactBackend
 from proxytune.backends.retokenised import RetokenisedBackend
 from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
+from proxytune.checkpoints.cut_checkpoint import CutCheckpoint
 from proxytune.checkpoints.merge import with_shapes
 from proxytune.decode.ensemble import Ensemble, Member
 from proxytune.errors import UnsupportedModel
@@ -57,10 +58,9 @@ def load_ensemble(
     base = found[0].checkpoint
     checkpoints = {member.spec.weights: member.checkpoint for member in found}
     places, adapters = _places(found)
-    backends = {
-        copy: _load_backend(copy, checkpoints[copy.weights], own, budget, grants)
-        for copy, own in adapters.items()
-    }
+    backends = _load_backends(adapters, checkpoints, recipe.base, budget, grants)
+    for backend in backends.values():
+        backend.share_output(backends[places[0][0]])
     if is_exact:
         backends = {copy: ExactBackend(backend) for copy, backend in backends.items()}
     alignments = {}
@@ -77,7 +77,8 @@ def load_ensemble(
     members, formats = [], []
     for (part, spec, _, _, prompt_format, _), (copy, adapter) in zip(found, places, strict=True):
         weights = spec.weights
-        name = part if weights.model == part else f"{part} ({weights.model})"
+        model = "cut of the base" if weights.cut_of else weights.model
+        name = part if model == part else f"{part} ({model})"
         alignment = alignments[weights]
         own = checkpoints[weights] if alignment.kind == "added" else None
         members.append(Member(name, backends[copy], alignment, adapter, own))
@@ -129,6 +130,28 @@ class _Adapters(NamedTuple):
 
     by_name: dict[str, AdapterFiles]
     merged: AdapterFiles | None = None
+
+
+def _load_backends(
+    adapters: Mapping[_Copy, _Adapters],
+    checkpoints: Mapping[ModelSpec, Checkpoint],
+    base: ModelSpec,
+    budget: Budget | None,
+    grants: Grants,
+) -> dict[_Copy, Backend[Any]]:
+    """Load each copy of weights, those that are cut out of the base after it."""
+    backends: dict[_Copy, Backend[Any]] = {}
+    for copy, own in adapters.items():  # the base is the first
+        checkpoint = checkpoints[copy.weights]
+        if isinstance(checkpoint, CutCheckpoint):
+            from proxytune.backends.transformers.backend import TransformersBackend
+
+            whole = backends[_Copy(base.weights)]
+            assert isinstance(whole, TransformersBackend)
+            backends[copy] = TransformersBackend.cut_out_of(whole, checkpoint, own.by_name)
+        else:
+            backends[copy] = _load_backend(copy, checkpoint, own, budget, grants)
+    return backends
 
 
 def _load_backend(

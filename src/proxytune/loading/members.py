@@ -8,15 +8,18 @@ adapter or prompt formats share one copy of the *weights*. Nothing is loaded her
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
 
+from proxytune.backends.retokenised import UNMAPPED
 from proxytune.checkpoints.adapter import AdapterFiles
 from proxytune.checkpoints.checkpoint import Checkpoint
 from proxytune.decode.ensemble import Pair
 from proxytune.errors import VocabularyMismatch
 from proxytune.loading.formats import find_formats
+from proxytune.logits.steer import Weights
 from proxytune.recipe.files import RecipeFiles
 from proxytune.recipe.spec import ModelSpec
 from proxytune.text.prompts import PromptFormat
@@ -49,8 +52,9 @@ def find_members(files: RecipeFiles) -> tuple[tuple[MemberFiles, ...], tuple[Pai
 
     Raises:
         UnsafeModel: The recipe asks for a right that the caller does not grant.
-        VocabularyMismatch: A model has other tokens than the base, and the recipe does not map them.
-        UserError: A model or adapter is missing, unsafe or corrupt; see `errors.py`.
+        VocabularyMismatch: A model has other tokens than the base, and the recipe does not map them, or an
+            output bias is for tokens that the base lacks.
+        UserError: A model, adapter or output bias is missing, unsafe or corrupt; see `errors.py`.
     """
     files.check_grants()
     recipe = files.recipe
@@ -95,5 +99,15 @@ def find_members(files: RecipeFiles) -> tuple[tuple[MemberFiles, ...], tuple[Pai
         if missing:
             is_unshared = torch.zeros(vocabulary.width, dtype=torch.bool)
             is_unshared[[*missing, *vocabulary.padding_ids.tolist()]] = True
-        pairs.append(Pair(expert.name, *sides, is_unshared))
+        is_mapped = any(members[side].alignment is None for side in sides)
+        pairs.append(
+            Pair(
+                expert.name,
+                *sides,
+                is_unshared,
+                Weights(**asdict(expert.weights)),
+                files.output_bias(expert),
+                UNMAPPED if is_mapped else None,
+            )
+        )
     return tuple(members), tuple(pairs)

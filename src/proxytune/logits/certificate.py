@@ -23,7 +23,9 @@ class Proof(NamedTuple):
     max_lost_prob: float
 
 
-def upper_logits(base_logprobs: Tensor, offsets: Tensor, *, ceilings: Tensor) -> Tensor:
+def upper_logits(
+    base_logprobs: Tensor, offsets: Tensor, *, ceilings: Tensor, scales: Tensor
+) -> Tensor:
     """Return upper bounds of the steered logits, which are exact for seen tokens.
 
     The base's logprob of an unseen token is at most `l_k`, the lowest of the k seen ones, so its steered
@@ -33,13 +35,16 @@ def upper_logits(base_logprobs: Tensor, offsets: Tensor, *, ceilings: Tensor) ->
         base_logprobs: `[rows, vocab]`, nats, -inf for unseen tokens.
         offsets: `[rows, vocab]`, `alpha * (expert - anti_expert)`.
         ceilings: `[rows]`, the highest logprob that an unseen token can have; -inf if there is none.
+        scales: `[rows, 1]`, above 0: what the base's logprobs are multiplied with where experts give it a
+            weight, and so their bounds; 1 elsewhere.
 
     Returns:
         `[rows, vocab]` float32. If the token chosen from these bounds is a seen one and is also the one
         chosen from the seen tokens alone, the full logits give the same token, since no other token exceeds
         its bound. That holds for greedy choices and for draws with the same noise.
     """
-    return torch.where(torch.isneginf(base_logprobs), ceilings[:, None], base_logprobs) + offsets
+    bounds = torch.where(torch.isneginf(base_logprobs), ceilings[:, None], base_logprobs)
+    return scales * bounds + offsets
 
 
 def spread_rest(base_logprobs: Tensor, rests: Tensor, padding_ids: Tensor) -> Tensor:
@@ -60,13 +65,21 @@ def spread_rest(base_logprobs: Tensor, rests: Tensor, padding_ids: Tensor) -> Te
 
 
 def max_lost_prob(
-    upper: Tensor, is_seen: Tensor, offsets: Tensor, *, rests: Tensor, temperatures: Tensor
+    upper: Tensor,
+    is_seen: Tensor,
+    offsets: Tensor,
+    *,
+    rests: Tensor,
+    temperatures: Tensor,
+    scales: Tensor,
+    ceilings: Tensor,
 ) -> Tensor:
     """Bound the steered probability of all tokens that were not seen: `B / (B + S)`.
 
     `S` is the sum of `exp(steered / T)` over seen tokens. `B` bounds the same sum over unseen ones: it is the
-    sum of their upper bounds or, at T = 1, the rest of the base's probability times the largest
-    `exp(offset)`, whichever is smaller.
+    sum of their upper bounds or, at T = 1, the largest `exp(offset)` times a bound of the sum of `p^s` over
+    unseen tokens, where p is the base's probability and s its scale. That sum is the rest R at s = 1. Above,
+    it is at most `R exp((s - 1) ceiling)`; below, at most `R^s N^(1 - s)` for N tokens (Jensen's inequality).
 
     Args:
         upper: `[rows, vocab]` from `upper_logits`, padding ids at -inf.
@@ -74,6 +87,8 @@ def max_lost_prob(
         offsets: `[rows, vocab]`.
         rests: `[rows]`, the most probability that the base gives to unseen tokens.
         temperatures: `[rows]`; 1 for greedy rows.
+        scales: `[rows, 1]`, as in `upper_logits`.
+        ceilings: `[rows]`, as there.
 
     Returns:
         `[rows]`, between 0 and 1.
@@ -83,5 +98,12 @@ def max_lost_prob(
     unseen = scaled.masked_fill(is_seen, -torch.inf).logsumexp(-1)
     is_possible = ~is_seen & ~torch.isneginf(upper)
     largest = offsets.masked_fill(~is_possible, -torch.inf).amax(-1)
-    by_rest = torch.where(temperatures == 1, rests.log() + largest, torch.inf)
+    power, num_possible = scales[:, 0], is_possible.sum(-1).clamp(min=1)
+    total = torch.where(
+        power < 1,
+        power * rests.log() + (1 - power) * num_possible.log(),
+        rests.log() + (power - 1) * ceilings,
+    )
+    total = torch.where(power == 1, rests.log(), total)  # 0 times an infinite ceiling is no number
+    by_rest = torch.where(temperatures == 1, total + largest, torch.inf)
     return torch.sigmoid(torch.minimum(unseen, by_rest) - seen)

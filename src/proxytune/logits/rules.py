@@ -10,6 +10,11 @@ size. An expert is *active* in a row if its strength there is not 0. A *weight* 
 requested strength with: 1 keeps it, 0 leaves the expert out. At strength 0 every policy gives the base, bit
 by bit.
 
+If an expert has weights of its own or an output bias (`logits/steer.py`), `p_expert` is the distribution of
+the logits `w_expert * expert + (w_base - 1) * base + bias`, and `p_anti_expert` that of
+`w_anti_expert * anti_expert`. Their log-ratio is what the formula adds, so a policy judges what would be
+added. At tokens that a pair does not share, rules for single tokens (clipping, signs, union) add nothing.
+
 No policy here saves forwards of the small models: they read every token, so that their KV caches have no
 holes. A gate changes what is generated, not what it costs.
 
@@ -78,7 +83,7 @@ def apply_policy(
     experts, anti_experts = (
         torch.stack([_logprobs(logits, padding_ids, mask) for logits, mask in side])
         for side in (
-            [(part.expert_logits, part.is_unshared) for part in contributions],
+            [(_with_own(part), part.is_unshared) for part in contributions],
             [(part.anti_expert_logits, part.is_unshared) for part in contributions],
         )
     )
@@ -147,6 +152,12 @@ def apply_policies(
         logits[own] = found.logits
         weights[:, own] = found.weights
     return Steered(logits, weights)
+
+
+def _with_own(part: Contribution) -> Tensor:
+    """Return an expert's logits with what the base's weight and the bias add to them."""
+    own, logits = part.own_logits, part.expert_logits
+    return logits if own is None else logits.float() + own
 
 
 def _is_weighted(policy: Policy) -> bool:

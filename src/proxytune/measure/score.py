@@ -456,6 +456,16 @@ def explain_passage(
             if not ensemble.policy.is_plain:
                 names = [pair.name for pair in used]
                 weights = dict(zip(names, found.weights[:, 0].tolist(), strict=True))
+            terms = {
+                pair.name: pair.terms(
+                    token_id,
+                    base_logits=rows[0],
+                    expert_logits=rows[pair.expert],
+                    anti_expert_logits=rows[pair.anti_expert],
+                )
+                for pair in used
+                if pair.is_weighted
+            }
             disagree = None
             if len(used) > 1:
                 parts = contributions(ensemble, batch, alphas)
@@ -468,6 +478,7 @@ def explain_passage(
                 views={n: view(row, token_id, num_top=num_top) for n, row in shown.items()},
                 kl=kl_divergence(steered, rows[0]),
                 weights=weights,
+                terms=terms or None,
                 has_conflict=disagree,
             )
 
@@ -498,7 +509,9 @@ def contributions(
 ) -> list[Contribution]:
     """Return what each pair contributes; a pair whose strength is None contributes nothing."""
     return [
-        Contribution(logits[pair.expert], logits[pair.anti_expert], alpha, pair.is_unshared)
+        pair.contribution(
+            logits[pair.expert], logits[pair.anti_expert], alpha, base_logits=logits[0]
+        )
         for pair, alpha in zip(ensemble.pairs, alphas, strict=True)
         if alpha is not None
     ]

@@ -21,8 +21,8 @@ const strengths = (alphas) => {
 
 const unpack = (run) => {
   if (run.steps) return run;
-  run.steps = run.rows.map(([id, piece, partOf, flags, level, shift, kl, baseChoice, offsets, weights, views], index) => ({
-    index, id, piece, partOf, level, shift, kl, baseChoice, offsets, weights, views,
+  run.steps = run.rows.map(([id, piece, partOf, flags, level, shift, kl, baseChoice, offsets, weights, views, terms], index) => ({
+    index, id, piece, partOf, level, shift, kl, baseChoice, offsets, weights, views, terms,
     isSpecial: Boolean(flags & 1), isGiven: Boolean(flags & 2), isChanged: Boolean(flags & 4), hasConflict: Boolean(flags & 8),
   }));
   return run;
@@ -72,6 +72,16 @@ const viewsOf = (run, step) => run.views.map((view, i) => {
   return [view, { logprob, rank, entropy, top: choices }];
 });
 
+// What an offset consists of where its expert has weights or an output bias.
+const termWords = (terms) => {
+  if (!terms) return "";
+  const [pair, base, bias] = terms;
+  const parts = [`its models ${signed(pair)}`];
+  if (base) parts.push(`the base's weight ${signed(base)}`);
+  if (bias) parts.push(`its output bias ${signed(bias)}`);
+  return ` (${parts.join(", ")})`;
+};
+
 const openDetails = (answer, index) => {
   const { run } = answer;
   const step = run.steps[index];
@@ -83,7 +93,7 @@ const openDetails = (answer, index) => {
   if (step.hasConflict) words.push("the experts, each alone, would disagree");
   const offsets = Object.entries(step.offsets);
   if (offsets.length && !run.isBase) {
-    const parts = offsets.map(([name, nats]) => `${name} ${signed(nats)}`);
+    const parts = offsets.map(([name, nats]) => `${name} ${signed(nats)}${termWords(step.terms?.[name])}`);
     const common = known(step.shift) ? step.shift - offsets.reduce((sum, [, nats]) => sum + nats, 0) : null;
     words.push(`offset ${parts.join(", ")} nats${known(common) && !step.weights ? `, all tokens ${signed(common)}` : ""}`);
     if (step.weights) words.push(`the policy's weight: ${Object.entries(step.weights).map(([name, weight]) => `${name} × ${decimal(weight)}`).join(", ")}`);

@@ -52,13 +52,15 @@ def model_card(
     rows = []
     for part, spec in models.items():
         model = "the base itself" if spec.same_as else f"`{spec.model}`"
+        if spec.cut_of and spec.keep:
+            model = f"the base's first {spec.keep[0]} and last {spec.keep[1]} layers"
         adapter = f"`{spec.adapter}`" if spec.adapter else ""
         prompt = spec.prompt if spec.prompt in ("plain", "chat") else "a template of its own"
         rows.append(f"| {titles[part]} | {model} | {adapter} | {prompt} |")
     content = CARD.format(
         rows="\n".join(rows),
         install=install_elsewhere(),
-        strengths=", ".join(f"{expert.name} {expert.alpha:g}" for expert in experts),
+        strengths=", ".join(map(_strength, experts)),
         policy="" if policy.is_plain else f" Policy: {policy.describe()}.",
     )
     references = [r for spec in models.values() for r in (spec.model, spec.adapter) if r]
@@ -69,6 +71,13 @@ def model_card(
         lines += ["base_model:", *(f"- {hub_id}" for hub_id in hub_ids)]
     metadata = "\n".join([*lines, "---", ""])
     return f"{metadata}\n{content}" + TRANSFORMERS * _runs_in_transformers(models)
+
+
+def _strength(expert: ExpertSpec) -> str:
+    parts = [f"weights: {expert.weights.describe()}"] if expert.has_weights else []
+    parts += [f"output bias: `{expert.bias}`"] if expert.bias else []
+    more = f" ({'; '.join(parts)})" if parts else ""
+    return f"{expert.name} {expert.alpha:g}{more}"
 
 
 def _is_hub_id(reference: str, directory: Path) -> bool:

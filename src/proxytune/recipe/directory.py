@@ -4,13 +4,13 @@ config.json              what `recipe.py` reads and writes
 README.md                a model card
 modeling_proxytune.py    where transformers finds this package, with `trust_remote_code=True`
 adapters/…               LoRA adapters, if they travel with the recipe
+….safetensors            output biases of experts, if they do
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from proxytune.checkpoints.untrusted import (
     read_regular,
 )
 from proxytune.errors import CorruptModel, ModelNotFound, RecipeError
+from proxytune.files import building, replacing
 from proxytune.recipe.spec import ModelSpec
 
 LOADER_NAME = "modeling_proxytune.py"
@@ -91,41 +92,61 @@ def reference_from(source: Path, reference: str, target: Path) -> str:
     return Path(os.path.relpath(os.path.normpath(source / path), target)).as_posix()
 
 
-def mover(source: Path, target: Path) -> tuple[Callable[[ModelSpec], ModelSpec], dict[str, Path]]:
-    """Return a function that makes a model's references lead to the same files from `target`.
+class Mover:
+    """Makes the references of a recipe in `source` lead to the same files from `target`.
 
-    Adapters inside `source` keep their reference. The function enters them into the dict, by reference, so
-    that they can be copied along.
+    Adapters and output biases inside `source` keep their reference. They are entered into `inside`, by
+    reference, so that they can be copied along.
     """
-    inside: dict[str, Path] = {}
 
-    def move(reference: str | None) -> str | None:
-        return None if reference is None else reference_from(source, reference, target)
+    def __init__(self, source: Path, target: Path) -> None:
+        self._source, self._target = source, target
+        self.inside: dict[str, Path] = {}
 
-    def move_adapter(reference: str | None) -> str | None:
-        if reference is None or (moved := reference_from(source, reference, target)) == reference:
+    def model(self, spec: ModelSpec) -> ModelSpec:
+        """Return a model as a recipe in `target` names it."""
+        api = spec.api and replace(spec.api, tokenizer=self._moved(spec.api.tokenizer))
+        return replace(
+            spec,
+            model=self._moved(spec.model),
+            adapter=self.small(spec.adapter),
+            bridge=self.small(spec.bridge),
+            api=api,
+        )
+
+    def small(self, reference: str | None) -> str | None:
+        """Return the reference of an adapter, a bridge or an output bias, which travels with its recipe."""
+        source = self._source
+        if reference is None or (moved := self._moved(reference)) == reference:
             return reference  # it does not lead to a local file
         place = Path(os.path.normpath(source / os.path.expanduser(reference)))
         if place == source or not place.is_relative_to(source):
             return moved
         kept = place.relative_to(source).as_posix()
-        inside[kept] = place
+        self.inside[kept] = place
         return kept
 
-    def move_spec(spec: ModelSpec) -> ModelSpec:
-        api = spec.api and replace(spec.api, tokenizer=move(spec.api.tokenizer))
-        return replace(spec, model=move(spec.model), adapter=move_adapter(spec.adapter), api=api)
-
-    return move_spec, inside
+    def _moved(self, reference: str | None) -> str | None:
+        return reference and reference_from(self._source, reference, self._target)
 
 
-def copy_adapter(adapter: Path, target: Path, *, root: Path) -> None:
-    """Copy an adapter that is inside the recipe `root` into the directory `target`, links as their files.
+def copy_inside(place: Path, target: Path, *, root: Path) -> None:
+    """Copy an adapter or an output bias that is inside the recipe `root` to `target`, links as their files.
 
     Raises:
         CorruptModel: Something in it leads out of the recipe, or is neither a file nor a directory.
+        OutputFileError: It cannot be written.
     """
-    check_link(adapter, root)
+    check_link(place, root)
+    if place.is_file():
+        with replacing(target) as part:
+            shutil.copyfile(place, part)
+        return
+    with building(target) as part:
+        _copy_adapter(place, part, root=root)
+
+
+def _copy_adapter(adapter: Path, target: Path, *, root: Path) -> None:
     for folder, directories, files in os.walk(adapter):
         for path in (Path(folder, name) for name in (*directories, *files)):
             check_link(path, root)

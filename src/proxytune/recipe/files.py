@@ -11,14 +11,18 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from proxytune.checkpoints.adapter import AdapterFiles, find_adapter
+from proxytune.checkpoints.bridge_file import find_bridge
 from proxytune.checkpoints.changes import PatternClock
 from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
+from proxytune.checkpoints.cut import Keep
+from proxytune.checkpoints.cut_checkpoint import CutCheckpoint
 from proxytune.checkpoints.hub import PICKLED, cached_directory
+from proxytune.checkpoints.output_bias import OutputBias, read_output_bias
 from proxytune.checkpoints.references import unpinned_path
 from proxytune.errors import UnsafeModel, UserError
 from proxytune.grants import NOTHING, Grants
 from proxytune.recipe.recipe import Recipe
-from proxytune.recipe.spec import ModelSpec
+from proxytune.recipe.spec import ExpertSpec, ModelSpec
 
 _MEANINGS = {
     "trust_remote_code": ("to run Python code that comes with its models", ("*.py",)),
@@ -117,6 +121,11 @@ class RecipeFiles:
             UserError: They are missing, unsafe or corrupt; the same error each time.
         """
         weights = spec.weights
+        if spec.cut_of is not None and weights not in self._found:
+            try:
+                self._found[weights] = self._cut(spec)
+            except UserError as error:
+                self._found[weights] = error
         if weights not in self._found:
             local = weights if spec.api is None else self.recipe.base_tokenizer
             try:
@@ -134,6 +143,11 @@ class RecipeFiles:
             raise found
         return found
 
+    def _cut(self, spec: ModelSpec) -> Checkpoint:
+        assert spec.keep is not None and spec.bridge is not None
+        bridge = find_bridge(spec.bridge, root=self.recipe.directory)
+        return CutCheckpoint.of(self.checkpoint(self.recipe.base), Keep(*spec.keep), bridge)
+
     def adapter(self, spec: ModelSpec) -> AdapterFiles | None:
         """Return the files of a model's adapter; None if it has none.
 
@@ -148,6 +162,19 @@ class RecipeFiles:
             allow_pickle=spec.allow_pickle and self.grants.allow_pickle,
         )
         return replace(found, clock=self._clock)
+
+    def output_bias(self, expert: ExpertSpec) -> OutputBias | None:
+        """Return an expert's output bias; None if it has none.
+
+        Raises:
+            VocabularyMismatch: It is for tokens that the base lacks.
+            UserError: Its file is missing or corrupt.
+        """
+        if expert.bias is None:
+            return None
+        found = read_output_bias(expert.bias, root=self.recipe.directory)
+        found.check_tokens(self.checkpoint(self.recipe.base).vocabulary)
+        return found
 
     def _matching(
         self, places: Iterable[tuple[str | None, str | None]], patterns: Iterable[str]

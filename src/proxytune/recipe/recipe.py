@@ -24,7 +24,7 @@ from proxytune.errors import (
     UnknownExpert,
     did_you_mean,
 )
-from proxytune.files import building, write_whole, writing
+from proxytune.files import write_whole, writing
 from proxytune.policy import Policy, needs_all_logits
 from proxytune.recipe.card import model_card
 from proxytune.recipe.checks import (
@@ -40,10 +40,10 @@ from proxytune.recipe.checks import (
 from proxytune.recipe.directory import (
     LOADER,
     LOADER_NAME,
-    copy_adapter,
+    Mover,
+    copy_inside,
     find_recipe,
     may_write_loader,
-    mover,
     read_config,
     reference_from,
 )
@@ -126,12 +126,40 @@ class Recipe:
         if count > 1:
             raise RecipeError(f"two experts are called {name!r}.\nhint: give each its own name")
         check_fields(self)
+        self._check_cuts()
         if self.base.api is not None:
             self._check_api()
         if self.default_expert is not None and self.default_expert not in names:
             raise RecipeError(
                 f"default_expert is {as_json(self.default_expert)}, but the experts are {_listed(names)}"
                 f"{did_you_mean(self.default_expert, names)}"
+            )
+
+    def _check_cuts(self) -> None:
+        """Refuse cuts of a base whose layers are not here, or not as they are stored."""
+        base = self.base
+        if base.cut_of is not None:
+            raise RecipeError(
+                'the base is {"cut_of": "base"}, a cut of itself.\nhint: name its model'
+            )
+        cut = next((part for part, spec in self.models.items() if spec.cut_of), None)
+        if cut is None:
+            return
+        why = None
+        if base.api is not None:
+            why = "the base is behind an API"
+        elif base.llama_cpp is not None:
+            why = "llama.cpp runs the base, and does not lend its layers"
+        elif base.quantization is not None:
+            why = "the base is quantised when it is loaded"
+        elif base.device == "auto":
+            why = "the base is spread over devices"
+        elif base.cuda_graphs:
+            why = "the base runs as CUDA graphs"
+        if why is not None:
+            raise RecipeError(
+                f"{cut} is cut out of the base in memory, and {why}.\n"
+                "hint: `proxytune make-proxy BASE --output DIR` writes the cut as an ordinary model; name DIR"
             )
 
     def _check_api(self) -> None:
@@ -144,6 +172,13 @@ class Recipe:
                 )
         if self.policy.reads_base:
             raise RecipeError(needs_all_logits(self.policy))
+        weighted = next((e.name for e in self.experts if e.weights.base != 1), None)
+        if weighted is not None and not self.policy.is_plain:
+            raise RecipeError(
+                f"the base is behind an API, and expert {weighted!r} gives it a weight other than 1. Under "
+                f"the policy {self.policy.describe()} that needs all logits, and an API shows only some.\n"
+                "hint: leave out the policy, or the base's weight"
+            )
 
     @classmethod
     def read(cls, reference: str | os.PathLike[str]) -> Recipe:
@@ -258,7 +293,7 @@ class Recipe:
         changes: dict[str, Any] = {k: value for k, value in given.items() if value is not None}
 
         def changed(spec: ModelSpec) -> ModelSpec:
-            is_elsewhere = spec.same_as or spec.llama_cpp or spec.api
+            is_elsewhere = spec.same_as or spec.cut_of or spec.llama_cpp or spec.api
             return spec if is_elsewhere else replace(spec, **changes)
 
         return self.with_models(changed)
@@ -321,9 +356,10 @@ class Recipe:
     ) -> Recipe:
         """Write the recipe into a directory and return it as written there.
 
-        Local paths are rewritten so that they lead to the same files from there, and adapters inside the
-        recipe's own directory are copied along. A model card, and the file that leads transformers to this
-        package, are written if missing; those that this method wrote and nobody edited are replaced.
+        Local paths are rewritten so that they lead to the same files from there, and adapters and output
+        biases inside the recipe's own directory are copied along. A model card, and the file that leads
+        transformers to this package, are written if missing; those that this method wrote and nobody edited
+        are replaced.
 
         Args:
             directory: Where to write; made if it is missing.
@@ -336,15 +372,14 @@ class Recipe:
         """
         target = Path(os.path.abspath(os.path.expanduser(os.fspath(directory))))
         source = Path(os.path.abspath(self.directory))
-        move, inside = mover(source, target)
-        moved = self if source == target else self.with_models(move)
+        mover = Mover(source, target)
+        moved = self if source == target else self._moved(mover)
         moved.check_free(target, overwrite=overwrite)
         with writing(target):
             target.mkdir(parents=True, exist_ok=True)
-            for reference, adapter in inside.items():
+            for reference, place in mover.inside.items():
                 if not (target / reference).exists():
-                    with building(target / reference) as part:
-                        copy_adapter(adapter, part, root=source)
+                    copy_inside(place, target / reference, root=source)
             whole = {**moved.to_dict(), "auto_map": AUTO_MAP}
             content = json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False)
             if may_write_loader(target):
@@ -353,6 +388,12 @@ class Recipe:
                 write_whole(target / "README.md", card or moved.model_card())
             write_whole(target / "config.json", content + "\n")
         return replace(moved, directory=target)
+
+    def _moved(self, mover: Mover) -> Recipe:
+        """Return the recipe as it is written elsewhere."""
+        moved = self.with_models(mover.model)
+        experts = tuple(replace(each, bias=mover.small(each.bias)) for each in moved.experts)
+        return replace(moved, experts=experts)
 
     def reference_from(self, reference: str, target: Path) -> str:
         """Return a model's reference, rewritten so that it leads to the same files from `target`."""

@@ -28,6 +28,9 @@ CACHE_DTYPES = ("float32", "float16", "q8_0")
 DEFAULT_CONTEXT = 4096
 """Maximum number of tokens of a row in llama.cpp, unless the recipe sets one."""
 
+MAX_WEIGHT = 10.0
+"""Largest weight of a model in what an expert adds; at 10 the base's temperature is 0.1."""
+
 ENDPOINTS = ("completions", "chat")
 """Endpoints of an OpenAI-compatible API that generate text."""
 
@@ -145,6 +148,9 @@ class ModelSpec:
             address of an API.
         adapter: A LoRA adapter on it: a local directory, `package:NAME/PATH`, or a Hub id.
         same_as: `base` reuses the base's logits; no other key may be set.
+        cut_of: `base` makes a small model of the base's own layers in memory, with a bridge between them.
+        keep: For `cut_of`: numbers of first and last layers, such as `[3, 3]`.
+        bridge: For `cut_of`: a `.safetensors` file; `proxytune make-proxy BASE --bridge-only` writes it.
         revision: Branch, tag or commit of the model, if it is a Hub id.
         dtype: `float32`, `bfloat16`, `float16`, or `auto` for the stored dtype; None is the stored dtype on
             an accelerator and float32 on the CPU.
@@ -170,6 +176,15 @@ class ModelSpec:
     adapter: str | None = recipe_key()
     same_as: Literal["base"] | None = recipe_key(
         words='"base"', hint="name a model with model, or leave same_as out"
+    )
+    cut_of: Literal["base"] | None = recipe_key(
+        words='"base"', hint="name a model with model, or leave cut_of out"
+    )
+    keep: tuple[int, ...] | None = recipe_key(words="two numbers of layers", hint='"keep": [3, 3]')
+    bridge: str | None = recipe_key(
+        pattern=r"\.safetensors$",
+        words="the name of a .safetensors file",
+        hint="`proxytune make-proxy BASE --bridge-only` writes it",
     )
     revision: str | None = recipe_key()
     dtype: str | None = recipe_key(choices=(*DTYPES, "auto"))
@@ -201,8 +216,15 @@ class ModelSpec:
                 f"attn_implementation is {as_json(self.attn_implementation)}, a repository of the Hub, whose "
                 'code would run.\nhint: if you trust it, set "trust_remote_code": true beside it'
             )
+        if self.cut_of is None and (self.keep is not None or self.bridge is not None):
+            raise RecipeError(
+                "keep and bridge describe a cut, and cut_of is not given.\n"
+                'hint: {"cut_of": "base", "keep": [3, 3], "bridge": "bridge.safetensors"}'
+            )
         if self.same_as is not None:
             self._check_same_as()
+        elif self.cut_of is not None:
+            self._check_cut()
         elif self.model is None and self.adapter is None:
             raise RecipeError(
                 "neither model nor same_as is given, so there is nothing to run.\n"
@@ -261,6 +283,20 @@ class ModelSpec:
                     f"are.\nhint: leave {setting.name} out, or name the model again with model"
                 )
 
+    def _check_cut(self) -> None:
+        if self.bridge is None or self.keep is None or len(self.keep) != 2 or min(self.keep) < 1:
+            raise RecipeError(
+                "cut_of needs keep, two numbers of layers from 1 on, and bridge, a file.\n"
+                'hint: {"cut_of": "base", "keep": [3, 3], "bridge": "bridge.safetensors"}'
+            )
+        kept = {"cut_of", "keep", "bridge", "adapter", "prompt", "chat", "allow_pickle"}
+        for setting in fields(self):
+            if setting.name not in kept and getattr(self, setting.name) != setting.default:
+                raise RecipeError(
+                    f"cut_of and {setting.name} are both given, but a cut runs as the base does.\n"
+                    f"hint: leave {setting.name} out, or write the cut as a model with `proxytune make-proxy`"
+                )
+
     @property
     def weights(self) -> ModelSpec:
         """The spec without adapter and formats; models with equal ones share one copy of the weights."""
@@ -278,9 +314,40 @@ class ModelSpec:
 
 # What an expert that is only an adapter inherits from the model it sits on.
 _SHARED_KEYS = (
-    "model", "revision", "dtype", "device", "quantization", "attn_implementation", "cuda_graphs",
-    "trust_remote_code", "allow_pickle", "llama_cpp",
+    "model", "cut_of", "keep", "bridge", "revision", "dtype", "device", "quantization",
+    "attn_implementation", "cuda_graphs", "trust_remote_code", "allow_pickle", "llama_cpp",
 )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """How strongly each model counts in what an expert adds to the base's logits.
+
+    An expert adds `alpha * ((base - 1) * base's logits + expert * expert's logits - anti_expert *
+    anti-expert's logits + bias)`.
+
+    Args:
+        base: At strength 1 the base's temperature is 1 divided by this.
+        expert: Weight of the expert.
+        anti_expert: Weight of the anti-expert. With 0 here and in `expert`, the base steers itself, by its
+            temperature and the bias alone.
+
+    Raises:
+        RecipeError: A value cannot be used.
+    """
+
+    base: float = recipe_key(1.0, above=0, at_most=MAX_WEIGHT)
+    expert: float = recipe_key(1.0, at_least=0, at_most=MAX_WEIGHT)
+    anti_expert: float = recipe_key(1.0, at_least=0, at_most=MAX_WEIGHT)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for setting in fields(self):
+            object.__setattr__(self, setting.name, float(getattr(self, setting.name)))
+
+    def describe(self) -> str:
+        """Describe the weights in one line."""
+        return f"base {self.base:g}, expert {self.expert:g}, anti-expert {self.anti_expert:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +362,9 @@ class ExpertSpec:
         expert: The small model after tuning.
         anti_expert: The same small model before tuning, or one tuned to the opposite.
         alpha: Strength of steering; 0 is the base alone, 1 the published method.
+        weights: How strongly base, expert and anti-expert count.
+        bias: A local `.safetensors` file, or `package:NAME/PATH`, with a number to add to the logits of some
+            tokens: `token_ids` (int64, of the base's vocabulary) and `values` (float32).
 
     Raises:
         RecipeError: A value cannot be used, or two exclude each other.
@@ -310,6 +380,12 @@ class ExpertSpec:
     expert: ModelSpec
     anti_expert: ModelSpec
     alpha: float = 1.0
+    weights: ExpertWeights = field(default_factory=ExpertWeights)
+    bias: str | None = recipe_key(
+        pattern=r"\.safetensors$",
+        words="the name of a .safetensors file",
+        hint="it holds token_ids (int64) and values (float32)",
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -328,13 +404,18 @@ class ExpertSpec:
                 'expert and anti_expert are both {"same_as": "base"}, so their difference is zero.\n'
                 "hint: name a model for one of them"
             )
-        if self.anti_expert.same_as is None and self.anti_expert.model is None:
+        if not (self.anti_expert.same_as or self.anti_expert.cut_of or self.anti_expert.model):
             raise RecipeError(
                 "anti_expert has an adapter but no model to put it on.\n"
                 'hint: {"model": "owner/name", "adapter": "adapters/opposite"}'
             )
-        if self.expert.same_as is None and self.expert.model is None:
+        if not (self.expert.same_as or self.expert.cut_of or self.expert.model):
             object.__setattr__(self, "expert", self._on_the_anti_experts_model())
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether a weight differs from 1."""
+        return self.weights != ExpertWeights()
 
     def _on_the_anti_experts_model(self) -> ModelSpec:
         if self.anti_expert.same_as is not None:
@@ -357,12 +438,17 @@ class ExpertSpec:
         expert = self.expert.to_dict()
         if self.expert.adapter is not None and self.expert.weights == self.anti_expert.weights:
             expert = {key: value for key, value in expert.items() if key not in _SHARED_KEYS}
-        return {
+        content: dict[str, Any] = {
             "name": self.name,
             "anti_expert": self.anti_expert.to_dict(),
             "expert": expert,
             "alpha": self.alpha,
         }
+        if self.has_weights:
+            content["weights"] = _without_defaults(self.weights)
+        if self.bias is not None:
+            content["bias"] = self.bias
+        return content
 
 
 def model_spec(value: Any, place: str) -> ModelSpec:
@@ -379,6 +465,8 @@ def model_spec(value: Any, place: str) -> ModelSpec:
             value[key] = kind(**settings)
         except RecipeError as error:
             raise RecipeError(f"{place}.{key}: {error}") from error
+    if isinstance(value.get("keep"), list):
+        value["keep"] = tuple(value["keep"])
     try:
         return ModelSpec(**value)
     except RecipeError as error:
@@ -392,8 +480,16 @@ def expert_spec(value: Any, place: str) -> ExpertSpec:
     check_required(value, ("name", "expert", "anti_expert"), place)
     expert = model_spec(value["expert"], f"{place}.expert")
     anti_expert = model_spec(value["anti_expert"], f"{place}.anti_expert")
+    given = value.get("weights")
+    weights = {} if given is None else as_object(given, f"{place}.weights")
+    check_keys(weights, known=[s.name for s in fields(ExpertWeights)], place=f"{place}.weights")
     try:
-        return ExpertSpec(value["name"], expert, anti_expert, value.get("alpha", 1.0))
+        own = ExpertWeights(**weights)
+    except RecipeError as error:
+        raise RecipeError(f"{place}.weights: {error}") from error
+    alpha, bias = value.get("alpha", 1.0), value.get("bias")
+    try:
+        return ExpertSpec(value["name"], expert, anti_expert, alpha, own, bias)
     except RecipeError as error:
         raise RecipeError(f"{place}: {error}") from error
 

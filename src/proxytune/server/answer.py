@@ -115,6 +115,7 @@ def explained(step: Step, tokens: Tokens) -> Json:
         "logprob": step.logprob,
         "kl": step.kl if step.kl is not None and step.kl < float("inf") else None,
         "views": {name: _view(view, tokens) for name, view in (step.views or {}).items()},
+        "terms": step.terms and {name: each._asdict() for name, each in step.terms.items()},
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from proxytune.tune.verdict import interval_words
 _METHODS = {
     "sft": "supervised fine-tuning",
     "dpo": "Direct Preference Optimization (arXiv:2305.18290)",
+    "grpo": "Group Relative Policy Optimization (arXiv:2402.03300): trained by a reward for its own answers",
     "cpt": "Consistent Proxy Tuning (arXiv:2407.01155): trained through the frozen base and anti-expert",
 }
 _CALIBRATED = {
@@ -37,23 +38,41 @@ def last_word(settings: TuneSettings, result: TuneResult) -> list[str]:
     counts, verdict = result.data["train"], result.verdict
     lines = [
         f"wrote {settings.directory}: expert {result.expert!r}, alpha {result.alpha:g}{_tried(result)}",
-        f"trained on {counts['rows_read']:,} of {counts['rows']:,} rows ({counts['num_trained']:,} tokens) "
-        f"in {result.num_steps:,} steps, by method {result.method}",
+        f"trained on {counts['rows_read']:,} of {counts['rows']:,} rows{_tokens(result)} in "
+        f"{result.num_steps:,} steps, by method {result.method}",
     ]
     if verdict is None:
         return [*lines, "nothing was measured, so nothing shows whether steering helps"]
+    which = "of validation" if verdict["rows"] == "valid" else "that nothing was chosen on"
+    if result.rewards is not None:
+        report = result.rewards[verdict["rows"]]
+        lines.append(
+            f"mean reward of greedy answers to {verdict['num_rows']:,} prompts {which}, with 95 % intervals:"
+        )
+        lines += [_shown_reward(row) for row in report["rows"] if _is_shown(row, verdict, result)]
+        return [*lines, *_answers(verdict)]
     report = result.valid if verdict["rows"] == "valid" else result.test
     assert report is not None
-    which = "of validation" if verdict["rows"] == "valid" else "that nothing was chosen on"
     lines.append(
         f"perplexity on {verdict['num_rows']:,} rows {which} ({report['num_tokens']:,} tokens), with 95 % "
         "intervals:"
     )
-    lines += [
-        _shown_score(row)
-        for row in report["rows"]
-        if row["alpha"] in (verdict["alpha"], 1.0) or _side(row) in _alone(result)
-    ]
+    lines += [_shown_score(row) for row in report["rows"] if _is_shown(row, verdict, result)]
+    return [*lines, *_answers(verdict)]
+
+
+def _tokens(result: TuneResult) -> str:
+    """Return how many tokens of the rows were trained on, to follow the rows."""
+    return "" if result.method == "grpo" else f" ({result.data['train']['num_trained']:,} tokens)"
+
+
+def _is_shown(row: Mapping[str, Any], verdict: Mapping[str, Any], result: TuneResult) -> bool:
+    return row["alpha"] in (verdict["alpha"], 1.0) or _side(row) in _alone(result)
+
+
+def _answers(verdict: Mapping[str, Any]) -> list[str]:
+    """Return a verdict's answers side by side, its reason and its hints."""
+    lines = []
     for sample in verdict["samples"]:
         lines += ["", f"  prompt: {_line(sample['prompt'])}"]
         for side in ("base", "steered", "given"):
@@ -61,6 +80,13 @@ def last_word(settings: TuneSettings, result: TuneResult) -> list[str]:
             lines.append(f"    {side + ':':<9} {text}")
     lines += ["", f"steering {verdict['word']}: {verdict['reason']}"]
     return [*lines, *(f"try next: {hint}" for hint in verdict["hints"])]
+
+
+def _shown_reward(row: Mapping[str, Any]) -> str:
+    text = f"  {_model(row):<22} {row['reward']:.3f}{interval_words(row['interval'], '.3f')}"
+    if row["name"] != "base":
+        text += f"  {row['change']:+.3f}{interval_words(row['change_interval'], '+.3f')}"
+    return f"{text}, {row['length']:.1f} tokens"
 
 
 def _side(row: Mapping[str, Any]) -> str:
@@ -75,17 +101,22 @@ def _alone(result: TuneResult) -> tuple[str, ...]:
 
 def _shown_score(row: Mapping[str, Any]) -> str:
     side = _side(row)
-    names = {"expert": "expert alone", "anti_expert": "anti-expert alone"}
-    name = names.get(side, side)
-    name += "" if row["alpha"] is None else f" at alpha {row['alpha']:g}"
-    text = f"  {name:<22} {row['perplexity']:.2f}{interval_words(row['interval'], '.2f')}"
+    text = f"  {_model(row):<22} {row['perplexity']:.2f}{interval_words(row['interval'], '.2f')}"
     if side == "base":
         return text
     return f"{text}  {row['change']:+.1%}{interval_words(row['change_interval'], '+.1%')}"
 
 
+def _model(row: Mapping[str, Any]) -> str:
+    names = {"expert": "expert alone", "anti_expert": "anti-expert alone"}
+    name = names.get(_side(row), _side(row))
+    return name + ("" if row["alpha"] is None else f" at alpha {row['alpha']:g}")
+
+
 def _tried(result: TuneResult) -> str:
     """Return how the strength was chosen, to follow it."""
+    if result.fit is not None and result.fit["kept"] != "none":
+        return f", with fitted {result.fit['kept']}"
     if not result.tried:
         return ""
     low, high = min(result.tried), max(result.tried)
@@ -110,6 +141,8 @@ def _verdict(result: TuneResult) -> list[str]:
         return []
     lines = [f"## Steering {verdict['word']}", "", f"{_sentence(verdict['reason'])}", ""]
     lines += [f"Strength: alpha {result.alpha:g}{_tried(result)}.", ""]
+    if result.fit is not None:
+        lines += [_sentence(result.fit["words"]), ""]
     if verdict["samples"]:
         lines += ["| prompt | base | steered | given |", "| --- | --- | --- | --- |"]
         sides = ("prompt", "base", "steered", "given")
@@ -126,6 +159,8 @@ def _sentence(text: str) -> str:
 
 
 def _measured(result: TuneResult) -> list[str]:
+    if result.rewards is not None:
+        return _measured_rewards(result.rewards, result)
     lines: list[str] = []
     parts = (("validation", "valid", result.valid), ("test", "test", result.test))
     for title, key, report in parts:
@@ -148,6 +183,34 @@ def _measured(result: TuneResult) -> list[str]:
             "on new text. Measure on rows used for neither choice with `--test-data`.",
             "",
         ]
+    return lines
+
+
+def _measured_rewards(rewards: Mapping[str, Any], result: TuneResult) -> list[str]:
+    lines: list[str] = []
+    for title, key in (("validation", "valid"), ("test", "test")):
+        if key not in rewards:
+            continue
+        report = rewards[key]
+        lines += [
+            f"## Rewarded on {title} rows",
+            "",
+            f"Greedy answers to {report['num_answers']:,} prompts of `{result.data[key]['source']}`; 95 % "
+            "bootstrap intervals over prompts are in brackets.",
+            "",
+            "| model | alpha | mean reward | against base | mean tokens |",
+            "| --- | ---: | ---: | ---: | ---: |",
+        ]
+        for row in report["rows"]:
+            alpha = "" if row["alpha"] is None else f"{row['alpha']:g}"
+            change = ""
+            if row["name"] != "base":
+                change = f"{row['change']:+.3f}{interval_words(row['change_interval'], '+.3f')}"
+            lines.append(
+                f"| {row['name']} | {alpha} | {row['reward']:.3f}{interval_words(row['interval'], '.3f')} | "
+                f"{change} | {row['length']:.1f} |"
+            )
+        lines.append("")
     return lines
 
 
@@ -205,6 +268,12 @@ def _training(settings: TuneSettings, result: TuneResult) -> list[str]:
             f"- validation loss {result.first_valid_loss:.4f} before training, {result.valid_loss:.4f} at "
             "its lowest, which is the checkpoint that was kept"
         )
+    rewards = result.rewards or {}
+    if rewards.get("first_valid") is not None:
+        lines.append(
+            f"- validation reward {rewards['first_valid']:.3f} before training, {rewards['best_valid']:.3f} "
+            "at its highest, which is the checkpoint that was kept"
+        )
     versions = ", ".join(f"{k} {v}" for k, v in result.environment.items() if k != "num_threads")
     lines += [f"- {versions}", "", "`training/` has the log of losses and its picture."]
     return lines
@@ -220,7 +289,10 @@ def _shown(value: Any) -> str:
 def loss_plot(
     losses: Sequence[Mapping[str, Any]], path: Path, first_valid_loss: float | None
 ) -> None:
-    """Draw training and validation loss over the steps as a PNG, the untuned model's loss as a line."""
+    """Draw training and validation loss over the steps as a PNG, the untuned model's loss as a line.
+
+    Where rewards were logged, reward, KL divergence and length of the answers are drawn instead.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -230,6 +302,9 @@ def loss_plot(
         rows = [row for row in losses if row.get(key) is not None]
         return [row["step"] for row in rows], [row[key] for row in rows]
 
+    if any("reward" in row for row in losses):
+        _save(_drawn_rewards(pyplot, points), path)
+        return
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
     axes.plot(*points("loss"), color="#9aa5b1", linewidth=1, label="training")
     axes.plot(*points("valid_loss"), color="#1f6feb", marker="o", markersize=3, label="validation")
@@ -245,6 +320,31 @@ def loss_plot(
     axes.set_ylabel("loss, nats per trained token")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def _drawn_rewards(pyplot: Any, points: Callable[[str], tuple[list[float], list[float]]]) -> Any:
+    """Return a figure with three plots of what `points` gives for a key of the log."""
+    figure, plots = pyplot.subplots(3, 1, figsize=(7, 7), dpi=120, sharex=True)
+    for axes, label, sampled, greedy in (
+        (plots[0], "mean reward", "reward", "valid_reward"),
+        (plots[1], "KL divergence, nats per token", "kl", None),
+        (plots[2], "mean answer, tokens", "length", "valid_length"),
+    ):
+        axes.plot(*points(sampled), color="#9aa5b1", linewidth=1, label="training, sampled")
+        if greedy is not None:
+            own = {"color": "#1f6feb", "marker": "o", "markersize": 3}
+            axes.plot(*points(greedy), label="validation, greedy", **own)
+        axes.set_ylabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+    plots[0].legend(frameon=False)
+    plots[-1].set_xlabel("optimizer step")
+    return figure
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
     figure.tight_layout()
     try:
         save_figure(figure, path)

@@ -74,6 +74,23 @@ class PreferenceExample:
         return len(self.chosen_ids) + len(self.rejected_ids)
 
 
+@dataclass(frozen=True, slots=True)
+class PromptExample:
+    """A prompt that training by reward has answered, in token ids of the small model's vocabulary."""
+
+    token_ids: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens of the prompt."""
+        return len(self.token_ids)
+
+    @property
+    def num_trained(self) -> int:
+        """0: what is trained on are answers that do not exist yet."""
+        return 0
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Rows as a model reads them.
@@ -87,7 +104,7 @@ class Encoded:
         num_dropped: Number of rows left out because their prompt alone fills the maximum length.
     """
 
-    examples: list[Example] | list[PreferenceExample]
+    examples: list[Example] | list[PreferenceExample] | list[PromptExample]
     sources: list[tuple[int, ...]]
     truncated: frozenset[int]
     num_rows: int
@@ -166,7 +183,8 @@ def encode(
         rows: Rows of any format.
         tokenizer: The small model's tokenizer.
         prompt_format: `plain`, `chat` or a Jinja template; plain texts need none.
-        max_length: Maximum number of tokens per example, at least 2. Longer examples lose their end.
+        max_length: Maximum number of tokens per example, at least 2. Longer examples lose their end; prompts
+            without an answer are left out instead.
         name: The model's name in errors.
         packed: Join texts and cut them into windows of `max_length`. Each window begins with the last token
             of the window before, so that every token but the first is predicted once. Otherwise each text
@@ -184,6 +202,8 @@ def encode(
         return encoder.packed() if packed else encoder.examples(encoder.text)
     if rows.kind == "preference":
         return encoder.preferences()
+    if rows.kind == "prompt":
+        return encoder.prompts()
     return encoder.examples(encoder.conversation if rows.is_conversation else encoder.completion)
 
 
@@ -259,9 +279,19 @@ class _Encoder:
             sources.append((index,))
         return self._encoded(kept, sources, truncated, num_dropped)
 
+    def prompts(self) -> Encoded:
+        kept: list[PromptExample] = []
+        sources: list[tuple[int, ...]] = []
+        for index in range(len(self._rows)):
+            token_ids = self._of(index, lambda i: self._prompt(self._rows.rows[i]["prompt"], i))
+            if len(token_ids) <= self._max_length:
+                kept.append(PromptExample(token_ids))
+                sources.append((index,))
+        return self._encoded(kept, sources, set(), len(self._rows) - len(kept))
+
     def _encoded(
         self,
-        examples: list[Example] | list[PreferenceExample],
+        examples: list[Example] | list[PreferenceExample] | list[PromptExample],
         sources: list[tuple[int, ...]],
         truncated: set[int],
         num_dropped: int,

@@ -7,7 +7,7 @@ The output directory is a recipe; the run's own files are in `training/`:
     config.json, README.md       the recipe and its model card
     adapters/NAME or expert/     the expert: a LoRA adapter, or full weights
     training/settings.json       the settings, and digests of the data
-    training/log.jsonl           losses, a row per logged step
+    training/log.jsonl           losses, and rewards if there are any, a row per logged step
     training/loss.png            the same as a picture
     training/result.json         the measurements
 
@@ -33,10 +33,11 @@ import torch
 from proxytune.checkpoints.references import local_reference
 from proxytune.data.rows import Rows, answers_of, read_rows, split_rows
 from proxytune.errors import (
-    AdapterMismatch,
     InputFileError,
     InvalidRequest,
     OutputFileError,
+    RewardError,
+    UnsupportedModel,
     UserError,
     missing_extra,
 )
@@ -48,7 +49,11 @@ from proxytune.recipe.spec import ApiSettings, ExpertSpec, ModelSpec
 from proxytune.tune.calibrated import calibrates, few_tokens, find_calibrated
 from proxytune.tune.encode import Encoded, encode, limited
 from proxytune.tune.formats import Formats, formats_of
+from proxytune.tune.lora_places import lora_places
+from proxytune.tune.reward_scores import measured_by_reward
+from proxytune.tune.rewards import Reward, RewardFunction
 from proxytune.tune.settings import (
+    ALPHAS,
     LOSS_LOG,
     STAGES,
     Display,
@@ -67,8 +72,6 @@ if TYPE_CHECKING:
     from proxytune.model import ProxyTuned
     from proxytune.request import Prompt
 
-ALPHAS = tuple(round(0.1 * i, 1) for i in range(1, 16))
-"""Strengths tried on the validation rows."""
 MOST_VALID_ROWS = 500
 """Maximum number of rows taken from the training rows for validation, and for the last word."""
 FEWEST_TEST_ROWS = 5
@@ -79,7 +82,11 @@ CHARACTERS_PER_TOKEN = 4
 
 
 def tune(
-    settings: TuneSettings, *, resume: bool = False, display: Display | None = None
+    settings: TuneSettings,
+    *,
+    resume: bool = False,
+    display: Display | None = None,
+    reward: RewardFunction | None = None,
 ) -> TuneResult:
     """Train an expert and write its recipe.
 
@@ -87,8 +94,12 @@ def tune(
         settings: The run's settings.
         resume: Continue the run in the output directory.
         display: Shows progress; None shows nothing.
+        reward: For `grpo`, a function instead of the reward that the settings name. It gets the row's prompt,
+            an answer's text and the whole row, and returns a number. It is called in another thread.
 
     Raises:
+        RewardError: The reward raised, hung or returned no number. The state is saved; resume it once the
+            reward is mended.
         MissingExtra: A library that tuning needs is not installed.
         InputFileError: The data cannot be read or used; names the line.
         OutputFileError: The output directory holds something else, or cannot be written.
@@ -103,20 +114,43 @@ def tune(
             raise missing_extra(message, "tune")
     from proxytune.backends.transformers.weights import quietly
 
-    run = _Run(settings, display)
+    if reward is not None and settings.method is None:
+        settings = replace(settings, method="grpo")
+    opened = _opened(settings, reward)
     try:
         with quietly():
-            return run.result(resume=resume)
+            return _Run(settings, display, opened).result(resume=resume)
     finally:
         display.close()
+        if opened is not None:
+            opened.close()
+
+
+def _opened(settings: TuneSettings, function: RewardFunction | None) -> Reward | None:
+    """Return the run's reward, ready to be called; None for methods without one."""
+    if function is not None and (settings.reward is not None or settings.method != "grpo"):
+        other = (
+            f"the reward {settings.reward!r}" if settings.reward else f"method {settings.method}"
+        )
+        raise InvalidRequest(f"a reward function and {other} are given, and only one can be used")
+    chosen = function or settings.reward
+    if chosen is not None:
+        return Reward(chosen, limit_s=settings.reward_limit_s)
+    if settings.is_by_reward:
+        raise InvalidRequest(
+            "method grpo trains by a reward, and none is given.\n"
+            "hint: --reward exact compares with the row's answer"
+        )
+    return None
 
 
 class _Run:
     """The stages of one run, in order."""
 
-    def __init__(self, settings: TuneSettings, display: Display) -> None:
+    def __init__(self, settings: TuneSettings, display: Display, reward: Reward | None) -> None:
         self._settings = settings
         self._display = display
+        self._reward = reward
 
     def result(self, *, resume: bool) -> TuneResult:
         settings, display = self._settings, self._display
@@ -173,6 +207,8 @@ class _Run:
             has_answers=train.kind != "text",
             max_length=max_length,
             display=display,
+            reward=self._reward,
+            rows={"train": train} if valid is None else {"train": train, "valid": valid},
             calibrates=is_calibrated,
             given=self._given,
             remote=_base_spec(settings) if settings.is_remote else None,
@@ -198,7 +234,7 @@ class _Run:
             **outcome,
         )
         self._publish(recipe, result)
-        result = self._measured(recipe, result, formats, valid, test)
+        recipe, result = self._measured(recipe, result, formats, train, valid, test)
         recipe = replace(recipe, experts=(replace(recipe.experts[0], alpha=result.alpha),))
         self._publish(recipe, result)
         write_json(settings.training / "result.json", result.to_dict())
@@ -243,7 +279,10 @@ class _Run:
 
         settings = self._settings
         small = find_checkpoint(settings.small, root=Path.cwd())
-        _check_targets(settings, small)
+        if not settings.full:
+            lora_places(settings, small)
+        if settings.start_from is not None:
+            _check_start(settings.start_from, small)
         if not settings.is_pair or settings.anti_expert is None:
             return small, None
         whole = ModelSpec(model=settings.anti_expert)
@@ -258,17 +297,18 @@ class _Run:
 
     def _read_rows(self) -> tuple[Rows, Rows | None, Rows | None]:
         settings = self._settings
-        train = read_rows(settings.data, split=settings.split)
+        read = partial(read_rows, for_reward=self._reward is not None)
+        train = read(settings.data, split=settings.split)
         valid: Rows | None
         if settings.valid_data is not None:
-            valid = read_rows(settings.valid_data, split=settings.split)
+            valid = read(settings.valid_data, split=settings.split)
         else:
             share = settings.valid_share
             if len(train) > 1:
                 share = min(share, MOST_VALID_ROWS / len(train))
             train, valid = split_rows(train, share, settings.seed)
         if settings.test_data is not None:
-            test: Rows | None = read_rows(settings.test_data)
+            test: Rows | None = read(settings.test_data)
         else:
             train, test = self._held_back(train, valid)
         for other in (valid, test):
@@ -277,6 +317,9 @@ class _Run:
                     f"the rows of {other.source} have the format {other.kind}, and those of {train.source} "
                     f"have the format {train.kind}.\nhint: convert both to one format"
                 )
+        for part in (train, valid, test):
+            if self._reward is not None and part is not None:
+                self._reward.check(part)
         return train, valid, test
 
     def _held_back(self, train: Rows, valid: Rows | None) -> tuple[Rows, Rows | None]:
@@ -304,6 +347,8 @@ class _Run:
     def _method(self, rows: Rows, formats: Formats) -> Method:
         """Return the method asked for, or the one that is best for these rows and models."""
         settings, asked = self._settings, self._settings.method
+        if self._reward is not None:
+            return "grpo"
         is_preference = rows.kind == "preference"
         if asked is None:
             can_train_through = settings.is_pair and formats.are_equal and not settings.is_remote
@@ -332,6 +377,8 @@ class _Run:
             key: value
             for key, value in json.loads(json.dumps(asdict(settings))).items()
             if key not in ("output", "device", "offsets_dir", "data", "valid_data", "test_data")
+            # A reward that was too slow may be given more time.
+            and key != "reward_limit_s"
         }
         content = {"settings": asked, "data": {name: part["digest"] for name, part in data.items()}}
         if not resume:
@@ -383,29 +430,47 @@ class _Run:
         recipe: Recipe,
         result: TuneResult,
         formats: Formats,
+        train: Rows,
         valid: Rows | None,
         test: Rows | None,
-    ) -> TuneResult:
-        """Choose the strength if none was given, and say whether steering helps."""
+    ) -> tuple[Recipe, TuneResult]:
+        """Choose the strength if none was given, fit weights, and say whether steering helps."""
         from proxytune.backends.api.client import Budget
         from proxytune.model import ProxyTuned
+        from proxytune.tune.fitted import tuned_fit
 
         settings = self._settings
         if (valid is None and test is None) or settings.measure_tokens == 0:
-            return result
+            return recipe, result
         try:
-            model = ProxyTuned.load(
-                recipe,
+            load = partial(
+                ProxyTuned.load,
                 device=settings.device,
                 budget=Budget(settings.max_calls, None),
                 key_env=settings.key_env,
             )
+            model = load(recipe)
+            if self._reward is not None:
+                parts = valid, test
+                return recipe, measured_by_reward(
+                    model, result, settings, self._reward, parts, self._display
+                )
             if valid is not None:
                 result = self._chosen(model, result, valid)
-            return self._judged(model, result, formats, valid, test)
+                spec, result = tuned_fit(
+                    settings, model, recipe.experts[0], result, train, valid, self._display
+                )
+                if spec != recipe.experts[0]:
+                    recipe = replace(recipe, experts=(spec,))
+                    model = load(recipe)
+                    report = self._score(model, valid, (spec.alpha,), "measuring with weights")
+                    result = replace(result, valid=report.to_dict())
+            return recipe, self._judged(model, result, formats, valid, test)
+        except RewardError:
+            raise
         except UserError as error:
             self._display.say(f"not measured: {error}")
-            return result
+            return recipe, result
 
     def _chosen(self, model: ProxyTuned, result: TuneResult, valid: Rows) -> TuneResult:
         """Measure on the validation rows, and choose the strength if none was given."""
@@ -515,16 +580,6 @@ def _base_spec(settings: TuneSettings) -> ModelSpec:
     return ModelSpec(model=settings.base, api=api)
 
 
-def _check_targets(settings: TuneSettings, small: Checkpoint) -> None:
-    known = {name.rpartition(".")[2] for name in small.linear_shapes}
-    for target in settings.lora_targets:
-        if target not in known:
-            raise AdapterMismatch(
-                f"{small.name} has no linear layer {target!r} to put an adapter on; it has "
-                f"{', '.join(sorted(known))}.\nhint: leave out --lora-targets to adapt all of them"
-            )
-
-
 def _max_length(settings: TuneSettings, small: Checkpoint, base: Checkpoint | None) -> int:
     contexts = [c.max_context for c in (small, base) if c is not None]
     limit = min((n for n in contexts if n is not None), default=None)
@@ -534,7 +589,17 @@ def _max_length(settings: TuneSettings, small: Checkpoint, base: Checkpoint | No
             f"max_length is {asked}, and the smallest context has {limit} tokens.\n"
             f"hint: --max-length {limit}"
         )
-    return asked or min(1024, limit or 1024)
+    length = asked or min(1024, limit or 1024)
+    if not settings.is_by_reward:
+        return length
+    # Prompts leave room for the answers, which are generated.
+    room = length - settings.max_new_tokens
+    if room < 2:
+        raise InvalidRequest(
+            f"max_new_tokens is {settings.max_new_tokens}, which leaves no room for a prompt within {length} "
+            "tokens.\nhint: a smaller --max-new-tokens"
+        )
+    return room
 
 
 def _counts(part: Encoded) -> dict[str, int]:
@@ -549,14 +614,29 @@ def _counts(part: Encoded) -> dict[str, int]:
     }
 
 
+def _check_start(reference: str, small: Checkpoint) -> None:
+    """Refuse an adapter that cannot be trained on."""
+    from proxytune.checkpoints.adapter import find_adapter
+
+    adapter = find_adapter(reference, root=Path.cwd())
+    if adapter.is_gguf:
+        raise UnsupportedModel(
+            f"the adapter {reference} is a file for llama.cpp, which cannot be trained on.\n"
+            "hint: give the adapter's directory, as PEFT wrote it"
+        )
+    adapter.check_fits(small)
+
+
 def _shown_counts(part: Mapping[str, Any], max_length: int) -> str:
     read = ""
     if part["rows_read"] < part["rows"]:
         read = f", of which {part['rows_read']:,} are read:"
     text = (
         f"{part['rows']:,} rows of {part['source']} ({part['kind']}){read or ','} "
-        f"{part['num_tokens']:,} tokens, {part['num_trained']:,} trained on"
+        f"{part['num_tokens']:,} tokens"
     )
+    if part["kind"] != "prompt":
+        text += f", {part['num_trained']:,} trained on"
     if part["num_truncated"]:
         text += f"; {part['num_truncated']:,} rows cut to {max_length} tokens"
     if part["num_dropped"]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from proxytune.checkpoints.references import is_url
 from proxytune.errors import InvalidRequest, ProxytuneError
 from proxytune.settings import check, declared, option
+from proxytune.tune.rewards import parse_reward
 
 LOSS_LOG = "log.jsonl"
 """Name of the file with a run's losses, in `TuneSettings.training`; of the only or the main training."""
@@ -51,8 +52,12 @@ def anti_expert_path(settings: TuneSettings) -> str:
 STAGES = ("", "cpt", "anti-expert")
 """The trainings that a run may have; the main one has no name."""
 
-Method = Literal["sft", "dpo", "cpt"]
+Method = Literal["sft", "dpo", "cpt", "grpo"]
+ALPHAS = tuple(round(0.1 * i, 1) for i in range(1, 16))
+"""Strengths tried on validation rows."""
+
 Form = Literal["steered", "paper"]
+Fit = Literal["none", "weights", "bias"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +105,10 @@ class TuneSettings:
     method: Method | None = option(
         None,
         "sft trains the small model by itself, cpt through the frozen base and anti-expert, dpo on "
-        "preference pairs",
+        "preference pairs, grpo by a reward for the model's own answers",
         metavar="NAME",
-        none_means="dpo for preference pairs; cpt with --anti-expert and a --base that runs here and reads "
-        "the same tokens; otherwise sft",
+        none_means="grpo with --reward; dpo for preference pairs; cpt with --anti-expert and a --base that "
+        "runs here and reads the same tokens; otherwise sft",
     )
     calibrate: bool | None = option(
         None,
@@ -164,6 +169,11 @@ class TuneSettings:
         metavar="FORMAT",
         none_means="--template",
     )
+    start_from: str | None = option(
+        None,
+        "Adapter of an expert to train on from, instead of a new adapter; its rank and layers are kept",
+        metavar="ADAPTER",
+    )
     full: bool = option(False, "Train all weights instead of a LoRA adapter")
     lora_rank: int = option(32, "Rank of the LoRA adapter", at_least=1, metavar="R")
     lora_targets: tuple[str, ...] = option(
@@ -173,15 +183,23 @@ class TuneSettings:
         metavar="A,B,...",
         none_means="all but the head",
     )
+    lora_layers: str | None = option(
+        None,
+        "Layers that get an adapter, by their numbers from 0, such as 4-6; or all",
+        choices=("all",),
+        pattern=r"^\d{1,4}(-\d{1,4})?$",
+        metavar="A-B",
+        none_means="all; in a cut from make-proxy those after the bridge",
+    )
     lora_dropout: float = option(
-        0.05, "Dropout of the adapter during training", at_least=0, below=1
+        0.05, "Dropout of the adapter during training; grpo has none", at_least=0, below=1
     )
     learning_rate: float | None = option(
         None,
         "Peak learning rate",
         above=0,
         none_means="2e-4 for wide models up to 2e-3 for narrow ones; a tenth of that with --full, and for "
-        "dpo",
+        "dpo; a quarter for grpo",
     )
     epochs: float | None = option(
         None,
@@ -202,7 +220,11 @@ class TuneSettings:
     max_steps: int | None = option(
         None, "Number of optimizer steps, instead of --epochs", at_least=1
     )
-    batch_size: int = option(8, "Rows per forward pass", at_least=1)
+    batch_size: int = option(
+        8,
+        "Rows per forward pass; for grpo also prompts per step, each with --group-size answers",
+        at_least=1,
+    )
     accumulate: int = option(1, "Forward passes per optimizer step", at_least=1)
     max_length: int | None = option(
         None,
@@ -217,10 +239,30 @@ class TuneSettings:
         none_means="a tenth of the run, at most 100",
     )
     patience: int = option(
-        3, "Stop after this many evaluations without a lower loss; 0 never stops", at_least=0
+        3,
+        "Stop after this many evaluations without a lower loss, or for grpo a higher reward; 0 never stops",
+        at_least=0,
     )
-    beta: float = option(
-        0.1, "For dpo: how strongly training is kept close to the untuned model", above=0
+    beta: float | None = option(
+        None,
+        "How strongly training is kept close to the model that it starts from; for grpo a factor of the "
+        "KL divergence, and 0 leaves it out",
+        at_least=0,
+        none_means="0.1 for dpo; 0.02 for grpo",
+    )
+    reward: str | None = option(
+        None,
+        "For grpo: exact (the answer equals the row's), regex:PATTERN (found in the answer; {name} stands "
+        "for the row's field), or FILE.py:FUNCTION (of prompt, answer and row, runs the file)",
+        metavar="REWARD",
+    )
+    group_size: int = option(
+        8, "For grpo: answers per prompt, whose rewards are compared", at_least=2, metavar="N"
+    )
+    max_new_tokens: int = option(64, "For grpo: maximum number of tokens of an answer", at_least=1)
+    temperature: float = option(1.0, "For grpo: temperature that answers are sampled at", above=0)
+    reward_limit_s: float = option(
+        10.0, "For grpo: seconds that a call of the reward may take", above=0, metavar="SECONDS"
     )
     alpha: float | None = option(
         None,
@@ -239,6 +281,12 @@ class TuneSettings:
         "For cpt and calibration: directory to keep the frozen models' outputs in, for other runs on the "
         "same rows",
         metavar="DIR",
+    )
+    fit: Fit = option(
+        "weights",
+        "What is fitted beside the strength, and kept if it wins clearly: weights of base, expert and "
+        "anti-expert; bias for these and an output bias; or none. With --alpha, nothing is fitted",
+        metavar="NAME",
     )
     measure_tokens: int = option(
         15_000,
@@ -309,6 +357,54 @@ class TuneSettings:
                 "templates.\nhint: leave --base-template out, or use --method sft"
             )
 
+        self._check_reward()
+        self._check_fit()
+
+    def _check_reward(self) -> None:
+        if self.reward is not None:
+            parse_reward(self.reward)
+            if self.method not in (None, "grpo"):
+                raise InvalidRequest(
+                    f"method {self.method} trains on given answers, so it has no use for the reward "
+                    f"{self.reward!r}.\nhint: --method grpo trains by reward"
+                )
+        if self.method == "dpo" and self.beta == 0:
+            raise InvalidRequest("beta is 0, and must be above 0 for method dpo")
+        if self.full and self.is_by_reward:
+            raise InvalidRequest(
+                "method grpo trains an adapter, and --full trains all weights.\nhint: leave --full out"
+            )
+        if self.start_from is not None:
+            own = ("full", "lora_rank", "lora_targets", "lora_layers")
+            # A dataclass has its defaults as attributes.
+            given = [name for name in own if getattr(self, name) != getattr(TuneSettings, name)]
+            if given:
+                raise InvalidRequest(
+                    f"{given[0]} is {getattr(self, given[0])!r}, and training from {self.start_from} keeps "
+                    f"that adapter's rank and layers.\nhint: leave {given[0]} or start_from out"
+                )
+
+    @property
+    def is_by_reward(self) -> bool:
+        """Whether the expert is trained by a reward for its own answers."""
+        return self.method == "grpo" or self.reward is not None
+
+    def _check_fit(self) -> None:
+        """Refuse a bias that would silently not be fitted; the default, weights, goes without saying."""
+        why = None
+        if not self.is_pair:
+            why = "there is no pair of a base and a small model"
+        elif self.alpha is not None:
+            why = f"alpha is {self.alpha:g}, and a fit replaces the strength"
+        elif self.method in ("dpo", "grpo"):
+            why = (
+                f"method {self.method} is not judged by the likelihood of rows, which a fit raises"
+            )
+        elif self.measure_tokens == 0:
+            why = "measure_tokens is 0, so nothing would show whether it wins"
+        if self.fit == "bias" and why is not None:
+            raise InvalidRequest(f"fit is bias, but {why}.\nhint: leave out one of the two")
+
     @property
     def directory(self) -> Path:
         """The output directory, absolute."""
@@ -360,11 +456,11 @@ def default_learning_rate(method: Method, *, full: bool, width: int) -> float:
     """Return the default peak learning rate for a model of this hidden size.
 
     LoRA commonly uses 2e-4 for models of 7 billion parameters. Narrower models tolerate and need more (2e-3
-    worked well at a width of 128). Full weights take a tenth of an adapter's rate, and preference pairs a
-    tenth of the rate for text.
+    worked well at a width of 128). Full weights take a tenth of an adapter's rate, preference pairs a tenth
+    of the rate for text, and rewards a quarter.
     """
     rate = min(2e-3, 2e-4 * max(1.0, 2048 / width))
-    return rate * (0.1 if full else 1.0) * (0.1 if method == "dpo" else 1.0)
+    return rate * (0.1 if full else 1.0) * {"dpo": 0.1, "grpo": 0.25}.get(method, 1.0)
 
 
 @dataclass(frozen=True)
@@ -375,7 +471,7 @@ class TuneResult:
         directory: The recipe's directory.
         expert: The expert's name in the recipe.
         alpha: The recipe's strength; 0 if none of those tried helped on the validation rows.
-        method: How the expert was trained: sft, cpt or dpo.
+        method: How the expert was trained: sft, cpt, dpo or grpo.
         template: How expert and anti-expert read prompts: plain, chat or a Jinja template.
         base_template: How the base reads them.
         num_steps: Number of optimizer steps.
@@ -383,7 +479,7 @@ class TuneResult:
         train_s: Seconds of training, evaluations included, over all parts of a resumed run.
         offsets_s: Seconds spent on the frozen models beforehand, for `cpt`.
         peak_memory_bytes: Peak memory of the process until training ended; on CUDA, of its tensors.
-        valid_loss: Lowest validation loss, nats per trained token; None without validation.
+        valid_loss: Lowest validation loss, nats per trained token; None without validation, and for `grpo`.
         first_valid_loss: Validation loss of the untuned model, or of the untuned ensemble for `cpt`.
         data: Counts and digests of rows and tokens, by part. `rows` is what a part has, and the others count
             what was read of it.
@@ -394,8 +490,13 @@ class TuneResult:
         tried: The strengths tried on the validation rows; empty if none was chosen.
         best_alpha: The best of them, also where it does not help and `alpha` is 0.
         edge: Whether the best is the lowest or the highest of them, so that a better one may lie beyond.
+        fit: Weights and bias that were fitted, what they gain, and whether they are kept; see
+            `tune.fit.Fitted`. None if none were.
         verdict: Whether steering helps, why, two prompts answered by base and steered base, and what to try
             next; see `tune.verdict.Verdict`. None if nothing was measured.
+        rewards: For `grpo`: the reward's name, and `valid` and `test`, how good the answers of base, expert
+            and steered base are on these rows; see `tune.reward_scores.RewardReport`. Also `first_valid` and
+            `best_valid`, the mean rewards of the expert before training and at the state that was kept.
         environment: Versions of libraries, and the number of threads.
     """
 
@@ -420,7 +521,9 @@ class TuneResult:
     tried: tuple[float, ...] = ()
     best_alpha: float | None = None
     edge: Literal["lowest", "highest"] | None = None
+    fit: dict[str, Any] | None = None
     verdict: dict[str, Any] | None = None
+    rewards: dict[str, Any] | None = None
     environment: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

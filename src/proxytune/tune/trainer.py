@@ -41,6 +41,21 @@ _READ = "examples_read.json"
 """Name of the file in a checkpoint with the indices of the examples that were read before it."""
 
 
+REWARD_LOG = {
+    "reward": "reward",
+    "kl": "kl",
+    "completions/mean_length": "length",
+    "frac_reward_zero_std": "share_alike",
+    "eval_reward": "valid_reward",
+    "eval_length": "valid_length",
+}
+"""What training by reward logs beside the loss: TRL's names, and the log's.
+
+Rewards are means, of sampled answers and, on the validation rows, of greedy ones. The KL divergence is in
+nats per token, from the model that training began with. Lengths are in tokens, and `share_alike` is the share
+of prompts whose answers all had one reward."""
+
+
 class NonFiniteLoss(BackendError):
     """The loss or a gradient became NaN or infinite; the weights are still those of the step before."""
 
@@ -121,8 +136,13 @@ class _DurableCheckpoints:
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         if not torch.isfinite(loss):
             raise NonFiniteLoss(f"the loss of step {self.state.global_step + 1} is {float(loss)}")
-        self.examples_read.update(inputs["row"].tolist())
+        self.examples_read.update(self._rows_of(inputs))
         return loss
+
+    def _rows_of(self, inputs: Any) -> list[int]:
+        """Return the indices of a batch's examples."""
+        rows: list[int] = inputs["row"].tolist()
+        return rows
 
 
 # Trainers ------------------------------------------------------------------------------------------
@@ -315,10 +335,15 @@ class EarlyStop(TrainerCallback):
     """Stops when a number of evaluations have not lowered the validation loss.
 
     It reads the history that checkpoints carry, so it decides the same after a resume.
+
+    Args:
+        patience: That number.
+        reward: Whether a validation reward is to be raised instead.
     """
 
-    def __init__(self, patience: int) -> None:
+    def __init__(self, patience: int, *, reward: bool = False) -> None:
         self._patience = patience
+        self._key, self._sign = ("eval_reward", -1) if reward else ("eval_loss", 1)
 
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -329,7 +354,7 @@ class EarlyStop(TrainerCallback):
 
     def is_due(self, state: TrainerState) -> bool:
         """Whether the last evaluations have not lowered the loss."""
-        losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
+        losses = [self._sign * row[self._key] for row in state.log_history if self._key in row]
         last, before = losses[-self._patience :], losses[: -self._patience]
         return bool(before) and min(last) >= min(before)
 
@@ -353,7 +378,8 @@ class LossLog(TrainerCallback):
 
     Args:
         path: The file.
-        on_row: Called with each row: `step`, `epoch`, `elapsed_s`, and `loss` or `valid_loss`.
+        on_row: Called with each row: `step`, `epoch`, `elapsed_s`, and `loss`, `valid_loss` or
+            `valid_reward`.
         on_step: Called after each step with its number and the total number of steps.
     """
 
@@ -404,9 +430,10 @@ class LossLog(TrainerCallback):
             "eval_rewards/margins": "valid_margin",
             "learning_rate": "learning_rate",
             "grad_norm": "grad_norm",
+            **REWARD_LOG,
         }
         kept = {names[key]: value for key, value in (logs or {}).items() if key in names}
-        if "loss" not in kept and "valid_loss" not in kept:
+        if not kept.keys() & {"loss", "valid_loss", "valid_reward"}:
             return
         row = {
             "step": state.global_step,

@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -18,16 +18,20 @@ import torch
 import transformers
 from trl import DPOConfig, SFTConfig  # type: ignore[attr-defined]
 
+from proxytune.checkpoints.adapter import find_adapter
 from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from proxytune.checkpoints.placement import running_device
 from proxytune.checkpoints.references import local_reference
+from proxytune.data.rows import Rows
 from proxytune.errors import BackendError
 from proxytune.files import writing
 from proxytune.machine import peak_memory
 from proxytune.recipe.spec import ModelSpec
+from proxytune.tune import reward_trainer
 from proxytune.tune import trainer as trainers
 from proxytune.tune.encode import Encoded
 from proxytune.tune.frozen import FrozenEnsemble, FrozenModels, load_frozen
+from proxytune.tune.lora_places import lora_places
 from proxytune.tune.pair import (
     ANTI_EXPERT,
     EXPERT,
@@ -39,6 +43,7 @@ from proxytune.tune.pair import (
     add_anti_expert,
     load_pair,
 )
+from proxytune.tune.rewards import Reward
 from proxytune.tune.settings import (
     LOSS_LOG,
     Display,
@@ -71,6 +76,8 @@ class Training:
         has_answers: Whether they are answers to prompts, and not texts.
         max_length: Maximum number of tokens per example.
         display: Shows progress.
+        reward: What answers are worth, for `grpo`.
+        rows: For `grpo`, the rows that were encoded, by the same names.
         remote: The base, if it is behind an API.
         start: An adapter that the expert starts from; None starts from the small model.
         stage: What a run of several trainings calls this one. `anti-expert` trains a single adapter on the
@@ -85,6 +92,8 @@ class Training:
     has_answers: bool
     max_length: int
     display: Display
+    reward: Reward | None = None
+    rows: Mapping[str, Rows] = field(default_factory=dict)
     calibrates: bool = False
     given: Path | None = None
     remote: ModelSpec | None = None
@@ -135,6 +144,7 @@ class Training:
             "first_valid_loss": losses[0] if losses else None,
             "learning_rate": rate,
             "examples_read": frozenset(trainer.examples_read),
+            "rewards": reward_trainer.logged_rewards(rows) if self.reward else None,
         }
 
     @cached_property
@@ -194,17 +204,25 @@ class Training:
 
     def _trainable(self, model: Any) -> Any:
         """Return the model with what is trained: all weights, or a LoRA adapter."""
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, PeftModel, get_peft_model
 
         settings = self.settings
         if settings.full:
             return model.requires_grad_(True)
+        if settings.start_from is not None:
+            path = str(find_adapter(settings.start_from, root=Path.cwd()).path)
+            own = LoraConfig.from_pretrained(path)
+            own.lora_dropout, own.inference_mode = settings.lora_dropout, False
+            started: Any = PeftModel.from_pretrained(model, path, config=own, is_trainable=True)
+            reference = local_reference(settings.small, settings.directory)
+            started.peft_config["default"].base_model_name_or_path = reference
+            return started
         config = LoraConfig(
             r=settings.lora_rank,
             lora_alpha=2 * settings.lora_rank,
             lora_dropout=settings.lora_dropout,
-            target_modules=list(settings.lora_targets) or "all-linear",
             task_type="CAUSAL_LM",
+            **lora_places(settings, self.small),
         )
         peft_model = get_peft_model(model, config)
         reference = local_reference(settings.small, settings.directory)
@@ -231,7 +249,7 @@ class Training:
         epochs = settings.epochs or default_epochs(
             settings.batch_size * settings.accumulate,
             len(self.encoded["train"].examples),
-            are_answers=self.has_answers and self.method != "dpo",
+            are_answers=self.has_answers and self.method not in ("dpo", "grpo"),
         )
         return settings.max_steps or max(1, math.ceil(per_epoch * epochs))
 
@@ -255,10 +273,12 @@ class Training:
         }
         pad_id = self.small.tokenizer.pad_token_id or 0
         trainer: Any
-        if self.method == "dpo":
+        if self.method == "grpo":
+            trainer = self._reward_trainer({**arguments, "bf16": is_half}, common)
+        elif self.method == "dpo":
             device = "cpu" if self._on_cpu else None
             trainer = trainers.PreferenceTrainer(
-                args=DPOConfig(beta=settings.beta, bf16=is_half, **arguments),
+                args=DPOConfig(beta=settings.beta or 0.1, bf16=is_half, **arguments),
                 train_dataset=trainers.preference_dataset(train),  # type: ignore[arg-type]
                 eval_dataset=None if valid is None else trainers.preference_dataset(valid.examples),  # type: ignore[arg-type]
                 data_collator=trainers.PaddedPairs(pad_id, max_length=self.max_length),
@@ -295,6 +315,23 @@ class Training:
             + (f", resumed after step {trainers.checkpoint_step(checkpoint)}" if checkpoint else "")
         )
         return trainer
+
+    def _reward_trainer(self, arguments: dict[str, Any], common: dict[str, Any]) -> Any:
+        assert self.reward is not None
+        parts = {
+            name: reward_trainer.Prompts.of(part, self.rows[name])
+            for name, part in self.encoded.items()
+        }
+        own = {key: value for key, value in common.items() if key != "processing_class"}
+        return reward_trainer.RewardTrainer(
+            args=reward_trainer.reward_arguments(self.settings, arguments),
+            reward=self.reward,
+            train=parts["train"],
+            valid=parts.get("valid"),
+            tokenizer=self.small.tokenizer,
+            ending_ids=reward_trainer.ending_ids(self.small, self.base),
+            **own,
+        )
 
     def _arguments(self, learning_rate: float) -> dict[str, Any]:
         """Return the arguments that both of TRL's trainers share."""
@@ -339,7 +376,8 @@ class Training:
         latest: dict[str, float | None] = {}
 
         def on_row(row: Mapping[str, Any]) -> None:
-            latest.update({k: row[k] for k in ("loss", "valid_loss") if k in row})
+            names = ("reward", "valid_reward") if self.method == "grpo" else ("loss", "valid_loss")
+            latest.update({k: row[k] for k in names if k in row})
 
         def on_step(step: int, total: int) -> None:
             self.display.stage("training", step, total, **latest)
@@ -351,7 +389,8 @@ class Training:
             trainers.LossLog(self._log, on_row, on_step),
         ]
         if self.settings.patience:
-            callbacks.append(trainers.EarlyStop(self.settings.patience))
+            by_reward = self.method == "grpo"
+            callbacks.append(trainers.EarlyStop(self.settings.patience, reward=by_reward))
         return [*callbacks, self._stopper]
 
     def _is_stalled(self, state: Any) -> bool:

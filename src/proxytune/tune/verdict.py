@@ -60,8 +60,8 @@ class Compared:
     """How good answers are, of the base and of the steered base.
 
     Args:
-        measure: What is measured: `chrf`, from 0 to 1, or `preferred`, the share of pairs whose chosen answer
-            is likelier than the rejected one.
+        measure: What is measured: `chrf`, from 0 to 1; `preferred`, the share of pairs whose chosen answer
+            is likelier than the rejected one; or `reward` (`reward_scores.py`).
         num_answers: Number of prompts.
         base: The base's mean.
         steered: The steered base's mean.
@@ -69,7 +69,7 @@ class Compared:
         change_interval: Its interval, resampled in pairs; None for a single prompt.
     """
 
-    measure: Literal["chrf", "preferred"]
+    measure: Literal["chrf", "preferred", "reward"]
     num_answers: int
     base: float
     steered: float
@@ -170,7 +170,7 @@ def compare_answers(
     texts = [trace.text for trace in model.generate_batch(requests, on_event=advance)]
     pairs = list(zip(texts[::2], texts[1::2], strict=True))
     samples = tuple(
-        Sample(_typed(prompt), given, *pair)
+        Sample(typed(prompt), given, *pair)
         for (prompt, given), pair in zip(asked[:NUM_EXAMPLES], pairs, strict=False)
     )
     if rows.kind == "text":
@@ -209,7 +209,7 @@ def _first_tokens(model: ProxyTuned, text: str) -> str:
     return str(model.tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
-def _typed(prompt: Prompt) -> str:
+def typed(prompt: Prompt) -> str:
     """Return what a person typed: a text, or the last message."""
     if isinstance(prompt, str):
         return prompt

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("vllm", reason="needs vLLM; `make test-vllm` installs it", exc_type=ImportError)
 
+from proxytune.checkpoints.output_bias import write_output_bias
 from proxytune.cli import app
 from proxytune.data.batch import run_batch
 from proxytune.data.lines import BatchOptions
@@ -33,6 +34,7 @@ from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
 from proxytune.request import Request, SamplingParams
 from tests.support.tiny import NUM_TOKENS, tiny_adapter, tiny_model, tiny_tokenizer
+from tests.support.tiny_recipe import BIAS, WEIGHTS
 
 pytestmark = pytest.mark.slow
 
@@ -61,10 +63,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     )
     tiny_model(place / "tuned", hidden_size=128, seed=4, max_context=512)
     tiny_adapter(place / "small", place / "adapter")
+    write_output_bias(place / "two.safetensors", BIAS)
     small = ModelSpec(model="small")
     experts = (
         ExpertSpec("one", ModelSpec(adapter="adapter"), small, 0.5),
-        ExpertSpec("two", ModelSpec(model="other"), small, 0.4),
+        ExpertSpec("two", ModelSpec(model="other"), small, 0.4, WEIGHTS, "two.safetensors"),
     )
     base = ModelSpec(model="base")
     return Recipe(base, experts, default_expert="one", directory=place).write(place)

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from proxytune.backends import checks
-from proxytune.backends.base import Backend, Capabilities, Prefilled
+from proxytune.backends.base import Capabilities, Prefilled
 from proxytune.backends.transformers.attention import eager_attention, share_keys
 from proxytune.backends.transformers.cuda_graphs import CudaRecorder, GraphRunner, Recorder
+from proxytune.backends.transformers.cut import cut_model, put_bridge
 from proxytune.backends.transformers.kv_cache import RoomyCache
 from proxytune.backends.transformers.lengthwise import LengthwiseReader, Tokens
 from proxytune.backends.transformers.linear import pack_linear_layers, speed_up_linear_layers
@@ -37,6 +38,7 @@ from proxytune.backends.transformers.lora import (
     give_rows_to_peft,
     put_rows_on,
 )
+from proxytune.backends.transformers.output import OutputSharer
 from proxytune.backends.transformers.rotary import run_rows_through_lengths
 from proxytune.backends.transformers.rows import (
     OwnCache,
@@ -60,6 +62,7 @@ from proxytune.errors import BackendError, ProxytuneError, UnsupportedModel
 if TYPE_CHECKING:
     from proxytune.checkpoints.adapter import AdapterFiles
     from proxytune.checkpoints.checkpoint import Checkpoint
+    from proxytune.checkpoints.cut_checkpoint import CutCheckpoint
     from proxytune.recipe.spec import ModelSpec
 
 PREFILL_TOKENS = 4096
@@ -72,7 +75,7 @@ MIN_CHUNK = 16
 """Minimum number of tokens per row of such a forward, however many rows there are."""
 
 
-class TransformersBackend(Backend[TransformersState]):
+class TransformersBackend(OutputSharer):
     """A causal language model of transformers.
 
     `prefill`, `extend`, `rewind` and `select` keep a batch's state. `run` and `new_cache` are the layer
@@ -221,6 +224,34 @@ class TransformersBackend(Backend[TransformersState]):
             owns_model=True,
         )
 
+    @classmethod
+    def cut_out_of(
+        cls,
+        base: TransformersBackend,
+        checkpoint: CutCheckpoint,
+        adapters: Mapping[str, AdapterFiles],
+    ) -> TransformersBackend:
+        """Make a cut of a model that is loaded, sharing its weights.
+
+        Args:
+            base: The model; it has no adapters.
+            checkpoint: Which layers are kept, and the bridge.
+            adapters: LoRA adapters on the cut, by the names that rows will use.
+
+        Raises:
+            CorruptModel: The bridge cannot be read.
+            AdapterMismatch: An adapter's weights do not fit the cut.
+        """
+        keep = checkpoint.keep
+        with quietly():
+            model = cut_model(base.model, checkpoint.config, keep)
+            put_bridge(model.model.layers[keep.bridge], checkpoint.read_bridge())
+            put_rows_on(
+                model, {name: read_adapter(own, checkpoint) for name, own in adapters.items()}
+            )
+        model.requires_grad_(False)
+        return cls(model, name=checkpoint.name, adapters=tuple(adapters))
+
     @property
     def device(self) -> torch.device:
         """The device that token ids have to be on."""
@@ -243,6 +274,10 @@ class TransformersBackend(Backend[TransformersState]):
             reuses_prompts=self._reader is None or self._reader.reuses_prompts,
             depends_on_length=isinstance(self._reader, LengthwiseReader),
         )
+
+    @property
+    def _can_share_output(self) -> bool:
+        return self._is_pure_attention and self._reader is None and self._graphs is None
 
     @property
     def _can_merge(self) -> bool:
@@ -310,7 +345,7 @@ class TransformersBackend(Backend[TransformersState]):
         if self._may_pack:
             # Not when it is loaded, because a model that has not run yet may still be trained.
             self._may_pack = False
-            pack_linear_layers(self.model)
+            pack_linear_layers(self.model, apart_from=self._borrowed)
         names = self._rows(tokens.adapters, num_rows)
         rows = RowAdapters(names, device) if self._has_lora else None
         try:

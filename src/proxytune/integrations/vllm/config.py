@@ -165,6 +165,11 @@ def _check_spec(title: str, spec: ModelSpec) -> None:
             f"{title} is to be run by llama.cpp, and vLLM runs it itself.\n"
             "hint: leave llama_cpp out, and vLLM gets the file's weights unpacked"
         )
+    if spec.cut_of is not None:
+        raise UnsupportedModel(
+            f"{title} is cut out of the base in memory, which vLLM does not do.\n"
+            "hint: `proxytune make-proxy BASE --output DIR` writes the cut as an ordinary model; name DIR"
+        )
     if spec.quantization is not None:
         raise UnsupportedModel(
             f"{title} is to be quantised by transformers, but vLLM has its own ways.\n"

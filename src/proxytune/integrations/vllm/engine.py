@@ -344,9 +344,12 @@ class VllmEngine:
         places = [member.backend for member in ensemble.members]
         for pair in ensemble.pairs:
             own = _index(places[pair.expert]), _index(places[pair.anti_expert])
-            if Pair(pair.name, *own) not in self._served.pairs:
+            served = next((p for p in self._served.pairs if p == Pair(pair.name, *own)), None)
+            is_same = served is not None and _is_weighted_alike(served, pair)
+            if not is_same:
+                what = "models" if served is None else "weights or another bias"
                 raise UnsupportedModel(
-                    f"{pair.name} is to be steered by other models than the recipe's, and vLLM runs these.\n"
+                    f"{pair.name} is to be steered by other {what} than the recipe's, and vLLM runs these.\n"
                     f"hint: {_LOCAL}"
                 )
         given = zip(ensemble.pairs, alphas, strict=True)
@@ -410,6 +413,11 @@ class VllmEngine:
 def _index(backend: Backend[Any]) -> int:
     assert isinstance(backend, _Elsewhere)
     return backend.index
+
+
+def _is_weighted_alike(one: Pair, other: Pair) -> bool:
+    """Whether two pairs have the same weights and the same output bias."""
+    return one.weights == other.weights and one.bias is other.bias
 
 
 def _base_ids(member: Member, token_ids: Sequence[int]) -> list[int]:

@@ -26,7 +26,7 @@ from proxytune.integrations.vllm.config import RecipeConfig, ServedMember
 from proxytune.integrations.vllm.request import RowSteering
 from proxytune.integrations.vllm.weights import share_equal_parameters
 from proxytune.logits.rules import apply_policy
-from proxytune.logits.steer import Contribution, offset
+from proxytune.logits.steer import offset
 from proxytune.policy import Policy
 
 
@@ -203,11 +203,12 @@ class SteeredModel(nn.Module, SupportsPP):  # type: ignore[misc]
         padding_ids: Any = self._padding_ids
         for group in groups:
             contributions = [
-                Contribution(
+                part.pair.contribution(
                     logits[part.pair.expert].of(part.places),
                     logits[part.pair.anti_expert].of(part.places),
                     _alpha(part.strengths),
-                    self._unshared(part.pair),
+                    base_logits=logits[0].of(part.places) if part.pair.reads_base else None,
+                    is_unshared=self._unshared(part.pair),
                 )
                 for part in group.parts
             ]
