@@ -254,6 +254,7 @@ def test_a_pair_that_is_never_better_than_the_base_reports_the_loss_of_what_it_k
         ({"then_cpt": True, "calibrate": False}, "leave --no-calibrate out"),
         ({"calibrate": True, "method": "cpt"}, "--then-cpt"),
         ({"calibrate": True, "full": True}, "leave --full out"),
+        ({"calibrate": True, "method": "grpo", "reward": "exact"}, "method grpo"),
         (
             {"calibrate": True, "template": "plain", "base_template": "Q: {{ prompt }}"},
             "--no-calibrate",

@@ -29,6 +29,11 @@ def calibrates(settings: TuneSettings, method: Method, formats: Formats) -> bool
             "method cpt trains the expert through the anti-expert that it starts from, and calibration "
             "trains another one.\nhint: --method sft, and --then-cpt for cpt afterwards"
         )
+    if is_asked and method == "grpo":
+        raise InvalidRequest(
+            "method grpo trains on rewards for the expert's own answers, and calibration needs answers that "
+            "the rows give.\nhint: leave out --calibrate, --calibrated and --then-cpt"
+        )
     if is_asked and not formats.are_equal:
         raise InvalidRequest(
             "calibration compares base and anti-expert over one sequence of tokens, and they have different "
