@@ -893,6 +893,6 @@ def test_the_help_lists_the_commands_in_their_usual_order():
     output = subprocess.run(program, capture_output=True, text=True, check=True).stdout
     listed = re.findall(r"^  ([a-z][a-z-]*)  ", output.split("Commands:")[1], re.MULTILINE)
     assert listed == [
-        "new", "doctor", "export-gguf", "generate", "chat", "serve", "tune", "score", "eval", "grade",
-        "sweep", "rank-experts", "explain", "analyze", "bench", "demo",
+        "new", "doctor", "make-proxy", "export-gguf", "generate", "chat", "serve", "tune", "fit", "bake",
+        "score", "eval", "grade", "sweep", "rank-experts", "explain", "analyze", "bench", "demo",
     ]  # fmt: skip

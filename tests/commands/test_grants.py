@@ -48,6 +48,8 @@ COMMANDS = {
     "analyze": ("analyze", "{}", "--prompts", "{}/rows.jsonl"),
     "bench": ("bench", "{}", "--shapes", "4:2", "--rounds", "1"),
     "export-gguf": ("export-gguf", "{}", "{}/out"),
+    "fit": ("fit", "{}", "--text-file", "{}/text.txt", "--window", "16"),
+    "bake": ("bake", "{}", "--data", "{}/rows.jsonl", "--output", "{}/out"),
 }
 
 

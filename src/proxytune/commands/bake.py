@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from typing import Annotated
 
 import typer
 
 from proxytune.commands.app import command
 from proxytune.commands.console import json_line, print_text, say
-from proxytune.commands.options import AS_JSON, RecipeArgument
+from proxytune.commands.flags import Pick
+from proxytune.commands.options import AS_JSON, GrantOptions, RecipeArgument
 from proxytune.commands.progress import ProgressBars
 from proxytune.commands.tune import Stages
 from proxytune.errors import missing_extra
@@ -27,7 +29,13 @@ class RunOptions:
 
 
 @command("proxytune bake my-recipe --data rows.jsonl --output baked")
-def bake(recipe: RecipeArgument, *, settings: BakeSettings, options: RunOptions) -> None:
+def bake(
+    recipe: RecipeArgument,
+    *,
+    settings: BakeSettings,
+    options: RunOptions,
+    models: Annotated[GrantOptions, Pick(leave_out=("key_env",))],
+) -> None:
     """Distil a steered base into a LoRA adapter of the base, for those who may tune it after all.
 
     The adapter needs no small model: PEFT, transformers and vLLM load it as any other. It learns the steered
@@ -45,7 +53,13 @@ def bake(recipe: RecipeArgument, *, settings: BakeSettings, options: RunOptions)
 
     try:
         with ProgressBars(shows_ends=True) as bars:
-            result = run(recipe, settings, resume=options.resume, display=Stages(bars))
+            result = run(
+                recipe,
+                settings,
+                resume=options.resume,
+                display=Stages(bars),
+                grants=models.grants(),
+            )
     except Interrupted as error:
         say(str(error))
         raise typer.Exit(130) from None

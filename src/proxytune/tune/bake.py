@@ -24,11 +24,13 @@ from numpy.typing import NDArray
 
 from proxytune.errors import InvalidRequest, OutputFileError, UnsupportedModel
 from proxytune.files import write_json, write_whole
+from proxytune.grants import NOTHING, Grants
 from proxytune.measure.score import BLOCK_TOKENS, NUM_RESAMPLES, Interval, Passage
 from proxytune.tune.baked import BakeResult, BakeSettings, card
 from proxytune.tune.settings import LOSS_LOG, Display
 
 if TYPE_CHECKING:
+    from proxytune.checkpoints.checkpoint import Checkpoint
     from proxytune.model import ProxyTuned
 
 WRITTEN = "written.jsonl"
@@ -42,6 +44,7 @@ def bake(
     *,
     resume: bool = False,
     display: Display | None = None,
+    grants: Grants = NOTHING,
 ) -> BakeResult:
     """Train an adapter of the recipe's base towards the steered base.
 
@@ -52,8 +55,10 @@ def bake(
         settings: The run's settings.
         resume: Continue the run in the output directory.
         display: Shows progress; None shows nothing.
+        grants: Rights that the recipe asks for.
 
     Raises:
+        UnsafeModel: The recipe asks for a right that is not granted.
         UnsupportedModel: The base's weights are not at hand: it is behind an API, or llama.cpp runs it.
         InputFileError: The data cannot be read or used; names the line.
         OutputFileError: The output directory holds something else, or cannot be written.
@@ -62,6 +67,7 @@ def bake(
         BackendError: Training failed, for example because the loss is not a number.
     """
     from proxytune.model import ProxyTuned
+    from proxytune.recipe.files import RecipeFiles
     from proxytune.recipe.recipe import Recipe
 
     display = display or Display()
@@ -76,11 +82,19 @@ def bake(
             f"{what}, and an adapter can only be trained on weights that transformers runs.\n"
             "hint: name the base as transformers loads it, in a recipe of its own"
         )
+    files = RecipeFiles(found, grants)
+    files.check_grants()
     _claim(recipe, settings, resume=resume)
     try:
-        model = ProxyTuned.load(found, device=settings.device)
+        model = ProxyTuned.load(
+            found,
+            device=settings.device,
+            trust_remote_code=grants.trust_remote_code,
+            allow_pickle=grants.allow_pickle,
+        )
+        checkpoint = files.checkpoint(found.base)
         train, valid, test = _passages(settings, model, display)
-        return _Baking(settings, model, train, valid, test, display).result()
+        return _Baking(settings, model, checkpoint, (train, valid, test), display).result()
     finally:
         display.close()
 
@@ -184,9 +198,8 @@ class _Baking:
         self,
         settings: BakeSettings,
         model: ProxyTuned,
-        train: list[Passage],
-        valid: list[Passage],
-        test: list[Passage],
+        checkpoint: Checkpoint,
+        parts: tuple[list[Passage], list[Passage], list[Passage]],
         display: Display,
     ) -> None:
         from proxytune.request import Steering
@@ -196,7 +209,8 @@ class _Baking:
         self._ensemble = model.steered_by(None)
         strengths = model.recipe.strengths(Steering(settings.alpha))
         self._alphas = tuple(strengths[pair.name] for pair in self._ensemble.pairs)
-        self._train, self._valid, self._test = train, valid, test
+        self._checkpoint = checkpoint
+        self._train, self._valid, self._test = parts
         self._display = display
 
     def result(self) -> BakeResult:
@@ -235,15 +249,13 @@ class _Baking:
         import transformers
 
         from proxytune.backends.transformers.backend import TransformersBackend
-        from proxytune.checkpoints.checkpoint import find_checkpoint
         from proxytune.tune import trainer as trainers
         from proxytune.tune.heads import check_head, head_of
 
         settings, base = self._settings, self._model.recipe.base
         transformers.set_seed(settings.seed)
-        checkpoint = find_checkpoint(base.model or "", root=self._model.recipe.directory)
         spec = replace(base, device=settings.device or base.device)
-        student = TransformersBackend.load(checkpoint, spec).model
+        student = TransformersBackend.load(self._checkpoint, spec).model
         check_head(student, head_of(student))
         continued = trainers.last_checkpoint(settings.training / "checkpoints")
         trainer = self._trainer(student, continued)
