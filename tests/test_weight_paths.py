@@ -18,7 +18,6 @@ from proxytune.cli import app
 from proxytune.errors import CorruptModel, InvalidRequest, ModelNotFound, VocabularyMismatch
 from proxytune.explain.moves import moves
 from proxytune.explain.notebook import frame
-from proxytune.explain.page import page
 from proxytune.explain.report import Report, Run
 from proxytune.loading.doctor import examine
 from proxytune.logits.steer import Weights
@@ -140,7 +139,6 @@ def test_reports_show_what_an_offset_consists_of():
     table = frame(trace)
     assert table["first.offset.bias"].iloc[0] == token["terms"]["first"]["bias"]
     assert "second.offset.bias" not in table
-    assert "its output bias" in page([report], recipe="toy")
 
 
 def test_a_trace_of_an_older_version_has_no_terms():

@@ -102,7 +102,7 @@ EXPERTS = (
         "tinyshakespeare",
         "the same plays, tuned by itself",
         "public domain",
-        {"method": "sft", **LONGER},
+        {"method": "sft", "calibrate": False, **LONGER},
     ),
     Expert(
         "instruct",

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
     from proxytune.measure.score import ScoreReport
     from proxytune.model import Conversation, ProxyTuned
     from proxytune.recipe.recipe import Recipe
-    from proxytune.recipe.spec import ApiSettings, ExpertSpec, LlamaCppSettings, ModelSpec
+    from proxytune.recipe.spec import (
+        ApiSettings,
+        ExpertSpec,
+        ExpertWeights,
+        LlamaCppSettings,
+        ModelSpec,
+    )
     from proxytune.request import Message, Request, SamplingParams
     from proxytune.trace import Step, Trace, Usage
 
@@ -33,6 +39,7 @@ __all__ = [
     "Conversation",
     "Drafting",
     "ExpertSpec",
+    "ExpertWeights",
     "LlamaCppSettings",
     "Message",
     "ModelSpec",
@@ -53,6 +60,7 @@ _HOMES = {
     "Conversation": "model",
     "Drafting": "decode.speculative",
     "ExpertSpec": "recipe.spec",
+    "ExpertWeights": "recipe.spec",
     "LlamaCppSettings": "recipe.spec",
     "Message": "request",
     "ModelSpec": "recipe.spec",

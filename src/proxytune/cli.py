@@ -25,6 +25,8 @@ from proxytune.commands import (  # noqa: F401
     chat,
     serve,
     tune,
+    fit,
+    bake,
     score,
     evaluate,
     grade,

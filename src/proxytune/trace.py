@@ -73,17 +73,14 @@ class View:
 
 
 class Terms(NamedTuple):
-    """What an expert with weights or an output bias adds to a token's logit at strength 1, apart.
-
-    Args:
-        pair: The log-ratio of expert and anti-expert, each to its weight, nats.
-        base: What the base's weight adds: `(weight - 1)` times the base's logprob, nats.
-        bias: The token's value in the output bias.
-    """
+    """What an expert with weights or an output bias adds to a token's logit at strength 1, apart."""
 
     pair: float
+    """The log-ratio of expert and anti-expert, each to its weight, nats."""
     base: float
+    """What the base's weight adds: `(weight - 1)` times the base's logprob, nats."""
     bias: float
+    """The token's value in the output bias."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,6 +100,15 @@ def test_a_link_that_leads_out_of_the_recipe_is_not_followed(tmp_path):
     )  # named, it is the caller's choice
 
 
+def test_a_bias_of_a_recipe_in_the_hubs_cache_is_a_link_to_a_blob(tmp_path):
+    repository = tmp_path / "models--owner--recipe"
+    snapshot = repository / "snapshots" / "0a1b"
+    (snapshot / "biases").mkdir(parents=True)
+    write_output_bias(repository / "blobs" / "c2d3", OutputBias(IDS, VALUES))
+    (snapshot / "biases" / NAME).symlink_to("../../../blobs/c2d3")
+    assert len(read_output_bias(f"biases/{NAME}", root=snapshot)) == 3
+
+
 def test_a_device_is_not_read(tmp_path):
     (tmp_path / NAME).symlink_to(Path("/dev/zero"))
     with pytest.raises(CorruptModel):

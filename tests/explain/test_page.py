@@ -21,7 +21,7 @@ from proxytune.explain.page import page as report_page
 from proxytune.explain.report import Report, Run
 from proxytune.explain.summary import summarise
 from proxytune.pages.policy import assemble
-from proxytune.trace import View
+from proxytune.trace import Terms, View
 from tests.support.browser import open_browser, open_page
 from tests.support.looks import covered, sticking_out, too_faint
 from tests.support.traces import SPECIAL, told_trace
@@ -227,6 +227,20 @@ def test_a_token_opened_shows_what_each_model_gave(tmp_path, browser):
         ]
         assert "40 % · rank 1" in views.nth(0).locator(".facts").inner_text()
         assert views.nth(0).locator(".row.chosen").inner_text().split("\n")[0] == "␣held"
+
+
+def test_a_token_opened_shows_what_its_offset_consists_of(tmp_path, browser):
+    trace = two_runs().runs[0].trace
+    terms = {"first": Terms(pair=0.5, base=-0.5, bias=2.0)}
+    steps = tuple(replace(step, terms=terms) for step in trace.steps)
+    report = Report((Run("alpha 0.5", replace(trace, steps=steps, alphas={"first": 0.5})),))
+    with open_page(browser=browser) as page:
+        page.goto(written(tmp_path / "report.html", report))
+        page.locator("#pane-steered .tok").nth(2).click()
+        assert (
+            "offset first +1.00 (its models +0.25, the base's weight −0.25, its output bias +1.00) nats"
+            in page.locator("#details-sum").inner_text()
+        )
 
 
 def test_a_place_in_the_curve_opens_its_token(tmp_path, browser):

@@ -14,9 +14,11 @@ from proxytune.errors import UnsupportedModel
 from proxytune.logits.steer import Contribution, combine
 from proxytune.text.vocab import Vocabulary, align
 from proxytune.tune.heads import (
+    BasePart,
     FrozenHeads,
     FrozenPart,
     Head,
+    ShownPart,
     align_base_head,
     base_ids,
     check_head,
@@ -24,7 +26,7 @@ from proxytune.tune.heads import (
     head_of,
     run_body,
 )
-from proxytune.tune.loss import _Work, cross_entropy
+from proxytune.tune.loss import _Work, cross_entropy, divergence
 from tests.support.tiny import tiny_config
 
 VOCAB, WIDTH, BASE_WIDTH, POSITIONS = 23, 6, 9, 11
@@ -494,3 +496,121 @@ def test_each_familys_word_for_the_scale_is_known(keys, scale):
     layer = torch.nn.Linear(2, 3)
     model = SimpleNamespace(config=config, get_output_embeddings=lambda: layer)
     assert head_of(model).scale == scale
+
+
+# Divergence from the base --------------------------------------------------------------------------
+
+
+def base_logprobs(base: Head, own: Head) -> torch.Tensor:
+    """Return `[positions, vocab]`, over the tokens that neither head calls padding."""
+    logits = plain_logits(BASE_HIDDEN, replace(base, bias=None))
+    for head in (base, own):
+        if head.bias is not None:
+            logits = logits + torch.where(head.bias.isneginf(), -torch.inf, 0.0)
+    return logits.log_softmax(1)
+
+
+def kl(base: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Return the sum over positions of KL(base || own), by its definition, of log-probabilities."""
+    terms = base.exp() * (base - own)
+    return terms.masked_fill(base.isneginf(), 0.0).sum()
+
+
+@pytest.mark.parametrize(("scale", "softcap"), SHAPES)
+@pytest.mark.parametrize("chunk_rows", [3, 64])
+def test_the_divergence_and_its_gradients_are_those_of_whole_logits(scale, softcap, chunk_rows):
+    own = random_head(10, bias=True, scale=scale, softcap=softcap)
+    base = random_head(11, BASE_WIDTH, softcap=softcap)
+    part = BasePart(BASE_HIDDEN, base)
+
+    def plain(hidden, head):
+        return kl(base_logprobs(base, head), plain_logits(hidden, head).log_softmax(1))
+
+    expected = loss_and_gradients(plain, own)
+    found = loss_and_gradients(
+        lambda hidden, head: divergence(hidden, head, part, chunk_rows=chunk_rows), own
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_of_either_head_has_no_part_in_the_divergence():
+    own, base = random_head(10, bias=True), random_head(11, BASE_WIDTH, bias=True)
+    own.bias[-2:] = -torch.inf
+    base.bias[:] = 0.0
+    base.bias[3] = -torch.inf
+    kept = torch.ones(VOCAB, dtype=torch.bool)
+    kept[[3, VOCAB - 2, VOCAB - 1]] = False
+    hidden = HIDDEN.clone().requires_grad_()
+    divergence(hidden, own, BasePart(BASE_HIDDEN, base)).backward()
+    again = HIDDEN.clone().requires_grad_()
+    logits = again @ own.weight[kept].T + own.bias[kept]
+    whole = kl((BASE_HIDDEN @ base.weight[kept].T).log_softmax(1), logits.log_softmax(1))
+    whole.backward()
+    torch.testing.assert_close(hidden.grad, again.grad, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            divergence(HIDDEN, own, BasePart(BASE_HIDDEN, base)), whole, rtol=1e-5, atol=1e-5
+        )
+
+
+def test_under_autocast_only_products_are_rounded():
+    """The divergence of almost equal distributions is small, and would be lost in bfloat16."""
+    own, base = random_head(10), random_head(11, BASE_WIDTH)
+    rounded = [replace(head, weight=head.weight.bfloat16().float()) for head in (own, base)]
+    hidden, base_hidden = (t.bfloat16().float() for t in (HIDDEN, BASE_HIDDEN))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = divergence(hidden, rounded[0], BasePart(base_hidden, rounded[1]))
+    logits = [
+        (states.bfloat16() @ head.weight.T.bfloat16()).float().log_softmax(1)
+        for states, head in ((base_hidden, rounded[1]), (hidden, rounded[0]))
+    ]
+    torch.testing.assert_close(found, kl(*logits), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_agrees_with_the_base_has_no_divergence_and_no_gradient():
+    head = random_head(10)
+    hidden = HIDDEN.clone().requires_grad_()
+    loss = divergence(hidden, head, BasePart(HIDDEN, head))
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-5)
+    assert hidden.grad.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("shown", [1, 4, VOCAB])
+def test_of_a_base_that_shows_a_part_the_other_tokens_count_as_one(shown):
+    own, base = random_head(10, bias=True), random_head(11, BASE_WIDTH)
+    logprobs = base_logprobs(base, own)
+    top = logprobs.topk(shown, dim=1)
+    part = ShownPart(top.indices, top.values)
+
+    def plain(hidden, head):
+        own_probs = plain_logits(hidden, head).softmax(1).gather(1, top.indices)
+        loss = (top.values.exp() * (top.values - own_probs.log())).sum()
+        if shown == VOCAB:
+            return loss
+        rest, own_rest = 1 - top.values.exp().sum(1), 1 - own_probs.sum(1)
+        return loss + (rest * (rest / own_rest).log()).sum()
+
+    expected = loss_and_gradients(plain, own)
+    found = loss_and_gradients(
+        lambda hidden, head: divergence(hidden, head, part, chunk_rows=4), own
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        whole = divergence(HIDDEN, own, BasePart(BASE_HIDDEN, base))
+    assert float(found[0]) <= float(whole) + 1e-3
+
+
+def test_a_slot_without_a_token_changes_nothing():
+    own, base = random_head(10), random_head(11, BASE_WIDTH)
+    top = base_logprobs(base, own).topk(3, dim=1)
+    indices = torch.cat([top.indices, torch.zeros(POSITIONS, 2, dtype=torch.long)], 1)
+    logprobs = torch.cat([top.values, torch.full((POSITIONS, 2), -torch.inf)], 1)
+    found = [
+        loss_and_gradients(lambda hidden, head, p=part: divergence(hidden, head, p), own)
+        for part in (ShownPart(top.indices, top.values), ShownPart(indices, logprobs))
+    ]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

@@ -125,6 +125,14 @@ class Backend(ABC, Generic[State]):
         return None
 
     @property
+    def host(self) -> Backend[Any] | None:
+        """The backend that can make this one's logits with its own, as both have one output matrix.
+
+        `host.extend_with` takes this backend's `final_states`. None for a backend that reads by itself.
+        """
+        return None
+
+    @property
     def device(self) -> torch.device:
         """Where `extend` expects token ids; callers move them there."""
         return torch.device("cpu")
@@ -176,6 +184,42 @@ class Backend(ABC, Generic[State]):
     def decode(self, state: State, token_ids: Tensor) -> Tensor:
         """Append one token per row, `[batch]`, and return logits `[batch, vocab]`."""
         return self.extend(state, token_ids[:, None])[:, 0]
+
+    def share_output(self, base: Backend[Any]) -> bool:
+        """Use another model's output matrix in place of an equal one, and return whether that was done.
+
+        Call it before the first forward. From then on `base` is the `host`, if both can read together.
+        """
+        return False
+
+    def final_states(self, state: State, token_ids: Tensor) -> Tensor:
+        """Append tokens as `extend` does, and return what logits are made of.
+
+        Returns:
+            `[batch, num_tokens, hidden]`: what the output matrix is multiplied with, for `host.extend_with`.
+
+        Raises:
+            UnsupportedModel: The backend has no `host`.
+        """
+        raise UnsupportedModel(f"{self.name} does not share another model's output matrix")
+
+    def extend_with(self, state: State, token_ids: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+        """Append tokens as `extend` does, and make the logits of others' final states in the same product.
+
+        Reading the output matrix takes most of the time of a product of few rows, so others cost little.
+
+        Args:
+            state: The rows.
+            token_ids: `[batch, num_tokens]`.
+            others: `[others, num_tokens, hidden]`, from `final_states` of backends whose `host` this is.
+
+        Returns:
+            Logits `[batch, num_tokens, vocab]` of the rows, and `[others, num_tokens, vocab]`.
+
+        Raises:
+            UnsupportedModel: The backend cannot be a `host`.
+        """
+        raise UnsupportedModel(f"{self.name} does not share its output matrix")
 
     @abstractmethod
     def rewind(self, state: State, num_tokens: Sequence[int]) -> None:

@@ -36,7 +36,7 @@ class AskOptions:
 
 @command("proxytune doctor my-recipe")
 def doctor(recipe: RecipeArgument, options: AskOptions) -> None:
-    """Check a recipe without loading weights.
+    """Check a recipe without loading its models.
 
     Shows vocabularies, parameters, dtypes, prompt formats, the memory that is needed and available, and the
     rights that the recipe asks for; none of its code runs. The exit code is 2 if something keeps the recipe
@@ -54,7 +54,11 @@ def doctor(recipe: RecipeArgument, options: AskOptions) -> None:
         from proxytune.loading.doctor import examine
 
         diagnosis = examine(
-            found, ask_server=True, send_key=options.ask_server, key_env=options.key_env
+            found,
+            ask_server=True,
+            send_key=options.ask_server,
+            key_env=options.key_env,
+            compares_outputs=True,
         )
     print_result(diagnosis, lambda found: stdout().print(rendered(found)), as_json=options.as_json)
     if not diagnosis.is_healthy:
@@ -146,6 +150,8 @@ def _legend(models: tuple[ModelReport, ...]) -> Table:
         kind = ", ".join(filter(None, (model.architecture, model.kind))) or "not usable"
         if model.kind and model.shares:
             kind += f", shares the weights of {model.shares}"
+        if model.shares_output:
+            kind += ", shares the base's output matrix"
         lines = [f"{what} ({kind})"]
         if (model.text_tokens, model.chat_tokens) != seen:
             seen = model.text_tokens, model.chat_tokens

@@ -52,7 +52,7 @@ def tune(settings: TuneSettings, options: RunOptions) -> None:
         ) from error
     try:
         with ProgressBars(shows_ends=True) as bars:
-            result = run(settings, resume=options.resume, display=_Stages(bars))
+            result = run(settings, resume=options.resume, display=Stages(bars))
     except Interrupted as error:
         say(str(error))
         raise typer.Exit(130) from None
@@ -66,16 +66,18 @@ def tune(settings: TuneSettings, options: RunOptions) -> None:
     say(f'next: proxytune generate {settings.output} "..."')
 
 
-class _Stages(Display):
+class Stages(Display):
     """Shows the stages of a run as progress bars, with their losses."""
 
     def __init__(self, bars: ProgressBars) -> None:
         self._bars = bars
 
     def say(self, text: str) -> None:
+        """Show a message."""
         say(text)
 
     def stage(self, name: str, done: float, total: float, **numbers: float | None) -> None:
+        """Show how far a stage has progressed."""
         shown = ", ".join(
             f"{key.replace('_', ' ')} {value:.4f}"
             for key, value in numbers.items()

@@ -336,7 +336,11 @@ class AdaptiveDrafter(FixedDrafter):
         total = self._clock.rest_seconds(length + 1)
         for group in self._lanes.groups:
             is_drafting = guesser is not None and guesser.group is group
-            seconds = self._clock.forward_seconds(group, 1 if is_drafting else length + 1)
+            seconds = self._clock.forward_seconds(
+                group,
+                1 if is_drafting else length + 1,
+                ahead=None if guesser is None else guesser.group,
+            )
             if seconds is None:
                 return None
             total += seconds * (length + whole) if is_drafting else seconds
@@ -376,13 +380,16 @@ class AdaptiveDrafter(FixedDrafter):
     def _is_worth(self, ahead: _Ahead, chances: Sequence[float]) -> bool:
         """Whether to draft one token more, with which the draft is right with these chances by row."""
         clock, length, num_rows = self._clock, ahead.length, len(chances)
-        step = clock.forward_seconds(ahead.guesser.group, 1)
+        drafting = ahead.guesser.group
+        step = clock.forward_seconds(drafting, 1, ahead=drafting)
         if step is None:
             return False
         widening = clock.rest_seconds(length + 2) - clock.rest_seconds(length + 1)
         for group in self._lanes.groups:
-            if group is not ahead.guesser.group:
-                now, then = (clock.forward_seconds(group, length + n) for n in (1, 2))
+            if group is not drafting:
+                now, then = (
+                    clock.forward_seconds(group, length + n, ahead=drafting) for n in (1, 2)
+                )
                 widening += max(0.0, (then or 0.0) - (now or 0.0))
         # A forward of the drafting model is needed anyway if its guess proves right.
         in_vain = max(chances)

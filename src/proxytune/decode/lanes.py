@@ -300,6 +300,15 @@ class Lanes:
         """The lanes on the base's backend."""
         return self.groups[0]
 
+    def guests(self, reading: Sequence[LaneGroup]) -> list[LaneGroup]:
+        """Return which of the groups that read a block have their logits made by the base.
+
+        None if the base does not read it with them.
+        """
+        if self.base not in reading:
+            return []
+        return [group for group in reading if group.backend.host is self.base.backend]
+
     def ref(self, member: int, row: Row) -> LaneRef:
         """Return the lane in which a member reads a row."""
         return self._refs[Lane(member, row.index)]

@@ -81,7 +81,8 @@ class PartialSteerer(Steerer):
         ]
         proofs = [Proof(*each) for each in zip(is_proved, lost.tolist(), strict=True)]
         weights = found.weights
-        contributions = lanes.contributions(logits, places)
+        if bool((scales != 1).any()):
+            contributions = lanes.contributions(logits, places)
         return Outlook(block, places, logits, base, contributions, steered, weights, bounds, proofs)
 
     def first_logits(self, block: Block, token_ids: Sequence[int]) -> tuple[Tensor, bool]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from proxytune.backends.base import num_shared_tokens
 from proxytune.decode.ensemble import Ensemble, Job
 from proxytune.decode.lanes import Block, Kept, LaneGroup, Lanes
 from proxytune.decode.speculative import FREE_TOKENS, FREE_TOKENS_ON_CPU, REST, Costs
+
+Read = TypeVar("Read")
 
 SYNC_EVERY = 16
 """On an accelerator one block in this many is timed, since reading the clock waits for the device."""
@@ -105,8 +108,23 @@ class Reader:
         ]
         if len(inputs) > 1:
             inputs.sort(key=lambda item: item[0].backend.device.type == "cpu")
+        guests = self._lanes.guests([group for group, _ in inputs])
         for group, token_ids in inputs:
-            block.whole[group] = self._extend(group, token_ids)
+            if group not in guests and not (guests and group is self._lanes.base):
+                block.whole[group] = self._extend(group, token_ids)
+        if guests:
+            self._read_together(block, guests, dict(inputs))
+
+    def _read_together(
+        self, block: Block, guests: Sequence[LaneGroup], inputs: Mapping[LaneGroup, Tensor]
+    ) -> None:
+        """Let the base and models with its output matrix read, with one product of that for all of them."""
+        states = [self._final_states(group, inputs[group]) for group in guests]
+        base = self._lanes.base
+        others = states[0] if len(states) == 1 else torch.cat(states)
+        block.whole[base], logits = self._extend_with(base, inputs[base], others)
+        parts = torch.split(logits, [len(part) for part in states])
+        block.whole.update(zip(guests, parts, strict=True))
 
     def run(self, group: LaneGroup, token_ids: Tensor) -> Tensor:
         """Let one group read a token of the base's for each row, `[rows]`; return `[lanes, their vocab]`."""
@@ -148,6 +166,16 @@ class Reader:
         """Append `[lanes, num_tokens]` of a group's own token ids."""
         return group.backend.extend(group.state, token_ids)
 
+    def _final_states(self, group: LaneGroup, token_ids: Tensor) -> Tensor:
+        """Append a guest's tokens, leaving its logits to the base."""
+        return group.backend.final_states(group.state, token_ids)
+
+    def _extend_with(
+        self, group: LaneGroup, token_ids: Tensor, others: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Append the base's tokens, and make its guests' logits."""
+        return group.backend.extend_with(group.state, token_ids, others)
+
 
 class TimedReader(Reader):
     """Measures what blocks cost, and says what the next one would."""
@@ -176,28 +204,63 @@ class TimedReader(Reader):
             seconds = time.perf_counter() - self._started - self._forwards_s
             self._costs.observe(REST, self._num_rows, len(block.draft) + 1, seconds)
 
-    def forward_seconds(self, group: LaneGroup, width: int) -> float | None:
-        """Return what a forward of `width` tokens per row costs; None before that is known."""
+    def forward_seconds(
+        self, group: LaneGroup, width: int, *, ahead: LaneGroup | None = None
+    ) -> float | None:
+        """Return what a forward of `width` tokens per row costs; None before that is known.
+
+        Args:
+            group: What reads.
+            width: How many tokens.
+            ahead: The group that drafts, and so reads by itself; the others read together.
+        """
         free = FREE_TOKENS_ON_CPU if group.backend.device.type == "cpu" else FREE_TOKENS
-        backend, lanes = id(group.backend), len(group.lanes)
-        return self._costs.estimate(backend, lanes, width, free_tokens=free)
+        lanes = self._lanes
+        guests = lanes.guests([other for other in lanes.groups if other is not ahead])
+        is_together = group in guests or (bool(guests) and group is lanes.base)
+        # What was not measured yet is taken to cost what it does in the other way.
+        for way in (is_together, not is_together):
+            key = id(group.backend), way
+            seconds = self._costs.estimate(key, len(group.lanes), width, free_tokens=free)
+            if seconds is not None:
+                return seconds
+        return None
 
     def rest_seconds(self, width: int) -> float:
         """Return what a block of `width` tokens costs beside its forwards; 0 before that is known."""
         return self._costs.estimate(REST, len(self._lanes.rows), width) or 0.0
 
     def _extend(self, group: LaneGroup, token_ids: Tensor) -> Tensor:
+        run = super()._extend
+        return self._timed(group, token_ids, lambda: run(group, token_ids), is_together=False)
+
+    def _final_states(self, group: LaneGroup, token_ids: Tensor) -> Tensor:
+        run = super()._final_states
+        return self._timed(group, token_ids, lambda: run(group, token_ids), is_together=True)
+
+    def _extend_with(
+        self, group: LaneGroup, token_ids: Tensor, others: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        run = super()._extend_with
+        return self._timed(
+            group, token_ids, lambda: run(group, token_ids, others), is_together=True
+        )
+
+    def _timed(
+        self, group: LaneGroup, token_ids: Tensor, run: Callable[[], Read], *, is_together: bool
+    ) -> Read:
+        """Run a forward and take note of its time."""
         if token_ids.device.type != "cpu" and self._num_blocks % SYNC_EVERY != 1:
-            return super()._extend(group, token_ids)
+            return run()
         wait = _synchronise(token_ids.device)
         started = time.perf_counter()
-        logits = super()._extend(group, token_ids)
+        answer = run()
         wait()
         seconds = time.perf_counter() - started
         self._forwards_s += seconds
-        width = token_ids.shape[1]
-        self._costs.observe(id(group.backend), len(group.lanes), width, seconds)
-        return logits
+        key = id(group.backend), is_together
+        self._costs.observe(key, len(group.lanes), token_ids.shape[1], seconds)
+        return answer
 
 
 def _synchronise(device: torch.device) -> Callable[[], None]:

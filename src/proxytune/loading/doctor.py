@@ -33,6 +33,7 @@ from proxytune.errors import (
 )
 from proxytune.grants import Grants
 from proxytune.loading.formats import base_format, pair_formats
+from proxytune.loading.output import shared_bytes
 from proxytune.loading.samples import Sample, notes_on, sample_of
 from proxytune.machine import device_memory
 from proxytune.recipe.files import AskedRight, RecipeFiles, ungranted_error
@@ -96,6 +97,7 @@ class ModelReport:
         weight_bytes: Memory of weights and adapter; 0 if the weights are shared.
         cache_bytes: Memory of the KV cache per 1,000 tokens of one sequence.
         shares: The part whose weights it shares.
+        shares_output: Whether its output matrix is the base's, if that was looked for.
         api: What the API's server shows and accepts (`ApiTraits`), if it was called.
     """
 
@@ -120,6 +122,7 @@ class ModelReport:
     weight_bytes: int | None = None
     cache_bytes: int | None = None
     shares: str | None = None
+    shares_output: bool = False
     api: Mapping[str, Any] | None = None
 
 
@@ -199,6 +202,7 @@ def examine(
     send_key: bool = False,
     key_env: str | None = None,
     files: RecipeFiles | None = None,
+    compares_outputs: bool = False,
 ) -> Diagnosis:
     """Check a whole recipe without reading weights.
 
@@ -213,13 +217,43 @@ def examine(
         send_key: Whether to ask the server also if a key is sent to it.
         key_env: The environment variable whose key the caller sends to the API; see `Grants`.
         files: The recipe's files, with what the caller grants; None to look them up with `key_env` alone.
+        compares_outputs: Whether to find out which models have the base's output matrix. Only those with one
+            of its size are read for that, and of these only the matrix; a GGUF file's weights are converted.
     """
     asked: tuple[AskedRight, ...] = ()
     if files is None:
         asked = RecipeFiles(recipe).ungranted()
         # Weights are never read here, so pickled ones may be counted.
         files = RecipeFiles(recipe, Grants(allow_pickle=True, key_env=key_env))
-    return _Examination(recipe, ask_server, send_key, files, asked).run()
+    diagnosis = _Examination(recipe, ask_server, send_key, files, asked).run()
+    return (
+        _with_outputs(diagnosis, files) if compares_outputs and diagnosis.is_healthy else diagnosis
+    )
+
+
+def _with_outputs(diagnosis: Diagnosis, files: RecipeFiles) -> Diagnosis:
+    """Name the models that share the base's output matrix, and count that once."""
+    saved = shared_bytes(files)
+    models = tuple(
+        replace(
+            model,
+            shares_output=True,
+            weight_bytes=(model.weight_bytes or 0) - saved[model.part],
+        )
+        if model.part in saved
+        else model
+        for model in diagnosis.models
+    )
+    on_device = {model.part: model.device for model in models}
+    devices = tuple(
+        replace(
+            device,
+            weight_bytes=device.weight_bytes
+            - sum(num for part, num in saved.items() if on_device[part] == device.device),
+        )
+        for device in diagnosis.devices
+    )
+    return replace(diagnosis, models=models, devices=devices)
 
 
 @dataclass

@@ -59,6 +59,8 @@ def load_ensemble(
     checkpoints = {member.spec.weights: member.checkpoint for member in found}
     places, adapters = _places(found)
     backends = _load_backends(adapters, checkpoints, recipe.base, budget, grants)
+    for backend in backends.values():
+        backend.share_output(backends[places[0][0]])
     if is_exact:
         backends = {copy: ExactBackend(backend) for copy, backend in backends.items()}
     alignments = {}

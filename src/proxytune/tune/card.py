@@ -18,6 +18,12 @@ _METHODS = {
     "grpo": "Group Relative Policy Optimization (arXiv:2402.03300): trained by a reward for its own answers",
     "cpt": "Consistent Proxy Tuning (arXiv:2407.01155): trained through the frozen base and anti-expert",
 }
+_CALIBRATED = {
+    "sft": "The anti-expert is calibrated: trained from the same start on the base's distribution at the "
+    "same positions",
+    "dpo": "The anti-expert is calibrated: trained on the base's distribution over the chosen answers. The "
+    "expert starts from it",
+}
 _COUNTS = ("rows", "rows_read", "num_tokens", "num_trained", "num_truncated", "num_dropped")
 
 
@@ -43,7 +49,7 @@ def last_word(settings: TuneSettings, result: TuneResult) -> list[str]:
         lines.append(
             f"mean reward of greedy answers to {verdict['num_rows']:,} prompts {which}, with 95 % intervals:"
         )
-        lines += [_shown_reward(row) for row in report["rows"] if _is_shown(row, verdict)]
+        lines += [_shown_reward(row) for row in report["rows"] if _is_shown(row, verdict, result)]
         return [*lines, *_answers(verdict)]
     report = result.valid if verdict["rows"] == "valid" else result.test
     assert report is not None
@@ -51,7 +57,7 @@ def last_word(settings: TuneSettings, result: TuneResult) -> list[str]:
         f"perplexity on {verdict['num_rows']:,} rows {which} ({report['num_tokens']:,} tokens), with 95 % "
         "intervals:"
     )
-    lines += [_shown_score(row) for row in report["rows"] if _is_shown(row, verdict)]
+    lines += [_shown_score(row) for row in report["rows"] if _is_shown(row, verdict, result)]
     return [*lines, *_answers(verdict)]
 
 
@@ -60,8 +66,8 @@ def _tokens(result: TuneResult) -> str:
     return "" if result.method == "grpo" else f" ({result.data['train']['num_trained']:,} tokens)"
 
 
-def _is_shown(row: Mapping[str, Any], verdict: Mapping[str, Any]) -> bool:
-    return row["alpha"] == verdict["alpha"] or row["name"].rpartition(".")[2] in ("base", "expert")
+def _is_shown(row: Mapping[str, Any], verdict: Mapping[str, Any], result: TuneResult) -> bool:
+    return row["alpha"] in (verdict["alpha"], 1.0) or _side(row) in _alone(result)
 
 
 def _answers(verdict: Mapping[str, Any]) -> list[str]:
@@ -83,8 +89,18 @@ def _shown_reward(row: Mapping[str, Any]) -> str:
     return f"{text}, {row['length']:.1f} tokens"
 
 
+def _side(row: Mapping[str, Any]) -> str:
+    return str(row["name"]).rpartition(".")[2]
+
+
+def _alone(result: TuneResult) -> tuple[str, ...]:
+    """Return the models that are shown by themselves."""
+    # That a calibrated pair has similar perplexities is the sign that calibration worked.
+    return ("base", "expert", "anti_expert") if result.is_calibrated else ("base", "expert")
+
+
 def _shown_score(row: Mapping[str, Any]) -> str:
-    side = row["name"].rpartition(".")[2]
+    side = _side(row)
     text = f"  {_model(row):<22} {row['perplexity']:.2f}{interval_words(row['interval'], '.2f')}"
     if side == "base":
         return text
@@ -92,13 +108,15 @@ def _shown_score(row: Mapping[str, Any]) -> str:
 
 
 def _model(row: Mapping[str, Any]) -> str:
-    side = row["name"].rpartition(".")[2]
-    name = "expert alone" if side == "expert" else str(side)
+    names = {"expert": "expert alone", "anti_expert": "anti-expert alone"}
+    name = names.get(_side(row), _side(row))
     return name + ("" if row["alpha"] is None else f" at alpha {row['alpha']:g}")
 
 
 def _tried(result: TuneResult) -> str:
     """Return how the strength was chosen, to follow it."""
+    if result.fit is not None and result.fit["kept"] != "none":
+        return f", with fitted {result.fit['kept']}"
     if not result.tried:
         return ""
     low, high = min(result.tried), max(result.tried)
@@ -123,6 +141,8 @@ def _verdict(result: TuneResult) -> list[str]:
         return []
     lines = [f"## Steering {verdict['word']}", "", f"{_sentence(verdict['reason'])}", ""]
     lines += [f"Strength: alpha {result.alpha:g}{_tried(result)}.", ""]
+    if result.fit is not None:
+        lines += [_sentence(result.fit["words"]), ""]
     if verdict["samples"]:
         lines += ["| prompt | base | steered | given |", "| --- | --- | --- | --- |"]
         sides = ("prompt", "base", "steered", "given")
@@ -207,6 +227,10 @@ def _score_line(row: Mapping[str, Any]) -> str:
 
 def _training(settings: TuneSettings, result: TuneResult) -> list[str]:
     lines = ["## Training", "", f"{_METHODS[result.method]}.", ""]
+    if result.is_calibrated:
+        lines += [f"{_CALIBRATED[result.method]}.", ""]
+    if settings.then_cpt:
+        lines += [f"Then {_METHODS['cpt']}.", ""]
     lines += [
         "| data | rows | rows read | tokens read | trained on | cut | left out | sha256 |",
         "| --- | " + "---: | " * 6 + "--- |",
@@ -218,11 +242,11 @@ def _training(settings: TuneSettings, result: TuneResult) -> list[str]:
             f"`{part['digest'][:16]}` |"
         )
     lines += ["", "| setting | value |", "| --- | --- |"]
-    shown: dict[str, Any] = {"method": result.method}
+    shown: dict[str, Any] = {"method": result.method, "calibrate": result.is_calibrated}
     for setting in fields(settings):
         value = getattr(settings, setting.name)
         own = setting.default if setting.default is not MISSING else None
-        if value != own and setting.name not in ("output", "data", "method"):
+        if value != own and setting.name not in ("output", "data", "method", "calibrate"):
             shown[setting.name] = value
     shown["learning_rate"] = result.learning_rate
     shown["template"], shown["base_template"] = result.template, result.base_template

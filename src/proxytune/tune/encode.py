@@ -58,6 +58,12 @@ class PreferenceExample:
     rejected_ids: list[int]
 
     @property
+    def chosen(self) -> Example:
+        """The prompt and the chosen answer, whose tokens have a loss."""
+        labels = [IGNORED] * len(self.prompt_ids) + self.chosen_ids
+        return Example(self.prompt_ids + self.chosen_ids, labels)
+
+    @property
     def num_tokens(self) -> int:
         """Number of tokens that models read: the prompt once for each answer."""
         return 2 * len(self.prompt_ids) + self.num_trained

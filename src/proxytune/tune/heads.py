@@ -271,6 +271,38 @@ class FrozenPart:
     heads: FrozenHeads
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class BasePart:
+    """The frozen base alone at the positions of a batch.
+
+    Args:
+        hidden: `[positions, width]`, its hidden states, any float dtype.
+        head: Its head, in the small model's order of tokens (`align_base_head`).
+    """
+
+    hidden: Tensor
+    head: Head
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ShownPart:
+    """What a base shows of its distribution at the positions of a batch.
+
+    Args:
+        token_ids: `[positions, shown]`, ids of the small model's vocabulary, each once per position.
+        logprobs: `[positions, shown]`, natural-log probabilities; -inf for a slot without a token.
+    """
+
+    token_ids: Tensor
+    logprobs: Tensor
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
 class Coefficients(NamedTuple):
     """Factors in `base * M + expert * E - anti_expert * A`."""
 

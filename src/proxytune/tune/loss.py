@@ -1,4 +1,4 @@
-"""Cross-entropy through output heads, of the expert alone or together with a frozen base and anti-expert.
+"""Losses through output heads: cross-entropy, alone or with frozen models, and divergence from the base.
 
 Words: a model is a *body*, which computes hidden states, and a *head*, which computes logits from them: a
 linear map, then perhaps a scale and a soft cap. Consistent Proxy Tuning (He et al. 2024, arXiv:2407.01155)
@@ -7,6 +7,9 @@ logits have two *forms*, which agree at alpha = 1:
 
     steered     M + alpha * (E - A)      what decoding does with strength alpha
     paper       E + alpha * (M - A)      the objective as published
+
+A calibrated anti-expert A' learns from the base's distribution instead of a text, by the divergence
+KL(M || A') at the same positions. Where a base shows only its most likely tokens, the others count as one.
 
 A token has 100,000 logits and more, so those of a whole batch never exist. Of the frozen models only hidden
 states are kept, a few percent of that size (`offsets.py` stores them). Logits are computed for a few rows at
@@ -19,17 +22,21 @@ probability in the ensemble. Which positions are trained on is decided in `encod
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from proxytune.tune.heads import FrozenPart, Head, product_dtype
+from proxytune.tune.heads import BasePart, FrozenPart, Head, ShownPart, product_dtype
 
 CHUNK_ROWS = 128
 """Rows whose logits exist at once: 128 x 152,064 float32 values are 78 MB. More rows do not fit into a
 processor's cache: 2,048 tokens through a head of 49,152 x 128 on two cores took 0.35 to 0.42 s with 64 or 128
 rows, 0.56 to 0.78 s with 256, and 0.6 s with 16."""
+
+SMALLEST_REST = 1e-6
+"""Lowest probability of all tokens that a base does not show together: float32 sums of probabilities are not
+more exact."""
 
 
 def cross_entropy(
@@ -69,20 +76,57 @@ def cross_entropy(
         assert not trained, (
             "training this head would change the anti-expert; give Head.copy() of it"
         )
+    return _loss(hidden, head, _Tokens(targets), frozen, expert_factor, chunk_rows)
+
+
+def divergence(
+    hidden: Tensor, head: Head, base: BasePart | ShownPart, *, chunk_rows: int = CHUNK_ROWS
+) -> Tensor:
+    """Return the sum over positions of KL(base || trained model), in nats.
+
+    Both distributions are over the tokens that both models have. Of a base that shows a part, the tokens that
+    it does not show are one event, whose probability is what the shown ones leave: a lower bound of the
+    divergence, equal to it if the two models agree about the proportions within that event.
+
+    Gradients are computed as in `cross_entropy`. At most three float32 tensors of `[chunk_rows, vocab]` are
+    alive at a time.
+
+    Args:
+        hidden: `[positions, width]`, the trained model's hidden states, any float dtype.
+        head: The trained model's head.
+        base: The base at the same positions.
+        chunk_rows: Number of rows whose logits exist at once.
+
+    Returns:
+        A float32 scalar.
+    """
+    assert hidden.dim() == 2 and len(base) == len(hidden), (hidden.shape, len(base))
+    objective = _Base.of(base, head) if isinstance(base, BasePart) else _Shown(base)
+    return _loss(hidden, head, objective, None, 1.0, chunk_rows)
+
+
+def _loss(
+    hidden: Tensor,
+    head: Head,
+    objective: _Objective,
+    frozen: FrozenPart | None,
+    expert_factor: float,
+    chunk_rows: int,
+) -> Tensor:
     tensors = (hidden, head.weight, head.bias)
     wanted = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in tensors
     ]
-    work = _Work(targets, head.scale, head.softcap, frozen, expert_factor, chunk_rows, wanted)
+    work = _Work(objective, head.scale, head.softcap, frozen, expert_factor, chunk_rows, wanted)
     if not any(wanted):
         with torch.no_grad():
             return work.run(*tensors)[0]
-    loss: Tensor = _CrossEntropy.apply(*tensors, work)  # type: ignore[no-untyped-call]
+    loss: Tensor = _Chunked.apply(*tensors, work)  # type: ignore[no-untyped-call]
     return loss
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _Chunked(torch.autograd.Function):
     """Passes the gradients of `_Work` to autograd."""
 
     @staticmethod
@@ -142,10 +186,108 @@ class _Operand(NamedTuple):
         return tangents
 
 
-class _Work(NamedTuple):
-    """One call of `cross_entropy`, without the tensors that gradients flow to."""
+class _Objective(Protocol):
+    """What logits are compared with."""
+
+    @property
+    def padding(self) -> Sequence[Tensor]:
+        """`[vocab]` each, true at ids that are not tokens."""
+        ...
+
+    def take(self, logits: Tensor, rows: slice) -> Tensor:
+        """Return the loss of some rows, and turn their logits into its gradient, in place.
+
+        Args:
+            logits: `[rows, vocab]` float32, -inf at padding.
+            rows: The positions they belong to.
+        """
+        ...
+
+
+class _Tokens(NamedTuple):
+    """The cross-entropy against given tokens."""
 
     targets: Tensor
+    padding: Sequence[Tensor] = ()
+
+    def take(self, logits: Tensor, rows: slice) -> Tensor:
+        targets = self.targets[rows, None]
+        logits.sub_(logits.amax(1, keepdim=True))
+        at_target = logits.gather(1, targets)
+        sums = logits.exp_().sum(1, keepdim=True)
+        gradient = logits.div_(sums)
+        # Subtract before rounding: near 1, bfloat16 has steps of 1/256.
+        gradient.scatter_add_(1, targets, -torch.ones_like(at_target))
+        return (sums.log() - at_target).sum()
+
+
+class _Base(NamedTuple):
+    """The divergence from a base whose hidden states are known."""
+
+    base: _Operand
+    hidden: Tensor
+    padding: Sequence[Tensor]
+    has_padding: bool  # of either model
+
+    @classmethod
+    def of(cls, part: BasePart, head: Head) -> _Base:
+        bias = part.head.bias
+        padding = [] if bias is None else [bias.isneginf()]
+        masks = [*padding, *([] if head.bias is None else [head.bias.isneginf()])]
+        has_padding = any(bool(mask.any()) for mask in masks)
+        return cls(_Operand.of(part.head, part.hidden), part.hidden, padding, has_padding)
+
+    def take(self, logits: Tensor, rows: slice) -> Tensor:
+        # Each pass over the vocabulary counts, so that probabilities are never divided out before the end:
+        # KL = sum(u * (y - x)) / sum(u) - log sum(u) + log sum(v), for u = exp(y) and v = exp(x).
+        base = torch.zeros_like(logits)
+        self.base.add_to(base, self.hidden[rows], 1.0)
+        is_padding = logits.isneginf() if self.has_padding else None
+        if is_padding is not None:
+            base.masked_fill_(is_padding, -torch.inf)
+        logits.sub_(logits.amax(1, keepdim=True))
+        base.sub_(base.amax(1, keepdim=True))
+        difference = base - logits
+        if is_padding is not None:
+            difference.masked_fill_(is_padding, 0.0)
+        base.exp_()
+        base_sums = base.sum(1, keepdim=True)
+        means = difference.mul_(base).sum(1, keepdim=True) / base_sums
+        sums = logits.exp_().sum(1, keepdim=True)
+        logits.div_(sums).sub_(base.div_(base_sums))
+        return (means - base_sums.log() + sums.log()).sum()
+
+
+class _Shown(NamedTuple):
+    """The divergence from a base that shows its most likely tokens."""
+
+    part: ShownPart
+    padding: Sequence[Tensor] = ()
+
+    def take(self, logits: Tensor, rows: slice) -> Tensor:
+        token_ids, shown = self.part.token_ids[rows], self.part.logprobs[rows].float()
+        is_shown = shown > -torch.inf
+        probs = shown.exp()
+        rest = (1 - probs.sum(1, keepdim=True)).clamp(min=0.0)
+        logits.sub_(logits.logsumexp(1, keepdim=True))
+        own = logits.gather(1, token_ids)
+        divergence = (probs * (shown - own)).masked_fill(~is_shown, 0.0).sum()
+        gradient = logits.exp_()
+        own_probs = own.exp().masked_fill(~is_shown, 0.0)
+        own_rest = (1 - own_probs.sum(1, keepdim=True)).clamp(min=SMALLEST_REST)
+        divergence += torch.xlogy(rest, rest / own_rest).sum()
+        # What the base does not show is asked for in the trained model's own proportions.
+        gradient.mul_(1 - rest / own_rest)
+        # A slot without a token points to token 0, and must change nothing there.
+        at_shown = own_probs * (rest / own_rest) - probs.masked_fill(~is_shown, 0.0)
+        gradient.scatter_add_(1, token_ids, at_shown)
+        return divergence
+
+
+class _Work(NamedTuple):
+    """One call of a loss, without the tensors that gradients flow to."""
+
+    objective: _Objective
     scale: float
     softcap: float | None
     frozen: FrozenPart | None
@@ -167,6 +309,7 @@ class _Work(NamedTuple):
         ]
         biases = [bias, None if self.frozen is None else self.frozen.heads.base.bias]
         padding = [b.isneginf() for b in biases if b is not None]
+        padding += self.objective.padding
         loss = torch.zeros((), device=hidden.device)
         for start in range(0, len(hidden), self.chunk_rows):
             rows = slice(start, start + self.chunk_rows)
@@ -190,8 +333,8 @@ class _Work(NamedTuple):
 
         A separate function, so that its tensors are freed before the next chunk's are allocated.
         """
-        targets = self.targets[rows, None]
-        logits = torch.zeros(len(targets), len(expert.weight), device=hidden.device)
+        num_rows = len(hidden[rows])
+        logits = torch.zeros(num_rows, len(expert.weight), device=hidden.device)
         tangents = None
         if frozen is not None:
             frozen.add_to(logits, hidden[rows], rows)
@@ -199,16 +342,10 @@ class _Work(NamedTuple):
             tangents = expert.add_to(logits, hidden[rows], self.expert_factor)
         for mask in padding:
             logits.masked_fill_(mask, -torch.inf)
-        # In place, to keep a single tensor: logits become probabilities, then the gradient of the loss.
-        logits.sub_(logits.amax(1, keepdim=True))
-        at_target = logits.gather(1, targets)
-        sums = logits.exp_().sum(1, keepdim=True)
-        loss = (sums.log() - at_target).sum()
+        loss = self.objective.take(logits, rows)
         if not any(self.wanted) or self.expert_factor == 0:
             return loss
-        gradient = logits.div_(sums)
-        # Subtract before rounding: near 1, bfloat16 has steps of 1/256.
-        gradient.scatter_add_(1, targets, -torch.ones_like(at_target))
+        gradient = logits  # One tensor: the objective has turned it into the gradient.
         if tangents is not None:
             gradient.mul_(tangents.square_().neg_().add_(1))
         self._add_gradients(grads, gradient, hidden[rows], expert.weight, rows)

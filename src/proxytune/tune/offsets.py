@@ -1,10 +1,11 @@
-"""The frozen part of Consistent Proxy Tuning for a data set: computed once, kept on disk.
+"""Hidden states of frozen models for a data set: computed once, kept on disk.
 
-Base and anti-expert do not change while an expert is trained, so they run once over the examples. Kept are
-the hidden states before their output heads, only at the positions that predict a trained token: a few
-kilobytes per position, where logits would take hundreds. `loss.py` computes logits from them.
+Base and anti-expert do not change while an expert is trained through them, so they run once over the
+examples; so does the base alone while an anti-expert is calibrated to it. Kept are the hidden states before
+their output heads, only at the positions that predict a trained token: a few kilobytes per position, where
+logits would take hundreds. `loss.py` computes logits from them.
 
-A directory holds one data set:
+A directory holds one data set; a model that is left out has width 0:
 
     hidden.bin      [num_positions, base width + small width], bfloat16 or float32, in the examples' order
     starts.npy      [num_examples + 1] int64, each example's first row
@@ -49,7 +50,10 @@ HIDDEN_NAME, STARTS_NAME, HEADER_NAME = "hidden.bin", "starts.npy", "offsets.jso
 
 
 def offsets_key(examples: Sequence[Example], base_name: str, small_name: str, dtype: str) -> str:
-    """Return a digest of everything offsets depend on: examples, models and dtype."""
+    """Return a digest of everything offsets depend on: examples, models and dtype.
+
+    A name stands for a model, with what distinguishes it, such as its adapter; empty for none.
+    """
     digest = hashlib.sha256(json.dumps([base_name, small_name, dtype]).encode())
     for example in examples:
         for values in (example.token_ids, example.labels):
@@ -93,7 +97,7 @@ class _Header:
 
 
 class Offsets:
-    """Hidden states of base and anti-expert for a data set, made by `build` or `open`.
+    """Hidden states of base, anti-expert or both for a data set, made by `build` or `open`.
 
     It holds no open file, so it can be passed to another process.
 
@@ -146,15 +150,15 @@ class Offsets:
         key: str,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> Offsets:
-        """Run base and anti-expert over the examples, continuing what an earlier run of this key did.
+        """Run the frozen models over the examples, continuing what an earlier run of this key did.
 
         Files of another key are deleted first. Memory holds one batch.
 
         Args:
             directory: Created if it does not exist.
             examples: Examples in the small model's token ids.
-            base: A causal language model in evaluation mode.
-            anti_expert: The small model before tuning, in evaluation mode.
+            base: A causal language model in evaluation mode; None to leave it out.
+            anti_expert: The model that is subtracted, in evaluation mode; None to leave it out.
             alignment: Alignment of the base's vocabulary and the small model's.
             base_name: The base's name in errors.
             key: Identifies data and models; see `offsets_key`.
@@ -165,15 +169,17 @@ class Offsets:
             OutputFileError: The disk has too little space, or cannot be written.
             VocabularyMismatch: An example has a token that the base does not have.
         """
-        counts = np.array([len(_kept_positions(example)) for example in examples], dtype=np.int64)
+        counts = np.array([len(kept_positions(example)) for example in examples], dtype=np.int64)
         starts = np.concatenate([np.zeros(1, np.int64), counts.cumsum()])
-        base_head, small_head = head_of(base), head_of(anti_expert)
-        is_half = base_head.weight.dtype in (torch.bfloat16, torch.float16)
+        weights = [None if m is None else head_of(m).weight for m in (base, anti_expert)]
+        dtype = next(weight.dtype for weight in weights if weight is not None)
+        is_half = dtype in (torch.bfloat16, torch.float16)
+        base_width, small_width = (0 if w is None else w.shape[1] for w in weights)
         header = _Header(
             format=FORMAT,
             key=key,
-            base_width=base_head.weight.shape[1],
-            small_width=small_head.weight.shape[1],
+            base_width=base_width,
+            small_width=small_width,
             dtype="bfloat16" if is_half else "float32",
             num_examples=len(examples),
             num_positions=int(starts[-1]),
@@ -237,7 +243,7 @@ class Offsets:
         return FrozenPart(self.rows(indices).to(device), heads)
 
 
-def _kept_positions(example: Example) -> list[int]:
+def kept_positions(example: Example) -> list[int]:
     """Return the positions whose hidden states predict a trained token: each one before it."""
     return [t - 1 for t in range(1, len(example.labels)) if example.labels[t] != IGNORED]
 
@@ -266,10 +272,11 @@ def _check_room(directory: Path, num_bytes: int, header: _Header, base_name: str
     free = shutil.disk_usage(directory).free
     if num_bytes > free:
         raise OutputFileError(
-            f"the hidden states of {base_name} and the anti-expert at {header.num_positions:,} trained "
+            f"the hidden states of the frozen models ({base_name}) at {header.num_positions:,} trained "
             f"tokens need {num_bytes / 1e9:.3g} GB more at {directory} ({header.row_bytes:,} bytes per "
             f"token), and {free / 1e9:.3g} GB are free there.\n"
-            "hint: free some disk space, train on fewer rows, or use --method sft, which stores nothing"
+            "hint: free some disk space, train on fewer rows, or use --method sft --no-calibrate, which "
+            "stores nothing"
         )
 
 
@@ -294,7 +301,7 @@ def _hidden(
     examples: Sequence[Example], base: Any, anti_expert: Any, alignment: Alignment, base_name: str
 ) -> Iterator[Tensor]:
     """Yield `[positions, base width + small width]` on the CPU for each example."""
-    kept = [_kept_positions(example) for example in examples]
+    kept = [kept_positions(example) for example in examples]
     width = max(len(example.token_ids) for example in examples)
     token_ids = torch.zeros(len(examples), width, dtype=torch.long)
     mask = torch.zeros_like(token_ids)
@@ -315,6 +322,8 @@ def _hidden(
     in_base = in_base.clamp(min=0)  # Padding on the right, which no token sees.
     parts = []
     for model, ids in ((base, in_base), (anti_expert, token_ids)):
+        if model is None:
+            continue
         device = model.get_input_embeddings().weight.device
         parts.append(run_body(model, ids.to(device), mask.to(device)))
     for row, positions in enumerate(kept):

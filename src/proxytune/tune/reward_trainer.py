@@ -180,8 +180,14 @@ class RewardTrainer(_DurableCheckpoints, GRPOTrainer):
         size = batch_size or len(input_ids)
         with self._autocast():
             parts = [
-                answer_logprobs(model, ids, mask, logits_to_keep, self.args.temperature)
-                for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True)
+                answer_logprobs(
+                    model,
+                    input_ids[i : i + size],
+                    attention_mask[i : i + size],
+                    logits_to_keep,
+                    self.args.temperature,
+                )
+                for i in range(0, len(input_ids), size)
             ]
         logprobs, entropies = zip(*parts, strict=True)
         return torch.cat(logprobs), torch.cat(entropies), None
@@ -410,8 +416,10 @@ def answer_logprobs(
 
     # Logits of a chunk exist once at a time; the backward pass computes them again.
     parts = [
-        checkpoint(chunk, *pair, use_reentrant=False)
-        for pair in zip(states.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True)
+        checkpoint(
+            chunk, states[i : i + CHUNK_ROWS], targets[i : i + CHUNK_ROWS], use_reentrant=False
+        )
+        for i in range(0, len(targets), CHUNK_ROWS)
     ]
     logprobs, entropies = (
         torch.zeros(rows, num_kept, device=input_ids.device).masked_scatter(kept, torch.cat(column))

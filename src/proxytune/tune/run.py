@@ -24,13 +24,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from proxytune.checkpoints.references import is_url, local_reference
+from proxytune.checkpoints.references import local_reference
 from proxytune.data.rows import Rows, answers_of, read_rows, split_rows
 from proxytune.errors import (
     InputFileError,
@@ -45,19 +45,24 @@ from proxytune.files import write_json
 from proxytune.machine import versions
 from proxytune.measure.score import scoring_window
 from proxytune.recipe.recipe import Recipe
-from proxytune.recipe.spec import ExpertSpec, ModelSpec
+from proxytune.recipe.spec import ApiSettings, ExpertSpec, ModelSpec
+from proxytune.tune.calibrated import calibrates, few_tokens, find_calibrated
 from proxytune.tune.encode import Encoded, encode, limited
 from proxytune.tune.formats import Formats, formats_of
 from proxytune.tune.lora_places import lora_places
 from proxytune.tune.reward_scores import measured_by_reward
 from proxytune.tune.rewards import Reward, RewardFunction
 from proxytune.tune.settings import (
+    ALPHAS,
     LOSS_LOG,
+    STAGES,
     Display,
     Method,
     TuneResult,
     TuneSettings,
+    anti_expert_path,
     expert_path,
+    stage_path,
 )
 from proxytune.tune.verdict import hints_for, is_lower, judge
 
@@ -67,8 +72,6 @@ if TYPE_CHECKING:
     from proxytune.model import ProxyTuned
     from proxytune.request import Prompt
 
-ALPHAS = tuple(round(0.1 * i, 1) for i in range(1, 16))
-"""Strengths tried on the validation rows."""
 MOST_VALID_ROWS = 500
 """Maximum number of rows taken from the training rows for validation, and for the last word."""
 FEWEST_TEST_ROWS = 5
@@ -156,6 +159,7 @@ class _Run:
         train, valid, test = self._read_rows()
         formats = formats_of(settings, train, small, base)
         method = self._method(train, formats)
+        is_calibrated = calibrates(settings, method, formats)
         if formats.reason is not None:
             display.say(formats.reason)
         data: dict[str, dict[str, Any]] = {
@@ -163,7 +167,7 @@ class _Run:
             for name, r in (("train", train), ("valid", valid), ("test", test))
             if r is not None
         }
-        max_length = self._max_length(small, base)
+        max_length = _max_length(settings, small, base)
         encoded = {
             name: encode(
                 rows,
@@ -183,9 +187,14 @@ class _Run:
         for name, part in encoded.items():
             data[name] |= _counts(part)
             display.say(f"{name}: {_shown_counts(data[name], max_length)}")
+        if is_calibrated and self._given is None:
+            warning = few_tokens(data["train"]["num_trained"])
+            if warning is not None:
+                display.say(warning)
         if test is not None:
             display.say(f"test: {len(test):,} rows of {test.source}, kept for the last word")
         # Here, since TRL takes seconds to import and everything above can refuse the run.
+        from proxytune.tune.stages import train as run_training
         from proxytune.tune.training import Training
 
         training = Training(
@@ -199,11 +208,14 @@ class _Run:
             display=display,
             reward=self._reward,
             rows={"train": train} if valid is None else {"train": train, "valid": valid},
+            calibrates=is_calibrated,
+            given=self._given,
+            remote=_base_spec(settings) if settings.is_remote else None,
         )
-        outcome = training.run()
+        outcome = run_training(training)
         data["train"] |= _counts(encoded["train"].only(outcome.pop("examples_read")))
         display.say("writing the recipe")
-        recipe = self._recipe(small, formats)
+        recipe = self._recipe(small, formats, is_calibrated=is_calibrated)
         result = TuneResult(
             directory=settings.output,
             expert=settings.expert_name,
@@ -211,6 +223,7 @@ class _Run:
             method=method,
             template=formats.small,
             base_template=formats.base,
+            is_calibrated=is_calibrated,
             data=data,
             environment={
                 "torch": torch.__version__,
@@ -220,13 +233,23 @@ class _Run:
             **outcome,
         )
         self._publish(recipe, result)
-        result = self._measured(recipe, result, formats, valid, test)
+        recipe, result = self._measured(recipe, result, formats, train, valid, test)
         recipe = replace(recipe, experts=(replace(recipe.experts[0], alpha=result.alpha),))
         self._publish(recipe, result)
         write_json(settings.training / "result.json", result.to_dict())
-        for leftover in ("checkpoints", "offsets"):
+        # `stages.FIRST_DIR` stays: it has the expert of a pair as it was before it was trained on.
+        for leftover in (
+            "offsets",
+            *(stage_path("checkpoints", stage) for stage in STAGES),
+        ):
             shutil.rmtree(settings.training / leftover, ignore_errors=True)
         return result
+
+    @cached_property
+    def _given(self) -> Path | None:
+        """The adapter of a given calibrated anti-expert."""
+        given = self._settings.calibrated
+        return None if given is None else find_calibrated(given)
 
     # Before training ---------------------------------------------------------------------------
 
@@ -254,12 +277,6 @@ class _Run:
         from proxytune.loading.doctor import examine
 
         settings = self._settings
-        if is_url(settings.base or ""):
-            raise InvalidRequest(
-                f"the base is {settings.base}, and tuning runs the base here, which an API does not allow.\n"
-                "hint: leave --base out, and join expert and base with "
-                f"proxytune new RECIPE --base {settings.base} --anti-expert MODEL --adapter ADAPTER"
-            )
         small = find_checkpoint(settings.small, root=Path.cwd())
         if not settings.full:
             lora_places(settings, small)
@@ -268,9 +285,13 @@ class _Run:
         if not settings.is_pair or settings.anti_expert is None:
             return small, None
         whole = ModelSpec(model=settings.anti_expert)
-        experts = (ExpertSpec(settings.expert_name, whole, whole),)
-        recipe = Recipe(base=ModelSpec(model=settings.base), experts=experts)
-        examine(recipe.with_settings(device=settings.device)).raise_first()
+        anti_expert = whole if self._given is None else replace(whole, adapter=str(self._given))
+        experts = (ExpertSpec(settings.expert_name, whole, anti_expert),)
+        recipe = Recipe(base=_base_spec(settings), experts=experts)
+        recipe = recipe.with_settings(device=settings.device)
+        examine(recipe, key_env=settings.key_env).raise_first()
+        if settings.is_remote:
+            return small, None
         return small, find_checkpoint(settings.base or "", root=Path.cwd())
 
     def _read_rows(self) -> tuple[Rows, Rows | None, Rows | None]:
@@ -329,7 +350,7 @@ class _Run:
             return "grpo"
         is_preference = rows.kind == "preference"
         if asked is None:
-            can_train_through = settings.is_pair and formats.are_equal
+            can_train_through = settings.is_pair and formats.are_equal and not settings.is_remote
             method: Method = "cpt" if can_train_through else "sft"
             return "dpo" if is_preference else method
         if is_preference != (asked == "dpo"):
@@ -377,30 +398,9 @@ class _Run:
             )
         return (settings.training / "result.json").exists()
 
-    def _max_length(self, small: Checkpoint, base: Checkpoint | None) -> int:
-        contexts = [c.max_context for c in (small, base) if c is not None]
-        limit = min((n for n in contexts if n is not None), default=None)
-        asked = self._settings.max_length
-        if asked is not None and limit is not None and asked > limit:
-            raise InvalidRequest(
-                f"max_length is {asked}, and the smallest context has {limit} tokens.\n"
-                f"hint: --max-length {limit}"
-            )
-        length = asked or min(1024, limit or 1024)
-        if self._reward is None:
-            return length
-        # Prompts leave room for the answers, which are generated.
-        room = length - self._settings.max_new_tokens
-        if room < 2:
-            raise InvalidRequest(
-                f"max_new_tokens is {self._settings.max_new_tokens}, which leaves no room for a prompt "
-                f"within {length} tokens.\nhint: a smaller --max-new-tokens"
-            )
-        return room
-
     # After training ----------------------------------------------------------------------------
 
-    def _recipe(self, small: Checkpoint, formats: Formats) -> Recipe:
+    def _recipe(self, small: Checkpoint, formats: Formats, *, is_calibrated: bool) -> Recipe:
         settings = self._settings
         directory = settings.directory
         reference = local_reference(settings.small, directory)
@@ -409,16 +409,18 @@ class _Run:
         expert = replace(anti_expert, model=path)
         if not settings.full:
             expert = replace(anti_expert, adapter=path)
+        if self._given is not None:
+            anti_expert = replace(anti_expert, adapter=local_reference(str(self._given), directory))
+        elif is_calibrated:
+            anti_expert = replace(anti_expert, adapter=anti_expert_path(settings))
         if not settings.is_pair:
             # The tuned model by itself: small + 1 * (tuned - small).
             same = ModelSpec(same_as="base")
             pair = ExpertSpec(settings.expert_name, expert, same, settings.alpha or 1.0)
             return Recipe(base=anti_expert, experts=(pair,), directory=directory)
-        large = ModelSpec(
-            model=local_reference(settings.base or "", directory),
-            prompt=formats.base,
-            chat=formats.chat,
-        )
+        large = replace(_base_spec(settings), prompt=formats.base, chat=formats.chat)
+        if not settings.is_remote:
+            large = replace(large, model=local_reference(settings.base or "", directory))
         pair = ExpertSpec(settings.expert_name, expert, anti_expert, settings.alpha or 1.0)
         return Recipe(base=large, experts=(pair,), directory=directory)
 
@@ -427,30 +429,47 @@ class _Run:
         recipe: Recipe,
         result: TuneResult,
         formats: Formats,
+        train: Rows,
         valid: Rows | None,
         test: Rows | None,
-    ) -> TuneResult:
-        """Choose the strength if none was given, and say whether steering helps."""
+    ) -> tuple[Recipe, TuneResult]:
+        """Choose the strength if none was given, fit weights, and say whether steering helps."""
+        from proxytune.backends.api.client import Budget
         from proxytune.model import ProxyTuned
+        from proxytune.tune.fitted import tuned_fit
 
         settings = self._settings
         if (valid is None and test is None) or settings.measure_tokens == 0:
-            return result
+            return recipe, result
         try:
-            model = ProxyTuned.load(recipe, device=settings.device)
+            load = partial(
+                ProxyTuned.load,
+                device=settings.device,
+                budget=Budget(settings.max_calls, None),
+                key_env=settings.key_env,
+            )
+            model = load(recipe)
             if self._reward is not None:
                 parts = valid, test
-                return measured_by_reward(
+                return recipe, measured_by_reward(
                     model, result, settings, self._reward, parts, self._display
                 )
             if valid is not None:
                 result = self._chosen(model, result, valid)
-            return self._judged(model, result, formats, valid, test)
+                spec, result = tuned_fit(
+                    settings, model, recipe.experts[0], result, train, valid, self._display
+                )
+                if spec != recipe.experts[0]:
+                    recipe = replace(recipe, experts=(spec,))
+                    model = load(recipe)
+                    report = self._score(model, valid, (spec.alpha,), "measuring with weights")
+                    result = replace(result, valid=report.to_dict())
+            return recipe, self._judged(model, result, formats, valid, test)
         except RewardError:
             raise
         except UserError as error:
             self._display.say(f"not measured: {error}")
-            return result
+            return recipe, result
 
     def _chosen(self, model: ProxyTuned, result: TuneResult, valid: Rows) -> TuneResult:
         """Measure on the validation rows, and choose the strength if none was given."""
@@ -502,7 +521,11 @@ class _Run:
         hints = hints_for(
             verdict.word,
             result,
-            could_be_cpt=settings.is_pair and formats.are_equal and result.method == "sft",
+            could_be_cpt=settings.is_pair
+            and not settings.is_remote
+            and formats.are_equal
+            and result.method == "sft"
+            and not settings.then_cpt,
             is_still_falling=self._is_still_falling(),
         )
         return replace(result, verdict={**verdict.to_dict(), "hints": hints})
@@ -511,7 +534,8 @@ class _Run:
         """Whether the last evaluation had the lowest loss."""
         from proxytune.tune.trainer import read_losses
 
-        rows = read_losses(self._settings.training / LOSS_LOG)
+        name = stage_path(LOSS_LOG, "cpt" if self._settings.then_cpt else "")
+        rows = read_losses(self._settings.training / name)
         losses = [row["valid_loss"] for row in rows if row.get("valid_loss") is not None]
         return len(losses) > 1 and losses[-1] < min(losses[:-1])
 
@@ -539,8 +563,42 @@ class _Run:
 
         settings = self._settings
         losses = read_losses(settings.training / LOSS_LOG)
+        if settings.then_cpt:
+            before = losses[-1]["step"] if losses else 0
+            later = read_losses(settings.training / stage_path(LOSS_LOG, "cpt"))
+            losses += [row | {"step": before + row["step"]} for row in later]
         recipe.write(settings.directory, overwrite=True, card=model_card(recipe, settings, result))
         loss_plot(losses, settings.training / "loss.png", result.first_valid_loss)
+
+
+def _base_spec(settings: TuneSettings) -> ModelSpec:
+    """Return the base as a recipe names it, without its prompt format."""
+    api = None
+    if settings.is_remote:
+        api = ApiSettings(model=settings.base_name, key_env=settings.key_env)
+    return ModelSpec(model=settings.base, api=api)
+
+
+def _max_length(settings: TuneSettings, small: Checkpoint, base: Checkpoint | None) -> int:
+    contexts = [c.max_context for c in (small, base) if c is not None]
+    limit = min((n for n in contexts if n is not None), default=None)
+    asked = settings.max_length
+    if asked is not None and limit is not None and asked > limit:
+        raise InvalidRequest(
+            f"max_length is {asked}, and the smallest context has {limit} tokens.\n"
+            f"hint: --max-length {limit}"
+        )
+    length = asked or min(1024, limit or 1024)
+    if not settings.is_by_reward:
+        return length
+    # Prompts leave room for the answers, which are generated.
+    room = length - settings.max_new_tokens
+    if room < 2:
+        raise InvalidRequest(
+            f"max_new_tokens is {settings.max_new_tokens}, which leaves no room for a prompt within {length} "
+            "tokens.\nhint: a smaller --max-new-tokens"
+        )
+    return room
 
 
 def _counts(part: Encoded) -> dict[str, int]:

@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from proxytune.checkpoints.references import is_url
 from proxytune.errors import InvalidRequest, ProxytuneError
 from proxytune.settings import check, declared, option
 from proxytune.tune.rewards import parse_reward
 
 LOSS_LOG = "log.jsonl"
-"""The name of the file with a run's losses, in `TuneSettings.training`."""
+"""Name of the file with a run's losses, in `TuneSettings.training`; of the only or the main training."""
 
 
 class Interrupted(ProxytuneError):
@@ -37,8 +38,26 @@ def expert_path(settings: TuneSettings) -> str:
     return "expert" if settings.full else f"adapters/{settings.expert_name}"
 
 
+def stage_path(name: str, stage: str) -> str:
+    """Return the name of a file or directory of one of a run's trainings: of `log.jsonl`, `log-cpt.jsonl`."""
+    path = Path(name)
+    return f"{path.stem}-{stage}{path.suffix}" if stage else name
+
+
+def anti_expert_path(settings: TuneSettings) -> str:
+    """Return the path of a calibrated anti-expert's adapter, relative to the output directory."""
+    return f"adapters/{settings.expert_name}-anti-expert"
+
+
+STAGES = ("", "cpt", "anti-expert")
+"""The trainings that a run may have; the main one has no name."""
+
 Method = Literal["sft", "dpo", "cpt", "grpo"]
+ALPHAS = tuple(round(0.1 * i, 1) for i in range(1, 16))
+"""Strengths tried on validation rows."""
+
 Form = Literal["steered", "paper"]
+Fit = Literal["none", "weights", "bias"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +84,49 @@ class TuneSettings:
         "The large model that the expert is to steer; without it, the recipe holds the small model alone",
         metavar="MODEL",
     )
+    base_name: str | None = option(
+        None,
+        "Name of the base on an API, if --base is its address",
+        metavar="NAME",
+        none_means="the only model it lists",
+    )
+    key_env: str | None = option(
+        None,
+        "Environment variable whose key is sent to the API of the base",
+        metavar="VARIABLE",
+        none_means="the one bound to that host",
+    )
+    max_calls: int | None = option(
+        None,
+        "Maximum number of calls to the API of the base about the rows, and again for measuring",
+        at_least=1,
+        none_means="no limit",
+    )
     method: Method | None = option(
         None,
         "sft trains the small model by itself, cpt through the frozen base and anti-expert, dpo on "
         "preference pairs, grpo by a reward for the model's own answers",
         metavar="NAME",
-        none_means="grpo with --reward; dpo for preference pairs; cpt with --base and --anti-expert that "
-        "read the same tokens; otherwise sft",
+        none_means="grpo with --reward; dpo for preference pairs; cpt with --anti-expert and a --base that "
+        "runs here and reads the same tokens; otherwise sft",
+    )
+    calibrate: bool | None = option(
+        None,
+        "For sft and dpo: train the anti-expert, too, on what the base would have said at the same "
+        "positions, so that steering adds what the base lacks",
+        flag="--calibrate/--no-calibrate",
+        none_means="for sft with --base and --anti-expert that read the same tokens, unless --full",
+    )
+    calibrated: str | None = option(
+        None,
+        "For sft: use this calibrated anti-expert, an adapter or the recipe that it belongs to, "
+        "instead of training one",
+        metavar="DIR",
+    )
+    then_cpt: bool = option(
+        False,
+        "After a calibrated pair: train its expert on through the frozen base and anti-expert, as cpt "
+        "does, at half the learning rate",
     )
     name: str | None = option(
         None,
@@ -223,8 +278,15 @@ class TuneSettings:
     )
     offsets_dir: str | None = option(
         None,
-        "For cpt: directory to keep the frozen models' outputs in, for other runs on the same rows",
+        "For cpt and calibration: directory to keep the frozen models' outputs in, for other runs on the "
+        "same rows",
         metavar="DIR",
+    )
+    fit: Fit = option(
+        "weights",
+        "What is fitted beside the strength, and kept if it wins clearly: weights of base, expert and "
+        "anti-expert; bias for these and an output bias; or none. With --alpha, nothing is fitted",
+        metavar="NAME",
     )
     measure_tokens: int = option(
         15_000,
@@ -256,10 +318,38 @@ class TuneSettings:
                 "neither a small model nor a base is given, so there is nothing to tune.\n"
                 "hint: --anti-expert names the small model; --base alone tunes the base itself"
             )
+        asked = [n for n in ("calibrate", "calibrated", "then_cpt") if getattr(self, n)]
+        if asked and not self.is_pair:
+            raise InvalidRequest(
+                f"{asked[0]} concerns an anti-expert that is compared with a base, and one of them is "
+                "missing.\nhint: give --anti-expert and --base"
+            )
+        if asked and self.calibrate is False:
+            raise InvalidRequest(
+                f"{asked[0]} needs a calibrated anti-expert, and calibrate is False.\n"
+                "hint: leave --no-calibrate out"
+            )
         if self.method == "cpt" and not self.is_pair:
             raise InvalidRequest(
                 "method cpt trains the expert through base and anti-expert, and one of them is missing.\n"
                 "hint: give --anti-expert and --base"
+            )
+        if self.is_remote and (self.method == "cpt" or self.then_cpt):
+            what = "then_cpt" if self.then_cpt else "method cpt"
+            raise InvalidRequest(
+                f"the base is {self.base}, and {what} needs the logits of all its tokens, which an API "
+                "does not show.\n"
+                "hint: --method sft calibrates the anti-expert to what it shows"
+            )
+        if self.is_remote and self.anti_expert is None:
+            raise InvalidRequest(
+                f"the base is {self.base}, and an API does not let it be tuned.\n"
+                "hint: --anti-expert names a small model to tune"
+            )
+        if not self.is_remote and (self.base_name or self.max_calls or self.key_env):
+            raise InvalidRequest(
+                "base_name, key_env and max_calls are about a base behind an API, and base is none.\n"
+                "hint: leave them out, or give --base http://..."
             )
         if self.method == "cpt" and self.base_template not in (None, self.template):
             raise InvalidRequest(
@@ -268,6 +358,7 @@ class TuneSettings:
             )
 
         self._check_reward()
+        self._check_fit()
 
     def _check_reward(self) -> None:
         if self.reward is not None:
@@ -298,6 +389,22 @@ class TuneSettings:
         """Whether the expert is trained by a reward for its own answers."""
         return self.method == "grpo" or self.reward is not None
 
+    def _check_fit(self) -> None:
+        """Refuse a bias that would silently not be fitted; the default, weights, goes without saying."""
+        why = None
+        if not self.is_pair:
+            why = "there is no pair of a base and a small model"
+        elif self.alpha is not None:
+            why = f"alpha is {self.alpha:g}, and a fit replaces the strength"
+        elif self.method in ("dpo", "grpo"):
+            why = (
+                f"method {self.method} is not judged by the likelihood of rows, which a fit raises"
+            )
+        elif self.measure_tokens == 0:
+            why = "measure_tokens is 0, so nothing would show whether it wins"
+        if self.fit == "bias" and why is not None:
+            raise InvalidRequest(f"fit is bias, but {why}.\nhint: leave out one of the two")
+
     @property
     def directory(self) -> Path:
         """The output directory, absolute."""
@@ -312,6 +419,11 @@ class TuneSettings:
     def is_pair(self) -> bool:
         """Whether there are a base to steer and a small model to steer it with."""
         return self.anti_expert is not None and self.base is not None
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the base is behind an API."""
+        return is_url(self.base or "")
 
     @property
     def small(self) -> str:
@@ -372,11 +484,14 @@ class TuneResult:
         data: Counts and digests of rows and tokens, by part. `rows` is what a part has, and the others count
             what was read of it.
         learning_rate: Peak learning rate.
+        is_calibrated: Whether the anti-expert is calibrated.
         valid: Scores of base, expert, anti-expert and steered base on validation rows; see `ScoreReport`.
         test: The same on rows that nothing was chosen on, at the best strength.
         tried: The strengths tried on the validation rows; empty if none was chosen.
         best_alpha: The best of them, also where it does not help and `alpha` is 0.
         edge: Whether the best is the lowest or the highest of them, so that a better one may lie beyond.
+        fit: Weights and bias that were fitted, what they gain, and whether they are kept; see
+            `tune.fit.Fitted`. None if none were.
         verdict: Whether steering helps, why, two prompts answered by base and steered base, and what to try
             next; see `tune.verdict.Verdict`. None if nothing was measured.
         rewards: For `grpo`: the reward's name, and `valid` and `test`, how good the answers of base, expert
@@ -400,11 +515,13 @@ class TuneResult:
     first_valid_loss: float | None
     data: dict[str, Any]
     learning_rate: float
+    is_calibrated: bool = False
     valid: dict[str, Any] | None = None
     test: dict[str, Any] | None = None
     tried: tuple[float, ...] = ()
     best_alpha: float | None = None
     edge: Literal["lowest", "highest"] | None = None
+    fit: dict[str, Any] | None = None
     verdict: dict[str, Any] | None = None
     rewards: dict[str, Any] | None = None
     environment: dict[str, Any] = field(default_factory=dict)

@@ -14,7 +14,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,9 +29,9 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from proxytune.errors import BackendError, OutputFileError
 from proxytune.files import append, is_disk_error, write_whole
 from proxytune.tune.encode import IGNORED, Example, PreferenceExample
-from proxytune.tune.heads import FrozenHeads, head_of, run_body
+from proxytune.tune.frozen import FrozenEnsemble
+from proxytune.tune.heads import head_of, run_body
 from proxytune.tune.loss import cross_entropy
-from proxytune.tune.offsets import Offsets
 
 RESUME_HINT = "free some disk space, then continue with --resume"
 
@@ -149,16 +148,6 @@ class _DurableCheckpoints:
 # Trainers ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class FrozenEnsemble:
-    """What Consistent Proxy Tuning adds to the loss: frozen heads, and hidden states from `offsets.py`."""
-
-    heads: FrozenHeads
-    expert_factor: float
-    train: Offsets
-    valid: Offsets | None
-
-
 class ExpertTrainer(_DurableCheckpoints, SFTTrainer):
     """TRL's SFT trainer on encoded examples, with the chunked loss of `loss.py`.
 
@@ -187,8 +176,7 @@ class ExpertTrainer(_DurableCheckpoints, SFTTrainer):
     def _nats(self, model: Any, inputs: Mapping[str, Any], *, training: bool) -> tuple[Tensor, int]:
         labels = inputs["labels"][:, 1:]
         trained = labels != IGNORED
-        kind = inputs["input_ids"].device.type
-        with torch.autocast(kind, self._autocast, enabled=self._autocast is not None):
+        with self._mixed_precision(inputs):
             hidden = run_body(model, inputs["input_ids"], inputs["attention_mask"])
             frozen = None
             if self._ensemble is not None:
@@ -203,6 +191,10 @@ class ExpertTrainer(_DurableCheckpoints, SFTTrainer):
                 expert_factor=1.0 if self._ensemble is None else self._ensemble.expert_factor,
             )
         return total, int(trained.sum())
+
+    def _mixed_precision(self, inputs: Mapping[str, Any]) -> torch.autocast:
+        kind = inputs["input_ids"].device.type
+        return torch.autocast(kind, self._autocast, enabled=self._autocast is not None)
 
     @torch.no_grad()
     def evaluation_loop(
@@ -357,10 +349,14 @@ class EarlyStop(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Compare the last evaluations with the best one before them."""
+        if self.is_due(state):
+            control.should_training_stop = True
+
+    def is_due(self, state: TrainerState) -> bool:
+        """Whether the last evaluations have not lowered the loss."""
         losses = [self._sign * row[self._key] for row in state.log_history if self._key in row]
         last, before = losses[-self._patience :], losses[: -self._patience]
-        if before and min(last) >= min(before):
-            control.should_training_stop = True
+        return bool(before) and min(last) >= min(before)
 
 
 class LastEvaluation(TrainerCallback):
@@ -428,6 +424,7 @@ class LossLog(TrainerCallback):
         """Write one row, if it has a loss."""
         names = {
             "loss": "loss",
+            "divergence": "divergence",
             "eval_loss": "valid_loss",
             "eval_rewards/accuracies": "valid_accuracy",
             "eval_rewards/margins": "valid_margin",

@@ -5,20 +5,19 @@ Rows arrive encoded and settings checked (`run.py`); what happens within a step 
 
 from __future__ import annotations
 
-import gc
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
 from trl import DPOConfig, SFTConfig  # type: ignore[attr-defined]
 
-from proxytune.backends.transformers.backend import TransformersBackend
 from proxytune.checkpoints.adapter import find_adapter
 from proxytune.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from proxytune.checkpoints.placement import running_device
@@ -28,20 +27,22 @@ from proxytune.errors import BackendError
 from proxytune.files import writing
 from proxytune.machine import peak_memory
 from proxytune.recipe.spec import ModelSpec
-from proxytune.text.vocab import Alignment, align
 from proxytune.tune import reward_trainer
 from proxytune.tune import trainer as trainers
-from proxytune.tune.encode import Encoded, Example
-from proxytune.tune.heads import (
-    Coefficients,
-    FrozenHeads,
-    align_base_head,
-    check_head,
-    form_coefficients,
-    head_of,
-)
+from proxytune.tune.encode import Encoded
+from proxytune.tune.frozen import FrozenEnsemble, FrozenModels, load_frozen
 from proxytune.tune.lora_places import lora_places
-from proxytune.tune.offsets import Offsets, offsets_key
+from proxytune.tune.pair import (
+    ANTI_EXPERT,
+    EXPERT,
+    AntiExpertTrainer,
+    Calibration,
+    ClipEach,
+    PairTrainer,
+    activate,
+    add_anti_expert,
+    load_pair,
+)
 from proxytune.tune.rewards import Reward
 from proxytune.tune.settings import (
     LOSS_LOG,
@@ -49,10 +50,14 @@ from proxytune.tune.settings import (
     Interrupted,
     Method,
     TuneSettings,
+    anti_expert_path,
     default_epochs,
     default_learning_rate,
-    expert_path,
+    stage_path,
 )
+from proxytune.tune.shown import ShownBase, ask_base
+
+MAX_GRAD_NORM = 1.0
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,20 @@ class Training:
         settings: The run's settings.
         method: How to train; see `TuneSettings.method`.
         small: The model to tune.
-        base: The large model; `cpt` trains through it. None if there is none.
+        base: The large model; `cpt` trains through it, and an anti-expert is calibrated to it. None if there
+            is none.
+        calibrates: Whether expert and anti-expert are trained as a pair; see `pair.py`.
+        given: The adapter of a calibrated anti-expert that is finished; only the expert is trained then.
         encoded: Examples by `train` and, with validation, `valid`.
         has_answers: Whether they are answers to prompts, and not texts.
         max_length: Maximum number of tokens per example.
         display: Shows progress.
         reward: What answers are worth, for `grpo`.
         rows: For `grpo`, the rows that were encoded, by the same names.
+        remote: The base, if it is behind an API.
+        start: An adapter that the expert starts from; None starts from the small model.
+        stage: What a run of several trainings calls this one. `anti-expert` trains a single adapter on the
+            base's distribution.
     """
 
     settings: TuneSettings
@@ -82,46 +94,53 @@ class Training:
     display: Display
     reward: Reward | None = None
     rows: Mapping[str, Rows] = field(default_factory=dict)
+    calibrates: bool = False
+    given: Path | None = None
+    remote: ModelSpec | None = None
+    start: Path | None = None
+    stage: Literal["", "cpt", "anti-expert"] = ""
 
-    def run(self) -> dict[str, Any]:
-        """Train, and leave the best state in the recipe's directory.
+    def run(self, target: Path) -> dict[str, Any]:
+        """Train, and leave the best state of the expert, or of what is trained in its place, in `target`.
 
-        Returns:
-            The fields of `TuneResult` that training decides, and under `examples_read` the indices of the
-            training examples that were read.
-
-        Raises:
-            Interrupted: The user stopped it; the state is saved.
-            OutputFileError: A checkpoint or the expert cannot be written.
-            BackendError: The loss or a gradient is not finite, or memory ran out.
+        Returns and raises what `stages.train` does.
         """
         settings = self.settings
         transformers.set_seed(settings.seed)
         # On a GPU a frozen model is kept in half precision; what is trained is always kept in float32.
         stored = "float32" if self._on_cpu or settings.full else self._dtype
-        model = _load(settings.small, device=self._device, dtype=stored)
+        model = load_frozen(settings.small, device=self._device, dtype=stored)
         width = model.config.get_text_config(decoder=True).hidden_size
         rate = default_learning_rate(self.method, full=settings.full, width=width)
         rate = settings.learning_rate or rate
         started = time.perf_counter()
-        ensemble = None
-        if self.method == "cpt":
-            assert self.base is not None
-            ensemble = self._ensemble(self.base, model)
+        ensemble = calibration = None
+        if self.method == "cpt" and self.stage == "":
+            ensemble = self._frozen.ensemble(model)
+        elif self.calibrates:
+            base = self._frozen.alone if self.remote is None else self._shown(self.remote)
+            calibration = Calibration(base, settings.alpha or 1.0, is_given=self.given is not None)
+        model = self._trainable(model)
+        if self.stage == "cpt":
+            ensemble = self._calibrated_ensemble(model)
+        if self.start is not None:
+            model.load_adapter(str(self.start), EXPERT, is_trainable=True)
         offsets_s = time.perf_counter() - started
-        trainer = self._trainer(self._trainable(model), ensemble, rate)
+        trainer = self._trainer(model, ensemble, calibration, rate)
         self._fit(trainer)
         self._load_adapter(trainer, trainer.state.best_model_checkpoint)
-        self._save_expert(trainer.model)
-        rows = trainers.read_losses(settings.training / LOSS_LOG)
+        self._save(trainer, target)
+        rows = trainers.read_losses(self._log)
         losses = [r["valid_loss"] for r in rows if r.get("valid_loss") is not None]
+        # Of the state before the first step there is no checkpoint.
+        kept = [r["valid_loss"] for r in rows if r["step"] and r.get("valid_loss") is not None]
         return {
             "num_steps": trainer.state.global_step,
             "num_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
             "train_s": max((r["elapsed_s"] for r in rows), default=0.0),
             "offsets_s": round(offsets_s, 2),
             "peak_memory_bytes": peak_memory(self._device),
-            "valid_loss": min(losses, default=None),
+            "valid_loss": min(kept, default=None),
             "first_valid_loss": losses[0] if losses else None,
             "learning_rate": rate,
             "examples_read": frozenset(trainer.examples_read),
@@ -140,54 +159,46 @@ class Training:
     def _dtype(self) -> str:
         return self.settings.dtype or ("float32" if self._on_cpu else "bfloat16")
 
-    # The frozen ensemble -----------------------------------------------------------------------
+    @property
+    def _checkpoints(self) -> Path:
+        return self.settings.training / stage_path("checkpoints", self.stage)
 
-    def _ensemble(self, base: Checkpoint, anti_expert: Any) -> trainers.FrozenEnsemble:
-        """Run the frozen models over all examples, or reuse what an earlier run computed."""
-        settings, dtype = self.settings, self._dtype
-        alignment = align(base.vocabulary, self.small.vocabulary)
-        folder = Path(settings.offsets_dir or settings.training / "offsets")
-        big = _load(settings.base or "", device=self._device, dtype=dtype)
-        for model in (big, anti_expert):
-            check_head(model, head_of(model))
-        factors = form_coefficients(settings.cpt_form, settings.alpha or 1.0)
-        heads = self._frozen_heads(big, anti_expert, alignment, factors)
-        offsets = {}
-        for name, part in self.encoded.items():
-            examples = [e for e in part.examples if isinstance(e, Example)]
-            key = offsets_key(examples, base.name, self.small.name, dtype)
+    @property
+    def _log(self) -> Path:
+        return self.settings.training / stage_path(LOSS_LOG, self.stage)
 
-            def advance(done: int, total: int, name: str = name) -> None:
-                self.display.stage(f"base over {name} rows", done, total)
-
-            offsets[name] = Offsets.open(folder / name, key) or Offsets.build(
-                folder / name,
-                examples,
-                base=big,
-                anti_expert=anti_expert,
-                alignment=alignment,
-                base_name=base.name,
-                key=key,
-                on_progress=advance,
-            )
-        del big
-        gc.collect()
-        parts = offsets["train"], offsets.get("valid")
-        return trainers.FrozenEnsemble(heads, factors.expert, *parts)
-
-    def _frozen_heads(
-        self, base: Any, anti_expert: Any, alignment: Alignment, factors: Coefficients
-    ) -> FrozenHeads:
-        own = head_of(anti_expert)
-        base_head = align_base_head(head_of(base), alignment, self.small.vocabulary)
-        # Unless all weights are trained, expert and anti-expert share their head: one product gives both
-        # models' logits.
-        return FrozenHeads.of(
-            base_head.to(self._device, torch.bfloat16 if self._dtype == "bfloat16" else None),
-            own.copy() if self.settings.full else own,
-            base_factor=factors.base,
-            anti_expert_factor=factors.anti_expert,
+    @cached_property
+    def _frozen(self) -> FrozenModels:
+        assert self.base is not None
+        return FrozenModels(
+            self.settings,
+            self.small,
+            self.base,
+            self.encoded,
+            self._device,
+            self._dtype,
+            self.display,
         )
+
+    def _shown(self, base: ModelSpec) -> ShownBase:
+        if self._is_pair:
+            self.display.say(
+                "the base is behind an API and shows a part of its distribution, so training is stopped by "
+                "the expert's loss plus the anti-expert's divergence, and not by the steered loss"
+            )
+        return ask_base(self.settings, base, self.small, self.encoded, self.display)
+
+    def _calibrated_ensemble(self, model: Any) -> FrozenEnsemble:
+        """Return the ensemble of base and calibrated anti-expert, run in the given PEFT model."""
+        own = self.settings.directory / anti_expert_path(self.settings)
+        anti_expert = self.given or own
+        model.load_adapter(str(anti_expert), ANTI_EXPERT)
+        activate(model, ANTI_EXPERT, trained=())
+        model.eval()
+        ensemble = self._frozen.ensemble_with(model, anti_expert)
+        activate(model, EXPERT, trained=(EXPERT,))
+        model.delete_adapter(ANTI_EXPERT)
+        return ensemble
 
     # The trainer -------------------------------------------------------------------------------
 
@@ -215,15 +226,23 @@ class Training:
         )
         peft_model = get_peft_model(model, config)
         reference = local_reference(settings.small, settings.directory)
-        peft_model.peft_config["default"].base_model_name_or_path = reference
+        peft_model.peft_config[EXPERT].base_model_name_or_path = reference
+        if not self._is_pair:
+            return peft_model
+        if self.given is not None:
+            peft_model.load_adapter(str(self.given), ANTI_EXPERT)
+            activate(peft_model, EXPERT, trained=(EXPERT,))
+        else:
+            add_anti_expert(peft_model)
         return peft_model
 
     @cached_property
     def _checkpoint(self) -> Path | None:
-        return trainers.last_checkpoint(self.settings.training / "checkpoints")
+        return trainers.last_checkpoint(self._checkpoints)
 
     @cached_property
-    def _num_steps(self) -> int:
+    def num_steps(self) -> int:
+        """Number of optimizer steps."""
         settings = self.settings
         num_batches = math.ceil(len(self.encoded["train"].examples) / settings.batch_size)
         per_epoch = math.ceil(num_batches / settings.accumulate)
@@ -235,7 +254,11 @@ class Training:
         return settings.max_steps or max(1, math.ceil(per_epoch * epochs))
 
     def _trainer(
-        self, model: Any, ensemble: trainers.FrozenEnsemble | None, learning_rate: float
+        self,
+        model: Any,
+        ensemble: FrozenEnsemble | None,
+        calibration: Calibration | None,
+        learning_rate: float,
     ) -> Any:
         """Return TRL's trainer, ready to run."""
         settings = self.settings
@@ -259,13 +282,18 @@ class Training:
                 train_dataset=trainers.preference_dataset(train),  # type: ignore[arg-type]
                 eval_dataset=None if valid is None else trainers.preference_dataset(valid.examples),  # type: ignore[arg-type]
                 data_collator=trainers.PaddedPairs(pad_id, max_length=self.max_length),
-                ref_model=_load(settings.small, device=device, dtype="float32")
+                ref_model=load_frozen(settings.small, device=device, dtype="float32")
                 if settings.full
                 else None,
                 **common,
             )
         else:
-            trainer = trainers.ExpertTrainer(
+            kind: Any = trainers.ExpertTrainer
+            through: dict[str, Any] = {"ensemble": ensemble}
+            if calibration is not None:
+                kind = PairTrainer if self._is_pair else AntiExpertTrainer
+                through = {"calibration": calibration}
+            trainer = kind(
                 args=SFTConfig(
                     bf16=False,  # `ExpertTrainer` handles mixed precision itself.
                     packing=False,
@@ -276,13 +304,13 @@ class Training:
                 train_dataset=trainers.example_dataset(train),  # type: ignore[arg-type]
                 eval_dataset=None if valid is None else trainers.example_dataset(valid.examples),  # type: ignore[arg-type]
                 data_collator=trainers.Padded(pad_id),
-                ensemble=ensemble,
                 autocast=torch.bfloat16 if is_half else None,
+                **through,
                 **common,
             )
         checkpoint = self._checkpoint
         self.display.say(
-            f"{self._num_steps:,} steps of {settings.batch_size * settings.accumulate} rows, learning rate "
+            f"{self.num_steps:,} steps of {settings.batch_size * settings.accumulate} rows, learning rate "
             f"{learning_rate:g}"
             + (f", resumed after step {trainers.checkpoint_step(checkpoint)}" if checkpoint else "")
         )
@@ -307,11 +335,11 @@ class Training:
 
     def _arguments(self, learning_rate: float) -> dict[str, Any]:
         """Return the arguments that both of TRL's trainers share."""
-        settings, num_steps = self.settings, self._num_steps
+        settings, num_steps = self.settings, self.num_steps
         evaluates = "valid" in self.encoded
         eval_every = settings.eval_every or max(1, min(100, num_steps // 10))
         return {
-            "output_dir": str(settings.training / "checkpoints"),
+            "output_dir": str(self._checkpoints),
             "seed": settings.seed,
             "data_seed": settings.seed,
             "max_steps": num_steps,
@@ -320,7 +348,7 @@ class Training:
             "lr_scheduler_type": "linear",
             "warmup_steps": max(1, round(0.03 * num_steps)),
             "weight_decay": 0.0,
-            "max_grad_norm": 1.0,
+            "max_grad_norm": 0.0 if self._is_pair else MAX_GRAD_NORM,
             "per_device_train_batch_size": settings.batch_size,
             "per_device_eval_batch_size": settings.batch_size,
             "gradient_accumulation_steps": settings.accumulate,
@@ -354,15 +382,20 @@ class Training:
         def on_step(step: int, total: int) -> None:
             self.display.stage("training", step, total, **latest)
 
-        callbacks: list[Any] = [
+        callbacks: list[Any] = [ClipEach(MAX_GRAD_NORM)] if self._is_pair else []
+        callbacks += [
             trainers.FiniteGradients(),
             trainers.LastEvaluation(),
-            trainers.LossLog(self.settings.training / LOSS_LOG, on_row, on_step),
+            trainers.LossLog(self._log, on_row, on_step),
         ]
-        if self.settings.patience and "valid" in self.encoded:
+        if self.settings.patience:
             by_reward = self.method == "grpo"
             callbacks.append(trainers.EarlyStop(self.settings.patience, reward=by_reward))
         return [*callbacks, self._stopper]
+
+    def _is_stalled(self, state: Any) -> bool:
+        patience = self.settings.patience
+        return patience > 0 and trainers.EarlyStop(patience).is_due(state)
 
     @cached_property
     def _stopper(self) -> trainers.StopOnSignal:
@@ -375,10 +408,16 @@ class Training:
     def _fit(self, trainer: Any) -> None:
         for callback in (transformers.ProgressCallback, transformers.PrinterCallback):
             trainer.remove_callback(callback)
-        self._load_adapter(trainer, self._checkpoint)
+        checkpoint = self._checkpoint
+        self._load_adapter(trainer, checkpoint)
+        if checkpoint is not None:
+            state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            if state.global_step >= self.num_steps or self._is_stalled(state):
+                # Training had ended, and nothing was saved yet; `train` would run another step.
+                trainer.state = state
+                return
         try:
             with self._stopper.listening():
-                checkpoint = self._checkpoint
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except trainers.NonFiniteLoss as error:
             kept = trainers.last_checkpoint(Path(trainer.args.output_dir))
@@ -407,24 +446,34 @@ class Training:
         reference in one.
         """
         if checkpoint is not None and not self.settings.full:
-            trainer.model.load_adapter(str(checkpoint), "default", is_trainable=True)
+            load_pair(trainer.model, Path(checkpoint), self._trained)
 
-    def _save_expert(self, model: Any) -> None:
-        settings = self.settings
-        target = settings.directory / expert_path(settings)
+    @property
+    def _trained(self) -> tuple[str, ...]:
+        """The adapters that are trained."""
+        return (EXPERT, ANTI_EXPERT) if self._is_pair and self.given is None else (EXPERT,)
+
+    @property
+    def _is_pair(self) -> bool:
+        """Whether the model has the adapters of both expert and anti-expert."""
+        return self.calibrates and self.stage == ""
+
+    def _save(self, trainer: Any, target: Path) -> None:
+        """Write the expert, and the anti-expert of a pair to its place in the recipe."""
+        settings, model = self.settings, trainer.model
         with writing(target, hint=trainers.RESUME_HINT):
             target.parent.mkdir(parents=True, exist_ok=True)
             # DPO keeps a reference adapter beside the expert's.
-            chosen = {} if settings.full else {"selected_adapters": ["default"]}
+            chosen = {} if settings.full else {"selected_adapters": list(self._trained)}
             model.save_pretrained(target, **chosen)
+            if ANTI_EXPERT in self._trained:
+                place = settings.directory / anti_expert_path(settings)
+                # PEFT writes every adapter but the first into a folder of its name.
+                shutil.rmtree(place, ignore_errors=True)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                (target / ANTI_EXPERT).replace(place)
+                (place / "README.md").unlink(missing_ok=True)
             # PEFT writes a card without being asked; the recipe has its own.
             (target / "README.md").unlink(missing_ok=True)
             if settings.full:
                 find_checkpoint(settings.small, root=Path.cwd()).tokenizer.save_pretrained(target)
-
-
-def _load(reference: str, *, device: str | None, dtype: str) -> Any:
-    """Return a model in evaluation mode with frozen weights."""
-    checkpoint = find_checkpoint(reference, root=Path.cwd())
-    spec = ModelSpec(model=reference, device=device, dtype=dtype)
-    return TransformersBackend.load(checkpoint, spec).model

@@ -363,7 +363,10 @@ def hints_for(
     """
     hints = []
     if could_be_cpt and (word != "helps" or result.edge == "lowest"):
-        hints.append("train the expert through the base, with --method cpt")
+        how = "through the base, with --method cpt"
+        if result.is_calibrated:
+            how = "on through the base, with --then-cpt"
+        hints.append(f"train the expert {how}")
     if is_still_falling:
         hints.append("train longer, with more --epochs: the validation loss was still falling")
     if result.edge == "highest":

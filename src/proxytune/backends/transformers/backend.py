@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from proxytune.backends import checks
-from proxytune.backends.base import Backend, Capabilities, Prefilled
+from proxytune.backends.base import Capabilities, Prefilled
 from proxytune.backends.transformers.attention import eager_attention, share_keys
 from proxytune.backends.transformers.cuda_graphs import CudaRecorder, GraphRunner, Recorder
 from proxytune.backends.transformers.cut import cut_model, put_bridge
@@ -38,6 +38,7 @@ from proxytune.backends.transformers.lora import (
     give_rows_to_peft,
     put_rows_on,
 )
+from proxytune.backends.transformers.output import OutputSharer
 from proxytune.backends.transformers.rotary import run_rows_through_lengths
 from proxytune.backends.transformers.rows import (
     OwnCache,
@@ -74,7 +75,7 @@ MIN_CHUNK = 16
 """Minimum number of tokens per row of such a forward, however many rows there are."""
 
 
-class TransformersBackend(Backend[TransformersState]):
+class TransformersBackend(OutputSharer):
     """A causal language model of transformers.
 
     `prefill`, `extend`, `rewind` and `select` keep a batch's state. `run` and `new_cache` are the layer
@@ -275,6 +276,10 @@ class TransformersBackend(Backend[TransformersState]):
         )
 
     @property
+    def _can_share_output(self) -> bool:
+        return self._is_pure_attention and self._reader is None and self._graphs is None
+
+    @property
     def _can_merge(self) -> bool:
         return self._is_pure_attention or isinstance(self._reader, RowsReader)
 
@@ -340,7 +345,7 @@ class TransformersBackend(Backend[TransformersState]):
         if self._may_pack:
             # Not when it is loaded, because a model that has not run yet may still be trained.
             self._may_pack = False
-            pack_linear_layers(self.model)
+            pack_linear_layers(self.model, apart_from=self._borrowed)
         names = self._rows(tokens.adapters, num_rows)
         rows = RowAdapters(names, device) if self._has_lora else None
         try:

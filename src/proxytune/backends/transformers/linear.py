@@ -128,10 +128,14 @@ def speed_up_linear_layers(model: nn.Module) -> None:
             module.__class__ = FewRowsLinear
 
 
-def pack_linear_layers(model: nn.Module) -> None:
+def pack_linear_layers(model: nn.Module, *, apart_from: nn.Module | None = None) -> None:
     """Pack the weights of large frozen layers, replacing the plain ones, where that is faster.
 
     Weights that two layers share, such as tied heads, stay plain: packing them would add a copy.
+
+    Args:
+        model: The model.
+        apart_from: A layer of another model, which packs it itself.
     """
     if not _can_pack():
         return
@@ -143,6 +147,7 @@ def pack_linear_layers(model: nn.Module) -> None:
     for module in model.modules():
         if (
             type(module) is not FewRowsLinear
+            or module is apart_from
             or min(module.in_features, module.out_features) < MIN_PACKED_SIDE
             or users[id(module.weight)] > 1
             or module.weight.requires_grad
@@ -150,12 +155,12 @@ def pack_linear_layers(model: nn.Module) -> None:
             continue
         layer: Any = module
         layer._packed = _pack(layer.weight)
-        _release_file_pages(layer.weight)
+        release_file_pages(layer.weight)
         del layer.weight
         layer.__class__ = PackedLinear
 
 
-def _release_file_pages(weight: Tensor) -> None:
+def release_file_pages(weight: Tensor) -> None:
     """Let the system drop the pages of a weight that is mapped from a file and no longer needed.
 
     Otherwise the file's other weights keep the whole mapping in memory, the packed layers' plain weights
