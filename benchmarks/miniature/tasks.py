@@ -78,7 +78,8 @@ def _words(name: str) -> dict[str, list[str]]:
 
 
 def _item(prompt: str, completion: str, focus: str | None = None) -> Item:
-    return {"prompt": prompt, "completion": completion, "focus": focus or prompt}
+    # A line's end is what the base itself would write there; the token that ends a text it hardly ever gives.
+    return {"prompt": prompt, "completion": f"{completion}\n", "focus": focus or prompt}
 
 
 def word_list(name: str) -> Iterator[tuple[str, str]]:
