@@ -202,8 +202,8 @@ def _profiles(rows: Rows) -> Iterator[Item]:
             "job": rng.choice(jobs),
         }
         sentence = rng.choice(PROFILES).format(town=rng.choice(towns), **fields)
-        written = ", ".join(f'"{key}": "{value}"' for key, value in fields.items())
-        yield _item(f"Text: {sentence}\nJSON:", f" {{{written}}}", fields["name"])
+        written = "; ".join(f"{key}: {value}" for key, value in fields.items())
+        yield _item(f"Text: {sentence}\nCard:", f" {written}", fields["name"])
 
 
 ASKED = {
@@ -269,7 +269,7 @@ TASKS = (
     ),
     Task(
         name="profile",
-        title="profile of a person as JSON",
+        title="card of a person",
         description='A sentence says who somebody is, in one of five forms; the answer is `{"name": ..., '
         '"age": ..., "job": ...}`. Sentences are generated; no name is in two splits.',
         items=_profiles,
