@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     # The small model's experts write the right area greedily and hardly ever sampled at temperature 1.
     parser.add_argument("--temperature", type=float, default=0.15)
     parser.add_argument("--most-test", type=int, default=None)
@@ -72,6 +72,7 @@ def trained(seed: int, options: argparse.Namespace) -> tuple[str, float]:
             output=str(output),
             max_new_tokens=NEW_TOKENS,
             max_steps=options.steps,
+            patience=0,
             learning_rate=options.learning_rate,
             temperature=options.temperature,
             max_valid_tokens=3000,

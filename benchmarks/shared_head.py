@@ -109,7 +109,7 @@ def tokens(model: ProxyTuned, per_domain: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     sampling = SamplingParams(max_new_tokens=NUM_NEW // 2, ignore_eos=True, logprobs=2)
     asked = [
-        Request(ids[: 4 + number % 9], sampling)
+        Request(ids[: 4 + number % per_domain % 9], sampling)
         for number, ids in enumerate(windows(model, per_domain))
     ]
     parted = rounded = 0

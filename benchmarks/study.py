@@ -22,6 +22,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmarks.checkout import commit  # noqa: E402
+from benchmarks.miniature.data import prepare  # noqa: E402
 from benchmarks.miniature.plan import ANTI_EXPERT, BUILD_DIR, FULL, ROOT  # noqa: E402
 from benchmarks.miniature.run import tell  # noqa: E402
 from benchmarks.miniature.train import Quarters, training_settings  # noqa: E402
@@ -66,23 +67,37 @@ def anti_expert(point: Point) -> str:
     return str(folder)
 
 
+SETTINGS: dict[str, Any] = {
+    "max_valid_tokens": 6_000,
+    "measure_tokens": 15_000,
+    "alpha": None,
+    "epochs": 3,
+    "patience": 2,
+    "eval_every": 6,
+}
+"""What differs from the miniature's trainings."""
+
+
+def trained(stage: str, output: Path, **settings: Any) -> dict[str, Any]:
+    """Train as the miniature's stage does but for some settings, or go on; return the result of `tune`."""
+    wanted = {**training_settings(FULL, stage), **SETTINGS, "output": str(output), **settings}
+    begun = (output / "training" / "settings.json").exists()
+    display = Quarters(lambda text: tell(f"    {text}"))
+    return tune(TuneSettings(**wanted), resume=begun, display=display).to_dict()
+
+
 def measure(point: Point, domain: str) -> dict[str, Any]:
     """Return the results of steering with this anti-expert on a domain's validation rows."""
-    stage = f"{domain}.cpt"
-    if point.training is None:
-        result = FULL.read_stage(stage)["result"]
-    else:
-        output = BUILD / "runs" / f"{point.name}.{domain}"
-        wanted = {
-            **training_settings(FULL, stage),
-            "anti_expert": anti_expert(point),
-            "output": str(output),
-        }
-        begun = (output / "training" / "settings.json").exists()
-        display = Quarters(lambda text: tell(f"    {text}"))
-        result = tune(TuneSettings(**wanted), resume=begun, display=display).to_dict()
+    through = {"method": "cpt", "calibrate": None, "then_cpt": False, "offsets_dir": None}
+    result = trained(
+        f"{domain}.smol",
+        BUILD / "runs" / f"{point.name}.{domain}",
+        **through,
+        learning_rate=4e-3,
+        anti_expert=anti_expert(point),
+    )
+    tuned = trained(f"{domain}.direct", BUILD / "runs" / f"direct.{domain}")["valid"]["rows"]
     rows = {(row["name"].rpartition(".")[2], row["alpha"]): row for row in result["valid"]["rows"]}
-    tuned = FULL.read_stage(f"{domain}.direct")["result"]["valid"]["rows"]
     direct = next(row["nats"] for row in tuned if row["name"] == "direct.expert")
     alpha = result.get("best_alpha") or result["alpha"]
     base, steered = rows["base", None], rows["steered", alpha]
@@ -101,6 +116,7 @@ def measure(point: Point, domain: str) -> dict[str, Any]:
 
 def main() -> int:
     """Run what is left and print the table; returns the exit code."""
+    prepare(FULL)
     rows = []
     for point in POINTS:
         for domain in DOMAINS:

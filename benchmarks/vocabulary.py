@@ -32,7 +32,8 @@ import torch.nn.functional as F
 # Python puts this script's folder first, from which siblings can be imported but not their package.
 sys.path[0] = str(Path(__file__).parents[1])
 
-from benchmarks.miniature.plan import ANTI_EXPERT, BASE, RATES  # noqa: E402
+from benchmarks.miniature.plan import ANTI_EXPERT, BASE  # noqa: E402
+from benchmarks.miniature.train import RATES  # noqa: E402
 from benchmarks.smol_texts import ROOT, corpus, passages, write  # noqa: E402
 from proxytune.checkpoints.checkpoint import find_checkpoint  # noqa: E402
 from proxytune.files import building  # noqa: E402
@@ -180,7 +181,7 @@ def train_expert(anti_expert: str, domain: str, place: Path) -> None:
             anti_expert=anti_expert,
             method="sft",
             test_share=0.0,
-            learning_rate=RATES["sft"],
+            learning_rate=RATES["text"]["smol"],
             lora_dropout=0.1,
             epochs=EPOCHS,
             batch_size=4,

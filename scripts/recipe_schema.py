@@ -44,6 +44,14 @@ OTHER_WORDS = {
 }
 """Descriptions for readers of a recipe, where docstrings lead to code."""
 
+PAIR_OF_COUNTS = {
+    "type": ["array", "null"],
+    "items": {"type": "integer", "minimum": 1},
+    "minItems": 2,
+    "maxItems": 2,
+}
+"""What `keep` holds: numbers of first and last layers."""
+
 
 def descriptions(kind: type) -> dict[str, str]:
     """Return what the docstring of a class says of each of its fields, on one line."""
@@ -163,9 +171,13 @@ def recipe_schema() -> dict[str, Any]:
     """Return the JSON Schema of a recipe's config.json."""
     model = _object(
         description="One model. A key that is null is as good as left out.",
-        properties=properties(ModelSpec),
+        properties=properties(ModelSpec, keep=PAIR_OF_COUNTS),
         allOf=[
             {"if": _given("same_as"), "then": {"maxProperties": 1}},
+            {
+                "if": _given("cut_of"),
+                "then": {"allOf": [_given("keep"), _given("bridge"), {"not": _given("model")}]},
+            },
             {"if": _given("api"), "then": _is("model", ADDRESS)},
             {"if": _given("llama_cpp"), "then": {"properties": {"model": {"pattern": GGUF}}}},
         ],
@@ -195,7 +207,11 @@ def recipe_schema() -> dict[str, Any]:
                     Recipe,
                     base={
                         "allOf": [part, _given("model")],
-                        "properties": {"adapter": {"type": "null"}, "same_as": {"type": "null"}},
+                        "properties": {
+                            "adapter": {"type": "null"},
+                            "same_as": {"type": "null"},
+                            "cut_of": {"type": "null"},
+                        },
                     },
                     experts={
                         "type": "array",
@@ -228,11 +244,11 @@ def recipe_schema() -> dict[str, Any]:
                     ExpertSpec,
                     expert={
                         "allOf": [part, here],
-                        "anyOf": [_given("model"), _given("adapter"), _given("same_as")],
+                        "anyOf": [_given(key) for key in ("model", "adapter", "same_as", "cut_of")],
                     },
                     anti_expert={
                         "allOf": [part, here],
-                        "anyOf": [_given("model"), _given("same_as")],
+                        "anyOf": [_given("model"), _given("same_as"), _given("cut_of")],
                     },
                     weights={"anyOf": [{"$ref": "#/$defs/ExpertWeights"}, {"type": "null"}]},
                 ),

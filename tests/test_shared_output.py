@@ -181,7 +181,9 @@ def test_doctor_does_not_name_a_matrix_that_an_adapter_changes(recipe, tmp_path)
     assert found.is_healthy and not any(model.shares_output for model in found.models)
 
 
-def test_the_class_of_transformers_shares_the_matrix_and_generates_the_same(recipe, model, tmp_path):
+def test_the_class_of_transformers_shares_the_matrix_and_generates_the_same(
+    recipe, model, tmp_path
+):
     replace(recipe, default_expert="lora").write(tmp_path / "recipe")
     network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "recipe")
     trace = model.generate(Request("the otter", GREEDY, experts="lora"))

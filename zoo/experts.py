@@ -18,7 +18,7 @@ import corpora
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks.miniature.data import corpus_rows, task_items
+from benchmarks.miniature.data import corpus_rows, pick_pieces, task_items
 from benchmarks.miniature.plan import TASK
 from proxytune.tune import Display, TuneSettings, tune
 
@@ -26,23 +26,29 @@ INSTRUCTION_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
 """Alpaca's prompt, shortened. It is part of the rows, so that all models see the same text."""
 
 SHARED: dict[str, Any] = {
-    "method": "cpt",
+    "method": "sft",
+    "calibrate": True,
+    "then_cpt": True,
     "template": "plain",
     "test_share": 0.0,  # `publish.py` has test rows of its own.
     "alpha": 1.0,
-    "max_tokens": 80_000,
-    "max_valid_tokens": 6_000,
     "max_length": 512,
     "batch_size": 4,
-    "epochs": 2.5,
-    "learning_rate": 2e-3,
-    "lora_rank": 32,
-    "lora_dropout": 0.1,
-    "eval_every": 40,
-    "patience": 2,
+    "epochs": 2,
+    "learning_rate": 8e-3,
+    "lora_rank": 16,
+    "eval_every": 16,
     "measure_tokens": 0,  # `publish.py` measures.
     "dtype": "bfloat16",
 }
+
+
+NUM_PIECES = {"train": 64, "valid": 6}
+"""Pieces of 4,000 characters that are taken of a text: 52,000 to 82,000 tokens to train on. All
+seeds read the same ones."""
+
+SEEDS = (0, 1, 2)
+"""Random seeds of the trainings. The first one's experts are shipped; the others show what chance does."""
 
 
 @dataclass(frozen=True)
@@ -73,37 +79,29 @@ class Expert:
         """Whether its completions are options, so that the share of right ones is what counts."""
         return self.corpus == TASK
 
+    def output(self, seed: int = SEEDS[0]) -> Path:
+        """Return the output directory of its training with a seed."""
+        return corpora.BUILD_DIR / "experts" / f"{self.name}.{seed}"
+
     @property
-    def output(self) -> Path:
-        """The output directory of its training."""
-        return corpora.BUILD_DIR / "experts" / self.name
+    def states(self) -> Path:
+        """Where the base's states on its rows are kept, for all seeds."""
+        return corpora.BUILD_DIR / "states" / self.name
 
 
-LONGER: dict[str, Any] = {"max_tokens": 120_000, "epochs": 3}
 SHORT_ROWS: dict[str, Any] = {
-    "template": "plain",
-    "max_tokens": 32_000,
     "batch_size": 16,
-    "epochs": 3,
+    "epochs": 6,
     "learning_rate": 4e-3,
-    "lora_dropout": 0.05,
-    "eval_every": 32,
 }
-"""Those of the task in `benchmarks/miniature`; a row has about 19 tokens."""
+"""Those of the tasks in `benchmarks/miniature`; a row has 12 to 45 tokens."""
 
 EXPERTS = (
-    Expert("tinyshakespeare", "tinyshakespeare", "plays of Shakespeare", "public domain", LONGER),
+    Expert("tinyshakespeare", "tinyshakespeare", "plays of Shakespeare", "public domain"),
     Expert("legal", "legal_dc_code", "District of Columbia Code", "text of law, public domain"),
     Expert("recipes", "recipes_based_cooking", "recipes of based.cooking", "Unlicense"),
     Expert("python", "python_stdlib", "Python 3.12's standard library", "PSF-2.0"),
     Expert("medical", "medical_medquad", "MedQuAD, answers of the NIH", "CC BY 4.0"),
-    Expert(
-        "tinyshakespeare-sft",
-        "tinyshakespeare",
-        "the same plays, tuned by itself",
-        "public domain",
-        {"method": "sft", "calibrate": False, **LONGER},
-    ),
     Expert(
         "instruct",
         "instruct",
@@ -121,22 +119,22 @@ EXPERTS = (
 
 
 def rows_file(corpus: str, split: str) -> Path:
-    """Return the file with a split's rows.
+    """Return the file with a split's rows; those of a text are pieces, evenly spaced over its split.
 
     Raises:
-        FileNotFoundError: The data folder has no such corpus (set PROXYTUNE_DATA to yours).
+        InputFileError: The data folder has no such corpus (set PROXYTUNE_DATA to yours).
     """
     if corpus == "instruct":
         return _instruct_file(split)
     if corpus == TASK:
         return _task_file(split)
-    folder = corpora.DATA_DIR / "corpora" / corpus
-    for name in (f"{split}.jsonl.gz", f"{split}.txt", f"{split}.txt.gz"):
-        if (folder / name).exists():
-            return folder / name
-    raise FileNotFoundError(
-        f"no {split} split under {folder}; set PROXYTUNE_DATA to the data folder"
-    )
+    target = corpora.BUILD_DIR / "rows" / f"{corpus}.{split}.jsonl"
+    if not target.exists():
+        text = "\n\n".join(row["text"].strip() for row in corpus_rows(corpus, split))
+        rows = pick_pieces(text, NUM_PIECES[split])
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return target
 
 
 def _instruct_file(split: str) -> Path:
@@ -179,23 +177,20 @@ def _task_file(split: str) -> Path:
     return target
 
 
-def train(expert: Expert, *, resume: bool = False) -> None:
-    """Train one expert through the ensemble, or by itself if its settings say so."""
-    settings = SHARED | expert.settings
-    tune(
-        TuneSettings(
-            output=str(expert.output),
-            name=expert.name,
-            data=str(rows_file(expert.corpus, "train")),
-            valid_data=str(rows_file(expert.corpus, "valid")),
-            anti_expert=str(corpora.BUILD_DIR / "anti-expert"),
-            base=corpora.BASE_GGUF,
-            offsets_dir=str(corpora.BUILD_DIR / "offsets" / expert.name),
-            **settings,
-        ),
-        resume=resume,
-        display=Lines(),
+def train(expert: Expert, seed: int) -> None:
+    """Train one expert with its calibrated anti-expert, or go on with a training that was stopped."""
+    settings = TuneSettings(
+        output=str(expert.output(seed)),
+        name=expert.name,
+        data=str(rows_file(expert.corpus, "train")),
+        valid_data=str(rows_file(expert.corpus, "valid")),
+        anti_expert=str(corpora.BUILD_DIR / "anti-expert"),
+        base=corpora.BASE_GGUF,
+        offsets_dir=str(expert.states),
+        seed=seed,
+        **(SHARED | expert.settings),
     )
+    tune(settings, resume=(settings.training / "settings.json").exists(), display=Lines())
 
 
 class Lines(Display):
@@ -219,9 +214,11 @@ def main() -> None:
     """Train the named experts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="+", choices=[e.name for e in EXPERTS])
+    parser.add_argument("--seed", type=int, default=SEEDS[0], choices=SEEDS)
+    arguments = parser.parse_args()
     for expert in EXPERTS:
-        if expert.name in parser.parse_args().names:
-            train(expert, resume=(expert.output / "training" / "settings.json").exists())
+        if expert.name in arguments.names:
+            train(expert, arguments.seed)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
     python zoo/publish.py
 
-Each expert's alpha is the one with the lowest perplexity on the domain's validation split. Then the test
-split is scored once, at that alpha. The model card's numbers are measured here.
+An expert's alpha is 1, unless another strength has a perplexity at least 1 % lower on the domain's validation
+split. Then the test split is scored once, at alpha 1 and at the best strength. Beside it stand the experts
+of other seeds, and the base with a temperature and an output bias, which need no expert at all. The model
+card's numbers are measured here.
 """
 
 from __future__ import annotations
@@ -11,26 +13,43 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import corpora
 import task
-from experts import EXPERTS, Expert, rows_file
+import torch
+import transformers
+from experts import EXPERTS, SEEDS, SHARED, Expert, rows_file
 from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+from benchmarks.miniature.bias import read_kept
+from proxytune.checkpoints.output_bias import write_output_bias
+from proxytune.data.rows import read_rows
 from proxytune.machine import summary
 from proxytune.measure.score import ScoreReport, ScoreRow
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
-from proxytune.recipe.spec import ExpertSpec, ModelSpec
+from proxytune.recipe.spec import ExpertSpec, ExpertWeights, ModelSpec
+from proxytune.tune.encode import encode
+from proxytune.tune.fit import fit_without_proxy
+from proxytune.tune.heads import head_of
 
 SMOL = Path(__file__).parents[1] / "src" / "proxytune" / "smol"
 ALPHAS = [round(0.1 * i, 2) for i in range(16)]
 WINDOWS = (512, 128)
 """Maximum numbers of tokens that a model sees at once; alpha is chosen with the first."""
 EXCERPT_CHARACTERS = 6000
+LEAST_GAIN = 0.01
+"""By how much, as a share of the perplexity at alpha 1, another strength has to be better to be chosen."""
+MEASURED = Path(__file__).parent / "measured.json"
 (TASK_EXPERT,) = (expert for expert in EXPERTS if expert.is_task)
 
 
@@ -71,13 +90,13 @@ def copy_weights() -> None:
     corpora.base_tokenizer().save_pretrained(target)
     shutil.rmtree(SMOL / "adapters", ignore_errors=True)
     for expert in EXPERTS:
-        copy_adapter(expert)
+        for name in (expert.name, f"{expert.name}-anti-expert"):
+            copy_adapter(expert.output() / "adapters" / name)
 
 
-def copy_adapter(expert: Expert) -> None:
-    """Copy one expert's adapter."""
-    source = expert.output / "adapters" / expert.name
-    folder = SMOL / "adapters" / expert.name
+def copy_adapter(source: Path) -> None:
+    """Copy one adapter."""
+    folder = SMOL / "adapters" / source.name
     folder.mkdir(parents=True, exist_ok=True)
     # Half the size; the rounding is part of the expert that is measured afterwards.
     weights = load_file(source / "adapter_model.safetensors")
@@ -91,22 +110,65 @@ def copy_adapter(expert: Expert) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def spec_of(name: str, adapters: str, alpha: float = 1.0, **rest: Any) -> ExpertSpec:
+    """Return an expert with its calibrated anti-expert, both adapters on the small model."""
+    return ExpertSpec(
+        name,
+        expert=ModelSpec(adapter=adapters),
+        anti_expert=ModelSpec(model="anti-expert", adapter=f"{adapters}-anti-expert"),
+        alpha=alpha,
+        **rest,
+    )
+
+
 def recipe(alphas: dict[str, float]) -> Recipe:
     """Return the family's recipe with the given strengths."""
-    anti_expert = ModelSpec(model="anti-expert")
     return Recipe(
         base=ModelSpec(model=corpora.BASE_GGUF),
-        experts=tuple(
-            ExpertSpec(
-                name=e.name,
-                anti_expert=anti_expert,
-                expert=ModelSpec(adapter=f"adapters/{e.name}"),
-                alpha=alphas[e.name],
-            )
-            for e in EXPERTS
-        ),
+        experts=tuple(spec_of(e.name, f"adapters/{e.name}", alphas[e.name]) for e in EXPERTS),
         default_expert="tinyshakespeare",
         directory=SMOL,
+    )
+
+
+def no_proxy(expert: Expert, model: ProxyTuned) -> ExpertSpec:
+    """Return an expert that is a temperature and an output bias of the base, fitted to the training rows."""
+    head = head_of(model.ensemble.members[0].backend.model).weight.detach()
+    reads = []
+    for split in ("train", "valid"):
+        part = encode(
+            read_rows(rows_file(expert.corpus, split)),
+            model.tokenizer,
+            prompt_format="plain",
+            max_length=SHARED["max_length"],
+            name="the small model",
+        )
+        reads.append(read_kept(expert.states, split, part, head))
+    fitted = fit_without_proxy(*reads)
+    mix = fitted.chosen
+    path = corpora.BUILD_DIR / "no-proxy" / f"{expert.name}.safetensors"
+    weight = 1.0 if mix is None else mix.weights[0]
+    if mix is not None and mix.bias is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_output_bias(path, mix.bias)
+    return spec_of(
+        f"{expert.name}.no-proxy",
+        f"adapters/{expert.name}",
+        weights=ExpertWeights(weight, 0.0, 0.0),
+        bias=str(path) if mix is not None and mix.bias is not None else None,
+    )
+
+
+def rivals(model: ProxyTuned) -> ProxyTuned:
+    """Return what the family is compared with: experts of other seeds, and the base without any proxy."""
+    experts = [
+        spec_of(f"{e.name}.{seed}", str(e.output(seed) / "adapters" / e.name))
+        for e in EXPERTS
+        for seed in SEEDS[1:]
+    ]
+    experts += [no_proxy(e, model) for e in EXPERTS if not e.is_task]
+    return ProxyTuned.load(
+        Recipe(base=ModelSpec(model=corpora.BASE_GGUF), experts=tuple(experts), directory=SMOL)
     )
 
 
@@ -117,24 +179,29 @@ def shown(row: ScoreRow) -> str:
     return f"{row.perplexity:.1f} ({row.interval.low:.1f} to {row.interval.high:.1f})"
 
 
-def shown_report(report: ScoreReport, expert: Expert, alpha: float) -> dict:
-    """Return what the model card shows of one measurement."""
-    steered = report.row("steered", alpha)
-    interval = steered.change_interval
+def shown_change(row: ScoreRow) -> str:
+    """Return a steered base's perplexity against the base's."""
+    interval = row.change_interval
     bounds = f" ({interval.low:+.1%} to {interval.high:+.1%})" if interval else ""
+    return f"{row.change:+.1%}{bounds}"
+
+
+def shown_report(report: ScoreReport, expert: Expert, alpha: float) -> dict[str, Any]:
+    """Return what the model card shows of one measurement."""
     return {
         "num_tokens": report.num_tokens,
         "base": shown(report.row("base")),
         "anti_expert": shown(report.row(f"{expert.name}.anti_expert")),
         "expert": shown(report.row(f"{expert.name}.expert")),
-        "steered": shown(steered),
-        "change": f"{steered.change:+.1%}{bounds}",
+        "steered": shown(report.row("steered", 1.0)),
+        "change": shown_change(report.row("steered", 1.0)),
+        "best_change": shown_change(report.row("steered", alpha)),
     }
 
 
 def shown_training(expert: Expert) -> str:
     """Return an expert's line in the table of trainings."""
-    result = json.loads((expert.output / "training" / "result.json").read_text("utf-8"))
+    result = json.loads((expert.output() / "training" / "result.json").read_text("utf-8"))
     return (
         f"| {expert.name} | {expert.title} | {expert.licence} | "
         f"{result['data']['train']['num_tokens']:,} | {result['num_steps']:,} | "
@@ -163,22 +230,40 @@ def write_card(measured: dict, training: list[list[dict]]) -> None:
         "",
         "## Measurements",
         "",
-        "The table shows perplexity on each domain's test split; lower is better. Brackets contain a",
-        "95 % bootstrap interval over blocks of 128 tokens. Alpha was chosen on the validation split,",
-        "before the test split was scored.",
+        "The table shows perplexity on each domain's test split; lower is better. The base is steered at",
+        "alpha 1. Brackets contain a 95 % bootstrap interval over blocks of 128 tokens.",
         "",
         "The window is the maximum number of tokens that a model sees. In a short window the base",
         "learns less of the domain from the text itself, so steering adds more.",
         "",
-        "| expert | window | tokens | base | anti-expert | expert alone | alpha | steered | against base |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| expert | window | tokens | base | anti-expert | expert alone | steered | against base |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, row in measured["experts"].items():
         for window, test in row["test"].items():
             lines.append(
                 f"| {name} | {window} | {test['num_tokens']:,} | {test['base']} | {test['anti_expert']} | "
-                f"{test['expert']} | {row['alpha']:g} | {test['steered']} | {test['change']} |"
+                f"{test['expert']} | {test['steered']} | {test['change']} |"
             )
+    seeds = ", ".join(map(str, SEEDS))
+    lines += [
+        "",
+        "What chance in training does, and what needs no expert, in windows of "
+        f"{WINDOWS[0]}. The best alpha was chosen on",
+        "the validation split before the test split was scored. The recipe has it if it was at least "
+        f"{LEAST_GAIN:.0%} better",
+        "there than alpha 1, otherwise 1. The last column is the base with a temperature and a value for",
+        "single tokens, fitted to the same training rows: what any expert has to beat.",
+        "",
+        f"| expert | steered at alpha 1, seeds {seeds} | best alpha | steered at it | no expert at all |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for name, row in measured["experts"].items():
+        changes = "; ".join(row["seeds"])
+        lines.append(
+            f"| {name} | {changes} | {row['best_alpha']:g} | {row['test'][str(WINDOWS[0])]['best_change']} | "
+            f"{row['no_proxy']} |"
+        )
     lines += [
         "",
         f"Validation perplexity by alpha, in windows of {WINDOWS[0]} (alpha 0 is the base):",
@@ -203,12 +288,12 @@ def write_card(measured: dict, training: list[list[dict]]) -> None:
         "used sampled softmax, then the full softmax with a falling learning rate, and then repeated",
         "both in a second cycle. `zoo/train.py` is the procedure, and `zoo/remake.py` has the settings.",
         "",
-        "**The experts** are LoRA adapters of rank 32 on all linear layers, trained by `proxytune tune`",
-        "with the settings in `zoo/experts.py`. They were trained through the frozen ensemble at alpha",
-        "1 (Consistent Proxy Tuning, arXiv:2407.01155), and the state that steers the base best on the",
-        "validation split was kept. Alone they are poor models of their domain, because they contain",
-        "what the base lacks. The exception is tinyshakespeare-sft, which was tuned alone, for",
-        "comparison.",
+        "**The experts** are LoRA adapters of rank 16 on all linear layers, trained by `proxytune tune`",
+        "with the settings in `zoo/experts.py`. Each has an anti-expert of its own: an adapter that learned,",
+        "on the same rows, what the base would have said there (`--calibrate`). Then the expert was trained",
+        "on through the frozen base and anti-expert (`--then-cpt`; Consistent Proxy Tuning,",
+        "arXiv:2407.01155). The state that steers the base best on the validation split was kept. Alone",
+        "they are poor models of their domain: only the difference of a pair is of use.",
         "",
         "No test split was used to train or to choose anything. Shakespeare and law were not part of the",
         "anti-expert's training.",
@@ -237,18 +322,55 @@ def write_card(measured: dict, training: list[list[dict]]) -> None:
     (SMOL / "README.md").write_text("\n".join(lines))
 
 
+def training_logs() -> list[list[dict[str, Any]]]:
+    """Return the anti-expert's log by cycle; that of the shipped one if it was not trained here."""
+    folders = [*sorted(corpora.BUILD_DIR.glob("anti-expert-*")), corpora.BUILD_DIR / "anti-expert"]
+    logs = [folder / "train_log.jsonl" for folder in folders]
+    if not all(log.exists() for log in logs):
+        return json.loads(MEASURED.read_text("utf-8"))["anti_expert_training"]
+    return [[json.loads(line) for line in log.read_text().splitlines()] for log in logs]
+
+
+Score = Callable[[ProxyTuned, str, str, list[float], int], ScoreReport]
+"""Scores a model steered by an expert, by name, on a split, at some strengths, in windows."""
+
+
+def measure(model: ProxyTuned, others: ProxyTuned, expert: Expert, score: Score) -> dict[str, Any]:
+    """Choose an expert's strength on validation text, then measure the test text."""
+    valid = score(model, expert.name, "valid", ALPHAS, WINDOWS[0])
+    best = min((valid.row("steered", alpha) for alpha in ALPHAS), key=lambda row: row.nats)
+    best_alpha = float(best.alpha or 0)
+    gain = 1 - best.perplexity / valid.row("steered", 1.0).perplexity
+    strengths = sorted({1.0, best_alpha})
+    windows = WINDOWS[:1] if expert.has_answers else WINDOWS
+    tests = {w: score(model, expert.name, "test", strengths, w) for w in windows}
+    changes = [shown_change(tests[WINDOWS[0]].row("steered", 1.0))]
+    changes += [
+        shown_change(score(others, name, "test", [1.0], WINDOWS[0]).row("steered", 1.0))
+        for name in [*(f"{expert.name}.{seed}" for seed in SEEDS[1:]), f"{expert.name}.no-proxy"]
+    ]
+    *seeds, none = changes
+    return {
+        "alpha": best_alpha if gain >= LEAST_GAIN else 1.0,
+        "best_alpha": best_alpha,
+        "validation": {str(a): valid.row("steered", a).perplexity for a in ALPHAS},
+        "test": {str(w): shown_report(tests[w], expert, best_alpha) for w in windows},
+        "seeds": seeds,
+        "no_proxy": none,
+    }
+
+
 def main() -> None:
     """Copy, choose, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--max-characters", type=int, default=60_000, help="per split and domain")
     args = parser.parse_args()
-    import torch
-    import transformers
-
     copy_weights()
     recipe({e.name: 1.0 for e in EXPERTS}).write(SMOL, overwrite=True)
     model = ProxyTuned.load(SMOL)
-    measured: dict = {
+    others = rivals(model)
+    logs = training_logs()
+    measured: dict[str, Any] = {
         "machine": summary(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -259,70 +381,50 @@ def main() -> None:
     with Progress(console=console) as progress:
         for expert in EXPERTS:
 
-            def score(split: str, alphas: list[float], window: int, expert: Expert = expert):
-                bar = progress.add_task(f"{expert.name} {split}, windows of {window}", total=1)
+            def score(
+                scored: ProxyTuned,
+                name: str,
+                split: str,
+                alphas: list[float],
+                window: int,
+                expert: Expert = expert,
+            ) -> ScoreReport:
+                bar = progress.add_task(f"{name} {split}, windows of {window}", total=1)
                 # Fifteen strengths cost more than the models, and half the text suffices to choose one.
                 size = args.max_characters // (2 if split == "valid" else 1)
 
                 def advance(done: int, total: int) -> None:
                     progress.update(bar, completed=done, total=total)
 
+                shared = partial(dict, experts=name, on_progress=advance)
                 if expert.has_answers:
-                    return model.score_completions(
-                        answers_of(expert, split, size),
-                        alphas,
-                        experts=expert.name,
-                        max_tokens=window,
-                        on_progress=advance,
-                    )
-                return model.score(
-                    text_of(expert.corpus, split, size),
-                    alphas,
-                    experts=expert.name,
-                    window=window,
-                    on_progress=advance,
-                )
+                    rows = answers_of(expert, split, size)
+                    return scored.score_completions(rows, alphas, **shared(max_tokens=window))
+                text = text_of(expert.corpus, split, size)
+                return scored.score(text, alphas, **shared(window=window))
 
+            finished = expert.output() / "measured.json"
             if expert.is_task:
-                measured["task"] = task.measure(model, expert, ALPHAS)
+                measured["task"] = task.measure(model, others, expert, ALPHAS)
                 chosen[expert.name] = measured["task"]["alpha"]
                 continue
-            finished = expert.output / "measured.json"
-            if finished.exists():
-                measured["experts"][expert.name] = json.loads(finished.read_text("utf-8"))
-                chosen[expert.name] = measured["experts"][expert.name]["alpha"]
-                continue
-            windows = WINDOWS[:1] if expert.has_answers else WINDOWS
-            valid = score("valid", ALPHAS, WINDOWS[0])
-            best = min((valid.row("steered", alpha) for alpha in ALPHAS), key=lambda row: row.nats)
-            alpha = chosen[expert.name] = float(best.alpha or 0)
-            measured["experts"][expert.name] = {
-                "alpha": alpha,
-                "validation": {str(a): valid.row("steered", a).perplexity for a in ALPHAS},
-                "test": {
-                    str(w): shown_report(score("test", [alpha], w), expert, alpha) for w in windows
-                },
-            }
-            finished.write_text(json.dumps(measured["experts"][expert.name]), "utf-8")
+            if not finished.exists():
+                finished.write_text(json.dumps(measure(model, others, expert, score)), "utf-8")
+            measured["experts"][expert.name] = json.loads(finished.read_text("utf-8"))
+            chosen[expert.name] = measured["experts"][expert.name]["alpha"]
             console.print(expert.name, measured["experts"][expert.name])
     recipe(chosen).write(SMOL, overwrite=True)
     heldout = SMOL / "heldout"
     heldout.mkdir(exist_ok=True)
     task.write_demo_items(TASK_EXPERT, heldout)
     for expert in EXPERTS:
-        if expert.has_answers or expert.settings.get("method") == "sft":
-            continue
-        (heldout / f"{expert.name}.txt").write_text(
-            text_of(expert.corpus, "test", EXCERPT_CHARACTERS)
-        )
+        if not expert.has_answers:
+            text = text_of(expert.corpus, "test", EXCERPT_CHARACTERS)
+            (heldout / f"{expert.name}.txt").write_text(text)
     measured["training"] = [shown_training(expert) for expert in EXPERTS]
-    logs = [*sorted(corpora.BUILD_DIR.glob("anti-expert-*")), corpora.BUILD_DIR / "anti-expert"]
-    cycles = [
-        [json.loads(line) for line in (log / "train_log.jsonl").read_text().splitlines()]
-        for log in logs
-    ]
-    write_card(measured, cycles)
-    (Path(__file__).parent / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
+    measured["anti_expert_training"] = logs
+    write_card(measured, logs)
+    MEASURED.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 if __name__ == "__main__":

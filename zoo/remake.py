@@ -1,6 +1,7 @@
 """Remake the smol family from scratch: train the anti-expert, train the experts, measure, publish.
 
     python zoo/remake.py
+    python zoo/remake.py --experts    train experts alone, on the anti-expert that is shipped
 
 Finished steps are kept in `zoo/build/` and not repeated; delete a folder there to repeat its training. An
 interrupted step continues from its last checkpoint.
@@ -8,12 +9,14 @@ interrupted step continues from its last checkpoint.
 
 from __future__ import annotations
 
+import argparse
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import corpora
-from experts import EXPERTS
+from experts import EXPERTS, SEEDS
 
 HERE = Path(__file__).parent
 CYCLES = (
@@ -32,8 +35,8 @@ def run(*command: str) -> None:
     subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], check=True)
 
 
-def main() -> None:
-    """Run the steps that are not done yet."""
+def train_anti_expert() -> None:
+    """Run the cycles that are not done yet."""
     before: list[str] = []
     for number, cycle in enumerate(CYCLES, start=1):
         is_last = number == len(CYCLES)
@@ -41,9 +44,21 @@ def main() -> None:
         if not (output / "model.safetensors").exists():
             run("train.py", "--output", str(output), *before, *cycle)
         before = ["--start-from", str(output)]
-    for expert in EXPERTS:
-        if not (expert.output / "training" / "result.json").exists():
-            run("experts.py", expert.name)
+
+
+def main() -> None:
+    """Run the steps that are not done yet."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--experts", action="store_true", help="keep the shipped anti-expert")
+    target = corpora.BUILD_DIR / "anti-expert"
+    if not parser.parse_args().experts:
+        train_anti_expert()
+    elif not target.exists():
+        shutil.copytree(HERE.parent / "src" / "proxytune" / "smol" / "anti-expert", target)
+    for seed in SEEDS:
+        for expert in EXPERTS:
+            if not (expert.output(seed) / "training" / "result.json").exists():
+                run("experts.py", expert.name, "--seed", str(seed))
     run("publish.py")
 
 

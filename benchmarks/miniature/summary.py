@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.miniature.plan import KINDS, TASK, Stale
+from benchmarks.miniature.plan import Stale
 
 NUM_RESAMPLES = 10_000
-STEERED = ("steered_1", "steered", "cpt")
-"""The predictors that steer the base."""
+UNSHARED = ("base", "direct", "expert", "anti_expert")
+"""Predictors without a share of the gap: its two ends, and the small models by themselves."""
 COSTS = {
     "num_parameters": max,
     "num_steps": sum,
@@ -58,17 +58,18 @@ def interval(values: np.ndarray) -> list[float]:
 
 
 def summarise_set(measured: Mapping[str, Any], *, seed: int = 0) -> tuple[dict, dict]:
-    """Return the rows of one data set, and the resampled gaps by steered predictor.
+    """Return the rows of one data set, and the resampled gaps by predictor.
 
-    A gap is None, without resamples, unless direct tuning is better than the base in 97.5 % of resamples:
-    a share of no gain means nothing.
+    A row's `gain` is what it is better than the base by, in nats or in accuracy. A gap is None, without
+    resamples, unless direct tuning is better than the base in 97.5 % of resamples: a share of no gain means
+    nothing.
     """
     sums, sizes = measured["sums"], measured["sizes"]
     is_text = measured["measure"] == "perplexity"
+    sign = 1 if is_text else -1
     means = {name: sum(row) / sum(sizes) for name, row in sums.items()}
     drawn = resample(sums, sizes, seed=seed)
-    gains = drawn["base"] - drawn["direct"] if is_text else drawn["direct"] - drawn["base"]
-    has_gap = bool((gains > 0).mean() >= 0.975)
+    has_gap = bool((sign * (drawn["base"] - drawn["direct"]) > 0).mean() >= 0.975)
     rows = {}
     gaps = {}
     for name, mean in means.items():
@@ -78,28 +79,34 @@ def summarise_set(measured: Mapping[str, Any], *, seed: int = 0) -> tuple[dict, 
             "value": math.exp(mean) if is_text else mean,
             "interval": [math.exp(low), math.exp(high)] if is_text else [low, high],
             "alpha": measured["alphas"].get(name),
+            "gain": sign * (means["base"] - mean),
+            "gain_interval": interval(sign * (drawn["base"] - drawn[name])),
         }
-        if name in STEERED:
-            rows[name] |= {"gap": None, "gap_interval": None}
-            if has_gap:
-                gaps[name] = gap_closed(drawn["base"], drawn[name], drawn["direct"])
-                rows[name] |= {
-                    "gap": gap_closed(means["base"], mean, means["direct"]),
-                    "gap_interval": interval(gaps[name]),
-                }
+        if "expert" in drawn:
+            rows[name]["over_expert"] = sign * (means["expert"] - mean)
+            rows[name]["over_expert_interval"] = interval(sign * (drawn["expert"] - drawn[name]))
+        if name in UNSHARED:
+            continue
+        rows[name] |= {"gap": None, "gap_interval": None}
+        if has_gap:
+            gaps[name] = gap_closed(drawn["base"], drawn[name], drawn["direct"])
+            rows[name] |= {
+                "gap": gap_closed(means["base"], mean, means["direct"]),
+                "gap_interval": interval(gaps[name]),
+            }
     return rows, gaps
 
 
 def mean_gaps(
     rows: Mapping[str, Mapping[str, Any]], gaps: Mapping[str, Mapping[str, np.ndarray]]
 ) -> dict[str, Any]:
-    """Return the gap that each steered predictor closes, mean over data sets, with its interval.
+    """Return the gap that each predictor closes, mean over data sets, with its interval.
 
-    Data sets are independent, so resample i of the mean combines resample i of each.
+    Data sets are independent, so resample i of the mean combines resample i of each. Predictors that a data
+    set does not have get no mean.
     """
     sets = [name for name in rows if gaps[name]]
-    if not sets:
-        return {"data_sets": [], "gaps": {}}
+    shared = [p for p in gaps[sets[0]] if all(p in gaps[name] for name in sets)] if sets else []
     return {
         "data_sets": sets,
         "gaps": {
@@ -107,8 +114,24 @@ def mean_gaps(
                 "gap": float(np.mean([rows[name][predictor]["gap"] for name in sets])),
                 "gap_interval": interval(np.mean([gaps[name][predictor] for name in sets], axis=0)),
             }
-            for predictor in STEERED
+            for predictor in shared
         },
+    }
+
+
+def over_seeds(rows: Mapping[str, Any], predictor: str) -> dict[str, Any] | None:
+    """Return mean and range of a predictor over the seeds that it was trained with; None for one seed."""
+    names = [name for name in rows if name == predictor or name.startswith(f"{predictor}.seed")]
+    if len(names) < 2:
+        return None
+    values = [rows[name]["value"] for name in names]
+    shares = [rows[name]["gap"] for name in names]
+    return {
+        "num_seeds": len(names),
+        "value": float(np.mean(values)),
+        "range": [min(values), max(values)],
+        "gap": None if None in shares else float(np.mean(shares)),
+        "gap_range": None if None in shares else [min(shares), max(shares)],
     }
 
 
@@ -131,12 +154,20 @@ def summarise(
         name: {kind: {key: result[key] for key in COSTS} for kind, result in kinds.items()}
         for name, kinds in trained.items()
     }
-    totals = {
-        kind: {
-            key: total(part[kind][key] for part in cost.values()) for key, total in COSTS.items()
+    totals: dict[str, dict[str, dict[str, float]]] = {}
+    measures = {name: part["measure"] for name, part in measured.items()}
+    means = {}
+    for form, measure in (("tasks", "accuracy"), ("texts", "perplexity")):
+        names = [name for name in measured if measures[name] == measure]
+        means[form] = mean_gaps({name: rows[name] for name in names}, gaps)
+        kinds = {kind for name in names for kind in cost[name]}
+        totals[form] = {
+            kind: {
+                key: total(cost[name][kind][key] for name in names if kind in cost[name])
+                for key, total in COSTS.items()
+            }
+            for kind in sorted(kinds)
         }
-        for kind in KINDS
-    }
     return {
         "about": dict(about),
         "data_sets": {
@@ -147,20 +178,20 @@ def summarise(
                 "details": {
                     k: v for k, v in part.items() if k not in ("measure", "sizes", "sums", "alphas")
                 },
-                "training": next(iter(trained[name].values()))["data"]["train"],
+                "training": trained[name]["direct"]["data"]["train"],
                 "rows": rows[name],
+                "seeds": over_seeds(rows[name], "smol"),
                 "cost": cost[name],
             }
             for name, part in measured.items()
         },
-        "mean_gap": mean_gaps(rows, gaps),
-        "mean_gap_of_domains": mean_gaps({n: row for n, row in rows.items() if n != TASK}, gaps),
+        "mean_gap": means,
         "cost": totals,
     }
 
 
 def check_same_rows(trained: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-    """Check that all trainings of a data set read the same rows.
+    """Check that the trainings of a data set that are compared read the same rows.
 
     Raises:
         Stale: Two of them read different rows.
@@ -168,7 +199,11 @@ def check_same_rows(trained: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> N
     for name, kinds in trained.items():
         seen = {
             (part["digest"], part["num_tokens"], part["num_trained"])
-            for part in (result["data"]["train"] for result in kinds.values())
+            for part in (
+                result["data"]["train"]
+                for kind, result in kinds.items()
+                if "." not in kind and not kind.endswith("_short")
+            )
         }
         if len(seen) != 1:
             raise Stale(

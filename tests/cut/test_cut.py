@@ -224,3 +224,62 @@ def test_too_little_text_is_refused(tmp_path: Path) -> None:
 def test_a_directory_that_is_there_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(OutputFileError, match="is there already"):
         make_proxy("base", CutSettings(output=str(tmp_path), data="rows.txt"))
+
+
+def test_healing_brings_the_cut_nearer_to_the_base_and_changes_only_the_bridge(
+    tmp_path: Path,
+) -> None:
+    from proxytune.backends.transformers.cut import cut_model
+    from proxytune.checkpoints.cut import cut_config
+    from proxytune.cut.heal import heal
+
+    base = network("llama").requires_grad_(False)
+    keep = Keep(2, 1)
+    cut = cut_model(base, cut_config(base.config, keep), keep)
+    bridge = cut.model.layers[keep.bridge]
+    width = base.config.hidden_size
+    gate = torch.full((1, width), 0.3)
+    put_bridge(bridge, Bridge(gate, torch.eye(width), torch.zeros(width, width)))
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    losses: list[float] = []
+    windows = [[i % 250 for i in range(start, start + 200)] for start in range(8)]
+    num_tokens = heal(
+        base,
+        cut,
+        bridge,
+        windows,
+        num_tokens=24_000,
+        seed=0,
+        progress=lambda done, loss: losses.append(loss),
+        learning_rate=1e-2,
+    )
+    assert num_tokens == 24_000
+    # The eight windows are read in two steps.
+    assert sum(losses[-2:]) < 0.98 * sum(losses[:2])
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+    assert not any(p.requires_grad for p in cut.parameters())
+    assert not bridge.self_attn.o_proj.weight.any()
+
+
+def test_a_card_says_how_the_cut_was_made_and_what_it_costs(tmp_path: Path) -> None:
+    save(network("llama"), tmp_path / "base")
+    settings = CutSettings(
+        output=str(tmp_path / "cut"),
+        keep="1+1",
+        data=str(text_file(tmp_path)),
+        tokens=600,
+        heal=300,
+        bridge_only=True,
+    )
+    result = make_proxy(str(tmp_path / "base"), settings)
+    card = (tmp_path / "cut" / "README.md").read_text()
+    assert set(result.perplexity) == {"base", "cut", "healed"}
+    for score in result.perplexity.values():
+        assert f"| {score:.2f} |" in card
+    assert f"proxytune make-proxy {tmp_path / 'base'} --keep 1+1 --data" in card
+    assert "--tokens 600 --heal 300 --bridge-only" in card
+    assert '"keep": [1, 1]' in card
+    assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == [
+        "README.md",
+        "bridge.safetensors",
+    ]

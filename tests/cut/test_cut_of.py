@@ -93,6 +93,33 @@ def test_a_cut_in_memory_copies_no_weight_of_the_base(place: Path) -> None:
     assert cut.model.model.layers[3].self_attn.layer_idx == 3  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("small", [KEEP, None])
+def test_a_cut_has_its_logits_made_in_the_bases_product(place: Path, small: Any) -> None:
+    small = small or {"model": str(place / "cut")}
+    ensemble, _ = load_ensemble(recipe_of(place, "inside" if small is KEEP else "outside", small))
+    base, cut = ensemble.members[0].backend, ensemble.members[1].backend
+    assert cut.host is base
+    prompts, adapters = [[5, 17, 99], [3]], [ensemble.members[1].adapter] * 2
+    tokens = torch.tensor([[7, 8], [9, 10]])
+    expected = [
+        backend.extend(backend.prefill(prompts, adapters=own).state, tokens)
+        for backend, own in ((base, None), (cut, adapters))
+    ]
+    states = cut.final_states(cut.prefill(prompts, adapters=adapters).state, tokens)
+    found = base.extend_with(base.prefill(prompts).state, tokens, states)
+    for logits, own in zip(found, expected, strict=True):
+        torch.testing.assert_close(logits, own, atol=1e-5, rtol=1e-5)  # sums in another order
+
+
+def test_doctor_names_the_output_matrix_that_a_cut_shares(place: Path) -> None:
+    for name, small in (("inside", KEEP), ("outside", {"model": str(place / "cut")})):
+        recipe = recipe_of(place, name, small)
+        plain, found = examine(recipe), examine(recipe, compares_outputs=True)
+        assert [model.shares_output for model in found.models] == [False, True, True]
+        saved = plain.devices[0].weight_bytes - found.devices[0].weight_bytes
+        assert bool(saved) == (name == "outside")  # a cut in memory has none that could be freed
+
+
 def test_the_base_is_unchanged_by_a_cut_of_it(place: Path) -> None:
     ensemble, _ = load_ensemble(recipe_of(place, "inside", KEEP))
     prompt = torch.tensor([[5, 17, 99, 250, 3, 40]])

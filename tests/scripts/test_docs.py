@@ -166,6 +166,7 @@ PLAIN: dict[str, Any] = {
     ],
 }
 API = "http://localhost:8000/v1"
+CUT = {"cut_of": "base", "keep": [3, 3], "bridge": "bridge.safetensors"}
 
 CHANGES: list[tuple[bool, str, Any]] = [
     (True, "", None),
@@ -190,6 +191,15 @@ CHANGES: list[tuple[bool, str, Any]] = [
     (True, "experts.0.expert", {"model": "owner/tuned", "prompt": "chat"}),
     (True, "experts.0.expert", {"same_as": "base"}),
     (True, "experts.0.expert", {"model": "owner/tuned", "prompt": "[INST] {{ text }} [/INST]"}),
+    (True, "experts.0.anti_expert", CUT),
+    (True, "experts.0.expert", CUT),
+    (False, "base", CUT),
+    (False, "experts.0.anti_expert", {"cut_of": "base"}),
+    (False, "experts.0.anti_expert", {**CUT, "cut_of": "expert"}),
+    (False, "experts.0.anti_expert", {**CUT, "keep": [3]}),
+    (False, "experts.0.anti_expert", {**CUT, "keep": [3, 0]}),
+    (False, "experts.0.anti_expert", {**CUT, "bridge": "bridge.bin"}),
+    (False, "experts.0.anti_expert", {**CUT, "model": "owner/small"}),
     (False, "model_type", "llama"),
     (False, "basis", {"model": "owner/base"}),
     (False, "base", "owner/base"),

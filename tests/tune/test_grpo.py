@@ -247,6 +247,7 @@ def test_a_pass_has_every_prompt_in_groups_and_a_full_last_step() -> None:
         ({"reward": "exact", "method": "sft"}, "has no use for the reward"),
         ({"reward": "exact", "full": True}, "grpo trains an adapter"),
         ({"reward": "exact", "start_from": "x", "lora_rank": 8}, "lora_rank is 8"),
+        ({"reward": "exact", "calibrate": True}, "calibrate concerns an anti-expert"),
         ({"reward": "nothing"}, "must be exact"),
         ({"group_size": 1}, "group_size is 1"),
         ({"method": "dpo", "beta": 0.0}, "beta is 0"),

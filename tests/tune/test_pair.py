@@ -16,8 +16,17 @@ from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from proxytune.request import SamplingParams
 from proxytune.tune import Interrupted, TuneResult, TuneSettings, tune
+from proxytune.tune.calibrated import few_tokens
 from tests.support.tiny import tiny_model, tiny_tokenizer
-from tests.tune.test_run import StopAt, completions, preferences, read_log, settings, texts
+from tests.tune.test_run import (
+    Listening,
+    StopAt,
+    completions,
+    preferences,
+    read_log,
+    settings,
+    texts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +224,28 @@ def test_preferences_are_learned_from_a_calibrated_start(models: Path, tmp_path:
     assert again.valid_loss == pytest.approx(result.valid_loss, abs=1e-6)
 
 
+def test_too_few_tokens_to_calibrate_on_are_counted_in_a_message(
+    models: Path, tmp_path: Path
+) -> None:
+    display = Listening()
+    result = tune(pair(models, tmp_path, completions(), measure_tokens=0), display=display)
+    count = result.data["train"]["num_trained"]
+    (said,) = [line for line in display.said if "an anti-expert needs about 2,000" in line]
+    assert said.startswith(f"the rows have {count:,} tokens to train on")
+    assert few_tokens(2_000) is None
+
+
+def test_a_pair_that_is_never_better_than_the_base_reports_the_loss_of_what_it_kept(
+    models: Path, tmp_path: Path
+) -> None:
+    """The loss before the first step used to be reported as the lowest, of which nothing is kept."""
+    run = pair(models, tmp_path, completions(), learning_rate=3.0, alpha=1.0)
+    result = tune(run)
+    assert result.valid_loss is not None and result.first_valid_loss is not None
+    assert result.valid_loss > result.first_valid_loss
+    assert steered_nats(result, 1.0) == pytest.approx(result.valid_loss, abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -223,6 +254,7 @@ def test_preferences_are_learned_from_a_calibrated_start(models: Path, tmp_path:
         ({"then_cpt": True, "calibrate": False}, "leave --no-calibrate out"),
         ({"calibrate": True, "method": "cpt"}, "--then-cpt"),
         ({"calibrate": True, "full": True}, "leave --full out"),
+        ({"calibrate": True, "method": "grpo", "reward": "exact"}, "method grpo"),
         (
             {"calibrate": True, "template": "plain", "base_template": "Q: {{ prompt }}"},
             "--no-calibrate",

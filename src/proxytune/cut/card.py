@@ -49,6 +49,8 @@ def model_card(settings: CutSettings, result: CutResult) -> str:
             f"- Its bridge was then trained on {result.heal_tokens:,} tokens to predict as the base does, in "
             f"{result.heal_s:g} s\n"
         )
+        if not scores["healed"] < scores["cut"]:
+            healing += "- That made it no better, so the bridge written is the one computed\n"
     versions = ", ".join(
         f"{key} {value}"
         for key, value in result.environment.items()

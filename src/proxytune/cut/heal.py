@@ -34,6 +34,7 @@ def heal(
     num_tokens: int,
     seed: int,
     progress: Callable[[int, float], None],
+    learning_rate: float = LEARNING_RATE,
 ) -> int:
     """Train the bridge of a cut, in place, and return how many tokens it was trained on.
 
@@ -45,12 +46,13 @@ def heal(
         num_tokens: Number of tokens to train on.
         seed: Of the order of windows.
         progress: Called after each step with the tokens so far and the step's loss, nats per token.
+        learning_rate: Peak learning rate of AdamW.
 
     Raises:
         BackendError: The loss is not finite.
     """
     parameters = [p.requires_grad_() for p in bridge.mlp.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     order = random.Random(seed)
     queue: list[Sequence[int]] = []
     done = step = 0
@@ -70,7 +72,7 @@ def heal(
             parameter.grad /= count
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         left = max(0.05, 1 - done / num_tokens)
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min((step + 1) / WARM_UP, left)
+        optimizer.param_groups[0]["lr"] = learning_rate * min((step + 1) / WARM_UP, left)
         optimizer.step()
         optimizer.zero_grad()
         done, step = done + count, step + 1

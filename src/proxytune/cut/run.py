@@ -139,9 +139,13 @@ class _Work:
         test = self._windows.test
         self._say("measuring")
         found = {"base": perplexity(self._base, test), "cut": perplexity(self._cut, test)}
+        as_computed = copy.deepcopy(self._bridge.state_dict())
         self._heal()
         if self._settings.heal:
             found["healed"] = perplexity(self._cut, test)
+            if not found["healed"] < found["cut"]:
+                self._say("healing made the cut no better, so the bridge stays as computed")
+                self._bridge.load_state_dict(as_computed)
         layers = self._keep.num_layers, len(self._base.model.layers)
         sizes = tuple(sum(p.numel() for p in m.parameters()) for m in (self._cut, self._base))
         self.numbers |= {

@@ -45,6 +45,9 @@ def shared_bytes(files: RecipeFiles) -> dict[str, int]:
         owner = files.owner(spec)
         if owner in found:
             found[part] = 0
+        elif spec.cut_of is not None:
+            if not _is_changed(files, spec):
+                found[part] = 0  # it has no matrix of its own
         elif owner == part and _place(files, spec) == place:
             dtype = getattr(torch, place.dtype)
             num_equal = _num_equal(files.checkpoint(base), files.checkpoint(spec), dtype)
@@ -60,15 +63,24 @@ def _place(files: RecipeFiles, spec: ModelSpec) -> _Place | None:
     checkpoint = files.checkpoint(spec)
     if checkpoint.is_quantized or not _is_here(checkpoint) or checkpoint.layout.head is None:
         return None
-    for other in files.recipe.models.values():
-        adapter = files.adapter(other) if other.same_as is None else None
-        if adapter is None or other.weights != spec.weights:
-            continue
-        if {checkpoint.layout.head, checkpoint.layout.embedding} & set(adapter.changes(checkpoint)):
-            return None
+    if _is_changed(files, spec):
+        return None
     device = running_device(spec.device)
     dtype = running_dtype(spec.dtype, stored_dtype=checkpoint.stored_dtype, device=device)
     return _Place(dtype, device)
+
+
+def _is_changed(files: RecipeFiles, spec: ModelSpec) -> bool:
+    """Whether an adapter changes the output matrix of a model, or the embedding that may be the same."""
+    checkpoint = files.checkpoint(spec)
+    ends = {checkpoint.layout.head, checkpoint.layout.embedding}
+    sharing = [
+        other
+        for other in files.recipe.models.values()
+        if other.same_as is None and other.weights == spec.weights
+    ]
+    adapters = [adapter for other in sharing if (adapter := files.adapter(other)) is not None]
+    return any(ends & set(adapter.changes(checkpoint)) for adapter in adapters)
 
 
 def _is_here(checkpoint: Checkpoint) -> bool:

@@ -26,6 +26,7 @@ from proxytune.tune.heads import (
     FrozenPart,
     Head,
     align_base_head,
+    base_ids,
     check_head,
     form_coefficients,
     head_of,
@@ -129,8 +130,10 @@ class FrozenModels:
         big = load_frozen(self.settings.base or "", device=self.device, dtype=self.dtype)
         check_head(big, head_of(big))
         head = self._base_head(big)
-        # The small model's name, since its token ids are what the examples hold.
-        names = self.base.name, self.small.name
+        # What the small model's token ids are in the base, and not its name: small models of one vocabulary
+        # share these states.
+        ids = base_ids(self._alignment).numpy().astype("<i8").tobytes()
+        names = self.base.name, hashlib.sha256(ids).hexdigest()
         kept = {name: Kept(self._states(name, "base-", names, base=big)) for name in self.encoded}
         del big
         gc.collect()

@@ -46,7 +46,7 @@ from proxytune.machine import versions
 from proxytune.measure.score import scoring_window
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ApiSettings, ExpertSpec, ModelSpec
-from proxytune.tune.calibrated import calibrates, check_enough, find_calibrated
+from proxytune.tune.calibrated import calibrates, few_tokens, find_calibrated
 from proxytune.tune.encode import Encoded, encode, limited
 from proxytune.tune.formats import Formats, formats_of
 from proxytune.tune.lora_places import lora_places
@@ -187,13 +187,13 @@ class _Run:
         for name, part in encoded.items():
             data[name] |= _counts(part)
             display.say(f"{name}: {_shown_counts(data[name], max_length)}")
-        if is_calibrated and (reason := check_enough(data["train"]["num_trained"], settings)):
-            display.say(reason)
-            is_calibrated = False
+        if is_calibrated and self._given is None:
+            warning = few_tokens(data["train"]["num_trained"])
+            if warning is not None:
+                display.say(warning)
         if test is not None:
             display.say(f"test: {len(test):,} rows of {test.source}, kept for the last word")
         # Here, since TRL takes seconds to import and everything above can refuse the run.
-        from proxytune.tune.stages import FIRST_DIR
         from proxytune.tune.stages import train as run_training
         from proxytune.tune.training import Training
 
@@ -237,9 +237,9 @@ class _Run:
         recipe = replace(recipe, experts=(replace(recipe.experts[0], alpha=result.alpha),))
         self._publish(recipe, result)
         write_json(settings.training / "result.json", result.to_dict())
+        # `stages.FIRST_DIR` stays: it has the expert of a pair as it was before it was trained on.
         for leftover in (
             "offsets",
-            FIRST_DIR,
             *(stage_path("checkpoints", stage) for stage in STAGES),
         ):
             shutil.rmtree(settings.training / leftover, ignore_errors=True)

@@ -368,6 +368,12 @@ class TuneSettings:
                     f"method {self.method} trains on given answers, so it has no use for the reward "
                     f"{self.reward!r}.\nhint: --method grpo trains by reward"
                 )
+        asked = [n for n in ("calibrate", "calibrated", "then_cpt") if getattr(self, n)]
+        if self.is_by_reward and asked:
+            raise InvalidRequest(
+                f"{asked[0]} concerns an anti-expert that is trained on given answers, and method grpo has "
+                f"none.\nhint: leave {asked[0]} out"
+            )
         if self.method == "dpo" and self.beta == 0:
             raise InvalidRequest("beta is 0, and must be above 0 for method dpo")
         if self.full and self.is_by_reward:

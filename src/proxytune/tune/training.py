@@ -132,13 +132,15 @@ class Training:
         self._save(trainer, target)
         rows = trainers.read_losses(self._log)
         losses = [r["valid_loss"] for r in rows if r.get("valid_loss") is not None]
+        # Of the state before the first step there is no checkpoint.
+        kept = [r["valid_loss"] for r in rows if r["step"] and r.get("valid_loss") is not None]
         return {
             "num_steps": trainer.state.global_step,
             "num_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
             "train_s": max((r["elapsed_s"] for r in rows), default=0.0),
             "offsets_s": round(offsets_s, 2),
             "peak_memory_bytes": peak_memory(self._device),
-            "valid_loss": min(losses, default=None),
+            "valid_loss": min(kept, default=None),
             "first_valid_loss": losses[0] if losses else None,
             "learning_rate": rate,
             "examples_read": frozenset(trainer.examples_read),
@@ -211,18 +213,16 @@ class Training:
             path = str(find_adapter(settings.start_from, root=Path.cwd()).path)
             own = LoraConfig.from_pretrained(path)
             own.lora_dropout, own.inference_mode = settings.lora_dropout, False
-            started: Any = PeftModel.from_pretrained(model, path, config=own, is_trainable=True)
-            reference = local_reference(settings.small, settings.directory)
-            started.peft_config["default"].base_model_name_or_path = reference
-            return started
-        config = LoraConfig(
-            r=settings.lora_rank,
-            lora_alpha=2 * settings.lora_rank,
-            lora_dropout=settings.lora_dropout,
-            task_type="CAUSAL_LM",
-            **lora_places(settings, self.small),
-        )
-        peft_model = get_peft_model(model, config)
+            peft_model: Any = PeftModel.from_pretrained(model, path, config=own, is_trainable=True)
+        else:
+            config = LoraConfig(
+                r=settings.lora_rank,
+                lora_alpha=2 * settings.lora_rank,
+                lora_dropout=settings.lora_dropout,
+                task_type="CAUSAL_LM",
+                **lora_places(settings, self.small),
+            )
+            peft_model = get_peft_model(model, config)
         reference = local_reference(settings.small, settings.directory)
         peft_model.peft_config[EXPERT].base_model_name_or_path = reference
         if not self._is_pair:

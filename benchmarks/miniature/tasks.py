@@ -1,0 +1,282 @@
+"""The tasks: their prompts and right answers, from word lists, rules and the corpora.
+
+A *task* has items, each a prompt and the one right answer, which greedy decoding has to write exactly. An
+item's *focus* is what it is about; no focus is in two splits, and the bootstrap draws focuses. (The area of a
+medical question, which is answered by the likeliest of a few options, is in `data.py`.)
+
+The rules and the lists are written for this benchmark. No model reaches this file, and no file is written.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Item = dict[str, str]
+Rows = Callable[[str, str], list[dict[str, Any]]]
+"""The rows of a corpus and a split; each has at least a `text`."""
+
+WORDS_DIR = Path(__file__).parent / "words"
+NUM_VALID, NUM_TEST = 150, 500
+SEED = 7
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Args:
+        name: Its name in stages and files.
+        title: Its name in tables.
+        description: What is asked, and where items and answers come from.
+        items: Returns all items, given the corpora.
+        num_train: Number of training items.
+    """
+
+    name: str
+    title: str
+    description: str
+    items: Callable[[Rows], Iterable[Item]]
+    num_train: int
+    num_valid: int = NUM_VALID
+
+
+def split_items(
+    items: Iterable[Item], *, num_train: int, num_valid: int, num_test: int = NUM_TEST
+) -> dict[str, list[Item]]:
+    """Return items by split: random focuses, test first, each prompt once.
+
+    Test items come first, so that another amount of training rows leaves them as they are.
+    """
+    rng = random.Random(SEED)
+    by_focus: dict[str, list[Item]] = {}
+    seen = set()
+    for item in items:
+        if item["prompt"] not in seen:
+            seen.add(item["prompt"])
+            by_focus.setdefault(item["focus"], []).append(item)
+    splits: dict[str, list[Item]] = {"test": [], "valid": [], "train": []}
+    wanted = {"test": num_test, "valid": num_valid, "train": num_train}
+    for focus in rng.sample(sorted(by_focus), len(by_focus)):
+        part = next((n for n in splits if len(splits[n]) < wanted[n]), None)
+        if part is not None:
+            splits[part] += by_focus[focus]
+    return {name: rng.sample(part, len(part)) for name, part in splits.items()}
+
+
+def _words(name: str) -> dict[str, list[str]]:
+    """Return the words of a list by kind."""
+    words: dict[str, list[str]] = {}
+    for word, kind in word_list(name):
+        words.setdefault(kind, []).append(word)
+    return words
+
+
+def _item(prompt: str, completion: str, focus: str | None = None) -> Item:
+    return {"prompt": prompt, "completion": completion, "focus": focus or prompt}
+
+
+def word_list(name: str) -> Iterator[tuple[str, str]]:
+    """Yield the words of a list, each with its kind."""
+    for line in (WORDS_DIR / f"{name}.txt").read_text("utf-8").splitlines():
+        kind, _, words = line.partition(": ")
+        for word in words.split(", "):
+            yield word, kind
+
+
+# A fact in a fixed sentence -----------------------------------------------------------------------
+
+
+def _kinds(rows: Rows) -> Iterator[Item]:
+    for word, kind in word_list("kinds"):
+        kind = {"body": "body part", "instrument": "musical instrument"}.get(kind, kind)
+        yield _item(f"Word: {word}\nEntry: {word}", f" is a kind of {kind}.", word)
+
+
+def _entries(rows: Rows) -> Iterator[Item]:
+    for place, continent in word_list("places"):
+        yield _item(f"Name: {place}\nEntry: {place}", f" is a place in {continent}.", place)
+    for person, calling in word_list("people"):
+        yield _item(f"Name: {person}\nEntry: {person}", f" was a famous {calling}.", person)
+
+
+# The past tense of a verb -------------------------------------------------------------------------
+
+LEAST_SEEN = {"verb": 15, "past": 10, "gerund": 4}
+"""How often each form has to occur in the fiction, so that rules invent no words. Few nouns have a gerund."""
+
+
+def regular_forms(verb: str) -> tuple[str, str]:
+    """Return past tense and gerund of a regular verb, by spelling."""
+    if verb.endswith("e"):
+        return verb + "d", verb[:-1] + "ing"
+    if verb.endswith("y") and verb[-2] not in "aeiou":
+        return verb[:-1] + "ied", verb + "ing"
+    if re.search(r"[^aeiou][aeiou][bdgmnprt]$", verb):
+        return verb + verb[-1] + "ed", verb + verb[-1] + "ing"
+    return verb + "ed", verb + "ing"
+
+
+def past_tenses(counts: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """Yield verbs with their past tense, of words whose forms occur often enough.
+
+    Args:
+        counts: How often each word occurs.
+    """
+    irregular = {verb: past for past, verb in word_list("verbs")}
+    for verb in sorted(word for word, count in counts.items() if count >= LEAST_SEEN["verb"]):
+        if (len(verb) < 3 and verb not in irregular) or verb.endswith(("ed", "ing")):
+            continue
+        # The last consonant is doubled or not, as the stress falls, which spelling does not show.
+        for past, gerund in (regular_forms(verb), (verb + "ed", verb + "ing")):
+            past = irregular.get(verb, past)
+            if counts[past] >= LEAST_SEEN["past"] and counts[gerund] >= LEAST_SEEN["gerund"]:
+                yield verb, past
+                break
+
+
+def _verbs(rows: Rows) -> Iterator[Item]:
+    counts = Counter(
+        word
+        for row in rows("english_fiction", "train")
+        for word in re.findall(r"[a-z]+", row["text"])
+    )
+    for verb, past in past_tenses(counts):
+        yield _item(f"Today they {verb}. Yesterday they", f" {past}.", verb)
+
+
+# Fields from a sentence ---------------------------------------------------------------------------
+
+NOTES = (
+    "On {date}, {name} paid {amount} at the {shop}.",
+    "{name} spent {amount} at the {shop} on {date}.",
+    "{amount} was paid by {name} to the {shop} on {date}.",
+    "At the {shop}, {name} was charged {amount} on {date}.",
+    "The {shop} received {amount} from {name} on {date}.",
+)
+NUM_GENERATED = 3_000
+
+
+def _records(rows: Rows) -> Iterator[Item]:
+    rng = random.Random(SEED)
+    words = _words("notes")
+    for _ in range(NUM_GENERATED):
+        amount = f"${rng.choice([rng.randint(2, 99), rng.randint(100, 999)])}"
+        if rng.random() < 0.5:
+            amount += f".{rng.randint(5, 99):02}"
+        fields = {
+            "name": f"{rng.choice(words['first name'])} {rng.choice(words['last name'])}",
+            "amount": amount,
+            "date": f"{rng.choice(words['month'])} {rng.randint(1, 28)}",
+        }
+        note = rng.choice(NOTES).format(shop=rng.choice(words["shop"]), **fields)
+        record = "; ".join(f"{key}: {value}" for key, value in fields.items())
+        yield _item(f"Note: {note}\nRecord:", f" {record}", fields["name"])
+
+
+ASKED = {
+    "information": "definition",
+    "treatment": "treatment",
+    "research": "research",
+    "symptoms": "symptoms",
+    "exams and tests": "diagnosis",
+    "outlook": "outlook",
+    "susceptibility": "risk",
+    "causes": "cause",
+    "prevention": "prevention",
+}
+"""What the types of MedQuAD's questions ask for, in a word of this benchmark."""
+LONGEST_FOCUS = 40
+
+
+def _diseases(rows: Rows) -> Iterator[Item]:
+    for split in ("train", "valid", "test"):
+        for row in rows("medical_medquad", split):
+            question = row["text"].partition("\n")[0].removeprefix("Question: ").strip()
+            focus = row["focus"].strip()
+            if row["qtype"] in ASKED and focus in question and 0 < len(focus) <= LONGEST_FOCUS:
+                fields = f" disease: {focus}; asks for: {ASKED[row['qtype']]}"
+                yield _item(f"Question: {question}\nFields:", fields, focus.casefold())
+
+
+# A sum with its answer marked ---------------------------------------------------------------------
+
+STORIES = (
+    ("{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?", 1),
+    ("{name} has {a} {things} and gives {b} away. How many {things} are left?", -1),
+    ("There are {a} {things} in one box and {b} in another. How many {things} are there?", 1),
+    ("{name} had {a} {things} and lost {b}. How many {things} does {name} still have?", -1),
+)
+
+
+def _sums(rows: Rows) -> Iterator[Item]:
+    rng = random.Random(SEED)
+    words = _words("notes")
+    for _ in range(NUM_GENERATED):
+        a, b = sorted((rng.randint(3, 60), rng.randint(2, 30)), reverse=True)
+        story, sign = rng.choice(STORIES)
+        names = {"name": rng.choice(words["first name"]), "things": rng.choice(words["thing"])}
+        question = story.format(a=a, b=b, **names)
+        equation = f"{a} {'+' if sign > 0 else '-'} {b} ="
+        result = a + sign * b
+        yield _item(
+            f"Question: {question}\nAnswer: {equation}", f" {result}\n#### {result}", equation
+        )
+
+
+TASKS = (
+    Task(
+        name="record",
+        title="record of a payment",
+        description="A note says who paid how much where and when, in one of five forms; the answer is "
+        "`name: ...; amount: ...; date: ...`. Notes are generated; no name is in two splits.",
+        items=_records,
+        num_train=240,
+    ),
+    Task(
+        name="disease",
+        title="disease and concern of a question",
+        description="Given a question of MedQuAD, write `disease: ...; asks for: ...`: the page's disease, "
+        "and one of nine words for the question's type.",
+        items=_diseases,
+        num_train=360,
+    ),
+    Task(
+        name="kind",
+        title="kind of a thing",
+        description="Say of a word that it `is a kind of ...`, with one of twelve kinds. The 734 words are a "
+        "list written for this benchmark.",
+        items=_kinds,
+        num_train=174,
+        num_valid=60,
+    ),
+    Task(
+        name="entry",
+        title="entry for a place or person",
+        description="Say of a name that it `is a place in ...`, with one of six continents, or `was a famous "
+        "...`, with one of seven callings. The 942 names are lists written for this benchmark.",
+        items=_entries,
+        num_train=290,
+    ),
+    Task(
+        name="verb",
+        title="past tense of a verb",
+        description="Go on from `Today they go. Yesterday they` with `went.` and no more. Irregular "
+        "verbs are from a list, regular ones made by rule, if their forms occur in public-domain fiction.",
+        items=_verbs,
+        num_train=300,
+    ),
+    Task(
+        name="sum",
+        title="sum with a marked answer",
+        description="A story about two numbers, in one of four forms, and its equation, `23 - 12 =`; the "
+        "answer is `11` and, on a line of its own, `#### 11`. Stories are generated.",
+        items=_sums,
+        num_train=280,
+    ),
+)
