@@ -10,9 +10,7 @@ The rules and the lists are written for this benchmark. No model reaches this fi
 from __future__ import annotations
 
 import random
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,51 +102,6 @@ def _entries(rows: Rows) -> Iterator[Item]:
         yield _item(f"Place: {place}\nEntry: {place}", f" is a place in {continent}.", place)
     for person, calling in word_list("people"):
         yield _item(f"Person: {person}\nEntry: {person}", f" was a famous {calling}.", person)
-
-
-# The past tense of a verb -------------------------------------------------------------------------
-
-LEAST_SEEN = {"verb": 15, "past": 10, "gerund": 4}
-"""How often each form has to occur in the fiction, so that rules invent no words. Few nouns have a gerund."""
-
-
-def regular_forms(verb: str) -> tuple[str, str]:
-    """Return past tense and gerund of a regular verb, by spelling."""
-    if verb.endswith("e"):
-        return verb + "d", verb[:-1] + "ing"
-    if verb.endswith("y") and verb[-2] not in "aeiou":
-        return verb[:-1] + "ied", verb + "ing"
-    if re.search(r"[^aeiou][aeiou][bdgmnprt]$", verb):
-        return verb + verb[-1] + "ed", verb + verb[-1] + "ing"
-    return verb + "ed", verb + "ing"
-
-
-def past_tenses(counts: Mapping[str, int]) -> Iterator[tuple[str, str]]:
-    """Yield verbs with their past tense, of words whose forms occur often enough.
-
-    Args:
-        counts: How often each word occurs.
-    """
-    irregular = {verb: past for past, verb in word_list("verbs")}
-    for verb in sorted(word for word, count in counts.items() if count >= LEAST_SEEN["verb"]):
-        if (len(verb) < 3 and verb not in irregular) or verb.endswith(("ed", "ing")):
-            continue
-        # The last consonant is doubled or not, as the stress falls, which spelling does not show.
-        for past, gerund in (regular_forms(verb), (verb + "ed", verb + "ing")):
-            past = irregular.get(verb, past)
-            if counts[past] >= LEAST_SEEN["past"] and counts[gerund] >= LEAST_SEEN["gerund"]:
-                yield verb, past
-                break
-
-
-def _verbs(rows: Rows) -> Iterator[Item]:
-    counts = Counter(
-        word
-        for row in rows("english_fiction", "train")
-        for word in re.findall(r"[a-z]+", row["text"])
-    )
-    for verb, past in past_tenses(counts):
-        yield _item(f"Today they {verb}. Yesterday they", f" {past}.", verb)
 
 
 # Fields from a sentence ---------------------------------------------------------------------------
@@ -299,14 +252,6 @@ TASKS = (
         "a famous ...`, one of seven callings. The 942 names are lists written for this page.",
         items=_entries,
         num_train=290,
-    ),
-    Task(
-        name="verb",
-        title="past tense of a verb",
-        description="Go on from `Today they go. Yesterday they` with `went.` and no more. Irregular "
-        "verbs are from a list, regular ones made by rule, if their forms occur in public-domain fiction.",
-        items=_verbs,
-        num_train=300,
     ),
     Task(
         name="sum",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -382,26 +381,6 @@ def test_no_focus_is_in_two_splits_and_more_training_rows_leave_the_others_as_th
     assert len(few["test"]) == 30 and len(few["train"]) == 12
 
 
-@pytest.mark.parametrize(
-    ("verb", "past", "gerund"),
-    [
-        ("walk", "walked", "walking"),
-        ("hope", "hoped", "hoping"),
-        ("carry", "carried", "carrying"),
-        ("play", "played", "playing"),
-        ("stop", "stopped", "stopping"),
-    ],
-)
-def test_regular_verbs_are_spelt_by_rule(verb, past, gerund):
-    assert tasks.regular_forms(verb) == (past, gerund)
-
-
-def test_only_verbs_whose_forms_occur_are_asked_for():
-    counts = Counter({"go": 20, "went": 10, "going": 4, "visit": 20, "visited": 10, "visiting": 4})
-    counts |= Counter({"walk": 20, "walked": 9, "walking": 9})
-    assert dict(tasks.past_tenses(counts)) == {"go": "went", "visit": "visited"}
-
-
 def test_a_sum_is_the_sum_of_its_story():
     for item in itertools.islice(tasks._sums(data.corpus_rows), 200):
         equation = item["focus"].removesuffix(" =")
@@ -496,9 +475,8 @@ def test_the_real_task_has_500_test_items_of_unseen_diseases(real_items):
 
 
 @needs_data
-@pytest.mark.parametrize("task", [t for t in tasks.TASKS if t.name != "verb"], ids=lambda t: t.name)
+@pytest.mark.parametrize("task", tasks.TASKS, ids=lambda t: t.name)
 def test_the_other_real_tasks_have_500_test_items(task):
-    """But for the verbs, which take seconds to be found in 25 MB of fiction."""
     splits = data.items_of(task.name)
     assert len(splits["test"]) >= 500 and len(splits["valid"]) >= 60
     assert len(splits["train"]) >= task.num_train
