@@ -209,6 +209,8 @@ class ModelSpec:
     api: ApiSettings | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.keep, list):  # as JSON has it
+            object.__setattr__(self, "keep", tuple(self.keep))
         check_fields(self)
         check_json(self.quantization, "quantization")
         if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
@@ -465,8 +467,6 @@ def model_spec(value: Any, place: str) -> ModelSpec:
             value[key] = kind(**settings)
         except RecipeError as error:
             raise RecipeError(f"{place}.{key}: {error}") from error
-    if isinstance(value.get("keep"), list):
-        value["keep"] = tuple(value["keep"])
     try:
         return ModelSpec(**value)
     except RecipeError as error:
