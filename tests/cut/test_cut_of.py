@@ -296,7 +296,8 @@ def test_a_tuned_base_is_asked_in_the_format_of_an_expert_that_is_a_cut(place: P
     first = recipe.experts[0]
     expert = replace(first, expert=replace(first.expert, prompt="chat"))
     found = tuned_recipe(
-        replace(recipe, experts=(expert,)), EvalOptions((), tuned_adapter=str(place / "adapter"))
+        replace(recipe, experts=(expert,)),
+        EvalOptions(("gsm8k",), tuned_adapter=str(place / "adapter")),
     )
     assert found.experts[0].expert.prompt == "chat"
 

@@ -209,8 +209,9 @@ class ModelSpec:
     api: ApiSettings | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.keep, list):  # as JSON has it
-            object.__setattr__(self, "keep", tuple(self.keep))
+        keep: Any = self.keep
+        if isinstance(keep, list):  # as JSON has it
+            object.__setattr__(self, "keep", tuple(keep))
         check_fields(self)
         check_json(self.quantization, "quantization")
         if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
