@@ -209,7 +209,7 @@ def test_each_seeds_pair_finds_the_bases_states_at_its_own_rows(tmp_path):
         patch.setattr(Offsets, "build", lambda *a, **k: pytest.fail("the base ran again"))
         for each in made:
             read, _ = bias.read_kept(each, head_of(model).weight)
-            (chunk,) = read()
+            chunks = list(read())
             tokenizer = find_checkpoint(str(small), root=tmp_path).tokenizer
             rows = encode(
                 read_rows(each.data), tokenizer, prompt_format="plain", max_length=32, name="small"
@@ -220,8 +220,15 @@ def test_each_seeds_pair_finds_the_bases_states_at_its_own_rows(tmp_path):
                 with torch.no_grad():
                     logits = model(torch.tensor([example.token_ids])).logits[0, :-1]
                 expected.append(logits[torch.tensor(example.labels[1:]) != IGNORED])
-            torch.testing.assert_close(chunk.logits[0], torch.cat(expected), atol=1e-5, rtol=1e-5)
-            assert torch.equal(chunk.targets, bias.targets_of(part))
+            torch.testing.assert_close(
+                torch.cat([chunk.logits[0] for chunk in chunks]),
+                torch.cat(expected),
+                atol=1e-5,
+                rtol=1e-5,
+            )
+            assert torch.equal(
+                torch.cat([chunk.targets for chunk in chunks]), bias.targets_of(part)
+            )
 
 
 # The models' losses -----------------------------------------------------------------------------------------
@@ -435,7 +442,7 @@ def test_no_question_of_a_corpus_s_own_test_rows_is_trained_on():
         text = f"Question: What is disease {number}, {name}?\nAnswer"
         return {"text": text, "focus": f"disease {number}", "qtype": "information"}
 
-    numbers = {"train": range(800), "valid": range(750, 780), "test": range(780, 830)}
+    numbers = {"train": range(1100), "valid": range(750, 780), "test": range(780, 830)}
 
     def rows(corpus: str, split: str) -> list[dict[str, str]]:
         return [row(number, split) for number in numbers[split]]

@@ -71,7 +71,7 @@ def test_what_does_not_win_leaves_the_expert_as_it_is(tmp_path: Path) -> None:
 
 def test_the_words_say_what_is_kept_and_why() -> None:
     assert "(base 0.90, expert 0.80, anti-expert 0.70)" in words_of(fitted(UNCLEAR))
-    assert "no clear win, so the weights stay 1" in words_of(fitted(UNCLEAR))
+    assert "no clear win, so the recipe's stay" in words_of(fitted(UNCLEAR))
     words = words_of(fitted(CLEAR, CLEAR))
     assert words.startswith("weights and output bias fitted (base 0.95, expert 0.85")
     assert "2 tokens with a bias): they gain 0.100 nats per token (+0.080 to +0.120)" in words

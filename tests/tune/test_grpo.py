@@ -208,7 +208,8 @@ def test_training_starts_from_an_adapter(models: Path, tmp_path: Path) -> None:
     assert result.rewards is not None
     kls = [row["kl"] for row in read_log(second) if "kl" in row]
     assert max(kls) < 1e-4  # from the adapter that it started from, not from the untuned model
-    sft = settings(models, tmp_path / "sft", **more | {"method": "sft", "alpha": 1.0})
+    unset = {"group_size": TuneSettings.group_size, "max_new_tokens": TuneSettings.max_new_tokens}
+    sft = settings(models, tmp_path / "sft", **more | unset | {"method": "sft", "alpha": 1.0})
     write_rows(Path(sft.data), [{"prompt": r["prompt"], "completion": " tin"} for r in prompts()])
     tune(sft)
     for name, tensor in weights(first).items():
@@ -289,7 +290,7 @@ def test_a_setting_that_the_method_has_no_use_for_is_refused(
     changes: dict[str, Any], said: str, models: Path, tmp_path: Path
 ) -> None:
     rows = [{**row, "completion": row["answer"]} for row in prompts()]
-    unset = {"group_size": 8, "max_new_tokens": 64}
+    unset = {"group_size": TuneSettings.group_size, "max_new_tokens": TuneSettings.max_new_tokens}
     data = write_rows(tmp_path / "given.jsonl", rows)
     with pytest.raises(InvalidRequest, match=said):
         tune(settings(models, tmp_path / "run", data=data, **unset | changes))
