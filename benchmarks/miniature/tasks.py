@@ -259,7 +259,7 @@ TASKS = (
         name="disease",
         title="disease and concern of a question",
         description="Given a question of MedQuAD, write `disease: ...; asks for: ...`: the page's disease, "
-        "and one of nine words for the question's type.",
+        "and one of nine words for the question's type. Training questions are of its training rows.",
         items=_diseases,
         num_train=360,
         held_out=_held_out_diseases,

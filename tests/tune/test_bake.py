@@ -178,7 +178,7 @@ def test_a_run_leaves_an_adapter_that_is_nearer_to_the_steered_base(
     card = (run.directory / "README.md").read_text()
     assert "2607.26246" in card and "A partial reproduction of it found no gain" in card
     assert sorted(path.name for path in run.training.iterdir()) == [
-        "log.jsonl", "result.json", "settings.json",
+        "data.json", "log.jsonl", "result.json", "settings.json",
     ]  # fmt: skip
     assert json.loads((run.training / "result.json").read_text())["num_tokens"] > 0
 
@@ -244,6 +244,12 @@ def test_a_run_that_ended_before_it_was_measured_is_not_trained_on(
             lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt),
         )
         bake(recipe, parts)
+    rows = tmp_path / "rows.jsonl"
+    kept = rows.read_text()
+    rows.write_text(kept.replace("tin", "tea"))
+    with pytest.raises(OutputFileError, match="other data"):
+        bake(recipe, parts, resume=True)
+    rows.write_text(kept)
     result = bake(recipe, parts, resume=True)
     assert (result.num_steps, result.divergence) == (expected.num_steps, expected.divergence)
     assert result.baked == expected.baked

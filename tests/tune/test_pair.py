@@ -293,6 +293,7 @@ def test_a_pair_that_is_never_better_than_the_base_reports_the_loss_of_what_it_k
         ({"calibrate": True, "anti_expert": None}, "--anti-expert and --base"),
         ({"then_cpt": True, "calibrate": False}, "leave --no-calibrate out"),
         ({"calibrate": True, "method": "cpt"}, "--then-cpt"),
+        ({"then_cpt": True, "cpt_form": "paper"}, "by the steered loss"),
         ({"calibrate": True, "full": True}, "leave --full out"),
         ({"calibrate": True, "method": "grpo", "reward": "exact"}, "method grpo"),
         (

@@ -13,6 +13,7 @@ share of the steered base's gain in log-likelihood over the base that the base w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from contextlib import suppress
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 WRITTEN = "written.jsonl"
 """The steered base's answers to prompts, in `training/`, so that a resumed run does not write them again."""
-RESULT_NAME = "result.json"
+RESULT_NAME, DATA_NAME = "result.json", "data.json"
 FEWEST_PASSAGES = 8
 
 
@@ -101,6 +102,7 @@ def bake(
         )
         checkpoint = files.checkpoint(found.base)
         train, valid, test = _passages(settings, model, display)
+        _claim_data(settings, (train, valid, test))
         return _Baking(settings, model, checkpoint, (train, valid, test), display).result()
     finally:
         display.close()
@@ -127,6 +129,22 @@ def _claim(recipe: str | Path, settings: BakeSettings, *, resume: bool) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise OutputFileError(f"{directory} already exists.\nhint: name a new directory")
     write_json(path, asked)
+
+
+def _claim_data(settings: BakeSettings, parts: tuple[list[Passage], ...]) -> None:
+    """Record what is trained and measured on, or compare it with what was recorded."""
+    digest = hashlib.sha256()
+    for part in parts:
+        lines = [[passage.prompts, passage.token_ids] for passage in part]
+        digest.update(json.dumps(lines).encode())
+    path = settings.training / DATA_NAME
+    if not path.exists():
+        write_json(path, {"digest": digest.hexdigest()})
+    elif json.loads(path.read_text("utf-8"))["digest"] != digest.hexdigest():
+        raise OutputFileError(
+            f"the run in {settings.directory} was started with other data than these files hold now.\n"
+            "hint: restore the old files, or start a new run in another directory"
+        )
 
 
 def _read_result(path: Path) -> BakeResult:
@@ -252,7 +270,7 @@ class _Baking:
             divergence=min(later, default=None),
             first_divergence=divergences[0] if divergences else None,
             num_tokens=len(base),
-            num_trained=sum(len(passage.token_ids) for passage in self._train),
+            num_trained=sum(len(self._train[i].token_ids) for i in trainer.examples_read),
             num_steps=trainer.state.global_step,
             train_s=max((r["elapsed_s"] for r in rows), default=0.0),
         )

@@ -127,7 +127,7 @@ class TuneSettings:
     then_cpt: bool = option(
         False,
         "After a calibrated pair: train its expert on through the frozen base and anti-expert, as cpt "
-        "does, at half the learning rate",
+        "does, for half the steps at half the learning rate, with a dropout of at least 0.1",
     )
     name: str | None = option(
         None,
@@ -332,6 +332,11 @@ class TuneSettings:
                 f"{asked[0]} needs a calibrated anti-expert, and calibrate is False.\n"
                 "hint: leave --no-calibrate out"
             )
+        if self.then_cpt and self.cpt_form != "steered":
+            raise InvalidRequest(
+                f"cpt_form is {self.cpt_form!r}, and then_cpt keeps the better of two experts by the steered "
+                "loss, which the other form does not have.\nhint: leave cpt_form or then_cpt out"
+            )
         if self.method == "cpt" and not self.is_pair:
             raise InvalidRequest(
                 "method cpt trains the expert through base and anti-expert, and one of them is missing.\n"
@@ -487,11 +492,10 @@ def check_used(settings: TuneSettings, method: Method) -> None:
     Raises:
         InvalidRequest: One of them has another value than its default.
     """
-    methods = {method, "cpt"} if settings.then_cpt else {method}
     for name, users in USED_BY.items():
         value = getattr(settings, name)
         # `fit` may be switched off for any method; a dataclass has its defaults as attributes.
-        if methods.isdisjoint(users) and value not in (getattr(TuneSettings, name), "none"):
+        if method not in users and value not in (getattr(TuneSettings, name), "none"):
             raise InvalidRequest(
                 f"{name} is {value!r}, and method {method} has no use for it.\n"
                 f"hint: leave {name} out, or choose the method: {' or '.join(users)}"

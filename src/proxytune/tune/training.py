@@ -184,8 +184,8 @@ class Training:
     def _shown(self, base: ModelSpec) -> ShownBase:
         if self._is_pair:
             self.display.say(
-                "the base is behind an API and shows a part of its distribution, so training is stopped by "
-                "the expert's loss plus the anti-expert's divergence, and not by the steered loss"
+                "the base is behind an API and shows a part of its distribution, so the state to keep is "
+                "chosen by the expert's loss plus the anti-expert's divergence, and not by the steered loss"
             )
         return ask_base(self.settings, base, self.small, self.encoded, self.display)
 
