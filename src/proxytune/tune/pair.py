@@ -6,8 +6,8 @@ rows, and what remains of the difference is what the base lacks.
 
 The two adapters see the same batches in the same order with the same dropout, and their gradients are clipped
 apart. So the expert is, step for step, the one that training by itself gives. They are evaluated together:
-the validation loss is that of the steered base, `base + alpha * (expert - anti_expert)`. For a base that shows
-only a part of its distribution it is the expert's loss plus the anti-expert's divergence.
+the validation loss is that of the steered base, `base + alpha * (expert - anti_expert)`. For a base that
+shows only a part of its distribution it is the expert's loss plus the anti-expert's divergence.
 """
 
 from __future__ import annotations
