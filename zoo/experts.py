@@ -38,6 +38,7 @@ SHARED: dict[str, Any] = {
     "learning_rate": 8e-3,
     "lora_rank": 16,
     "eval_every": 16,
+    "patience": 3,
     "measure_tokens": 0,  # `publish.py` measures.
     "dtype": "bfloat16",
 }
@@ -177,9 +178,9 @@ def _task_file(split: str) -> Path:
     return target
 
 
-def train(expert: Expert, seed: int) -> None:
-    """Train one expert with its calibrated anti-expert, or go on with a training that was stopped."""
-    settings = TuneSettings(
+def settings_of(expert: Expert, seed: int) -> TuneSettings:
+    """Return the settings of an expert's training."""
+    return TuneSettings(
         output=str(expert.output(seed)),
         name=expert.name,
         data=str(rows_file(expert.corpus, "train")),
@@ -190,6 +191,11 @@ def train(expert: Expert, seed: int) -> None:
         seed=seed,
         **(SHARED | expert.settings),
     )
+
+
+def train(expert: Expert, seed: int) -> None:
+    """Train one expert with its calibrated anti-expert, or go on with a training that was stopped."""
+    settings = settings_of(expert, seed)
     tune(settings, resume=(settings.training / "settings.json").exists(), display=Lines())
 
 
