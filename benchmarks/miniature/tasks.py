@@ -90,7 +90,8 @@ def _words(name: str) -> dict[str, list[str]]:
 
 
 def _item(prompt: str, completion: str, focus: str | None = None) -> Item:
-    return {"prompt": prompt, "completion": completion, "focus": focus or prompt}
+    # A line's end is what the base itself would write there; the token that ends a text it hardly ever gives.
+    return {"prompt": prompt, "completion": f"{completion}\n", "focus": focus or prompt}
 
 
 def word_list(name: str) -> Iterator[tuple[str, str]]:
@@ -112,9 +113,9 @@ def _kinds(rows: Rows) -> Iterator[Item]:
 
 def _entries(rows: Rows) -> Iterator[Item]:
     for place, continent in word_list("places"):
-        yield _item(f"Name: {place}\nEntry: {place}", f" is a place in {continent}.", place)
+        yield _item(f"Place: {place}\nEntry: {place}", f" is a place in {continent}.", place)
     for person, calling in word_list("people"):
-        yield _item(f"Name: {person}\nEntry: {person}", f" was a famous {calling}.", person)
+        yield _item(f"Person: {person}\nEntry: {person}", f" was a famous {calling}.", person)
 
 
 # The past tense of a verb -------------------------------------------------------------------------
@@ -191,6 +192,32 @@ def _records(rows: Rows) -> Iterator[Item]:
         yield _item(f"Note: {note}\nRecord:", f" {record}", fields["name"])
 
 
+PROFILES = (
+    "{name}, {age}, is a {job} from {town}.",
+    "A {job} named {name}, aged {age}, lives in {town}.",
+    "{name} of {town} works as a {job} and is {age} years old.",
+    "At {age}, {name} moved to {town} to become a {job}.",
+    "In {town} we met {name}, a {job} of {age}.",
+)
+
+
+def _profiles(rows: Rows) -> Iterator[Item]:
+    rng = random.Random(SEED)
+    words = _words("notes")
+    jobs, towns = _words("kinds")["profession"], _words("places")["Europe"]
+    # The sentences have no "an".
+    jobs = [job for job in jobs if job[0] not in "aeio"]
+    for _ in range(NUM_GENERATED):
+        fields = {
+            "name": f"{rng.choice(words['first name'])} {rng.choice(words['last name'])}",
+            "age": str(rng.randint(18, 89)),
+            "job": rng.choice(jobs),
+        }
+        sentence = rng.choice(PROFILES).format(town=rng.choice(towns), **fields)
+        written = "; ".join(f"{key}: {value}" for key, value in fields.items())
+        yield _item(f"Text: {sentence}\nCard:", f" {written}", fields["name"])
+
+
 ASKED = {
     "information": "definition",
     "treatment": "treatment",
@@ -223,6 +250,8 @@ def _held_out_diseases(rows: Rows) -> Iterator[Item]:
 
 # A sum with its answer marked ---------------------------------------------------------------------
 
+NUM_SUMS = 1_000
+"""Several stories have one equation, and no equation is in two splits."""
 STORIES = (
     ("{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?", 1),
     ("{name} has {a} {things} and gives {b} away. How many {things} are left?", -1),
@@ -234,8 +263,8 @@ STORIES = (
 def _sums(rows: Rows) -> Iterator[Item]:
     rng = random.Random(SEED)
     words = _words("notes")
-    for _ in range(NUM_GENERATED):
-        a, b = sorted((rng.randint(3, 60), rng.randint(2, 30)), reverse=True)
+    for _ in range(NUM_SUMS):
+        a, b = sorted((rng.randint(2, 15), rng.randint(2, 9)), reverse=True)
         story, sign = rng.choice(STORIES)
         names = {"name": rng.choice(words["first name"]), "things": rng.choice(words["thing"])}
         question = story.format(a=a, b=b, **names)
@@ -256,6 +285,14 @@ TASKS = (
         num_train=240,
     ),
     Task(
+        name="profile",
+        title="card of a person",
+        description='A sentence says who somebody is, in one of five forms; the answer is `{"name": ..., '
+        '"age": ..., "job": ...}`. Sentences are generated; no name is in two splits.',
+        items=_profiles,
+        num_train=260,
+    ),
+    Task(
         name="disease",
         title="disease and concern of a question",
         description="Given a question of MedQuAD, write `disease: ...; asks for: ...`: the page's disease, "
@@ -267,7 +304,7 @@ TASKS = (
     Task(
         name="kind",
         title="kind of a thing",
-        description="Say of a word that it `is a kind of ...`, with one of twelve kinds. The 734 words are a "
+        description="Go on from a word with `is a kind of ...`, one of twelve kinds. The 734 words are a "
         "list written for this benchmark.",
         items=_kinds,
         num_train=174,
@@ -276,8 +313,8 @@ TASKS = (
     Task(
         name="entry",
         title="entry for a place or person",
-        description="Say of a name that it `is a place in ...`, with one of six continents, or `was a famous "
-        "...`, with one of seven callings. The 942 names are lists written for this benchmark.",
+        description="Go on from a place or a person with `is a place in ...`, one of six continents, or `was "
+        "a famous ...`, one of seven callings. The 942 names are lists written for this page.",
         items=_entries,
         num_train=290,
     ),

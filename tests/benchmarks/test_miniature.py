@@ -331,6 +331,21 @@ def test_an_answer_is_right_if_greedy_decoding_writes_it(loaded):
         assert bool(judge.are_right(logits, torch.tensor(wanted)).all()) is (answer == wanted)
 
 
+def test_only_the_last_token_may_end_the_line_in_another_way():
+    ends = torch.tensor([False, True, True])
+    judge = measure.Judge(None, ends)
+    rows = torch.eye(3)[[2, 0, 2]]  # the likeliest tokens: 2, 0, 2
+    assert judge.are_right(rows, torch.tensor([1, 0, 1])).tolist() == [False, True, True]
+
+
+def test_an_answer_that_ends_its_line_is_judged_no_further(loaded):
+    tokenizer = loaded[0].tokenizer
+    line, eos_id = tokenizer.encode(" owl\n", add_special_tokens=False), tokenizer.eos_token_id
+    assert measure.judged((*line, eos_id), tokenizer) == tuple(line)
+    word = tokenizer.encode(" owl", add_special_tokens=False)
+    assert measure.judged((*word, eos_id), tokenizer) == (*word, eos_id)
+
+
 def _items(labels: list[str]) -> list[dict[str, str]]:
     return [
         {"prompt": f"{'what is ' * (i % 3)}{i}:", "completion": labels[i % 3], "focus": f"{i // 2}"}
@@ -483,19 +498,17 @@ def test_a_sum_is_the_sum_of_its_story():
         equation = item["focus"].removesuffix(" =")
         first, sign, second = equation.split()
         result = int(first) + (int(second) if sign == "+" else -int(second))
-        assert item["completion"] == f" {result}\n#### {result}" and result >= 0
+        assert item["completion"] == f" {result}\n#### {result}\n" and result >= 0
         assert item["prompt"].endswith(equation + " =")
         assert f" {first} " in item["prompt"].split("\n")[0]
 
 
-def test_every_field_of_a_record_stands_in_its_note():
-    for item in itertools.islice(tasks._records(data.corpus_rows), 200):
-        note = item["prompt"].split("\n")[0]
-        fields = [field.partition(": ")[2] for field in item["completion"].split("; ")]
-        assert len(fields) == 3 and all(field in note for field in fields)
-
-
-# The task -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("items", [tasks._records, tasks._profiles])
+def test_every_field_to_be_written_stands_in_its_sentence(items):
+    for item in itertools.islice(items(data.corpus_rows), 200):
+        sentence = item["prompt"].split("\n")[0]
+        fields = [field.partition(": ")[2] for field in item["completion"].strip().split("; ")]
+        assert len(fields) == 3 and all(field in sentence for field in fields)
 
 
 def _row(focus: str, source: str = "CancerGov", question: str = "What is {}?") -> dict[str, str]:

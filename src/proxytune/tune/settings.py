@@ -190,7 +190,7 @@ class TuneSettings:
         choices=("all",),
         pattern=r"^\d{1,4}(-\d{1,4})?$",
         metavar="A-B",
-        none_means="all; in a cut from make-proxy those after the bridge",
+        none_means="all",
     )
     lora_dropout: float = option(
         0.05, "Dropout of the adapter during training; grpo has none", at_least=0, below=1
