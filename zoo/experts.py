@@ -38,7 +38,6 @@ SHARED: dict[str, Any] = {
     "learning_rate": 8e-3,
     "lora_rank": 16,
     "eval_every": 16,
-    "patience": 3,
     "measure_tokens": 0,  # `publish.py` measures.
     "dtype": "bfloat16",
 }
