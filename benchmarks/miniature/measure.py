@@ -266,11 +266,16 @@ class Judge:
         return None if self._columns is None else 1
 
     def are_right(self, rows: Tensor, targets: Tensor) -> Tensor:
-        """Return `[tokens]` bool: whether the likeliest token is the right one, or both end the line."""
+        """Return `[tokens]` bool: whether the likeliest token is the right one.
+
+        In the place of an answer's last token, which ends its line, any that does so is right.
+        """
         if self._columns is not None:
             return self._columns[rows[:, self._columns].argmax(-1)] == targets
         best = rows.argmax(-1)
-        return (best == targets) | (self._ends[best] & self._ends[targets])
+        are_right = best == targets
+        are_right[-1] |= self._ends[best[-1]] & self._ends[targets[-1]]
+        return are_right
 
     def logprobs(self, rows: Tensor, targets: Tensor) -> Tensor:
         """Return `[tokens]` log-probabilities of the right tokens, among the options if there are any."""
@@ -292,7 +297,9 @@ def answers(
     items: Sequence[Mapping[str, str]],
     num_positions: int | None,
 ) -> Iterator[Answer]:
-    """Yield the answers of items, in order, closed by the token that ends a text.
+    """Yield the answers of items, in order.
+
+    The token that ends a text is judged only where no line's end stands before it.
 
     Args:
         model: The models.
@@ -302,7 +309,7 @@ def answers(
     """
     pairs = [(item["prompt"], item["completion"]) for item in items]
     passages = [
-        replace(passage, token_ids=passage.token_ids[:num_positions])
+        replace(passage, token_ids=judged(passage.token_ids, model.tokenizer)[:num_positions])
         for passage in model.completion_passages(pairs)
     ]
     needed = sorted(set(members.values()))
@@ -318,6 +325,12 @@ def answers(
             yield _named(members, logits), torch.tensor(passage.token_ids)
 
 
+def judged(token_ids: Sequence[int], tokenizer: Any) -> tuple[int, ...]:
+    """Return an answer's tokens without the one that ends the text, if a line's end stands before it."""
+    is_closed = len(token_ids) > 1 and tokenizer.decode([token_ids[-2]]).startswith("\n")
+    return tuple(token_ids[:-1] if is_closed else token_ids)
+
+
 def few_shot_answers(
     model: ProxyTuned,
     items: Sequence[Mapping[str, str]],
@@ -327,7 +340,7 @@ def few_shot_answers(
     """Yield the base's answers after some examples, which are read once for all items."""
     tokenizer, base = model.tokenizer, model.ensemble.members[0].backend
     eos_id = tokenizer.eos_token_id
-    text = "".join(f"{shot['prompt']}{shot['completion']}\n\n" for shot in shots)
+    text = "".join(f"{shot['prompt']}{shot['completion'].rstrip()}\n\n" for shot in shots)
     kept, _ = base.prefill([tokenizer.encode(text, add_special_tokens=False)])
     for first in range(0, len(items), BATCH):
         batch = items[first : first + BATCH]

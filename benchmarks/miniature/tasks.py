@@ -34,8 +34,10 @@ class Task:
         name: Its name in stages and files.
         title: Its name in tables.
         description: What is asked, and where items and answers come from.
-        items: Returns all items, given the corpora.
+        items: Returns the items that may be in any split, given the corpora; none is of a corpus's own
+            validation or test rows.
         num_train: Number of training items.
+        held_out: Returns items that are for testing alone, and so is whatever has their focus.
     """
 
     name: str
@@ -44,27 +46,37 @@ class Task:
     items: Callable[[Rows], Iterable[Item]]
     num_train: int
     num_valid: int = NUM_VALID
+    held_out: Callable[[Rows], Iterable[Item]] = lambda rows: ()
 
 
 def split_items(
-    items: Iterable[Item], *, num_train: int, num_valid: int, num_test: int = NUM_TEST
+    items: Iterable[Item],
+    held_out: Iterable[Item] = (),
+    *,
+    num_train: int,
+    num_valid: int,
+    num_test: int = NUM_TEST,
 ) -> dict[str, list[Item]]:
     """Return items by split: random focuses, test first, each prompt once.
 
-    Test items come first, so that another amount of training rows leaves them as they are.
+    Test items come first, so that another amount of training rows leaves them as they are. Among them those
+    with the focus of a held-out item come first, and are in no other split.
     """
     rng = random.Random(SEED)
     by_focus: dict[str, list[Item]] = {}
     seen = set()
-    for item in items:
+    held_out = list(held_out)
+    for item in [*held_out, *items]:
         if item["prompt"] not in seen:
             seen.add(item["prompt"])
             by_focus.setdefault(item["focus"], []).append(item)
     splits: dict[str, list[Item]] = {"test": [], "valid": [], "train": []}
     wanted = {"test": num_test, "valid": num_valid, "train": num_train}
-    for focus in rng.sample(sorted(by_focus), len(by_focus)):
+    only_test = {item["focus"] for item in held_out}
+    order = rng.sample(sorted(by_focus), len(by_focus))
+    for focus in sorted(order, key=lambda each: each not in only_test):
         part = next((n for n in splits if len(splits[n]) < wanted[n]), None)
-        if part is not None:
+        if part is not None and (part == "test" or focus not in only_test):
             splits[part] += by_focus[focus]
     return {name: rng.sample(part, len(part)) for name, part in splits.items()}
 
@@ -78,7 +90,8 @@ def _words(name: str) -> dict[str, list[str]]:
 
 
 def _item(prompt: str, completion: str, focus: str | None = None) -> Item:
-    return {"prompt": prompt, "completion": completion, "focus": focus or prompt}
+    # A line's end is what the base itself would write there; the token that ends a text it hardly ever gives.
+    return {"prompt": prompt, "completion": f"{completion}\n", "focus": focus or prompt}
 
 
 def word_list(name: str) -> Iterator[tuple[str, str]]:
@@ -100,9 +113,9 @@ def _kinds(rows: Rows) -> Iterator[Item]:
 
 def _entries(rows: Rows) -> Iterator[Item]:
     for place, continent in word_list("places"):
-        yield _item(f"Name: {place}\nEntry: {place}", f" is a place in {continent}.", place)
+        yield _item(f"Place: {place}\nEntry: {place}", f" is a place in {continent}.", place)
     for person, calling in word_list("people"):
-        yield _item(f"Name: {person}\nEntry: {person}", f" was a famous {calling}.", person)
+        yield _item(f"Person: {person}\nEntry: {person}", f" was a famous {calling}.", person)
 
 
 # The past tense of a verb -------------------------------------------------------------------------
@@ -179,6 +192,32 @@ def _records(rows: Rows) -> Iterator[Item]:
         yield _item(f"Note: {note}\nRecord:", f" {record}", fields["name"])
 
 
+PROFILES = (
+    "{name}, {age}, is a {job} from {town}.",
+    "A {job} named {name}, aged {age}, lives in {town}.",
+    "{name} of {town} works as a {job} and is {age} years old.",
+    "At {age}, {name} moved to {town} to become a {job}.",
+    "In {town} we met {name}, a {job} of {age}.",
+)
+
+
+def _profiles(rows: Rows) -> Iterator[Item]:
+    rng = random.Random(SEED)
+    words = _words("notes")
+    jobs, towns = _words("kinds")["profession"], _words("places")["Europe"]
+    # The sentences have no "an".
+    jobs = [job for job in jobs if job[0] not in "aeio"]
+    for _ in range(NUM_GENERATED):
+        fields = {
+            "name": f"{rng.choice(words['first name'])} {rng.choice(words['last name'])}",
+            "age": str(rng.randint(18, 89)),
+            "job": rng.choice(jobs),
+        }
+        sentence = rng.choice(PROFILES).format(town=rng.choice(towns), **fields)
+        written = "; ".join(f"{key}: {value}" for key, value in fields.items())
+        yield _item(f"Text: {sentence}\nCard:", f" {written}", fields["name"])
+
+
 ASKED = {
     "information": "definition",
     "treatment": "treatment",
@@ -194,18 +233,25 @@ ASKED = {
 LONGEST_FOCUS = 40
 
 
-def _diseases(rows: Rows) -> Iterator[Item]:
-    for split in ("train", "valid", "test"):
-        for row in rows("medical_medquad", split):
-            question = row["text"].partition("\n")[0].removeprefix("Question: ").strip()
-            focus = row["focus"].strip()
-            if row["qtype"] in ASKED and focus in question and 0 < len(focus) <= LONGEST_FOCUS:
-                fields = f" disease: {focus}; asks for: {ASKED[row['qtype']]}"
-                yield _item(f"Question: {question}\nFields:", fields, focus.casefold())
+def _diseases(rows: Rows, splits: Iterable[str] = ("train",)) -> Iterator[Item]:
+    for row in (row for split in splits for row in rows("medical_medquad", split)):
+        question = row["text"].partition("\n")[0].removeprefix("Question: ").strip()
+        focus = row["focus"].strip()
+        if row["qtype"] in ASKED and focus in question and 0 < len(focus) <= LONGEST_FOCUS:
+            fields = f" disease: {focus}; asks for: {ASKED[row['qtype']]}"
+            yield _item(
+                f"Question: {question}\nFields:", fields, " ".join(focus.casefold().split())
+            )
+
+
+def _held_out_diseases(rows: Rows) -> Iterator[Item]:
+    return _diseases(rows, ("valid", "test"))
 
 
 # A sum with its answer marked ---------------------------------------------------------------------
 
+NUM_SUMS = 1_000
+"""Several stories have one equation, and no equation is in two splits."""
 STORIES = (
     ("{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?", 1),
     ("{name} has {a} {things} and gives {b} away. How many {things} are left?", -1),
@@ -217,8 +263,8 @@ STORIES = (
 def _sums(rows: Rows) -> Iterator[Item]:
     rng = random.Random(SEED)
     words = _words("notes")
-    for _ in range(NUM_GENERATED):
-        a, b = sorted((rng.randint(3, 60), rng.randint(2, 30)), reverse=True)
+    for _ in range(NUM_SUMS):
+        a, b = sorted((rng.randint(2, 15), rng.randint(2, 9)), reverse=True)
         story, sign = rng.choice(STORIES)
         names = {"name": rng.choice(words["first name"]), "things": rng.choice(words["thing"])}
         question = story.format(a=a, b=b, **names)
@@ -239,17 +285,26 @@ TASKS = (
         num_train=240,
     ),
     Task(
+        name="profile",
+        title="card of a person",
+        description='A sentence says who somebody is, in one of five forms; the answer is `{"name": ..., '
+        '"age": ..., "job": ...}`. Sentences are generated; no name is in two splits.',
+        items=_profiles,
+        num_train=260,
+    ),
+    Task(
         name="disease",
         title="disease and concern of a question",
         description="Given a question of MedQuAD, write `disease: ...; asks for: ...`: the page's disease, "
-        "and one of nine words for the question's type.",
+        "and one of nine words for the question's type. Training questions are of its training rows.",
         items=_diseases,
         num_train=360,
+        held_out=_held_out_diseases,
     ),
     Task(
         name="kind",
         title="kind of a thing",
-        description="Say of a word that it `is a kind of ...`, with one of twelve kinds. The 734 words are a "
+        description="Go on from a word with `is a kind of ...`, one of twelve kinds. The 734 words are a "
         "list written for this benchmark.",
         items=_kinds,
         num_train=174,
@@ -258,8 +313,8 @@ TASKS = (
     Task(
         name="entry",
         title="entry for a place or person",
-        description="Say of a name that it `is a place in ...`, with one of six continents, or `was a famous "
-        "...`, with one of seven callings. The 942 names are lists written for this benchmark.",
+        description="Go on from a place or a person with `is a place in ...`, one of six continents, or `was "
+        "a famous ...`, one of seven callings. The 942 names are lists written for this page.",
         items=_entries,
         num_train=290,
     ),

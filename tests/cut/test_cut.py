@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,19 @@ def test_too_little_text_is_refused(tmp_path: Path) -> None:
     settings = CutSettings(output=str(tmp_path / "cut"), keep="1+1", data=str(rows))
     with pytest.raises(InputFileError, match="at least 256"):
         make_proxy(str(tmp_path / "base"), settings)
+
+
+def test_without_text_the_base_writes_its_own(tmp_path: Path) -> None:
+    save(network("llama"), tmp_path / "base")
+    before = torch.random.get_rng_state()
+    settings = CutSettings(output=str(tmp_path / "cut"), keep="2+1", tokens=300)
+    result = make_proxy(str(tmp_path / "base"), settings)
+    assert result.source == "text that the base wrote"
+    assert result.num_tokens >= 300
+    assert result.num_test_tokens > 0
+    assert math.isfinite(result.perplexity["cut"])
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert "--keep 2+1 --tokens 300" in (tmp_path / "cut" / "README.md").read_text("utf-8")
 
 
 def test_of_a_single_window_a_part_is_held_out(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ class PrintOptions:
 
 
 @command(
-    "proxytune make-proxy large-model --keep 3+3 --data text.jsonl --output my-proxy",
+    "proxytune make-proxy large-model --keep 3+3 --output my-proxy",
     name="make-proxy",
 )
 def make_proxy(

@@ -82,17 +82,9 @@ def model_card(settings: CutSettings, result: CutResult) -> str:
 
 def command(settings: CutSettings, result: CutResult) -> str:
     """Return the command that makes the same cut again."""
-    words = [
-        "proxytune",
-        "make-proxy",
-        result.base,
-        "--keep",
-        settings.keep,
-        "--data",
-        settings.data,
-    ]
-    defaults = CutSettings(output="", data="")
-    for name in ("tokens", "heal", "seed", "device", "dtype"):
+    words = ["proxytune", "make-proxy", result.base, "--keep", settings.keep]
+    defaults = CutSettings(output="")
+    for name in ("data", "tokens", "heal", "seed", "device", "dtype"):
         value = getattr(settings, name)
         if value != getattr(defaults, name):
             words += [f"--{name}", str(value)]

@@ -32,7 +32,7 @@ from proxytune.cut.bridge import Streams, check_activation, fit_bridge, read_str
 from proxytune.cut.card import model_card
 from proxytune.cut.heal import heal
 from proxytune.cut.settings import BRIDGE_FILE, CutResult, CutSettings
-from proxytune.cut.texts import Windows, read_windows
+from proxytune.cut.texts import Windows, read_windows, sample_windows
 from proxytune.errors import InvalidRequest, OutputFileError
 from proxytune.files import building
 from proxytune.grants import NOTHING, Grants
@@ -70,17 +70,19 @@ def make_proxy(
     if target.exists():
         raise OutputFileError(f"{target} is there already.\nhint: name a new directory")
     checkpoint = _find(base, keep, grants)
-    windows = read_windows(
-        settings.data,
-        checkpoint.tokenizer,
-        num_tokens=max(settings.tokens, settings.heal),
-        seed=settings.seed,
-    )
+    num_tokens, seed = max(settings.tokens, settings.heal), settings.seed
+    windows = None
+    if settings.data is not None:
+        windows = read_windows(
+            settings.data, checkpoint.tokenizer, num_tokens=num_tokens, seed=seed
+        )
     with quietly():
         say(f"loading {base}")
         model = load_model(checkpoint, ModelSpec(model=base, device=settings.device))
         model.requires_grad_(False).eval()
         check_activation(model.model.layers[0].mlp.act_fn, model.config)
+        if windows is None:
+            windows = sample_windows(model, num_tokens=num_tokens, seed=seed, say=say)
         work = _Work(model, keep, settings, windows, say)
         work.run()
         with building(target) as part:

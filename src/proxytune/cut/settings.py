@@ -23,12 +23,12 @@ class CutSettings:
     """
 
     output: str = field(metadata=declared("Directory to write the model to", metavar="DIR"))
-    data: str = field(
-        metadata=declared(
-            "Text to compute the bridge on: JSON lines, text, or any rows that `tune` takes; best some of "
-            "each kind of text that will be generated",
-            metavar="FILE",
-        )
+    data: str | None = option(
+        None,
+        "Text to compute the bridge on: JSON lines, text, or any rows that `tune` takes; best some of each "
+        "kind of text that will be generated",
+        metavar="FILE",
+        none_means="text that the base writes by itself, which takes longer",
     )
     keep: str = option(
         "3+3", "Number of first and last layers to keep, with a bridge between them", metavar="K+M"
@@ -38,7 +38,8 @@ class CutSettings:
     )
     heal: int = option(
         0,
-        "Train the bridge on this many tokens of --data to predict as the base does; 0 leaves it as computed",
+        "Train the bridge on this many tokens of the text to predict as the base does; 0 leaves it as it was "
+        "computed",
         at_least=0,
         metavar="TOKENS",
     )

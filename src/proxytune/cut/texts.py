@@ -1,10 +1,15 @@
-"""The text that a bridge is computed on: rows cut into windows, drawn by a seed, with a part held out."""
+"""The text that a bridge is computed on: rows cut into windows, or text that the base writes.
+
+Windows are drawn by a seed, and a part of them is held out.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+
+import torch
 
 from proxytune.data.rows import Rows, answers_of, read_rows
 from proxytune.errors import InputFileError
@@ -19,6 +24,12 @@ TEST_SHARE = 0.2
 """Tokens held out, beside those that are asked for; at most `MOST_TEST_TOKENS`."""
 
 MOST_TEST_TOKENS = 4_096
+
+SAMPLED_WINDOW = 256
+"""Number of tokens of a window that the base writes."""
+
+SAMPLED_ROWS = 32
+"""Windows that are written at the same time; the weights are read once for all."""
 
 _CHARACTERS = 2_000
 """Length of the pieces that texts are cut into; about a window of English."""
@@ -65,7 +76,7 @@ def read_windows(data: str, tokenizer: Any, *, num_tokens: int, seed: int) -> Wi
     if total < FEWEST_TOKENS:
         raise InputFileError(
             f"{source} has {total:,} tokens, and a bridge needs at least {FEWEST_TOKENS}; 16,384 are usual."
-            "\nhint: give more text with --data"
+            "\nhint: give more text with --data, or leave it out, and the base writes some"
         )
     if len(windows) == 1:
         stop = int((1 - TEST_SHARE) * total)
@@ -75,6 +86,58 @@ def read_windows(data: str, tokenizer: Any, *, num_tokens: int, seed: int) -> Wi
     while windows[1:] and sum(map(len, test)) < wanted:
         test.append(windows.pop())
     return Windows(windows, test, source)
+
+
+@torch.no_grad()
+def sample_windows(
+    model: Any, *, num_tokens: int, seed: int, say: Callable[[str], None]
+) -> Windows:
+    """Return windows of text that the base writes by itself, sampled at temperature 1 from an empty prompt.
+
+    Args:
+        model: The base, as transformers has it.
+        num_tokens: Number of tokens to compute on.
+        seed: Random seed of the samples.
+        say: Shows how far it is.
+
+    Raises:
+        InputFileError: The base has no token that a text begins with.
+    """
+    config = model.config
+    starts = (config.bos_token_id, config.eos_token_id)
+    ids = [i[0] if isinstance(i, list | tuple) else i for i in starts if i is not None]
+    if not ids:
+        raise InputFileError(
+            "the base has no token that begins a text, so it cannot write one by itself.\n"
+            "hint: give text with --data"
+        )
+    num_test = min(MOST_TEST_TOKENS, int(TEST_SHARE * num_tokens))
+    num_train, num_windows = -(-num_tokens // SAMPLED_WINDOW), -(-num_test // SAMPLED_WINDOW)
+    num_windows += num_train
+    windows: list[list[int]] = []
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        while len(windows) < num_windows:
+            rows = min(SAMPLED_ROWS, num_windows - len(windows))
+            say(
+                f"writing text: {len(windows) * SAMPLED_WINDOW:,} of {num_tokens + num_test:,} tokens"
+            )
+            start = torch.full((rows, 1), ids[0], device=model.device)
+            # No token ends a window: after the end of a text the next one begins.
+            written = model.generate(
+                start,
+                attention_mask=torch.ones_like(start),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=SAMPLED_WINDOW - 1,
+                min_new_tokens=SAMPLED_WINDOW - 1,
+                eos_token_id=-1,
+                pad_token_id=0,
+            )
+            windows += written.tolist()
+    return Windows(windows[:num_train], windows[num_train:], "text that the base wrote")
 
 
 def _pieces(data: str) -> tuple[list[str], str]:
