@@ -3,7 +3,8 @@
     python scripts/draw_method.py
 
 Each picture is one step of the formula, drawn from the models' own distributions: nothing is made up, and the
-numbers are printed as they are drawn. It writes docs/method/*.svg and takes about half a minute.
+numbers are printed as they are drawn. The picture of calibration is a scheme and has no numbers. It writes
+docs/method/*.svg and takes about half a minute.
 """
 
 from __future__ import annotations
@@ -222,6 +223,43 @@ def draw_alphas(model: ProxyTuned) -> None:
     save(figure, "alpha")
 
 
+def draw_calibration() -> None:
+    """Draw what is left of an expert's learning, by anti-expert: a scheme, without numbers."""
+    lacks, known = ("what the base lacks", STEERED, 1.0), ("what the base knows already", BASE, 1.9)
+    rows = (
+        ("expert", (lacks, known)),
+        ("- untuned anti-expert", ()),
+        ("= offset", (lacks, known)),
+        ("", ()),
+        ("expert", (lacks, known)),
+        ("- calibrated anti-expert", (None, known)),
+        ("= offset", (lacks,)),
+    )
+    figure, axes = plt.subplots(figsize=(6.4, 3.0), layout="constrained")
+    axes.set_title("What each model learned from the rows", loc="left")
+    for row, (_, parts) in enumerate(rows):
+        left = 0.0
+        for part in parts:
+            if part is None:
+                left += lacks[2]
+                continue
+            text, colour, width = part
+            axes.barh(row, width, 0.78, left=left, color=colour)
+            axes.text(
+                left + width / 2, row, text, ha="center", va="center", color="white", fontsize=9
+            )
+            left += width
+        if row == 1:
+            axes.text(0.03, row, "nothing", va="center", fontsize=9, color="#666666")
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.xaxis.set_visible(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    save(figure, "calibration")
+
+
 def main() -> None:
     """Draw all pictures."""
     mpl.use("svg")
@@ -231,6 +269,7 @@ def main() -> None:
             "axes.spines.top": False, "axes.spines.right": False,
         }
     )  # fmt: skip
+    draw_calibration()
     model = ProxyTuned.load(RECIPE, experts=[EXPERT])
     shown = ask(model)
     print(f"{PROMPT!r}, {EXPERT}, alpha {shown.alpha:g}; in percent, offsets in nats")

@@ -201,6 +201,13 @@ def test_what_a_partial_base_cannot_honour_is_refused_by_name():
             remote.generate(Request("a", combine="union"))
         with pytest.raises(InvalidRequest, match=r"count -0\.2 times"):
             remote.generate(Request("a", alpha=6.0))
+        # Together, two weights may cancel out; a policy weighs each expert by itself.
+        second = remote.ensemble.pairs[1]
+        opposite = replace(second, weights=Weights(base=1.2))
+        ensemble = replace(remote.ensemble, pairs=(remote.ensemble.pairs[0], opposite))
+        both = ProxyTuned(ensemble, remote.formats, remote.recipe)
+        with pytest.raises(InvalidRequest, match="majority"):
+            both.generate(Request("a", alpha=0.5, combine="majority"))
         # An expert whose weight of the base is 1 is steered as ever.
         remote.generate(Request("a", experts="second", combine="union"))
 

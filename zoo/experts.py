@@ -177,9 +177,9 @@ def _task_file(split: str) -> Path:
     return target
 
 
-def train(expert: Expert, seed: int) -> None:
-    """Train one expert with its calibrated anti-expert, or go on with a training that was stopped."""
-    settings = TuneSettings(
+def settings_of(expert: Expert, seed: int) -> TuneSettings:
+    """Return the settings of an expert's training."""
+    return TuneSettings(
         output=str(expert.output(seed)),
         name=expert.name,
         data=str(rows_file(expert.corpus, "train")),
@@ -190,6 +190,11 @@ def train(expert: Expert, seed: int) -> None:
         seed=seed,
         **(SHARED | expert.settings),
     )
+
+
+def train(expert: Expert, seed: int) -> None:
+    """Train one expert with its calibrated anti-expert, or go on with a training that was stopped."""
+    settings = settings_of(expert, seed)
     tune(settings, resume=(settings.training / "settings.json").exists(), display=Lines())
 
 

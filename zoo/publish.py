@@ -23,7 +23,7 @@ import corpora
 import task
 import torch
 import transformers
-from experts import EXPERTS, SEEDS, SHARED, Expert, rows_file
+from experts import EXPERTS, SEEDS, Expert, rows_file, settings_of
 from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import load_file, save_file
@@ -32,13 +32,11 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from benchmarks.miniature.bias import read_kept
 from proxytune.checkpoints.output_bias import write_output_bias
-from proxytune.data.rows import read_rows
 from proxytune.machine import summary
 from proxytune.measure.score import ScoreReport, ScoreRow
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ExpertWeights, ModelSpec
-from proxytune.tune.encode import encode
 from proxytune.tune.fit import fit_without_proxy
 from proxytune.tune.heads import head_of
 
@@ -134,17 +132,7 @@ def recipe(alphas: dict[str, float]) -> Recipe:
 def no_proxy(expert: Expert, model: ProxyTuned) -> ExpertSpec:
     """Return an expert that is a temperature and an output bias of the base, fitted to the training rows."""
     head = head_of(model.ensemble.members[0].backend.model).weight.detach()
-    reads = []
-    for split in ("train", "valid"):
-        part = encode(
-            read_rows(rows_file(expert.corpus, split)),
-            model.tokenizer,
-            prompt_format="plain",
-            max_length=SHARED["max_length"],
-            name="the small model",
-        )
-        reads.append(read_kept(expert.states, split, part, head))
-    fitted = fit_without_proxy(*reads)
+    fitted = fit_without_proxy(*read_kept(settings_of(expert, SEEDS[0]), head))
     mix = fitted.chosen
     path = corpora.BUILD_DIR / "no-proxy" / f"{expert.name}.safetensors"
     weight = 1.0 if mix is None else mix.weights[0]

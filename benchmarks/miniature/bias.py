@@ -6,7 +6,6 @@ states at the training rows are those that calibration kept; only its head runs 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,14 @@ from torch import Tensor
 from benchmarks.miniature.plan import Plan
 from benchmarks.miniature.predict import NoProxy
 from benchmarks.miniature.train import cpu_dtype, training_settings
+from proxytune.checkpoints.checkpoint import find_checkpoint
 from proxytune.data.rows import read_rows
 from proxytune.model import ProxyTuned
+from proxytune.tune import Display, TuneSettings
 from proxytune.tune.encode import IGNORED, Encoded, encode, limited
 from proxytune.tune.fit import Chunk, Mix, fit_bias
+from proxytune.tune.frozen import FrozenModels
 from proxytune.tune.heads import head_of
-from proxytune.tune.offsets import HEADER_NAME, Offsets
 
 WEIGHTS = (0.8, 0.9, 1.0)
 """Inverse temperatures that are tried, each with a bias of its own and with none."""
@@ -32,41 +33,45 @@ ROWS = 128
 Read = Callable[[], Iterable[Chunk]]
 
 
-def encoded_rows(plan: Plan, name: str, split: str, tokenizer: Any) -> Encoded:
-    """Return the rows as the smol pair's training read them."""
-    asked = training_settings(plan, f"{name}.smol")
-    part = encode(
-        read_rows(asked["data" if split == "train" else "valid_data"]),
-        tokenizer,
-        prompt_format=asked["template"],
-        max_length=asked["max_length"],
-        name="the small model",
-    )
-    limit = asked["max_tokens" if split == "train" else "max_valid_tokens"]
-    return limited(part, limit, asked["seed"])
+def read_kept(settings: TuneSettings, head: Tensor) -> tuple[Read, Read]:
+    """Return functions that read the base at the trained positions of a pair's training and validation rows.
 
-
-def kept_states(directory: Path, split: str) -> Offsets:
-    """Return the base's states that a pair's training kept."""
-    directory = directory / f"base-{split}"
-    header = json.loads((directory / HEADER_NAME).read_text("utf-8"))
-    states = Offsets.open(directory, header["key"])
-    assert states is not None, directory
-    return states
-
-
-def read_kept(directory: Path, split: str, part: Encoded, head: Tensor) -> Read:
-    """Return a function that reads the base at a split's trained positions.
+    The states are those that the pair's training kept in `offsets_dir`; missing ones are computed.
 
     Args:
-        directory: Of the base's states.
-        split: `train` or `valid`.
-        part: The split's rows, as they were trained on.
+        settings: The pair's.
         head: `[vocab, width]`, the base's.
     """
-    labels = [label for e in part.examples for label in e.labels[1:] if label != IGNORED]
-    states = kept_states(directory, split).rows(list(range(len(part.examples))))
-    return reader(states, torch.tensor(labels), head)
+    small = find_checkpoint(settings.small, root=Path.cwd())
+    base = find_checkpoint(settings.base or "", root=Path.cwd())
+    encoded = {}
+    for split, source, limit in (
+        ("train", settings.data, settings.max_tokens),
+        ("valid", settings.valid_data or "", settings.max_valid_tokens),
+    ):
+        part = encode(
+            read_rows(source),
+            small.tokenizer,
+            prompt_format=settings.template or "plain",
+            max_length=settings.max_length or 1024,
+            name=small.name,
+        )
+        encoded[split] = limited(part, limit, settings.seed)
+    dtype = settings.dtype or "float32"
+    frozen = FrozenModels(settings, small, base, encoded, "cpu", dtype, Display()).alone
+    assert frozen.valid is not None
+    train, valid = (
+        reader(kept.rows(list(range(len(part.examples)))), targets_of(part), head)
+        for kept, part in ((frozen.train, encoded["train"]), (frozen.valid, encoded["valid"]))
+    )
+    return train, valid
+
+
+def targets_of(part: Encoded) -> Tensor:
+    """Return the token ids that are trained on, in the order of the states that predict them."""
+    return torch.tensor(
+        [label for e in part.examples for label in e.labels[1:] if label != IGNORED]
+    )
 
 
 def reader(states: Tensor, targets: Tensor, weight: Tensor) -> Read:
@@ -106,10 +111,4 @@ def fit_no_proxy(plan: Plan, name: str, model: ProxyTuned) -> NoProxy:
     base: Any = model.ensemble.members[0].backend
     # In the dtype of the trainings, which compute the same logits.
     head = head_of(base.model).weight.detach().to("cpu", getattr(torch, cpu_dtype()))
-    reads = (
-        read_kept(
-            plan.states_path(name), split, encoded_rows(plan, name, split, model.tokenizer), head
-        )
-        for split in ("train", "valid")
-    )
-    return choose(*reads)
+    return choose(*read_kept(TuneSettings(**training_settings(plan, f"{name}.smol")), head))

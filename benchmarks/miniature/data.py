@@ -225,7 +225,12 @@ def items_of(name: str) -> dict[str, list[dict[str, str]]]:
         )
         return task_items(train, [row for rows in others for row in rows])
     task = next(task for task in TASKS if task.name == name)
-    return split_items(task.items(corpus_rows), num_train=task.num_train, num_valid=task.num_valid)
+    return split_items(
+        task.items(corpus_rows),
+        task.held_out(corpus_rows),
+        num_train=task.num_train,
+        num_valid=task.num_valid,
+    )
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:

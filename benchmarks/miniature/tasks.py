@@ -32,8 +32,10 @@ class Task:
         name: Its name in stages and files.
         title: Its name in tables.
         description: What is asked, and where items and answers come from.
-        items: Returns all items, given the corpora.
+        items: Returns the items that may be in any split, given the corpora; none is of a corpus's own
+            validation or test rows.
         num_train: Number of training items.
+        held_out: Returns items that are for testing alone, and so is whatever has their focus.
     """
 
     name: str
@@ -42,27 +44,37 @@ class Task:
     items: Callable[[Rows], Iterable[Item]]
     num_train: int
     num_valid: int = NUM_VALID
+    held_out: Callable[[Rows], Iterable[Item]] = lambda rows: ()
 
 
 def split_items(
-    items: Iterable[Item], *, num_train: int, num_valid: int, num_test: int = NUM_TEST
+    items: Iterable[Item],
+    held_out: Iterable[Item] = (),
+    *,
+    num_train: int,
+    num_valid: int,
+    num_test: int = NUM_TEST,
 ) -> dict[str, list[Item]]:
     """Return items by split: random focuses, test first, each prompt once.
 
-    Test items come first, so that another amount of training rows leaves them as they are.
+    Test items come first, so that another amount of training rows leaves them as they are. Among them those
+    with the focus of a held-out item come first, and are in no other split.
     """
     rng = random.Random(SEED)
     by_focus: dict[str, list[Item]] = {}
     seen = set()
-    for item in items:
+    held_out = list(held_out)
+    for item in [*held_out, *items]:
         if item["prompt"] not in seen:
             seen.add(item["prompt"])
             by_focus.setdefault(item["focus"], []).append(item)
     splits: dict[str, list[Item]] = {"test": [], "valid": [], "train": []}
     wanted = {"test": num_test, "valid": num_valid, "train": num_train}
-    for focus in rng.sample(sorted(by_focus), len(by_focus)):
+    only_test = {item["focus"] for item in held_out}
+    order = rng.sample(sorted(by_focus), len(by_focus))
+    for focus in sorted(order, key=lambda each: each not in only_test):
         part = next((n for n in splits if len(splits[n]) < wanted[n]), None)
-        if part is not None:
+        if part is not None and (part == "test" or focus not in only_test):
             splits[part] += by_focus[focus]
     return {name: rng.sample(part, len(part)) for name, part in splits.items()}
 
@@ -174,14 +186,19 @@ ASKED = {
 LONGEST_FOCUS = 40
 
 
-def _diseases(rows: Rows) -> Iterator[Item]:
-    for split in ("train", "valid", "test"):
-        for row in rows("medical_medquad", split):
-            question = row["text"].partition("\n")[0].removeprefix("Question: ").strip()
-            focus = row["focus"].strip()
-            if row["qtype"] in ASKED and focus in question and 0 < len(focus) <= LONGEST_FOCUS:
-                fields = f" disease: {focus}; asks for: {ASKED[row['qtype']]}"
-                yield _item(f"Question: {question}\nFields:", fields, focus.casefold())
+def _diseases(rows: Rows, splits: Iterable[str] = ("train",)) -> Iterator[Item]:
+    for row in (row for split in splits for row in rows("medical_medquad", split)):
+        question = row["text"].partition("\n")[0].removeprefix("Question: ").strip()
+        focus = row["focus"].strip()
+        if row["qtype"] in ASKED and focus in question and 0 < len(focus) <= LONGEST_FOCUS:
+            fields = f" disease: {focus}; asks for: {ASKED[row['qtype']]}"
+            yield _item(
+                f"Question: {question}\nFields:", fields, " ".join(focus.casefold().split())
+            )
+
+
+def _held_out_diseases(rows: Rows) -> Iterator[Item]:
+    return _diseases(rows, ("valid", "test"))
 
 
 # A sum with its answer marked ---------------------------------------------------------------------
@@ -232,9 +249,10 @@ TASKS = (
         name="disease",
         title="disease and concern of a question",
         description="Given a question of MedQuAD, write `disease: ...; asks for: ...`: the page's disease, "
-        "and one of nine words for the question's type.",
+        "and one of nine words for the question's type. Training questions are of its training rows.",
         items=_diseases,
         num_train=360,
+        held_out=_held_out_diseases,
     ),
     Task(
         name="kind",

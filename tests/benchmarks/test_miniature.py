@@ -24,6 +24,14 @@ from benchmarks.miniature import (
     tasks,
     train,
 )
+from proxytune.backends.transformers.backend import TransformersBackend
+from proxytune.checkpoints.checkpoint import find_checkpoint
+from proxytune.data.rows import read_rows
+from proxytune.recipe.spec import ModelSpec
+from proxytune.tune import TuneSettings, tune
+from proxytune.tune.encode import IGNORED, encode, limited
+from proxytune.tune.heads import head_of
+from proxytune.tune.offsets import Offsets
 from tests.support.tiny import tiny_adapter, tiny_model
 
 STEERED = [f"{name}{end}" for name in predict.STEERED for end in ("", "_best")]
@@ -171,6 +179,55 @@ def test_a_temperature_and_a_bias_are_found_without_a_proxy():
     assert found.weight == 0.8
     relative = found.bias - found.bias.mean()
     assert relative.argmax() == 4 and float(relative[4] - relative[0]) == pytest.approx(3, abs=0.4)
+
+
+def test_each_seeds_pair_finds_the_bases_states_at_its_own_rows(tmp_path):
+    """Another seed draws other rows, and used to leave its states where the first one's were read."""
+    pytest.importorskip("trl", reason="the extra [tune] is not installed")
+    base, small = (tiny_model(tmp_path / n, seed=i) for i, n in enumerate(("base", "small")))
+    lines = "".join(
+        json.dumps({"prompt": f"{i} the", "completion": f" tin {i}"}) + "\n" for i in range(60)
+    )
+    (tmp_path / "rows.jsonl").write_text(lines)
+    made = [
+        TuneSettings(
+            output=str(tmp_path / str(seed)), data=str(tmp_path / "rows.jsonl"),
+            valid_data=str(tmp_path / "rows.jsonl"), base=str(base), anti_expert=str(small),
+            method="sft", template="plain", max_length=32, test_share=0.0,
+            max_tokens=200, max_valid_tokens=100, max_steps=1, measure_tokens=0, lora_rank=2, seed=seed,
+            dtype="float32", offsets_dir=str(tmp_path / "states"),
+        )
+        for seed in (0, 1)
+    ]  # fmt: skip
+    for each in made:
+        tune(each)
+    model = TransformersBackend.load(
+        find_checkpoint(str(base), root=tmp_path), ModelSpec(model=str(base))
+    ).model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Offsets, "build", lambda *a, **k: pytest.fail("the base ran again"))
+        for each in made:
+            read, _ = bias.read_kept(each, head_of(model).weight)
+            chunks = list(read())
+            tokenizer = find_checkpoint(str(small), root=tmp_path).tokenizer
+            rows = encode(
+                read_rows(each.data), tokenizer, prompt_format="plain", max_length=32, name="small"
+            )
+            part = limited(rows, each.max_tokens, each.seed)
+            expected = []
+            for example in part.examples:
+                with torch.no_grad():
+                    logits = model(torch.tensor([example.token_ids])).logits[0, :-1]
+                expected.append(logits[torch.tensor(example.labels[1:]) != IGNORED])
+            torch.testing.assert_close(
+                torch.cat([chunk.logits[0] for chunk in chunks]),
+                torch.cat(expected),
+                atol=1e-5,
+                rtol=1e-5,
+            )
+            assert torch.equal(
+                torch.cat([chunk.targets for chunk in chunks]), bias.targets_of(part)
+            )
 
 
 # The models' losses -----------------------------------------------------------------------------------------
@@ -379,6 +436,40 @@ def test_no_focus_is_in_two_splits_and_more_training_rows_leave_the_others_as_th
     assert not focuses["test"] & (focuses["valid"] | focuses["train"])
     assert not focuses["valid"] & focuses["train"]
     assert len(few["test"]) == 30 and len(few["train"]) == 12
+
+
+def test_held_out_items_and_whatever_has_their_focus_are_for_testing_alone():
+    held_out = [tasks._item(f"held {i}?", " x", f"focus {i}") for i in range(6)]
+    items = [tasks._item(f"{i}?", f" {i}", f"focus {i % 40}") for i in range(120)]
+    splits = tasks.split_items(items, held_out, num_train=60, num_valid=9, num_test=30)
+    rest = {item["focus"] for name in ("train", "valid") for item in splits[name]}
+    assert not rest & {item["focus"] for item in held_out}
+    prompts = {item["prompt"] for item in splits["test"]}
+    assert prompts >= {item["prompt"] for item in held_out}
+    assert len(splits["test"]) >= 30 and len(splits["train"]) >= 60
+
+
+def test_no_question_of_a_corpus_s_own_test_rows_is_trained_on():
+    """The rows of all splits used to be mixed, and split anew."""
+
+    def row(number: int, name: str) -> dict[str, str]:
+        text = f"Question: What is disease {number}, {name}?\nAnswer"
+        return {"text": text, "focus": f"disease {number}", "qtype": "information"}
+
+    numbers = {"train": range(1100), "valid": range(750, 780), "test": range(780, 830)}
+
+    def rows(corpus: str, split: str) -> list[dict[str, str]]:
+        return [row(number, split) for number in numbers[split]]
+
+    (task,) = (t for t in tasks.TASKS if t.name == "disease")
+    splits = tasks.split_items(
+        task.items(rows), task.held_out(rows), num_train=task.num_train, num_valid=task.num_valid
+    )
+    assert len(splits["test"]) >= 500 and len(splits["train"]) == 360
+    for name in ("train", "valid"):
+        assert all(", train?" in item["prompt"] for item in splits[name])
+    asked = {item["prompt"] for item in splits["test"]}
+    assert sum(", train?" not in prompt for prompt in asked) == 80
 
 
 def test_a_sum_is_the_sum_of_its_story():

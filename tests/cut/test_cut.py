@@ -235,6 +235,17 @@ def test_without_text_the_base_writes_its_own(tmp_path: Path) -> None:
     assert "--keep 2+1 --tokens 300" in (tmp_path / "cut" / "README.md").read_text("utf-8")
 
 
+def test_of_a_single_window_a_part_is_held_out(tmp_path: Path) -> None:
+    save(network("llama"), tmp_path / "base")
+    rows = tmp_path / "rows.txt"
+    rows.write_text("The rain in Spain. " * 40)
+    options = {"keep": "1+1", "data": str(rows), "tokens": 256}
+    settings = CutSettings(output=str(tmp_path / "cut"), **options)  # type: ignore[arg-type]
+    result = make_proxy(str(tmp_path / "base"), settings)
+    assert result.num_test_tokens > 40
+    assert all(value < 1e4 for value in result.perplexity.values())  # not nan either
+
+
 def test_a_directory_that_is_there_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(OutputFileError, match="is there already"):
         make_proxy("base", CutSettings(output=str(tmp_path), data="rows.txt"))
@@ -247,7 +258,7 @@ def test_healing_brings_the_cut_nearer_to_the_base_and_changes_only_the_bridge(
     from proxytune.checkpoints.cut import cut_config
     from proxytune.cut.heal import heal
 
-    base = network("llama").requires_grad_(False)
+    base = network("llama", mlp_bias=True).requires_grad_(False)
     keep = Keep(2, 1)
     cut = cut_model(base, cut_config(base.config, keep), keep)
     bridge = cut.model.layers[keep.bridge]
@@ -273,6 +284,7 @@ def test_healing_brings_the_cut_nearer_to_the_base_and_changes_only_the_bridge(
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
     assert not any(p.requires_grad for p in cut.parameters())
     assert not bridge.self_attn.o_proj.weight.any()
+    assert not bridge.mlp.down_proj.bias.any()  # a bridge's file has none
 
 
 def test_a_card_says_how_the_cut_was_made_and_what_it_costs(tmp_path: Path) -> None:

@@ -531,6 +531,8 @@ def test_weights_and_a_bias_are_written_back_as_they_are_read():
     (expert,) = Recipe.from_dict(content).experts
     assert expert.weights == ExpertWeights(0.95, 1.0, 0.0)
     assert Recipe.from_dict(content).to_dict() == content
+    assert "alpha * (expert - anti_expert)" in Recipe.from_dict(SUPPORT).model_card()
+    assert "alpha * ((w_base - 1) * base + w_expert" in Recipe.from_dict(content).model_card()
     assert "support 1 (weights: base 0.95, expert 1, anti-expert 0; output bias: `biases/law" in (
         Recipe.from_dict(content).model_card()
     )

@@ -178,7 +178,7 @@ def test_a_run_leaves_an_adapter_that_is_nearer_to_the_steered_base(
     card = (run.directory / "README.md").read_text()
     assert "2607.26246" in card and "A partial reproduction of it found no gain" in card
     assert sorted(path.name for path in run.training.iterdir()) == [
-        "log.jsonl", "result.json", "settings.json",
+        "data.json", "log.jsonl", "result.json", "settings.json",
     ]  # fmt: skip
     assert json.loads((run.training / "result.json").read_text())["num_tokens"] > 0
 
@@ -190,6 +190,10 @@ def test_prompts_are_answered_by_the_steered_base_first(recipe: Path, tmp_path: 
     result = bake(recipe, run)
     written = [json.loads(line) for line in (run.training / "written.jsonl").open()]
     assert len(written) == 12
+    other = settings(tmp_path, data=None, prompts=prompts, max_new_tokens=6, epochs=0.2, seed=1,
+                     output=str(tmp_path / "other"))  # fmt: skip
+    bake(recipe, other)
+    assert [json.loads(line) for line in (other.training / "written.jsonl").open()] != written
     assert all(1 <= len(ids) <= 6 for _, ids in written)
     assert result.num_tokens + result.num_trained < sum(len(ids) for _, ids in written) + 1
 
@@ -216,6 +220,40 @@ def test_a_stopped_run_resumes_and_ends_with_the_same_adapter(
     one, other = (
         (folder / "baked" / "adapter_model.safetensors").read_bytes() for folder in (whole, parts)
     )
+    assert one == other
+
+
+def test_a_finished_run_is_not_run_again(recipe: Path, tmp_path: Path) -> None:
+    """Its checkpoints are gone, and it used to be trained anew."""
+    run = settings(tmp_path, epochs=0.2)
+    result = bake(recipe, run)
+    weights = run.directory / "adapter_model.safetensors"
+    written = weights.stat().st_mtime_ns
+    assert bake(recipe, run, resume=True) == result
+    assert weights.stat().st_mtime_ns == written
+
+
+def test_a_run_that_ended_before_it_was_measured_is_not_trained_on(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = (settings(tmp_path, output=f"{tmp_path}/{n}", epochs=0.5) for n in ("a", "b"))
+    expected = bake(recipe, whole)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(
+            "proxytune.tune.bake.gain_kept",
+            lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt),
+        )
+        bake(recipe, parts)
+    rows = tmp_path / "rows.jsonl"
+    kept = rows.read_text()
+    rows.write_text(kept.replace("tin", "tea"))
+    with pytest.raises(OutputFileError, match="other data"):
+        bake(recipe, parts, resume=True)
+    rows.write_text(kept)
+    result = bake(recipe, parts, resume=True)
+    assert (result.num_steps, result.divergence) == (expected.num_steps, expected.divergence)
+    assert result.baked == expected.baked
+    one, other = ((r.directory / "adapter_model.safetensors").read_bytes() for r in (whole, parts))
     assert one == other
 
 

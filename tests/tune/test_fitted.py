@@ -71,7 +71,7 @@ def test_what_does_not_win_leaves_the_expert_as_it_is(tmp_path: Path) -> None:
 
 def test_the_words_say_what_is_kept_and_why() -> None:
     assert "(base 0.90, expert 0.80, anti-expert 0.70)" in words_of(fitted(UNCLEAR))
-    assert "no clear win, so the weights stay 1" in words_of(fitted(UNCLEAR))
+    assert "no clear win, so the recipe's stay" in words_of(fitted(UNCLEAR))
     words = words_of(fitted(CLEAR, CLEAR))
     assert words.startswith("weights and output bias fitted (base 0.95, expert 0.85")
     assert "2 tokens with a bias): they gain 0.100 nats per token (+0.080 to +0.120)" in words
@@ -197,6 +197,8 @@ def test_the_command_refuses_what_it_cannot_do(toy_recipe: str, tmp_path: Path) 
         ([*text, "--bias"], "add --output DIR"),
         (text, f"fitting needs at least {LEAST_TOKENS:,}"),
         ([*text, "--expert", "other"], "other"),
+        ([*text, "--num-ids", "100"], "num_ids is 100, and no bias is fitted"),
+        ([*text, "--seed", "-1"], "seed"),
     ):
         found = CliRunner().invoke(app, ["fit", toy_recipe, *arguments])
         assert found.exit_code == 2 or isinstance(found.exception, SystemExit), found.output
@@ -244,6 +246,9 @@ def test_a_run_keeps_a_bias_that_wins(tmp_path: Path, monkeypatch: pytest.Monkey
         ({"method": "dpo"}, "method dpo is not judged"),
         ({"base": None}, "no pair"),
         ({"measure_tokens": 0}, "measure_tokens is 0"),
+        ({"valid_share": 0.0}, "valid_share is 0"),
+        ({"reward": "exact"}, "method grpo is not judged"),
+        ({"base": "http://localhost:1/v1"}, "is behind an API"),
     ],
 )
 def test_a_bias_that_could_not_be_fitted_is_refused(changes: dict[str, Any], why: str) -> None:

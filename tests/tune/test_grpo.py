@@ -18,6 +18,7 @@ from proxytune.request import Request, SamplingParams
 from proxytune.tune import Interrupted, TuneSettings, tune
 from proxytune.tune.card import last_word
 from proxytune.tune.reward_trainer import Groups, answer_logprobs, ending_ids
+from proxytune.tune.training import Training
 from tests.support.tiny import tiny_model
 from tests.tune.test_run import StopAt, sentence, write_rows
 
@@ -126,6 +127,22 @@ def test_a_stopped_run_goes_on_to_the_weights_of_a_whole_one(
     ]
 
 
+def test_a_run_that_ended_early_is_not_trained_again(models: Path, tmp_path: Path) -> None:
+    """It used to look for losses, which are not logged here, and run on."""
+    changes = {"max_steps": 12, "patience": 1, "eval_every": 1, "measure_tokens": 0}
+    run = settings(models, tmp_path, **changes)
+
+    def same(prompt: Any, answer: str, row: Any) -> float:
+        return 0.5
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Training, "_save", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        tune(run, reward=same)
+    steps = max(row["step"] for row in read_log(run))
+    assert steps < 12
+    assert tune(run, reward=same, resume=True).num_steps == steps
+
+
 def test_a_reward_that_fails_keeps_the_state_and_goes_on_once_mended(
     models: Path, tmp_path: Path
 ) -> None:
@@ -191,7 +208,8 @@ def test_training_starts_from_an_adapter(models: Path, tmp_path: Path) -> None:
     assert result.rewards is not None
     kls = [row["kl"] for row in read_log(second) if "kl" in row]
     assert max(kls) < 1e-4  # from the adapter that it started from, not from the untuned model
-    sft = settings(models, tmp_path / "sft", **more | {"method": "sft", "alpha": 1.0})
+    unset = {"group_size": TuneSettings.group_size, "max_new_tokens": TuneSettings.max_new_tokens}
+    sft = settings(models, tmp_path / "sft", **more | unset | {"method": "sft", "alpha": 1.0})
     write_rows(Path(sft.data), [{"prompt": r["prompt"], "completion": " tin"} for r in prompts()])
     tune(sft)
     for name, tensor in weights(first).items():
@@ -258,6 +276,24 @@ def test_settings_that_contradict_each_other_are_refused(
 ) -> None:
     with pytest.raises(InvalidRequest, match=said):
         settings(models, tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"method": "sft", "group_size": 4}, "group_size is 4, and method sft has no use for it"),
+        ({"method": "sft", "beta": 0.2}, "beta is 0.2, and method sft has no use for it"),
+        ({"reward": "exact", "cpt_form": "paper"}, "cpt_form is 'paper', and method grpo"),
+    ],
+)
+def test_a_setting_that_the_method_has_no_use_for_is_refused(
+    changes: dict[str, Any], said: str, models: Path, tmp_path: Path
+) -> None:
+    rows = [{**row, "completion": row["answer"]} for row in prompts()]
+    unset = {"group_size": TuneSettings.group_size, "max_new_tokens": TuneSettings.max_new_tokens}
+    data = write_rows(tmp_path / "given.jsonl", rows)
+    with pytest.raises(InvalidRequest, match=said):
+        tune(settings(models, tmp_path / "run", data=data, **unset | changes))
 
 
 def test_a_run_by_reward_needs_one_reward_and_room(models: Path, tmp_path: Path) -> None:

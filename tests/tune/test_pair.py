@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,8 @@ def test_a_stopped_pair_goes_on_to_the_result_of_a_whole_one(
         own, other = weights(whole, name), weights(parts, name)
         assert all(torch.equal(own[key], other[key]) for key in own)
     kept = {path.name for path in parts.training.iterdir()}
-    # `pair/` has the expert as it was before it was trained on through the ensemble.
-    files = {"log.jsonl", "log-cpt.jsonl", "pair"} if then_cpt else {"log.jsonl"}
-    assert kept == {"settings.json", "loss.png", "result.json"} | files
+    more = {"log-cpt.jsonl", "pair"} if then_cpt else set()
+    assert kept == {"settings.json", "loss.png", "result.json", "log.jsonl"} | more
 
 
 def test_a_run_stopped_at_its_last_step_is_not_trained_again(models: Path, tmp_path: Path) -> None:
@@ -225,6 +225,45 @@ def test_preferences_are_learned_from_a_calibrated_start(models: Path, tmp_path:
     assert again.valid_loss == pytest.approx(result.valid_loss, abs=1e-6)
 
 
+def test_preferences_start_from_a_given_anti_expert_of_another_rank(
+    models: Path, tmp_path: Path
+) -> None:
+    first = pair(models, tmp_path / "a", completions(), lora_rank=2, measure_tokens=0)
+    tune(first)
+    run = pair(
+        models, tmp_path / "b", preferences(), method="dpo", calibrated=str(first.directory),
+        lora_rank=TuneSettings.lora_rank, measure_tokens=0,
+    )  # fmt: skip
+    result = tune(run)
+    assert result.first_valid_loss == pytest.approx(math.log(2), abs=1e-5)
+    own, start = weights(run), weights(first, "out-anti-expert")
+    assert {name: t.shape for name, t in own.items()} == {n: t.shape for n, t in start.items()}
+    for changes, said in (
+        ({"lora_rank": 4}, "leave lora_rank or calibrated out"),
+        ({"start_from": str(first.directory / "adapters" / "out")}, "leave one of the two out"),
+    ):
+        other = replace(run, output=str(tmp_path / "c"), **changes)
+        with pytest.raises(InvalidRequest, match=said):
+            tune(other)
+
+
+def test_a_calibrated_pair_is_trained_to_the_end_by_default(models: Path, tmp_path: Path) -> None:
+    """Both get worse from the start; only the expert by itself ends after three evaluations."""
+    changes: dict[str, Any] = {
+        "learning_rate": 3.0, "patience": None, "eval_every": 1, "measure_tokens": 0,
+    }  # fmt: skip
+    rows = completions()
+    assert tune(pair(models, tmp_path / "a", rows, **changes)).num_steps == 8
+    assert tune(pair(models, tmp_path / "b", rows, **changes | {"patience": 2})).num_steps < 8
+    assert tune(pair(models, tmp_path / "c", rows, **changes, calibrate=False)).num_steps < 8
+
+
+def test_asking_to_calibrate_chooses_sft(models: Path, tmp_path: Path) -> None:
+    run = pair(models, tmp_path, completions(), method=None, calibrate=True, measure_tokens=0)
+    result = tune(run)
+    assert (result.method, result.is_calibrated) == ("sft", True)
+
+
 def test_too_few_tokens_to_calibrate_on_are_counted_in_a_message(
     models: Path, tmp_path: Path
 ) -> None:
@@ -254,6 +293,7 @@ def test_a_pair_that_is_never_better_than_the_base_reports_the_loss_of_what_it_k
         ({"calibrate": True, "anti_expert": None}, "--anti-expert and --base"),
         ({"then_cpt": True, "calibrate": False}, "leave --no-calibrate out"),
         ({"calibrate": True, "method": "cpt"}, "--then-cpt"),
+        ({"then_cpt": True, "cpt_form": "paper"}, "by the steered loss"),
         ({"calibrate": True, "full": True}, "leave --full out"),
         ({"calibrate": True, "method": "grpo", "reward": "exact"}, "method grpo"),
         (

@@ -249,6 +249,26 @@ def test_the_two_forms_of_cpt_agree_at_strength_one_and_differ_elsewhere(
     assert losses["steered", 0.5] != pytest.approx(losses["paper", 0.5], abs=1e-4)
 
 
+def test_runs_on_other_rows_leave_each_others_offsets_alone(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another seed draws other rows, and used to replace the files of a run that was still going on."""
+    changes: dict[str, Any] = {
+        "method": "cpt", "offsets_dir": str(tmp_path / "offsets"), "max_tokens": 300, "measure_tokens": 0,
+    }  # fmt: skip
+    results = {
+        seed: tune(
+            settings(models, tmp_path, texts(), **changes, seed=seed, output=f"{tmp_path}/{seed}")
+        )
+        for seed in (0, 1)
+    }
+    from proxytune.tune.offsets import Offsets
+
+    monkeypatch.setattr(Offsets, "build", lambda *a, **k: pytest.fail("the base ran again"))
+    again = tune(settings(models, tmp_path, texts(), **changes, output=f"{tmp_path}/again"))
+    assert again.valid_loss == results[0].valid_loss
+
+
 def test_offsets_are_used_again_by_another_run(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

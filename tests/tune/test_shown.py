@@ -106,10 +106,11 @@ def test_what_a_budget_leaves_unasked_is_asked_by_the_next_run(
     run = remote(models, tmp_path, server, completions(), max_calls=12, offsets_dir=str(offsets))
     with pytest.raises(BudgetSpent):
         tune(run)
-    kept = (offsets / "shown-train" / "shown.jsonl").read_text().splitlines()
+    (shown,) = offsets.glob("shown-train-*/shown.jsonl")
+    kept = shown.read_text().splitlines()
     assert len(kept) > 1
     # As a crash within a line leaves it.
-    (offsets / "shown-train" / "shown.jsonl").write_text("\n".join(kept) + '\n{"example": 1')
+    shown.write_text("\n".join(kept) + '\n{"example": 1')
     before = server.num_requests
     on = replace(run, output=str(tmp_path / "on"), max_calls=None)
     result = tune(on)
@@ -118,8 +119,17 @@ def test_what_a_budget_leaves_unasked_is_asked_by_the_next_run(
     ]
     examples = sum(part["num_examples"] for part in result.data.values())
     assert len(asked) <= examples - (len(kept) - 1) + 4
-    lines = (offsets / "shown-train" / "shown.jsonl").read_text().splitlines()
+    lines = shown.read_text().splitlines()
     assert sorted(json.loads(line)["example"] for line in lines[1:]) == list(range(18))
+
+
+def test_a_run_that_spent_its_budget_is_resumed_with_a_larger_one(
+    models: Path, server: CompletionServer, tmp_path: Path
+) -> None:
+    run = remote(models, tmp_path, server, completions(), max_calls=12)
+    with pytest.raises(BudgetSpent):
+        tune(run)
+    assert tune(replace(run, max_calls=1000), resume=True).is_calibrated
 
 
 def test_a_server_that_scores_no_texts_is_refused(models: Path, tmp_path: Path) -> None:

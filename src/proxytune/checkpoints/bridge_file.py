@@ -2,7 +2,8 @@
 
 The file is safetensors with three tensors: `gate`, `[1 or rank, hidden]`, the rows of the gate's projection,
 one for all units if they are the same; `up`, `[rank, hidden]`, left out if it is the identity; and `down`,
-`[hidden, rank]`. All other weights of the layer are zero, and its norms divide by the root mean square alone.
+`[hidden, rank]`. Each is float32, bfloat16 or float16. All other weights of the layer are zero, and its norms
+divide by the root mean square alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from proxytune.checkpoints.headers import read_safetensors_header
+from proxytune.checkpoints.placement import DTYPES
 from proxytune.checkpoints.references import is_there, resolve_package
 from proxytune.checkpoints.untrusted import check_link
 from proxytune.errors import CorruptModel, ModelNotFound
@@ -96,11 +98,12 @@ def check_bridge(path: Path, config: Any) -> None:
     }
     shapes.setdefault("up", (width, width))
     fits = set(shapes) == set(expected) and all(shapes[n] in expected[n] for n in expected)
-    if not fits or not 0 < rank <= most:
-        found = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+    has_numbers = all(tensor.dtype in DTYPES for tensor in tensors.values())
+    if not fits or not has_numbers or not 0 < rank <= most:
+        found = ", ".join(f"{n} {t.dtype} {list(t.shape)}" for n, t in tensors.items()) or "nothing"
         raise CorruptModel(
             f"{path} is no bridge for a model of hidden size {width} and intermediate size {most}: it holds "
-            f"{found:.300}.\nhint: {_HINT}, from the base that is used here"
+            f"{found:.300}.\nhint: {_HINT}, from the base that is used here, in {', '.join(DTYPES)}"
         )
 
 

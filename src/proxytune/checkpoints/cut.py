@@ -86,10 +86,9 @@ class Keep:
         """Index of the bridge among the cut's layers."""
         return self.first
 
-    @property
-    def suffix(self) -> tuple[int, ...]:
-        """Indices of the cut's layers after the bridge."""
-        return tuple(range(self.first + 1, self.num_layers))
+    def is_idle(self, module: str) -> bool:
+        """Whether a module of the cut, by its name, belongs to the bridge's attention, which is zero."""
+        return module.startswith(f"model.layers.{self.bridge}.self_attn.")
 
     def source(self, layer: int, num_layers: int) -> int | None:
         """Return which of the large model's `num_layers` a layer of the cut is; None for the bridge."""

@@ -11,6 +11,7 @@ from proxytune.checkpoints.bridge_file import Bridge, check_bridge, read_bridge
 from proxytune.checkpoints.checkpoint import Checkpoint
 from proxytune.checkpoints.cut import Keep, check_can_cut, cut_config
 from proxytune.checkpoints.headers import read_safetensors_header
+from proxytune.errors import UnsupportedModel
 from proxytune.text.vocab import Vocabulary
 
 
@@ -85,6 +86,13 @@ class CutCheckpoint(Checkpoint):
         """The dtype of most weights of the bridge's file."""
         tensors = read_safetensors_header(self.bridge_path)
         return tensors["down"].dtype
+
+    def weights_path(self) -> Path:
+        """Refuse: the layers are those of the base in memory, whose files are another model's."""
+        raise UnsupportedModel(
+            f"{self.name} is made of the base's layers in memory, and has no files of its own.\n"
+            "hint: `proxytune make-proxy BASE --output DIR` writes the cut as an ordinary model; name DIR"
+        )
 
     def read_bridge(self) -> Bridge:
         """Return the bridge's weights."""

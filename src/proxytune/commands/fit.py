@@ -14,7 +14,7 @@ from proxytune.commands.flags import Pick
 from proxytune.commands.options import AS_JSON, DataOptions, ModelOptions, RecipeArgument
 from proxytune.commands.progress import ProgressBars
 from proxytune.errors import InvalidRequest
-from proxytune.settings import option
+from proxytune.settings import check, option
 from proxytune.tune.settings import ALPHAS
 
 if TYPE_CHECKING:
@@ -43,8 +43,17 @@ class FitOptions:
         None, "Directory to write the recipe to with what wins; otherwise its keys are printed",
         metavar="DIR",
     )  # fmt: skip
-    seed: int = option(0, "Random seed")
+    seed: int = option(0, "Random seed", at_least=0)
     as_json: bool = option(False, AS_JSON)
+
+    def __post_init__(self) -> None:
+        check(self)
+        for name in ("num_ids", "bias_share"):
+            # A dataclass has its defaults as attributes.
+            if not self.bias and getattr(self, name) != getattr(FitOptions, name):
+                raise InvalidRequest(
+                    f"{name} is {getattr(self, name)}, and no bias is fitted.\nhint: add --bias"
+                )
 
 
 @command("proxytune fit my-recipe --data rows.jsonl --bias --output fitted-recipe")

@@ -14,8 +14,8 @@ streams have one (regression of 1 on `u` finds it), and every unit's gate is `GA
 is the identity, `act(z) = z` for large `z`, and `f(u) = u * act(GAIN g.u)`. T is fitted to that product, so
 the direction need not be constant exactly. The attention of the layer is zero.
 
-Source: closed-form linear replacement of layers, as in Yang et al. 2024, "LaCo", and Men et al. 2024,
-"ShortGPT" (which leave layers out without a replacement). The gate is this project's.
+Source: a linear map in place of layers, fitted in closed form to text, as in Shopkhoev et al. 2025,
+"ReplaceMe", arXiv:2505.02819. The norm before the map, the tokens' weights and the gate are this project's.
 """
 
 from __future__ import annotations

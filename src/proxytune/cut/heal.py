@@ -51,7 +51,8 @@ def heal(
     Raises:
         BackendError: The loss is not finite.
     """
-    parameters = [p.requires_grad_() for p in bridge.mlp.parameters()]
+    # Not the biases that some MLPs have: the bridge's file has none, nor have most architectures.
+    parameters = [p.requires_grad_() for p in bridge.mlp.parameters() if p.dim() == 2]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     order = random.Random(seed)
     queue: list[Sequence[int]] = []

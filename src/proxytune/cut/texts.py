@@ -78,6 +78,9 @@ def read_windows(data: str, tokenizer: Any, *, num_tokens: int, seed: int) -> Wi
             f"{source} has {total:,} tokens, and a bridge needs at least {FEWEST_TOKENS}; 16,384 are usual."
             "\nhint: give more text with --data, or leave it out, and the base writes some"
         )
+    if len(windows) == 1:
+        stop = int((1 - TEST_SHARE) * total)
+        windows = [windows[0][:stop], windows[0][stop:]]
     wanted = min(num_test, int(TEST_SHARE * total))
     test: list[list[int]] = []
     while windows[1:] and sum(map(len, test)) < wanted:

@@ -339,15 +339,17 @@ def check_job(ensemble: Ensemble, job: Job) -> None:
 
 def _check_base_weights(ensemble: Ensemble, job: Job) -> None:
     """Refuse base weights that bounds of the base's logits prove nothing with."""
-    scale = scale_of_base(ensemble, job)
-    if scale == 1:
+    pairs = zip(ensemble.pairs, job.alphas, strict=True)
+    if not any(alpha and pair.reads_base for pair, alpha in pairs):
         return
+    # Policies weigh each expert, so that two whose weights cancel out are no exception.
     if not policy_of(ensemble, job).is_plain:
         raise InvalidRequest(
             "the base is behind an API, which shows only some logits, and a base weight other than 1 under "
             f"the policy {policy_of(ensemble, job).describe()} needs all of them.\n"
             "hint: leave the policy out, or the base's weight"
         )
+    scale = scale_of_base(ensemble, job)
     if scale <= 0:
         raise InvalidRequest(
             f"at these strengths the base's logits count {scale:g} times, and those that an API does not "

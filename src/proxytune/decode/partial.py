@@ -81,7 +81,7 @@ class PartialSteerer(Steerer):
         ]
         proofs = [Proof(*each) for each in zip(is_proved, lost.tolist(), strict=True)]
         weights = found.weights
-        if bool((scales != 1).any()):
+        if any(pair.reads_base for pair in lanes.ensemble.pairs):
             contributions = lanes.contributions(logits, places)
         return Outlook(block, places, logits, base, contributions, steered, weights, bounds, proofs)
 

@@ -77,7 +77,7 @@ def tuned_recipe(recipe: Recipe, options: EvalOptions) -> Recipe:
     first = recipe.experts[0]
     if options.experts:
         first = next(e for e in recipe.experts if e.name == options.experts[0])
-    prompt = options.tuned_prompt or (first.expert.prompt if first.expert.model else "plain")
+    prompt = options.tuned_prompt or first.expert.prompt
     same = ModelSpec(same_as="base")
     if options.tuned_adapter is not None:
         base = recipe.base

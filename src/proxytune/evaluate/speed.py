@@ -11,6 +11,7 @@ shares only the formula with this project's loop.
 
 from __future__ import annotations
 
+import copy
 import gc
 import statistics
 import time
@@ -73,16 +74,21 @@ def load_plain_models(recipe: Recipe, expert: str, grants: Grants = NOTHING) -> 
         UnsafeModel: The recipe asks for a right that the caller does not grant.
         UserError: A model is missing or cannot be read; see `ProxyTuned.load`.
     """
+    from proxytune.backends.transformers.cut import cut_with_bridge
     from proxytune.backends.transformers.weights import load_model
+    from proxytune.checkpoints.cut_checkpoint import CutCheckpoint
     from proxytune.checkpoints.merge import merge_into
     from proxytune.recipe.files import RecipeFiles
 
     files = RecipeFiles(recipe, grants)
     files.check_grants()
 
-    def load(spec: ModelSpec) -> Any:
+    def load(spec: ModelSpec, base: Any = None) -> Any:
         checkpoint = files.checkpoint(spec)
-        model = load_model(checkpoint, spec)
+        if isinstance(checkpoint, CutCheckpoint):
+            model = copy.deepcopy(cut_with_bridge(base, checkpoint))
+        else:
+            model = load_model(checkpoint, spec)
         adapter = files.adapter(spec)
         if adapter is not None:
             merge_into(model, adapter, checkpoint)
@@ -92,7 +98,8 @@ def load_plain_models(recipe: Recipe, expert: str, grants: Grants = NOTHING) -> 
     with quietly():
         base = load(recipe.base)
         return PlainModels(
-            base, *(base if s.same_as else load(s) for s in (chosen.expert, chosen.anti_expert))
+            base,
+            *(base if s.same_as else load(s, base) for s in (chosen.expert, chosen.anti_expert)),
         )
 
 

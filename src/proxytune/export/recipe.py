@@ -14,7 +14,7 @@ from proxytune.export.adapter import plan_adapter
 from proxytune.export.model import plan_model
 from proxytune.export.write import ExportedFile, PlannedFile, check_output, last_part, write_file
 from proxytune.grants import NOTHING, Grants
-from proxytune.recipe.directory import Mover, copy_inside
+from proxytune.recipe.directory import Mover
 from proxytune.recipe.files import RecipeFiles
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import LlamaCppSettings, ModelSpec
@@ -77,13 +77,13 @@ def export_recipe(
     experts = tuple(replace(own, bias=mover.small(own.bias)) for own in experts)
     exported = replace(recipe, base=base, experts=experts, directory=target, schema=None)
     exported.check_free(target, overwrite=overwrite)
+    mover.check_free(overwrite=overwrite)
     for path in plans.files:
         check_output(target / path, overwrite=overwrite)
     written = tuple(
         write_file(plan, target / path, overwrite=overwrite) for path, plan in plans.files.items()
     )
-    for reference, place in mover.inside.items():
-        copy_inside(place, target / reference, root=recipe.directory)
+    mover.copy()
     exported.write(target, overwrite=overwrite)
     return ExportedRecipe(target, written)
 

@@ -16,7 +16,7 @@ CARD = """\
 A recipe for [proxy-tuning](https://arxiv.org/abs/2401.08565): it names models and holds none of their \
 weights.
 
-    steered logits = base + alpha * (expert - anti_expert)
+    {formula}
 
 | part | model | adapter | prompt |
 | --- | --- | --- | --- |
@@ -30,6 +30,12 @@ proxytune generate . "Once upon a time"
 proxytune chat .
 ```
 """
+
+FORMULA = "steered logits = base + alpha * (expert - anti_expert)"
+WEIGHTED_FORMULA = (
+    "steered logits = base + alpha * ((w_base - 1) * base + w_expert * expert - w_anti_expert * anti_expert "
+    "+ bias)"
+)
 
 TRANSFORMERS = """
 ```python
@@ -57,7 +63,9 @@ def model_card(
         adapter = f"`{spec.adapter}`" if spec.adapter else ""
         prompt = spec.prompt if spec.prompt in ("plain", "chat") else "a template of its own"
         rows.append(f"| {titles[part]} | {model} | {adapter} | {prompt} |")
+    is_weighted = any(expert.has_weights or expert.bias for expert in experts)
     content = CARD.format(
+        formula=WEIGHTED_FORMULA if is_weighted else FORMULA,
         rows="\n".join(rows),
         install=install_elsewhere(),
         strengths=", ".join(map(_strength, experts)),

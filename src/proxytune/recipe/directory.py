@@ -4,11 +4,12 @@ config.json              what `recipe.py` reads and writes
 README.md                a model card
 modeling_proxytune.py    where transformers finds this package, with `trust_remote_code=True`
 adapters/…               LoRA adapters, if they travel with the recipe
-….safetensors            output biases of experts, if they do
+….safetensors            output biases of experts and bridges of cuts, if they do
 """
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 from dataclasses import replace
@@ -95,13 +96,12 @@ def reference_from(source: Path, reference: str, target: Path) -> str:
 class Mover:
     """Makes the references of a recipe in `source` lead to the same files from `target`.
 
-    Adapters and output biases inside `source` keep their reference. They are entered into `inside`, by
-    reference, so that they can be copied along.
+    Adapters, bridges and output biases inside `source` keep their reference, and `copy` takes them along.
     """
 
     def __init__(self, source: Path, target: Path) -> None:
         self._source, self._target = source, target
-        self.inside: dict[str, Path] = {}
+        self._inside: dict[str, Path] = {}
 
     def model(self, spec: ModelSpec) -> ModelSpec:
         """Return a model as a recipe in `target` names it."""
@@ -123,20 +123,53 @@ class Mover:
         if place == source or not place.is_relative_to(source):
             return moved
         kept = place.relative_to(source).as_posix()
-        self.inside[kept] = place
+        self._inside[kept] = place
         return kept
+
+    def check_free(self, *, overwrite: bool) -> None:
+        """Check that nothing else is where `copy` puts files; with `overwrite` it replaces single files.
+
+        Raises:
+            RecipeError: Another adapter, bridge or bias is there, which the recipe would silently take.
+        """
+        for reference, place in self._inside.items():
+            there = self._target / reference
+            if not os.path.lexists(there) or _is_same(place, there):
+                continue
+            if not (overwrite and place.is_file() and there.is_file()):
+                raise RecipeError(
+                    f"{there} is there already, and differs from {place}, which belongs to the recipe.\n"
+                    "hint: name another directory, or delete it first"
+                )
+
+    def copy(self) -> None:
+        """Copy what is inside the source and not yet in the target, links as their files.
+
+        Raises:
+            CorruptModel: Something leads out of the recipe, or is neither a file nor a directory.
+            OutputFileError: It cannot be written.
+        """
+        for reference, place in self._inside.items():
+            if not _is_same(place, self._target / reference):
+                _copy_inside(place, self._target / reference, root=self._source)
 
     def _moved(self, reference: str | None) -> str | None:
         return reference and reference_from(self._source, reference, self._target)
 
 
-def copy_inside(place: Path, target: Path, *, root: Path) -> None:
-    """Copy an adapter or an output bias that is inside the recipe `root` to `target`, links as their files.
+def _is_same(place: Path, there: Path) -> bool:
+    """Whether all files of an adapter, or a single file, are in another place, too."""
+    if not place.is_dir():
+        return there.is_file() and filecmp.cmp(place, there, shallow=False)
+    files = [Path(folder, name) for folder, _, names in os.walk(place) for name in names]
+    return there.is_dir() and all(
+        (other := there / file.relative_to(place)).is_file()
+        and filecmp.cmp(file, other, shallow=False)
+        for file in files
+    )
 
-    Raises:
-        CorruptModel: Something in it leads out of the recipe, or is neither a file nor a directory.
-        OutputFileError: It cannot be written.
-    """
+
+def _copy_inside(place: Path, target: Path, *, root: Path) -> None:
     check_link(place, root)
     if place.is_file():
         with replacing(target) as part:

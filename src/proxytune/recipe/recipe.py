@@ -41,7 +41,6 @@ from proxytune.recipe.directory import (
     LOADER,
     LOADER_NAME,
     Mover,
-    copy_inside,
     find_recipe,
     may_write_loader,
     read_config,
@@ -356,10 +355,10 @@ class Recipe:
     ) -> Recipe:
         """Write the recipe into a directory and return it as written there.
 
-        Local paths are rewritten so that they lead to the same files from there, and adapters and output
-        biases inside the recipe's own directory are copied along. A model card, and the file that leads
-        transformers to this package, are written if missing; those that this method wrote and nobody edited
-        are replaced.
+        Local paths are rewritten so that they lead to the same files from there, and adapters, bridges and
+        output biases inside the recipe's own directory are copied along. A model card, and the file that
+        leads transformers to this package, are written if missing; those that this method wrote and nobody
+        edited are replaced.
 
         Args:
             directory: Where to write; made if it is missing.
@@ -367,7 +366,7 @@ class Recipe:
             card: The model card to write, replacing any that is there; None for the recipe's own.
 
         Raises:
-            RecipeError: Another recipe, or a model, is there.
+            RecipeError: Another recipe, or a model, is there, or another file where one is to be copied.
             OutputFileError: The directory cannot be written.
         """
         target = Path(os.path.abspath(os.path.expanduser(os.fspath(directory))))
@@ -375,11 +374,10 @@ class Recipe:
         mover = Mover(source, target)
         moved = self if source == target else self._moved(mover)
         moved.check_free(target, overwrite=overwrite)
+        mover.check_free(overwrite=overwrite)
         with writing(target):
             target.mkdir(parents=True, exist_ok=True)
-            for reference, place in mover.inside.items():
-                if not (target / reference).exists():
-                    copy_inside(place, target / reference, root=source)
+            mover.copy()
             whole = {**moved.to_dict(), "auto_map": AUTO_MAP}
             content = json.dumps(whole, indent=2, ensure_ascii=False, allow_nan=False)
             if may_write_loader(target):

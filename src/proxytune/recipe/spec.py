@@ -209,6 +209,9 @@ class ModelSpec:
     api: ApiSettings | None = None
 
     def __post_init__(self) -> None:
+        keep: Any = self.keep
+        if isinstance(keep, list):  # as JSON has it
+            object.__setattr__(self, "keep", tuple(keep))
         check_fields(self)
         check_json(self.quantization, "quantization")
         if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
@@ -465,8 +468,6 @@ def model_spec(value: Any, place: str) -> ModelSpec:
             value[key] = kind(**settings)
         except RecipeError as error:
             raise RecipeError(f"{place}.{key}: {error}") from error
-    if isinstance(value.get("keep"), list):
-        value["keep"] = tuple(value["keep"])
     try:
         return ModelSpec(**value)
     except RecipeError as error:

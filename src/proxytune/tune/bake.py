@@ -13,8 +13,10 @@ share of the steered base's gain in log-likelihood over the base that the base w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 WRITTEN = "written.jsonl"
 """The steered base's answers to prompts, in `training/`, so that a resumed run does not write them again."""
+RESULT_NAME, DATA_NAME = "result.json", "data.json"
 FEWEST_PASSAGES = 8
 
 
@@ -85,6 +88,11 @@ def bake(
     files = RecipeFiles(found, grants)
     files.check_grants()
     _claim(recipe, settings, resume=resume)
+    done = settings.training / RESULT_NAME
+    if done.exists():
+        display.say("this run is already finished")
+        display.close()
+        return _read_result(done)
     try:
         model = ProxyTuned.load(
             found,
@@ -94,6 +102,7 @@ def bake(
         )
         checkpoint = files.checkpoint(found.base)
         train, valid, test = _passages(settings, model, display)
+        _claim_data(settings, (train, valid, test))
         return _Baking(settings, model, checkpoint, (train, valid, test), display).result()
     finally:
         display.close()
@@ -120,6 +129,33 @@ def _claim(recipe: str | Path, settings: BakeSettings, *, resume: bool) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise OutputFileError(f"{directory} already exists.\nhint: name a new directory")
     write_json(path, asked)
+
+
+def _claim_data(settings: BakeSettings, parts: tuple[list[Passage], ...]) -> None:
+    """Record what is trained and measured on, or compare it with what was recorded."""
+    digest = hashlib.sha256()
+    for part in parts:
+        lines = [[passage.prompts, passage.token_ids] for passage in part]
+        digest.update(json.dumps(lines).encode())
+    path = settings.training / DATA_NAME
+    if not path.exists():
+        write_json(path, {"digest": digest.hexdigest()})
+    elif json.loads(path.read_text("utf-8"))["digest"] != digest.hexdigest():
+        raise OutputFileError(
+            f"the run in {settings.directory} was started with other data than these files hold now.\n"
+            "hint: restore the old files, or start a new run in another directory"
+        )
+
+
+def _read_result(path: Path) -> BakeResult:
+    with suppress(OSError, ValueError, TypeError):
+        found = json.loads(path.read_text("utf-8"))
+        interval = found.pop("kept_interval")
+        return BakeResult(**found, kept_interval=interval and Interval(**interval))
+    raise OutputFileError(
+        f"{path} cannot be read, so the result of the finished run is lost.\n"
+        "hint: start a new run in another directory"
+    )
 
 
 # Data ----------------------------------------------------------------------------------------------
@@ -171,7 +207,7 @@ def _written(settings: BakeSettings, model: ProxyTuned, display: Display) -> lis
     lines = read_lines(
         settings.prompts,
         recipe=model.recipe,
-        sampling=replace(sampling, seed=None),
+        sampling=sampling,
         steering=Steering(settings.alpha),
     )
     requests = [line.request for line in lines]
@@ -222,6 +258,8 @@ class _Baking:
         kept, interval = gain_kept(base, steered, baked, seed=settings.seed)
         rows = read_losses(settings.training / LOSS_LOG)
         divergences = [r["valid_loss"] for r in rows if r.get("valid_loss") is not None]
+        # Of the state before the first step there is no checkpoint.
+        later = [r["valid_loss"] for r in rows if r["step"] and r.get("valid_loss") is not None]
         result = BakeResult(
             directory=settings.output,
             base=float(np.exp(base.mean())),
@@ -229,10 +267,10 @@ class _Baking:
             baked=float(np.exp(baked.mean())),
             kept=kept,
             kept_interval=interval,
-            divergence=min(divergences, default=None),
+            divergence=min(later, default=None),
             first_divergence=divergences[0] if divergences else None,
             num_tokens=len(base),
-            num_trained=sum(len(passage.token_ids) for passage in self._train),
+            num_trained=sum(len(self._train[i].token_ids) for i in trainer.examples_read),
             num_steps=trainer.state.global_step,
             train_s=max((r["elapsed_s"] for r in rows), default=0.0),
         )
@@ -240,7 +278,7 @@ class _Baking:
         recipe = self._model.recipe
         content = card(settings, result, base=recipe.base.model or "", experts=recipe.named(None))
         write_whole(settings.directory / "README.md", content)
-        write_json(settings.training / "result.json", result.to_dict())
+        write_json(settings.training / RESULT_NAME, result.to_dict())
         shutil.rmtree(settings.training / "checkpoints", ignore_errors=True)
         return result
 
@@ -291,7 +329,9 @@ class _Baking:
             autocast=torch.bfloat16 if is_half else None,
             model=get_peft_model(student, config),
             processing_class=self._model.tokenizer,
-            args=SFTConfig(**self._arguments(rate or default_rate(width))),
+            args=SFTConfig(
+                **self._arguments(rate or default_rate(width), is_resumed=continued is not None)
+            ),
             train_dataset=parts[0],
             eval_dataset=parts[1],
             data_collator=trainers.Padded(pad_id=0),
@@ -299,7 +339,7 @@ class _Baking:
             continued_from=continued,
         )
 
-    def _arguments(self, rate: float) -> dict[str, Any]:
+    def _arguments(self, rate: float, *, is_resumed: bool) -> dict[str, Any]:
         settings = self._settings
         num_steps = max(1, round(settings.epochs * len(self._train) / settings.batch_size))
         every = max(1, min(100, num_steps // 5))
@@ -318,7 +358,7 @@ class _Baking:
             "per_device_eval_batch_size": settings.batch_size,
             "eval_strategy": "steps",
             "eval_steps": every,
-            "eval_on_start": True,
+            "eval_on_start": not is_resumed,
             "save_strategy": "steps",
             "save_steps": every,
             "save_total_limit": 2,
@@ -403,10 +443,20 @@ def train(trainer: Any, continued: Path | None) -> None:
         Interrupted: The user stopped it; the state is saved.
         BackendError: The loss or a gradient is not finite.
     """
+    from transformers import TrainerState
+
     from proxytune.errors import BackendError
     from proxytune.tune import trainer as trainers
+    from proxytune.tune.pair import EXPERT, load_pair
     from proxytune.tune.settings import Interrupted
 
+    if continued is not None:
+        state = TrainerState.load_from_json(str(continued / "trainer_state.json"))
+        if state.global_step >= trainer.args.max_steps:
+            # Training had ended, and nothing was saved yet; `train` would run another step.
+            trainer.state = state
+            load_pair(trainer.model, Path(state.best_model_checkpoint or continued), (EXPERT,))
+            return
     (stopper,) = (
         each
         for each in trainer.callback_handler.callbacks

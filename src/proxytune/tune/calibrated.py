@@ -21,7 +21,7 @@ def calibrates(settings: TuneSettings, method: Method, formats: Formats) -> bool
     Raises:
         InvalidRequest: It is asked for and cannot be done.
     """
-    is_asked = bool(settings.calibrate or settings.calibrated or settings.then_cpt)
+    is_asked = settings.asks_to_calibrate
     if not settings.is_pair or settings.calibrate is False:
         return False
     if is_asked and method == "cpt":
@@ -46,9 +46,16 @@ def calibrates(settings: TuneSettings, method: Method, formats: Formats) -> bool
         )
     if is_asked and settings.full:
         raise InvalidRequest(
-            "with --full, calibration would train, keep and load the small model three times.\n"
+            "with --full, calibration would train and keep the small model twice.\n"
             "hint: leave --full out to train two adapters, or use --no-calibrate"
         )
+    if settings.calibrated and method == "dpo":
+        if settings.start_from is not None:
+            raise InvalidRequest(
+                f"with dpo the expert starts from the calibrated anti-expert {settings.calibrated}, and "
+                f"start_from names {settings.start_from}.\nhint: leave one of the two out"
+            )
+        settings.check_keeps_adapter("calibrated")
     if method == "sft" and not settings.full and formats.are_equal:
         return True
     return is_asked

@@ -136,7 +136,7 @@ def words_of(fitted: Fitted) -> str:
     if mix is None:
         return (
             f"fitted weights ({shown}) gain {gain.nats:+.3f} nats per token{interval} over a strength or a "
-            "temperature of the base alone, which is no clear win, so the weights stay 1"
+            "temperature of the base alone, which is no clear win, so the recipe's stay"
         )
     tokens = "" if mix.bias is None else f", {len(mix.bias):,} tokens with a bias"
     return (

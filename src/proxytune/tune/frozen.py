@@ -31,7 +31,7 @@ from proxytune.tune.heads import (
     form_coefficients,
     head_of,
 )
-from proxytune.tune.offsets import Offsets, offsets_key
+from proxytune.tune.offsets import Offsets, kept_directory, offsets_key
 from proxytune.tune.settings import Display, TuneSettings
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -190,9 +190,11 @@ class FrozenModels:
     ) -> Offsets:
         """Return the hidden states of one part of the data; see `Offsets.build`."""
         settings = self.settings
-        directory = Path(settings.offsets_dir or settings.training / "offsets") / f"{prefix}{name}"
         examples = [e for e in self.encoded[name].examples if isinstance(e, Example)]
         key = offsets_key(examples, *names, self.dtype)
+        # No other run has this one's calibrated anti-expert.
+        shared = None if base is None else settings.offsets_dir
+        directory = kept_directory(shared or settings.training / "offsets", f"{prefix}{name}", key)
         who = "anti-expert" if base is None else "base"
         return Offsets.open(directory, key) or Offsets.build(
             directory,

@@ -13,7 +13,9 @@ from proxytune.tune.settings import TuneSettings
 def lora_places(settings: TuneSettings, small: Checkpoint) -> dict[str, Any]:
     """Return the options of PEFT's `LoraConfig` that say where an adapter is put.
 
-    A cut gets its adapter behind the bridge: trained there it steered best (docs/design/0010).
+    All layers of a cut get one, the bridge too, for that steered best (docs/design/0010). Only the bridge's
+    attention gets none: its values and its output are zero, and so are an adapter's `up` matrices at the
+    start, so no gradient would ever reach it.
 
     Args:
         settings: The run's settings.
@@ -30,22 +32,31 @@ def lora_places(settings: TuneSettings, small: Checkpoint) -> dict[str, Any]:
                 f"{', '.join(sorted(known))}.\nhint: leave out --lora-targets to adapt all of them"
             )
     layers = _layers(settings, small)
+    keep = cut_keep(small.config)
+    idle = [] if keep is None else [n for n in small.linear_shapes if keep.is_idle(n)]
+    if keep is not None and layers == [keep.bridge]:
+        idle_targets = {name.rpartition(".")[2] for name in idle}
+        if settings.lora_targets and idle_targets.issuperset(settings.lora_targets):
+            raise AdapterMismatch(
+                f"--lora-layers is {settings.lora_layers}, the bridge of {small.name}, whose attention is "
+                f"zero, so adapters on {', '.join(settings.lora_targets)} could not be trained there.\n"
+                "hint: leave --lora-layers or --lora-targets out"
+            )
+    places: dict[str, Any] = {"exclude_modules": idle} if idle else {}
     if layers is None:
-        return {"target_modules": list(settings.lora_targets) or "all-linear"}
+        return {"target_modules": list(settings.lora_targets) or "all-linear", **places}
     # PEFT takes no "all-linear" beside numbers of layers.
     inner = {name.rpartition(".")[2] for name in small.linear_shapes if ".layers." in name}
     return {
         "target_modules": list(settings.lora_targets) or sorted(inner),
         "layers_to_transform": layers,
+        **places,
     }
 
 
 def _layers(settings: TuneSettings, small: Checkpoint) -> list[int] | None:
     """Return the indices of the layers that get an adapter; None for all."""
-    if settings.lora_layers is None:
-        keep = cut_keep(small.config)
-        return None if keep is None else list(keep.suffix)
-    if settings.lora_layers == "all":
+    if settings.lora_layers in (None, "all"):
         return None
     first, _, last = settings.lora_layers.partition("-")
     start, stop = int(first), int(last or first)

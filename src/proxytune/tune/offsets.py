@@ -62,6 +62,11 @@ def offsets_key(examples: Sequence[Example], base_name: str, small_name: str, dt
     return digest.hexdigest()
 
 
+def kept_directory(folder: str | Path, name: str, key: str) -> Path:
+    """Return where a data set is kept: each key has its own place, so that no run overwrites another's."""
+    return Path(folder) / f"{name}-{key[:16]}"
+
+
 @dataclass(frozen=True, slots=True)
 class _Header:
     """The content of `offsets.json`."""
@@ -317,7 +322,8 @@ def _hidden(
         raise VocabularyMismatch(
             f"an example has the token id {int(missing[0])}, which is not a token of {base_name}, so the "
             "base cannot read it.\nhint: tokenise the data with the small model's own tokenizer; for a token "
-            "that only the small model has, use --method sft or a prompt format without it"
+            "that only the small model has, use --method sft --no-calibrate or a prompt format "
+            "without it"
         )
     in_base = in_base.clamp(min=0)  # Padding on the right, which no token sees.
     parts = []

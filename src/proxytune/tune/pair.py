@@ -5,9 +5,9 @@ the base would have said there, by KL(base || anti-expert). Both then know the m
 rows, and what remains of the difference is what the base lacks.
 
 The two adapters see the same batches in the same order with the same dropout, and their gradients are clipped
-apart. So the expert is, step for step, the one that training by itself gives. Together they are stopped: the
-validation loss is that of the steered base, `base + alpha * (expert - anti_expert)`. For a base that shows
-only a part of its distribution it is the expert's loss plus the anti-expert's divergence.
+apart. So the expert is, step for step, the one that training by itself gives. They are evaluated together:
+the validation loss is that of the steered base, `base + alpha * (expert - anti_expert)`. For a base that
+shows only a part of its distribution it is the expert's loss plus the anti-expert's divergence.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Calibration:
 
     Args:
         base: The frozen base, or what a base behind an API shows.
-        alpha: Strength of steering at which training is stopped.
+        alpha: Strength of steering at which the pair is evaluated.
         is_given: Whether the anti-expert is a finished one, and only the expert is trained.
     """
 

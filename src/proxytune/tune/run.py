@@ -10,6 +10,7 @@ The output directory is a recipe; the run's own files are in `training/`:
     training/log.jsonl           losses, and rewards if there are any, a row per logged step
     training/loss.png            the same as a picture
     training/result.json         the measurements
+    training/pair/               with `then_cpt`, the pair's expert before it was trained on
 
 Checkpoints and offsets stand in `training/` too until the run is done. A run resumes from its last whole
 checkpoint, provided that settings and data are those it began with. Training itself is `training.py`'s.
@@ -61,6 +62,7 @@ from proxytune.tune.settings import (
     TuneResult,
     TuneSettings,
     anti_expert_path,
+    check_used,
     expert_path,
     stage_path,
 )
@@ -159,6 +161,7 @@ class _Run:
         train, valid, test = self._read_rows()
         formats = formats_of(settings, train, small, base)
         method = self._method(train, formats)
+        check_used(settings, method)
         is_calibrated = calibrates(settings, method, formats)
         if formats.reason is not None:
             display.say(formats.reason)
@@ -351,6 +354,8 @@ class _Run:
         is_preference = rows.kind == "preference"
         if asked is None:
             can_train_through = settings.is_pair and formats.are_equal and not settings.is_remote
+            # Calibration is of sft, and through the base the expert is then trained afterwards.
+            can_train_through &= not settings.asks_to_calibrate
             method: Method = "cpt" if can_train_through else "sft"
             return "dpo" if is_preference else method
         if is_preference != (asked == "dpo"):
@@ -376,8 +381,8 @@ class _Run:
             key: value
             for key, value in json.loads(json.dumps(asdict(settings))).items()
             if key not in ("output", "device", "offsets_dir", "data", "valid_data", "test_data")
-            # A reward that was too slow may be given more time.
-            and key != "reward_limit_s"
+            # A reward that was too slow may be given more time, and a budget that was spent more calls.
+            and key not in ("reward_limit_s", "max_calls")
         }
         content = {"settings": asked, "data": {name: part["digest"] for name, part in data.items()}}
         if not resume:

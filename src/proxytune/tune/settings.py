@@ -107,8 +107,9 @@ class TuneSettings:
         "sft trains the small model by itself, cpt through the frozen base and anti-expert, dpo on "
         "preference pairs, grpo by a reward for the model's own answers",
         metavar="NAME",
-        none_means="grpo with --reward; dpo for preference pairs; cpt with --anti-expert and a --base that "
-        "runs here and reads the same tokens; otherwise sft",
+        none_means="grpo with --reward; dpo for preference pairs; sft with --calibrate, --calibrated or "
+        "--then-cpt; cpt with --anti-expert and a --base that runs here and reads the same tokens; otherwise "
+        "sft",
     )
     calibrate: bool | None = option(
         None,
@@ -119,14 +120,14 @@ class TuneSettings:
     )
     calibrated: str | None = option(
         None,
-        "For sft: use this calibrated anti-expert, an adapter or the recipe that it belongs to, "
+        "For sft and dpo: use this calibrated anti-expert, an adapter or the recipe that it belongs to, "
         "instead of training one",
         metavar="DIR",
     )
     then_cpt: bool = option(
         False,
         "After a calibrated pair: train its expert on through the frozen base and anti-expert, as cpt "
-        "does, at half the learning rate",
+        "does, for half the steps at half the learning rate, with a dropout of at least 0.1",
     )
     name: str | None = option(
         None,
@@ -189,7 +190,7 @@ class TuneSettings:
         choices=("all",),
         pattern=r"^\d{1,4}(-\d{1,4})?$",
         metavar="A-B",
-        none_means="all; in a cut from make-proxy those after the bridge",
+        none_means="all",
     )
     lora_dropout: float = option(
         0.05, "Dropout of the adapter during training; grpo has none", at_least=0, below=1
@@ -238,10 +239,12 @@ class TuneSettings:
         at_least=1,
         none_means="a tenth of the run, at most 100",
     )
-    patience: int = option(
-        3,
+    patience: int | None = option(
+        None,
         "Stop after this many evaluations without a lower loss, or for grpo a higher reward; 0 never stops",
         at_least=0,
+        metavar="N",
+        none_means="3; 0 for a calibrated pair, whose loss falls most as the learning rate falls",
     )
     beta: float | None = option(
         None,
@@ -266,9 +269,9 @@ class TuneSettings:
     )
     alpha: float | None = option(
         None,
-        "Strength of the recipe, and the strength that cpt trains at",
+        "Strength of the recipe, and the strength that cpt trains at and a calibrated pair is evaluated at",
         above=0,
-        none_means="chosen on the validation rows; cpt trains at 1",
+        none_means="chosen on the validation rows; training takes 1",
     )
     cpt_form: Form = option(
         "steered",
@@ -329,6 +332,11 @@ class TuneSettings:
                 f"{asked[0]} needs a calibrated anti-expert, and calibrate is False.\n"
                 "hint: leave --no-calibrate out"
             )
+        if self.then_cpt and self.cpt_form != "steered":
+            raise InvalidRequest(
+                f"cpt_form is {self.cpt_form!r}, and then_cpt keeps the better of two experts by the steered "
+                "loss, which the other form does not have.\nhint: leave cpt_form or then_cpt out"
+            )
         if self.method == "cpt" and not self.is_pair:
             raise InvalidRequest(
                 "method cpt trains the expert through base and anti-expert, and one of them is missing.\n"
@@ -381,14 +389,30 @@ class TuneSettings:
                 "method grpo trains an adapter, and --full trains all weights.\nhint: leave --full out"
             )
         if self.start_from is not None:
-            own = ("full", "lora_rank", "lora_targets", "lora_layers")
-            # A dataclass has its defaults as attributes.
-            given = [name for name in own if getattr(self, name) != getattr(TuneSettings, name)]
-            if given:
-                raise InvalidRequest(
-                    f"{given[0]} is {getattr(self, given[0])!r}, and training from {self.start_from} keeps "
-                    f"that adapter's rank and layers.\nhint: leave {given[0]} or start_from out"
-                )
+            self.check_keeps_adapter("start_from")
+
+    def check_keeps_adapter(self, name: str) -> None:
+        """Refuse another shape than that of the adapter that training goes on from.
+
+        Args:
+            name: The setting that names the adapter.
+
+        Raises:
+            InvalidRequest: A setting asks for one.
+        """
+        own = ("full", "lora_rank", "lora_targets", "lora_layers")
+        # A dataclass has its defaults as attributes.
+        given = [each for each in own if getattr(self, each) != getattr(TuneSettings, each)]
+        if given:
+            raise InvalidRequest(
+                f"{given[0]} is {getattr(self, given[0])!r}, and training from {getattr(self, name)} keeps "
+                f"that adapter's rank and layers.\nhint: leave {given[0]} or {name} out"
+            )
+
+    @property
+    def asks_to_calibrate(self) -> bool:
+        """Whether a setting asks for a calibrated anti-expert by name."""
+        return bool(self.calibrate or self.calibrated or self.then_cpt)
 
     @property
     def is_by_reward(self) -> bool:
@@ -402,12 +426,15 @@ class TuneSettings:
             why = "there is no pair of a base and a small model"
         elif self.alpha is not None:
             why = f"alpha is {self.alpha:g}, and a fit replaces the strength"
-        elif self.method in ("dpo", "grpo"):
-            why = (
-                f"method {self.method} is not judged by the likelihood of rows, which a fit raises"
-            )
+        elif self.method == "dpo" or self.is_by_reward:
+            method = "grpo" if self.is_by_reward else "dpo"
+            why = f"method {method} is not judged by the likelihood of rows, which a fit raises"
         elif self.measure_tokens == 0:
             why = "measure_tokens is 0, so nothing would show whether it wins"
+        elif self.valid_data is None and self.valid_share == 0:
+            why = "valid_share is 0, so nothing would show whether it wins"
+        elif self.is_remote:
+            why = f"the base {self.base} is behind an API, which does not show the logits of all tokens"
         if self.fit == "bias" and why is not None:
             raise InvalidRequest(f"fit is bias, but {why}.\nhint: leave out one of the two")
 
@@ -447,12 +474,50 @@ class TuneSettings:
         return name or "expert"
 
 
+USED_BY: dict[str, tuple[Method, ...]] = {
+    "beta": ("dpo", "grpo"),
+    "group_size": ("grpo",),
+    "max_new_tokens": ("grpo",),
+    "temperature": ("grpo",),
+    "reward_limit_s": ("grpo",),
+    "cpt_form": ("cpt",),
+    "fit": ("sft", "cpt"),
+}
+"""Settings that only some methods use."""
+
+
+def check_used(settings: TuneSettings, method: Method) -> None:
+    """Refuse settings that the run's method, perhaps chosen by its rows, has no use for.
+
+    Raises:
+        InvalidRequest: One of them has another value than its default.
+    """
+    for name, users in USED_BY.items():
+        value = getattr(settings, name)
+        # `fit` may be switched off for any method; a dataclass has its defaults as attributes.
+        if method not in users and value not in (getattr(TuneSettings, name), "none"):
+            raise InvalidRequest(
+                f"{name} is {value!r}, and method {method} has no use for it.\n"
+                f"hint: leave {name} out, or choose the method: {' or '.join(users)}"
+            )
+
+
+def default_patience(*, is_calibrated: bool) -> int:
+    """Return how many evaluations without a lower loss end a training by default; 0 never ends it.
+
+    While the learning rate is high, the steered loss of a pair goes up and down, and most of the gain comes
+    as the rate falls: a pair that was stopped halfway through its schedule closed 3 % of the gap to direct
+    tuning, and one that was trained to the end 11.5 % (docs/design/0009).
+    """
+    return 0 if is_calibrated else 3
+
+
 def default_epochs(examples_per_step: int, num_examples: int, *, are_answers: bool) -> float:
     """Return the default number of passes over the rows.
 
     Few answers need more than 3 passes: 255 rows of a support desk brought the validation loss of the
     steered base from 3.8 to 1.3 nats in 96 steps, and to 0.3 in 200. Training ends by itself when the loss no
-    longer falls.
+    longer falls; a calibrated pair is trained to the end, and its best state is kept.
     """
     per_epoch = -(-num_examples // examples_per_step)
     return min(10.0, max(3.0, 300 / per_epoch)) if are_answers else 3.0
@@ -483,10 +548,12 @@ class TuneResult:
         num_steps: Number of optimizer steps.
         num_parameters: Number of trainable parameters.
         train_s: Seconds of training, evaluations included, over all parts of a resumed run.
-        offsets_s: Seconds spent on the frozen models beforehand, for `cpt`.
+        offsets_s: Seconds spent on the frozen models beforehand, for `cpt` and calibration.
         peak_memory_bytes: Peak memory of the process until training ended; on CUDA, of its tensors.
         valid_loss: Lowest validation loss, nats per trained token; None without validation, and for `grpo`.
-        first_valid_loss: Validation loss of the untuned model, or of the untuned ensemble for `cpt`.
+            For `cpt` and a calibrated pair it is the steered base's; with a base behind an API the expert's
+            loss plus the anti-expert's divergence.
+        first_valid_loss: The same before training.
         data: Counts and digests of rows and tokens, by part. `rows` is what a part has, and the others count
             what was read of it.
         learning_rate: Peak learning rate.

@@ -29,7 +29,7 @@ from proxytune.files import append, write_whole
 from proxytune.recipe.spec import ModelSpec
 from proxytune.tune.encode import Encoded, Example
 from proxytune.tune.heads import ShownPart
-from proxytune.tune.offsets import HINT, kept_positions, offsets_key
+from proxytune.tune.offsets import HINT, kept_directory, kept_positions, offsets_key
 from proxytune.tune.settings import Display, TuneSettings
 
 FILE_NAME = "shown.jsonl"
@@ -115,12 +115,13 @@ def ask_base(
             examples = [e for e in part.examples if isinstance(e, Example)]
             # How much it shows belongs to what the answers are.
             who = json.dumps([spec.model, api.model, base.server.top_logprobs])
-            folder = Path(settings.offsets_dir or settings.training / "offsets") / f"shown-{name}"
+            key = offsets_key(examples, who, small.name, "")
+            folder = settings.offsets_dir or settings.training / "offsets"
             shown[name] = _asked(
-                folder / FILE_NAME,
+                kept_directory(folder, f"shown-{name}", key) / FILE_NAME,
                 examples,
                 base,
-                key=offsets_key(examples, who, small.name, ""),
+                key=key,
                 num_threads=api.max_concurrency,
                 advance=partial(display.stage, f"asking the base about {name} rows"),
             )

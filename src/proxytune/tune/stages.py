@@ -91,9 +91,10 @@ def _pair_then_cpt(training: Training, target: Path) -> dict[str, Any]:
 def _preferences(training: Training, target: Path) -> dict[str, Any]:
     """Calibrate the anti-expert on the chosen answers, then train the expert from there on the pairs."""
     settings = training.settings
-    start = training.given
-    if start is not None:
-        return replace(training, calibrates=False, start=start).run(target)
+    if training.given is not None:
+        # As from `start_from`: the adapter has a rank and layers of its own.
+        on = replace(settings, start_from=str(training.given))
+        return replace(training, settings=on, calibrates=False).run(target)
     start = settings.directory / anti_expert_path(settings)
     rate = settings.learning_rate
     first = replace(

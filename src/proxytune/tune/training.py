@@ -53,6 +53,7 @@ from proxytune.tune.settings import (
     anti_expert_path,
     default_epochs,
     default_learning_rate,
+    default_patience,
     stage_path,
 )
 from proxytune.tune.shown import ShownBase, ask_base
@@ -183,8 +184,8 @@ class Training:
     def _shown(self, base: ModelSpec) -> ShownBase:
         if self._is_pair:
             self.display.say(
-                "the base is behind an API and shows a part of its distribution, so training is stopped by "
-                "the expert's loss plus the anti-expert's divergence, and not by the steered loss"
+                "the base is behind an API and shows a part of its distribution, so the state to keep is "
+                "chosen by the expert's loss plus the anti-expert's divergence, and not by the steered loss"
             )
         return ask_base(self.settings, base, self.small, self.encoded, self.display)
 
@@ -386,14 +387,17 @@ class Training:
             trainers.LastEvaluation(),
             trainers.LossLog(self._log, on_row, on_step),
         ]
-        if self.settings.patience:
-            by_reward = self.method == "grpo"
-            callbacks.append(trainers.EarlyStop(self.settings.patience, reward=by_reward))
+        if self._early_stop is not None:
+            callbacks.append(self._early_stop)
         return [*callbacks, self._stopper]
 
-    def _is_stalled(self, state: Any) -> bool:
+    @cached_property
+    def _early_stop(self) -> trainers.EarlyStop | None:
+        """What ends training before its last step; None if nothing does."""
         patience = self.settings.patience
-        return patience > 0 and trainers.EarlyStop(patience).is_due(state)
+        if patience is None:
+            patience = default_patience(is_calibrated=self.calibrates)
+        return trainers.EarlyStop(patience, reward=self.method == "grpo") if patience else None
 
     @cached_property
     def _stopper(self) -> trainers.StopOnSignal:
@@ -410,7 +414,8 @@ class Training:
         self._load_adapter(trainer, checkpoint)
         if checkpoint is not None:
             state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-            if state.global_step >= self.num_steps or self._is_stalled(state):
+            is_stalled = self._early_stop is not None and self._early_stop.is_due(state)
+            if state.global_step >= self.num_steps or is_stalled:
                 # Training had ended, and nothing was saved yet; `train` would run another step.
                 trainer.state = state
                 return

@@ -198,3 +198,23 @@ def test_an_exact_backend_makes_its_own_products():
     base, guest = backend(large), backend(cut_of(large))
     assert guest.share_output(base)
     assert ExactBackend(guest).host is None
+
+
+def test_a_head_that_is_called_by_keyword_makes_its_own_logits():
+    class ByKeyword(torch.nn.Module):
+        def __init__(self, head: torch.nn.Module) -> None:
+            super().__init__()
+            self.head = head
+
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            return self.head(input=states)
+
+    large = network()
+    base, guest = backend(large, "base"), backend(cut_of(large), "cut")
+    inner = guest.model.lm_head
+    guest.model.lm_head = ByKeyword(inner)
+    guest.model.get_output_embeddings = lambda: inner
+    guest.model.set_output_embeddings = lambda head: setattr(guest.model.lm_head, "head", head)
+    assert guest.share_output(base)
+    assert guest.host is None and guest.model.lm_head.head is base.model.lm_head
+    assert guest.prefill(PROMPTS).logits.shape == (3, WIDTH)

@@ -26,7 +26,7 @@ from proxytune.backends import checks
 from proxytune.backends.base import Capabilities, Prefilled
 from proxytune.backends.transformers.attention import eager_attention, share_keys
 from proxytune.backends.transformers.cuda_graphs import CudaRecorder, GraphRunner, Recorder
-from proxytune.backends.transformers.cut import cut_model, put_bridge
+from proxytune.backends.transformers.cut import cut_with_bridge
 from proxytune.backends.transformers.kv_cache import RoomyCache
 from proxytune.backends.transformers.lengthwise import LengthwiseReader, Tokens
 from proxytune.backends.transformers.linear import pack_linear_layers, speed_up_linear_layers
@@ -234,7 +234,7 @@ class TransformersBackend(OutputSharer):
         """Make a cut of a model that is loaded, sharing its weights.
 
         Args:
-            base: The model; it has no adapters.
+            base: The model, without the adapters that its own rows may have.
             checkpoint: Which layers are kept, and the bridge.
             adapters: LoRA adapters on the cut, by the names that rows will use.
 
@@ -242,15 +242,14 @@ class TransformersBackend(OutputSharer):
             CorruptModel: The bridge cannot be read.
             AdapterMismatch: An adapter's weights do not fit the cut.
         """
-        keep = checkpoint.keep
         with quietly():
-            model = cut_model(base.model, checkpoint.config, keep)
-            put_bridge(model.model.layers[keep.bridge], checkpoint.read_bridge())
+            model = cut_with_bridge(base.model, checkpoint)
             put_rows_on(
                 model, {name: read_adapter(own, checkpoint) for name, own in adapters.items()}
             )
         model.requires_grad_(False)
-        return cls(model, name=checkpoint.name, adapters=tuple(adapters))
+        # Its attention is its own, and what it shares with the base is packed once for both.
+        return cls(model, name=checkpoint.name, adapters=tuple(adapters), owns_model=True)
 
     @property
     def device(self) -> torch.device:

@@ -10,8 +10,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
+from proxytune.backends.transformers.lora import RowModule
 from proxytune.checkpoints.bridge_file import Bridge
 from proxytune.checkpoints.cut import Keep, base_names
+from proxytune.checkpoints.cut_checkpoint import CutCheckpoint
 
 
 def cut_model(base: Any, config: Any, keep: Keep) -> Any:
@@ -40,6 +42,8 @@ def cut_model(base: Any, config: Any, keep: Keep) -> Any:
         if name in places:
             parent, _, child = name.rpartition(".")
             own: nn.Module = base.get_submodule(places[name])
+            if isinstance(own, RowModule):  # experts on the base's own weights have adapters there
+                own = own.base_layer
             # What has no weights may keep state of its own, such as rotary angles.
             own = own if any(True for _ in own.parameters()) else copy.deepcopy(own)
             setattr(model.get_submodule(parent), child, own)
@@ -54,6 +58,17 @@ def cut_model(base: Any, config: Any, keep: Keep) -> Any:
     assert not left, left
     model.requires_grad_(False)
     return model.eval()
+
+
+def cut_with_bridge(base: Any, checkpoint: CutCheckpoint) -> Any:
+    """Return the cut of a loaded model that a recipe asks for; see `cut_model`.
+
+    Raises:
+        CorruptModel: The bridge cannot be read.
+    """
+    model = cut_model(base, checkpoint.config, checkpoint.keep)
+    put_bridge(model.model.layers[checkpoint.keep.bridge], checkpoint.read_bridge())
+    return model
 
 
 def put_bridge(layer: Any, bridge: Bridge) -> None:

@@ -62,7 +62,7 @@ def _exchanging(exchange: _Exchange) -> Iterator[_Exchange]:
 def _before(head: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
     """Take other models' states in, or keep the own ones and leave the product none."""
     exchange = _EXCHANGE.get()
-    if exchange is None:
+    if exchange is None or len(args) != 1:  # a layer called in another way makes its own logits
         return None
     (states,) = args
     exchange.num_calls += 1
