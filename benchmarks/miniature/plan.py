@@ -146,7 +146,7 @@ LONG = replace(FULL, is_long=True)
 QUICK = replace(
     FULL,
     name="miniature-quick",
-    tasks=(TASKS[0], TASK),
+    tasks=TASKS[:1],
     domains=DOMAINS[:1],
     max_tokens={"task": 1_000, "text": 4_000},
     max_steps=4,

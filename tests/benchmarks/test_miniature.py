@@ -758,7 +758,7 @@ def test_what_stages_leave_becomes_a_page_with_its_numbers(tmp_path, staged):
     page = report.write(run.collect(plan.QUICK, prepared), tmp_path).read_text("utf-8")
     assert "quick run" in page and "make miniature ARGS=--quick" in page
     assert "4,000 of a text" in page and "torch 2.13" in page and "2 threads" in page
-    assert "All stages together took 55 min" in page  # eleven trainings of 300 s, and the rest
+    assert "All stages together took 35 min" in page  # seven trainings of 300 s, and the rest
     assert json.loads((tmp_path / "miniature.json").read_text())["about"]["base"] == plan.BASE
     trained["num_steps"] = 7  # trained again, so what was measured is of other adapters
     plan.QUICK.stage_path("tinyshakespeare.cut").unlink()
