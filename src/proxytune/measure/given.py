@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,13 @@ from proxytune.decode.batch import Batch
 from proxytune.decode.collect import Collector, run
 from proxytune.decode.ensemble import Ensemble, Job, policy_of
 from proxytune.errors import BackendError, InvalidRequest
-from proxytune.measure.score import Passage, batch_logits, explain_passage, needed_members
+from proxytune.measure.score import (
+    Passage,
+    batch_logits,
+    explain_passage,
+    needed_members,
+    steered_rows,
+)
 from proxytune.request import SamplingParams
 from proxytune.text.detokenize import TextStream
 from proxytune.text.prompts import Tokenizer, continuation_ids
@@ -127,6 +134,72 @@ def option_logits(
         if on_progress is not None:
             on_progress(first + len(rows), len(passages))
     return {member: torch.cat(part) for member, part in parts.items()}
+
+
+class Written(NamedTuple):
+    """Which of some given answers greedy decoding writes, token by token."""
+
+    models: dict[int, list[bool]]  # by index of the base and the pairs' members
+    steered: list[list[bool]]  # the steered base, one list for each strength
+
+
+def are_written(
+    ensemble: Ensemble,
+    passages: Sequence[Passage],
+    strengths: Sequence[tuple[float, ...]],
+    *,
+    judges_end: bool = False,
+    batch_size: int = 16,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Written:
+    """Return which given answers the models, each by itself, and the steered base would write greedily.
+
+    Nothing is generated: greedy decoding writes an answer if each of its tokens is the likeliest one after
+    those before it, and one forward shows that for all of them and for all strengths.
+
+    Args:
+        ensemble: The models. The base must show all its logits.
+        passages: Prompts with their answers.
+        strengths: Strengths of the ensemble's pairs to steer at.
+        judges_end: Whether a token that ends the text counts, if an answer ends with one.
+        batch_size: Maximum number of passages per forward pass.
+        on_progress: Called with the passages done and the total.
+
+    Raises:
+        BackendError: A model failed.
+    """
+    needed = needed_members(ensemble.pairs)
+    found = Written({member: [] for member in needed}, [[] for _ in strengths])
+    for first in range(0, len(passages), batch_size):
+        batch = passages[first : first + batch_size]
+        longest = max(len(passage.token_ids) for passage in batch)
+        chunks = [part for _, part in batch_logits(ensemble, batch, needed, chunk_tokens=longest)]
+        logits = {member: torch.cat([part[member] for part in chunks], 1) for member in needed}
+        padding_ids = ensemble.vocabulary.padding_ids.to(logits[0].device)
+        for row, passage in enumerate(batch):
+            answer = passage.token_ids
+            if not judges_end and answer[-1] in ensemble.eos_token_ids:
+                answer = answer[:-1]
+            own = {member: part[row, : len(answer)] for member, part in logits.items()}
+            targets = torch.tensor(answer, device=own[0].device)
+            positions = torch.arange(len(answer), device=own[0].device)
+
+            for member in needed:
+                found.models[member].append(_writes(own[member].float(), targets, padding_ids))
+            for column, alphas in zip(found.steered, strengths, strict=True):
+                rows = steered_rows(
+                    ensemble, own, alphas, positions=positions, padding_ids=padding_ids
+                ).logits
+                column.append(_writes(rows, targets, padding_ids))
+        if on_progress is not None:
+            on_progress(first + len(batch), len(passages))
+    return found
+
+
+def _writes(logits: Tensor, targets: Tensor, padding_ids: Tensor) -> bool:
+    """Whether each target is the likeliest token, by logits `[tokens, vocab]`."""
+    best = logits.index_fill(-1, padding_ids, -torch.inf).argmax(-1)
+    return bool((best == targets).all())
 
 
 def trace_given(
