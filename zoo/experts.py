@@ -18,8 +18,8 @@ import corpora
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks.miniature.data import corpus_rows, pick_pieces, task_items
-from benchmarks.miniature.plan import TASK
+from benchmarks.miniature.data import corpus_rows, items_of, pick_pieces
+from benchmarks.miniature.plan import TASK, TASKS
 from proxytune.tune import Display, TuneSettings, tune
 
 INSTRUCTION_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -44,8 +44,8 @@ SHARED: dict[str, Any] = {
 
 
 NUM_PIECES = {"train": 32, "valid": 6}
-"""Pieces of 4,000 characters that are taken of a text: 26,000 to 41,000 tokens to train on. All
-seeds read the same ones."""
+"""Pieces of 4,000 characters that are taken of a text: 26,000 to 41,000 tokens to train on. All seeds read the
+same ones; of instructions and tasks, each seed draws rows of its own."""
 
 SEEDS = (0, 1, 2)
 """Random seeds of the trainings. The first one's experts are shipped; the others show what chance does."""
@@ -57,7 +57,7 @@ class Expert:
 
     Args:
         name: The expert's name in the recipe.
-        corpus: A folder in `corpora/`, `instruct`, or `medical_area`, the task of `benchmarks/miniature`.
+        corpus: A folder in `corpora/`, `instruct`, or a task of `benchmarks/miniature`.
         title: Title of the corpus, for the model card.
         licence: Licence of the corpus.
         settings: Settings that differ from `SHARED`.
@@ -72,11 +72,16 @@ class Expert:
     @property
     def has_answers(self) -> bool:
         """Whether its rows are prompts with answers instead of texts."""
-        return self.corpus in ("instruct", TASK)
+        return self.corpus == "instruct" or self.is_task
 
     @property
     def is_task(self) -> bool:
-        """Whether its completions are options, so that the share of right ones is what counts."""
+        """Whether an answer is right or wrong, so that the share of right ones is what counts."""
+        return self.corpus in TASKS
+
+    @property
+    def has_options(self) -> bool:
+        """Whether an answer is one of a few options, told apart by its first token."""
         return self.corpus == TASK
 
     def output(self, seed: int = SEEDS[0]) -> Path:
@@ -90,6 +95,8 @@ class Expert:
 
 
 SHORT_ROWS: dict[str, Any] = {
+    "max_tokens": 12_000,
+    "max_valid_tokens": 4_000,
     "batch_size": 16,
     "epochs": 6,
     "learning_rate": 4e-3,
@@ -107,6 +114,14 @@ EXPERTS = (
         "instruct",
         "instructions with answers: LLaMA-Factory's alpaca_en_demo and Alpaca's seed tasks",
         "Apache-2.0",
+        {"max_tokens": 40_000, "max_valid_tokens": 6_000, "lora_rank": 8},
+    ),
+    Expert(
+        "record",
+        "record",
+        "notes about payments as records with three fields, generated",
+        "Apache-2.0",
+        SHORT_ROWS,
     ),
     Expert(
         "medical-area",
@@ -126,8 +141,8 @@ def rows_file(corpus: str, split: str) -> Path:
     """
     if corpus == "instruct":
         return _instruct_file(split)
-    if corpus == TASK:
-        return _task_file(split)
+    if corpus in TASKS:
+        return _task_file(corpus, split)
     target = corpora.BUILD_DIR / "rows" / f"{corpus}.{split}.jsonl"
     if not target.exists():
         text = "\n\n".join(row["text"].strip() for row in corpus_rows(corpus, split))
@@ -164,16 +179,15 @@ def _instruct_file(split: str) -> Path:
     return target
 
 
-def _task_file(split: str) -> Path:
-    """Return the task's items; no disease is in two splits, and no training row is of the test rows."""
-    target = corpora.BUILD_DIR / TASK / f"{split}.jsonl"
+def _task_file(name: str, split: str) -> Path:
+    """Return a task's items; nothing that an item is about is in two splits."""
+    target = corpora.BUILD_DIR / "rows" / f"{name}.{split}.jsonl"
     if target.exists():
         return target
-    train, *others = (corpus_rows("medical_medquad", name) for name in ("train", "valid", "test"))
     target.parent.mkdir(parents=True, exist_ok=True)
-    for name, items in task_items(train, [row for rows in others for row in rows]).items():
+    for part, items in items_of(name).items():
         lines = [json.dumps(item, ensure_ascii=False) for item in items]
-        (target.parent / f"{name}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+        (target.parent / f"{name}.{part}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     return target
 
 

@@ -48,7 +48,6 @@ EXCERPT_CHARACTERS = 6000
 LEAST_GAIN = 0.01
 """By how much, as a share of the perplexity at alpha 1, another strength has to be better to be chosen."""
 MEASURED = Path(__file__).parent / "measured.json"
-(TASK_EXPERT,) = (expert for expert in EXPERTS if expert.is_task)
 
 
 def text_of(corpus: str, split: str, max_characters: int | None = None) -> str:
@@ -267,7 +266,7 @@ def write_card(measured: dict, training: list[list[dict]]) -> None:
         f"Measured with `python zoo/publish.py`, the last step of `make zoo`, on {measured['machine']},",
         f"float32, torch {measured['torch']}, transformers {measured['transformers']}.",
         "",
-        *task.card_lines(TASK_EXPERT, measured["task"]),
+        *task.card_lines(measured["tasks"]),
         "## Training",
         "",
         f"**The anti-expert** saw {seen:,} tokens of public-domain fiction, Digital.gov",
@@ -304,7 +303,7 @@ def write_card(measured: dict, training: list[list[dict]]) -> None:
         lines.append("")
     lines += [
         "`heldout/` contains what `proxytune demo` measures on: excerpts of the test splits, and up to",
-        f"{task.ITEMS_PER_DISEASE} of the task's test questions about each disease.",
+        f"{task.NUM_DEMO_ITEMS} test items of each task.",
         "",
     ]
     (SMOL / "README.md").write_text("\n".join(lines))
@@ -363,6 +362,7 @@ def main() -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "experts": {},
+        "tasks": {},
     }
     console = Console(stderr=True)
     chosen = {}
@@ -392,19 +392,22 @@ def main() -> None:
                 return scored.score(text, alphas, **shared(window=window))
 
             finished = expert.output() / "measured.json"
-            if expert.is_task:
-                measured["task"] = task.measure(model, others, expert, ALPHAS)
-                chosen[expert.name] = measured["task"]["alpha"]
-                continue
             if not finished.exists():
-                finished.write_text(json.dumps(measure(model, others, expert, score)), "utf-8")
-            measured["experts"][expert.name] = json.loads(finished.read_text("utf-8"))
-            chosen[expert.name] = measured["experts"][expert.name]["alpha"]
-            console.print(expert.name, measured["experts"][expert.name])
+                if expert.is_task:
+                    found = task.measure(model, others, expert, ALPHAS)
+                else:
+                    found = measure(model, others, expert, score)
+                finished.write_text(json.dumps(found), "utf-8")
+            found = json.loads(finished.read_text("utf-8"))
+            measured["tasks" if expert.is_task else "experts"][expert.name] = found
+            chosen[expert.name] = found["alpha"]
+            console.print(expert.name, found)
     recipe(chosen).write(SMOL, overwrite=True)
     heldout = SMOL / "heldout"
     heldout.mkdir(exist_ok=True)
-    task.write_demo_items(TASK_EXPERT, heldout)
+    for expert in EXPERTS:
+        if expert.is_task:
+            task.write_demo_items(expert, heldout)
     for expert in EXPERTS:
         if not expert.has_answers:
             text = text_of(expert.corpus, "test", EXCERPT_CHARACTERS)

@@ -1,7 +1,7 @@
-"""The family's task: choosing its expert's alpha, measuring it, and the questions that the demo asks.
+"""The family's tasks: choosing their experts' alpha, measuring them, and the questions that the demo asks.
 
-A question of MedQuAD is given, and the area of medicine it belongs to is the answer; `benchmarks/miniature`
-defines the rows. A model's answer is the area whose first token has the highest logit.
+`benchmarks/miniature` defines the items. An answer is the option whose first token has the highest logit, or
+for tasks without options what greedy decoding writes: it is right if it is exactly the item's.
 """
 
 from __future__ import annotations
@@ -9,24 +9,31 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from experts import SEEDS, Expert, rows_file
 from torch import Tensor
 
+from benchmarks.miniature.plan import TASK
+from benchmarks.miniature.tasks import TASKS
 from proxytune.logits.steer import steer
 from proxytune.machine import summary
-from proxytune.measure.given import first_tokens, option_logits
+from proxytune.measure.given import are_written, first_tokens, option_logits
 from proxytune.model import ProxyTuned
 from proxytune.tasks.statistics import grouped_interval
 
-ITEMS_PER_DISEASE = 3
-"""The demo asks at most this many questions about one disease, since they are not independent."""
+NUM_DEMO_ITEMS = 100
+"""The demo asks this many questions."""
+ITEMS_PER_FOCUS = 3
+"""At most this many of them are about one thing, since they are not independent."""
 SEED = 0
 LEAST_GAIN = 0.02
 """How much larger the share of right answers has to be at another strength than 1 to be chosen."""
+DESCRIPTIONS = {task.name: task.description for task in TASKS} | {
+    TASK: "The area of medicine that a question belongs to: one of six, that of the institute of the NIH or "
+    "the CDC which answers it. The anti-expert's own training text included some of the test items' diseases."
+}
 
 
 def items_of(expert: Expert, split: str) -> list[dict[str, str]]:
@@ -36,58 +43,74 @@ def items_of(expert: Expert, split: str) -> list[dict[str, str]]:
 
 
 def demo_items(items: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Return different questions in random order, at most `ITEMS_PER_DISEASE` about one disease."""
+    """Return different questions in random order, at most `ITEMS_PER_FOCUS` about one thing."""
     asked: set[str] = set()
     counts: Counter[str] = Counter()
     kept = []
     for item in random.Random(SEED).sample(items, len(items)):
-        if item["prompt"] in asked or counts[item["focus"]] == ITEMS_PER_DISEASE:
+        if item["prompt"] in asked or counts[item["focus"]] == ITEMS_PER_FOCUS:
             continue
         asked.add(item["prompt"])
         counts[item["focus"]] += 1
         kept.append({key: item[key] for key in ("prompt", "completion", "focus")})
-    return kept
+    return kept[:NUM_DEMO_ITEMS]
 
 
-def write_demo_items(expert: Expert, folder: Path) -> None:
+def write_demo_items(expert: Expert, folder: Any) -> None:
     """Write the demo's questions, from the test split."""
     lines = [json.dumps(item, ensure_ascii=False) for item in demo_items(items_of(expert, "test"))]
     (folder / f"{expert.name}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
 
 
-class Answers:
-    """What base, anti-expert, expert and steered base answer to the items of one split."""
+class Hits(NamedTuple):
+    """Which items each predictor answers rightly: 1 for each, otherwise 0."""
 
-    def __init__(self, model: ProxyTuned, expert: Expert, split: str, name: str = "") -> None:
-        self.items = items_of(expert, split)
-        options = sorted({item["completion"] for item in items_of(expert, "train")})
-        self.right = torch.tensor([options.index(item["completion"]) for item in self.items])
-        ensemble = model.steered_by(name or expert.name)
-        passages = model.completion_passages([(i["prompt"], i["completion"]) for i in self.items])
-        logits = option_logits(ensemble, passages, first_tokens(options, model.tokenizer))
-        (pair,) = ensemble.pairs
-        self.base, self.expert, self.anti_expert = (
-            logits[member] for member in (0, pair.expert, pair.anti_expert)
+    models: dict[str, list[float]]  # base, anti_expert and expert
+    steered: dict[float, list[float]]  # by strength
+
+
+def hits_of(
+    model: ProxyTuned, expert: Expert, split: str, alphas: list[float], name: str = ""
+) -> Hits:
+    """Ask the items of a split.
+
+    Args:
+        model: Has the expert.
+        expert: The task's expert.
+        split: The items.
+        alphas: Strengths to steer at.
+        name: What the model calls the expert; empty for its own name.
+    """
+    items = items_of(expert, split)
+    ensemble = model.steered_by(name or expert.name)
+    (pair,) = ensemble.pairs
+    members = {"base": 0, "anti_expert": pair.anti_expert, "expert": pair.expert}
+    passages = model.completion_passages([(i["prompt"], i["completion"]) for i in items])
+    if not expert.has_options:
+        found = are_written(ensemble, passages, [(alpha,) for alpha in alphas])
+        return Hits(
+            {key: [float(hit) for hit in found.models[index]] for key, index in members.items()},
+            {a: [float(hit) for hit in row] for a, row in zip(alphas, found.steered, strict=True)},
         )
+    options = sorted({item["completion"] for item in items_of(expert, "train")})
+    right = torch.tensor([options.index(item["completion"]) for item in items])
+    logits = option_logits(ensemble, passages, first_tokens(options, model.tokenizer))
 
-    def steered(self, alpha: float) -> Tensor:
-        """Return the steered base's logits."""
-        return steer(
-            self.base,
-            expert_logits=self.expert,
-            anti_expert_logits=self.anti_expert,
-            alpha=alpha,
+    def hits(rows: Tensor) -> list[float]:
+        return (rows.argmax(-1) == right).float().tolist()
+
+    steered = {
+        alpha: hits(
+            steer(
+                logits[0],
+                expert_logits=logits[pair.expert],
+                anti_expert_logits=logits[pair.anti_expert],
+                alpha=alpha,
+            )
         )
-
-    def hits(self, logits: Tensor) -> list[float]:
-        """Return 1 for each item that is answered rightly, otherwise 0."""
-        return (logits.argmax(-1) == self.right).float().tolist()
-
-    def quality(self, alpha: float) -> tuple[float, float]:
-        """Return what a strength is chosen by: the right answers, then their likelihood."""
-        logits = self.steered(alpha)
-        likelihood = logits.log_softmax(-1).gather(-1, self.right[:, None]).mean()
-        return sum(self.hits(logits)), float(likelihood)
+        for alpha in alphas
+    }
+    return Hits({key: hits(logits[index]) for key, index in members.items()}, steered)
 
 
 def _shown(values: list[float], groups: list[str], form: str = "{:.1%}") -> str:
@@ -114,73 +137,85 @@ def measure(
     """
     import transformers
 
-    valid = Answers(model, expert, "valid")
-    best = max(alphas, key=valid.quality)
-    gain = (valid.quality(best)[0] - valid.quality(1.0)[0]) / len(valid.items)
-    alpha = best if gain >= LEAST_GAIN else 1.0
-    test = Answers(model, expert, "test")
-    diseases = [item["focus"] for item in test.items]
-    hits = {
-        "base": test.hits(test.base),
-        "anti_expert": test.hits(test.anti_expert),
-        "expert": test.hits(test.expert),
-        "steered": test.hits(test.steered(1.0)),
-        "steered_at_best": test.hits(test.steered(best)),
-    }
-    gains = [ours - its for ours, its in zip(hits["steered"], hits["base"], strict=True)]
-    seeds = [Answers(others, expert, "test", f"{expert.name}.{seed}") for seed in SEEDS[1:]]
-    shares = [sum(hits["steered"]), *(sum(own.hits(own.steered(1.0))) for own in seeds)]
-    areas = Counter(item["completion"] for item in test.items)
+    valid = hits_of(model, expert, "valid", alphas)
+    shares = {alpha: sum(row) / len(row) for alpha, row in valid.steered.items()}
+    best = max(alphas, key=lambda alpha: (shares[alpha], -abs(alpha - 1)))
+    alpha = best if shares[best] - shares[1.0] >= LEAST_GAIN else 1.0
+    items = items_of(expert, "test")
+    focuses = [item["focus"] for item in items]
+    test = hits_of(model, expert, "test", sorted({1.0, best}))
+    steered = test.steered[1.0]
+    gains = [ours - its for ours, its in zip(steered, test.models["base"], strict=True)]
+    seeds = [
+        hits_of(others, expert, "test", [1.0], f"{expert.name}.{seed}").steered[1.0]
+        for seed in SEEDS[1:]
+    ]
+    answers = Counter(item["completion"] for item in items)
     return {
         "alpha": alpha,
         "best_alpha": best,
         "machine": summary(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "num_valid_items": len(valid.items),
-        "validation": {str(a): valid.quality(a)[0] / len(valid.items) for a in alphas},
-        "num_items": len(test.items),
-        "num_diseases": len(set(diseases)),
-        "most_frequent": max(areas.values()) / len(test.items),
-        **{name: _shown(values, diseases) for name, values in hits.items()},
-        "change": _points(gains, diseases),
-        "seeds": [f"{share / len(test.items):.1%}" for share in shares],
+        "num_valid_items": len(items_of(expert, "valid")),
+        "validation": {str(a): share for a, share in shares.items()},
+        "num_items": len(items),
+        "num_focuses": len(set(focuses)),
+        "most_frequent": max(answers.values()) / len(items),
+        **{name: _shown(values, focuses) for name, values in test.models.items()},
+        "steered": _shown(steered, focuses),
+        "steered_at_best": _shown(test.steered[best], focuses),
+        "change": _points(gains, focuses),
+        "seeds": [f"{sum(row) / len(row):.1%}" for row in (steered, *seeds)],
     }
 
 
-def card_lines(expert: Expert, measured: dict[str, Any]) -> list[str]:
-    """Return the task's section of the model card."""
-    strengths = list(measured["validation"])
-    shares = " | ".join(f"{share:.1%}" for share in measured["validation"].values())
-    return [
-        "## The task",
+def card_lines(measured: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the tasks' section of the model card.
+
+    Args:
+        measured: What `measure` returned, by the expert's name.
+    """
+    lines = [
+        "## The tasks",
         "",
-        f"`{expert.name}` names the area of medicine that a question belongs to: one of six, that of the",
-        "institute of the NIH or the CDC which answers it. The table shows the share of right answers to",
-        f"{measured['num_items']} test questions about {measured['num_diseases']} diseases. No training row "
-        "of this expert names one of",
-        "them; the anti-expert's own training text included some. Brackets contain a 95 % bootstrap",
-        "interval over diseases. Always answering with the most frequent area is right in "
-        f"{measured['most_frequent']:.1%}.",
-        f"The best alpha was chosen on {measured['num_valid_items']} validation questions about other "
-        "diseases.",
+        "The tables show the share of right answers to test items. Brackets contain a 95 % bootstrap interval",
+        "over what the items are about; nothing that a test item is about is in a training row of these",
+        "experts.",
         "",
-        "| base | anti-expert | expert alone | steered, alpha 1 | against base | "
-        f"steered, alpha {measured['best_alpha']:g} |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: |",
-        f"| {measured['base']} | {measured['anti_expert']} | {measured['expert']} | {measured['steered']} | "
-        f"{measured['change']} | {measured['steered_at_best']} |",
-        "",
-        f"Steered at alpha 1 by the experts of seeds {', '.join(map(str, SEEDS))}: "
-        f"{', '.join(measured['seeds'])}.",
-        "",
-        "Right answers on validation questions by alpha:",
-        "",
-        "| " + " | ".join(f"{float(alpha):g}" for alpha in strengths) + " |",
-        "|" + " ---: |" * len(strengths),
-        f"| {shares} |",
-        "",
-        f"Measured by `zoo/publish.py` on {measured['machine']}, float32, torch {measured['torch']},",
-        f"transformers {measured['transformers']}.",
-        "",
+        "| expert | test items | base | anti-expert | expert alone | steered, alpha 1 | against base |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
+    for name, row in measured.items():
+        lines.append(
+            f"| {name} | {row['num_items']} | {row['base']} | {row['anti_expert']} | {row['expert']} | "
+            f"{row['steered']} | {row['change']} |"
+        )
+    seeds = ", ".join(map(str, SEEDS))
+    lines += [
+        "",
+        f"| expert | alpha 1, experts of seeds {seeds} | best alpha on validation items | steered at it |",
+        "| --- | --- | ---: | ---: |",
+    ]
+    for name, row in measured.items():
+        lines.append(
+            f"| {name} | {', '.join(row['seeds'])} | {row['best_alpha']:g} | {row['steered_at_best']} |"
+        )
+    strengths = list(next(iter(measured.values()))["validation"])
+    lines += [
+        "",
+        "Right answers to validation items by alpha:",
+        "",
+        "| expert | " + " | ".join(f"{float(alpha):g}" for alpha in strengths) + " |",
+        "| --- |" + " ---: |" * len(strengths),
+    ]
+    for name, row in measured.items():
+        shares = " | ".join(f"{share:.0%}" for share in row["validation"].values())
+        lines.append(f"| {name} | {shares} |")
+    lines.append("")
+    for name, row in measured.items():
+        description = DESCRIPTIONS[name.replace("-", "_")]
+        lines += [
+            f"- `{name}`: {description} The most frequent answer is right in {row['most_frequent']:.1%}.",
+        ]
+    return [*lines, ""]
