@@ -44,8 +44,8 @@ SHARED: dict[str, Any] = {
 
 
 NUM_PIECES = {"train": 32, "valid": 6}
-"""Pieces of 4,000 characters that are taken of a text: 26,000 to 41,000 tokens to train on. All seeds read the
-same ones; of instructions and tasks, each seed draws rows of its own."""
+"""Pieces of 4,000 characters that are taken of a text: 26,000 to 41,000 tokens to train on. All seeds read
+the same ones; of instructions and tasks, each seed draws rows of its own."""
 
 SEEDS = (0, 1, 2)
 """Random seeds of the trainings. The first one's experts are shipped; the others show what chance does."""

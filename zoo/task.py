@@ -179,9 +179,9 @@ def card_lines(measured: dict[str, dict[str, Any]]) -> list[str]:
     lines = [
         "## The tasks",
         "",
-        "The tables show the share of right answers to test items. Brackets contain a 95 % bootstrap interval",
-        "over what the items are about; nothing that a test item is about is in a training row of these",
-        "experts.",
+        "The tables show the share of right answers to test items. Brackets contain a 95 % bootstrap",
+        "interval over what the items are about; nothing that a test item is about is in a training row of",
+        "these experts.",
         "",
         "| expert | test items | base | anti-expert | expert alone | steered, alpha 1 | against base |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
