@@ -105,7 +105,7 @@ bench-api: .venv-vllm/.installed ## Count the calls to a base behind an API, and
 bench-vllm: .venv-vllm/.installed ## Measure the speed of a recipe inside vLLM against its base alone
 	.venv-vllm/bin/python benchmarks/speed_vllm.py $(ARGS)
 
-miniature: setup ## The paper's question on small models, on tasks and texts; ARGS=--long adds seeds and more text
+miniature: setup ## The paper's question on small models, on tasks and texts; ARGS=--long adds seeds
 	$(BIN)/python benchmarks/miniature $(ARGS)
 
 zoo: setup ## Train the smol family again (hours on two cores; see zoo/README.md)

@@ -1,7 +1,7 @@
 """The paper's question on models that two processor cores can train.
 
     python benchmarks/miniature            everything, resumable; at most 90 minutes on two cores
-    python benchmarks/miniature --long     also more seeds and more text; goes on from what is done
+    python benchmarks/miniature --long     also more seeds; goes on from what is done
     python benchmarks/miniature --quick    within five minutes; shows that it runs, measures nothing
     python benchmarks/miniature --page     only the page, of the data sets that are finished
 
@@ -42,7 +42,7 @@ def main() -> int:
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="a few steps, within five minutes")
-    size.add_argument("--long", action="store_true", help="also more seeds, and more text")
+    size.add_argument("--long", action="store_true", help="also more seeds")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--stage", metavar="NAME", help="run this stage alone, in this process")
     only.add_argument("--page", action="store_true", help="write the page of what is finished")

@@ -52,7 +52,7 @@ class Plan:
         num_pieces: Number of pieces of validation text.
         num_windows: Number of windows of test text.
         max_items: Maximum number of validation and of test items of a task; None takes all.
-        is_long: Whether there are also other seeds, more text, and direct tuning of texts in equal time.
+        is_long: Whether there are also other seeds, and direct tuning of texts in equal time.
         report: Folder of the report; None takes the build folder.
     """
 
@@ -81,10 +81,10 @@ class Plan:
         kinds = ["smol", "cut", "direct"]
         if name in self.tasks or self.is_long:
             kinds.append("direct_short")
+        if name in self.domains and self.max_steps is None:
+            kinds.append("cut.more")
         if self.is_long:
             kinds += [f"smol.seed{seed}" for seed in OTHER_SEEDS]
-            if name in self.domains:
-                kinds.append("cut.more")
         return tuple(kinds)
 
     @property
