@@ -8,7 +8,6 @@ divide by the root mean square alone.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +17,8 @@ from torch import Tensor
 
 from proxytune.checkpoints.headers import read_safetensors_header
 from proxytune.checkpoints.placement import DTYPES
-from proxytune.checkpoints.references import is_there, resolve_package
-from proxytune.checkpoints.untrusted import check_link
-from proxytune.errors import CorruptModel, ModelNotFound
+from proxytune.checkpoints.references import file_beside
+from proxytune.errors import CorruptModel
 from proxytune.files import replacing
 
 _HINT = "write it with `proxytune make-proxy BASE --bridge-only`"
@@ -56,24 +54,8 @@ def write_bridge(bridge: Bridge, path: Path, metadata: Mapping[str, str]) -> Non
 
 
 def find_bridge(reference: str, *, root: Path) -> Path:
-    """Return the file of a bridge.
-
-    Args:
-        reference: A local `.safetensors` file, or `package:NAME/PATH`.
-        root: The directory from which relative paths start, where links may lead.
-
-    Raises:
-        ModelNotFound: Nothing is there.
-        CorruptModel: It is a link that leads out of its directory.
-    """
-    if reference.startswith("package:"):
-        path = resolve_package(reference)
-    else:
-        path = root / os.path.expanduser(reference)
-    if not is_there(path):
-        raise ModelNotFound(f"no bridge at {path}.\nhint: {_HINT}")
-    check_link(path, path.parent, root=root)
-    return path
+    """Return the file of a bridge; see `file_beside` for what it takes and raises."""
+    return file_beside(reference, root=root, what="bridge", hint=_HINT)
 
 
 def check_bridge(path: Path, config: Any) -> None:

@@ -6,7 +6,6 @@ The file is safetensors with two tensors: `token_ids`, `[n]` int64, of the base'
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor
 
 from proxytune.checkpoints.headers import read_safetensors_header
-from proxytune.checkpoints.references import is_there, resolve_package
-from proxytune.checkpoints.untrusted import check_link, read_regular
-from proxytune.errors import CorruptModel, InvalidRequest, ModelNotFound, VocabularyMismatch
+from proxytune.checkpoints.references import file_beside
+from proxytune.checkpoints.untrusted import read_regular
+from proxytune.errors import CorruptModel, InvalidRequest, VocabularyMismatch
 from proxytune.files import replacing
 from proxytune.text.vocab import NUM_EXAMPLES, Vocabulary
 
@@ -99,26 +98,9 @@ class OutputBias:
 
 
 def find_output_bias(reference: str, *, root: Path) -> Path:
-    """Return the file of an output bias.
-
-    Args:
-        reference: A local `.safetensors` file, or `package:NAME/PATH`.
-        root: The directory from which relative paths start, where links may lead.
-
-    Raises:
-        ModelNotFound: Nothing is there.
-        CorruptModel: It is a link that leads out of its directory.
-    """
-    if reference.startswith("package:"):
-        path = resolve_package(reference)
-    else:
-        path = root / os.path.expanduser(reference)
-    if not is_there(path):
-        raise ModelNotFound(
-            f"no output bias at {path}.\nhint: it is a local file, and relative paths start from {root}"
-        )
-    check_link(path, path.parent, root=root)
-    return path
+    """Return the file of an output bias; see `file_beside` for what it takes and raises."""
+    hint = f"it is a local file, and relative paths start from {root}"
+    return file_beside(reference, root=root, what="output bias", hint=hint)
 
 
 def read_output_bias(reference: str, *, root: Path) -> OutputBias:

@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path, PurePath
 
+from proxytune.checkpoints.untrusted import check_link
 from proxytune.errors import ModelNotFound, RecipeError, pip_install
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -133,6 +134,29 @@ def is_there(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):
         return False
+
+
+def file_beside(reference: str, *, root: Path, what: str, hint: str) -> Path:
+    """Return a single file that a recipe names beside its models.
+
+    Args:
+        reference: A local file, or `package:NAME/PATH`.
+        root: The directory from which relative paths start, where links may lead.
+        what: What the file holds, for errors.
+        hint: What to do if nothing is there.
+
+    Raises:
+        ModelNotFound: Nothing is there.
+        CorruptModel: It is a link that leads out of its directory.
+    """
+    if reference.startswith("package:"):
+        path = resolve_package(reference)
+    else:
+        path = root / os.path.expanduser(reference)
+    if not is_there(path):
+        raise ModelNotFound(f"no {what} at {path}.\nhint: {hint}")
+    check_link(path, path.parent, root=root)
+    return path
 
 
 def is_url(reference: str) -> bool:

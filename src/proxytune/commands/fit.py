@@ -66,8 +66,8 @@ def fit(
 ) -> None:
     """Fit weights of base, expert and anti-expert to your rows, and perhaps an output bias, without training.
 
-    The rows must be others than those that the expert was trained on. Weights are kept only where they win
-    clearly over the best strength, on rows that they were not fitted on; then the expert's strength is 1.
+    Give rows that the expert was not trained on. Weights are kept only where they clearly beat the best
+    strength on rows that they were not fitted to; the expert's strength is then 1.
     """
     if (data.text_file is None) == (data.data is None):
         raise InvalidRequest(

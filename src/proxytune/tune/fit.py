@@ -462,29 +462,23 @@ def fit(
             f"there are {num_tokens:,} validation tokens, and fitting needs at least {LEAST_TOKENS:,} to say "
             "whether it helps.\nhint: give more validation rows, or leave the fit out"
         )
-    fold_of = torch.arange(num_tokens) * NUM_FOLDS // num_tokens
     strengths = [(1.0,) + (alpha,) * (num_features - 1) for alpha in (0.0, *alphas)]
 
     def best(part: Thinned) -> tuple[float, ...]:
         losses = [float(part.losses(torch.tensor(each)).mean()) for each in strengths]
         return strengths[int(np.argmin(losses))]
 
-    def crossed(
-        part: Thinned, of: Callable[[Thinned], tuple[float, ...]]
-    ) -> list[tuple[float, ...]]:
-        return [of(part.at(fold_of != fold)) for fold in range(NUM_FOLDS)]
-
     weights = fit_weights(sample, start)
     ways: dict[Any, list[Mix]] = {
-        "strength": [Mix(each) for each in crossed(sample, best)],
-        "weights": [Mix(each) for each in crossed(sample, lambda part: fit_weights(part, start))],
+        "strength": [Mix(each) for each in _crossed(sample, best)],
+        "weights": [Mix(each) for each in _crossed(sample, lambda part: fit_weights(part, start))],
     }
     if num_features > 1:
         alone = sample._replace(
             features=sample.features[..., :1], target_features=sample.target_features[:, :1]
         )
         none = (0.0,) * (num_features - 1)
-        tempered = crossed(alone, lambda part: fit_weights(part, (1.0,)))
+        tempered = _crossed(alone, lambda part: fit_weights(part, (1.0,)))
         ways["temperature"] = [Mix(each + none) for each in tempered]
     bias = with_bias = None
     counts: list[int] = []
@@ -498,7 +492,7 @@ def fit(
             joint = sample.with_bias(fewer)
             ways[count] = [
                 Mix(each[:-1], scaled(fewer, each[-1]))
-                for each in crossed(joint, lambda part: fit_weights(part, begin))
+                for each in _crossed(joint, lambda part: fit_weights(part, begin))
             ]
         *with_bias, scale = fit_weights(joint, begin)
         bias = scaled(bias, scale)
@@ -524,15 +518,28 @@ def fit(
     )
 
 
+def _folds(num_tokens: int) -> Tensor:
+    """Return `[num_tokens]`, the stretch of the rows that each token belongs to."""
+    return torch.arange(num_tokens) * NUM_FOLDS // num_tokens
+
+
+def _crossed(
+    sample: Thinned, of: Callable[[Thinned], tuple[float, ...]]
+) -> list[tuple[float, ...]]:
+    """Return for each stretch what is fitted on all others."""
+    fold_of = _folds(len(sample.targets))
+    return [of(sample.at(fold_of != fold)) for fold in range(NUM_FOLDS)]
+
+
 def _crossed_losses(
     chunks: Iterable[Chunk], ways: dict[Any, list[Mix]], num_tokens: int
 ) -> dict[Any, NDArray[np.float64]]:
     """Return `[num_tokens]` exact losses of each way, each fold by its own mix."""
     found: dict[Any, list[Tensor]] = {name: [] for name in ways}
-    first = 0
+    first, fold_of = 0, _folds(num_tokens)
     for chunk in chunks:
         count = len(chunk.targets)
-        folds = torch.arange(first, first + count) * NUM_FOLDS // num_tokens
+        folds = fold_of[first : first + count]
         for name, mixes in ways.items():
             losses = torch.zeros(count)
             for fold in sorted(set(folds.tolist())):

@@ -171,17 +171,8 @@ class _Run:
             if r is not None
         }
         max_length = _max_length(settings, small, base)
-        encoded = {
-            name: encode(
-                rows,
-                small.tokenizer,
-                prompt_format=formats.small,
-                max_length=max_length,
-                name=small.name,
-            )
-            for name, rows in (("train", train), ("valid", valid))
-            if rows is not None
-        }
+        parts = {"train": train} if valid is None else {"train": train, "valid": valid}
+        encoded = _encoded(parts, small, formats, max_length)
         if self._claim(resume=resume, data=data):
             display.say("this run is already finished")
             return _read_result(settings.training / "result.json")
@@ -210,7 +201,7 @@ class _Run:
             max_length=max_length,
             display=display,
             reward=self._reward,
-            rows={"train": train} if valid is None else {"train": train, "valid": valid},
+            rows=parts,
             calibrates=is_calibrated,
             given=self._given,
             remote=_base_spec(settings) if settings.is_remote else None,
@@ -241,10 +232,7 @@ class _Run:
         self._publish(recipe, result)
         write_json(settings.training / "result.json", result.to_dict())
         # `stages.FIRST_DIR` stays: it has the expert of a pair as it was before it was trained on.
-        for leftover in (
-            "offsets",
-            *(stage_path("checkpoints", stage) for stage in STAGES),
-        ):
+        for leftover in ("offsets", *(stage_path("checkpoints", stage) for stage in STAGES)):
             shutil.rmtree(settings.training / leftover, ignore_errors=True)
         return result
 
@@ -604,6 +592,21 @@ def _max_length(settings: TuneSettings, small: Checkpoint, base: Checkpoint | No
             "tokens.\nhint: a smaller --max-new-tokens"
         )
     return room
+
+
+def _encoded(
+    parts: Mapping[str, Rows], small: Checkpoint, formats: Formats, max_length: int
+) -> dict[str, Encoded]:
+    return {
+        name: encode(
+            rows,
+            small.tokenizer,
+            prompt_format=formats.small,
+            max_length=max_length,
+            name=small.name,
+        )
+        for name, rows in parts.items()
+    }
 
 
 def _counts(part: Encoded) -> dict[str, int]:
