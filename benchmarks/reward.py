@@ -1,59 +1,83 @@
-"""How far a reward improves an expert that was tuned on given answers, by itself and through the base.
+"""How far a reward changes how a small model writes, and how far the base steered by it follows.
 
     python -m benchmarks.reward --seeds 0 1 2 --output benchmarks/build/reward
 
-The task is the miniature's: the area of medicine that a question belongs to. The expert is the shipped
-`medical-area`, tuned on part of the rows. Training by the reward `exact` goes on from it, on all training
-rows; test questions are about other diseases. Strength 1 throughout, so that nothing is chosen. Every printed
-line is a JSON object: a model, its share of right answers on the test rows, and the interval.
+The property is one that an instruction could ask for: words in lower case, without capitals or digits. The
+expert starts as the untuned small model, which is also the anti-expert. It is shown no answer, but learns
+from the reward of its own ones. The prompts are LLaMA-Factory's alpaca_en_demo, split by digest. Strength 1
+throughout, greedy answers. Every printed line is a JSON object: a model, the share of its answers to the
+test prompts that have the property, and the interval; then a few answers.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
+import hashlib
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from benchmarks.miniature.data import corpus_rows, task_items
+from benchmarks.miniature.data import DATA_DIR
 from benchmarks.miniature.plan import ANTI_EXPERT, BASE
+from proxytune import SamplingParams
 from proxytune.data.rows import read_rows
 from proxytune.model import ProxyTuned
 from proxytune.recipe.recipe import Recipe
 from proxytune.recipe.spec import ExpertSpec, ModelSpec
+from proxytune.request import Prompt
 from proxytune.tune import Display, TuneSettings, tune
 from proxytune.tune.reward_scores import measure_rewards
 from proxytune.tune.rewards import Reward
 
-START = "package:proxytune/smol/adapters/medical-area"
-CORPUS = "medical_medquad"
-NEW_TOKENS = 8
+PROPERTY = r"regex:^[a-z][^A-Z0-9]+$"
+NEW_TOKENS = 24
+PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
+TEST_SHARE, VALID_SHARE = 0.3, 0.05
+NUM_SHOWN = 3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
-    # The small model's experts write the right area greedily and hardly ever sampled at temperature 1.
-    parser.add_argument("--temperature", type=float, default=0.15)
-    parser.add_argument("--most-test", type=int, default=None)
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    items = task_items(corpus_rows(CORPUS, "train"), corpus_rows(CORPUS, "test"))
-    items["test"] = items["test"][: options.most_test]
-    for name, rows in items.items():
-        text = "".join(
-            json.dumps({"prompt": row["prompt"], "answer": row["completion"]}) + "\n"
-            for row in rows
-        )
-        (options.output / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    measure("before", START, options.output)
+    write_prompts(options.output)
     for seed in options.seeds:
         adapter, seconds = trained(seed, options)
-        measure(f"seed {seed}", adapter, options.output, train_s=round(seconds))
+        measure(seed, adapter, options.output, round(seconds))
+
+
+def worth(prompt: Prompt, answer: str, row: Mapping[str, Any]) -> float:
+    """Return 1 for words in lower case, less for each other character, 0 if most are no letters at all.
+
+    One answer of a hundred that the untuned small model draws has the property, so a reward for it alone
+    would mostly be 0 for all answers to a prompt, which teaches nothing.
+    """
+    others = sum(not (letter.islower() or letter in " .,;:'-") for letter in answer)
+    letters = sum(letter.islower() for letter in answer)
+    return 1 / (1 + others) if 2 * letters > len(answer) else 0.0
+
+
+def write_prompts(output: Path) -> None:
+    """Write the prompts of each split."""
+    path = DATA_DIR / "instruction" / "alpaca_en_demo.json.gz"
+    splits: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
+    for row in json.loads(gzip.decompress(path.read_bytes())):
+        parts = (row["instruction"].strip(), row["input"].strip())
+        instruction = "\n\n".join(part for part in parts if part)
+        place = hashlib.sha1(instruction.encode()).digest()[0] / 256
+        split = "test" if place < TEST_SHARE else "train"
+        split = "valid" if TEST_SHARE <= place < TEST_SHARE + VALID_SHARE else split
+        splits[split].append(json.dumps({"prompt": PROMPT.format(instruction=instruction)}))
+    for name, lines in splits.items():
+        (output / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def trained(seed: int, options: argparse.Namespace) -> tuple[str, float]:
@@ -63,49 +87,53 @@ def trained(seed: int, options: argparse.Namespace) -> tuple[str, float]:
     tune(
         TuneSettings(
             anti_expert=ANTI_EXPERT,
-            start_from=START,
             data=str(options.output / "train.jsonl"),
             valid_data=str(options.output / "valid.jsonl"),
             test_share=0,
-            reward="exact",
             template="plain",
             output=str(output),
             max_new_tokens=NEW_TOKENS,
             max_steps=options.steps,
+            eval_every=20,
             patience=0,
             learning_rate=options.learning_rate,
-            temperature=options.temperature,
-            max_valid_tokens=3000,
+            batch_size=8,
+            group_size=8,
+            max_valid_tokens=1500,
             measure_tokens=0,
+            dtype="bfloat16",
             seed=seed,
         ),
         display=Display(),
+        reward=worth,
     )
     return str(output / "adapters" / output.name), time.process_time() - started
 
 
-def measure(name: str, adapter: str, output: Path, **more: int) -> None:
-    """Print how many test questions base, expert and steered base answer right."""
+def measure(seed: int, adapter: str, output: Path, seconds: int) -> None:
+    """Print what the answers of base, expert and steered base are worth, and a few of them."""
     small = ModelSpec(model=ANTI_EXPERT, prompt="plain")
     expert = ModelSpec(model=ANTI_EXPERT, adapter=adapter, prompt="plain")
-    recipe = Recipe(
-        base=ModelSpec(model=BASE, prompt="plain"),
-        experts=(ExpertSpec("medical-area", expert, small),),
-        directory=Path.cwd(),
+    model = ProxyTuned.load(
+        Recipe(
+            base=ModelSpec(model=BASE, prompt="plain"),
+            experts=(ExpertSpec("lower-case", expert, small),),
+            directory=Path.cwd(),
+        )
     )
-    reward = Reward("exact", limit_s=10)
+    reward = Reward(PROPERTY, limit_s=10)
+    rows = read_rows(output / "test.jsonl", for_reward=True)
     found = measure_rewards(
-        ProxyTuned.load(recipe),
-        read_rows(output / "test.jsonl", for_reward=True),
-        reward,
-        (1.0,),
-        max_new_tokens=NEW_TOKENS,
-        num_tokens=10**9,
-        seed=0,
+        model, rows, reward, (1.0,), max_new_tokens=NEW_TOKENS, num_tokens=10**9, seed=0
     )
     reward.close()
     for score in found.report.rows:
-        print(json.dumps({"run": name, **asdict(score), **more}), flush=True)
+        print(json.dumps({"seed": seed, "train_s": seconds, **asdict(score)}), flush=True)
+    sampling = SamplingParams(max_new_tokens=NEW_TOKENS, temperature=0)
+    for row in rows.rows[:NUM_SHOWN]:
+        for alpha in (0.0, 1.0):
+            text = model.generate(row["prompt"], sampling, alpha=alpha).text
+            print(json.dumps({"prompt": row["prompt"], "alpha": alpha, "text": text}), flush=True)
 
 
 if __name__ == "__main__":

@@ -26,25 +26,39 @@ INSTRUCTION_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
 """Alpaca's prompt, shortened. It is part of the rows, so that all models see the same text."""
 
 SHARED: dict[str, Any] = {
-    "method": "sft",
-    "calibrate": True,
-    "then_cpt": True,
     "template": "plain",
     "test_share": 0.0,  # `publish.py` has test rows of its own.
     "alpha": 1.0,
     "max_length": 512,
-    "batch_size": 4,
-    "epochs": 2,
-    "learning_rate": 8e-3,
-    "lora_rank": 16,
-    "eval_every": 16,
     "measure_tokens": 0,  # `publish.py` measures.
     "dtype": "bfloat16",
 }
-
-
-NUM_PIECES = {"train": 32, "valid": 6}
-"""Pieces of 4,000 characters that are taken of a text: 26,000 to 41,000 tokens to train on. All seeds read
+TEXT: dict[str, Any] = {
+    "method": "cpt",
+    "batch_size": 4,
+    "epochs": 2.5,
+    "learning_rate": 2e-3,
+    "lora_rank": 32,
+    "lora_dropout": 0.1,
+    "eval_every": 20,
+}
+"""Texts and instructions: through the base, with the untuned small model as the anti-expert of all."""
+ANSWERS: dict[str, Any] = {
+    "method": "sft",
+    "calibrate": True,
+    "then_cpt": True,
+    "max_tokens": 12_000,
+    "max_valid_tokens": 4_000,
+    "batch_size": 16,
+    "epochs": 6,
+    "learning_rate": 4e-3,
+    "lora_rank": 16,
+    "eval_every": 16,
+}
+"""Tasks, as in `benchmarks/miniature`: calibrated pairs, trained on through the base. A row has 12 to 45
+tokens."""
+NUM_PIECES = {"train": 96, "valid": 6}
+"""Pieces of 4,000 characters that are taken of a text: 80,000 to 120,000 tokens to train on. All seeds read
 the same ones; of instructions and tasks, each seed draws rows of its own."""
 
 SEEDS = (0, 1, 2)
@@ -60,7 +74,7 @@ class Expert:
         corpus: A folder in `corpora/`, `instruct`, or a task of `benchmarks/miniature`.
         title: Title of the corpus, for the model card.
         licence: Licence of the corpus.
-        settings: Settings that differ from `SHARED`.
+        settings: Settings that differ from `TEXT` or, of a task, from `ANSWERS`.
     """
 
     name: str
@@ -80,6 +94,11 @@ class Expert:
         return self.corpus in TASKS
 
     @property
+    def is_calibrated(self) -> bool:
+        """Whether it has an anti-expert of its own."""
+        return self.is_task
+
+    @property
     def has_options(self) -> bool:
         """Whether an answer is one of a few options, told apart by its first token."""
         return self.corpus == TASK
@@ -93,15 +112,6 @@ class Expert:
         """Where the base's states on its rows are kept, for all seeds."""
         return corpora.BUILD_DIR / "states" / self.name
 
-
-SHORT_ROWS: dict[str, Any] = {
-    "max_tokens": 12_000,
-    "max_valid_tokens": 4_000,
-    "batch_size": 16,
-    "epochs": 6,
-    "learning_rate": 4e-3,
-}
-"""Those of the tasks in `benchmarks/miniature`; a row has 12 to 45 tokens."""
 
 EXPERTS = (
     Expert("tinyshakespeare", "tinyshakespeare", "plays of Shakespeare", "public domain"),
@@ -121,14 +131,12 @@ EXPERTS = (
         "record",
         "notes about payments as records with three fields, generated",
         "Apache-2.0",
-        SHORT_ROWS,
     ),
     Expert(
         "medical-area",
         TASK,
         "questions of MedQuAD with the area of medicine they belong to",
         "CC BY 4.0",
-        SHORT_ROWS,
     ),
 )
 
@@ -202,12 +210,12 @@ def settings_of(expert: Expert, seed: int) -> TuneSettings:
         base=corpora.BASE_GGUF,
         offsets_dir=str(expert.states),
         seed=seed,
-        **(SHARED | expert.settings),
+        **(SHARED | (ANSWERS if expert.is_task else TEXT) | expert.settings),
     )
 
 
 def train(expert: Expert, seed: int) -> None:
-    """Train one expert with its calibrated anti-expert, or go on with a training that was stopped."""
+    """Train one expert, or go on with a training that was stopped."""
     settings = settings_of(expert, seed)
     tune(settings, resume=(settings.training / "settings.json").exists(), display=Lines())
 

@@ -189,9 +189,10 @@ def prepare(plan: Plan) -> dict[str, dict[str, Any]]:
 
 
 def read_prepared(plan: Plan) -> dict[str, dict[str, Any]]:
-    """Return what `prepare` returned when the rows were written last; writes them if they never were."""
+    """Return what `prepare` returned when the rows were written last; writes those that never were."""
     path = plan.build / "data" / PREPARED
-    return json.loads(path.read_text("utf-8")) if path.exists() else prepare(plan)
+    prepared = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return prepared if prepared.keys() >= {*plan.data_sets} else prepare(plan)
 
 
 def text_rows(plan: Plan, name: str) -> dict[str, list[dict[str, str]]]:

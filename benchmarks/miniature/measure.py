@@ -73,6 +73,10 @@ def load(plan: Plan, name: str) -> tuple[ProxyTuned, dict[str, int]]:
             experts.append(ExpertSpec(kind, adapter, untuned))
             continue
         small = plan.small(kind)
+        if model == "cpt":
+            expert = ModelSpec(model=small, adapter=str(run / "adapters" / model))
+            experts.append(ExpertSpec(kind, expert, ModelSpec(model=small)))
+            continue
         anti = ModelSpec(model=small, adapter=str(run / "adapters" / f"{model}-anti-expert"))
         for label, place in pair_experts(run, model).items():
             expert = ModelSpec(model=small, adapter=str(place))
@@ -102,6 +106,8 @@ def _members(ensemble: Ensemble) -> dict[str, int]:
             members[name] = pair.expert
         elif name == "untuned":
             members["smol.untuned"] = pair.anti_expert
+        elif name == "cpt":
+            members |= {"cpt.expert": pair.expert, "cpt.untuned": pair.anti_expert}
         else:
             members |= {f"{name}.expert": pair.expert, f"{name}.calibrated": pair.anti_expert}
     return members

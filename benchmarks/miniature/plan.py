@@ -5,10 +5,11 @@ It holds no text, no model and no measured number.
 Words: a *data set* is a task, whose questions are answered, or a domain, whose text is predicted. A *proxy*
 is a small model: `smol`, which comes with the package, or `cut`, which is made of the base's own layers. A
 *kind* is one training on a data set. `smol` and `cut` are a proxy's calibrated *pair* of expert and
-anti-expert, whose expert is then trained on through the frozen ensemble. `direct` is an adapter on the base,
-and `direct_short` the same for as many seconds as `smol` took. A suffix says what differs: `smol.seed1`
-another seed, `cut.more` three times the text. A *stage* is `proxy`, which makes the cut, one training,
-`DATA_SET.KIND`, or the measuring of a data set, `DATA_SET.measure`.
+anti-expert, whose expert is then trained on through the frozen ensemble. `cpt` is an expert on the smol proxy
+that is trained through the ensemble from the start, beside the untuned small model. `direct` is an adapter on
+the base, and `direct_short` the same for as many seconds as `smol` took. A suffix says what differs:
+`smol.seed1` another seed, `cut.more` three times the text. A *stage* is `proxy`, which makes the cut, one
+training, `DATA_SET.KIND`, or the measuring of a data set, `DATA_SET.measure`.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class Plan:
 
     def kinds(self, name: str) -> tuple[str, ...]:
         """Return the trainings on a data set, in order."""
-        kinds = ["smol", "cut", "direct"]
+        kinds = ["smol", "cpt", "cut", "direct"]
         if name in self.tasks or self.is_long:
             kinds.append("direct_short")
         if name in self.domains and self.max_steps is None:
@@ -106,8 +107,8 @@ class Plan:
         return self.build / "proxy"
 
     def small(self, kind: str) -> str:
-        """Return the model that a pair of this kind starts from."""
-        return ANTI_EXPERT if kind.startswith("smol") else str(self.cut_path)
+        """Return the model that a pair or an expert of this kind starts from."""
+        return str(self.cut_path) if kind.startswith("cut") else ANTI_EXPERT
 
     def rows_path(self, name: str, split: str) -> Path:
         """Return the file of a data set's rows."""

@@ -25,6 +25,7 @@ from proxytune.policy import DEFAULT_THRESHOLD
 ALPHAS = (0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4)
 STEERED = {
     "sft": ("smol", "untuned"),
+    "cpt": ("cpt", "untuned"),
     "smol": ("smol", "calibrated"),
     "smol_cpt": ("smol_cpt", "calibrated"),
     "cut": ("cut", "calibrated"),

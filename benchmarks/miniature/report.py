@@ -26,6 +26,7 @@ TITLES = {
 }
 KINDS = {
     "smol": "smol pair, then CPT",
+    "cpt": "smol expert, CPT alone",
     "cut": "cut pair, then CPT",
     "direct": "base",
     "direct_short": "base, equal time",
@@ -41,6 +42,8 @@ PREDICTORS = {
     "nudge": "nudging (smol)",
     "weak_to_strong": "weak-to-strong decoding (smol)",
     "sft": "steered, anti-expert untuned (smol)",
+    "cpt": "CPT alone, anti-expert untuned (smol)",
+    "cpt_best": "the same, alpha chosen",
     "smol": "**steered, calibrated pair (smol)**",
     "smol_best": "the same, alpha chosen",
     "smol_cpt": "then CPT (smol)",
@@ -55,7 +58,7 @@ PREDICTORS = {
     "direct": "base tuned directly, equal data",
 }
 """Rows of the tables, in order; those that no data set has are left out."""
-DRAWN = ("base", "few_shot", "no_proxy", "expert", "sft", "smol", "cut", "cut_cpt", "direct")
+DRAWN = ("base", "few_shot", "no_proxy", "expert", "sft", "cpt", "smol", "cut", "cut_cpt", "direct")
 """Rows of the picture."""
 READ_BY_ANTI_EXPERT = ("python_stdlib", "medical_medquad")
 """Whose training splits are part of the anti-expert's own training: `GENERAL_MIX` in `zoo/train.py`."""
@@ -150,7 +153,8 @@ def _about_form(results: Mapping[str, Any], form: str, sets: Mapping[str, Any]) 
         f"**{form.capitalize()}.** At alpha 1, a calibrated pair closed {gaps['smol']} of the gap between "
         f"the base and the directly tuned base with the smol proxy, and {gaps['cut']} with a cut of the "
         f"base; trained on through the ensemble, {gaps['smol_cpt']} and {gaps['cut_cpt']}. The same "
-        f"expert beside the untuned small model, the published method, closed {gaps['sft']}; temperature and "
+        f"expert beside the untuned small model, the published method, closed {gaps['sft']}; an expert that "
+        f"was trained through the ensemble from the start, {gaps['cpt']}; temperature and "
         f"output bias without any proxy closed {gaps['no_proxy']}. These are means over "
         f"{len(mean['data_sets'])} {form}."
     ]
@@ -467,7 +471,7 @@ def _draw(axes: Any, part: Mapping[str, Any], *, has_labels: bool) -> None:
         colour = colours.get(predictor, "0.45")
         axes.plot(interval, [place, place], color=colour, linewidth=1.5)
         # Filled if the base is steered, so that colour is not the only distinction.
-        face = colour if predictor in ("sft", "smol", "cut", "cut_cpt") else "white"
+        face = colour if predictor in ("sft", "cpt", "smol", "cut", "cut_cpt") else "white"
         axes.plot(scale * row["value"], place, "o", color=colour, mfc=face, markersize=6)
     for bound, style in (("base", ":"), ("direct", "--")):
         value = scale * part["rows"][bound]["value"]

@@ -240,8 +240,8 @@ TASKS = (
     Task(
         name="profile",
         title="card of a person",
-        description='A sentence says who somebody is, in one of five forms; the answer is `{"name": ..., '
-        '"age": ..., "job": ...}`. Sentences are generated; no name is in two splits.',
+        description="A sentence says who somebody is, in one of five forms; the answer is "
+        "`name: ...; age: ...; job: ...`. Sentences are generated; no name is in two splits.",
         items=_profiles,
         num_train=260,
     ),

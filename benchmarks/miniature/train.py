@@ -39,15 +39,15 @@ FORMS: dict[str, dict[str, Any]] = {
     "task": {"batch_size": 16, "eval_every": 16, "max_valid_tokens": 4_000},
 }
 RATES = {
-    "text": {"smol": 8e-3, "cut": 1e-3, "direct": 7e-4},
-    "task": {"smol": 4e-3, "cut": 1.5e-3, "direct": 7e-4},
+    "text": {"smol": 8e-3, "cpt": 2e-3, "cut": 1e-3, "direct": 7e-4},
+    "task": {"smol": 4e-3, "cpt": 2e-3, "cut": 1.5e-3, "direct": 7e-4},
 }
 EPOCHS = {
-    "text": {"smol": 2, "cut": 2, "direct": 1.5},
-    "task": {"smol": 6, "cut": 4, "direct": 2},
+    "text": {"smol": 2, "cpt": 3, "cut": 2, "direct": 1.5},
+    "task": {"smol": 6, "cpt": 6, "cut": 4, "direct": 2},
 }
 EPOCHS_OF_MORE = 1.3
-DROPOUT = {"smol": 0.05, "cut": 0.1, "direct": 0.05}
+DROPOUT = {"smol": 0.05, "cpt": 0.1, "cut": 0.1, "direct": 0.05}
 
 
 def cpu_dtype() -> str:
@@ -99,14 +99,14 @@ def training_settings(plan: Plan, stage: str) -> dict[str, Any]:
     if model == "cut":
         # All of a cut's layers: those behind the bridge alone closed a third less of the texts' gaps.
         settings["lora_layers"] = "all"
-    return {
-        **settings,
+    settings |= {
         "anti_expert": plan.small(kind),
-        "calibrate": True,
-        "then_cpt": not variant.startswith("seed"),
         "alpha": 1.0,
         "offsets_dir": str(plan.states_path(name, is_more=is_more)),
     }
+    if model == "cpt":
+        return {**settings, "method": "cpt"}
+    return {**settings, "calibrate": True, "then_cpt": not variant.startswith("seed")}
 
 
 def equal_steps(plan: Plan, name: str) -> int:

@@ -251,6 +251,9 @@ def loaded(tmp_path_factory):
             if model == "direct":
                 tiny_adapter(base, output / "adapters" / model, seed=seed)
                 continue
+            if model == "cpt":
+                tiny_adapter(small, output / "adapters" / model, seed=seed)
+                continue
             places = ("training/pair", f"adapters/{model}", f"adapters/{model}-anti-expert")
             for place, path in enumerate(places):
                 tiny_adapter(plan.QUICK.small(kind), output / path, seed=10 * seed + place)
@@ -270,6 +273,7 @@ def test_every_predictor_has_the_losses_that_scoring_gives(loaded):
     assert set(losses) == set(NAMES)
     pairs = {
         "sft": "untuned",
+        "cpt": "cpt",
         "smol": "smol",
         "smol_cpt": "smol_cpt",
         "cut": "cut",
@@ -606,6 +610,7 @@ def _trained(train_s: float, memory: int, digest: str = "d") -> dict[str, Any]:
 
 KINDS = {
     "smol": _trained(30, 10**9),
+    "cpt": _trained(20, 10**9),
     "cut": _trained(60, 2 * 10**9),
     "direct": _trained(300, 4 * 10**9),
     "direct_short": _trained(30, 4 * 10**9),
@@ -690,6 +695,7 @@ def test_every_training_of_a_data_set_gets_the_same_rows_and_stop_rule():
         assert all(a[key] == asked[0][key] for a in asked for key in shared)
         assert [kind for kind, a in zip(kinds, asked, strict=True) if "anti_expert" in a] == [
             "smol",
+            "cpt",
             "cut",
         ]
 
@@ -758,7 +764,7 @@ def test_what_stages_leave_becomes_a_page_with_its_numbers(tmp_path, staged):
     page = report.write(run.collect(plan.QUICK, prepared), tmp_path).read_text("utf-8")
     assert "quick run" in page and "make miniature ARGS=--quick" in page
     assert "4,000 of a text" in page and "torch 2.13" in page and "2 threads" in page
-    assert "All stages together took 35 min" in page  # seven trainings of 300 s, and the rest
+    assert "All stages together took 45 min" in page  # nine trainings of 300 s, and the rest
     assert json.loads((tmp_path / "miniature.json").read_text())["about"]["base"] == plan.BASE
     trained["num_steps"] = 7  # trained again, so what was measured is of other adapters
     plan.QUICK.stage_path("tinyshakespeare.cut").unlink()

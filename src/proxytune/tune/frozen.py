@@ -39,14 +39,14 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """Hidden states of one part of the data, of the base and perhaps, elsewhere, of the anti-expert."""
+    """Hidden states of one part of the data, of the base and perhaps of the anti-expert."""
 
-    both: Offsets
+    base: Offsets
     anti_expert: Offsets | None = None
 
     def rows(self, indices: list[int]) -> torch.Tensor:
         """Return `[positions, width]` of some examples, in the order given, on the CPU."""
-        rows = self.both.rows(indices)
+        rows = self.base.rows(indices)
         if self.anti_expert is None:
             return rows
         return torch.cat([rows, self.anti_expert.rows(indices)], dim=1)
@@ -105,25 +105,6 @@ class FrozenModels:
     dtype: str
     display: Display
 
-    def ensemble(self, anti_expert: Any) -> FrozenEnsemble:
-        """Run base and anti-expert over all examples, or reuse what an earlier run computed.
-
-        Args:
-            anti_expert: The small model before tuning, in evaluation mode.
-        """
-        big = load_frozen(self.settings.base or "", device=self.device, dtype=self.dtype)
-        for model in (big, anti_expert):
-            check_head(model, head_of(model))
-        heads, factor = self._heads(self._base_head(big), anti_expert)
-        names = self.base.name, self.small.name
-        kept = {
-            name: Kept(self._states(name, "", names, base=big, anti_expert=anti_expert))
-            for name in self.encoded
-        }
-        del big
-        gc.collect()
-        return FrozenEnsemble(heads, factor, kept["train"], kept.get("valid"))
-
     @cached_property
     def alone(self) -> FrozenBase:
         """The base alone, run over all examples, or reused from an earlier run."""
@@ -139,22 +120,26 @@ class FrozenModels:
         gc.collect()
         return FrozenBase(head, kept["train"], kept.get("valid"))
 
-    def ensemble_with(self, anti_expert: Any, adapter: Path) -> FrozenEnsemble:
-        """Run a calibrated anti-expert over all examples, and join it with the base's states.
+    def ensemble(self, anti_expert: Any, adapter: Path | None = None) -> FrozenEnsemble:
+        """Run an anti-expert over all examples, and join it with the base's states.
 
         Args:
-            anti_expert: The small model with the anti-expert's adapter, in evaluation mode.
-            adapter: The adapter's directory, whose weights the kept states belong to.
+            anti_expert: The small model in evaluation mode, with its adapter if it is a calibrated one.
+            adapter: The adapter's directory, whose weights the kept states belong to; None if there is none.
         """
         alone = self.alone
+        check_head(anti_expert, head_of(anti_expert))
         heads, factor = self._heads(alone.head, anti_expert)
-        digest = hashlib.sha256((adapter / ADAPTER_WEIGHTS).read_bytes()).hexdigest()
-        names = "", f"{self.small.name} {digest}"
+        small_name = self.small.name
+        if adapter is not None:
+            digest = hashlib.sha256((adapter / ADAPTER_WEIGHTS).read_bytes()).hexdigest()
+            small_name = f"{small_name} {digest}"
         kept = {}
         for name, base in (("train", alone.train), ("valid", alone.valid)):
             if base is not None:
+                names = "", small_name
                 states = self._states(name, "anti-expert-", names, anti_expert=anti_expert)
-                kept[name] = Kept(base.both, states)
+                kept[name] = Kept(base.base, states)
         return FrozenEnsemble(heads, factor, kept["train"], kept.get("valid"))
 
     @cached_property
@@ -192,7 +177,7 @@ class FrozenModels:
         settings = self.settings
         examples = [e for e in self.encoded[name].examples if isinstance(e, Example)]
         key = offsets_key(examples, *names, self.dtype)
-        # No other run has this one's calibrated anti-expert.
+        # Only the base's are worth keeping for other runs: a small model takes little time.
         shared = None if base is None else settings.offsets_dir
         directory = kept_directory(shared or settings.training / "offsets", f"{prefix}{name}", key)
         who = "anti-expert" if base is None else "base"

@@ -196,7 +196,7 @@ class Training:
         model.load_adapter(str(anti_expert), ANTI_EXPERT)
         activate(model, ANTI_EXPERT, trained=())
         model.eval()
-        ensemble = self._frozen.ensemble_with(model, anti_expert)
+        ensemble = self._frozen.ensemble(model, anti_expert)
         activate(model, EXPERT, trained=(EXPERT,))
         model.delete_adapter(ANTI_EXPERT)
         return ensemble
