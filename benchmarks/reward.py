@@ -51,7 +51,7 @@ def main() -> None:
     write_prompts(options.output)
     for seed in options.seeds:
         adapter, seconds = trained(seed, options)
-        measure(seed, adapter, options.output, round(seconds))
+        measure(seed, adapter, options.output, seconds)
 
 
 def worth(prompt: Prompt, answer: str, row: Mapping[str, Any]) -> float:
@@ -80,9 +80,16 @@ def write_prompts(output: Path) -> None:
         (output / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def trained(seed: int, options: argparse.Namespace) -> tuple[str, float]:
-    """Train by reward, and return the adapter and the seconds of processor time."""
+def trained(seed: int, options: argparse.Namespace) -> tuple[str, int | None]:
+    """Train by reward or go on with a training, and return the adapter and the seconds of processor time.
+
+    The seconds are None for a training that another process began.
+    """
     output = options.output / f"seed-{seed}"
+    adapter = str(output / "adapters" / output.name)
+    if (output / "training" / "result.json").exists():
+        return adapter, None
+    is_begun = (output / "training" / "settings.json").exists()
     started = time.process_time()
     tune(
         TuneSettings(
@@ -104,13 +111,14 @@ def trained(seed: int, options: argparse.Namespace) -> tuple[str, float]:
             dtype="bfloat16",
             seed=seed,
         ),
+        resume=is_begun,
         display=Display(),
         reward=worth,
     )
-    return str(output / "adapters" / output.name), time.process_time() - started
+    return adapter, None if is_begun else round(time.process_time() - started)
 
 
-def measure(seed: int, adapter: str, output: Path, seconds: int) -> None:
+def measure(seed: int, adapter: str, output: Path, seconds: int | None) -> None:
     """Print what the answers of base, expert and steered base are worth, and a few of them."""
     small = ModelSpec(model=ANTI_EXPERT, prompt="plain")
     expert = ModelSpec(model=ANTI_EXPERT, adapter=adapter, prompt="plain")

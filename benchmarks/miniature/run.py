@@ -200,8 +200,12 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
 
 
 def finished(plan: Plan) -> tuple[str, ...]:
-    """Return the data sets whose last stage is finished, in the plan's order."""
-    return tuple(name for name in plan.data_sets if plan.stage_path(f"{name}.measure").exists())
+    """Return the data sets whose stages are all finished, in the plan's order."""
+    return tuple(
+        name
+        for name in plan.data_sets
+        if all(plan.stage_path(f"{name}.{s}").exists() for s in (*plan.kinds(name), "measure"))
+    )
 
 
 def collect(plan: Plan, prepared: Mapping[str, Any]) -> dict[str, Any]:
