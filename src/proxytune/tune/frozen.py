@@ -138,7 +138,11 @@ class FrozenModels:
         for name, base in (("train", alone.train), ("valid", alone.valid)):
             if base is not None:
                 names = "", small_name
-                states = self._states(name, "anti-expert-", names, anti_expert=anti_expert)
+                # No other run has this one's calibrated anti-expert.
+                own = self.settings.training / "offsets" if adapter is not None else None
+                states = self._states(
+                    name, "anti-expert-", names, anti_expert=anti_expert, folder=own
+                )
                 kept[name] = Kept(base.base, states)
         return FrozenEnsemble(heads, factor, kept["train"], kept.get("valid"))
 
@@ -172,14 +176,17 @@ class FrozenModels:
         *,
         base: Any = None,
         anti_expert: Any = None,
+        folder: Path | None = None,
     ) -> Offsets:
-        """Return the hidden states of one part of the data; see `Offsets.build`."""
+        """Return the hidden states of one part of the data; see `Offsets.build`.
+
+        They are kept in `folder`, by default where the settings share states between runs.
+        """
         settings = self.settings
         examples = [e for e in self.encoded[name].examples if isinstance(e, Example)]
         key = offsets_key(examples, *names, self.dtype)
-        # Only the base's are worth keeping for other runs: a small model takes little time.
-        shared = None if base is None else settings.offsets_dir
-        directory = kept_directory(shared or settings.training / "offsets", f"{prefix}{name}", key)
+        shared = folder or settings.offsets_dir or settings.training / "offsets"
+        directory = kept_directory(shared, f"{prefix}{name}", key)
         who = "anti-expert" if base is None else "base"
         return Offsets.open(directory, key) or Offsets.build(
             directory,
