@@ -12,7 +12,6 @@ test prompts that have the property, and the interval; then a few answers.
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
 import json
 import time
@@ -21,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.miniature.data import DATA_DIR
+from benchmarks.miniature.data import INSTRUCTION_PROMPT, alpaca_rows, instruction_of
 from benchmarks.miniature.plan import ANTI_EXPERT, BASE
 from proxytune import SamplingParams
 from proxytune.data.rows import read_rows
@@ -35,8 +34,8 @@ from proxytune.tune.rewards import Reward
 
 PROPERTY = r"regex:^[a-z][^A-Z0-9]+$"
 NEW_TOKENS = 24
-PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
-TEST_SHARE, VALID_SHARE = 0.3, 0.05
+TEST_SHARE, NOT_TRAINED = 0.3, 0.35
+"""Shares of the prompts: those of the test split, and those with the validation split's."""
 NUM_SHOWN = 3
 
 
@@ -57,8 +56,8 @@ def main() -> None:
 def worth(prompt: Prompt, answer: str, row: Mapping[str, Any]) -> float:
     """Return 1 for words in lower case, less for each other character, 0 if most are no letters at all.
 
-    One answer of a hundred that the untuned small model draws has the property, so a reward for it alone
-    would mostly be 0 for all answers to a prompt, which teaches nothing.
+    The untuned small model draws an answer with the property twice in a hundred times. A reward for that
+    alone would mostly be 0 for all answers to a prompt, which teaches nothing.
     """
     others = sum(not (letter.islower() or letter in " .,;:'-") for letter in answer)
     letters = sum(letter.islower() for letter in answer)
@@ -67,15 +66,13 @@ def worth(prompt: Prompt, answer: str, row: Mapping[str, Any]) -> float:
 
 def write_prompts(output: Path) -> None:
     """Write the prompts of each split."""
-    path = DATA_DIR / "instruction" / "alpaca_en_demo.json.gz"
     splits: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
-    for row in json.loads(gzip.decompress(path.read_bytes())):
-        parts = (row["instruction"].strip(), row["input"].strip())
-        instruction = "\n\n".join(part for part in parts if part)
+    for row in alpaca_rows():
+        instruction = instruction_of(row)
         place = hashlib.sha1(instruction.encode()).digest()[0] / 256
-        split = "test" if place < TEST_SHARE else "train"
-        split = "valid" if TEST_SHARE <= place < TEST_SHARE + VALID_SHARE else split
-        splits[split].append(json.dumps({"prompt": PROMPT.format(instruction=instruction)}))
+        split = "test" if place < TEST_SHARE else "valid" if place < NOT_TRAINED else "train"
+        prompt = INSTRUCTION_PROMPT.format(instruction=instruction)
+        splits[split].append(json.dumps({"prompt": prompt}))
     for name, lines in splits.items():
         (output / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

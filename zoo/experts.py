@@ -6,7 +6,6 @@ python zoo/experts.py tinyshakespeare
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
 import json
 import sys
@@ -18,12 +17,16 @@ import corpora
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from benchmarks.miniature.data import corpus_rows, items_of, pick_pieces
+from benchmarks.miniature.data import (
+    INSTRUCTION_PROMPT,
+    alpaca_rows,
+    corpus_rows,
+    instruction_of,
+    items_of,
+    pick_pieces,
+)
 from benchmarks.miniature.plan import TASK, TASKS
 from proxytune.tune import Display, TuneSettings, tune
-
-INSTRUCTION_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
-"""Alpaca's prompt, shortened. It is part of the rows, so that all models see the same text."""
 
 SHARED: dict[str, Any] = {
     "template": "plain",
@@ -58,7 +61,7 @@ ANSWERS: dict[str, Any] = {
 """Tasks, as in `benchmarks/miniature`: calibrated pairs, trained on through the base. A row has 12 to 45
 tokens."""
 NUM_PIECES = {"train": 96, "valid": 6}
-"""Pieces of 4,000 characters that are taken of a text: 80,000 to 120,000 tokens to train on. All seeds read
+"""Pieces of 4,000 characters that are taken of a text: 78,000 to 117,000 tokens to train on. All seeds read
 the same ones; of instructions and tasks, each seed draws rows of its own."""
 
 SEEDS = (0, 1, 2)
@@ -165,9 +168,9 @@ def _instruct_file(split: str) -> Path:
     target = corpora.BUILD_DIR / "instruct" / f"{split}.jsonl"
     if target.exists():
         return target
-    folder = corpora.DATA_DIR / "instruction"
-    rows = json.loads(gzip.decompress((folder / "alpaca_en_demo.json.gz").read_bytes()))
-    for line in (folder / "seed_tasks.jsonl").read_text("utf-8").splitlines():
+    rows = alpaca_rows()
+    seed_tasks = corpora.DATA_DIR / "instruction" / "seed_tasks.jsonl"
+    for line in seed_tasks.read_text("utf-8").splitlines():
         task = json.loads(line)
         rows += [{"instruction": task["instruction"], **task["instances"][0]}]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -175,13 +178,10 @@ def _instruct_file(split: str) -> Path:
     for row in rows:
         if not row["output"].strip():
             continue
-        prompt = row["instruction"].strip()
-        if row["input"].strip():
-            prompt += "\n\n" + row["input"].strip()
         place = hashlib.sha1(row["instruction"].encode()).digest()[0]
         name = "test" if place < 20 else "valid" if place < 33 else "train"
-        full = INSTRUCTION_PROMPT.format(instruction=prompt)
-        splits[name].append(json.dumps({"prompt": full, "completion": row["output"].strip()}))
+        prompt = INSTRUCTION_PROMPT.format(instruction=instruction_of(row))
+        splits[name].append(json.dumps({"prompt": prompt, "completion": row["output"].strip()}))
     for name, lines in splits.items():
         (target.parent / f"{name}.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
     return target

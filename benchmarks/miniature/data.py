@@ -31,6 +31,8 @@ PIECE_CHARACTERS = 4_000
 CHARACTERS_PER_TOKEN = 6
 """More than any domain has on average (3.1 to 4.9), so that picked documents suffice for `max_tokens`."""
 
+INSTRUCTION_PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
+"""Alpaca's prompt, shortened. It is part of the rows, so that all models see the same text."""
 PREPARED = "prepared.json"
 GENERAL = ("english_digitalgov", "english_fiction")
 GENERAL_SIZE = 60_000
@@ -68,6 +70,18 @@ def corpus_rows(corpus: str, split: str) -> list[dict[str, Any]]:
             f"{lines} cannot be read: {error.strerror}.\n"
             "hint: set PROXYTUNE_DATA to the folder that holds corpora/"
         ) from error
+
+
+def alpaca_rows() -> list[dict[str, str]]:
+    """Return LLaMA-Factory's alpaca_en_demo: rows of `instruction`, `input` and `output`."""
+    path = DATA_DIR / "instruction" / "alpaca_en_demo.json.gz"
+    return json.loads(gzip.decompress(path.read_bytes()))
+
+
+def instruction_of(row: Mapping[str, str]) -> str:
+    """Return a row's instruction with its input, if there is one."""
+    parts = (row["instruction"].strip(), row["input"].strip())
+    return "\n\n".join(part for part in parts if part)
 
 
 def pick_documents(rows: Sequence[Mapping[str, Any]], num_characters: int) -> list[dict[str, str]]:

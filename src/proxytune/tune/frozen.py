@@ -127,21 +127,20 @@ class FrozenModels:
             anti_expert: The small model in evaluation mode, with its adapter if it is a calibrated one.
             adapter: The adapter's directory, whose weights the kept states belong to; None if there is none.
         """
-        alone = self.alone
+        # Before the base runs, which can take hours.
         check_head(anti_expert, head_of(anti_expert))
+        alone = self.alone
         heads, factor = self._heads(alone.head, anti_expert)
-        small_name = self.small.name
+        names, folder = ("", self.small.name), None
         if adapter is not None:
             digest = hashlib.sha256((adapter / ADAPTER_WEIGHTS).read_bytes()).hexdigest()
-            small_name = f"{small_name} {digest}"
+            # No other run has this one's calibrated anti-expert.
+            names, folder = ("", f"{self.small.name} {digest}"), self.settings.training / "offsets"
         kept = {}
         for name, base in (("train", alone.train), ("valid", alone.valid)):
             if base is not None:
-                names = "", small_name
-                # No other run has this one's calibrated anti-expert.
-                own = self.settings.training / "offsets" if adapter is not None else None
                 states = self._states(
-                    name, "anti-expert-", names, anti_expert=anti_expert, folder=own
+                    name, "anti-expert-", names, anti_expert=anti_expert, folder=folder
                 )
                 kept[name] = Kept(base.base, states)
         return FrozenEnsemble(heads, factor, kept["train"], kept.get("valid"))
@@ -176,17 +175,23 @@ class FrozenModels:
         *,
         base: Any = None,
         anti_expert: Any = None,
-        folder: Path | None = None,
+        folder: Path | str | None = None,
     ) -> Offsets:
-        """Return the hidden states of one part of the data; see `Offsets.build`.
+        """Return a model's hidden states for one part of the data; see `Offsets.build`.
 
-        They are kept in `folder`, by default where the settings share states between runs.
+        Args:
+            name: `train` or `valid`.
+            prefix: Distinguishes the directories of several models.
+            names: What stands for base and anti-expert in the key; empty for the one that is left out.
+            base: The base; None to run the anti-expert.
+            anti_expert: The anti-expert; None to run the base.
+            folder: Where they are kept; None takes `offsets_dir`, which runs share, or the run's own.
         """
         settings = self.settings
         examples = [e for e in self.encoded[name].examples if isinstance(e, Example)]
         key = offsets_key(examples, *names, self.dtype)
-        shared = folder or settings.offsets_dir or settings.training / "offsets"
-        directory = kept_directory(shared, f"{prefix}{name}", key)
+        folder = folder or settings.offsets_dir or settings.training / "offsets"
+        directory = kept_directory(folder, f"{prefix}{name}", key)
         who = "anti-expert" if base is None else "base"
         return Offsets.open(directory, key) or Offsets.build(
             directory,
